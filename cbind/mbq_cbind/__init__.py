@@ -1,0 +1,1 @@
+"""cffi bindings of the built libggml, libllama and libmtmd."""

@@ -1,0 +1,1 @@
+"""Samples in, statistics out: data sets, modality masks, sensitivities and activation statistics."""

@@ -1,0 +1,1 @@
+"""The reference VLM that ships with the project, and the demonstration on it."""

@@ -1,0 +1,21 @@
+"""The one exception that a user may see: a sentence that says what to do, and the exit code that goes with it."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can mend. ``str(error)`` is one sentence; the command line prints it without a traceback.
+
+    ``exit_code`` is 2 where the call itself was wrong (a bad path, an unknown type) and 1 where the work failed.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class UsageError(UserError):
+    """The call was wrong: exit code 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, exit_code=2)

@@ -1,0 +1,43 @@
+"""A container is a ggml block format: how many weights share a block, how many bytes that takes, and which grid the codes live on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Container:
+    """One ggml block type as the converter sees it.
+
+    ``quantize`` maps float32 weights [rows, columns] to bytes [rows, row_bytes] exactly as ggml's ``from_float_ref`` does (nearest
+    rounding, no calibration); ``dequantize`` is ggml's ``to_float``.
+    """
+
+    name: str
+    type_id: int  # ggml_type
+    block_size: int  # weights a block
+    type_size: int  # bytes a block
+    quantize: Callable[[Floats], Bytes]
+    dequantize: Callable[[Bytes], Floats]
+    fallback: str | None = None  # the container to try where a row is no multiple of block_size
+    affine_bits: int | None = None  # w = scale * code + minimum with this many bits a code, one pair a block; None: not such a grid
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored for one weight, scales included."""
+        return 8.0 * self.type_size / self.block_size
+
+    def fits(self, columns: int) -> bool:
+        """Whether rows of ``columns`` weights can be stored: ggml keeps no part of a block."""
+        return columns % self.block_size == 0
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes that a row of ``columns`` weights takes."""
+        return columns // self.block_size * self.type_size

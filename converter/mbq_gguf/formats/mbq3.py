@@ -1,0 +1,84 @@
+"""MBQ3 and MBQ3_64: 3-bit codes, one fp16 scale and one fp16 minimum a block (bit layout drawn in docs/format.md).
+
+A block of N weights (N = 128 or 64) is ``d`` fp16, ``m`` fp16, ``ql`` N/4 bytes, ``qh`` N/8 bytes, and weight i is d * code(i) + m.
+With i = (N/4) * plane + byte: the two low bits of the code are bits 2*plane and 2*plane + 1 of ql[byte], the high bit is bit
+(2*plane + 2) % 8 + byte // (N/8) of qh[byte % (N/8)]. So for planes 0 to 2 the high bit lies just above the low ones: a mask of ql and a
+mask of qh give 1, 4 or 16 times the code without any shift, at most 7 * 16 = 112, which still fits a signed byte.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mbq_gguf.formats.container import Bytes, Container, Floats
+
+LEVELS = 7  # the largest 3-bit code
+F16_MAX = np.float32(65504.0)
+PLANES = 4
+
+
+def block_parameters(blocks: Floats) -> tuple[Floats, Floats]:
+    """Scale and minimum of each block [n, N] by its range, rounded to fp16 (returned as float32 [n, 1])."""
+    low = blocks.min(axis=1, keepdims=True)
+    high = blocks.max(axis=1, keepdims=True)
+    # Divide before subtracting: the range itself can overflow float32. ggml-mbq.c does the same operations in the same order.
+    scale = np.minimum(high / np.float32(LEVELS) - low / np.float32(LEVELS), F16_MAX)
+    minimum = np.clip(low, -F16_MAX, F16_MAX)
+    return scale.astype(np.float16).astype(np.float32), minimum.astype(np.float16).astype(np.float32)
+
+
+def nearest_codes(blocks: Floats, scale: Floats, minimum: Floats) -> Bytes:
+    """Codes 0 to 7 nearest to ``blocks`` [n, N] on the grid scale * code + minimum; ties go to the even code."""
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        inverse = np.where(scale > 0, np.float32(1) / scale, np.float32(0)).astype(np.float32)
+        steps = (blocks - minimum) * inverse
+    return np.rint(np.clip(steps, np.float32(0), np.float32(LEVELS))).astype(np.uint8)
+
+
+def pack_blocks(codes: Bytes, scale: Floats, minimum: Floats) -> Bytes:
+    """Codes [n, N] with fp16-exact scale and minimum [n, 1] to packed blocks [n, 4 + 3 N / 8]."""
+    n, size = codes.shape
+    planes = codes.reshape(n, PLANES, size // PLANES)
+    ql = np.zeros((n, size // 4), np.uint8)
+    qh = np.zeros((n, size // 8), np.uint8)
+    for plane in range(PLANES):
+        ql |= (planes[:, plane] & 3) << (2 * plane)
+        halves = (planes[:, plane] >> 2).reshape(n, 2, size // 8)
+        bit = (2 * plane + 2) % 8
+        qh |= halves[:, 0] << bit | halves[:, 1] << (bit + 1)
+    head = np.concatenate([scale, minimum], axis=1).astype("<f2").view(np.uint8)
+    return np.concatenate([head, ql, qh], axis=1)
+
+
+def unpack_blocks(blocks: Bytes, size: int) -> tuple[Bytes, Floats, Floats]:
+    """The inverse of :func:`pack_blocks`: codes [n, size], scale [n, 1], minimum [n, 1]."""
+    n = blocks.shape[0]
+    head = np.ascontiguousarray(blocks[:, :4]).view("<f2").astype(np.float32)
+    ql, qh = blocks[:, 4 : 4 + size // 4], blocks[:, 4 + size // 4 :]
+    codes = np.empty((n, PLANES, size // PLANES), np.uint8)
+    for plane in range(PLANES):
+        bit = (2 * plane + 2) % 8
+        high = np.concatenate([qh >> bit, qh >> (bit + 1)], axis=1) & 1
+        codes[:, plane] = (ql >> (2 * plane)) & 3 | high << 2
+    return codes.reshape(n, size), head[:, :1], head[:, 1:]
+
+
+def _container(name: str, type_id: int, size: int, fallback: str) -> Container:
+    type_size = 4 + 3 * size // 8
+
+    def quantize(weights: Floats) -> Bytes:
+        rows, columns = weights.shape
+        blocks = weights.reshape(-1, size)
+        scale, minimum = block_parameters(blocks)
+        return pack_blocks(nearest_codes(blocks, scale, minimum), scale, minimum).reshape(rows, columns // size * type_size)
+
+    def dequantize(data: Bytes) -> Floats:
+        codes, scale, minimum = unpack_blocks(data.reshape(-1, type_size), size)
+        # Product, then sum, each rounded to float32: what C does without contraction.
+        return (codes.astype(np.float32) * scale + minimum).reshape(data.shape[0], -1)
+
+    return Container(name, type_id, size, type_size, quantize, dequantize, fallback=fallback, affine_bits=3)
+
+
+MBQ3 = _container("MBQ3", 120, 128, "MBQ3_64")
+MBQ3_64 = _container("MBQ3_64", 121, 64, "Q4_0")

@@ -1,0 +1,1 @@
+"""The pinned llama.cpp: fetch, patch, build, prove, find, run."""

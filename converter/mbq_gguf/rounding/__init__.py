@@ -1,0 +1,1 @@
+"""Weights to codes on a container's own grid."""

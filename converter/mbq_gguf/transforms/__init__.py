@@ -1,0 +1,1 @@
+"""Edits of the weights that leave the function as it is."""
