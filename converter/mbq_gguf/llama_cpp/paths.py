@@ -1,0 +1,78 @@
+"""Find the built llama.cpp: its programs, its libraries, and the patched source tree that they were made from.
+
+Order: ``MBQ_GGUF_LLAMA_CPP=<tree>`` (a built tree, ``<tree>/build/bin``) before anything else; then the finished build in the cache that
+was asked for last, made with today's pin and patch for the backend ``MBQ_GGUF_BACKEND`` (``cpu`` where unset).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.llama_cpp.cache import finished_builds
+from mbq_gguf.llama_cpp.pin import patch_hash, read_pin
+
+BACKENDS = ("cpu", "cuda")
+LIBRARY_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+
+
+def chosen_backend() -> str:
+    """The backend of ``MBQ_GGUF_BACKEND``, ``cpu`` where unset. Raises UsageError for any other word."""
+    backend = os.environ.get("MBQ_GGUF_BACKEND") or "cpu"
+    if backend not in BACKENDS:
+        raise UsageError(f"MBQ_GGUF_BACKEND is {backend!r}: set it to one of {', '.join(BACKENDS)}")
+    return backend
+
+
+def source_dir() -> Path:
+    """The patched source tree of the build in use; it holds conversion/, gguf-py/, ggml/include, include/ and tools/mtmd.
+
+    Raises UserError where nothing is built, UsageError where ``MBQ_GGUF_LLAMA_CPP`` names a folder that holds no build.
+    """
+    override = os.environ.get("MBQ_GGUF_LLAMA_CPP")
+    if override:
+        tree = Path(override).expanduser().absolute()
+        if not (tree / "build" / "bin").is_dir():
+            raise UsageError(f"MBQ_GGUF_LLAMA_CPP names {tree}, which holds no build/bin: build llama.cpp there, or unset the variable")
+        return tree
+    backend = chosen_backend()
+    builds = [(tree, record) for tree, record in finished_builds() if record.backend == backend]
+    patch, pin = patch_hash(), read_pin().sha256
+    for tree, record in builds:
+        # A build from --source has a path as its origin and counts for as long as the patch in it is today's.
+        if record.patch_hash == patch and (record.origin == pin or os.sep in record.origin):
+            return tree
+    command = "mbq-gguf build" if backend == "cpu" else f"mbq-gguf build --backend {backend}"
+    if builds:
+        raise UserError(f"the patch has changed since llama.cpp was built for {backend}: run `{command}` first")
+    raise UserError(f"llama.cpp is not built yet for {backend}: run `{command}` first")
+
+
+def find_program(name: str) -> Path:
+    """The built program `name`, for example ``llama-server``. Raises UserError where it was not built."""
+    return _in_bin(name, f"program {name}")
+
+
+def find_library(name: str) -> Path:
+    """The built library `name`, ``llama`` or ``libllama.so``. Raises UserError where it was not built."""
+    base = name.removeprefix("lib").removesuffix(LIBRARY_SUFFIX)
+    return _in_bin(f"lib{base}{LIBRARY_SUFFIX}", f"library {base}")
+
+
+def find(name: str) -> Path:
+    """What ``mbq-gguf path NAME`` prints: ``source``, a library (``libllama.so``) or a program (``llama-server``)."""
+    if name == "source":
+        return source_dir()
+    if name.endswith(LIBRARY_SUFFIX) or name.startswith("lib"):
+        return find_library(name)
+    return find_program(name)
+
+
+def _in_bin(file_name: str, what: str) -> Path:
+    folder = source_dir() / "build" / "bin"
+    path = folder / file_name
+    if path.is_file():
+        return path
+    raise UserError(f"the {what} is not in the build in {folder}: check the name, or run `mbq-gguf build` first")
