@@ -1,0 +1,92 @@
+"""The one way to the ``gguf`` package: the right copy of it, with the MBQ types registered.
+
+PyPI's gguf and the gguf-py inside the pinned llama.cpp carry the same version number and differ (the conversion package needs the latter),
+so a tree that is present goes before whatever is installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from mbq_gguf.errors import UserError
+from mbq_gguf.formats import mbq3
+from mbq_gguf.formats.container import Bytes, Container, Floats
+from mbq_gguf.llama_cpp import paths
+
+MBQ_CONTAINERS = (mbq3.MBQ3, mbq3.MBQ3_64)
+FILE_TYPES = {"MOSTLY_MBQ3": 120, "MOSTLY_MBQ3_64": 121}  # llama_ftype, the value of general.file_type
+
+
+def import_gguf() -> ModuleType:
+    """The ``gguf`` module of the llama.cpp tree in use, or the installed one where nothing is built; knows MBQ3 and MBQ3_64."""
+    try:
+        folder = paths.source_dir() / "gguf-py"
+    except UserError:
+        module = importlib.import_module("gguf")
+    else:
+        module = import_from_tree("gguf", folder)
+    register(module)
+    return module
+
+
+def import_from_tree(name: str, folder: Path) -> ModuleType:
+    """Import the package ``name`` that lies in ``folder``, even where another copy of it is installed or already loaded.
+
+    Raises UserError where ``folder`` holds no such package.
+    """
+    if not (folder / name / "__init__.py").is_file():
+        raise UserError(f"{folder} holds no package {name}: run `mbq-gguf build` again")
+    loaded = sys.modules.get(name)
+    if loaded is not None and Path(loaded.__file__ or "").resolve().parent != (folder / name).resolve():
+        for module in [key for key in sys.modules if key == name or key.startswith(name + ".")]:
+            del sys.modules[module]
+    if str(folder) in sys.path:
+        sys.path.remove(str(folder))
+    sys.path.insert(0, str(folder))
+    return importlib.import_module(name)
+
+
+def register(gguf: Any) -> None:
+    """Teach ``gguf`` the MBQ types (type enumeration, block sizes, numpy quantiser, file types); what it knows already is left alone."""
+    for container in MBQ_CONTAINERS:
+        kind = _member(gguf.GGMLQuantizationType, container.name, container.type_id)
+        gguf.GGML_QUANT_SIZES.setdefault(kind, (container.block_size, container.type_size))
+        if kind not in gguf.quants._type_traits:
+            _quantiser(gguf.quants, kind, container)
+    for name, value in FILE_TYPES.items():
+        _member(gguf.LlamaFileType, name, value)
+
+
+def _member(enumeration: type[IntEnum], name: str, value: int) -> IntEnum:
+    """The member ``name`` of ``enumeration``, added where it is missing. Enumerations are closed, so this writes where Enum itself does."""
+    if name in enumeration.__members__:
+        return enumeration[name]
+    member = int.__new__(enumeration, value)
+    member._name_ = name
+    member._value_ = value
+    type.__setattr__(enumeration, name, member)
+    enumeration._member_names_.append(name)
+    enumeration._member_map_[name] = member
+    enumeration._value2member_map_[value] = member
+    return member
+
+
+def _quantiser(quants: Any, kind: IntEnum, container: Container) -> None:
+    """Give ``gguf.quants`` a class for ``kind``; its base class enters it into the table of types when it is made."""
+
+    def per_block(convert: Callable[[Any], Any]) -> classmethod[Any, ..., Any]:
+        return classmethod(lambda _, blocks: convert(blocks))
+
+    def quantise(blocks: Floats) -> Bytes:
+        return container.quantize(np.ascontiguousarray(blocks, np.float32))
+
+    members = {"quantize_blocks": per_block(quantise), "dequantize_blocks": per_block(container.dequantize)}
+    type(container.name, (quants.__Quant,), members, qtype=kind)
