@@ -34,7 +34,8 @@ class BuildRecord:
     backend: str  # "cpu" or "cuda"
     patch_hash: str  # hash of ggml_patch: patches and new files
     origin: str  # the pin's sha256, or the path given with --source
-    instruction_set: str  # which of prove.INSTRUCTION_SETS passed its proof
+    machine: str  # machine.machine_hash() of the CPU that it was made for
+    instruction_set: str  # which of prove.instruction_sets() passed its proof
     options: tuple[str, ...]  # CMake definitions
 
 

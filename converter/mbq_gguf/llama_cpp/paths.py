@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.llama_cpp.cache import finished_builds
+from mbq_gguf.llama_cpp.machine import machine_hash
 from mbq_gguf.llama_cpp.pin import patch_hash, read_pin
 
 BACKENDS = ("cpu", "cuda")
@@ -38,7 +39,8 @@ def source_dir() -> Path:
             raise UsageError(f"MBQ_GGUF_LLAMA_CPP names {tree}, which holds no build/bin: build llama.cpp there, or unset the variable")
         return tree
     backend = chosen_backend()
-    builds = [(tree, record) for tree, record in finished_builds() if record.backend == backend]
+    here = machine_hash()
+    builds = [(tree, record) for tree, record in finished_builds() if record.backend == backend and record.machine == here]
     patch, pin = patch_hash(), read_pin().sha256
     for tree, record in builds:
         # A build from --source has a path as its origin and counts for as long as the patch in it is today's.

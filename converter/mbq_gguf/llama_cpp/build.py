@@ -1,0 +1,230 @@
+"""Fetch, patch, build and prove llama.cpp; a finished build is kept under a hash of everything that shaped it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+
+from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.llama_cpp import pin as pins
+from mbq_gguf.llama_cpp import prove, source
+from mbq_gguf.llama_cpp.cache import MARKER, BuildRecord, cache_root, read_record, write_record
+from mbq_gguf.llama_cpp.locks import file_lock, termination_as_exit
+from mbq_gguf.llama_cpp.machine import Toolchain, cpu_flags, default_jobs, find_tool, find_toolchain, gpu_architectures, machine_hash
+from mbq_gguf.llama_cpp.patch import apply_patch
+from mbq_gguf.llama_cpp.paths import BACKENDS
+from mbq_gguf.llama_cpp.steps import BuildProgress, disk_full, run_step
+
+PROGRAMS = (
+    "llama-server",
+    "llama-mtmd-cli",
+    "llama-bench",
+    "llama-quantize",
+    "llama-perplexity",
+    "llama-imatrix",
+    "test-backend-ops",
+    "test-quantize-fns",
+)
+KERNELS = "ggml-cpu"  # the one library that is compiled for chosen instruction sets: built and proved first
+FINAL_CHECK = "test-quantize-fns"  # links every library and checks every type in a second or two
+
+_COMMON: tuple[str, ...] = (
+    "CMAKE_BUILD_TYPE=Release",
+    "BUILD_SHARED_LIBS=ON",
+    "CMAKE_BUILD_RPATH_USE_ORIGIN=ON",
+    "LLAMA_BUILD_TOOLS=ON",
+    "LLAMA_BUILD_SERVER=ON",
+    "LLAMA_BUILD_TESTS=ON",
+    "LLAMA_BUILD_EXAMPLES=OFF",
+    "LLAMA_BUILD_APP=OFF",
+    "LLAMA_BUILD_UI=OFF",
+    "LLAMA_USE_PREBUILT_UI=OFF",  # would be downloaded while building
+    "LLAMA_OPENSSL=OFF",
+)
+_CUDA = ("GGML_CUDA=ON", "GGML_CUDA_NCCL=OFF", "GGML_CUDA_FA_QUANTS=f16-f16", "GGML_CUDA_COMPRESSION_MODE=none")
+_FLAG_VARIABLES = ("CC", "CXX", "CUDACXX", "CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS")  # CMake takes these from the environment
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what is built, and where."""
+
+    backend: str
+    origin: Path | None  # the tree of --source; None for the pinned package
+    pin: pins.Pin
+    toolchain: Toolchain
+    options: tuple[str, ...]
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}-{self.key}"
+
+    @property
+    def tree(self) -> Path:
+        return cache_root() / "builds" / self.name
+
+
+def build(
+    backend: str = "cpu",
+    source: Path | None = None,
+    jobs: int | None = None,
+    cuda_architectures: str | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Build the patched llama.cpp unless that very build is in the cache already.
+
+    `source`: another llama.cpp tree than the pinned package (copied, never edited). `jobs`: compilers at once, by default as many as CPUs
+    and memory allow. `cuda_architectures`: CMake's list, for example ``90``; by default those of the GPUs that are visible.
+    Returns the patched tree, programs and libraries in ``build/bin``. Raises UserError (one sentence); nothing half-built is then left.
+    """
+    console = console or Console(stderr=True)
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"--jobs is {jobs}: it must be at least 1")
+    try:
+        plan = make_plan(backend, source, cuda_architectures)
+        with termination_as_exit(), _locked(plan.name, console):
+            if read_record(plan.tree):
+                (plan.tree / MARKER).touch()  # the build that was asked for last is the one in use
+                console.print(f"llama.cpp for {backend} is built already: {plan.tree}")
+            else:
+                _build_whole(plan, jobs or default_jobs(), console)
+            return plan.tree
+    except OSError as error:
+        root = cache_root()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(root) from error
+        raise UserError(f"cannot write the build in {root}: {error.strerror or error}; set MBQ_GGUF_CACHE to another folder") from error
+
+
+def make_plan(backend: str, tree: Path | None, cuda_architectures: str | None) -> Plan:
+    """Check what the build needs and compute its key, before anything is fetched."""
+    if backend not in BACKENDS:
+        raise UsageError(f"the backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}")
+    pin, toolchain = pins.read_pin(), find_toolchain(backend)
+    origin = source.check_source(tree) if tree is not None else None
+    options = _COMMON
+    if backend == "cuda":
+        options += (*_CUDA, f"CMAKE_CUDA_ARCHITECTURES={cuda_architectures or gpu_architectures()}")
+    parts = [
+        f"{pin.sha256} {pin.subdirectory}" if origin is None else source.tree_hash(origin),
+        pins.patch_hash(),
+        *options,
+        *(f"{wanted.name} {wanted.definitions} {wanted.flags}" for wanted in prove.instruction_sets()),
+        *PROGRAMS,
+        *toolchain.versions(),
+        *(f"{name}={os.environ[name]}" for name in _FLAG_VARIABLES if name in os.environ),
+        *cpu_flags(),
+    ]
+    return Plan(backend, origin, pin, toolchain, options, hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16])
+
+
+def _build_whole(plan: Plan, jobs: int, console: Console) -> None:
+    """From nothing to the marker, in the final place: file names in messages stay true, and without its marker the tree does not count."""
+    log_path = cache_root() / "logs" / f"{plan.name}.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished(plan.name)
+    try:
+        plan.tree.mkdir(parents=True)
+        if plan.origin is None:
+            source.unpack(source.fetch(plan.pin, console), plan.pin, plan.tree)
+        else:
+            source.copy_tree(plan.origin, plan.tree)
+        apply_patch(plan.tree, plan.toolchain.git)
+        with log_path.open("w", encoding="utf-8") as log:
+            proved = _compile(plan, jobs, log, console)
+        _check_result(plan.backend, plan.tree / "build" / "bin")
+        origin = plan.pin.sha256 if plan.origin is None else str(plan.origin)
+        record = BuildRecord(plan.key, plan.backend, pins.patch_hash(), origin, machine_hash(), proved.name, plan.options)
+        write_record(plan.tree, record)
+    except BaseException:
+        shutil.rmtree(plan.tree, ignore_errors=True)
+        raise
+    console.print(f"llama.cpp for {plan.backend} is built: {plan.tree}")
+
+
+def _compile(plan: Plan, jobs: int, log: TextIO, console: Console) -> prove.InstructionSet:
+    """Build the kernels for each instruction set in turn until one is proved, then everything else."""
+    wanted = prove.instruction_sets()
+    for number, chosen in enumerate(wanted):
+        _configure(plan, chosen, log, console)
+        _make(plan, [KERNELS], jobs, log, console, f"building the kernels ({chosen.description})")
+        fault = prove.prove_kernels(plan.tree / "build" / "bin")
+        if fault is None:
+            _make(plan, PROGRAMS, jobs, log, console, f"building llama.cpp for {plan.backend}")
+            return chosen
+        log.write(f"proof of {chosen.name}: {fault}\n")
+        if number + 1 < len(wanted):
+            console.print(f"the kernels built for {chosen.description} fail here ({fault}): going on with {wanted[number + 1].description}")
+    raise UserError(f"the built kernels fail on this machine even with {chosen.description} ({fault}): the log is {log.name}")
+
+
+def _configure(plan: Plan, chosen: prove.InstructionSet, log: TextIO, console: Console) -> None:
+    tools = plan.toolchain
+    definitions = [*plan.options, *chosen.definitions]
+    for language, variable in (("C", "CFLAGS"), ("CXX", "CXXFLAGS")):
+        definitions.append(f"CMAKE_{language}_FLAGS={' '.join([os.environ.get(variable, ''), *chosen.flags]).strip()}")
+    if tools.nvcc is not None:
+        definitions.append(f"CMAKE_CUDA_COMPILER={tools.nvcc}")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools.ninja}"] if tools.ninja else ["-G", "Unix Makefiles"]
+    command: list[str | Path] = [
+        tools.cmake,
+        "-S",
+        plan.tree,
+        "-B",
+        plan.tree / "build",
+        *generator,
+        *(f"-D{item}" for item in definitions),
+    ]
+    with console.status("configuring llama.cpp"):
+        run_step(command, log, lambda line: None)
+
+
+def _make(plan: Plan, targets: Sequence[str], jobs: int, log: TextIO, console: Console, title: str) -> None:
+    command: list[str | Path] = [plan.toolchain.cmake, "--build", plan.tree / "build", "--parallel", str(jobs), "--target", *targets]
+    with BuildProgress(console, title) as progress:
+        run_step(command, log, progress.line)
+
+
+def _check_result(backend: str, folder: Path) -> None:
+    """Every program is there, and one that links all libraries runs and passes."""
+    missing = [name for name in PROGRAMS if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"the build made no {missing[0]}: use the pinned llama.cpp, or a tree of the same age with --source")
+    if backend == "cuda" and find_tool("nvidia-smi") is None:
+        return  # built for another machine: without the driver's libcuda nothing can start here
+    done = subprocess.run([folder / FINAL_CHECK], capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode != 0:
+        said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if "FAILED" in line or "error" in line.lower()]
+        reason = said[0] if said else f"exit code {done.returncode}"
+        raise UserError(f"llama.cpp was built but its own check {FINAL_CHECK} fails ({reason}): please report it")
+
+
+@contextmanager
+def _locked(name: str, console: Console) -> Iterator[None]:
+    path = cache_root() / "locks" / f"{name}.lock"
+    with file_lock(path, lambda: console.print("another mbq-gguf is building the same llama.cpp: waiting for it")):
+        yield
+
+
+def _remove_unfinished(current: str) -> None:
+    """Remove trees without a marker that nobody is building: what a killed process or a power cut left."""
+    for tree in (cache_root() / "builds").glob("*"):
+        if read_record(tree):
+            continue
+        if tree.name == current:  # its lock is held by this process
+            shutil.rmtree(tree)
+            continue
+        with file_lock(cache_root() / "locks" / f"{tree.name}.lock") as free:
+            if free:
+                shutil.rmtree(tree)

@@ -1,0 +1,173 @@
+"""Run the built CPU kernels once, in a process of their own: ``python kernels_run.py <folder with libggml-cpu>``.
+
+Every weight type is multiplied in every buffer type that the CPU device offers, as llama.cpp does when it loads a model: AMX tiles and
+repacked layouts exist only in those extra buffers, so a product in plain memory would never touch them. Each product is compared with
+numpy in float64 on the same quantised weights.
+
+Uses only ggml's public C API. Each case is printed before it runs; a CPU that faults kills the process by a signal, and the last line
+tells where. Exit code 0: all right; 1: a product is wrong; 2: the libraries cannot be loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+COLUMNS, ROWS = 512, 64  # multiples of what AMX asks for: 256 columns for K-quants, 32 rows for a pair of tiles
+BATCHES = (1, 33)  # token generation, and a prompt that fills no tile evenly
+MAX_RELATIVE_ERROR = 0.03  # in the 2-norm; activations rounded to 8 bits a block of 32 or 256 give 0.004 to 0.01
+
+# Ids of ggml.h: F32 F16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K-Q6_K IQ4_NL IQ4_XS BF16, and the ids of this project from 120 on.
+TYPES = (0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 30, *range(120, 128))
+F32, I32 = 0, 26
+
+
+class InitParams(ctypes.Structure):
+    """struct ggml_init_params."""
+
+    _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
+
+
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "ggml_init": (c_void_p, (InitParams,)),
+    "ggml_free": (None, (c_void_p,)),
+    "ggml_type_name": (c_char_p, (c_int,)),
+    "ggml_row_size": (c_size_t, (c_int, c_int64)),
+    "ggml_new_tensor_1d": (c_void_p, (c_void_p, c_int, c_int64)),
+    "ggml_new_tensor_2d": (c_void_p, (c_void_p, c_int, c_int64, c_int64)),
+    "ggml_mul_mat": (c_void_p, (c_void_p, c_void_p, c_void_p)),
+    "ggml_get_rows": (c_void_p, (c_void_p, c_void_p, c_void_p)),
+    "ggml_new_graph": (c_void_p, (c_void_p,)),
+    "ggml_build_forward_expand": (None, (c_void_p, c_void_p)),
+    "ggml_quantize_chunk": (c_size_t, (c_int, POINTER(c_float), c_void_p, c_int64, c_int64, c_int64, POINTER(c_float))),
+    "ggml_backend_reg_dev_get": (c_void_p, (c_void_p, c_size_t)),
+    "ggml_backend_reg_get_proc_address": (c_void_p, (c_void_p, c_char_p)),
+    "ggml_backend_dev_supports_op": (c_bool, (c_void_p, c_void_p)),
+    "ggml_backend_dev_buffer_type": (c_void_p, (c_void_p,)),
+    "ggml_backend_buft_name": (c_char_p, (c_void_p,)),
+    "ggml_backend_alloc_ctx_tensors_from_buft": (c_void_p, (c_void_p, c_void_p)),
+    "ggml_backend_buffer_free": (None, (c_void_p,)),
+    "ggml_backend_tensor_set": (None, (c_void_p, c_void_p, c_size_t, c_size_t)),
+    "ggml_backend_tensor_get": (None, (c_void_p, c_void_p, c_size_t, c_size_t)),
+    "ggml_backend_graph_compute": (c_int, (c_void_p, c_void_p)),
+    "ggml_backend_cpu_reg": (c_void_p, ()),
+    "ggml_backend_cpu_init": (c_void_p, ()),
+}
+
+Array = NDArray[Any]
+
+
+class Ggml:
+    """The functions of `_SIGNATURES` from libggml-base and libggml-cpu, the CPU device and one CPU backend."""
+
+    def __init__(self, folder: Path) -> None:
+        suffix = ".dylib" if sys.platform == "darwin" else ".so"
+        libraries = [ctypes.CDLL(str(folder / f"lib{name}{suffix}"), ctypes.RTLD_GLOBAL) for name in ("ggml-base", "ggml-cpu")]
+        self._functions: dict[str, Any] = {}
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = next(getattr(library, name) for library in libraries if hasattr(library, name))
+            function.restype, function.argtypes = result, arguments
+            self._functions[name] = function
+        registry = self("backend_cpu_reg")
+        self.device = self("backend_reg_dev_get", registry, 0)
+        self.backend = self("backend_cpu_init")
+        self.buffer_types = [self("backend_dev_buffer_type", self.device), *self._extra_buffer_types(registry)]
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        return self._functions[f"ggml_{name}"](*arguments)
+
+    def _extra_buffer_types(self, registry: int) -> list[int]:
+        address = self("backend_reg_get_proc_address", registry, b"ggml_backend_dev_get_extra_bufts")
+        if not address:
+            return []
+        listed = ctypes.CFUNCTYPE(POINTER(c_void_p), c_void_p)(address)(self.device)
+        found: list[int] = []
+        while listed[len(found)]:  # the array ends with a null pointer
+            found.append(int(listed[len(found)] or 0))
+        return found
+
+    def quantise(self, type_id: int, weights: Array) -> Array:
+        """float32 [rows, columns] -> uint8 [rows, row bytes]; every channel counts the same."""
+        rows, columns = weights.shape
+        data = np.zeros((rows, self("row_size", type_id, columns)), dtype=np.uint8)
+        importance = np.ones(columns, dtype=np.float32)
+        floats = POINTER(c_float)
+        self(
+            "quantize_chunk", type_id, weights.ctypes.data_as(floats), data.ctypes.data, 0, rows, columns, importance.ctypes.data_as(floats)
+        )
+        return data
+
+    def product(self, operation: str, type_id: int, data: Array, other: Array, buffer_type: int) -> Array | None:
+        """``mul_mat`` or ``get_rows`` of weights [ROWS, COLUMNS] held in `buffer_type`; None where that buffer type leaves the op alone."""
+        weight_context, context = (self("init", InitParams(1 << 20, None, True)) for _ in range(2))
+        weight = self("new_tensor_2d", weight_context, type_id, COLUMNS, ROWS)
+        if operation == "mul_mat":
+            right = self("new_tensor_2d", context, F32, COLUMNS, len(other))
+        else:
+            right = self("new_tensor_1d", context, I32, len(other))
+        result = self(operation, context, weight, right)
+        graph = self("new_graph", context)
+        self("build_forward_expand", graph, result)
+        buffers = [
+            self("backend_alloc_ctx_tensors_from_buft", weight_context, buffer_type),
+            self("backend_alloc_ctx_tensors_from_buft", context, self.buffer_types[0]),
+        ]
+        answer = None
+        if self("backend_dev_supports_op", self.device, result):
+            self("backend_tensor_set", weight, data.ctypes.data, 0, data.nbytes)
+            self("backend_tensor_set", right, other.ctypes.data, 0, other.nbytes)
+            answer = np.full((len(other), ROWS if operation == "mul_mat" else COLUMNS), np.nan, dtype=np.float32)
+            if self("backend_graph_compute", self.backend, graph) == 0:
+                self("backend_tensor_get", result, answer.ctypes.data, 0, answer.nbytes)
+        for buffer in buffers:
+            self("backend_buffer_free", buffer)
+        for used in (weight_context, context):
+            self("free", used)
+        return answer
+
+
+def run(ggml: Ggml) -> bool:
+    """All types in all buffer types and batch sizes; prints one line a case. Returns False at the first product that is wrong."""
+    random = np.random.default_rng(0)
+    weights = random.standard_normal((ROWS, COLUMNS), dtype=np.float32)
+    every_row = np.arange(ROWS, dtype=np.int32)
+    for type_id in TYPES:
+        name = ggml("type_name", type_id)
+        if name in (None, b"", b"NONE"):
+            continue
+        data = ggml.quantise(type_id, weights)
+        print(f"{name.decode()} to float", flush=True)
+        exact = ggml.product("get_rows", type_id, data, every_row, ggml.buffer_types[0])
+        for buffer_type in ggml.buffer_types:
+            for batch in BATCHES:
+                activations = random.standard_normal((batch, COLUMNS), dtype=np.float32)
+                case = f"{name.decode()} x {batch} in {ggml('backend_buft_name', buffer_type).decode()} memory"
+                print(case, flush=True)
+                answer = ggml.product("mul_mat", type_id, data, activations, buffer_type)
+                if answer is None:
+                    continue
+                expected = activations.astype(np.float64) @ np.asarray(exact, dtype=np.float64).T
+                error = float(np.linalg.norm(answer - expected) / np.linalg.norm(expected))
+                if not error <= MAX_RELATIVE_ERROR:  # also true for NaN
+                    print(f"{case}: relative error {error:.3g}", flush=True)
+                    return False
+    return True
+
+
+def main(folder: str) -> int:
+    try:
+        ggml = Ggml(Path(folder))
+    except (OSError, StopIteration) as error:
+        print(f"cannot load the built libraries: {error}", flush=True)
+        return 2
+    return 0 if run(ggml) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

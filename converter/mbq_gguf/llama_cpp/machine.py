@@ -1,0 +1,119 @@
+"""What the build depends on outside the source: this machine's instruction sets, its memory, and the programs that compile."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from mbq_gguf.errors import UserError
+
+BYTES_PER_JOB = 2 << 30  # the largest llama.cpp C++ units and nvcc need between 1 and 2 GiB each
+
+
+@cache
+def cpu_flags() -> tuple[str, ...]:
+    """Instruction sets of this CPU as the kernel lists them, sorted; the CPU's name where there is no /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return (platform.machine(), platform.processor())
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return (platform.machine(), *sorted(value.split()))
+    return (platform.machine(),)
+
+
+@cache
+def machine_hash() -> str:
+    """Short hash of `cpu_flags`: a build made for another instruction set must not be run here."""
+    return hashlib.sha256(" ".join(cpu_flags()).encode()).hexdigest()[:16]
+
+
+def default_jobs() -> int:
+    """Compilers to run at once: the CPUs given to this process, fewer where the memory would not do."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cpus, memory // BYTES_PER_JOB))
+
+
+def find_tool(*names: str) -> Path | None:
+    """The first of `names` found beside this Python (a virtual environment need not be activated) or on PATH."""
+    search = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    for name in names:
+        found = shutil.which(name, path=search)
+        if found:
+            return Path(found)
+    return None
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """The programs of a build. ``ninja`` is None where CMake has to fall back to make, ``nvcc`` for a CPU build."""
+
+    cmake: Path
+    ninja: Path | None
+    git: Path
+    c_compiler: Path
+    cxx_compiler: Path
+    nvcc: Path | None
+
+    def versions(self) -> list[str]:
+        """First line of ``--version`` of every compiler: a new compiler means a new build."""
+        return [_version(path) for path in (self.c_compiler, self.cxx_compiler, self.nvcc) if path]
+
+
+def find_toolchain(backend: str) -> Toolchain:
+    """Look for everything that a build needs, before anything is fetched. Raises UserError naming the first that is missing."""
+    cmake, git = find_tool("cmake"), find_tool("git")
+    c_compiler, cxx_compiler = _compiler("CC", "cc", "gcc", "clang"), _compiler("CXX", "c++", "g++", "clang++")
+    if cxx_compiler is None or c_compiler is None:
+        raise UserError("no C and C++ compiler was found: install one, for example with `apt install g++`, or set CC and CXX")
+    if git is None:
+        raise UserError("git was not found and is needed to apply the patch: install it, for example with `apt install git`")
+    if cmake is None:
+        raise UserError("cmake was not found: install it with `pip install 'mbq-gguf[build]'`")
+    ninja = find_tool("ninja", "ninja-build")
+    if ninja is None and find_tool("make") is None:
+        raise UserError("neither ninja nor make was found: install ninja with `pip install 'mbq-gguf[build]'`")
+    return Toolchain(cmake, ninja, git, c_compiler, cxx_compiler, _nvcc() if backend == "cuda" else None)
+
+
+def gpu_architectures() -> str:
+    """CMake's architecture list for the GPUs of this machine, for example ``90-real``. Raises UserError where no GPU is visible."""
+    smi = find_tool("nvidia-smi")
+    listed = ""
+    if smi is not None:
+        query: list[str | Path] = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+        listed = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    found = sorted({line.strip().replace(".", "") for line in listed.splitlines() if line.strip().replace(".", "").isdigit()})
+    if not found:
+        raise UserError("no NVIDIA GPU is visible here: name the ones to build for, for example with `--cuda-architectures 90`")
+    return ";".join(f"{number}-real" for number in found)
+
+
+def _compiler(variable: str, *names: str) -> Path | None:
+    """The compiler of the environment variable where set (its first word, as in ``ccache g++``, has to exist), else the usual names."""
+    wanted = os.environ.get(variable, "").split()
+    return find_tool(wanted[0]) if wanted else find_tool(*names)
+
+
+def _nvcc() -> Path:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [os.environ.get("CUDACXX", ""), "nvcc", *(f"{home}/bin/nvcc" for home in [*homes, "/usr/local/cuda"])]
+    found = find_tool(*(name for name in candidates if name))
+    if found is None:
+        raise UserError("nvcc was not found: install the CUDA toolkit, set CUDA_HOME to it, or build with `--backend cpu`")
+    return found
+
+
+def _version(program: Path) -> str:
+    answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    return answer.splitlines()[-1 if "nvcc" in program.name else 0] if answer else str(program)

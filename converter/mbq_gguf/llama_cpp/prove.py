@@ -1,0 +1,86 @@
+"""Which instruction sets to build for: tried in order, the first whose kernels run correctly on this machine wins.
+
+A CPU may list an instruction set that then faults: seen in virtual machines with AMX, which die by SIGILL at ``tilezero`` although the
+kernel has granted permission. Only a run of the built kernels can tell.
+"""
+
+from __future__ import annotations
+
+import platform
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mbq_gguf.errors import UserError
+from mbq_gguf.llama_cpp import kernels_run
+from mbq_gguf.llama_cpp.machine import cpu_flags
+
+PROOF_SECONDS = 300  # takes about 2 s; an emulated machine may be a hundred times slower
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """One choice of instruction sets, as CMake definitions and extra compiler flags."""
+
+    name: str
+    description: str
+    definitions: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+
+
+_X86_OPTIONS = ("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C")
+NATIVE = InstructionSet("native", "everything that this CPU lists", ("GGML_NATIVE=ON",))
+NO_AMX = InstructionSet(
+    "native-without-amx",
+    "everything that this CPU lists except AMX",
+    ("GGML_NATIVE=ON",),
+    ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16"),
+)
+AVX2 = InstructionSet("avx2", "AVX2 and FMA", ("GGML_NATIVE=OFF", *(f"GGML_{name}=ON" for name in _X86_OPTIONS)))
+BASELINE = InstructionSet("baseline", "no optional instruction set", ("GGML_NATIVE=OFF", *(f"GGML_{name}=OFF" for name in _X86_OPTIONS)))
+
+
+def instruction_sets() -> tuple[InstructionSet, ...]:
+    """What to try on this machine, best first; sets that the CPU does not list are left out."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return (NATIVE, InstructionSet("baseline", "no optional instruction set", ("GGML_NATIVE=OFF",)))
+    listed = set(cpu_flags())
+    chosen = [NATIVE]
+    if "amx_tile" in listed:
+        chosen.append(NO_AMX)
+    if {"avx2", "fma", "f16c", "bmi2"} <= listed:
+        chosen.append(AVX2)
+    return (*chosen, BASELINE)
+
+
+def prove_kernels(folder: Path) -> str | None:
+    """Run the kernels of ``libggml-cpu`` in `folder` in a process of their own.
+
+    Returns None where they run and agree with numpy, else a few words on what went wrong where. Raises UserError where the libraries
+    cannot be loaded at all: another instruction set would not help.
+    """
+    command = [sys.executable, kernels_run.__file__, str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROOF_SECONDS, check=False)
+    except subprocess.TimeoutExpired as expired:
+        said = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
+        return f"no answer within {PROOF_SECONDS} s at {_last_line(said)}"
+    if done.returncode == 0:
+        return None
+    if done.returncode == 1 and "relative error" in done.stdout:
+        return f"wrong result at {_last_line(done.stdout)}"
+    if done.returncode < 0:
+        return f"{_signal_words(-done.returncode)} at {_last_line(done.stdout)}"
+    raise UserError(f"the freshly built kernels could not be tried: {_last_line(done.stdout + done.stderr)}")
+
+
+def _signal_words(number: int) -> str:
+    known = {signal.SIGILL: "illegal instruction", signal.SIGSEGV: "memory fault", signal.SIGBUS: "memory fault", signal.SIGABRT: "abort"}
+    return known.get(signal.Signals(number), signal.Signals(number).name)
+
+
+def _last_line(said: str) -> str:
+    lines = said.strip().splitlines()
+    return lines[-1] if lines else "the start"

