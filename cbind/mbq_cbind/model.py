@@ -1,0 +1,249 @@
+"""A whole GGUF model through libllama: logits of given answers, and greedy answers, to questions about pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mbq_gguf.errors import UserError
+
+from mbq_cbind.chat import render
+from mbq_cbind.library import load, take_error
+from mbq_cbind.types import Floats
+from mbq_cbind.vision import Chunk, EncodedImage, Vision, require_gguf
+
+
+class Model:
+    """A language model and, with ``mmproj``, its vision part; a context manager.
+
+    ``context`` is the number of tokens that a prompt with its answer may take, ``batch`` how many of them run at once. ``gpu_layers`` is 0
+    for the CPU, -1 for all layers on the GPU. What a prompt shares with the one before it (the same opening and the very same encoded
+    image) is not computed again. Not safe for several threads.
+    """
+
+    def __init__(
+        self,
+        gguf: Path,
+        mmproj: Path | None = None,
+        *,
+        threads: int | None = None,
+        gpu_layers: int = 0,
+        context: int = 4096,
+        batch: int = 512,
+    ) -> None:
+        self._binding = load()
+        ffi, c = self._binding.ffi, self._binding.c
+        self.path, self._batch = gguf, batch
+        self._model = self._context = ffi.NULL
+        self._vision: Vision | None = None
+        self._done: list[Chunk] = []  # what the context holds, chunk by chunk
+        require_gguf(gguf)
+        threads = threads or os.cpu_count() or 1
+        try:
+            self._model = self._open_model(gpu_layers)
+            self._context = self._open_context(threads, context)
+            self._vocabulary = c.llama_model_get_vocab(self._model)
+            if mmproj is not None:
+                self._vision = Vision(mmproj, self._model, threads=threads, use_gpu=gpu_layers != 0)
+        except BaseException:
+            self.close()
+            raise
+        self.vocabulary_size: int = c.llama_vocab_n_tokens(self._vocabulary)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free model and context; a second call does nothing."""
+        c, null = self._binding.c, self._binding.ffi.NULL
+        if self._vision is not None:
+            self._vision.close()
+        if self._context != null:
+            c.llama_free(self._context)
+        if self._model != null:
+            c.llama_model_free(self._model)
+        self._model = self._context = null
+
+    @property
+    def vision(self) -> Vision:
+        """The vision part. Raises UserError where the model was opened without one."""
+        if self._vision is None:
+            raise UserError(f"{self.path} was opened without its vision part: give the mmproj file too")
+        return self._vision
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights in the file."""
+        return int(self._binding.c.llama_model_n_params(self._model))
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors in the file."""
+        return int(self._binding.c.llama_model_size(self._model))
+
+    @property
+    def end_of_answer(self) -> int:
+        """The token that ends an assistant's turn."""
+        c = self._binding.c
+        turn = c.llama_vocab_eot(self._vocabulary)
+        return int(turn if turn >= 0 else c.llama_vocab_eos(self._vocabulary))
+
+    def prompt(self, question: str, images: int = 1) -> str:
+        """The question after ``images`` media markers in the model's chat template, as llama-server renders it."""
+        c, text = self._binding.c, self._binding.text
+        template = text(c.llama_model_chat_template(self._model, self._binding.ffi.NULL))
+        if not template:
+            raise UserError(f"{self.path} has no chat template: convert the model again from a directory that has one")
+        bos, eos = (self._piece(token(self._vocabulary)) for token in (c.llama_vocab_bos, c.llama_vocab_eos))
+        bos = bos if c.llama_vocab_get_add_bos(self._vocabulary) else ""
+        return render(template, question, marker=self.vision.marker if images else "", images=images, bos=bos, eos=eos)
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Tokens of ``text`` alone; with ``special``, names of special tokens count as these, and a BOS comes first where wanted."""
+        ffi, c = self._binding.ffi, self._binding.c
+        data = text.encode()
+        tokens = ffi.new("llama_token[]", len(data) + 2)
+        count = c.llama_tokenize(self._vocabulary, data, len(data), tokens, len(tokens), special, special)
+        return list(ffi.unpack(tokens, count))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Text of ``tokens``, special ones left out."""
+        ffi, c = self._binding.ffi, self._binding.c
+        size = 64 + 64 * len(tokens)
+        while True:
+            buffer = ffi.new("char[]", size)
+            written = c.llama_detokenize(self._vocabulary, list(tokens), len(tokens), buffer, size, False, False)
+            if written >= 0:
+                return bytes(ffi.buffer(buffer, written)).decode("utf-8", errors="replace")
+            size = -written
+
+    def is_end(self, token: int) -> bool:
+        """Whether ``token`` ends generation."""
+        return bool(self._binding.c.llama_vocab_is_eog(self._vocabulary, token))
+
+    def prompt_tokens(self, prompt: str, images: Sequence[EncodedImage] = ()) -> list[int | None]:
+        """What the model is given for ``prompt``: text tokens, and None for each image token."""
+        with self._chunks(prompt, images) as chunks:
+            return [token for chunk in chunks for token in (chunk.tokens or [None] * len(_embedding(chunk)))]
+
+    def logits(self, prompt: str, images: Sequence[EncodedImage], answer: Sequence[int]) -> Floats:
+        """Teacher forcing: row i of float32 [len(answer), vocabulary] predicts ``answer[i]`` from the prompt and the answer before it."""
+        with self._chunks(prompt, images) as chunks:
+            position = self._fill(chunks[:-1])
+            last = chunks[-1].tokens
+            return self._decode([*last, *answer[:-1]], position, outputs=len(answer))
+
+    def generate(self, prompt: str, images: Sequence[EncodedImage], *, limit: int, opening: Sequence[int] = ()) -> list[int]:
+        """The greedy answer after ``opening``, at most ``limit`` tokens with it; the token that ends the turn is left out."""
+        answer = list(opening)
+        with self._chunks(prompt, images) as chunks:
+            position = self._fill(chunks[:-1])
+            pending = [*chunks[-1].tokens, *answer]
+        while len(answer) < limit:
+            token = int(self._decode(pending, position, outputs=1)[0].argmax())
+            if self.is_end(token):
+                break
+            answer.append(token)
+            position += len(pending)
+            pending = [token]
+        return answer
+
+    def text_logits(self, tokens: Sequence[int]) -> Floats:
+        """Logits after each of ``tokens`` alone, no chat template: float32 [len(tokens), vocabulary]."""
+        self._fill([])
+        return self._decode(list(tokens), 0, outputs=len(tokens))
+
+    def _open_model(self, gpu_layers: int) -> Any:
+        ffi, c = self._binding.ffi, self._binding.c
+        parameters = c.llama_model_default_params()
+        parameters.n_gpu_layers = gpu_layers
+        no_devices = ffi.new("ggml_backend_dev_t[1]")  # an empty list keeps a CUDA build off the GPU altogether
+        if gpu_layers == 0:
+            parameters.devices = no_devices
+        model = c.llama_model_load_from_file(os.fsencode(self.path), parameters)
+        if model == ffi.NULL:
+            raise UserError(f"llama.cpp cannot load {self.path}: {take_error('unknown reason')}")
+        return model
+
+    def _open_context(self, threads: int, context: int) -> Any:
+        ffi, c = self._binding.ffi, self._binding.c
+        parameters = c.llama_context_default_params()
+        parameters.n_ctx = parameters.n_batch = context
+        parameters.n_ubatch = self._batch
+        parameters.n_threads = parameters.n_threads_batch = threads
+        opened = c.llama_init_from_model(self._model, parameters)
+        if opened == ffi.NULL:
+            raise UserError(f"no context of {context} tokens for {self.path} ({take_error('unknown reason')}): try a smaller one")
+        return opened
+
+    def _piece(self, token: int) -> str:
+        return self._binding.text(self._binding.c.llama_vocab_get_text(self._vocabulary, token)) if token >= 0 else ""
+
+    @contextmanager
+    def _chunks(self, prompt: str, images: Sequence[EncodedImage]) -> Iterator[list[Chunk]]:
+        if not images:
+            tokens = tuple(self.tokenize(prompt, special=True))
+            yield [Chunk(tokens=tokens, positions=len(tokens))]
+            return
+        with self.vision.chunks(prompt, images) as chunks:
+            if not chunks[-1].tokens:
+                raise UserError("a prompt must end in text: put the pictures before the question")
+            yield chunks
+
+    def _fill(self, chunks: list[Chunk]) -> int:
+        """Make the context hold ``chunks`` and nothing more; returns the next position."""
+        shared = 0
+        while shared < min(len(chunks), len(self._done)) and chunks[shared].same_as(self._done[shared]):
+            shared += 1
+        position = sum(chunk.positions for chunk in chunks[:shared])
+        memory = self._binding.c.llama_get_memory(self._context)
+        # Models with a recurrent state cannot go back to a position: they start again.
+        if not self._binding.c.llama_memory_seq_rm(memory, 0, position, -1):
+            self._binding.c.llama_memory_clear(memory, True)
+            shared = position = 0
+        self._done = chunks[:shared]
+        for chunk in chunks[shared:]:
+            if chunk.tokens:
+                self._decode(chunk.tokens, position, outputs=0)
+            else:
+                self.vision.decode(self._context, chunk, position, self._batch)
+            position += chunk.positions
+            self._done.append(Chunk(chunk.tokens, chunk.embedding, chunk.positions))
+        return position
+
+    def _decode(self, tokens: Sequence[int], position: int, *, outputs: int) -> Floats:
+        """Run text ``tokens`` from ``position``; logits of the last ``outputs`` of them, float32 [outputs, vocabulary]."""
+        ffi, c = self._binding.ffi, self._binding.c
+        count = len(tokens)
+        batch = c.llama_batch_init(count, 0, 1)
+        try:
+            batch.n_tokens = count
+            batch.token[0:count] = list(tokens)
+            batch.pos[0:count] = range(position, position + count)
+            for i in range(count):
+                batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, i >= count - outputs
+            status = c.llama_decode(self._context, batch)
+        finally:
+            c.llama_batch_free(batch)
+        if status != 0:
+            self._done = []
+            c.llama_memory_clear(c.llama_get_memory(self._context), True)
+            full = f"{position + count} tokens do not fit the context of {c.llama_n_ctx(self._context)}: open the model with a larger one"
+            raise UserError(full if status == 1 else f"llama.cpp failed on the prompt: {take_error('unknown reason')}")
+        logits = np.empty((outputs, c.llama_vocab_n_tokens(self._vocabulary)), np.float32)
+        for row, i in enumerate(range(count - outputs, count)):
+            ffi.memmove(ffi.from_buffer(logits[row]), c.llama_get_logits_ith(self._context, i), logits[row].nbytes)
+        return logits
+
+
+def _embedding(chunk: Chunk) -> Floats:
+    if chunk.embedding is None:
+        raise UserError("a chunk holds neither text nor an image: this kind of prompt is not supported")
+    return chunk.embedding

@@ -1,0 +1,141 @@
+"""Images through libmtmd: the vision tower's embeddings, and prompts cut into text and image chunks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mbq_gguf.errors import UsageError, UserError
+
+from mbq_cbind.library import load, take_error
+from mbq_cbind.types import Floats
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """What the language model sees of a picture: for each chunk that the picture makes (one, or several slices) the projector's output,
+    float32 [tokens, width]. It belongs to the mmproj file, so models that share that file share it."""
+
+    width: int  # pixels
+    height: int
+    embeddings: tuple[Floats, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stretch of a prompt: text tokens, or an image's embeddings with the position count that it takes."""
+
+    tokens: tuple[int, ...] = ()
+    embedding: Floats | None = None
+    positions: int = 0
+    handle: Any = field(default=None, compare=False)  # mtmd_input_chunk, alive as long as the list it came from
+
+    def same_as(self, other: Chunk) -> bool:
+        """Whether both put the same into the model: equal tokens, or the very same embeddings."""
+        return self.tokens == other.tokens and self.embedding is other.embedding
+
+
+class Vision:
+    """An mmproj file opened beside a language model; a context manager."""
+
+    def __init__(self, mmproj: Path, model: Any, *, threads: int, use_gpu: bool) -> None:
+        self._binding = load()
+        ffi, c = self._binding.ffi, self._binding.c
+        require_gguf(mmproj)
+        parameters = c.mtmd_context_params_default()
+        parameters.n_threads, parameters.use_gpu = threads, use_gpu
+        parameters.print_timings = parameters.warmup = False
+        self._context = c.mtmd_init_from_file(os.fsencode(mmproj), model, parameters)
+        if self._context == ffi.NULL:
+            raise UserError(f"{mmproj} cannot be used as the vision part of this model: {take_error('unknown reason')}")
+        if not c.mtmd_support_vision(self._context):
+            self.close()
+            raise UserError(f"{mmproj} holds no vision tower: give the mmproj file that was made with the model")
+        self.marker: str = self._binding.text(c.mtmd_default_marker())
+        self._width: int = c.llama_model_n_embd_inp(model)
+
+    def close(self) -> None:
+        """Free the vision tower; a second call does nothing."""
+        if self._context != self._binding.ffi.NULL:
+            self._binding.c.mtmd_free(self._context)
+            self._context = self._binding.ffi.NULL
+
+    def encode(self, path: Path) -> EncodedImage:
+        """The picture through vision tower and projector. Raises UsageError where there is no such picture."""
+        ffi, c = self._binding.ffi, self._binding.c
+        if not path.is_file():
+            raise UsageError(f"there is no picture {path}")
+        loaded = c.mtmd_helper_bitmap_init_from_file(self._context, os.fsencode(path), False, c.mtmd_helper_init_opt_default())
+        if loaded.bitmap == ffi.NULL:
+            raise UserError(f"{path} cannot be read as a picture: give a PNG, JPEG, BMP or GIF file")
+        bitmap = ffi.gc(loaded.bitmap, c.mtmd_bitmap_free)
+        embeddings = []
+        with self._tokenized(self.marker, [bitmap]) as chunks:
+            for handle in chunks:
+                if c.mtmd_input_chunk_get_type(handle) == c.MTMD_INPUT_CHUNK_TYPE_IMAGE:
+                    if c.mtmd_encode_chunk(self._context, handle) != 0:
+                        raise UserError(f"the vision tower failed on {path}: {take_error('unknown reason')}")
+                    size = c.mtmd_input_chunk_get_n_tokens(handle) * self._width
+                    output = ffi.buffer(c.mtmd_get_output_embd(self._context), 4 * size)
+                    embeddings.append(np.frombuffer(output, np.float32).reshape(-1, self._width).copy())
+        return EncodedImage(c.mtmd_bitmap_get_nx(bitmap), c.mtmd_bitmap_get_ny(bitmap), tuple(embeddings))
+
+    @contextmanager
+    def chunks(self, prompt: str, images: Sequence[EncodedImage]) -> Iterator[list[Chunk]]:
+        """``prompt`` cut at its markers, one for each of ``images``; the chunks live within the ``with`` block."""
+        ffi, c = self._binding.ffi, self._binding.c
+        # Bitmaps without pixels stand for the pictures: their size alone decides chunks and positions.
+        bitmaps = [ffi.gc(c.mtmd_bitmap_init(image.width, image.height, ffi.NULL), c.mtmd_bitmap_free) for image in images]
+        embeddings = iter([embedding for image in images for embedding in image.embeddings])
+        with self._tokenized(prompt, bitmaps) as handles:
+            cut = []
+            for handle in handles:
+                positions = c.mtmd_input_chunk_get_n_pos(handle)
+                if c.mtmd_input_chunk_get_type(handle) == c.MTMD_INPUT_CHUNK_TYPE_TEXT:
+                    count = ffi.new("size_t *")
+                    tokens = c.mtmd_input_chunk_get_tokens_text(handle, count)
+                    cut.append(Chunk(tokens=tuple(ffi.unpack(tokens, count[0])), positions=positions))
+                else:
+                    embedding = next(embeddings, None)
+                    if embedding is None or len(embedding) != c.mtmd_input_chunk_get_n_tokens(handle):
+                        raise UsageError("a picture was encoded by another mmproj file than the one it is used with")
+                    cut.append(Chunk(embedding=embedding, positions=positions, handle=handle))
+            yield cut
+
+    def decode(self, context: Any, chunk: Chunk, position: int, batch: int) -> None:
+        """Put an image chunk into the language model ``context`` (llama_context) at ``position``."""
+        ffi, c = self._binding.ffi, self._binding.c
+        data = ffi.from_buffer("float[]", np.ascontiguousarray(chunk.embedding))
+        end = ffi.new("llama_pos *", position)
+        if c.mtmd_helper_decode_image_chunk(self._context, context, chunk.handle, data, position, 0, batch, end, ffi.NULL, ffi.NULL) != 0:
+            raise UserError(f"an image did not go into the model ({take_error('unknown reason')}): try a larger context")
+
+    @contextmanager
+    def _tokenized(self, prompt: str, bitmaps: Sequence[Any]) -> Iterator[list[Any]]:
+        ffi, c = self._binding.ffi, self._binding.c
+        text = prompt.encode()
+        buffer = ffi.new("char[]", text)
+        request = ffi.new("mtmd_input_text *", {"text": buffer, "text_len": len(text), "add_special": True, "parse_special": True})
+        chunks = c.mtmd_input_chunks_init()
+        try:
+            if c.mtmd_tokenize(self._context, chunks, request, ffi.new("mtmd_bitmap *[]", list(bitmaps)), len(bitmaps)) != 0:
+                raise UserError(f"the prompt and its pictures cannot be cut into tokens: {take_error('unknown reason')}")
+            yield [c.mtmd_input_chunks_get(chunks, i) for i in range(c.mtmd_input_chunks_size(chunks))]
+        finally:
+            c.mtmd_input_chunks_free(chunks)
+
+
+def require_gguf(path: Path) -> None:
+    """Raises UsageError unless ``path`` is a file that starts as GGUF does."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be opened ({error.strerror}): give a GGUF file") from error
+    if magic != b"GGUF":
+        raise UsageError(f"{path} is not a GGUF file: give one that `mbq-gguf convert` or llama.cpp made")
