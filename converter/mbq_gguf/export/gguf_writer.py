@@ -1,0 +1,155 @@
+"""Writes the text GGUF and the mmproj GGUF of a model directory: llama.cpp's conversion with some tensors' bytes put in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mbq_gguf.errors import UserError
+from mbq_gguf.export.atomic import check_space, staged
+from mbq_gguf.export.conversion import FILE_TYPES, conversion_errors, decoder_names, open_model, quiet
+from mbq_gguf.export.injection import Injection, PackedTensor, TensorRecord
+
+MMPROJ_TYPES = tuple(FILE_TYPES)
+BASE_TYPES = ("BF16", "F16")
+SPARE_BYTES = 64 << 20  # header, vocabulary and file system, beside the tensors' own bytes
+
+Advance = Callable[[int, int], None]  # (bytes written since the last call, bytes of all tensors)
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """What goes into a text GGUF. Keys of ``packed`` and ``replaced`` are decoder keys (``layers.0.mlp.up_proj.weight``)."""
+
+    packed: Mapping[str, PackedTensor]
+    replaced: Mapping[str, torch.Tensor]
+    base_type: str
+    embedding_type: str
+    metadata: Mapping[str, Any]
+    file_type: int | None
+
+
+def write_text_gguf(
+    model_dir: Path,
+    out: Path,
+    *,
+    packed: Mapping[str, PackedTensor],
+    replaced: Mapping[str, torch.Tensor],
+    base_type: str,
+    embedding_type: str,
+    metadata: Mapping[str, Any],
+    file_type: int | None,
+    advance: Advance | None = None,
+) -> list[TensorRecord]:
+    """Write the language model of ``model_dir`` to ``out``; ``out`` appears when it is whole.
+
+    ``packed`` goes in as it is (rows reordered as llama.cpp wants them), ``replaced`` takes the place of the checkpoint's tensor before
+    conversion (both in Hugging Face's order of rows, [out, in]), embeddings and output head become ``embedding_type``, every other matrix
+    ``base_type`` ("BF16" or "F16"), norms and biases F32. ``metadata`` (str, bool, int, float, list) is added to the file's;
+    ``file_type`` is general.file_type, None for the base type's own. Raises UserError where a key is no tensor of the model, where its
+    shape differs, or where ``out`` cannot be written.
+    """
+    content = TextFile(packed, replaced, base_type, embedding_type, metadata, file_type)
+    with staged(out) as (part,):
+        return write_text(model_dir, part, content, advance)
+
+
+def write_mmproj_gguf(
+    model_dir: Path,
+    out: Path,
+    *,
+    mmproj_type: str,
+    replaced: Mapping[str, torch.Tensor] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    advance: Advance | None = None,
+) -> list[TensorRecord]:
+    """Write vision tower and projector of ``model_dir`` to ``out`` in ``mmproj_type`` (F32, F16, BF16, Q8_0); whole or not at all.
+
+    ``replaced`` holds tensors by their name in the checkpoint. Raises UserError as :func:`write_text_gguf` does.
+    """
+    with staged(out) as (part,):
+        return write_mmproj(model_dir, part, mmproj_type, replaced or {}, metadata or {}, advance)
+
+
+def write_text(model_dir: Path, part: Path, content: TextFile, advance: Advance | None) -> list[TensorRecord]:
+    """:func:`write_text_gguf` into the file ``part``, for callers that stage several files at once."""
+    model = open_model(model_dir, part, file_type=content.base_type, mmproj=False)
+    names = decoder_names(model.model_tensors)
+    packed = {_find(names, key): tensor for key, tensor in content.packed.items()}
+    replaced = {_find(names, key): tensor for key, tensor in content.replaced.items()}
+    embedding_type = None if content.embedding_type == content.base_type else content.embedding_type
+    injection = Injection(model, packed, replaced, embedding_type)
+    return _write(model, injection, content.metadata, content.file_type, model_dir, advance)
+
+
+def write_mmproj(
+    model_dir: Path,
+    part: Path,
+    mmproj_type: str,
+    replaced: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, Any],
+    advance: Advance | None,
+) -> list[TensorRecord]:
+    """:func:`write_mmproj_gguf` into the file ``part``."""
+    model = open_model(model_dir, part, file_type=mmproj_type, mmproj=True)
+    for name in replaced:
+        _find(dict.fromkeys(model.model_tensors, name), name)
+    return _write(model, Injection(model, {}, replaced, None), metadata, None, model_dir, advance)
+
+
+def _find(names: Mapping[str, str], key: str) -> str:
+    try:
+        return names[key]
+    except KeyError:
+        raise UserError(f"the checkpoint has no tensor {key}: this model needs an adapter of its own") from None
+
+
+def _write(
+    model: Any, injection: Injection, metadata: Mapping[str, Any], file_type: int | None, model_dir: Path, advance: Advance | None
+) -> list[TensorRecord]:
+    """Run the conversion of ``model`` with ``injection`` in it and write its file."""
+    with quiet(), torch.inference_mode():
+        with conversion_errors(model_dir):
+            model.prepare_tensors()
+            model.prepare_metadata(vocab_only=False)
+        injection.check_used()
+        writer = model.gguf_writer
+        for key, value in metadata.items():
+            add_metadata(writer, key, value)
+        if file_type is not None:
+            writer.remove_key("general.file_type")
+            writer.add_file_type(file_type)
+        total = sum(record.nbytes for record in injection.records)
+        check_space(model.fname_out.parent, total + SPARE_BYTES)
+        if advance is not None:
+            injection.report_to(lambda written: advance(written, total))
+        try:
+            writer.write_header_to_file(path=model.fname_out)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file(progress=False)
+        finally:
+            writer.close()
+    return injection.records
+
+
+def add_metadata(writer: Any, key: str, value: Any) -> None:
+    """Add ``value`` under ``key`` with the GGUF type that fits: bool, uint32 (int32 below zero), float32, string, or array of these.
+
+    An empty list is left out, as GGUF arrays need a type.
+    """
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, (list, tuple)):
+        writer.add_array(key, list(value))
+    else:
+        raise TypeError(f"metadata {key} has the type {type(value).__name__}, which GGUF cannot hold")

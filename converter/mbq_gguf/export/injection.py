@@ -1,0 +1,158 @@
+"""Puts our tensors into a model object of llama.cpp's conversion package while it prepares its file.
+
+Three of the object's own methods are wrapped, on the object and not on its class: ``modify_tensors`` (which names and rows become of a
+tensor), ``tensor_force_quant`` (its type) and the writer's ``add_tensor`` (its bytes). So whatever an architecture does to its rows,
+permuting, splitting, joining nothing, happens to packed rows as well, without a list of architectures here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mbq_gguf.errors import UserError
+from mbq_gguf.export.row_order import row_order
+from mbq_gguf.formats.container import Bytes, Container
+from mbq_gguf.formats.gguf_types import import_gguf
+from mbq_gguf.formats.registry import container, container_for
+
+CHUNK_WEIGHTS = 1 << 24  # weights of an embedding that are quantised at a time: 64 MB as float32
+EMBEDDINGS = ("token_embd.weight", "output.weight")
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A weight matrix as it will lie in the file, but with rows in Hugging Face's order."""
+
+    container: str
+    data: Bytes  # [rows, row_bytes]
+    columns: int
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor of a written file. ``shape`` is numpy's order, [out, in]."""
+
+    name: str
+    type_name: str
+    shape: tuple[int, ...]
+    nbytes: int
+    wanted: str | None = None  # the type that was asked for where the row length ruled it out
+
+    @property
+    def elements(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+
+class Deferred:
+    """A tensor that is made when it is written: all that gguf's writer asks of an array is its size and ``tofile``."""
+
+    def __init__(self, chunks: Callable[[], Iterable[npt.NDArray[Any]]], shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+        self.chunks = chunks
+        self.shape = shape
+        self.dtype = np.dtype(dtype)
+        self.nbytes = prod(shape) * self.dtype.itemsize
+        self.advance: Callable[[int], None] = lambda _: None
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write all bytes. Unlike ndarray.tofile this lets the system's error number through: a full disk is told from other faults."""
+        for chunk in self.chunks():
+            file.write(np.ascontiguousarray(chunk).view(np.uint8).reshape(-1).data)
+            self.advance(chunk.nbytes)
+
+
+class Injection:
+    """The changes to one model object; ``records`` lists its tensors once ``prepare_tensors`` has run."""
+
+    def __init__(
+        self, model: Any, packed: Mapping[str, PackedTensor], replaced: Mapping[str, torch.Tensor], embedding_type: str | None
+    ) -> None:
+        self.records: list[TensorRecord] = []
+        self._gguf = import_gguf()
+        self._embedding_type = embedding_type
+        self._packed = packed
+        self._pending = set(packed)
+        self._rows: dict[str, tuple[PackedTensor, npt.NDArray[np.int64]]] = {}
+        self._modify, self._force, self._add = model.modify_tensors, model.tensor_force_quant, model.gguf_writer.add_tensor
+        self._writer = model.gguf_writer
+        for name, tensor in replaced.items():
+            _replace(model, name, tensor)
+        model.modify_tensors, model.tensor_force_quant = self._modify_tensors, self._tensor_force_quant
+        model.gguf_writer.add_tensor = self._add_tensor
+
+    def check_used(self) -> None:
+        """Raise UserError where a packed tensor found no place in the file."""
+        if self._pending:
+            raise UserError(f"llama.cpp's conversion leaves out {min(self._pending)}: this model needs an adapter of its own")
+
+    def report_to(self, advance: Callable[[int], None]) -> None:
+        """Call ``advance(bytes)`` after each piece that is written."""
+        for tensors in self._writer.tensors:
+            for info in tensors.values():
+                info.tensor.advance = advance
+
+    def _modify_tensors(self, data: Any, name: str, bid: int | None) -> list[tuple[str, Any]]:
+        outputs = list(self._modify(data, name, bid))
+        packed = self._packed.get(name)
+        if packed is not None:
+            shape = (packed.data.shape[0], packed.columns)
+            if tuple(data.shape) != shape:
+                raise UserError(f"{name} is {tuple(data.shape)} in the checkpoint and {shape} after quantisation: use the same directory")
+            for output, rows in row_order(lambda probe: self._modify(probe, name, bid), shape, name).items():
+                self._rows[output] = (packed, rows)
+            self._pending.discard(name)
+        return outputs
+
+    def _tensor_force_quant(self, name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
+        if new_name in self._rows:
+            return self._gguf.GGMLQuantizationType.F16  # never computed: _add_tensor has the bytes
+        if self._embedding_type is not None and new_name in EMBEDDINGS:
+            return self._gguf.GGMLQuantizationType.F32
+        return self._force(name, new_name, bid, n_dims)
+
+    def _add_tensor(self, name: str, tensor: Any, raw_shape: Any = None, raw_dtype: Any = None) -> None:
+        shape = tuple(tensor.shape)
+        wanted: str | None = None
+        if name in self._rows:
+            packed, rows = self._rows[name]
+            chosen = container(packed.container)
+            deferred = Deferred(lambda: [packed.data[rows]], (len(rows), packed.data.shape[1]), np.uint8)
+            raw_dtype = self._gguf.GGMLQuantizationType[chosen.name]
+        elif self._embedding_type is not None and name in EMBEDDINGS:
+            chosen = container_for(self._embedding_type, shape[-1])
+            wanted = self._embedding_type if chosen.name != self._embedding_type else None
+            deferred = Deferred(lambda: quantised(tensor, chosen), (*shape[:-1], chosen.row_bytes(shape[-1])), np.uint8)
+            raw_dtype = self._gguf.GGMLQuantizationType[chosen.name]
+        else:
+            deferred = Deferred(lambda: [eager(tensor)], shape, tensor.dtype)
+        self._add(name, deferred, raw_shape=raw_shape, raw_dtype=raw_dtype)
+        info = self._writer.tensors[-1][name]
+        self.records.append(TensorRecord(name, info.dtype.name, tuple(info.shape), info.nbytes, wanted))
+
+
+def _replace(model: Any, name: str, tensor: torch.Tensor) -> None:
+    """Give ``model`` ``tensor`` instead of the checkpoint's ``name``."""
+    shape = tuple(model.model_tensors[name]().shape)
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"{name} is {shape} in the checkpoint and {tuple(tensor.shape)} after folding: use the same directory")
+    model.model_tensors[name] = lambda: tensor.detach().cpu()
+
+
+def quantised(tensor: Any, chosen: Container) -> Iterable[Bytes]:
+    """``tensor`` (lazy, [rows, columns]) in the container ``chosen``, some rows at a time."""
+    values = eager(tensor)
+    step = max(1, CHUNK_WEIGHTS // values.shape[-1])
+    for start in range(0, values.shape[0], step):
+        yield chosen.quantize(np.ascontiguousarray(values[start : start + step], np.float32))
+
+
+def eager(tensor: Any) -> Any:
+    """The array behind a lazy one; anything else as it is."""
+    return import_gguf().LazyNumpyTensor.to_eager(tensor)

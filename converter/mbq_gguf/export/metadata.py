@@ -1,0 +1,52 @@
+"""The keys that mbq-gguf adds to a GGUF file. llama.cpp ignores keys that it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mbq_gguf
+from mbq_gguf.formats.gguf_types import FILE_TYPES, import_gguf
+
+CONTAINER_VERSION = 1  # raised whenever a file of the old layout must not be read as one of the new
+PREFIX = "mbq."
+RATIO = "mbq.ratio."  # + "attention" or "mlp"
+
+# llama.cpp names most of its K-quant mixtures, not types; a file all of one type bears the name of the plainest mixture.
+STOCK_FILE_TYPES = {"Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S", "Q2_K": "MOSTLY_Q2_K_S"}
+
+
+def file_type(container: str) -> int | None:
+    """``general.file_type`` of a file whose matrices are in ``container``; None where llama.cpp has no number for it."""
+    name = STOCK_FILE_TYPES.get(container, "ALL_F32" if container == "F32" else f"MOSTLY_{container}")
+    if name in FILE_TYPES:
+        return FILE_TYPES[name]
+    known = import_gguf().LlamaFileType.__members__
+    return int(known[name]) if name in known else None
+
+
+def describe(
+    *,
+    container: str,
+    method: str,
+    rounding: str,
+    fingerprint: str,
+    samples: int,
+    ratios: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    """The metadata of a quantised file, by key.
+
+    ``fingerprint`` is the SHA-256 of the calibration set as it was used and ``samples`` its size; ``ratios`` holds, per layer, vision over
+    language sensitivity of the "attention" and "mlp" outputs (MBQ, arXiv 2412.19509), empty where the method does not use it.
+    """
+    keys: dict[str, Any] = {
+        "general.quantized_by": "mbq-gguf",
+        "mbq.version": CONTAINER_VERSION,
+        "mbq.tool": f"mbq-gguf {mbq_gguf.__version__}",
+        "mbq.type": container,
+        "mbq.method": method,
+        "mbq.rounding": rounding,
+        "mbq.calibration.fingerprint": fingerprint,
+        "mbq.calibration.samples": samples,
+    }
+    return keys | {RATIO + part: [float(value) for value in values] for part, values in ratios.items()}
