@@ -1,0 +1,206 @@
+"""Exact match: the share of questions about pictures that a GGUF model answers word for word through llama-server.
+
+Greedy decoding; an answer is right when it equals the expected text after stripping white space. Every turn of a set is asked by
+itself, in a fresh conversation with its picture.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mbq_gguf.errors import UsageError
+from mbq_gguf.llama_cpp.server import LlamaServer
+
+SHIPPED = Path(__file__).parent.parent / "demo" / "data" / "eval" / "eval.jsonl"
+CONTEXT = 512  # tokens a question may take, vision tokens and answer included
+MAX_TOKENS = 48  # twice the longest expected answer of the shipped set (23 tokens)
+
+
+class Turn(BaseModel):
+    """One question about a picture, the expected answer, and the kind of question it is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    question: str = Field(min_length=1)
+    answer: str = Field(min_length=1)
+    task: str = Field(default="all", min_length=1)
+
+
+class Scene(BaseModel):
+    """One line of a set: a picture, by its path relative to the JSONL file, and its questions."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: str = Field(min_length=1)
+    turns: list[Turn] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question as it is asked."""
+
+    image: Path
+    question: str
+    expected: str
+    task: str
+
+
+@dataclass(frozen=True)
+class Marked:
+    """What was asked and what came back; ``given`` is stripped of white space."""
+
+    image: str  # file name
+    task: str
+    question: str
+    expected: str
+    given: str
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer is the expected text, exactly."""
+        return self.given == self.expected.strip()
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many of how many questions were answered rightly."""
+
+    asked: int
+    right: int
+
+    @property
+    def share(self) -> float:
+        """Right answers over questions, 0 to 1."""
+        return self.right / self.asked
+
+    @property
+    def standard_error(self) -> float:
+        """Of the share, binomial: sqrt(p (1 - p) / n). It is 0 where all or none are right, which says nothing about other questions."""
+        return sqrt(self.share * (1 - self.share) / self.asked)
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """One model's answers to one set of questions."""
+
+    model: str  # file name
+    seconds: float  # from the first question to the last answer; the server's start is not in it
+    answers: list[Marked]
+
+    @property
+    def total(self) -> Score:
+        """Over all questions."""
+        return _score(self.answers)
+
+    @property
+    def tasks(self) -> dict[str, Score]:
+        """Per task, in the order of their names."""
+        return {task: _score(a for a in self.answers if a.task == task) for task in sorted({a.task for a in self.answers})}
+
+    def to_json(self) -> str:
+        """The fields as JSON; shares and errors follow from the answers."""
+        return _RESULT.dump_json(self, indent=1).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> ExactMatch:
+        """The inverse of :meth:`to_json`; raises pydantic.ValidationError where the text is no such result."""
+        return _RESULT.validate_json(text)
+
+
+_RESULT = TypeAdapter(ExactMatch)
+
+
+def load_questions(path: Path) -> list[Question]:
+    """All questions of the JSONL file ``path`` in its order; a UsageError names the file and the line that is wrong."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as a set of questions ({error}): give a JSONL file like the demo's eval.jsonl.") from error
+    questions: list[Question] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            scene = Scene.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UsageError(f"{path}, line {number}: {where + ': ' if where else ''}{first['msg']}.") from error
+        image = path.parent / scene.image
+        if not image.is_file():
+            raise UsageError(f"{path}, line {number}: there is no picture {image}.")
+        questions += [Question(image, turn.question, turn.answer, turn.task) for turn in scene.turns]
+    if not questions:
+        raise UsageError(f"{path} holds no question: give a JSONL file with at least one.")
+    return questions
+
+
+def stratified(questions: Sequence[Question], count: int) -> list[Question]:
+    """The first ``count`` questions when the tasks take turns, in file order: every task has as many as any other, or one more."""
+    rank: dict[str, int] = {}
+    ranked: list[tuple[int, int]] = []
+    for index, question in enumerate(questions):
+        rank[question.task] = rank.get(question.task, 0) + 1
+        ranked.append((rank[question.task], index))
+    return [questions[index] for index in sorted(index for _, index in sorted(ranked)[:count])]
+
+
+def exact_match(
+    model: Path,
+    mmproj: Path,
+    questions: Sequence[Question],
+    *,
+    threads: int | None = None,
+    parallel: int = 1,
+    console: Console | None = None,
+) -> ExactMatch:
+    """Ask ``questions`` through a llama-server of its own that runs ``model`` with ``mmproj``.
+
+    ``parallel`` questions are in flight at once, each in its own slot; ``threads`` are the server's. Raises UserError where the server
+    is missing, does not start or fails.
+    """
+    with LlamaServer(model, mmproj, threads=threads, ctx=CONTEXT, parallel=parallel) as server:
+        start = time.monotonic()
+        answers = ask_all(server, questions, parallel=parallel, console=console, title=model.name)
+        return ExactMatch(model.name, time.monotonic() - start, answers)
+
+
+def ask_all(
+    server: LlamaServer, questions: Sequence[Question], *, parallel: int = 1, console: Console | None = None, title: str = "asking"
+) -> list[Marked]:
+    """Answers in the order of ``questions``; the progress bar shows the share of right answers so far and the time left."""
+
+    def ask(question: Question) -> Marked:
+        given = server.ask(question.image, question.question, MAX_TOKENS).text.strip()
+        return Marked(question.image.name, question.task, question.question, question.expected, given)
+
+    answers: list[Marked] = []
+    with _progress(console) as progress, ThreadPoolExecutor(parallel) as pool:
+        task = progress.add_task(title, total=len(questions), right="")
+        try:
+            for answer in pool.map(ask, questions):
+                answers.append(answer)
+                progress.update(task, advance=1, right=f"{_score(answers).share:.1%} right")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return answers
+
+
+def _score(answers: Iterable[Marked]) -> Score:
+    marks = [answer.right for answer in answers]
+    return Score(len(marks), sum(marks))
+
+
+def _progress(console: Console | None) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[right]}"))
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console or Console(stderr=True))
