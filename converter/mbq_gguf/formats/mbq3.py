@@ -19,8 +19,9 @@ PLANES = 4
 
 def block_parameters(blocks: Floats) -> tuple[Floats, Floats]:
     """Scale and minimum of each block [n, N] by its range, rounded to fp16 (returned as float32 [n, 1])."""
-    low = blocks.min(axis=1, keepdims=True)
-    high = blocks.max(axis=1, keepdims=True)
+    # -0 becomes +0: which of two equal zeros a minimum returns depends on the order of its comparisons.
+    low = blocks.min(axis=1, keepdims=True) + np.float32(0)
+    high = blocks.max(axis=1, keepdims=True) + np.float32(0)
     # Divide before subtracting: the range itself can overflow float32. ggml-mbq.c does the same operations in the same order.
     scale = np.minimum(high / np.float32(LEVELS) - low / np.float32(LEVELS), F16_MAX)
     minimum = np.clip(low, -F16_MAX, F16_MAX)
