@@ -1,0 +1,130 @@
+"""MBQ3 and MBQ3_64: numpy and C agree byte for byte, and the CPU's dot product keeps to its arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from mbq_cbind import types
+from mbq_gguf.formats.container import Bytes, Container, Floats
+from mbq_gguf.formats.mbq3 import MBQ3, MBQ3_64
+
+CONTAINERS = pytest.mark.parametrize("container", [MBQ3, MBQ3_64], ids=lambda c: c.name)
+COLUMNS = 256
+F32_MAX = float(np.finfo(np.float32).max)
+
+# Every finite float32, with the magnitudes where fp16 and float32 end drawn as often as ordinary ones.
+ANY_FLOAT = st.one_of(
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+    st.floats(-4, 4, width=32),
+    st.sampled_from([0.0, -0.0, 65504.0, -65504.0, 65520.0, 1e-8, -1e-8, 2.0**-24, 2.0**-149, -(2.0**-149), F32_MAX, -F32_MAX]),
+)
+
+EDGE_ROWS = {
+    "zeros": np.zeros(COLUMNS),
+    "negative zeros": np.full(COLUMNS, -0.0),
+    "both zeros": np.tile([0.0, -0.0], COLUMNS // 2),
+    "constant": np.full(COLUMNS, 0.7),
+    "constant beyond fp16": np.full(COLUMNS, -1e30),
+    "huge": np.linspace(-3e38, 3e38, COLUMNS),
+    "at the end of fp16": np.linspace(-65504, 65504, COLUMNS),
+    "tiny": np.linspace(-1e-7, 1e-7, COLUMNS),
+    "denormal": np.linspace(-1e-42, 1e-42, COLUMNS),
+    "one outlier": np.r_[np.linspace(-1, 1, COLUMNS - 1), 500.0],
+    "halfway between codes": np.r_[np.arange(COLUMNS - 1) % 14 * 0.5, 7.0],
+}
+
+
+def random_rows(rows: int, columns: int, seed: int = 0) -> Floats:
+    scale = np.exp(np.random.default_rng(seed).normal(size=(rows, 1)))
+    return (np.random.default_rng(seed + 1).normal(size=(rows, columns)) * scale).astype(np.float32)
+
+
+@CONTAINERS
+def test_type_traits_match_the_container(container: Container) -> None:
+    info = types.type_info(container.name)
+    assert types.type_id(container.name) == container.type_id
+    assert (info.block_size, info.type_size, info.is_quantized) == (container.block_size, container.type_size, True)
+
+
+@CONTAINERS
+@pytest.mark.parametrize("rows", [1, 3, 130])
+def test_pack_equals_c_on_random_rows(container: Container, rows: int) -> None:
+    weights = random_rows(rows, 1536)
+    assert np.array_equal(container.quantize(weights), types.quantize(container.name, weights))
+
+
+@CONTAINERS
+@pytest.mark.parametrize("name", EDGE_ROWS)
+def test_pack_equals_c_on_edge_rows(container: Container, name: str) -> None:
+    weights = EDGE_ROWS[name][None].astype(np.float32)
+    packed = types.quantize(container.name, weights)
+    assert np.array_equal(container.quantize(weights), packed)
+    assert types.is_valid(container.name, packed)
+
+
+@CONTAINERS
+@settings(max_examples=200, deadline=None)
+@given(weights=arrays(np.float32, (1, 128), elements=ANY_FLOAT))
+def test_pack_equals_c_on_any_row(container: Container, weights: Floats) -> None:
+    assert np.array_equal(container.quantize(weights), types.quantize(container.name, weights))
+
+
+@CONTAINERS
+@settings(max_examples=100, deadline=None)
+@given(payload=st.binary(min_size=104, max_size=104), scale=ANY_FLOAT, minimum=ANY_FLOAT)
+def test_unpack_equals_c_on_any_block(container: Container, payload: bytes, scale: float, minimum: float) -> None:
+    data = np.frombuffer(payload, np.uint8)[: container.row_bytes(128)].copy().reshape(-1, container.type_size)
+    head = np.clip([scale, minimum], -65504, 65504).astype("<f2")
+    data[:, :4] = head.view(np.uint8)
+    rows = data.reshape(1, -1)
+    assert np.array_equal(container.dequantize(rows), types.dequantize(container.name, rows, 128))
+
+
+@CONTAINERS
+def test_unpack_equals_c_on_random_rows(container: Container) -> None:
+    packed = container.quantize(random_rows(7, 1536))
+    assert np.array_equal(container.dequantize(packed), types.dequantize(container.name, packed, 1536))
+
+
+@CONTAINERS
+@pytest.mark.parametrize("columns", [128, 256, 1536, 8960])
+def test_vec_dot_is_the_integer_product(container: Container, columns: int) -> None:
+    """The kernel multiplies exact integers: against float64 on the same Q8_1 activations only its float32 sums may differ.
+
+    Each block's d*d8*isum and m*s are rounded once, and so is every addition of their running sum; 8 lanes at most add in another order.
+    """
+    assert types.activation_type(container.name) == "q8_1"
+    weights, x = random_rows(5, columns), random_rows(1, columns, seed=7)[0]
+    packed = container.quantize(weights)
+    scale, total, codes = unpack_q8_1(types.round_activations(container.name, x[None]))
+    w_codes, d, m = split(container, packed)
+    products = d * (w_codes * codes).sum(-1) * scale
+    minima = m * total
+    exact = (products + minima).sum(axis=-1)
+    operations = 2 * (columns // 32) + 16
+    float_sums = operations * 2.0**-24 * (np.abs(products) + np.abs(minima)).sum(axis=-1)
+    assert np.all(np.abs(types.vec_dot(container.name, packed, columns, x) - exact) <= float_sums)
+
+
+def unpack_q8_1(data: Bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Q8_1 blocks (fp16 d, fp16 s = d * sum, 32 int8) as float64: d and s [blocks], codes [blocks, 32]."""
+    blocks = data.reshape(-1, 36)
+    head = np.ascontiguousarray(blocks[:, :4]).view("<f2").astype(np.float64)
+    return head[:, 0], head[:, 1], blocks[:, 4:].view(np.int8).astype(np.float64)
+
+
+def split(container: Container, packed: Bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Packed rows as float64 pieces of 32 weights: codes [rows, pieces, 32], scale and minimum [rows, pieces]."""
+    from mbq_gguf.formats.mbq3 import unpack_blocks
+
+    codes, d, m = unpack_blocks(packed.reshape(-1, container.type_size), container.block_size)
+    pieces = container.block_size // 32
+    rows = len(packed)
+    return (
+        codes.astype(np.float64).reshape(rows, -1, 32),
+        np.repeat(d.astype(np.float64).reshape(rows, -1), pieces, axis=1),
+        np.repeat(m.astype(np.float64).reshape(rows, -1), pieces, axis=1),
+    )
