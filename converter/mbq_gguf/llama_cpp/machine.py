@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mbq_gguf.errors import UserError
 
+CUDA_HOME = "/usr/local/cuda"  # where the toolkit's installer puts it
 BYTES_PER_JOB = 2 << 30  # the largest llama.cpp C++ units and nvcc need between 1 and 2 GiB each
 
 
@@ -107,7 +108,7 @@ def _compiler(variable: str, *names: str) -> Path | None:
 
 def _nvcc() -> Path:
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates = [os.environ.get("CUDACXX", ""), "nvcc", *(f"{home}/bin/nvcc" for home in [*homes, "/usr/local/cuda"])]
+    candidates = [os.environ.get("CUDACXX", ""), "nvcc", *(f"{home}/bin/nvcc" for home in [*homes, CUDA_HOME])]
     found = find_tool(*(name for name in candidates if name))
     if found is None:
         raise UserError("nvcc was not found: install the CUDA toolkit, set CUDA_HOME to it, or build with `--backend cpu`")

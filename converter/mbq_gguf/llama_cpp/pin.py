@@ -61,8 +61,9 @@ def patch_files(folder: Path | None = None) -> list[Path]:
 
 
 def source_files(folder: Path | None = None) -> list[Path]:
-    """Every file below ``src/``, in a fixed order."""
-    return sorted(path for path in ((folder or patch_dir()) / "src").rglob("*") if path.is_file())
+    """Every file below ``src/``, in a fixed order; what Python leaves behind when a file there is imported does not count."""
+    found = ((folder or patch_dir()) / "src").rglob("*")
+    return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
 
 
 def patch_hash(folder: Path | None = None) -> str:

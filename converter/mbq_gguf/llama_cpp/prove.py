@@ -17,6 +17,7 @@ from mbq_gguf.errors import UserError
 from mbq_gguf.llama_cpp import kernels_run
 from mbq_gguf.llama_cpp.machine import cpu_flags
 
+PROOF_PROGRAM = Path(kernels_run.__file__)
 PROOF_SECONDS = 300  # takes about 2 s; an emulated machine may be a hundred times slower
 
 
@@ -61,7 +62,7 @@ def prove_kernels(folder: Path) -> str | None:
     Returns None where they run and agree with numpy, else a few words on what went wrong where. Raises UserError where the libraries
     cannot be loaded at all: another instruction set would not help.
     """
-    command = [sys.executable, kernels_run.__file__, str(folder)]
+    command = [sys.executable, str(PROOF_PROGRAM), str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROOF_SECONDS, check=False)
     except subprocess.TimeoutExpired as expired:

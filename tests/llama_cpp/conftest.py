@@ -1,0 +1,39 @@
+"""Fixtures: a tiny workshop of one's own, and the real build."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from mbq_gguf.errors import UserError
+from mbq_gguf.llama_cpp import paths, pin, prove
+from rich.console import Console
+from workshop_tree import FILES, Workshop
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    shop = Workshop(tmp_path, Console(file=io.StringIO(), width=300))
+    for name, text in FILES.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    shop.write_pin("0" * 64)
+    monkeypatch.setattr(pin, "patch_dir", lambda: shop.patch)
+    monkeypatch.setattr(prove, "PROOF_PROGRAM", tmp_path / "proof.py")
+    monkeypatch.setenv("MBQ_GGUF_CACHE", str(shop.cache))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    for name in ("MBQ_GGUF_LLAMA_CPP", "MBQ_GGUF_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    return shop
+
+
+@pytest.fixture(scope="session")
+def built() -> Path:
+    """The folder with the real build's programs and libraries."""
+    try:
+        return paths.source_dir() / "build" / "bin"
+    except UserError as error:
+        pytest.skip(str(error))
