@@ -1,0 +1,117 @@
+"""What one decoder layer sees on the calibration set: statistics of its linears' inputs, and calls of its inspected modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from mbq_gguf.calibration.stream import Streamed, run_layer, to_device
+from mbq_gguf.models.decoder import GROUPS, Group
+
+TokenWeights = Callable[[Streamed, Group], torch.Tensor]  # one weight a token [tokens], float32
+
+
+@dataclass
+class Call:
+    """One sample's call of an inspected module: its arguments, its output [tokens, channels] and the loss weight of each token."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: torch.Tensor
+    weight: torch.Tensor
+
+
+@dataclass
+class InputStatistics:
+    """Of the input x of one group's linears, on the device: ``mean_abs`` [columns] over all tokens and ``hessian`` [columns, columns],
+    the sum over tokens of w_t x_t x_t^T (None where not asked for)."""
+
+    mean_abs: torch.Tensor
+    hessian: torch.Tensor | None
+    tokens: int = 0
+
+    def add(self, x: torch.Tensor, weight: torch.Tensor | None) -> None:
+        """Add inputs ``x`` [tokens, columns]; ``weight`` [tokens] None means all alike."""
+        self.mean_abs += (x.abs().sum(dim=0) - self.mean_abs * x.shape[0]) / (self.tokens + x.shape[0])
+        self.tokens += x.shape[0]
+        if self.hessian is not None:
+            self.hessian.addmm_(x.t() if weight is None else x.t() * weight, x)
+
+
+@dataclass
+class Observed:
+    """Statistics by group name, and the calls of each group's inspected module on the first samples."""
+
+    statistics: dict[str, InputStatistics] = field(default_factory=dict)
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def observe(
+    layer: nn.Module,
+    index: int,
+    streams: Sequence[Streamed],
+    *,
+    hessian_weights: TokenWeights | None,
+    call_weights: TokenWeights | None,
+    call_samples: int,
+) -> Observed:
+    """Run ``streams`` through ``layer`` (number ``index``), in place, and keep what calibration needs.
+
+    ``hessian_weights`` None means no Hessians; ``call_weights`` None means no calls, else those of the first ``call_samples`` samples.
+    """
+    device = next(layer.parameters()).device
+    observed = Observed(calls={group.name: [] for group in GROUPS})
+    for number, stream in enumerate(streams):
+        with_calls = call_weights is not None and number < call_samples
+        with _Watch(layer, with_calls) as watch:
+            hidden = run_layer(layer, stream.hidden.to(device), to_device(stream.kwargs[index], device))
+        stream.hidden = hidden.to(stream.hidden.device)
+        for group in GROUPS:
+            x = watch.inputs[group.name][0].float()
+            if group.name not in observed.statistics:
+                square = None if hessian_weights is None else x.new_zeros(x.shape[1], x.shape[1])
+                observed.statistics[group.name] = InputStatistics(x.new_zeros(x.shape[1]), square)
+            weight = None if hessian_weights is None else hessian_weights(stream, group).to(device)
+            observed.statistics[group.name].add(x, weight)
+            if call_weights is not None and with_calls:
+                args, kwargs, output = watch.calls[group.name]
+                observed.calls[group.name].append(Call(args, kwargs, output[0], call_weights(stream, group).to(device)))
+    return observed
+
+
+class _Watch:
+    """While open, keeps the latest input of each group's first linear and, on demand, the latest call of its inspected module."""
+
+    def __init__(self, layer: nn.Module, with_calls: bool) -> None:
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = {}
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        for group in GROUPS:
+            self.handles.append(layer.get_submodule(group.linears[0]).register_forward_pre_hook(self._input(group.name)))
+            if with_calls:
+                hook = self._call(group.name)
+                self.handles.append(layer.get_submodule(group.inspected).register_forward_hook(hook, with_kwargs=True))
+
+    def __enter__(self) -> _Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _input(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            self.inputs[name] = args[0]
+
+        return hook
+
+    def _call(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.calls[name] = (args, kwargs, output[0] if isinstance(output, tuple) else output)
+
+        return hook

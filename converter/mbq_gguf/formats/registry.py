@@ -1,0 +1,35 @@
+"""Every container by name, and the one that a row size allows."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from mbq_gguf.errors import UsageError
+from mbq_gguf.formats import mbq3, stock
+from mbq_gguf.formats.container import Container
+
+OWN = {container.name: container for container in (mbq3.MBQ3, mbq3.MBQ3_64)}
+
+
+def names() -> list[str]:
+    """Every name that :func:`container` takes."""
+    return [*OWN, *stock.NAMES]
+
+
+@cache
+def container(name: str) -> Container:
+    """The container called ``name`` (in any case). Raises UsageError, with the known names, for any other."""
+    upper = name.upper()
+    if upper in OWN:
+        return OWN[upper]
+    if upper in stock.NAMES:
+        return stock.stock_container(upper)
+    raise UsageError(f"There is no type {name}; choose one of {', '.join(names())}.")
+
+
+def container_for(name: str, columns: int) -> Container:
+    """The container called ``name``, or the first of its fallbacks that stores rows of ``columns`` weights."""
+    found = container(name)
+    while not found.fits(columns):
+        found = container(found.fallback or "F16")
+    return found

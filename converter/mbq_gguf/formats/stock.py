@@ -1,0 +1,81 @@
+"""The ggml types that every llama.cpp reads, as containers.
+
+Quantised by the built ggml itself where there is one (``ggml_quantize_chunk``), otherwise by the gguf package's numpy code, which knows
+fewer types and gives the same bytes for those it knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mbq_gguf.errors import UserError
+from mbq_gguf.formats.container import Bytes, Container, Floats
+from mbq_gguf.formats.gguf_types import import_gguf
+
+# What to take where a row is no whole number of blocks: llama-quantize's own choices (tensor_type_fallback), F16 last.
+FALLBACKS = {
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "IQ2_XXS": "IQ4_NL",
+    "IQ2_XS": "IQ4_NL",
+    "IQ2_S": "IQ4_NL",
+    "IQ3_XXS": "IQ4_NL",
+    "IQ3_S": "IQ4_NL",
+    "IQ4_XS": "IQ4_NL",
+    "IQ4_NL": "F16",
+    "Q4_0": "F16",
+    "Q4_1": "F16",
+    "Q5_0": "F16",
+    "Q5_1": "F16",
+    "Q8_0": "F16",
+}
+UNQUANTISED = ("F32", "F16", "BF16")
+NAMES = (*UNQUANTISED, *FALLBACKS)
+AFFINE_BITS = {"Q4_1": 4, "Q5_1": 5}
+
+
+def stock_container(name: str) -> Container:
+    """The container of one of :data:`NAMES`."""
+    gguf = import_gguf()
+    kind = gguf.GGMLQuantizationType[name]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    quantize, dequantize = _by_ggml(name, block, size) or _by_gguf(gguf, name, kind)
+    return Container(name, int(kind), block, size, quantize, dequantize, FALLBACKS.get(name), AFFINE_BITS.get(name))
+
+
+Functions = tuple[Callable[[Floats], Bytes], Callable[[Bytes], Floats]]
+
+
+def _by_ggml(name: str, block: int, size: int) -> Functions | None:
+    """ggml's own functions, or None where nothing is built."""
+    from mbq_cbind import types
+
+    try:
+        types.type_info(name)
+    except UserError:
+        return None
+    return lambda weights: types.quantize(name, weights), lambda data: types.dequantize(name, data, data.shape[1] // size * block)
+
+
+def _by_gguf(gguf: Any, name: str, kind: Any) -> Functions:
+    def quantize(weights: Floats) -> Bytes:
+        try:
+            data = gguf.quants.quantize(weights, kind)
+        except NotImplementedError as error:
+            raise UserError(f"Quantising to {name} needs the built llama.cpp: run `mbq-gguf build` first.") from error
+        return np.ascontiguousarray(data).view(np.uint8)
+
+    def dequantize(data: Bytes) -> Floats:
+        if name == "F32":
+            return np.ascontiguousarray(data).view(np.float32)
+        if name == "F16":
+            return np.ascontiguousarray(data).view(np.float16).astype(np.float32)
+        return np.asarray(gguf.quants.dequantize(data, kind), np.float32)
+
+    return quantize, dequantize

@@ -1,0 +1,61 @@
+"""What is checked before and after a model directory is loaded, each fault with its own sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from mbq_gguf.errors import UsageError, UserError
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face model directory; a UsageError where there is none."""
+    if not directory.is_dir():
+        raise UsageError(f"{directory} is not a directory; give the directory of a Hugging Face model.")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{directory} is no Hugging Face model directory: it has no config.json.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as JSON ({error}); fetch the model again.") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{path} is no model configuration; fetch the model again.")
+    return config
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model, each with a readable header and its whole length; a UserError otherwise."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index} cannot be read ({error}); fetch the model again.") from error
+        files = [directory / name for name in names]
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory} has no *.safetensors files; fetch the model's weights, or save them as safetensors.")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing, though the index names it; fetch the model again.")
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is truncated or damaged ({error}); fetch it again.") from error
+    return files
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise a UserError that names the first weight with a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        # The sum is finite unless an entry is not (float32 sums of bf16 weights do not overflow), and costs no mask in memory.
+        if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
+            raise UserError(f"The weight {name} holds NaN or infinite values; fetch the model again, or mend it before converting.")

@@ -1,0 +1,116 @@
+"""A model directory to a LoadedModel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.models.checks import check_finite, read_config, weight_files
+from mbq_gguf.models.decoder import check_standard, find_decoder
+from mbq_gguf.models.loaded import LoadedModel
+from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, QwenImagePrompt
+
+# Families with tests here. Any other VLM of transformers with standard decoder layers goes through the same code.
+PROVED = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+SUPPORTED = (
+    f"{', '.join(PROVED)}, and other vision-language models of transformers whose decoder layers have q/k/v/o and gate/up/down projections"
+)
+
+
+def load(model_dir: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load a VLM from a Hugging Face directory for calibration.
+
+    ``dtype`` is the dtype of the computation; decoder layers stay in the stored one until they are needed. Raises UserError or UsageError
+    for a directory that is no model, an unsupported or text-only architecture, missing or truncated weights, and NaN weights.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    model_dir = Path(model_dir)
+    architecture = check_architecture(read_config(model_dir))
+    weight_files(model_dir)
+    model = _load_weights(model_dir, architecture)
+    check_finite(model)
+    decoder = find_decoder(model)
+    if decoder is None:
+        raise UsageError(f"{architecture} is not supported: its decoder layers were not found; supported are {SUPPORTED}.")
+    check_standard(decoder, architecture, SUPPORTED)
+    model.requires_grad_(False)
+    device = torch.device(device)
+    layers = decoder.layers
+    decoder.module.layers = torch.nn.ModuleList()  # the layers stay behind
+    model.to(device=device, dtype=dtype)
+    decoder.module.layers = layers
+    prompts = _load_prompts(model_dir, architecture, model)
+    return LoadedModel(model_dir, architecture, model, decoder, prompts, device, dtype)
+
+
+def check_architecture(config: dict[str, Any]) -> str:
+    """The architecture's name; a UsageError unless it is a VLM that transformers knows."""
+    names = config.get("architectures") or []
+    architecture = str(names[0]) if names else str(config.get("model_type", "unknown"))
+    if "vision_config" not in config:
+        raise UsageError(f"{architecture} is a text-only model; mbq-gguf converts vision-language models: {SUPPORTED}.")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as known
+
+    if config.get("model_type") not in known:
+        raise UsageError(f"{architecture} is not supported; supported are {SUPPORTED}.")
+    return architecture
+
+
+def _load_weights(model_dir: Path, architecture: str) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            str(model_dir), dtype="auto", local_files_only=True, output_loading_info=True, attn_implementation="sdpa"
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{model_dir} cannot be loaded as {architecture} ({str(error).splitlines()[0]}); fetch the model again.") from error
+    if info["missing_keys"]:
+        first = sorted(info["missing_keys"])[0]
+        raise UserError(f"{model_dir} lacks {len(info['missing_keys'])} weights, {first} first; fetch the model again.")
+    return model.eval()
+
+
+def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    path = str(model_dir)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        image_token_id = _image_token_id(model.config)
+        image_prompt: ImagePrompt
+        template: Any
+        if architecture in PROVED:
+            images = AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil")
+            image_prompt, template = QwenImagePrompt(tokenizer, images, image_token_id), tokenizer
+        else:
+            template = AutoProcessor.from_pretrained(path, local_files_only=True)
+            image_prompt = ProcessorImagePrompt(template)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(
+            f"The tokenizer or image processor in {model_dir} cannot be loaded ({str(error).strip().splitlines()[0]})."
+        ) from error
+    if not getattr(template, "chat_template", None):
+        raise UserError(f"{model_dir} has no chat template; calibration needs one to ask the model about images.")
+    return Prompts(template, tokenizer, image_prompt, image_token_id, _end_ids(model, tokenizer))
+
+
+def _image_token_id(config: Any) -> int:
+    for name in ("image_token_id", "image_token_index"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(value)
+    raise ValueError("its configuration names no image token")
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends an answer: the tokenizer's, and those of the generation configuration."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    listed = ids if isinstance(ids, list) else [ids]
+    return frozenset(int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None)

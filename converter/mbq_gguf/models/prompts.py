@@ -1,0 +1,149 @@
+"""A question about an image to token ids and image inputs, with the model's own tokenizer, image processor and chat template.
+
+The prompt is what llama-server makes of an OpenAI-style message whose content is the image first, then the question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+from mbq_gguf.errors import UserError
+
+TextTurns = Sequence[tuple[str, str]]  # question, answer
+
+
+@dataclass
+class Encoded:
+    """One conversation about one image as the model takes it. ``inputs`` are the keyword arguments of the model's forward.
+
+    ``vision`` and ``answer`` are bool masks [tokens]; answer tokens include the end-of-turn token, which the model must learn to write.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    vision: torch.Tensor
+    answer: torch.Tensor
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """Token ids [tokens]."""
+        return self.inputs["input_ids"][0]
+
+
+class ImagePrompt(Protocol):
+    """Turns the rendered prompt up to the first answer, with its image, into model inputs [1, tokens]."""
+
+    def __call__(self, text: str, image: Image.Image) -> dict[str, torch.Tensor]: ...
+
+
+class QwenImagePrompt:
+    """Qwen2-VL and Qwen2.5-VL without the video processor (which needs torchvision): PIL image processor and tokenizer."""
+
+    def __init__(self, tokenizer: Any, image_processor: Any, image_token_id: int) -> None:
+        self.tokenizer, self.image_processor, self.image_token_id = tokenizer, image_processor, image_token_id
+
+    def __call__(self, text: str, image: Image.Image) -> dict[str, torch.Tensor]:
+        pixels = self.image_processor(images=[image], return_tensors="pt")
+        count = int(pixels["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2
+        ids: list[int] = []
+        for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]:
+            ids.extend([token] * (count if token == self.image_token_id else 1))
+        row = torch.tensor([ids])
+        return {
+            "input_ids": row,
+            "mm_token_type_ids": (row == self.image_token_id).int(),
+            "pixel_values": pixels["pixel_values"],
+            "image_grid_thw": pixels["image_grid_thw"],
+        }
+
+
+class ProcessorImagePrompt:
+    """Any family whose AutoProcessor loads."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, text: str, image: Image.Image) -> dict[str, torch.Tensor]:
+        inputs = self.processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False)
+        # Batch 1 without padding: the mask is all ones, and leaving it out lets attention use its causal path.
+        return {name: value for name, value in inputs.items() if name != "attention_mask" and isinstance(value, torch.Tensor)}
+
+
+@dataclass
+class Prompts:
+    """Chat template, tokenizer and image processing of one model."""
+
+    template: Any  # a tokenizer or processor with apply_chat_template
+    tokenizer: Any
+    image_prompt: ImagePrompt
+    image_token_id: int
+    end_ids: frozenset[int]  # tokens that end an answer
+
+    def encode(self, image: Path | Image.Image, turns: TextTurns) -> Encoded:
+        """A conversation about ``image``. An empty last answer leaves the prompt open, for generation."""
+        opened = open_image(image) if isinstance(image, Path) else image
+        inputs = self.image_prompt(self._render(turns[:0], turns[0][0]), opened)
+        prefix = inputs["input_ids"].shape[1]
+        more, answer = self._answers(turns)
+        for name, value in inputs.items():
+            if name == "input_ids":
+                inputs[name] = torch.cat([value, torch.tensor([more], dtype=value.dtype)], dim=1)
+            elif value.ndim == 2 and value.shape == (1, prefix):  # token types: what follows is text
+                inputs[name] = torch.cat([value, value.new_zeros(1, len(more))], dim=1)
+        ids = inputs["input_ids"][0]
+        return Encoded(inputs, ids == self.image_token_id, torch.tensor([False] * prefix + answer, dtype=torch.bool))
+
+    def _answers(self, turns: TextTurns) -> tuple[list[int], list[bool]]:
+        """Ids after the first prompt, and which of them are answer tokens: answer, end token, next question, answer and so on."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        for index, (_, answer) in enumerate(turns):
+            if not answer:
+                break
+            said = self._ids(answer)
+            after = self._ids(self._between(turns, index))
+            ended = len(said) + (1 if after and after[0] in self.end_ids else 0)
+            # The last turn stops at its end token: what the template writes after it is never generated.
+            chunk = said + (after if index + 1 < len(turns) else after[: ended - len(said)])
+            ids += chunk
+            mask += [position < ended for position in range(len(chunk))]
+        return ids, mask
+
+    def _between(self, turns: TextTurns, index: int) -> str:
+        """What the template writes between answer ``index`` and the next answer, or the end of the conversation."""
+        before = self._render(turns[:index], turns[index][0]) + turns[index][1]
+        if index + 1 < len(turns):
+            whole = self._render(turns[: index + 1], turns[index + 1][0])
+        else:
+            whole = self._render(turns[: index + 1], None)
+        if not whole.startswith(before):
+            raise UserError("The model's chat template rewrites answers, so calibration cannot tell which tokens are the answer's.")
+        return whole[len(before) :]
+
+    def _render(self, done: TextTurns, question: str | None) -> str:
+        """The conversation so far, with an open answer to ``question`` where there is one. The first question carries the image."""
+        messages: list[dict[str, Any]] = []
+        questions = [turn[0] for turn in done] + ([question] if question is not None else [])
+        for index, asked in enumerate(questions):
+            content: list[dict[str, str]] = [{"type": "image"}] if index == 0 else []
+            messages.append({"role": "user", "content": [*content, {"type": "text", "text": asked}]})
+            if index < len(done):
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": done[index][1]}]})
+        return str(self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=question is not None))
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def open_image(path: Path) -> Image.Image:
+    """The image as RGB; a UserError that names the file where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"The image {path} cannot be read ({error}); mend it or leave it out.") from error

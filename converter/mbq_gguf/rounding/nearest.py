@@ -1,0 +1,37 @@
+"""Round to nearest: each weight alone, on the grid that its block's range gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mbq_gguf.formats.container import Bytes, Container
+from mbq_gguf.formats.grid import grid_of
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded weight: the container's ``data`` [rows, row_bytes], and ``weight`` [rows, columns] float32 as the file gives it back."""
+
+    data: Bytes
+    weight: torch.Tensor
+
+
+def round_nearest(weight: torch.Tensor, container: Container) -> Rounded:
+    """``weight`` [rows, columns] as ggml's own quantiser rounds it to ``container``."""
+    grid = grid_of(container)
+    if grid is None:
+        data = container.quantize(weight.float().cpu().numpy())
+        return Rounded(data, torch.from_numpy(container.dequantize(data)).to(weight.device))
+    blocks = weight.float().reshape(-1, grid.block)
+    scale, offset = grid.fit(blocks)
+    codes = grid.codes(blocks, scale, offset)
+    packed = grid.pack((codes - grid.low).to(torch.uint8).view(weight.shape), scale, offset)
+    return Rounded(packed, (codes * scale + offset).view(weight.shape))
+
+
+def nearest_values(weight: torch.Tensor, container: Container) -> torch.Tensor:
+    """Only the rounded values [rows, columns] float32, on the weight's device where the container's grid allows it: for searches."""
+    grid = grid_of(container)
+    return round_nearest(weight, container).weight if grid is None else grid.nearest(weight.float())

@@ -1,0 +1,42 @@
+"""Equalise one decoder layer: search every group from the original inputs, then fold all choices, then check that the function stayed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import nn
+
+from mbq_gguf.calibration.observe import Observed
+from mbq_gguf.formats.registry import container_for
+from mbq_gguf.models.decoder import GROUPS, linear
+from mbq_gguf.rounding.nearest import nearest_values
+from mbq_gguf.transforms.equalise import Choice, search
+from mbq_gguf.transforms.fold import fold
+
+
+def search_layer(layer: nn.Module, observed: Observed, container: str, power: int) -> dict[str, Choice]:
+    """The choice of each group that the layer's shapes allow to fold, by group name."""
+    choices = {}
+    for group in GROUPS:
+        kept = container_for(container, linear(layer, group.linears[0]).in_features)
+        mean_abs = observed.statistics[group.name].mean_abs
+        choice = search(layer, group, mean_abs, observed.calls[group.name], power, partial(nearest_values, container=kept))
+        if choice is not None:
+            choices[group.name] = choice
+    return choices
+
+
+def fold_layer(layer: nn.Module, factors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Fold the factors of each group (by name) into ``layer``; gives every parameter that is no quantised linear's weight and changed."""
+    before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    for group in GROUPS:
+        if group.name in factors:
+            fold(layer, group, factors[group.name].to(next(layer.parameters()).device))
+    quantised = {f"{name}.weight" for group in GROUPS for name in group.linears}
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in layer.named_parameters()
+        if name not in quantised and not torch.equal(parameter, before[name])
+    }
