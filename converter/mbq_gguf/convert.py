@@ -1,0 +1,206 @@
+"""The whole way from a Hugging Face directory to a text GGUF and an mmproj GGUF: check, load, calibrate, equalise, round, write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+import mbq_gguf
+from mbq_gguf.calibration.dataset import Sample, fingerprint, load_samples
+from mbq_gguf.errors import UsageError
+from mbq_gguf.export import metadata
+from mbq_gguf.export.atomic import check_output, check_space, staged
+from mbq_gguf.export.checkpoint import check_finite_files, shapes
+from mbq_gguf.export.gguf_writer import MMPROJ_TYPES, TextFile, rehearse, write_mmproj, write_text
+from mbq_gguf.export.injection import PackedTensor, TensorRecord
+from mbq_gguf.export.progress import Stages, progress_bars
+from mbq_gguf.export.report import ConvertReport, fallback_sentences
+from mbq_gguf.formats.registry import container
+from mbq_gguf.models import load
+from mbq_gguf.models.checks import read_config, weight_files
+from mbq_gguf.models.load import check_architecture
+from mbq_gguf.quantise import Method, QuantiseResult, QuantiseSettings, Rounding, quantise
+from mbq_gguf.workdir import WorkDir, open_workdir
+
+REFERENCE_TYPES = ("BF16", "F16", "F32")  # --type without quantisation: what upstream's converter would write
+BASE_TYPE = "BF16"  # matrices of a quantised file that no method touches; checkpoints are BF16 today, so nothing is lost
+DEFAULT_SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What ``mbq-gguf convert`` takes; the defaults are the command's."""
+
+    model_dir: Path
+    out: Path
+    type: str = "MBQ3"
+    method: Method = QuantiseSettings.method
+    rounding: Rounding = QuantiseSettings.rounding
+    calib: Path | None = None  # a JSONL set or a folder of images; None: the set that ships with the demonstration
+    samples: int = DEFAULT_SAMPLES
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+    embedding_type: str = "Q8_0"  # of embeddings and output head
+    mmproj_type: str = "F16"
+    floor: bool = QuantiseSettings.floor  # no layer's ratio below the median over layers
+    work_dir: Path | None = None  # where finished layers are kept; None: beside out, until out is whole
+
+    @property
+    def mmproj(self) -> Path:
+        """The second file: vision tower and projector."""
+        return self.out.with_name(f"mmproj-{self.out.name}")
+
+    @property
+    def settings(self) -> QuantiseSettings:
+        """What the converter's core needs of this."""
+        return QuantiseSettings(container(self.type).name, self.method, self.rounding, self.floor)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """The outcome of calibration, equalisation and rounding, with what the file's metadata say of it."""
+
+    result: QuantiseResult
+    fingerprint: str
+    samples: int
+
+
+def convert(options: ConvertOptions, console: Console) -> ConvertReport:
+    """Write ``options.out`` and the mmproj file beside it, with progress on ``console``.
+
+    Both files appear when both are whole; a run that was stopped goes on after its last finished layer. Raises UserError or UsageError
+    for everything a user can mend: directory, architecture, weights, images, types, and output paths and disks.
+    """
+    files = check_inputs(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    seconds: dict[str, float] = {}
+    with progress_bars(console) as bars:
+        quantised: Quantised | None = None
+        if container(options.type).name in REFERENCE_TYPES:
+            with timed(seconds, "check"):
+                check_finite_files(files)
+        else:
+            quantised = run_quantisation(options, console, bars, seconds)
+        with timed(seconds, "write"):
+            text, vision = write_files(options, quantised, bars)
+    packed = {} if quantised is None else {name: (p.container, p.columns) for name, p in quantised.result.packed.items()}
+    sentences = fallback_sentences(container(options.type).name, packed, text)
+    if options.work_dir is None:
+        shutil.rmtree(work_root(options), ignore_errors=True)
+    return ConvertReport(options.out, options.mmproj, text, vision, sum(file.stat().st_size for file in files), sentences, seconds)
+
+
+def check_inputs(options: ConvertOptions) -> list[Path]:
+    """Everything that can be refused before any work; returns the checkpoint's weight files."""
+    chosen = container(options.type)
+    container(options.embedding_type)
+    if options.mmproj_type not in MMPROJ_TYPES:
+        raise UsageError(f"there is no mmproj type {options.mmproj_type}: choose one of {', '.join(MMPROJ_TYPES)}")
+    if options.samples < 1:
+        raise UsageError("calibration needs at least one sample: give --samples 1 or more")
+    check_architecture(read_config(options.model_dir))
+    files = weight_files(options.model_dir)
+    check_output(options.out)
+    check_output(options.mmproj)
+    weights = sum(prod(shape) for shape in shapes(files))
+    check_space(options.out.absolute().parent, int(weights * chosen.bits_per_weight / 8))
+    rehearse(options.model_dir, options.mmproj_type)
+    return files
+
+
+def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, seconds: dict[str, float]) -> Quantised:
+    """Load the model, calibrate, equalise and round."""
+    stages = Stages(bars)
+    with timed(seconds, "load"):
+        loaded = load(options.model_dir, options.device)
+    samples: list[Sample] = []
+    if options.method != "rtn" or options.rounding != "nearest":
+        if options.calib is None:
+            console.print(
+                "calibrating with the drawn scenes that ship with mbq-gguf: give --calib with pictures like those you will ask about",
+                style="yellow",
+                highlight=False,
+            )
+        with timed(seconds, "samples"):
+            samples = load_samples(options.calib, loaded, options.samples, options.seed)
+    calibration = fingerprint(samples) if samples else ""
+    work = open_work(options, calibration)
+    try:
+        result = quantise(loaded, samples, options.settings, work, stages)
+    finally:
+        if options.work_dir is None and not any(work.path.glob("*.safetensors")):
+            shutil.rmtree(work_root(options), ignore_errors=True)  # nothing to go on from
+    seconds.update(result.seconds)
+    return Quantised(result, calibration, len(samples))
+
+
+def open_work(options: ConvertOptions, calibration: str) -> WorkDir:
+    """The work directory of exactly this run: of this model, these samples and these settings."""
+    marks = {"model": model_mark(options.model_dir), "data": calibration, "settings": settings_mark(options.settings)}
+    if options.work_dir is not None:
+        return open_workdir(options.work_dir, marks)
+    return open_workdir(work_root(options) / hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16], marks)
+
+
+def work_root(options: ConvertOptions) -> Path:
+    """Where runs towards ``options.out`` keep their finished layers."""
+    return options.out.with_name(f"{options.out.name}.work")
+
+
+def model_mark(model_dir: Path) -> str:
+    """A mark that changes when a file of the model does: names, sizes and times, since hashing the weights would take minutes."""
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(model_dir.iterdir()) if path.is_file()]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def settings_mark(settings: QuantiseSettings) -> str:
+    """A mark of everything else that decides the outcome."""
+    return json.dumps({"version": mbq_gguf.__version__, **asdict(settings)}, sort_keys=True)
+
+
+def write_files(options: ConvertOptions, quantised: Quantised | None, bars: Progress) -> tuple[list[TensorRecord], list[TensorRecord]]:
+    """Both files, under their names when both are whole."""
+    stages = Stages(bars)
+    with staged(options.mmproj, options.out) as (mmproj_part, text_part):
+        vision = write_mmproj(options.model_dir, mmproj_part, options.mmproj_type, {}, {}, stages.counter("write mmproj"))
+        text = write_text(options.model_dir, text_part, text_file(options, quantised), stages.counter("write GGUF"))
+    return text, vision
+
+
+def text_file(options: ConvertOptions, quantised: Quantised | None) -> TextFile:
+    """What goes into the text GGUF."""
+    chosen = container(options.type)
+    if quantised is None:
+        return TextFile({}, {}, chosen.name, chosen.name, {}, None)
+    result = quantised.result
+    keys = metadata.describe(
+        container=chosen.name,
+        method=options.method,
+        rounding=options.rounding,
+        fingerprint=quantised.fingerprint,
+        samples=quantised.samples,
+        ratios=result.ratios,
+    )
+    packed = {name: PackedTensor(item.container, item.data, item.columns) for name, item in result.packed.items()}
+    return TextFile(packed, result.replaced, BASE_TYPE, container(options.embedding_type).name, keys, metadata.file_type(chosen.name))
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the block's wall time to ``seconds[stage]``."""
+    start = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -1,0 +1,100 @@
+"""What a conversion did, and how it is told on a terminal."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mbq_gguf.export.injection import TensorRecord
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """The two files of a conversion. Sizes are in bytes, times in seconds by stage."""
+
+    out: Path
+    mmproj: Path
+    tensors: Sequence[TensorRecord]
+    mmproj_tensors: Sequence[TensorRecord]
+    size_before: int  # the checkpoint's safetensors
+    fallbacks: Sequence[str]  # one sentence for each type that a row length ruled out
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def size_after(self) -> int:
+        """Bytes of both files together."""
+        return self.out.stat().st_size + self.mmproj.stat().st_size
+
+    def render(self) -> RenderableType:
+        """Tensors by container, sizes, times and fallbacks."""
+        parts: list[RenderableType] = [container_table(self)]
+        parts += [Text(f"note: {sentence}", style="yellow") for sentence in self.fallbacks]
+        saved = self.size_before / self.size_after
+        parts.append(Text(f"{megabytes(self.size_before)} before, {megabytes(self.size_after)} after: {saved:.2f} times smaller"))
+        if self.seconds:
+            parts.append(Text(", ".join(f"{stage} {duration(time)}" for stage, time in self.seconds.items())))
+        return Group(*parts)
+
+
+def container_table(report: ConvertReport) -> Table:
+    """One line a file and container, one a file."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("file")
+    table.add_column("container")
+    for column in ("tensors", "weights", "size", "bits per weight"):
+        table.add_column(column, justify="right")
+    for path, records in ((report.out, report.tensors), (report.mmproj, report.mmproj_tensors)):
+        by_type: dict[str, list[TensorRecord]] = defaultdict(list)
+        for record in records:
+            by_type[record.type_name].append(record)
+        table.add_row(Text(path.name), "", *_sums(records), style="bold")
+        for name, members in sorted(by_type.items()):
+            table.add_row("", name, *_sums(members))
+        table.add_section()
+    return table
+
+
+def fallback_sentences(wanted: str, packed: Mapping[str, tuple[str, int]], records: Sequence[TensorRecord]) -> list[str]:
+    """One sentence for each container that stands in for another, with the row length that ruled the other out.
+
+    ``packed`` maps tensor names to (container, columns) where ``wanted`` was asked for; ``records`` know their own wish.
+    """
+    counts: dict[tuple[str, str, int], int] = defaultdict(int)
+    for name, columns in packed.values():
+        if name != wanted:
+            counts[wanted, name, columns] += 1
+    for record in records:
+        if record.wanted is not None:
+            counts[record.wanted, record.type_name, record.shape[-1]] += 1
+    return [
+        f"{count} tensor{'s' if count > 1 else ''} with rows of {columns} weights: stored as {name}, since no block of {asked} fits"
+        for (asked, name, columns), count in counts.items()
+    ]
+
+
+def megabytes(size: int) -> str:
+    """Bytes as kB, MB (10^6) or GB."""
+    if size < 1e6:
+        return f"{size / 1e3:.1f} kB"
+    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _sums(records: Sequence[TensorRecord]) -> tuple[str, str, str, str]:
+    weights, size = sum(record.elements for record in records), sum(record.nbytes for record in records)
+    return str(len(records)), f"{weights:,}", megabytes(size), f"{8 * size / weights:.3f}"
