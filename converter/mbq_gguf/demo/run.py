@@ -1,0 +1,112 @@
+"""The demonstration: build, assemble, convert, and three questions about pictures to the patched llama-server.
+
+What it makes lies in one directory and in the user's cache, and is used again for as long as it is up to date.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import mbq_gguf
+from mbq_gguf.convert import ConvertOptions, convert
+from mbq_gguf.demo.assemble import WEIGHTS, assemble
+from mbq_gguf.evaluate.exact_match import CONTEXT, MAX_TOKENS, SHIPPED, Question, load_questions
+from mbq_gguf.llama_cpp.build import build
+from mbq_gguf.llama_cpp.paths import source_dir
+from mbq_gguf.llama_cpp.server import LlamaServer
+
+TASKS = ("digits", "leftmost", "chart_sum")  # the first question of each in the shipped set is asked
+# The parts of the package that decide what a converted file holds.
+MAKERS = ("calibration", "demo", "export", "formats", "models", "rounding", "transforms", "convert.py", "quantise.py")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A language model and its vision tower as llama.cpp takes them."""
+
+    text: Path
+    mmproj: Path
+
+
+def run_demo(console: Console, directory: Path) -> None:
+    """The whole path once; ``directory`` keeps the model and the GGUF files (700 MB). Raises UserError where a step fails."""
+    console.rule("1 of 4: the patched llama.cpp")
+    if os.environ.get("MBQ_GGUF_LLAMA_CPP"):
+        console.print(f"MBQ_GGUF_LLAMA_CPP names {source_dir()}", highlight=False, soft_wrap=True)
+    else:
+        build(console=console)
+    console.rule("2 of 4: the reference VLM, as a Hugging Face model")
+    with console.status("assembling it from SmolLM2-135M-Instruct and the data that ship with the project"):
+        model = assemble(directory / "reference-vlm")
+    console.print(model, highlight=False, soft_wrap=True)
+    console.rule("3 of 4: to GGUF")
+    before = converted(model, directory / "reference-vlm-BF16.gguf", "BF16", console)
+    after = converted(model, directory / "reference-vlm-MBQ3.gguf", "MBQ3", console)
+    console.rule("4 of 4: questions about pictures, through the OpenAI-compatible API")
+    console.print(answers(after, demo_questions(), console))
+    console.print(sizes(model, before, after))
+
+
+def converted(model: Path, out: Path, container: str, console: Console) -> Converted:
+    """``model`` as ``out`` in ``container`` with its vision tower; files that an equal call made before are kept."""
+    options = ConvertOptions(model, out, type=container)
+    files = Converted(options.out, options.mmproj)
+    stamp, wanted = out.with_suffix(".made-by"), fingerprint(model, container)
+    if files.text.is_file() and files.mmproj.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        console.print(f"{out.name} is there already", highlight=False, soft_wrap=True)
+        return files
+    stamp.unlink(missing_ok=True)
+    convert(options, console)
+    stamp.write_text(wanted, encoding="utf-8")
+    return files
+
+
+def fingerprint(model: Path, container: str) -> str:
+    """A hash of everything a converted file comes from: the model, the container, the calibration set, the converter's own code."""
+    package = Path(mbq_gguf.__file__).parent
+    digest = hashlib.sha256(f"{mbq_gguf.__version__} {container}".encode())
+    for name in MAKERS:
+        part = package / name
+        for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
+            if file.is_file() and file.suffix != ".pyc":
+                digest.update(f"{file.relative_to(package)} {file_hash(file)}".encode())
+    digest.update(file_hash(model / WEIGHTS).encode())
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def demo_questions() -> list[Question]:
+    """The questions that are asked, one of each of TASKS."""
+    shipped = load_questions(SHIPPED)
+    return [next(question for question in shipped if question.task == task) for task in TASKS]
+
+
+def answers(files: Converted, questions: list[Question], console: Console) -> Table:
+    """Ask ``questions``, each printed as its answer comes, and put them into a table; the server is stopped again."""
+    table = Table("picture", "question", "answer", "expected", title="what the model sees")
+    with console.status("starting llama-server") as status, LlamaServer(files.text, files.mmproj, ctx=CONTEXT) as server:
+        for question in questions:
+            status.update(f"{question.image.name}: {question.question}")
+            given = server.ask(question.image, question.question, MAX_TOKENS).text.strip()
+            table.add_row(question.image.name, question.question, given, question.expected)
+    return table
+
+
+def sizes(model: Path, before: Converted, after: Converted) -> Table:
+    """A table of the files' sizes."""
+    table = Table("file", "MB", title="file sizes, before and after")
+    for path in (model / WEIGHTS, before.text, after.text, before.mmproj, after.mmproj):
+        table.add_row(path.name, f"{path.stat().st_size / 1e6:.1f}")
+    table.columns[1].justify = "right"
+    return table

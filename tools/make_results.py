@@ -1,0 +1,277 @@
+#!/usr/bin/env python3
+"""Remake the quality table of docs/results.md: convert the reference VLM every way, ask the patched llama-server, count right answers.
+
+    python tools/make_results.py                       every row that docs/results/quality.json does not hold yet
+    python tools/make_results.py --only BF16 --again   one row, once more
+    python tools/make_results.py --questions 102       quick look: 6 questions a task (goes to the folder of --out, not into docs/)
+
+A finished row is saved at once, so a stopped run goes on where it was. A new row is a new line in VARIANTS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import click
+from mbq_gguf.demo.assemble import assemble
+from mbq_gguf.errors import UserError
+from mbq_gguf.evaluate.exact_match import SHIPPED, Question, Score, exact_match, load_questions, stratified
+from mbq_gguf.formats.gguf_types import import_gguf
+from mbq_gguf.llama_cpp.cache import cache_root
+from mbq_gguf.llama_cpp.paths import find_program
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
+TABLE = ROOT / "docs" / "results" / "quality.json"
+BEGIN, END = "<!-- quality table: tools/make_results.py -->", "<!-- end of quality table -->"
+THREADS = 2
+REFERENCE = "BF16"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: how its file is made from the reference VLM."""
+
+    name: str
+    program: str  # "convert" (ours, from the Hugging Face directory) or "quantize" (llama-quantize, from the BF16 GGUF)
+    arguments: tuple[str, ...]
+
+    @property
+    def file_name(self) -> str:
+        return re.sub(r"[^A-Za-z0-9_]+", "-", self.name) + ".gguf"
+
+    def command(self, folder: Path, model: Path) -> list[str]:
+        """The command that writes the row's file to ``folder``."""
+        if self.program == "quantize":
+            return ["llama-quantize", str(folder / f"{REFERENCE}.gguf"), str(folder / self.file_name), *self.arguments, str(THREADS)]
+        return ["mbq-gguf", "convert", str(model), str(folder / self.file_name), *self.arguments, "--threads", str(THREADS)]
+
+
+def ours(container: str, method: str, rounding: str, *more: str) -> Variant:
+    """A row that our converter makes."""
+    arguments = ("--type", container, "--method", method, "--rounding", rounding, *more)
+    return Variant(" ".join([container, method, rounding, *more]), "convert", arguments)
+
+
+VARIANTS = (
+    Variant(REFERENCE, "convert", ("--type", "BF16")),
+    *(ours("MBQ3", method, rounding) for rounding in ("nearest", "gptq") for method in ("rtn", "awq", "mbq")),
+    *(Variant(name, "quantize", (name,)) for name in ("Q4_0", "Q4_K_M", "Q3_K_M")),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finished row."""
+
+    name: str
+    command: str  # with the folders left out
+    commit: str
+    date: str
+    file_bytes: int
+    bits_layers: float  # bits a weight over the decoder layers' matrices
+    bits_all: float  # over all tensors of the file, embeddings and output head included
+    seconds: float  # to make the file
+    peak_bytes: int  # resident memory of the process that made it, at most
+    ask_seconds: float
+    scores: dict[str, tuple[int, int]]  # task: right, asked
+    given: list[str]  # the answers, in the order of the questions
+
+    @property
+    def total(self) -> Score:
+        return Score(sum(asked for _, asked in self.scores.values()), sum(right for right, _ in self.scores.values()))
+
+
+@dataclass(frozen=True)
+class Made:
+    """What it took to make a file."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def run_measured(command: list[str], log: Path) -> Made:
+    """Run ``command`` with its output in ``log``; raises UserError with the log's last line where it fails."""
+    program = [sys.executable, "-m", "mbq_gguf"] if command[0] == "mbq-gguf" else [str(find_program(command[0]))]
+    start = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen([*program, *command[1:]], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)  # the usage of this child alone, in KiB on Linux
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
+        raise UserError(f"`{shlex.join(command)}` ended with {process.returncode}: {last[0]} (all of it in {log})")
+    return Made(time.monotonic() - start, usage.ru_maxrss * 1024)
+
+
+def bits_per_weight(path: Path) -> tuple[float, float]:
+    """Bits stored a weight in the matrices of the decoder layers, and in all tensors of the file."""
+    tensors = import_gguf().GGUFReader(path).tensors
+    layers = [t for t in tensors if t.name.startswith("blk.") and len(t.shape) == 2]
+    return tuple(8 * sum(int(t.n_bytes) for t in some) / sum(int(t.n_elements) for t in some) for some in (layers, tensors))  # type: ignore[return-value]
+
+
+def make_row(variant: Variant, folder: Path, model: Path, questions: list[Question], console: Console) -> Row:
+    """Make the file, ask the questions. The file and the answers stay in ``folder``."""
+    command, path = variant.command(folder, model), folder / variant.file_name
+    console.print(f"[bold]{variant.name}[/]: {shlex.join(command)}", highlight=False, soft_wrap=True)
+    shutil.rmtree(folder / f"{path.name}.work", ignore_errors=True)  # a run that was stopped must not shorten this one
+    made = run_measured(command, path.with_suffix(".log"))
+    # One vision tower for all rows: what differs is the language model.
+    result = exact_match(path, folder / f"mmproj-{REFERENCE}.gguf", questions, threads=THREADS, console=console)
+    path.with_suffix(".answers.json").write_text(result.to_json(), encoding="utf-8")
+    layers, everything = bits_per_weight(path)
+    shown = shlex.join(command).replace(f"{folder}/", "").replace(str(model), "reference-vlm")
+    return Row(
+        name=variant.name, command=shown, commit=commit(), date=date.today().isoformat(), file_bytes=path.stat().st_size,
+        bits_layers=layers, bits_all=everything, seconds=made.seconds, peak_bytes=made.peak_bytes, ask_seconds=result.seconds,
+        scores={task: (score.right, score.asked) for task, score in result.tasks.items()}, given=[a.given for a in result.answers],
+    )  # fmt: skip
+
+
+def commit() -> str:
+    """The commit of the code in use, with a plus where the converter or the patch has changes that are not committed."""
+    head, changes = (
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "converter", "ggml_patch"])
+    )
+    return head + ("+" if changes else "")
+
+
+def load_rows(path: Path) -> dict[str, Row]:
+    """The rows finished so far, by name."""
+    if not path.is_file():
+        return {}
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return {row["name"]: Row(**{**row, "scores": {task: tuple(pair) for task, pair in row["scores"].items()}}) for row in rows}
+
+
+def save_rows(path: Path, rows: dict[str, Row]) -> None:
+    """One row a line, in the order of VARIANTS; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in ordered(rows))
+    draft = path.with_suffix(".tmp")
+    draft.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def ordered(rows: dict[str, Row]) -> list[Row]:
+    """Rows in the order of VARIANTS; rows of variants that are gone come last."""
+    names = [variant.name for variant in VARIANTS]
+    return sorted(rows.values(), key=lambda row: names.index(row.name) if row.name in names else len(names))
+
+
+def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are figures."""
+    titles = list(head)
+    rule = ["---", *["---:"] * (len(titles) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [titles, rule, *lines])
+
+
+def render(rows: dict[str, Row]) -> str:
+    """The section between the markers: how it was measured, the table, the tasks, the commands."""
+    done = ordered(rows)
+    reference = rows.get(REFERENCE)
+    main = [
+        [
+            row.name,
+            f"{row.total.share:.3f} ± {row.total.standard_error:.3f}",
+            f"{row.total.share / reference.total.share:.3f}" if reference else "",
+            f"{row.bits_layers:.2f}",
+            f"{row.bits_all:.2f}",
+            f"{row.file_bytes / 1e6:.1f}",
+            f"{row.seconds:.0f}",
+            f"{row.peak_bytes / 1e9:.2f}",
+        ]
+        for row in done
+    ]
+    titles = ["file", "exact match", "of BF16", "bits a weight, layers", "all tensors", "MB", "seconds to make", "peak GB"]
+    tasks = sorted({task for row in done for task in row.scores})
+    by_task = [[task, *(f"{row.scores[task][0]}/{row.scores[task][1]}" for row in done)] for task in tasks]
+    commands = [[row.name, f"`{row.command}`", row.commit, row.date] for row in done]
+    asked = max(row.total.asked for row in done)
+    parts = [
+        f"Measured on {machine()}, with `python tools/make_results.py`:",
+        f"{asked} questions a row through the patched `llama-server`, {THREADS} threads, one question at a time.",
+        "± is the binomial standard error. Every row has the same vision tower (F16, 20 MB, not counted in MB).",
+        "",
+        table(titles, main),
+        "",
+        "Right answers by task:",
+        "",
+        table(["task", *(row.name for row in done)], by_task),
+        "",
+        "How each file was made (`reference-vlm` is what `mbq-gguf demo-model` writes):",
+        "",
+        table(["file", "command", "commit", "date"], commands).replace("---:", "---"),
+    ]
+    return "\n".join(parts)
+
+
+def machine() -> str:
+    """The machine in words: processor, cores, memory, system."""
+    cpuinfo, meminfo = Path("/proc/cpuinfo").read_text(), Path("/proc/meminfo").read_text()
+    model = re.search(r"model name\s*: (.*)", cpuinfo)
+    memory = re.search(r"MemTotal:\s*(\d+)", meminfo)
+    assert memory is not None
+    name = model.group(1) if model else platform.machine()
+    wide = " with AVX-512" if "avx512f" in cpuinfo else " with AVX2" if "avx2" in cpuinfo else ""
+    return f"{name}{wide}, {os.cpu_count()} cores, {int(memory.group(1)) / 2**20:.0f} GiB, Linux {platform.machine()}"
+
+
+def write_page(rows: dict[str, Row]) -> None:
+    """Put the rendered rows between the markers of docs/results.md; raises UserError where the markers are missing."""
+    before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{PAGE} has lost its markers: put `{BEGIN}` and `{END}` back where the table goes")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{render(rows)}\n\n{END}{after}", encoding="utf-8")
+
+
+@click.command()
+@click.option("--questions", "count", type=click.IntRange(min=1), help="Ask only so many, equally from all tasks; the page is left alone.")
+@click.option("--only", multiple=True, type=click.Choice([v.name for v in VARIANTS]), help="Only this row; may be given several times.")
+@click.option("--again", is_flag=True, help="Make rows that are finished once more.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the GGUF files (default: the user cache).")
+def main(count: int | None, only: tuple[str, ...], again: bool, out: Path | None) -> None:
+    """Remake the quality table of docs/results.md."""
+    console = Console()
+    folder = (out or cache_root() / "results").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    questions = load_questions(SHIPPED)
+    where = TABLE if count is None else folder / f"quality-{count}.json"
+    asked = questions if count is None else stratified(questions, count)
+    model = folder / "reference-vlm"
+    try:
+        assemble(model)
+        rows = load_rows(where)
+        wanted = [v for v in VARIANTS if (not only or v.name in only) and (again or v.name not in rows)]
+        if not all((folder / name).is_file() for name in (f"{REFERENCE}.gguf", f"mmproj-{REFERENCE}.gguf")):
+            run_measured(VARIANTS[0].command(folder, model), folder / f"{REFERENCE}.log")  # every other row needs them
+        for variant in wanted:
+            rows[variant.name] = make_row(variant, folder, model, asked, console)
+            save_rows(where, rows)
+            if count is None:
+                write_page(rows)
+            console.print(f"  {rows[variant.name].total.share:.3f}", highlight=False)
+    except UserError as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    console.print(render(rows), markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
