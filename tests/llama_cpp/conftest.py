@@ -6,8 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
-from mbq_gguf.errors import UserError
-from mbq_gguf.llama_cpp import paths, pin, prove
+from mbq_gguf.llama_cpp import pin, prove
 from rich.console import Console
 from workshop_tree import FILES, Workshop
 
@@ -31,9 +30,6 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
 
 
 @pytest.fixture(scope="session")
-def built() -> Path:
+def built(built_llama: Path) -> Path:
     """The folder with the real build's programs and libraries."""
-    try:
-        return paths.source_dir() / "build" / "bin"
-    except UserError as error:
-        pytest.skip(str(error))
+    return built_llama / "build" / "bin"

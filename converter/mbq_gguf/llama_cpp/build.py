@@ -23,7 +23,7 @@ from mbq_gguf.llama_cpp.locks import file_lock, termination_as_exit
 from mbq_gguf.llama_cpp.machine import Toolchain, cpu_flags, default_jobs, find_tool, find_toolchain, gpu_architectures, machine_hash
 from mbq_gguf.llama_cpp.patch import apply_patch
 from mbq_gguf.llama_cpp.paths import BACKENDS
-from mbq_gguf.llama_cpp.steps import BuildProgress, disk_full, run_step
+from mbq_gguf.llama_cpp.steps import BuildProgress, disk_full, run_step, say
 
 PROGRAMS = (
     "llama-server",
@@ -50,6 +50,7 @@ _COMMON: tuple[str, ...] = (
     "LLAMA_BUILD_UI=OFF",
     "LLAMA_USE_PREBUILT_UI=OFF",  # would be downloaded while building
     "LLAMA_OPENSSL=OFF",
+    "LLAMA_ALL_WARNINGS=OFF",  # GCC 12 writes 35000 lines of them for the AMX kernels alone
 )
 _CUDA = ("GGML_CUDA=ON", "GGML_CUDA_NCCL=OFF", "GGML_CUDA_FA_QUANTS=f16-f16", "GGML_CUDA_COMPRESSION_MODE=none")
 _FLAG_VARIABLES = ("CC", "CXX", "CUDACXX", "CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS")  # CMake takes these from the environment
@@ -96,7 +97,7 @@ def build(
         with termination_as_exit(), _locked(plan.name, console):
             if read_record(plan.tree):
                 (plan.tree / MARKER).touch()  # the build that was asked for last is the one in use
-                console.print(f"llama.cpp for {backend} is built already: {plan.tree}")
+                say(console, f"llama.cpp for {backend} is built already: {plan.tree}")
             else:
                 _build_whole(plan, jobs or default_jobs(), console)
             return plan.tree
@@ -150,7 +151,6 @@ def _build_whole(plan: Plan, jobs: int, console: Console) -> None:
     except BaseException:
         shutil.rmtree(plan.tree, ignore_errors=True)
         raise
-    console.print(f"llama.cpp for {plan.backend} is built: {plan.tree}")
 
 
 def _compile(plan: Plan, jobs: int, log: TextIO, console: Console) -> prove.InstructionSet:
@@ -165,7 +165,7 @@ def _compile(plan: Plan, jobs: int, log: TextIO, console: Console) -> prove.Inst
             return chosen
         log.write(f"proof of {chosen.name}: {fault}\n")
         if number + 1 < len(wanted):
-            console.print(f"the kernels built for {chosen.description} fail here ({fault}): going on with {wanted[number + 1].description}")
+            say(console, f"the kernels built for {chosen.description} fail here ({fault}): going on with {wanted[number + 1].description}")
     raise UserError(f"the built kernels fail on this machine even with {chosen.description} ({fault}): the log is {log.name}")
 
 
@@ -213,7 +213,7 @@ def _check_result(backend: str, folder: Path) -> None:
 @contextmanager
 def _locked(name: str, console: Console) -> Iterator[None]:
     path = cache_root() / "locks" / f"{name}.lock"
-    with file_lock(path, lambda: console.print("another mbq-gguf is building the same llama.cpp: waiting for it")):
+    with file_lock(path, lambda: say(console, "another mbq-gguf is building the same llama.cpp: waiting for it")):
         yield
 
 

@@ -1,7 +1,8 @@
 """Which instruction sets to build for: tried in order, the first whose kernels run correctly on this machine wins.
 
-A CPU may list an instruction set that then faults: seen in virtual machines with AMX, which die by SIGILL at ``tilezero`` although the
-kernel has granted permission. Only a run of the built kernels can tell.
+That a CPU lists an instruction set does not make the kernels for it run. Seen: with GCC 12, ggml's AMX kernels die at ``ldtilecfg`` or
+``tilezero``, since GCC's ``_tile_loadconfig`` declares only the first 8 of the 64 bytes of the tile configuration as read, and the
+optimiser drops the stores of the others; hypervisors may mask what they list. Only a run of the built kernels can tell.
 """
 
 from __future__ import annotations

@@ -98,6 +98,13 @@ class LlamaServer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._exit.__exit__(kind, error, trace)
 
+    @property
+    def pid(self) -> int:
+        """The server's process number. Raises RuntimeError outside the ``with`` block."""
+        if self._process is None:
+            raise RuntimeError("the server runs only inside the with block")
+        return self._process.pid
+
     def ask(self, image: Path | None, question: str, max_tokens: int = 64, *, temperature: float = 0.0, seed: int = 0) -> Answer:
         """One question, about one picture where given: the picture comes first, then the question; greedy by default.
 

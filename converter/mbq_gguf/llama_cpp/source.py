@@ -16,6 +16,7 @@ from rich.console import Console
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.llama_cpp.cache import MARKER, cache_root
 from mbq_gguf.llama_cpp.pin import Pin
+from mbq_gguf.llama_cpp.steps import say
 
 _NEEDED = ("CMakeLists.txt", "ggml/CMakeLists.txt")  # what makes a folder a llama.cpp tree
 
@@ -29,7 +30,7 @@ def fetch(pin: Pin, console: Console) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as work, console.status(f"fetching {pin.package} {pin.version}"):
         if not console.is_terminal:
-            console.print(f"fetching {pin.package} {pin.version}")
+            say(console, f"fetching {pin.package} {pin.version}")
         archive = _pip_download(pin, Path(work))
         check_sha256(archive, pin)
         return archive.replace(folder / archive.name)

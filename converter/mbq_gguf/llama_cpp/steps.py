@@ -29,6 +29,11 @@ _ERRORS = (
 )
 
 
+def say(console: Console, text: str) -> None:
+    """Print one line as it is: brackets in paths are no markup, and long lines are not broken."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 class BuildProgress:
     """A bar with the time left where the console is a terminal, else one plain line every tenth of the way."""
 
@@ -41,7 +46,7 @@ class BuildProgress:
 
     def __enter__(self) -> BuildProgress:
         if self._bar is None:
-            self._console.print(self._title)
+            say(self._console, self._title)
         else:
             self._bar.start()
             self._task = self._bar.add_task(self._title, total=None)
@@ -63,7 +68,7 @@ class BuildProgress:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total)
         elif done / total >= self._next_report:
-            self._console.print(f"{self._title}: {done} of {total}")
+            say(self._console, f"{self._title}: {done} of {total}")
             self._next_report = done / total + 0.1
 
 
