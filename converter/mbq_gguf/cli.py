@@ -1,0 +1,130 @@
+"""The ``mbq-gguf`` command: click commands and nothing else; each imports its work only when it is called."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from mbq_gguf import __version__
+from mbq_gguf.errors import UserError
+from mbq_gguf.evaluate.command import eval_command
+
+DIRECTORY = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class Commands(click.Group):
+    """A group that prints a :class:`UserError` as its sentence and ends with its exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; 1 means it failed, 2 that the call was wrong, 130 that Ctrl-C ended it."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            Console(stderr=True).print("stopped: nothing half-written is left; the same command goes on from here", highlight=False)
+            sys.exit(130)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="mbq-gguf")
+def main() -> None:
+    """Make vision-language models small for llama.cpp without making them blind.
+
+    \b
+    mbq-gguf build                                   fetch, patch and build llama.cpp (once)
+    mbq-gguf convert MODEL_DIR out.gguf --type MBQ3  calibrate with pictures, write GGUF and mmproj
+    mbq-gguf inspect out.gguf                        what is in a file
+    mbq-gguf eval bf16.gguf out.gguf --mmproj M      how much it lost, on questions about pictures
+    mbq-gguf path llama-server                       where a built program lies
+    """
+
+
+@main.command()
+@click.option("--backend", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What the build computes on.")
+@click.option("--source", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A llama.cpp tree to use instead of the pinned one.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Compilers at a time (default: all cores).")
+@click.option("--cuda-architectures", help="What CMAKE_CUDA_ARCHITECTURES takes, such as 90-real (default: this machine's card).")
+def build(backend: str, source: Path | None, jobs: int | None, cuda_architectures: str | None) -> None:
+    """Fetch the pinned llama.cpp, patch it, build it and prove that the result runs on this machine.
+
+    A finished build is kept in the user's cache and found again by its content, so a second call returns at once.
+    """
+    from mbq_gguf.llama_cpp.build import build as build_llama_cpp
+
+    console = Console()
+    tree = build_llama_cpp(backend, source=source, jobs=jobs, cuda_architectures=cuda_architectures, console=console)
+    console.print(f"llama.cpp is ready in {tree}", highlight=False, soft_wrap=True)
+
+
+@main.command()
+@click.argument("name")
+def path(name: str) -> None:
+    """Print where the built program or library NAME lies, such as llama-server or libllama.so."""
+    from mbq_gguf.llama_cpp.paths import find
+
+    click.echo(find(name))
+
+
+@main.command("demo-model")
+@click.argument("directory", type=DIRECTORY)
+def demo_model(directory: Path) -> None:
+    """Write the reference VLM (135M parameters, sees drawn scenes) to DIRECTORY as a Hugging Face model."""
+    from mbq_gguf.demo.assemble import assemble
+
+    Console().print(f"reference VLM written to {assemble(directory)}", highlight=False, soft_wrap=True)
+
+
+@main.command()
+@click.option("--directory", type=DIRECTORY, default=Path("build/demo"), show_default=True, help="Where the demonstration keeps its files.")
+def demo(directory: Path) -> None:
+    """The whole path once: build, reference VLM, MBQ3, and three questions about pictures to the patched llama-server."""
+    from mbq_gguf.demo.run import run_demo
+
+    run_demo(Console(), directory)
+
+
+@main.command()
+@click.argument("file", type=FILE)
+def inspect(file: Path) -> None:
+    """Show how FILE was made and a table of its tensors, types and bits per weight."""
+    from mbq_gguf.export.inspect import inspect as inspect_file
+
+    Console().print(inspect_file(file))
+
+
+@main.command()
+@click.argument("model_dir", type=DIRECTORY)
+@click.argument("out", type=FILE)
+@click.option("--type", "type_", default="MBQ3", show_default=True, help="MBQ3, MBQ3_64, a stock ggml type such as Q4_0, or BF16 and F16.")
+@click.option("--method", type=click.Choice(["rtn", "awq", "mbq"]), default="mbq", show_default=True, help="How channels are equalised.")
+@click.option("--rounding", type=click.Choice(["nearest", "gptq"]), default="gptq", show_default=True, help="How weights become codes.")
+@click.option("--calib", type=click.Path(path_type=Path), help="A JSONL of pictures, questions and answers, or a folder of pictures.")
+@click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Calibration samples.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which samples are drawn.")
+@click.option("--device", default="cpu", show_default=True, help="Where layers are computed: cpu, cuda, cuda:1.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")
+@click.option("--embedding-type", default="Q8_0", show_default=True, help="The type of embeddings and output head.")
+@click.option("--mmproj-type", default="F16", show_default=True, help="The type of vision tower and projector: F16, BF16, F32 or Q8_0.")
+@click.option("--floor/--no-floor", default=True, show_default=True, help="Raise each layer's modality ratio to the median over layers.")
+@click.option("--work-dir", type=DIRECTORY, help="Where finished layers are kept (default: beside OUT until it is whole).")
+def convert(type_: str, **options: Any) -> None:
+    """Turn the Hugging Face VLM in MODEL_DIR into the GGUF file OUT and the vision file mmproj-OUT beside it.
+
+    Calibrates with pictures and answers: MBQ (arXiv 2412.19509) weighs each modality by how much the answer depends on it, GPTQ rounds on
+    the container's own grid. A run that is stopped goes on after its last finished layer when the same command is given again.
+    """
+    from mbq_gguf.convert import ConvertOptions
+    from mbq_gguf.convert import convert as convert_model
+
+    console = Console()
+    console.print(convert_model(ConvertOptions(type=type_, **options), console).render())
+
+
+main.add_command(eval_command)
