@@ -50,6 +50,7 @@ class Header:
     metadata: dict[str, Value]
     lengths: dict[str, int]  # length of every array, cut or not
     tensors: list[TensorEntry]
+    data_start: int  # where the tensors' data begin in the file
 
 
 class _Damaged(Exception):
@@ -98,8 +99,7 @@ class _Reader:
             key = self.string()
             metadata[key] = self.value(self.integer(4), key)
         tensors = [self.tensor() for _ in range(tensor_count)]
-        self.check_data(metadata.get("general.alignment", 32), tensors)
-        return Header(version, metadata, self.lengths, tensors)
+        return Header(version, metadata, self.lengths, tensors, self.data_start(metadata.get("general.alignment", 32), tensors))
 
     def take(self, count: int) -> int:
         """Move over ``count`` bytes and return where they begin."""
@@ -165,11 +165,12 @@ class _Reader:
             raise _Damaged(f"the rows of tensor {name!r} are no multiple of {kind.name}'s block of {block_size}")
         return TensorEntry(name, shape, kind.name, prod(shape) // block_size * type_size, offset)
 
-    def check_data(self, alignment: Value, tensors: list[TensorEntry]) -> None:
-        """Check that every tensor's bytes lie within the file."""
+    def data_start(self, alignment: Value, tensors: list[TensorEntry]) -> int:
+        """Where the data begin; checks that every tensor's bytes lie within the file."""
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise _Damaged(f"its alignment is {alignment!r}")
         start = -(-self.at // alignment) * alignment
         for tensor in tensors:
             if start + tensor.offset + tensor.nbytes > self.size:
                 raise _Damaged(f"its {self.size} bytes end before tensor {tensor.name!r} does")
+        return start

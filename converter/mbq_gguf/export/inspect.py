@@ -36,7 +36,7 @@ def metadata_table(header: Header) -> Table:
     table = _table("metadata", "key", "value")
     keys = [key for key in header.metadata if not key.startswith(RATIO)]
     for key in sorted(keys, key=lambda key: not key.startswith(PREFIX)):
-        table.add_row(Text(key), Text(shown(header.metadata[key], header.lengths.get(key))))
+        table.add_row(printable(key), Text(shown(header.metadata[key], header.lengths.get(key))))
     return table
 
 
@@ -49,7 +49,7 @@ def ratio_table(header: Header) -> Table:
         if ratios:
             ordered = sorted(ratios)
             picks = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
-            table.add_row(Text(key.removeprefix(RATIO)), sparkline(ratios), *(f"{pick:.3g}" for pick in picks))
+            table.add_row(printable(key.removeprefix(RATIO)), sparkline(ratios), *(f"{pick:.3g}" for pick in picks))
     return table
 
 
@@ -62,7 +62,7 @@ def tensor_table(tensors: Sequence[TensorEntry]) -> Table:
     for (name, type_name, shape), members in kinds.items():
         layers = ranges([int(match.group(1)) for member in members if (match := LAYER.search(member.name))])
         size = " × ".join(str(length) for length in reversed(shape))  # rows first, as in Hugging Face
-        table.add_row(Text(name), layers, type_name, size, f"{8 * members[0].nbytes / members[0].elements:.3f}")
+        table.add_row(printable(name), layers, type_name, size, f"{8 * members[0].nbytes / members[0].elements:.3f}")
     return table
 
 
@@ -105,8 +105,13 @@ def shown(value: Value, length: int | None) -> str:
         count = len(value) if length is None else length
         return f"[{text}]" if count <= LONGEST_LIST else f"[{text}, … {count} in all]"
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    line = "".join(character if character.isprintable() else " " for character in text)
+    line = printable(text).plain
     return line if len(line) <= LONGEST_TEXT else f"{line[:LONGEST_TEXT]}… ({len(text)} characters)"
+
+
+def printable(text: str) -> Text:
+    """``text`` without what would command the terminal, and not read as markup."""
+    return Text("".join(character if character.isprintable() else " " for character in text))
 
 
 def _table(title: str, *columns: str) -> Table:

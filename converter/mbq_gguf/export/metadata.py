@@ -36,8 +36,9 @@ def describe(
 ) -> dict[str, Any]:
     """The metadata of a quantised file, by key.
 
-    ``fingerprint`` is the SHA-256 of the calibration set as it was used ("" where none was) and ``samples`` its size; ``ratios`` holds, per layer, vision over
-    language sensitivity of the "attention" and "mlp" outputs (MBQ, arXiv 2412.19509), empty where the method does not use it.
+    ``fingerprint`` is the SHA-256 of the calibration set as it was used ("" where none was) and ``samples`` its size; ``ratios``
+    holds, per layer, vision over language sensitivity of the "attention" and "mlp" outputs (MBQ, arXiv 2412.19509), and is empty where the
+    method does not use it.
     """
     keys: dict[str, Any] = {
         "general.quantized_by": "mbq-gguf",
