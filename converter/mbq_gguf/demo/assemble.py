@@ -62,7 +62,11 @@ def assemble(out_dir: Path) -> Path:
             build_model(base_gguf()).save_pretrained(draft)
             for name in COPIED:
                 shutil.copyfile(DATA / name, draft / name)
-            os.replace(draft, out_dir)
+            try:
+                os.replace(draft, out_dir)
+            except OSError:
+                if not is_assembled(out_dir):  # else another process was faster
+                    raise
     except OSError as error:
         raise UserError(f"cannot write {out_dir} ({error.strerror or error}): choose another place or free some space") from error
     return out_dir
