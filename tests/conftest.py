@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from mbq_gguf.calibration.dataset import SHIPPED, Sample, read_jsonl
 from mbq_gguf.errors import UserError
 from mbq_gguf.models import LoadedModel, load

@@ -1,4 +1,4 @@
-"""Calibration samples: one conversation about one image each, from a JSONL file, a folder of images, or the set that ships with the demo."""
+"""Calibration samples, one conversation about one image each: from a JSONL file, a folder of images, or the demo's set."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mbq_gguf.models.prompts import open_image
 
 SHIPPED = Path(__file__).parent.parent / "demo" / "data" / "calib" / "calib.jsonl"
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+LINE_SHAPE = '{"image": ..., "turns": [{"question": ..., "answer": ...}]}'
 FREE_QUESTION = "Describe this image."
 FREE_ANSWER_TOKENS = 128
 
@@ -54,9 +55,7 @@ def read_jsonl(path: Path) -> list[Sample]:
     try:
         samples = [_sample(entry, path.parent) for entry in _lines(path)]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f'{path} has a line that is not {{"image": ..., "turns": [{{"question": ..., "answer": ...}}]}} ({error!r}).'
-        ) from error
+        raise UserError(f"{path} has a line that is not {LINE_SHAPE} ({error!r}); mend or remove it.") from error
     if not samples:
         raise UserError(f"The calibration set {path} is empty; give at least one image with a question and an answer.")
     return samples

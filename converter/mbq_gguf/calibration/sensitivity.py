@@ -25,7 +25,7 @@ CLASSES = ("vision", "answer", "prompt")
 
 @dataclass
 class Sensitivity:
-    """``mean[block][token class]`` [layers], float64: mean |dL/dY| over tokens of the class and channels, then over samples that have any."""
+    """``mean[block][token class]`` [layers], float64: |dL/dY|, mean over channels and tokens of the class, then over samples."""
 
     mean: dict[str, dict[str, torch.Tensor]]
 
@@ -45,7 +45,10 @@ class Sensitivity:
 def measure(
     loaded: LoadedModel, streams: Sequence[Streamed], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Sensitivity:
-    """Sensitivity of every layer from ``streams`` at the door of layer 0, which are left as they are. ``progress`` takes (done, total) layer runs."""
+    """Sensitivity of every layer from ``streams`` at the door of layer 0, which are left as they are.
+
+    ``progress`` takes layer runs, done and total.
+    """
     layers = len(loaded.decoder.layers)
     sums = {block: {c: torch.zeros(layers, dtype=torch.float64) for c in CLASSES} for block in WATCHED}
     counts = dict.fromkeys(CLASSES, 0)

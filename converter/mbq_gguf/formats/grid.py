@@ -58,6 +58,7 @@ def grid_of(container: Container) -> Grid | None:
 def _fit_range(blocks: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and minimum by the range of each block: mbq3.block_parameters, operation by operation."""
     low, high = torch.aminmax(blocks, dim=-1, keepdim=True)
+    low, high = low + 0.0, high + 0.0  # -0 becomes +0, as in the container
     # A tensor as divisor: CUDA multiplies by the reciprocal of a Python number, which rounds differently.
     divisor = torch.tensor(float(levels), device=blocks.device)
     return to_f16(high / divisor - low / divisor), to_f16(low)

@@ -1,4 +1,4 @@
-"""VLM families: where the decoder layers, their linears and the vision tokens are, and how a question about an image becomes model inputs."""
+"""VLM families: where decoder layers, their linears and vision tokens are, and how a question about an image becomes inputs."""
 
 from mbq_gguf.models.load import load
 from mbq_gguf.models.loaded import LoadedModel

@@ -16,6 +16,7 @@ from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, 
 
 # Families with tests here. Any other VLM of transformers with standard decoder layers goes through the same code.
 PROVED = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SUPPORTED = (
     f"{', '.join(PROVED)}, and other vision-language models of transformers whose decoder layers have q/k/v/o and gate/up/down projections"
 )
@@ -81,6 +82,8 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     path = str(model_dir)
+    if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{model_dir} has no tokenizer ({', '.join(TOKENIZER_FILES)}); fetch the model again.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         image_token_id = _image_token_id(model.config)

@@ -117,10 +117,7 @@ class Prompts:
     def _between(self, turns: TextTurns, index: int) -> str:
         """What the template writes between answer ``index`` and the next answer, or the end of the conversation."""
         before = self._render(turns[:index], turns[index][0]) + turns[index][1]
-        if index + 1 < len(turns):
-            whole = self._render(turns[: index + 1], turns[index + 1][0])
-        else:
-            whole = self._render(turns[: index + 1], None)
+        whole = self._render(turns[: index + 1], turns[index + 1][0] if index + 1 < len(turns) else None)
         if not whole.startswith(before):
             raise UserError("The model's chat template rewrites answers, so calibration cannot tell which tokens are the answer's.")
         return whole[len(before) :]

@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323) on a container's own grid: columns are rounded in order, and what rounding changed is made good by later columns.
+"""GPTQ (arXiv 2210.17323) on a container's own grid: columns in order, each one's error made good by later ones.
 
 With H = sum over tokens of w_t x_t x_t^T and U the upper Cholesky factor of (H + damping)^-1, column j is rounded to the grid, and its error
 over U[j, j] times U[j, j + 1:] is taken from the columns that follow. A block's scale and offset are fitted when its first column is

@@ -1,4 +1,4 @@
-"""Channel equalisation: the search for the factors s of y = Q(W diag(s)) (x / s) (AWQ, arXiv 2306.00978; balanced by modality: MBQ, 2412.19509).
+"""Channel equalisation: the search for the factors s of y = Q(W diag(s)) (x / s) (AWQ, arXiv 2306.00978; MBQ, arXiv 2412.19509).
 
 s = mean|x|^t over all tokens, at least 1e-4, divided by sqrt(max s * min s); t is tried at 0, 0.05 ... 0.95. The t wins whose rounded
 weights change the inspected module's output least, on the container's own grid, from the original inputs. MBQ compares by L1 with answer

@@ -1,0 +1,74 @@
+"""Layer by layer equals the whole model, and the statistics are what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mbq_gguf.calibration.dataset import Sample
+from mbq_gguf.calibration.observe import observe
+from mbq_gguf.calibration.stream import advance, capture, logits, working_layer
+from mbq_gguf.calibration.token_weights import modality, uniform
+from mbq_gguf.models import LoadedModel
+from mbq_gguf.models.decoder import GROUPS
+
+
+@torch.no_grad()
+def test_streamed_logits_equal_the_models(tiny: LoadedModel, samples: list[Sample]) -> None:
+    streams = list(capture(tiny, samples[:2]))
+    for index in range(len(tiny.decoder.layers)):
+        advance(working_layer(tiny, index), index, streams, tiny.device)
+    tiny.decoder.layers.float()
+    for stream, sample in zip(streams, samples, strict=False):
+        whole = tiny.model(**tiny.encode(sample.image, list(sample.turns)).inputs, use_cache=False).logits
+        torch.testing.assert_close(logits(tiny, stream.hidden), whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+    tiny.decoder.layers.bfloat16()
+
+
+def test_shared_tensors_are_kept_once(tiny: LoadedModel, samples: list[Sample]) -> None:
+    (stream,) = capture(tiny, samples[:1])
+    first, second = (stream.kwargs[i]["position_embeddings"][0] for i in range(2))
+    assert first is second
+
+
+def test_masks_part_the_tokens(tiny: LoadedModel, samples: list[Sample]) -> None:
+    (stream,) = capture(tiny, samples[:1])
+    total = stream.vision.int() + stream.answer.int() + stream.prompt.int()
+    assert torch.equal(total, torch.ones_like(total))
+    assert stream.vision.any()
+    assert stream.answer.any()
+
+
+def test_token_weights_by_hand(tiny: LoadedModel, samples: list[Sample]) -> None:
+    (stream,) = capture(tiny, samples[:1])
+    attention, mlp = GROUPS[0], GROUPS[2]
+    weigh = modality({"attention": [9.0, 0.25], "mlp": [9.0, 4.0]}, 1)
+    assert set(weigh(stream, attention)[stream.vision].tolist()) == {0.25}
+    assert set(weigh(stream, mlp)[stream.vision].tolist()) == {4.0}
+    assert set(weigh(stream, mlp)[stream.answer].tolist()) == {1.0}
+    assert set(weigh(stream, mlp)[stream.prompt].tolist()) == {0.0}
+    assert set(uniform(stream, mlp).tolist()) == {1.0}
+
+
+def test_statistics_equal_those_of_all_tokens_at_once(tiny: LoadedModel, samples: list[Sample]) -> None:
+    streams = list(capture(tiny, samples[:3]))
+    layer = working_layer(tiny, 0)
+    with torch.no_grad():
+        x = torch.cat([layer.input_layernorm(stream.hidden)[0] for stream in streams])
+    weights = modality({"attention": [0.5], "mlp": [0.5]}, 0)
+    weight = torch.cat([weights(stream, GROUPS[0]) for stream in streams])
+    found = observe(layer, 0, streams, hessian_weights=weights, call_weights=None, call_samples=0).statistics["qkv"]
+    torch.testing.assert_close(found.mean_abs, x.abs().mean(0), rtol=1e-5, atol=1e-7)
+    assert found.hessian is not None
+    torch.testing.assert_close(found.hessian, x.t() @ (x * weight[:, None]), rtol=1e-4, atol=1e-3)
+    assert found.tokens == x.shape[0]
+
+
+def test_observing_moves_the_streams_on(tiny: LoadedModel, samples: list[Sample]) -> None:
+    plain, observed = list(capture(tiny, samples[:1])), list(capture(tiny, samples[:1]))
+    advance(working_layer(tiny, 0), 0, plain, tiny.device)
+    found = observe(working_layer(tiny, 0), 0, observed, hessian_weights=None, call_weights=uniform, call_samples=1)
+    assert torch.equal(plain[0].hidden, observed[0].hidden)
+    assert found.statistics["qkv"].hessian is None
+    call = found.calls["gate_up"][0]
+    assert call.output.shape == (observed[0].ids.shape[0], 128)
+    assert pytest.approx(float(call.weight.sum())) == observed[0].ids.shape[0]

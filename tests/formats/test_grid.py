@@ -1,0 +1,56 @@
+"""The torch grid against the numpy container: equal, not close."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from mbq_gguf.formats.container import Container, Floats
+from mbq_gguf.formats.grid import grid_of
+from mbq_gguf.formats.mbq3 import MBQ3, MBQ3_64
+from mbq_gguf.formats.registry import container
+from mbq_gguf.rounding.nearest import nearest_values, round_nearest
+
+OWN = pytest.mark.parametrize("kind", [MBQ3, MBQ3_64], ids=lambda kind: kind.name)
+
+
+def check_equal(kind: Container, weights: Floats) -> None:
+    data = kind.quantize(weights)
+    rounded = round_nearest(torch.from_numpy(weights), kind)
+    np.testing.assert_array_equal(rounded.data, data)
+    expected = kind.dequantize(data)
+    np.testing.assert_array_equal(rounded.weight.numpy(), expected)
+    np.testing.assert_array_equal(nearest_values(torch.from_numpy(weights), kind).numpy(), expected)
+
+
+@OWN
+@given(
+    weights=hnp.arrays(np.float32, (2, 256), elements=st.floats(-(2.0**126), 2.0**126, width=32)),
+    scale=st.sampled_from([1.0, 1e-3, 1e-7, 1e-38]),
+)
+@settings(max_examples=60, deadline=None)
+def test_equals_container_on_any_rows(kind: Container, weights: Floats, scale: float) -> None:
+    check_equal(kind, (weights * np.float32(scale)).astype(np.float32))
+
+
+@OWN
+@pytest.mark.parametrize("size", [1e-9, 1e-5, 0.02, 1.0, 3e4, 5e37])
+def test_equals_container_on_normal_rows(kind: Container, size: float) -> None:
+    weights = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
+    check_equal(kind, weights * np.float32(size))
+
+
+@OWN
+def test_codes_by_hand(kind: Container) -> None:
+    # Range 0 to 7, so scale 1 and minimum 0: 2.5 is a tie and goes to the even code 2, 3.5 to 4, 2.51 to 3.
+    weights = torch.zeros(1, kind.block_size)
+    weights[0, :5] = torch.tensor([7.0, 2.5, 3.5, 2.51, 6.4])
+    assert nearest_values(weights, kind)[0, :5].tolist() == [7.0, 2.0, 4.0, 3.0, 6.0]
+
+
+def test_block_types_without_one_line_a_block_have_no_grid() -> None:
+    for name in ("F16", "BF16", "Q3_K", "IQ4_NL"):
+        assert grid_of(container(name)) is None

@@ -1,0 +1,51 @@
+"""What the model is asked: the chat template's own text, the image first, and which tokens are the answer's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from mbq_gguf.calibration.dataset import SHIPPED
+from mbq_gguf.errors import UserError
+from mbq_gguf.models import LoadedModel
+
+IMAGE = SHIPPED.parent / "images" / "0000.png"
+PROMPT = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 64 + "<|vision_end|>What color?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def text(tiny: LoadedModel, ids: torch.Tensor) -> str:
+    return str(tiny.prompts.tokenizer.decode(ids))
+
+
+def test_prompt_and_answer(tiny: LoadedModel) -> None:
+    encoded = tiny.encode(IMAGE, [("What color?", "dark blue")])
+    assert text(tiny, encoded.ids) == PROMPT + "dark blue<|im_end|>"
+    assert text(tiny, encoded.ids[encoded.answer]) == "dark blue<|im_end|>"
+    assert int(encoded.vision.sum()) == 64  # 224 x 224 in patches of 14, merged 2 x 2
+    assert encoded.inputs["pixel_values"].shape == (256, 1176)
+    assert encoded.inputs["image_grid_thw"].tolist() == [[1, 16, 16]]
+    assert torch.equal(encoded.inputs["mm_token_type_ids"][0].bool(), encoded.vision)
+
+
+def test_open_prompt(tiny: LoadedModel) -> None:
+    encoded = tiny.encode(IMAGE, [("What color?", "")])
+    assert text(tiny, encoded.ids) == PROMPT
+    assert not encoded.answer.any()
+
+
+def test_later_turns_are_prompt_then_answer(tiny: LoadedModel) -> None:
+    encoded = tiny.encode(IMAGE, [("What color?", "blue"), ("Where?", "top left")])
+    assert (
+        text(tiny, encoded.ids) == PROMPT + "blue<|im_end|>\n<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\ntop left<|im_end|>"
+    )
+    assert text(tiny, encoded.ids[encoded.answer]) == "blue<|im_end|>top left<|im_end|>"
+
+
+def test_image_that_cannot_be_read(tiny: LoadedModel, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(IMAGE.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"broken\.png cannot be read"):
+        tiny.encode(broken, [("What color?", "blue")])
+    with pytest.raises(UserError, match=r"none\.png cannot be read"):
+        tiny.encode(tmp_path / "none.png", [("What color?", "blue")])

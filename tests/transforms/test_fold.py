@@ -1,0 +1,69 @@
+"""Folding channel factors leaves the function as it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from mbq_gguf.calibration.dataset import Sample
+from mbq_gguf.calibration.stream import advance, capture, working_layer
+from mbq_gguf.models import LoadedModel
+from mbq_gguf.models.decoder import GROUPS, linear, norm_offset
+from mbq_gguf.transforms.fold import fold, gather, repeats, spread
+from torch import nn
+
+BOUND = 2e-5  # relative change of a layer's output in float32; a few times its epsilon a factor of up to 30
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.name)
+def test_layer_output_stays(tiny: LoadedModel, samples: list[Sample], group: object) -> None:
+    assert group in GROUPS
+    (stream,) = capture(tiny, samples[:1])
+    kept = replace(stream)
+    advance(working_layer(tiny, 0), 0, [stream], tiny.device)
+    layer = working_layer(tiny, 0)
+    count = _outputs(layer.get_submodule(group.previous))  # type: ignore[attr-defined]
+    factors = torch.exp(torch.randn(count, generator=torch.Generator().manual_seed(3)))
+    fold(layer, group, factors)  # type: ignore[arg-type]
+    advance(layer, 0, [kept], tiny.device)
+    assert (kept.hidden - stream.hidden).norm() / stream.hidden.norm() < BOUND
+    first = linear(layer, group.linears[0]).weight  # type: ignore[attr-defined]
+    assert not torch.equal(first, linear(working_layer(tiny, 0), group.linears[0]).weight)  # type: ignore[attr-defined]
+
+
+def _outputs(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
+
+
+def test_grouped_queries_share_factors(tiny: LoadedModel) -> None:
+    layer, group = working_layer(tiny, 0), GROUPS[1]  # 4 query heads of 32 channels over 2 key/value heads
+    assert repeats(layer, group) == 2
+    factors = torch.arange(64.0)
+    spread_out = spread(layer, group, factors)
+    heads = spread_out.view(4, 32)
+    assert torch.equal(heads[0], heads[1])
+    assert torch.equal(heads[2], heads[3])
+    assert torch.equal(heads[0], factors[:32])
+    assert torch.equal(heads[2], factors[32:])
+    assert torch.equal(gather(layer, group, spread_out), factors)
+
+
+class OffsetNorm(nn.Module):
+    """Multiplies by 1 + weight, as Gemma's norms do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.5, -0.25, 0.0, 1.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True)) * (1 + self.weight)
+
+
+def test_norm_offset_is_found_and_weight_kept() -> None:
+    norm, plain = OffsetNorm(), nn.RMSNorm(4)
+    assert norm_offset(norm) == 1.0
+    assert norm_offset(plain) == 0.0
+    assert norm.weight.tolist() == [0.5, -0.25, 0.0, 1.0]
