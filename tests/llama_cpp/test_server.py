@@ -64,12 +64,14 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_the_reference_vlm_answers_about_pictures(built_llama: Path, reference_dir: Path, tmp_path: Path) -> None:
-    lines = [json.loads(line) for line in (EVAL / "eval.jsonl").read_text().splitlines()[:20]]
+def test_the_reference_vlm_answers_about_pictures_and_takes_a_seed(built_llama: Path, reference_dir: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (EVAL / "eval.jsonl").read_text().splitlines()[:6]]
     with LlamaServer(*write_pair(reference_dir, tmp_path), threads=2, parallel=2) as server, ThreadPoolExecutor(2) as pool:
         answers = pool.map(lambda line: server.ask(EVAL / line["image"], line["turns"][0]["question"], 16), lines)
         right = [answer.text.strip() == line["turns"][0]["answer"] for answer, line in zip(answers, lines, strict=True)]
-    assert sum(right) >= 19  # 99 % of the whole set are right in BF16
+        texts = [server.ask(None, "Tell me a story.", 16, temperature=2.0, seed=seed).text for seed in (1, 1, 2)]
+    assert sum(right) >= 5  # 99 % of the whole set are right in BF16; two wrong of six would be unlike it (p = 0.002)
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_an_answer_says_what_it_took(server: LlamaServer) -> None:
@@ -85,11 +87,6 @@ def test_the_same_question_gets_the_same_answer(server: LlamaServer) -> None:
     first = server.ask(PICTURE, "What is this?", 8)
     server.ask(EVAL / "images" / "0001.png", "How many?", 8)
     assert server.ask(PICTURE, "What is this?", 8).text == first.text
-
-
-def test_a_seed_repeats_what_chance_chose(server: LlamaServer) -> None:
-    texts = [server.ask(None, "Say anything.", 16, temperature=5.0, seed=seed).text for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
 
 
 def test_pictures_that_cannot_be_read(server: LlamaServer, tmp_path: Path) -> None:
