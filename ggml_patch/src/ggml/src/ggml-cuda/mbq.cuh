@@ -1,0 +1,30 @@
+#pragma once
+
+#include "common.cuh"
+#include "convert.cuh"
+
+// The MBQ types on CUDA: what ggml-cuda.cu, mmvq.cu, convert.cu and getrows.cu call.
+
+static inline bool ggml_cuda_mbq_type(const ggml_type type) {
+    return type == GGML_TYPE_MBQ3 || type == GGML_TYPE_MBQ3_64;
+}
+
+// MUL_MAT, MUL_MAT_ID and GET_ROWS of a weight of these types. Without int8 tensor cores only MUL_MAT (cuBLAS) and GET_ROWS.
+bool ggml_cuda_mbq_supports(const ggml_tensor * op, int cc);
+
+// False where a node with one column cannot take the kernel that fuses bias, gate and GLU.
+bool ggml_cuda_mbq_can_fuse(const ggml_tensor * mul_mat, int cc);
+
+// False where dequantising the weight and cuBLAS is the better or the only way: the caller goes on with that.
+bool ggml_cuda_mbq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst);
+
+// As ggml_cuda_mul_mat_vec_q: one column (or MUL_MAT_ID), with what is fused into it.
+void ggml_cuda_mbq_mul_mat_vec(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * ids,
+        ggml_tensor * dst, const ggml_cuda_mm_fusion_args_host * fusion);
+
+void ggml_cuda_mbq_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+
+// nullptr for other types
+to_fp16_cuda_t ggml_cuda_mbq_to_fp16(ggml_type type);
+to_bf16_cuda_t ggml_cuda_mbq_to_bf16(ggml_type type);
+to_fp32_cuda_t ggml_cuda_mbq_to_fp32(ggml_type type);
