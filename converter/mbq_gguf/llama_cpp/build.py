@@ -114,12 +114,13 @@ def make_plan(backend: str, tree: Path | None, cuda_architectures: str | None) -
         raise UsageError(f"the backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}")
     pin, toolchain = pins.read_pin(), find_toolchain(backend)
     origin = source.check_source(tree) if tree is not None else None
-    options = _COMMON
+    patch = pins.patch_hash()
+    options = (*_COMMON, f"LLAMA_BUILD_COMMIT=mbq-{patch[:8]}")  # what `llama-server --version` says
     if backend == "cuda":
         options += (*_CUDA, f"CMAKE_CUDA_ARCHITECTURES={cuda_architectures or gpu_architectures()}")
     parts = [
         f"{pin.sha256} {pin.subdirectory}" if origin is None else source.tree_hash(origin),
-        pins.patch_hash(),
+        patch,
         *options,
         *(f"{wanted.name} {wanted.definitions} {wanted.flags}" for wanted in prove.instruction_sets()),
         *PROGRAMS,
@@ -187,7 +188,8 @@ def _configure(plan: Plan, chosen: prove.InstructionSet, log: TextIO, console: C
         *(f"-D{item}" for item in definitions),
     ]
     with console.status("configuring llama.cpp"):
-        run_step(command, log, lambda line: None)
+        # llama.cpp asks git for its commit: a repository around the cache folder must not answer.
+        run_step(command, log, lambda line: None, {"GIT_CEILING_DIRECTORIES": str(plan.tree.parent)})
 
 
 def _make(plan: Plan, targets: Sequence[str], jobs: int, log: TextIO, console: Console, title: str) -> None:
