@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -10,29 +11,43 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from mbq_gguf.errors import UserError
 
+QUESTION, ANSWER = "Which word?", "Thisword"  # to be found again in what a template writes
 
-def render(template: str, question: str, *, marker: str, images: int, bos: str = "", eos: str = "") -> str:
-    """One user turn with ``images`` markers before ``question``, and the opening of the assistant's turn.
 
-    llama-server joins a message's parts to one string before it renders them, without white space around markers, and hands templates that
-    only take typed content a single text part; so does this. Raises UserError where the template cannot be rendered.
-    """
-    content = marker * images + question
-    try:
-        compiled = _environment().from_string(template)
-        text = _apply(compiled, content, bos, eos)
-        if content not in text:
-            text = _apply(compiled, [{"type": "text", "text": content}], bos, eos)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the model's chat template cannot be rendered ({error}): convert the model again with a template") from error
-    if content not in text:
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A model's chat template with the names of its special tokens ("" where there is none)."""
+
+    source: str
+    bos: str = ""
+    eos: str = ""
+
+    def prompt(self, question: str, *, marker: str = "", images: int = 0) -> str:
+        """One user turn with ``images`` markers before ``question``, and the opening of the assistant's turn.
+
+        llama-server joins a message's parts to one string before it renders them, without white space around markers, and hands templates
+        that only take typed content a single text part; so does this. Raises UserError where the template cannot be rendered.
+        """
+        return self._render([("user", marker * images + question)], opened=True).removeprefix(self.bos)  # the tokeniser adds BOS again
+
+    def end_of_answer(self) -> str:
+        """What the template writes after an assistant's words."""
+        return self._render([("user", QUESTION), ("assistant", ANSWER)], opened=False).rpartition(ANSWER)[2]
+
+    def _render(self, turns: list[tuple[str, str]], *, opened: bool) -> str:
+        strings = [{"role": role, "content": words} for role, words in turns]
+        parts = [{"role": role, "content": [{"type": "text", "text": words}]} for role, words in turns]
+        try:
+            template = _environment().from_string(self.source)
+            for messages in (strings, parts):
+                text = template.render(
+                    messages=messages, add_generation_prompt=opened, bos_token=self.bos, eos_token=self.eos, enable_thinking=True
+                )
+                if all(words in text for _, words in turns):
+                    return text
+        except jinja2.TemplateError as error:
+            raise UserError(f"the model's chat template cannot be rendered ({error}): convert the model again with a template") from error
         raise UserError("the model's chat template drops the user's words: convert the model again with a template that keeps them")
-    return text.removeprefix(bos) if bos else text  # the tokeniser adds it again
-
-
-def _apply(template: jinja2.Template, content: str | list[dict[str, str]], bos: str, eos: str) -> str:
-    messages = [{"role": "user", "content": content}]
-    return template.render(messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos, enable_thinking=True)
 
 
 def _environment() -> jinja2.Environment:

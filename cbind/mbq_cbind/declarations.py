@@ -39,7 +39,7 @@ FUNCTION_NAMES = """
     llama_model_get_vocab llama_model_n_embd_inp llama_model_n_layer llama_model_n_params llama_model_size llama_model_desc
     llama_model_chat_template llama_context_default_params llama_init_from_model llama_free llama_n_ctx llama_get_memory
     llama_memory_clear llama_memory_seq_rm llama_batch_init llama_batch_free llama_decode llama_get_logits_ith
-    llama_vocab_n_tokens llama_vocab_get_add_bos llama_vocab_bos llama_vocab_eos llama_vocab_eot llama_vocab_is_eog llama_vocab_get_text
+    llama_vocab_n_tokens llama_vocab_get_add_bos llama_vocab_bos llama_vocab_eos llama_vocab_is_eog llama_vocab_get_text
     llama_tokenize llama_detokenize
     mtmd_default_marker mtmd_context_params_default mtmd_init_from_file mtmd_free mtmd_support_vision mtmd_log_set
     mtmd_bitmap_init mtmd_bitmap_get_nx mtmd_bitmap_get_ny mtmd_bitmap_free mtmd_input_chunks_init mtmd_input_chunks_size

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mbq_gguf.errors import UserError
 
-from mbq_cbind.chat import render
+from mbq_cbind.chat import ChatTemplate
 from mbq_cbind.library import load, take_error
 from mbq_cbind.types import Floats
 from mbq_cbind.vision import Chunk, EncodedImage, Vision, require_gguf
@@ -40,7 +41,8 @@ class Model:
         self.path, self._batch = gguf, batch
         self._model = self._context = ffi.NULL
         self._vision: Vision | None = None
-        self._done: list[Chunk] = []  # what the context holds, chunk by chunk
+        self._done: list[Chunk] = []  # what the context holds, chunk by chunk ...
+        self._cells = 0  # ... and how many of its cells are taken, the text after the last chunk included
         require_gguf(gguf)
         threads = threads or os.cpu_count() or 1
         try:
@@ -88,22 +90,24 @@ class Model:
         """Bytes of all tensors in the file."""
         return int(self._binding.c.llama_model_size(self._model))
 
-    @property
+    @cached_property
     def end_of_answer(self) -> int:
-        """The token that ends an assistant's turn."""
-        c = self._binding.c
-        turn = c.llama_vocab_eot(self._vocabulary)
-        return int(turn if turn >= 0 else c.llama_vocab_eos(self._vocabulary))
+        """The token that ends an assistant's turn: the chat template's, the vocabulary's EOS where that does not end generation."""
+        after = self.tokenize(self._template.end_of_answer(), special=True)[len(self.tokenize("", special=True)) :]
+        return after[0] if after and self.is_end(after[0]) else int(self._binding.c.llama_vocab_eos(self._vocabulary))
 
     def prompt(self, question: str, images: int = 1) -> str:
         """The question after ``images`` media markers in the model's chat template, as llama-server renders it."""
-        c, text = self._binding.c, self._binding.text
-        template = text(c.llama_model_chat_template(self._model, self._binding.ffi.NULL))
-        if not template:
+        return self._template.prompt(question, marker=self.vision.marker if images else "", images=images)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        c = self._binding.c
+        source = self._binding.text(c.llama_model_chat_template(self._model, self._binding.ffi.NULL))
+        if not source:
             raise UserError(f"{self.path} has no chat template: convert the model again from a directory that has one")
         bos, eos = (self._piece(token(self._vocabulary)) for token in (c.llama_vocab_bos, c.llama_vocab_eos))
-        bos = bos if c.llama_vocab_get_add_bos(self._vocabulary) else ""
-        return render(template, question, marker=self.vision.marker if images else "", images=images, bos=bos, eos=eos)
+        return ChatTemplate(source, bos if c.llama_vocab_get_add_bos(self._vocabulary) else "", eos)
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Tokens of ``text`` alone; with ``special``, names of special tokens count as these, and a BOS comes first where wanted."""
@@ -131,7 +135,7 @@ class Model:
     def prompt_tokens(self, prompt: str, images: Sequence[EncodedImage] = ()) -> list[int | None]:
         """What the model is given for ``prompt``: text tokens, and None for each image token."""
         with self._chunks(prompt, images) as chunks:
-            return [token for chunk in chunks for token in (chunk.tokens or [None] * len(_embedding(chunk)))]
+            return [token for chunk in chunks for token in (chunk.tokens or [None] * chunk.length)]
 
     def logits(self, prompt: str, images: Sequence[EncodedImage], answer: Sequence[int]) -> Floats:
         """Teacher forcing: row i of float32 [len(answer), vocabulary] predicts ``answer[i]`` from the prompt and the answer before it."""
@@ -155,10 +159,10 @@ class Model:
             pending = [token]
         return answer
 
-    def text_logits(self, tokens: Sequence[int]) -> Floats:
-        """Logits after each of ``tokens`` alone, no chat template: float32 [len(tokens), vocabulary]."""
+    def text_logits(self, tokens: Sequence[int], *, outputs: int) -> Floats:
+        """Logits after each of the last ``outputs`` of ``tokens``, which are all that the model sees: float32 [outputs, vocabulary]."""
         self._fill([])
-        return self._decode(list(tokens), 0, outputs=len(tokens))
+        return self._decode(list(tokens), 0, outputs=outputs)
 
     def _open_model(self, gpu_layers: int) -> Any:
         ffi, c = self._binding.ffi, self._binding.c
@@ -209,19 +213,29 @@ class Model:
             self._binding.c.llama_memory_clear(memory, True)
             shared = position = 0
         self._done = chunks[:shared]
+        self._cells = sum(chunk.length for chunk in self._done)
         for chunk in chunks[shared:]:
             if chunk.tokens:
                 self._decode(chunk.tokens, position, outputs=0)
             else:
+                self._take_cells(chunk.length)
                 self.vision.decode(self._context, chunk, position, self._batch)
             position += chunk.positions
             self._done.append(Chunk(chunk.tokens, chunk.embedding, chunk.positions))
         return position
 
+    def _take_cells(self, count: int) -> None:
+        """Count what comes in; libllama aborts the process where it does not fit."""
+        size = self._binding.c.llama_n_ctx(self._context)
+        self._cells += count
+        if self._cells > size:
+            raise UserError(f"{self._cells} tokens do not fit the context of {size}: open the model with a larger one")
+
     def _decode(self, tokens: Sequence[int], position: int, *, outputs: int) -> Floats:
         """Run text ``tokens`` from ``position``; logits of the last ``outputs`` of them, float32 [outputs, vocabulary]."""
         ffi, c = self._binding.ffi, self._binding.c
         count = len(tokens)
+        self._take_cells(count)
         batch = c.llama_batch_init(count, 0, 1)
         try:
             batch.n_tokens = count
@@ -234,16 +248,8 @@ class Model:
             c.llama_batch_free(batch)
         if status != 0:
             self._done = []
-            c.llama_memory_clear(c.llama_get_memory(self._context), True)
-            full = f"{position + count} tokens do not fit the context of {c.llama_n_ctx(self._context)}: open the model with a larger one"
-            raise UserError(full if status == 1 else f"llama.cpp failed on the prompt: {take_error('unknown reason')}")
+            raise UserError(f"llama.cpp failed on a prompt of {self._cells} tokens: {take_error('unknown reason')}")
         logits = np.empty((outputs, c.llama_vocab_n_tokens(self._vocabulary)), np.float32)
         for row, i in enumerate(range(count - outputs, count)):
             ffi.memmove(ffi.from_buffer(logits[row]), c.llama_get_logits_ith(self._context, i), logits[row].nbytes)
         return logits
-
-
-def _embedding(chunk: Chunk) -> Floats:
-    if chunk.embedding is None:
-        raise UserError("a chunk holds neither text nor an image: this kind of prompt is not supported")
-    return chunk.embedding

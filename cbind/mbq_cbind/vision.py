@@ -35,6 +35,11 @@ class Chunk:
     positions: int = 0
     handle: Any = field(default=None, compare=False)  # mtmd_input_chunk, alive as long as the list it came from
 
+    @property
+    def length(self) -> int:
+        """Tokens, which are cells of the context; M-RoPE gives an image fewer positions than that."""
+        return len(self.tokens) if self.embedding is None else len(self.embedding)
+
     def same_as(self, other: Chunk) -> bool:
         """Whether both put the same into the model: equal tokens, or the very same embeddings."""
         return self.tokens == other.tokens and self.embedding is other.embedding

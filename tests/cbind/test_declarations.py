@@ -11,17 +11,17 @@ from mbq_cbind import declarations as module
 from mbq_cbind.declarations import Declarations, declarations, layout, new_ffi
 from mbq_cbind.library import check_layout, check_libraries, load
 from mbq_gguf.errors import UserError
-from mbq_gguf.llama_cpp.paths import source_dir
 
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The headers of the built tree, to be edited, with an empty cache."""
+    source = load().tree  # loaded before the cache moves
     monkeypatch.setenv("MBQ_GGUF_CACHE", str(tmp_path / "cache"))
     for folder in module.INCLUDE_DIRS:
-        shutil.copytree(
-            source_dir() / folder, tmp_path / "tree" / folder, ignore=lambda path, names: {n for n in names if not n.endswith(".h")}
-        )
+        (tmp_path / "tree" / folder).mkdir(parents=True)
+        for header in (source / folder).glob("*.h"):
+            shutil.copy(header, tmp_path / "tree" / folder)
     return tmp_path / "tree"
 
 

@@ -70,7 +70,7 @@ def test_threads_do_not_change_the_product() -> None:
 
 
 def test_unknown_device_is_named() -> None:
-    with pytest.raises(UsageError, match="no device QUANTUM0: choose one of .*CPU"):
+    with pytest.raises(UsageError, match=r"no device QUANTUM0: choose one of .*CPU"):
         mul_mat("F32", np.zeros((1, 128), np.uint8), 32, np.zeros((1, 32), np.float32), device="QUANTUM0")
     assert "CPU" in devices()
 

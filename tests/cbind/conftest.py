@@ -1,0 +1,78 @@
+"""The reference VLM in Hugging Face, and as GGUF files in bfloat16 and MBQ3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mbq_gguf.evaluate.exact_match import SHIPPED, Question, load_questions, stratified
+from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
+from mbq_gguf.export.injection import PackedTensor
+from mbq_gguf.formats.mbq3 import MBQ3, MBQ3_64
+from mbq_gguf.models import load
+from reference_models import Files, HuggingFace
+
+QUESTIONS = 108  # six of every task
+CONTAINERS = {container.name: container for container in (MBQ3, MBQ3_64)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _built(built_llama: Path) -> None:
+    """Everything here needs the built libraries."""
+
+
+@pytest.fixture(scope="session")
+def questions() -> list[Question]:
+    return stratified(load_questions(SHIPPED), QUESTIONS)
+
+
+@pytest.fixture(scope="session")
+def hugging_face(reference_dir: Path) -> Callable[[dict[str, PackedTensor]], HuggingFace]:
+    """Makes the model in float32, with the given decoder weights unpacked into it."""
+
+    def make(packed: dict[str, PackedTensor]) -> HuggingFace:
+        loaded = load(reference_dir)
+        loaded.model.to(torch.float32)
+        parameters = dict(loaded.decoder.module.named_parameters())
+        with torch.no_grad():
+            for key, tensor in packed.items():
+                parameters[key].copy_(torch.from_numpy(CONTAINERS[tensor.container].dequantize(tensor.data)))
+        return HuggingFace(loaded)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bf16_files(reference_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    folder = tmp_path_factory.mktemp("bf16")
+    files = Files(folder / "text.gguf", folder / "mmproj.gguf")
+    write_mmproj_gguf(reference_dir, files.mmproj, mmproj_type="BF16")
+    write(reference_dir, files.text, {})
+    return files
+
+
+@pytest.fixture(scope="session")
+def mbq3_weights(reference_dir: Path) -> dict[str, PackedTensor]:
+    """Every linear of the decoder rounded to the nearest: groups of 128 where rows allow it, else of 64."""
+    packed = {}
+    for key, parameter in load(reference_dir).decoder.module.named_parameters():
+        if key.startswith("layers.") and parameter.ndim == 2:
+            container = MBQ3 if MBQ3.fits(parameter.shape[1]) else MBQ3_64
+            packed[key] = PackedTensor(container.name, container.quantize(parameter.float().numpy()), parameter.shape[1])
+    return packed
+
+
+@pytest.fixture(scope="session")
+def mbq3_files(
+    reference_dir: Path, bf16_files: Files, mbq3_weights: dict[str, PackedTensor], tmp_path_factory: pytest.TempPathFactory
+) -> Files:
+    text = tmp_path_factory.mktemp("mbq3") / "text.gguf"
+    write(reference_dir, text, mbq3_weights)
+    return Files(text, bf16_files.mmproj)
+
+
+def write(reference_dir: Path, out: Path, packed: dict[str, PackedTensor]) -> None:
+    common = {"replaced": {}, "base_type": "BF16", "embedding_type": "BF16", "metadata": {}, "file_type": None}
+    write_text_gguf(reference_dir, out, packed=packed, **common)

@@ -1,0 +1,158 @@
+"""Whole models through libllama and libmtmd against Hugging Face in float32, on questions about pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mbq_cbind.model import Model
+from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.evaluate.exact_match import Question
+from mbq_gguf.export.injection import PackedTensor
+from reference_models import Files, HuggingFace
+
+TOP1_AGREEMENT = 0.99  # share of answer tokens
+# llama.cpp rounds activations to bfloat16 (8 bits) before each product with bfloat16 weights: nats, mean over answer tokens
+BF16_KLD = 2e-3
+# and to int8 with a step a 32 before each product with MBQ3 weights
+MBQ3_KLD = 2e-2
+FEW = 12  # questions, where one would nearly do
+
+
+@pytest.fixture(scope="module")
+def bf16(bf16_files: Files) -> Iterator[Model]:
+    with Model(bf16_files.text, bf16_files.mmproj, context=512) as model:
+        yield model
+
+
+def test_tokens_are_hugging_faces(bf16: Model, hugging_face: Callable[..., HuggingFace], questions: list[Question]) -> None:
+    """Chat template, image marker and tokenizer: the same tokens, with image tokens where the embeddings go."""
+    reference = hugging_face({})
+    image_token = reference.loaded.prompts.image_token_id
+    for question in questions:
+        prompt, answer = reference.tokens(question)
+        ours = bf16.prompt_tokens(bf16.prompt(question.question), [bf16.vision.encode(question.image)])
+        assert [image_token if token is None else token for token in ours] == prompt
+        assert [*bf16.tokenize(question.expected), bf16.end_of_answer] == answer
+
+
+def test_bf16_logits_are_hugging_faces(bf16: Model, hugging_face: Callable[..., HuggingFace], questions: list[Question]) -> None:
+    agreement, divergence = compare(bf16, hugging_face({}), questions)
+    assert agreement >= TOP1_AGREEMENT
+    assert divergence <= BF16_KLD
+
+
+def test_mbq3_logits_are_those_of_the_unpacked_weights(
+    mbq3_files: Files,
+    mbq3_weights: dict[str, PackedTensor],
+    hugging_face: Callable[..., HuggingFace],
+    questions: list[Question],
+) -> None:
+    with Model(mbq3_files.text, mbq3_files.mmproj, context=512) as model:
+        agreement, divergence = compare(model, hugging_face(mbq3_weights), questions)
+    assert agreement >= TOP1_AGREEMENT
+    assert divergence <= MBQ3_KLD
+
+
+def compare(model: Model, reference: HuggingFace, questions: list[Question]) -> tuple[float, float]:
+    """Share of answer tokens (the end of the turn among them) with the same top-1, and mean KL divergence from Hugging Face, in nats."""
+    same: list[bool] = []
+    divergences: list[float] = []
+    for question in questions:
+        answer = [*model.tokenize(question.expected), model.end_of_answer]
+        ours = model.logits(model.prompt(question.question), [model.vision.encode(question.image)], answer)
+        theirs = reference.logits(question)
+        same += list(ours.argmax(-1) == theirs.argmax(-1))
+        p, q = (log_softmax(logits.astype(np.float64)) for logits in (theirs, ours))
+        divergences += list((np.exp(p) * (p - q)).sum(-1))
+    print(f"{len(same)} tokens, top-1 equal {np.mean(same):.4f}, KLD mean {np.mean(divergences):.2e} nats")
+    return float(np.mean(same)), float(np.mean(divergences))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def test_forced_logits_are_those_of_generation(bf16: Model, questions: list[Question]) -> None:
+    """A greedy answer, forced, is top-1 at each of its tokens; starting from any opening of it gives the same answer."""
+    for question in questions[:FEW]:
+        prompt, image = bf16.prompt(question.question), [bf16.vision.encode(question.image)]
+        answer = bf16.generate(prompt, image, limit=24)
+        forced = bf16.logits(prompt, image, [*answer, bf16.end_of_answer]).argmax(-1).tolist()
+        assert forced[:-1] == answer
+        assert bf16.is_end(forced[-1])
+        assert bf16.generate(prompt, image, limit=24, opening=answer[:1]) == answer
+
+
+def test_greedy_answers_are_right(bf16: Model, questions: list[Question]) -> None:
+    answers = [bf16.text(bf16.generate(bf16.prompt(q.question), [bf16.vision.encode(q.image)], limit=24)).strip() for q in questions[:FEW]]
+    assert sum(answer == q.expected for answer, q in zip(answers, questions, strict=False)) >= FEW - 1
+
+
+def test_shared_openings_do_not_change_logits(bf16: Model, questions: list[Question]) -> None:
+    """The second question about an encoded picture finds it in the context; a fresh encoding of it starts again."""
+    first, second = (bf16.prompt(text) for text in ("What color is the text?", "How many shapes are there?"))
+    answer = bf16.tokenize("two three")
+    image = bf16.vision.encode(questions[0].image)
+    bf16.logits(first, [image], answer)
+    again = bf16.logits(second, [image], answer)
+    fresh = bf16.logits(second, [bf16.vision.encode(questions[0].image)], answer)
+    assert np.array_equal(again, fresh)
+    other = bf16.logits(second, [bf16.vision.encode(questions[1].image)], answer)
+    assert not np.array_equal(again, other)
+
+
+def test_text_alone(bf16: Model) -> None:
+    """No picture and no template: the model goes on from the words, and asking for fewer rows changes none."""
+    tokens = bf16.tokenize("Once upon a time, there was a little girl named", special=True)
+    logits = bf16.text_logits(tokens, outputs=3)
+    assert logits.shape == (3, bf16.vocabulary_size)
+    assert bf16.text(logits.argmax(-1)[:2].tolist()) == " girl named"
+    assert np.array_equal(bf16.text_logits(tokens, outputs=1), logits[-1:])
+
+
+def test_a_prompt_too_long_for_the_context(bf16: Model) -> None:
+    with pytest.raises(UserError, match="600 tokens do not fit the context of 512"):
+        bf16.text_logits([1] * 600, outputs=1)
+    assert bf16.text_logits([1, 2], outputs=2).shape[0] == 2  # and the model goes on
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip", b"GGUF\x03\x00\x00\x00 and no more"])
+def test_files_that_are_no_model(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.gguf"):
+        Model(path)
+
+
+def test_a_missing_model_is_a_wrong_call(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"absent\.gguf cannot be opened"):
+        Model(tmp_path / "absent.gguf")
+
+
+def test_a_truncated_model(tmp_path: Path, bf16_files: Files) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(bf16_files.text.read_bytes()[:20_000_000])
+    with pytest.raises(UserError, match=r"llama\.cpp cannot load .*cut\.gguf: .*"):
+        Model(path)
+
+
+def test_the_language_model_is_no_vision_part(bf16_files: Files) -> None:
+    with pytest.raises(UserError, match="cannot be used as the vision part"):
+        Model(bf16_files.text, bf16_files.text, context=512)
+
+
+def test_pictures_that_cannot_be_read(bf16: Model, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no picture"):
+        bf16.vision.encode(tmp_path / "absent.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(UserError, match="cannot be read as a picture"):
+        bf16.vision.encode(tmp_path / "text.png")
+
+
+def test_a_model_without_vision_says_so(bf16_files: Files) -> None:
+    with Model(bf16_files.text, context=512) as model, pytest.raises(UserError, match="without its vision part"):
+        model.prompt("What is this?")
