@@ -1,0 +1,59 @@
+"""``mbq-gguf eval``: compare GGUF files of one model on questions about pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command("eval")
+@click.argument("reference", type=FILE)
+@click.argument("candidates", type=FILE, nargs=-1, required=True)
+@click.option("--mmproj", type=FILE, required=True, help="The vision part, used with every file.")
+@click.option("--data", type=FILE, help="Questions and answers, a JSONL file (default: the demo's 612 questions).")
+@click.option("--questions", type=click.IntRange(min=1), help="Ask this many, all tasks alike (default: all).")
+@click.option("--text", type=FILE, help="A text file to compare on without pictures.")
+@click.option("--out", type=FILE, help="Write every figure and answer as JSON.")
+@click.option("--html", type=FILE, help="Write the report as one HTML page.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")
+@click.option("--gpu-layers", type=int, default=0, show_default=True, help="Layers on the GPU, -1 for all.")
+@click.option("--context", type=click.IntRange(min=512), default=4096, show_default=True, help="Tokens of picture, question and answer.")
+def eval_command(
+    reference: Path,
+    candidates: tuple[Path, ...],
+    mmproj: Path,
+    data: Path | None,
+    questions: int | None,
+    text: Path | None,
+    out: Path | None,
+    html: Path | None,
+    threads: int | None,
+    gpu_layers: int,
+    context: int,
+) -> None:
+    """Compare CANDIDATES with REFERENCE, GGUF files of one model, on questions about pictures.
+
+    Each file is forced along the expected answers, which gives the KL divergence of its distributions from the reference's, and answers
+    greedily, which gives exact match. A table goes to the terminal, --out and --html take the rest.
+    """
+    from mbq_gguf.evaluate.exact_match import SHIPPED
+    from mbq_gguf.evaluate.report import render as render_page
+    from mbq_gguf.evaluate.results import Evaluation
+    from mbq_gguf.evaluate.run import EvalOptions, evaluate
+    from mbq_gguf.evaluate.table import grids, render
+    from mbq_gguf.export.atomic import check_output, staged
+
+    for path in (out, html):
+        if path is not None:
+            check_output(path)
+    options = EvalOptions(reference, candidates, mmproj, data or SHIPPED, text, questions, threads, gpu_layers, context)
+    evaluation = evaluate(options, Console(stderr=True))
+    Console().print(render(grids(evaluation)))
+    for path, make in ((out, Evaluation.to_json), (html, render_page)):
+        if path is not None:
+            with staged(path) as (part,):
+                part.write_text(make(evaluation), encoding="utf-8")

@@ -1,0 +1,67 @@
+"""KL divergence between next-token distributions, and a store for the reference's distributions and the encoded pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from mbq_cbind.vision import EncodedImage
+
+Floats = npt.NDArray[np.float32]
+Halves = npt.NDArray[np.float16]
+Doubles = npt.NDArray[np.float64]
+
+
+def log_softmax(logits: Floats | Halves) -> Doubles:
+    """Log-probabilities (nats) along the last axis."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
+
+
+def compress(logits: Floats) -> Halves:
+    """Log-probabilities as float16, half the room of logits.
+
+    Rounding moves each by 2^-11 of itself at most. :func:`divergence` normalises what it reads, so the reference stays one distribution
+    and the error of a small divergence is of second order: 1e-6 nats where both are the same.
+    """
+    return log_softmax(logits).astype(np.float16)
+
+
+def divergence(reference: Floats | Halves, candidate: Floats) -> Doubles:
+    """KL(reference || candidate) in nats, row by row: both are [n, vocabulary], logits or log-probabilities."""
+    p, q = log_softmax(reference), log_softmax(candidate)
+    # Above zero by Gibbs' inequality; float64 sums of a whole vocabulary end some 1e-16 below for equal rows.
+    rows: Doubles = (np.exp(p) * (p - q)).sum(axis=-1)
+    return np.maximum(rows, 0.0)
+
+
+class Store:
+    """A folder of arrays: large models' embeddings and vocabularies do not fit the memory beside two models."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put_image(self, key: str, image: EncodedImage) -> None:
+        """Keep an encoded picture."""
+        np.savez(self._folder / f"image-{key}.npz", np.array([image.width, image.height]), *image.embeddings)
+
+    def image(self, key: str) -> EncodedImage | None:
+        """The encoded picture, None where it was not put in."""
+        path = self._folder / f"image-{key}.npz"
+        if not path.is_file():
+            return None
+        with np.load(path) as data:
+            size, *embeddings = (data[name] for name in data.files)
+            return EncodedImage(int(size[0]), int(size[1]), tuple(embeddings))
+
+    def put_logits(self, key: str, logits: Floats) -> None:
+        """Keep distributions, [n, vocabulary]."""
+        np.save(self._folder / f"logits-{key}.npy", compress(logits))
+
+    def logits(self, key: str) -> Halves:
+        """What :func:`compress` made of the logits put in under ``key``."""
+        loaded: Halves = np.load(self._folder / f"logits-{key}.npy")
+        return loaded

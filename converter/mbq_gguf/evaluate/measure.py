@@ -1,0 +1,136 @@
+"""Every question to one model: forced along the expected answer for its distributions, and greedy for its own words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from mbq_cbind.model import Model
+from mbq_cbind.vision import EncodedImage
+
+from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.evaluate.classes import token_classes
+from mbq_gguf.evaluate.exact_match import MAX_TOKENS, Question
+from mbq_gguf.evaluate.kld import Floats, Store, divergence, log_softmax
+from mbq_gguf.evaluate.results import Answer, TextResult, spread
+
+TEXT_CHUNK = 512  # tokens that the text is cut into; the second half of each is scored, as llama-perplexity does it
+TEXT_CHUNKS = 8  # at most: 2048 scored tokens, whose reference takes 200 MB of disk for a vocabulary of 49152
+
+Advance = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A file's distributions beside the reference's, token by token."""
+
+    divergence: list[float]
+    agrees: list[bool]
+
+
+class Ledger:
+    """The reference's distributions by key: what is entered first under a key is the reference, the rest is compared with it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._entered: dict[str, tuple[list[int], list[int]]] = {}  # the tokens, and the reference's top-1 at each
+
+    def compare(self, key: str, tokens: Sequence[int], logits: Floats) -> Comparison:
+        """Row i of ``logits`` predicts ``tokens[i]``. Raises UserError where the reference cut the same text into other tokens."""
+        top = logits.argmax(axis=-1).tolist()
+        if key not in self._entered:
+            self._entered[key] = list(tokens), top
+            self._store.put_logits(key, logits)
+            return Comparison([0.0] * len(top), [True] * len(top))
+        reference_tokens, reference_top = self._entered[key]
+        reference = self._store.logits(key)
+        if reference_tokens != list(tokens) or reference.shape != logits.shape:
+            raise UserError("the files do not share one tokeniser: compare files that were made from one model")
+        return Comparison(divergence(reference, logits).tolist(), [a == b for a, b in zip(reference_top, top, strict=True)])
+
+
+class Examiner:
+    """Asks one file after another the same questions, the reference first.
+
+    Pictures are encoded once, by the reference's context: all files are used with the same mmproj file. A question without an expected
+    answer is given the reference's own; :attr:`questions` holds it once the reference was asked.
+    """
+
+    def __init__(self, questions: Sequence[Question], text: str | None, store: Store) -> None:
+        self.questions = list(questions)
+        self._text = text
+        self._store = store
+        self._ledger = Ledger(store)
+        # Questions about one picture follow each other, so that a model finds it in its context.
+        self._order = sorted(range(len(questions)), key=lambda i: str(questions[i].image))
+
+    def answers(self, model: Model, advance: Advance) -> list[Answer]:
+        """The model's answers in the order of the questions."""
+        found: dict[int, Answer] = {}
+        image: EncodedImage | None = None
+        for place, index in enumerate(self._order):
+            path = self.questions[index].image
+            if image is None or path != self.questions[self._order[place - 1]].image:
+                image = self._encoded(model, index)
+            found[index] = self._answer(model, index, image)
+            advance()
+        return [found[index] for index in range(len(self.questions))]
+
+    def text(self, model: Model, chunks: Sequence[list[int]], advance: Advance) -> TextResult | None:
+        """Divergence and perplexity on ``chunks`` of the text, None where there are none."""
+        compared: list[Comparison] = []
+        losses: list[float] = []
+        for index, chunk in enumerate(chunks):
+            scored = chunk[len(chunk) // 2 :]
+            logits = model.text_logits(chunk[:-1], outputs=len(scored))
+            compared.append(self._ledger.compare(f"text-{index}", scored, logits))
+            losses += (-log_softmax(logits)[np.arange(len(scored)), scored]).tolist()
+            advance()
+        if not compared:
+            return None
+        agreement = float(np.mean([same for part in compared for same in part.agrees]))
+        return TextResult(spread(part.divergence for part in compared), agreement, float(np.exp(np.mean(losses))))
+
+    def chunks(self, model: Model) -> list[list[int]]:
+        """The text's tokens, cut; each chunk opens as the model wants a text to. Raises UsageError where the text is too short."""
+        if self._text is None:
+            return []
+        opening = model.tokenize("", special=True)
+        tokens = model.tokenize(self._text[: 16 * TEXT_CHUNK * TEXT_CHUNKS])
+        size = TEXT_CHUNK - len(opening)
+        chunks = [[*opening, *tokens[start : start + size]] for start in range(0, len(tokens) - size + 1, size)]
+        if not chunks:
+            raise UsageError(f"the text has {len(tokens)} tokens: give a file with at least {size}")
+        return chunks[:TEXT_CHUNKS]
+
+    def _encoded(self, model: Model, index: int) -> EncodedImage:
+        key = str(self._order.index(index))
+        stored = self._store.image(key)
+        if stored is None:
+            stored = model.vision.encode(self.questions[index].image)
+            self._store.put_image(key, stored)
+        return stored
+
+    def _answer(self, model: Model, index: int, image: EncodedImage) -> Answer:
+        question = self.questions[index]
+        prompt = model.prompt(question.question)
+        if not question.expected:
+            own = model.text(model.generate(prompt, [image], limit=MAX_TOKENS))
+            question = self.questions[index] = replace(question, expected=own)
+        tokens = [*model.tokenize(question.expected), model.end_of_answer]
+        logits = model.logits(prompt, [image], tokens)
+        compared = self._ledger.compare(f"question-{index}", tokens, logits)
+        given = model.text(self._greedy(model, prompt, image, tokens, logits)).strip()
+        classes = token_classes([model.text([token]) for token in tokens[:-1]])
+        return Answer(index, given, given == question.expected.strip(), compared.divergence, compared.agrees, classes)
+
+    def _greedy(self, model: Model, prompt: str, image: EncodedImage, tokens: list[int], logits: Floats) -> list[int]:
+        """The greedy answer. Forced and greedy answers are one up to the first token that is not top-1, and most have none."""
+        top = logits.argmax(axis=-1).tolist()
+        same = 0
+        while same < len(tokens) and top[same] == tokens[same]:
+            same += 1
+        if same == len(tokens) or model.is_end(top[same]):
+            return tokens[: min(same, len(tokens) - 1)]
+        return model.generate(prompt, [image], limit=max(MAX_TOKENS, len(tokens)), opening=[*tokens[:same], top[same]])

@@ -1,0 +1,177 @@
+"""What an evaluation found, as plain data, and the summaries that tables and plots show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from mbq_gguf.evaluate.classes import CLASSES
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question to one file. The last three lists have an entry for each answer token, the one that ends the turn included."""
+
+    question: int  # index into Evaluation.questions
+    given: str  # greedy, stripped of white space
+    right: bool
+    divergence: list[float]  # nats from the reference's distribution, given the question, the picture and the answer so far
+    agrees: list[bool]  # same most probable token as the reference
+    classes: list[str]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of a divergence over tokens, in nats. ``error`` is the standard error of the mean, over questions."""
+
+    tokens: int
+    mean: float
+    error: float
+    median: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """The text file, without pictures: divergence from the reference, share of equal top-1, and the file's own perplexity."""
+
+    divergence: Spread
+    agreement: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Per decoder layer, first to last; empty where there is nothing to tell. Errors are relative squared errors of the weights."""
+
+    ratio_attention: list[float] = field(default_factory=list)
+    ratio_mlp: list[float] = field(default_factory=list)
+    error_attention: list[float] = field(default_factory=list)
+    error_mlp: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """One GGUF file."""
+
+    name: str
+    path: str
+    file_bytes: int
+    bits_per_weight: float  # over all tensors
+    layer_bits_per_weight: float  # over the matrices of the decoder's layers
+    seconds: float  # questions and text
+    answers: list[Answer]
+    text: TextResult | None
+    layers: Layers
+
+    @property
+    def exact_match(self) -> float:
+        """Share of questions answered with exactly the expected text."""
+        return float(np.mean([answer.right for answer in self.answers]))
+
+    @property
+    def exact_match_error(self) -> float:
+        """Its standard error, binomial."""
+        return sqrt(self.exact_match * (1 - self.exact_match) / len(self.answers))
+
+    @property
+    def agreement(self) -> float:
+        """Share of answer tokens whose top-1 is the reference's."""
+        return float(np.mean([same for answer in self.answers for same in answer.agrees]))
+
+    @property
+    def divergence(self) -> Spread:
+        """Over all answer tokens."""
+        return spread([answer.divergence for answer in self.answers])
+
+    def class_divergence(self) -> dict[str, Spread]:
+        """Over the tokens of each class that occurs."""
+        groups = {name: [[d for d, c in zip(a.divergence, a.classes, strict=True) if c == name] for a in self.answers] for name in CLASSES}
+        return {name: spread(values) for name, values in groups.items() if any(values)}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question of the set. ``expected`` is the text that the answers were compared with and the models were forced along."""
+
+    image: str
+    question: str
+    expected: str
+    task: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The reference is files[0]; its divergence is zero."""
+
+    data: str
+    mmproj: str
+    text: str | None
+    questions: list[Asked]
+    files: list[FileResult]
+
+    def tasks(self) -> list[str]:
+        """Names of the tasks, sorted."""
+        return sorted({asked.task for asked in self.questions})
+
+    def task_match(self, file: FileResult) -> dict[str, float]:
+        """Share of right answers per task."""
+        return {task: _share(a.right for a in file.answers if self.questions[a.question].task == task) for task in self.tasks()}
+
+    def worst(self, count: int) -> list[tuple[FileResult, Answer]]:
+        """The candidates' answers with the highest mean divergence, one a question, the worst first."""
+        ranked = sorted(((float(np.mean(a.divergence)), f, a) for f in self.files[1:] for a in f.answers), key=lambda item: -item[0])
+        chosen: dict[int, tuple[FileResult, Answer]] = {}
+        for _, file, answer in ranked:
+            if len(chosen) < count:
+                chosen.setdefault(answer.question, (file, answer))
+        return list(chosen.values())
+
+    def to_json(self) -> str:
+        """Every figure of the tables, and every answer."""
+        document: dict[str, Any] = TypeAdapter(Evaluation).dump_python(self)
+        for entry, file in zip(document["files"], self.files, strict=True):
+            entry["summary"] = {
+                "exact_match": file.exact_match,
+                "exact_match_error": file.exact_match_error,
+                "exact_match_by_task": self.task_match(file),
+                "agreement": file.agreement,
+                "divergence": file.divergence,
+                "divergence_by_class": file.class_divergence(),
+            }
+        return TypeAdapter(dict[str, Any]).dump_json(document, indent=1).decode()
+
+
+def spread(groups: Iterable[Iterable[float]]) -> Spread:
+    """Mean, median and 99th percentile over all values; the error of the mean treats each group (a question) as one draw.
+
+    Tokens of one answer depend on each other, so the error is that of a ratio of sums over groups (delta method).
+    """
+    arrays = [np.asarray(list(group), np.float64) for group in groups]
+    values = np.concatenate(arrays) if arrays else np.zeros(0)
+    if not values.size:
+        return Spread(0, 0.0, 0.0, 0.0, 0.0)
+    mean = float(values.mean())
+    residuals = np.array([array.sum() - mean * array.size for array in arrays])
+    draws = sum(1 for array in arrays if array.size)
+    error = sqrt(float((residuals**2).sum()) * draws / max(draws - 1, 1)) / values.size
+    return Spread(int(values.size), mean, error, float(np.median(values)), float(np.percentile(values, 99)))
+
+
+def _share(marks: Iterable[bool]) -> float:
+    return float(np.mean(list(marks)))
+
+
+def short_names(paths: list[Path]) -> list[str]:
+    """File names, with as many of their folders as it takes to tell them apart."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]

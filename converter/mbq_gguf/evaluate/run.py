@@ -1,0 +1,96 @@
+"""Several GGUF files of one model on the same questions: the first is the reference that the others are measured against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mbq_cbind.model import Model
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mbq_gguf.errors import UsageError
+from mbq_gguf.evaluate.exact_match import load_questions, stratified
+from mbq_gguf.evaluate.kld import Store
+from mbq_gguf.evaluate.layers import layer_bits, layers
+from mbq_gguf.evaluate.measure import TEXT_CHUNKS, Examiner
+from mbq_gguf.evaluate.results import Asked, Evaluation, FileResult, Layers, short_names
+from mbq_gguf.export.gguf_header import Header, read_header
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What to compare, on what. ``text`` is a file of plain text, ``count`` how many of the questions are asked (all where None)."""
+
+    reference: Path
+    candidates: Sequence[Path]
+    mmproj: Path
+    data: Path
+    text: Path | None = None
+    count: int | None = None
+    threads: int | None = None
+    gpu_layers: int = 0
+    context: int = 4096
+
+
+def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation:
+    """Ask every file and compare. Raises UserError or UsageError where a file, a picture or the set of questions is unusable."""
+    questions = load_questions(options.data)
+    if options.count is not None:
+        questions = stratified(questions, options.count)
+    files = [options.reference, *options.candidates]
+    names = short_names([path.absolute() for path in files])
+    headers = [read_header(path) for path in files]  # a damaged file is found before hours of work
+    text = _read(options.text) if options.text else None
+    with TemporaryDirectory(prefix="mbq-gguf-eval-") as folder, _progress(console) as progress:
+        examiner = Examiner(questions, text, Store(Path(folder)))
+        bars = [progress.add_task(name, total=len(questions) + (TEXT_CHUNKS if text else 0), start=False) for name in names]
+        results = []
+        for path, name, header, bar in zip(files, names, headers, bars, strict=True):
+            reference = None if path == options.reference else options.reference
+            results.append(_examine(examiner, options, path, name, header, layers(path, header, reference), progress, bar))
+    asked = [Asked(str(q.image), q.question, q.expected, q.task) for q in examiner.questions]
+    return Evaluation(str(options.data), str(options.mmproj), str(options.text) if options.text else None, asked, results)
+
+
+def _examine(
+    examiner: Examiner, options: EvalOptions, path: Path, name: str, header: Header, found: Layers, progress: Progress, bar: TaskID
+) -> FileResult:
+    started = time.monotonic()
+    progress.start_task(bar)
+
+    def advance() -> None:
+        progress.advance(bar)
+
+    with Model(path, options.mmproj, threads=options.threads, gpu_layers=options.gpu_layers, context=options.context) as model:
+        chunks = examiner.chunks(model)
+        progress.update(bar, total=len(examiner.questions) + len(chunks))
+        answers = examiner.answers(model, advance)
+        text = examiner.text(model, chunks, advance)
+    weights = sum(tensor.elements for tensor in header.tensors)
+    return FileResult(
+        name=name,
+        path=str(path),
+        file_bytes=path.stat().st_size,
+        bits_per_weight=8 * sum(tensor.nbytes for tensor in header.tensors) / max(weights, 1),
+        layer_bits_per_weight=layer_bits(header),
+        seconds=time.monotonic() - started,
+        answers=answers,
+        text=text,
+        layers=found,
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as text ({error}): give a file of plain text in UTF-8") from error
+
+
+def _progress(console: Console | None) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console or Console(stderr=True))
