@@ -109,6 +109,7 @@ def check_inputs(options: ConvertOptions) -> list[Path]:
     container(options.embedding_type)
     if options.mmproj_type not in MMPROJ_TYPES:
         raise UsageError(f"there is no mmproj type {options.mmproj_type}: choose one of {', '.join(MMPROJ_TYPES)}")
+    check_device(options.device)
     if options.samples < 1:
         raise UsageError("calibration needs at least one sample: give --samples 1 or more")
     check_architecture(read_config(options.model_dir))
@@ -119,6 +120,15 @@ def check_inputs(options: ConvertOptions) -> list[Path]:
     check_space(options.out.absolute().parent, int(weights * chosen.bits_per_weight / 8))
     rehearse(options.model_dir, options.mmproj_type)
     return files
+
+
+def check_device(name: str) -> None:
+    """Raise UsageError where torch cannot compute on the device called ``name``."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"torch cannot compute on {name} ({reason}): give --device cpu, or install a torch for your card") from error
 
 
 def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, seconds: dict[str, float]) -> Quantised:

@@ -64,7 +64,7 @@ def test_file_that_was_never_written_is_said(tmp_path: Path) -> None:
 
 def test_too_little_space_is_refused(tmp_path: Path) -> None:
     check_space(tmp_path, 0)
-    with pytest.raises(UserError, match="GB are needed"):
+    with pytest.raises(UserError, match="MB are needed"):
         check_space(tmp_path, 1 << 60)
 
 

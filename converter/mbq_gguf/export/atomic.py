@@ -34,7 +34,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed: free some space there, or choose another place"
+            f"{folder} has {free / 1e6:.1f} MB free and {needed / 1e6:.1f} MB are needed: free some space there, or choose another place"
         )
 
 

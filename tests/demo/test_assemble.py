@@ -1,0 +1,110 @@
+"""The reference VLM is the same everywhere, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mbq_gguf.demo.assemble import COPIED, DATA, assemble, decoder_key, fixed_order, is_assembled, shuffle_channels, split_rotary_pairs
+from mbq_gguf.errors import UsageError
+from safetensors import safe_open
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+# With these versions the weights' file is this one; others may write another header, or round a sum another way.
+LIBRARIES = {"torch": "2.13.0", "transformers": "5.23.0", "safetensors": "0.8"}
+WEIGHTS_SHA256 = "8967a4df218f917cad48eb5fe7135c2a2e0b92732cffb91ce1be83fa1114626c"
+PARAMETERS = 144_696_064
+
+
+def test_weights_are_the_known_ones(reference_dir: Path) -> None:
+    found = {name: version(name).split("+")[0] for name in LIBRARIES}
+    if any(found[name] != wanted and not found[name].startswith(wanted + ".") for name, wanted in LIBRARIES.items()):
+        pytest.skip(f"the checksum is that of {LIBRARIES}, here are {found}")
+    with (reference_dir / "model.safetensors").open("rb") as file:
+        assert hashlib.file_digest(file, "sha256").hexdigest() == WEIGHTS_SHA256
+
+
+def test_directory_is_a_whole_model(reference_dir: Path) -> None:
+    assert sorted(path.name for path in reference_dir.iterdir()) == sorted([*COPIED, "config.json", "model.safetensors"])
+    assert json.loads((reference_dir / "config.json").read_text())["architectures"] == ["Qwen2VLForConditionalGeneration"]
+    with safe_open(reference_dir / "model.safetensors", framework="pt") as weights:
+        tensors = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+    assert sum(int(np.prod(tensor.get_shape())) for tensor in tensors.values()) == PARAMETERS
+    assert {tensor.get_dtype() for tensor in tensors.values()} == {"BF16"}
+
+
+def test_assembled_directory_is_kept(reference_dir: Path) -> None:
+    before = (reference_dir / "model.safetensors").stat().st_mtime_ns
+    assert assemble(reference_dir) == reference_dir.absolute()
+    assert (reference_dir / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_other_directories_are_not_taken_for_it(tmp_path: Path) -> None:
+    for name in COPIED:
+        shutil.copyfile(DATA / name, tmp_path / name)
+    assert not is_assembled(tmp_path)
+    with pytest.raises(UsageError, match="holds other things"):
+        assemble(tmp_path)
+
+
+def test_shuffling_channels_keeps_the_function() -> None:
+    """Models that differ in the order of their channels alone agree to the norms' float32: measured 1.4e-7 of the greatest logit."""
+    config = Qwen2VLConfig.from_pretrained(DATA)
+    config.text_config.num_hidden_layers = 3
+    config.text_config.layer_types = config.text_config.layer_types[:3]
+    config.vision_config.depth = 1
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(config).double().eval()
+    ids = torch.randint(10, 1000, (1, 12))
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        language, visual = model.model.language_model.state_dict(), model.model.visual.state_dict()
+        shuffle_channels(language, visual, config.text_config)
+        model.model.language_model.load_state_dict(language)
+        model.model.visual.load_state_dict(visual)
+        model.tie_weights()
+        after = model(input_ids=ids).logits
+    assert not torch.equal(before, after)
+    assert float((after - before).abs().max()) <= 1e-6 * float(before.abs().max())
+
+
+@given(stream=st.integers(0, 2**20), size=st.integers(1, 300))
+def test_fixed_order_is_a_permutation(stream: int, size: int) -> None:
+    assert sorted(fixed_order(stream, size)) == list(range(size))
+
+
+def test_fixed_order_never_changes() -> None:
+    """The reference VLM depends on these numbers: splitmix64 of (stream << 32) + i, sorted."""
+    assert fixed_order(0, 8).tolist() == expected_order(0, 8)
+    assert fixed_order(37, 64).tolist() == expected_order(37, 64)
+
+
+def expected_order(stream: int, size: int) -> list[int]:
+    """The same with Python's own integers."""
+    mask = (1 << 64) - 1
+
+    def splitmix(value: int) -> int:
+        value = (value + 0x9E3779B97F4A7C15) & mask
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+        return value ^ (value >> 31)
+
+    return sorted(range(size), key=lambda index: splitmix((stream << 32) + index))
+
+
+def test_rotary_rows_are_split() -> None:
+    rows = np.arange(12, dtype=np.float32).reshape(12, 1)  # two heads of six rows, pairs (0, 1), (2, 3), (4, 5)
+    assert split_rotary_pairs(rows, 6).ravel().tolist() == [0, 2, 4, 1, 3, 5, 6, 8, 10, 7, 9, 11]
+
+
+def test_names_are_hugging_faces() -> None:
+    assert decoder_key("token_embd.weight") == "embed_tokens.weight"
+    assert decoder_key("blk.7.attn_output.weight") == "layers.7.self_attn.o_proj.weight"

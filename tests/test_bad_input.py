@@ -1,0 +1,236 @@
+"""Whatever is wrong with the input: one sentence, exit code 1 or 2, and nothing under the final names."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from mbq_gguf.cli import main
+from mbq_gguf.demo.assemble import DATA
+from safetensors.torch import load_file, save_file
+
+RTN = ("--method", "rtn", "--rounding", "nearest")  # needs no calibration, so the fault met is the one under test
+
+
+@pytest.fixture(autouse=True)
+def _needs_llama(built_llama: Path) -> None:
+    """Every conversion goes through the conversion package of the built tree."""
+
+
+@pytest.fixture
+def model(tiny_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny VLM to be spoilt."""
+    return Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Iterator[Path]:
+    """Where the file would go; afterwards nothing may lie there."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    yield folder / "model.gguf"
+    assert not list(folder.iterdir())
+
+
+def refused(*arguments: str | Path) -> str:
+    """Run the command, check that it ends as a refusal should, and return its sentence."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code in (1, 2), result.output
+    assert isinstance(result.exception, SystemExit), result.exception  # anything else would be a traceback
+    assert "Traceback" not in result.output
+    sentence = result.stderr.strip()
+    assert sentence.startswith("error: ")
+    assert len(sentence.splitlines()) == 1
+    return sentence
+
+
+def configure(folder: Path, change: Callable[[dict[str, object]], None]) -> None:
+    """Change config.json in ``folder``."""
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_no_directory(tmp_path: Path, out: Path) -> None:
+    assert "nowhere is not a directory" in refused("convert", tmp_path / "nowhere", out)
+
+
+def test_directory_without_a_model(tmp_path: Path, out: Path) -> None:
+    assert "no config.json" in refused("convert", tmp_path, out)
+
+
+def test_config_that_is_no_json(model: Path, out: Path) -> None:
+    (model / "config.json").write_text("{")
+    assert "cannot be read as JSON" in refused("convert", model, out)
+
+
+def test_unknown_architecture(model: Path, out: Path) -> None:
+    configure(model, lambda config: config.update(architectures=["NewVisionForAnything"], model_type="new_vision"))
+    sentence = refused("convert", model, out)
+    assert "NewVisionForAnything is not supported" in sentence
+    assert "Qwen2VLForConditionalGeneration" in sentence  # names what is
+
+
+def test_architecture_that_llama_cpp_does_not_convert(model: Path, out: Path) -> None:
+    def change(config: dict[str, object]) -> None:
+        config.update(architectures=["Blip2ForConditionalGeneration"], model_type="blip-2")
+
+    configure(model, change)
+    sentence = refused("convert", model, out)
+    assert "Blip2ForConditionalGeneration" in sentence
+    assert "Qwen2VLForConditionalGeneration" in sentence
+
+
+def test_text_only_model(model: Path, out: Path) -> None:
+    def change(config: dict[str, object]) -> None:
+        config.pop("vision_config")
+        config.update(architectures=["Qwen2ForCausalLM"], model_type="qwen2")
+
+    configure(model, change)
+    assert "Qwen2ForCausalLM is a text-only model" in refused("convert", model, out)
+
+
+def test_weights_missing(model: Path, out: Path) -> None:
+    (model / "model.safetensors").unlink()
+    assert "has no *.safetensors files" in refused("convert", model, out)
+
+
+def test_weights_that_the_index_names_missing(model: Path, out: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002-of-00002.safetensors is missing" in refused("convert", model, out)
+
+
+@pytest.mark.parametrize("keep", [4, 500, 1_000_000], ids=["in the length", "in the header", "in the data"])
+def test_weights_truncated(keep: int, model: Path, out: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.chmod(0o600)
+    os.truncate(weights, keep)
+    assert "is truncated or damaged" in refused("convert", model, out)
+
+
+@pytest.mark.parametrize("arguments", [RTN, ("--type", "BF16")], ids=["quantised", "reference"])
+def test_nan_weights(arguments: tuple[str, ...], model: Path, out: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    sentence = refused("convert", model, out, *arguments)
+    assert "layers.1.mlp.up_proj.weight" in sentence
+    assert "NaN" in sentence
+
+
+def test_tensor_missing_from_the_weights(model: Path, out: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert "layers.1.mlp.up_proj.weight" in refused("convert", model, out, *RTN)
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"], ids=["missing", "no JSON", "empty"])
+def test_tokenizer_damaged(content: str | None, model: Path, out: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    if content is not None:
+        (model / "tokenizer.json").write_text(content)
+    assert "tokenizer" in refused("convert", model, out, "--type", "BF16")
+
+
+def write_set(folder: Path, image: str) -> Path:
+    """A calibration set of one question about ``image``."""
+    path = folder / "set.jsonl"
+    path.write_text(json.dumps({"image": image, "turns": [{"question": "What is it?", "answer": "A cat."}]}) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(30)], ids=["missing", "empty", "text", "cut"]
+)
+def test_image_that_cannot_be_read(content: bytes | None, tiny_dir: Path, tmp_path: Path, out: Path) -> None:
+    if content is not None:
+        (tmp_path / "cat.png").write_bytes(content)
+    sentence = refused("convert", tiny_dir, out, "--calib", write_set(tmp_path, "cat.png"))
+    assert "cat.png cannot be read" in sentence
+
+
+def test_calibration_set_empty(tiny_dir: Path, tmp_path: Path, out: Path) -> None:
+    (tmp_path / "set.jsonl").write_text("\n")
+    (tmp_path / "pictures").mkdir()
+    for calib in ("set.jsonl", "pictures"):
+        assert "is empty" in refused("convert", tiny_dir, out, "--calib", tmp_path / calib)
+
+
+def test_calibration_set_missing(tiny_dir: Path, tmp_path: Path, out: Path) -> None:
+    assert "does not exist" in refused("convert", tiny_dir, out, "--calib", tmp_path / "nothing.jsonl")
+
+
+@pytest.mark.parametrize("line", ["nonsense", '{"image": "a.png", "turns": []}'])
+def test_calibration_line_of_another_kind(line: str, tiny_dir: Path, tmp_path: Path, out: Path) -> None:
+    (tmp_path / "set.jsonl").write_text(line)
+    assert "set.jsonl has a line" in refused("convert", tiny_dir, out, "--calib", tmp_path / "set.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("option", "known"), [("--type", "MBQ3_64"), ("--embedding-type", "MBQ3_64"), ("--mmproj-type", "Q8_0"), ("--device", "--device cpu")]
+)
+def test_unknown_choice_names_the_known_ones(option: str, known: str, tiny_dir: Path, out: Path) -> None:
+    sentence = refused("convert", tiny_dir, out, option, "Q9_X")
+    assert "Q9_X" in sentence
+    assert known in sentence
+
+
+def test_output_in_a_folder_that_is_not_there(tiny_dir: Path, tmp_path: Path) -> None:
+    assert "does not exist" in refused("convert", tiny_dir, tmp_path / "missing" / "model.gguf")
+
+
+def test_output_that_is_a_folder(tiny_dir: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["convert", str(tiny_dir), str(tmp_path)])
+    assert result.exit_code == 2
+    assert "is a directory" in result.stderr.splitlines()[-1]  # click's own refusal, after a line on usage
+
+
+def test_output_where_nothing_can_be_written(tiny_dir: Path) -> None:
+    assert "cannot write in /proc" in refused("convert", tiny_dir, "/proc/model.gguf")
+
+
+def test_disk_too_small(tiny_dir: Path, tmp_path: Path) -> None:
+    """A file system of 4 MB for a file of 15 MB; only root may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        assert "4.2 MB free" in refused("convert", tiny_dir, disk / "model.gguf", "--type", "BF16")
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_disk_that_fills_while_writing(tiny_dir: Path, out: Path) -> None:
+    """A limit on the size of files stops the writer in the middle, as a disk does that another program fills."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))
+
+    command = [sys.executable, "-m", "mbq_gguf", "convert", str(tiny_dir), str(out), "--type", "BF16"]
+    result = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "the disk is full" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_inspect_of_another_file() -> None:
+    assert "is no GGUF file" in refused("inspect", DATA / "tokenizer.json")
+
+
+def test_demo_model_into_a_folder_with_other_things(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    assert "holds other things" in refused("demo-model", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
