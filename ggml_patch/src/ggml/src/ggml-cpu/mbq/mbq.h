@@ -14,6 +14,15 @@ void ggml_mbq_from_float_mbq3_64(const float * GGML_RESTRICT x, void * GGML_REST
 void ggml_vec_dot_mbq3_q8_1   (int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
 void ggml_vec_dot_mbq3_64_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
 
+void ggml_vec_dot_mbq3_q8_1_generic   (int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
+void ggml_vec_dot_mbq3_64_q8_1_generic(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
+
+// Matrix product with 4 and more rows of activations; false where the plain path (vec_dot) is to do it: fewer rows, a reference run,
+// another type, no kernel for this instruction set.
+struct ggml_compute_params;
+bool   ggml_compute_forward_mul_mat_mbq(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+size_t ggml_mbq_work_size(int n_tasks, const struct ggml_tensor * dst);
+
 #ifdef __cplusplus
 }
 #endif

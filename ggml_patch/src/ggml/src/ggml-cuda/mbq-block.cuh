@@ -1,0 +1,155 @@
+#pragma once
+
+// One block of MBQ weights on its way into the int8 tensor cores.
+//
+// A block of QK weights, as ggml-mbq-common.h stores it (32-bit words; QK = 128 | 64):
+//
+//   word    0        1 ...  8 | 4             9 ... 12 | 5, 6
+//         | d   m  | ql: byte i holds, at    | qh: byte i % (QK/8) holds, at bit
+//         |        | bits 2j, the low bits   | (2j + 2) % 8 + i / (QK/8), the high
+//         |        | of weight QK/4 * j + i  | bit of weight QK/4 * j + i            (j = 0..3: the plane)
+//
+//   so (ql & 3 << 2j) | (qh & 4 << 2j) is 4^j times the code for planes 0 to 2, in bytes that fit int8.
+//
+// mma.m16n8k32 wants, in lane 4g + t, bytes 4t..4t+3 and 16+4t..16+4t+3 of rows g and g + 8 of a 32-weight group: for QK = 128 these are
+// words t and t + 4 of ql in one plane and word t of qh; for QK = 64 word t of ql in two planes. Every lane loads each word once and
+// uses all of it: no bit is read twice, and the only shifts are those of plane 3.
+
+#include <cstdint>
+
+static constexpr int MBQ_MAGIC = 0x4B400000; // 1.5 * 2^23 as float: integers below 2^22 added to its bits are added to its value
+
+template <int QK> struct mbq_layout {
+    static constexpr int block_words  = 1 + 3*QK/32;
+    static constexpr int piece_blocks = MBQ_PIECE/QK;
+    static constexpr int piece_bytes  = 4*block_words*piece_blocks;
+    static constexpr int groups       = QK/32;
+    // The power of four that the codes of a group carry through the tensor core, undone by the activation scale.
+    static __device__ __forceinline__ float unscale(const int group) {
+        if constexpr (QK == 128) {
+            return group == 1 ? 0.25f : group == 2 ? 0.0625f : 1.0f; // plane 3 does not fit in place and is shifted down
+        } else {
+            return group % 2 == 0 ? 0.25f : 0.0625f;                 // planes 0, 1 times 4 and planes 2, 3 times 16
+        }
+    }
+};
+
+#ifdef TURING_MMA_AVAILABLE
+
+// 16 bytes from global to shared memory, asynchronously where the hardware can.
+static __device__ __forceinline__ void mbq_copy_16(void * dst, const void * src) {
+#ifdef CP_ASYNC_AVAILABLE
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" : : "r"((uint32_t) __cvta_generic_to_shared(dst)), "l"(src) : "memory");
+#else
+    *(int4 *) dst = *(const int4 *) src;
+#endif
+}
+
+static __device__ __forceinline__ void mbq_copy_commit() {
+#ifdef CP_ASYNC_AVAILABLE
+    asm volatile("cp.async.commit_group;" : : : "memory");
+#endif
+}
+
+// Waits until all but the n newest groups of copies have arrived.
+template <int n> static __device__ __forceinline__ void mbq_copy_wait() {
+#ifdef CP_ASYNC_AVAILABLE
+    asm volatile("cp.async.wait_group %0;" : : "n"(n) : "memory");
+#endif
+}
+
+// d = a * b + MBQ_MAGIC: 16 rows, 8 columns, 32 int8 products each. Turing does it in quarters.
+static __device__ __forceinline__ void mbq_mma(int (&d)[4], const int (&a)[4], const int (&b)[2]) {
+#if defined(AMPERE_MMA_AVAILABLE)
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(MBQ_MAGIC));
+#else
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        d[2*i] = d[2*i + 1] = MBQ_MAGIC;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+                : "+r"(d[2*i]), "+r"(d[2*i + 1]) : "r"(a[2*j + i]), "r"(b[j]));
+        }
+    }
+#endif
+}
+
+// The A operands of all groups of one block for rows g and g + 8, which start at p[0] and p[1].
+template <int QK>
+static __device__ __forceinline__ void mbq_unpack(const uint32_t * const (&p)[2], const int t, int (&a)[QK/32][4], float2 (&dm)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        dm[r] = __half22float2(*(const half2 *) p[r]);
+        if constexpr (QK == 128) {
+            const uint32_t ql0 = p[r][1 + t];
+            const uint32_t ql1 = p[r][5 + t];
+            const uint32_t qh0 = p[r][9 + t];
+            const uint32_t qh1 = qh0 >> 1;
+#pragma unroll
+            for (int j = 0; j < 3; ++j) {
+                a[j][r]     = (ql0 & (0x03030303u << 2*j)) | (qh0 & (0x04040404u << 2*j));
+                a[j][r + 2] = (ql1 & (0x03030303u << 2*j)) | (qh1 & (0x04040404u << 2*j));
+            }
+            a[3][r]     = ((ql0 >> 6) & 0x03030303u) | ((qh0 << 2) & 0x04040404u);
+            a[3][r + 2] = ((ql1 >> 6) & 0x03030303u) | ((qh0 << 1) & 0x04040404u);
+        } else {
+            const uint32_t ql = p[r][1 + t];
+            const uint32_t qh = p[r][5 + (t & 1)] >> (t >> 1);
+            a[0][r]     = ((ql << 2) & 0x0C0C0C0Cu) | ((qh << 2) & 0x10101010u);
+            a[0][r + 2] = ( ql       & 0x0C0C0C0Cu) | ( qh       & 0x10101010u);
+            a[1][r]     = ( ql       & 0x30303030u) | ( qh       & 0x40404040u);
+            a[1][r + 2] = ((ql >> 2) & 0x30303030u) | ((qh << 6) & 0x40404040u);
+        }
+    }
+}
+
+// Thread block clusters (Hopper and later): the blocks of a cluster write into each other's shared memory. Elsewhere a block is alone.
+
+static __device__ __forceinline__ int mbq_cluster_size() {
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
+    int n;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
+    return n;
+#else
+    return 1;
+#endif
+}
+
+static __device__ __forceinline__ void mbq_cluster_arrive() {
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
+    __syncwarp(); // .aligned: the lanes come together
+    asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
+#endif
+}
+
+static __device__ __forceinline__ void mbq_cluster_wait() {
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
+    asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+// Writes n floats (1 or 4) to the place in block `rank` of the cluster that p is in this block.
+template <int n> static __device__ __forceinline__ void mbq_cluster_store(float * p, const float * v, const int rank) {
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
+    uint32_t remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"((uint32_t) __cvta_generic_to_shared(p)), "r"(rank));
+    if constexpr (n == 4) {
+        asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" : : "r"(remote), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+    } else {
+        asm volatile("st.shared::cluster.f32 [%0], %1;" : : "r"(remote), "f"(v[0]) : "memory");
+    }
+#else
+    GGML_UNUSED(rank);
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+        p[i] = v[i];
+    }
+#endif
+}
+
+#endif // TURING_MMA_AVAILABLE
