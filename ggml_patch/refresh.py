@@ -16,11 +16,17 @@ HERE = Path(__file__).resolve().parent
 
 
 def refresh_patch(patch: Path, tree: Path) -> None:
-    """Rewrite ``patch`` below its header with the tree's present changes to the files it names."""
-    header = patch.read_text().split("diff --git ", 1)[0]
-    files = re.findall(r"^diff --git a/(\S+) b/\1$", patch.read_text(), re.M)
+    """Rewrite ``patch`` below its header with the tree's present changes to the files it names; unless the tree lacks some of them."""
+    text = patch.read_text()
+    header = text.split("diff --git ", 1)[0]
+    files = re.findall(r"^diff --git a/(\S+) b/\1$", text, re.M)
     command = ["git", "-C", str(tree), "diff", "-U1", "--no-color", "--abbrev=10", "pristine", "--", *files]
-    patch.write_text(header + subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    body = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    missing = [file for file in files if f"diff --git a/{file} " not in body]
+    if missing:
+        print(f"left as it is: {patch.name}, since {tree} has no change to {', '.join(missing)}")
+    else:
+        patch.write_text(header + body)
 
 
 def main() -> None:
