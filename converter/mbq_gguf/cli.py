@@ -48,7 +48,9 @@ def main() -> None:
 
 @main.command()
 @click.option("--backend", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What the build computes on.")
-@click.option("--source", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A llama.cpp tree to use instead of the pinned one.")
+@click.option(
+    "--source", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A llama.cpp tree to use instead of the pinned one."
+)
 @click.option("--jobs", type=click.IntRange(min=1), help="Compilers at a time (default: all cores).")
 @click.option("--cuda-architectures", help="What CMAKE_CUDA_ARCHITECTURES takes, such as 90-real (default: this machine's card).")
 def build(backend: str, source: Path | None, jobs: int | None, cuda_architectures: str | None) -> None:
@@ -113,6 +115,19 @@ def inspect(file: Path) -> None:
 @click.option("--embedding-type", default="Q8_0", show_default=True, help="The type of embeddings and output head.")
 @click.option("--mmproj-type", default="F16", show_default=True, help="The type of vision tower and projector: F16, BF16, F32 or Q8_0.")
 @click.option("--floor/--no-floor", default=True, show_default=True, help="Raise each layer's modality ratio to the median over layers.")
+@click.option(
+    "--rotate",
+    type=click.Choice(["none", "offline", "full"]),
+    default="none",
+    show_default=True,
+    help="Spread outliers by rotations: offline folds into weights, full adds a transform that the patched llama.cpp computes.",
+)
+@click.option("--clip/--no-clip", default=False, show_default=True, help="Search the range of each block.")
+@click.option("--distort/--no-distort", default=False, show_default=True, help="Calibrate on the inputs that rounded layers give.")
+@click.option(
+    "--correction", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Share of earlier layers' error to make good."
+)
+@click.option("--refits", type=click.IntRange(min=0), default=0, show_default=True, help="Turns of refitting scales to codes.")
 @click.option("--work-dir", type=DIRECTORY, help="Where finished layers are kept (default: beside OUT until it is whole).")
 def convert(type_: str, **options: Any) -> None:
     """Turn the Hugging Face VLM in MODEL_DIR into the GGUF file OUT and the vision file mmproj-OUT beside it.

@@ -30,7 +30,9 @@ from mbq_gguf.formats.registry import container
 from mbq_gguf.models import load
 from mbq_gguf.models.checks import read_config, weight_files
 from mbq_gguf.models.load import check_architecture
-from mbq_gguf.quantise import Method, QuantiseResult, QuantiseSettings, Rounding, quantise
+from mbq_gguf.outcome import QuantiseResult
+from mbq_gguf.quantise import Method, QuantiseSettings, Rounding, quantise
+from mbq_gguf.transforms.rotation import Rotate
 from mbq_gguf.workdir import WorkDir, open_workdir
 
 REFERENCE_TYPES = ("BF16", "F16", "F32")  # --type without quantisation: what upstream's converter would write
@@ -55,6 +57,11 @@ class ConvertOptions:
     embedding_type: str = "Q8_0"  # of embeddings and output head
     mmproj_type: str = "F16"
     floor: bool = QuantiseSettings.floor  # no layer's ratio below the median over layers
+    rotate: Rotate = QuantiseSettings.rotate
+    clip: bool = QuantiseSettings.clip
+    distort: bool = QuantiseSettings.distort
+    correction: float = QuantiseSettings.correction
+    refits: int = QuantiseSettings.refits
     work_dir: Path | None = None  # where finished layers are kept; None: beside out, until out is whole
 
     @property
@@ -65,7 +72,17 @@ class ConvertOptions:
     @property
     def settings(self) -> QuantiseSettings:
         """What the converter's core needs of this."""
-        return QuantiseSettings(container(self.type).name, self.method, self.rounding, self.floor)
+        return QuantiseSettings(
+            container(self.type).name,
+            self.method,
+            self.rounding,
+            self.floor,
+            self.rotate,
+            self.clip,
+            self.distort,
+            self.correction,
+            self.refits,
+        )
 
 
 @dataclass(frozen=True)
@@ -185,7 +202,14 @@ def write_files(options: ConvertOptions, quantised: Quantised | None, bars: Prog
     """Both files, under their names when both are whole."""
     stages = Stages(bars)
     with staged(options.mmproj, options.out) as (mmproj_part, text_part):
-        vision = write_mmproj(options.model_dir, mmproj_part, options.mmproj_type, {}, {}, stages.counter("write mmproj"))
+        vision = write_mmproj(
+            options.model_dir,
+            mmproj_part,
+            options.mmproj_type,
+            quantised.result.projector if quantised else {},
+            metadata.rotated(options.rotate) if quantised else {},
+            stages.counter("write mmproj"),
+        )
         text = write_text(options.model_dir, text_part, text_file(options, quantised), stages.counter("write GGUF"))
     return text, vision
 
@@ -204,6 +228,7 @@ def text_file(options: ConvertOptions, quantised: Quantised | None) -> TextFile:
         samples=quantised.samples,
         ratios=result.ratios,
     )
+    keys |= metadata.rotated(options.rotate, result.hadamard)
     packed = {name: PackedTensor(item.container, item.data, item.columns) for name, item in result.packed.items()}
     return TextFile(packed, result.replaced, BASE_TYPE, container(options.embedding_type).name, keys, metadata.file_type(chosen.name))
 

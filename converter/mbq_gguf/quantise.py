@@ -1,36 +1,39 @@
-"""The walk through the decoder: calibrate, equalise and round one layer at a time."""
+"""The walk through the decoder: calibrate, rotate, equalise and round one layer at a time."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+from torch import nn
 
 from mbq_gguf.calibration.dataset import Sample
+from mbq_gguf.calibration.moments import Moments, moments
 from mbq_gguf.calibration.observe import Observed, TokenWeights, observe
 from mbq_gguf.calibration.sensitivity import measure
-from mbq_gguf.calibration.stream import Streamed, advance, capture, logits, working_layer
+from mbq_gguf.calibration.stream import Streamed, advance, capture, working_layer
 from mbq_gguf.calibration.token_weights import modality, uniform
-from mbq_gguf.errors import UsageError, UserError
-from mbq_gguf.formats.container import Bytes
+from mbq_gguf.errors import UsageError
 from mbq_gguf.formats.registry import container
-from mbq_gguf.models.decoder import GROUPS
+from mbq_gguf.models.decoder import GROUPS, Group, linear
 from mbq_gguf.models.loaded import LoadedModel
-from mbq_gguf.rounding.layer import round_layer
+from mbq_gguf.outcome import LayerWork, Packed, QuantiseResult, restored_layer, saved_layer
+from mbq_gguf.rounding.sequence import Refinement, round_in_order
 from mbq_gguf.transforms.fold import spread
-from mbq_gguf.transforms.layer import fold_layer, search_layer
+from mbq_gguf.transforms.layer import changed_parameters, fold_layer, search_layer
+from mbq_gguf.transforms.preserved import FunctionCheck
+from mbq_gguf.transforms.rotation import Rotate, Rotation, check_rotatable, draw, rotate_layer, rotated_ends, rotated_projector
 from mbq_gguf.workdir import WorkDir
 
 Method = Literal["rtn", "awq", "mbq"]
 Rounding = Literal["nearest", "gptq"]
 Progress = Callable[[str, int, int], None]  # stage, done, total
-CHECK_SAMPLES = 2
-# Relative change that folding may make, in float32; measured on the reference VLM: see below.
-FOLD_BOUND = 1e-3
+ROTATION_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -41,29 +44,13 @@ class QuantiseSettings:
     method: Method = "mbq"
     rounding: Rounding = "gptq"
     floor: bool = True  # no layer's modality ratio below the median over layers
+    rotate: Rotate = "none"
+    clip: bool = False  # search each block's range
+    distort: bool = False  # Hessians from the inputs that the already rounded prefix gives
+    correction: float = 0.0  # share of the prefix's output error that a layer makes good; needs distort
+    refits: int = 0  # turns of refitting scales and minima to the codes
     search_samples: int = 32  # samples that the search for equalisation factors compares on
     damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A quantised weight as the file stores it: ``data`` uint8 [rows, row_bytes] in ``container``, rows of ``columns`` weights."""
-
-    container: str
-    data: Bytes
-    columns: int
-
-
-@dataclass
-class QuantiseResult:
-    """Everything that export needs, by decoder-relative parameter names (``layers.0.self_attn.q_proj.weight``)."""
-
-    packed: dict[str, Packed] = field(default_factory=dict)
-    replaced: dict[str, torch.Tensor] = field(default_factory=dict)  # other parameters that equalisation changed, float32
-    ratios: dict[str, list[float]] = field(default_factory=dict)  # "attention" and "mlp", one a layer
-    exponents: dict[str, dict[str, float]] = field(default_factory=dict)  # by layer name, then group
-    fallbacks: list[tuple[str, str]] = field(default_factory=list)  # parameter name and the container it fell back to
-    seconds: dict[str, float] = field(default_factory=dict)  # by stage
 
 
 def quantise(
@@ -76,8 +63,8 @@ def quantise(
     """Quantise every decoder linear of ``loaded``, which is left as it is.
 
     ``work`` takes each finished layer and gives back those of an earlier run; the bytes are the same either way. ``progress`` is called
-    with stage, done and total. Raises UsageError for an unknown container or a missing calibration set, UserError where folding the
-    factors changes the model's function.
+    with stage, done and total. Raises UsageError for an unknown container or a missing calibration set, UserError where a transform
+    changes the model's function.
     """
     container(settings.container)
     if not samples and (settings.method != "rtn" or settings.rounding != "nearest"):
@@ -87,18 +74,7 @@ def quantise(
     for index in range(len(loaded.decoder.layers)):
         walk.layer(index)
         progress("layers", index + 1, len(loaded.decoder.layers))
-    walk.check_logits()
-    return walk.result
-
-
-@dataclass
-class _LayerWork:
-    """What is kept of a finished layer: names are relative to the layer."""
-
-    packed: dict[str, Packed]
-    replaced: dict[str, torch.Tensor]
-    factors: dict[str, torch.Tensor]
-    exponents: dict[str, float]
+    return walk.finish()
 
 
 class _Walk:
@@ -107,19 +83,30 @@ class _Walk:
     def __init__(self, loaded: LoadedModel, settings: QuantiseSettings, work: WorkDir | None, progress: Progress) -> None:
         self.loaded, self.settings, self.work, self.progress = loaded, settings, work, progress
         self.result = QuantiseResult()
-        self.streams: list[Streamed] = []  # original inputs of the next layer
-        self.checked: list[Streamed] = []  # the first few again, through the folded layers
+        self.rotation: Rotation | None = None
+        self.streams: list[Streamed] = []  # inputs of the next layer in the original model (in the rotated basis)
+        self.prefix: list[Streamed] = []  # the same in the rounded model, where distort asks for them
+        self.check: FunctionCheck | None = None
 
     def calibrate(self, samples: Sequence[Sample]) -> None:
-        """Capture the samples, and measure the ratios where the method weighs modalities."""
+        """Capture the samples, measure the ratios where the method weighs modalities, and rotate."""
         with self._timed("capture"):
             for number, stream in enumerate(capture(self.loaded, samples)):
                 self.streams.append(stream)
                 self.progress("capture", number + 1, len(samples))
-        if self.settings.method != "rtn":
-            self.checked = [replace(stream) for stream in self.streams[:CHECK_SAMPLES]]
         if self.settings.method == "mbq":
             self.result.ratios = self._ratios()
+        if self.settings.rotate != "none":
+            check_rotatable(self.loaded)
+            self.rotation = draw(self.loaded.decoder, self.settings.rotate, ROTATION_SEED)
+            self.result.hadamard = self.rotation.block
+        if self.settings.method != "rtn" or self.rotation:
+            self.check = FunctionCheck(self.loaded, self.streams, self.rotation)
+        if self.rotation:
+            for stream in self.streams:
+                stream.hidden = (stream.hidden.double() @ self.rotation.residual).to(stream.hidden)
+        if self.settings.distort:
+            self.prefix = [replace(stream) for stream in self.streams]
 
     def _ratios(self) -> dict[str, list[float]]:
         saved = self.work.load("sensitivity") if self.work else None
@@ -135,79 +122,81 @@ class _Walk:
     def layer(self, index: int) -> None:
         """Quantise layer ``index``, or take it from the work directory, and move the streams past it."""
         layer = working_layer(self.loaded, index)
+        if self.rotation:
+            rotate_layer(layer, self.rotation, index)
         name = f"layer-{index:04d}"
-        done = _restore(self.work.load(name)) if self.work else None
+        done = restored_layer(self.work.load(name)) if self.work else None
         if done is None:
             done = self._quantise_layer(layer, index)
             if self.work:
-                self.work.save(name, *_saved(done))
+                self.work.save(name, *saved_layer(done))
         else:
             advance(layer, index, self.streams, self.loaded.device)
             fold_layer(layer, done.factors)
-            self._check_fold(layer, index)
+            self._check(layer, index)
+            for key, packed in done.packed.items():
+                weight = torch.from_numpy(container(packed.container).dequantize(packed.data))
+                linear(layer, key.removesuffix(".weight")).weight.data.copy_(weight)
+        advance(layer, index, self.prefix, self.loaded.device)
         self._collect(f"layers.{index}", done)
 
-    def _quantise_layer(self, layer: torch.nn.Module, index: int) -> _LayerWork:
+    def _quantise_layer(self, layer: nn.Module, index: int) -> LayerWork:
         settings = self.settings
         call_weights: TokenWeights | None = {"rtn": None, "awq": uniform, "mbq": modality(self.result.ratios, index)}[settings.method]
+        entering = [replace(stream) for stream in self.streams] if settings.distort else []
         with self._timed("observe"):
             observed = observe(
                 layer,
                 index,
                 self.streams,
-                hessian_weights=uniform if settings.rounding == "gptq" else None,
+                hessian_weights=uniform if settings.rounding == "gptq" and not settings.distort else None,
                 call_weights=call_weights,
                 call_samples=settings.search_samples,
             )
-        done = _LayerWork({}, {}, {}, {})
+        done = LayerWork({}, {}, {}, {})
         if settings.method != "rtn":
             with self._timed("search"):
-                choices = search_layer(layer, observed, settings.container, power=1 if settings.method == "mbq" else 2)
+                choices = search_layer(layer, observed, settings.container, 1 if settings.method == "mbq" else 2, self._foldable())
             done.factors = {name: choice.factors for name, choice in choices.items()}
             done.exponents = {name: choice.exponent for name, choice in choices.items()}
-            done.replaced = fold_layer(layer, done.factors)
-            self._check_fold(layer, index)
+            fold_layer(layer, done.factors)
+        done.replaced = changed_parameters(layer, working_layer(self.loaded, index))
+        self._check(layer, index)
+        original = copy.deepcopy(layer) if settings.distort else layer
+
+        def moments_of(group: Group) -> Moments | None:
+            if settings.rounding == "nearest":
+                return None
+            if settings.distort:
+                return moments(original, layer, index, entering, self.prefix, group, uniform)
+            return _folded_moments(layer, group, observed, done.factors)
+
         with self._timed("rounding"):
-            rounded = round_layer(layer, settings.container, self._hessians(layer, observed, done.factors), settings.damping)
+            refinement = Refinement(settings.damping, settings.clip, settings.correction, settings.refits)
+            rounded = round_in_order(layer, settings.container, moments_of, refinement)
         for name, (kind, weight) in rounded.items():
             done.packed[f"{name}.weight"] = Packed(kind, weight.data, weight.weight.shape[1])
         return done
 
-    def _hessians(self, layer: torch.nn.Module, observed: Observed, factors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-        """Second moments of the inputs that the folded layer's linears take, x / s; None for nearest rounding."""
-        if self.settings.rounding == "nearest":
-            return None
-        out = {}
-        for group in GROUPS:
-            hessian = observed.statistics[group.name].hessian
-            assert hessian is not None
-            if group.name in factors:
-                inverse = 1.0 / spread(layer, group, factors[group.name])
-                hessian = hessian * inverse * inverse[:, None]
-            out[group.name] = hessian
-        return out
+    def _foldable(self) -> tuple[Group, ...]:
+        """Groups that take channel factors: not down_proj where a Hadamard transform lies between it and up_proj."""
+        return tuple(group for group in GROUPS if not (group.name == "down" and self.result.hadamard))
 
-    def _check_fold(self, layer: torch.nn.Module, index: int) -> None:
-        """Send the check samples through the folded layer, and compare with the streams, which have passed the original one."""
-        advance(layer, index, self.checked, self.loaded.device)
-        for folded, original in zip(self.checked, self.streams, strict=False):
-            change = float((folded.hidden - original.hidden).norm() / original.hidden.norm())
-            if not change <= FOLD_BOUND:
-                raise UserError(
-                    f"Equalisation changes the output of decoder layer {index} by {change:.1e} of its norm: "
-                    f"this model's layers are not the standard kind, so use --method rtn."
-                )
+    def _check(self, layer: nn.Module, index: int) -> None:
+        if self.check:
+            self.check.layer(layer, index)
 
-    def check_logits(self) -> None:
-        """Compare the logits of the folded and the original model on the check samples."""
-        for folded, original in zip(self.checked, self.streams, strict=False):
-            with torch.no_grad():
-                expected = logits(self.loaded, original.hidden)
-                change = float((logits(self.loaded, folded.hidden) - expected).abs().max() / expected.abs().max())
-            if not change <= FOLD_BOUND:
-                raise UserError(f"Equalisation changes the model's logits by {change:.1e} of their maximum; use --method rtn.")
+    def finish(self) -> QuantiseResult:
+        """Check the logits, and add what lies at the ends of the decoder."""
+        ends = rotated_ends(self.loaded.decoder, self.rotation) if self.rotation else {}
+        if self.check:
+            self.check.logits(ends)
+        self.result.replaced.update(ends)
+        if self.rotation:
+            self.result.projector = rotated_projector(self.loaded, self.rotation)
+        return self.result
 
-    def _collect(self, prefix: str, done: _LayerWork) -> None:
+    def _collect(self, prefix: str, done: LayerWork) -> None:
         result = self.result
         for name, packed in done.packed.items():
             result.packed[f"{prefix}.{name}"] = packed
@@ -224,19 +213,11 @@ class _Walk:
         self.result.seconds[stage] = self.result.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def _saved(done: _LayerWork) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A finished layer as tensors and JSON data; the inverse of :func:`_restore`."""
-    tensors = {f"packed.{name}": torch.from_numpy(packed.data) for name, packed in done.packed.items()}
-    tensors |= {f"replaced.{name}": value.cpu() for name, value in done.replaced.items()}
-    tensors |= {f"factors.{name}": value.cpu() for name, value in done.factors.items()}
-    kinds = {name: [packed.container, packed.columns] for name, packed in done.packed.items()}
-    return tensors, {"packed": kinds, "exponents": done.exponents}
-
-
-def _restore(saved: tuple[dict[str, torch.Tensor], Any] | None) -> _LayerWork | None:
-    if saved is None:
-        return None
-    tensors, data = saved
-    packed = {name: Packed(kind, tensors[f"packed.{name}"].numpy(), columns) for name, (kind, columns) in data["packed"].items()}
-    parts = {part: {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)} for part in ("replaced.", "factors.")}
-    return _LayerWork(packed, parts["replaced."], parts["factors."], data["exponents"])
+def _folded_moments(layer: nn.Module, group: Group, observed: Observed, factors: dict[str, torch.Tensor]) -> Moments:
+    """Second moments of the inputs that the folded layer's linears take, x / s, all of them the original model's."""
+    hessian = observed.statistics[group.name].hessian
+    assert hessian is not None
+    if group.name in factors:
+        inverse = 1.0 / spread(layer, group, factors[group.name])
+        hessian = hessian * inverse * inverse[:, None]
+    return Moments(hessian, torch.zeros_like(hessian))

@@ -16,6 +16,7 @@ from mbq_gguf.export.injection import Injection, PackedTensor, TensorRecord
 
 MMPROJ_TYPES = tuple(FILE_TYPES)
 BASE_TYPES = ("BF16", "F16")
+HEAD = "lm_head.weight"
 SPARE_BYTES = 64 << 20  # header, vocabulary and file system, beside the tensors' own bytes
 
 Advance = Callable[[int, int], None]  # (bytes written since the last call, bytes of all tensors)
@@ -69,7 +70,7 @@ def write_mmproj_gguf(
 ) -> list[TensorRecord]:
     """Write vision tower and projector of ``model_dir`` to ``out`` in ``mmproj_type`` (F32, F16, BF16, Q8_0); whole or not at all.
 
-    ``replaced`` holds tensors by their name in the checkpoint. Raises UserError as :func:`write_text_gguf` does.
+    ``replaced`` holds tensors by the end of their name in the checkpoint. Raises UserError as :func:`write_text_gguf` does.
     """
     with staged(out) as (part,):
         return write_mmproj(model_dir, part, mmproj_type, replaced or {}, metadata or {}, advance)
@@ -79,6 +80,9 @@ def write_text(model_dir: Path, part: Path, content: TextFile, advance: Advance 
     """:func:`write_text_gguf` into the file ``part``, for callers that stage several files at once."""
     model = open_model(model_dir, part, file_type=content.base_type, mmproj=False)
     names = decoder_names(model.model_tensors)
+    if HEAD in content.replaced and HEAD not in names:  # a rotation unties the head from the embedding
+        model.model_tensors[HEAD] = model.model_tensors[names["embed_tokens.weight"]]
+        names[HEAD] = HEAD
     packed = {_find(names, key): tensor for key, tensor in content.packed.items()}
     replaced = {_find(names, key): tensor for key, tensor in content.replaced.items()}
     embedding_type = None if content.embedding_type == content.base_type else content.embedding_type
@@ -96,9 +100,9 @@ def write_mmproj(
 ) -> list[TensorRecord]:
     """:func:`write_mmproj_gguf` into the file ``part``."""
     model = open_model(model_dir, part, file_type=mmproj_type, mmproj=True)
-    for name in replaced:
-        _find(dict.fromkeys(model.model_tensors, name), name)
-    return _write(model, Injection(model, {}, replaced, None), metadata, None, model_dir, advance)
+    ends = {end: name for end in replaced for name in model.model_tensors if name.endswith(end)}
+    named = {_find(ends, end): tensor for end, tensor in replaced.items()}
+    return _write(model, Injection(model, {}, named, None), metadata, None, model_dir, advance)
 
 
 def rehearse(model_dir: Path, mmproj_type: str) -> None:

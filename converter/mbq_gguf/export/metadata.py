@@ -51,3 +51,13 @@ def describe(
         "mbq.calibration.samples": samples,
     }
     return keys | {RATIO + part: [float(value) for value in values] for part, values in ratios.items()}
+
+
+def rotated(rotate: str, hadamard: int = 0) -> dict[str, Any]:
+    """Which rotation a file's weights are in; text and mmproj files only fit together where both say the same.
+
+    ``hadamard`` is the block of the transform that the patched llama.cpp computes before ffn_down, 0 for none.
+    """
+    if rotate == "none":
+        return {}
+    return {"mbq.rotate": rotate} | ({"mbq.hadamard.ffn_down": hadamard} if hadamard else {})

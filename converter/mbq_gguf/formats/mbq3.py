@@ -33,7 +33,8 @@ def nearest_codes(blocks: Floats, scale: Floats, minimum: Floats) -> Bytes:
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         inverse = np.where(scale > 0, np.float32(1) / scale, np.float32(0)).astype(np.float32)
         steps = (blocks - minimum) * inverse
-    return np.rint(np.clip(steps, np.float32(0), np.float32(LEVELS))).astype(np.uint8)
+    codes: Bytes = np.rint(np.clip(steps, np.float32(0), np.float32(LEVELS))).astype(np.uint8)
+    return codes
 
 
 def pack_blocks(codes: Bytes, scale: Floats, minimum: Floats) -> Bytes:

@@ -1,8 +1,8 @@
-"""Equalise one decoder layer: search every group from the original inputs, then fold all choices, then check that the function stayed."""
+"""Equalise one decoder layer: search every group from the original inputs, then fold all choices."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -10,16 +10,16 @@ from torch import nn
 
 from mbq_gguf.calibration.observe import Observed
 from mbq_gguf.formats.registry import container_for
-from mbq_gguf.models.decoder import GROUPS, linear
+from mbq_gguf.models.decoder import GROUPS, LINEARS, Group, linear
 from mbq_gguf.rounding.nearest import nearest_values
 from mbq_gguf.transforms.equalise import Choice, search
 from mbq_gguf.transforms.fold import fold
 
 
-def search_layer(layer: nn.Module, observed: Observed, container: str, power: int) -> dict[str, Choice]:
-    """The choice of each group that the layer's shapes allow to fold, by group name."""
+def search_layer(layer: nn.Module, observed: Observed, container: str, power: int, groups: Sequence[Group] = GROUPS) -> dict[str, Choice]:
+    """The choice of each of ``groups`` that the layer's shapes allow to fold, by group name."""
     choices = {}
-    for group in GROUPS:
+    for group in groups:
         kept = container_for(container, linear(layer, group.linears[0]).in_features)
         mean_abs = observed.statistics[group.name].mean_abs
         choice = search(layer, group, mean_abs, observed.calls[group.name], power, partial(nearest_values, container=kept))
@@ -28,13 +28,17 @@ def search_layer(layer: nn.Module, observed: Observed, container: str, power: in
     return choices
 
 
-def fold_layer(layer: nn.Module, factors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Fold the factors of each group (by name) into ``layer``; gives every parameter that is no quantised linear's weight and changed."""
-    before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+def fold_layer(layer: nn.Module, factors: Mapping[str, torch.Tensor]) -> None:
+    """Fold the factors of each group (by name) into ``layer``."""
     for group in GROUPS:
         if group.name in factors:
             fold(layer, group, factors[group.name].to(next(layer.parameters()).device))
-    quantised = {f"{name}.weight" for group in GROUPS for name in group.linears}
+
+
+def changed_parameters(layer: nn.Module, stored: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter of ``layer`` that is no quantised linear's weight and differs from ``stored``'s: norms and biases."""
+    quantised = {f"{name}.weight" for name in LINEARS}
+    before = dict(stored.named_parameters())
     return {
         name: parameter.detach().clone()
         for name, parameter in layer.named_parameters()

@@ -1,0 +1,77 @@
+"""Round one layer group by group, each group from the inputs that everything rounded before it gives.
+
+Errors of the prefix are thus seen, and partly made good: with x the rounded model's input and y the original one, the weight that is
+rounded is W + a W (sum (y - x)^T x) H^-1, which for a = 1 gives the original output from the rounded input as nearly as a linear map can
+(QEP, arXiv 2504.09629). In between lies what does not overfit the calibration set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mbq_gguf.calibration.moments import Moments
+from mbq_gguf.formats.grid import Grid, grid_of
+from mbq_gguf.formats.registry import container_for
+from mbq_gguf.models.decoder import GROUPS, Group, linear
+from mbq_gguf.rounding.gptq import Coded, Fit, code_gptq, inverse_factor
+from mbq_gguf.rounding.nearest import Rounded, round_nearest
+from mbq_gguf.rounding.ranges import search_range
+from mbq_gguf.rounding.refit import refit
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What is done beyond plain GPTQ. ``correction`` is a above, ``refits`` how often parameters and codes take turns."""
+
+    damping: float
+    clip: bool
+    correction: float
+    refits: int
+
+
+def round_in_order(
+    layer: nn.Module, container: str, moments_of: Callable[[Group], Moments | None], refinement: Refinement
+) -> dict[str, tuple[str, Rounded]]:
+    """Round ``layer`` in place; container name and rounded weight of every linear by its name in the layer.
+
+    ``moments_of`` is asked for a group's moments when every earlier group of the layer is rounded; None means nearest rounding, which a
+    container without a grid (F16 and other fallbacks) always gets.
+    """
+    out = {}
+    for group in GROUPS:
+        kept = container_for(container, linear(layer, group.linears[0]).in_features)
+        grid = grid_of(kept)
+        found = moments_of(group) if grid is not None else None
+        for name in group.linears:
+            weight = linear(layer, name).weight
+            if found is None or grid is None:
+                rounded = round_nearest(weight.detach(), kept)
+            else:
+                rounded = refined(weight.detach().float(), found, grid, refinement)
+            weight.data.copy_(rounded.weight)
+            out[name] = (kept.name, rounded)
+    return out
+
+
+def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refinement) -> Rounded:
+    """``weight`` [rows, columns] corrected, rounded by GPTQ, its parameters refitted and its codes chosen again."""
+    factor = inverse_factor(found.hessian, refinement.damping)
+    if refinement.correction:
+        weight = corrected(weight, found, factor, refinement.correction)
+    fit: Fit = (lambda blocks: search_range(grid, blocks)) if refinement.clip else grid.fit
+    coded = code_gptq(weight, factor, grid, fit)
+    for turn in range(refinement.refits):
+        coded = Coded(coded.codes, *refit(weight, coded.codes, coded.scale, coded.offset, found.hessian))
+        if turn + 1 < refinement.refits:
+            coded = code_gptq(weight, factor, grid, held=coded)
+    return coded.rounded(grid)
+
+
+def corrected(weight: torch.Tensor, found: Moments, factor: torch.Tensor, share: float) -> torch.Tensor:
+    """W + share W C H^-1 with C the cross moments and H^-1 = U^T U of the damped Hessian; computed in float64."""
+    upper = factor.double()
+    return weight + share * (weight.double() @ found.cross.double() @ upper.t() @ upper).float()

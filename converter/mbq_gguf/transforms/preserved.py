@@ -1,0 +1,66 @@
+"""Proof on the model at hand that transforms left the function as it was, before anything is rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from mbq_gguf.calibration.stream import Streamed, advance, logits, working_layer
+from mbq_gguf.errors import UserError
+from mbq_gguf.models.loaded import LoadedModel
+from mbq_gguf.transforms.rotation import Rotation
+
+CHECK_SAMPLES = 2
+# Relative change that the transforms may make in float32 over the whole decoder.
+BOUND = 1e-3
+
+
+class FunctionCheck:
+    """Two copies of the first samples: one passes the stored layers, one the transformed ones."""
+
+    def __init__(self, loaded: LoadedModel, streams: Sequence[Streamed], rotation: Rotation | None) -> None:
+        self.loaded = loaded
+        self.plain = [replace(stream) for stream in streams[:CHECK_SAMPLES]]
+        self.transformed = [replace(stream) for stream in self.plain]
+        self.residual = rotation.residual if rotation else None
+        for stream in self.transformed:
+            stream.hidden = self._into_basis(stream.hidden)
+
+    def layer(self, transformed: nn.Module, index: int) -> None:
+        """Compare the outputs of layer ``index``; UserError where they differ by more than :data:`BOUND` of their norm."""
+        advance(working_layer(self.loaded, index), index, self.plain, self.loaded.device)
+        advance(transformed, index, self.transformed, self.loaded.device)
+        for ours, stored in zip(self.transformed, self.plain, strict=True):
+            wanted = self._into_basis(stored.hidden)
+            change = float((ours.hidden - wanted).norm() / wanted.norm())
+            if not change <= BOUND:
+                raise UserError(
+                    f"The transforms change the output of decoder layer {index} by {change:.1e} of its norm: "
+                    f"this model's layers are not the standard kind, so use --method rtn --rotate none."
+                )
+
+    @torch.no_grad()
+    def logits(self, ends: Mapping[str, torch.Tensor]) -> None:
+        """Compare the logits; ``ends`` holds norm and head where a rotation changed them."""
+        for ours, stored in zip(self.transformed, self.plain, strict=True):
+            expected = logits(self.loaded, stored.hidden)
+            found = self._transformed_logits(ours.hidden.to(expected.device), ends)
+            change = float((found - expected).abs().max() / expected.abs().max())
+            if not change <= BOUND:
+                raise UserError(
+                    f"The transforms change the model's logits by {change:.1e} of their maximum; use --method rtn --rotate none."
+                )
+
+    def _transformed_logits(self, hidden: torch.Tensor, ends: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        decoder = self.loaded.decoder
+        if not ends:
+            return logits(self.loaded, hidden)
+        normed: torch.Tensor = torch.func.functional_call(decoder.norm, {"weight": ends["norm.weight"].to(hidden)}, (hidden,))
+        out: torch.Tensor = normed @ ends["lm_head.weight"].to(hidden).t()
+        return out if decoder.head.bias is None else out + decoder.head.bias
+
+    def _into_basis(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self.residual is None else (hidden.double() @ self.residual.to(hidden.device)).to(hidden)
