@@ -52,3 +52,16 @@ def test_what_python_leaves_behind_does_not_count(tmp_path: Path) -> None:
     left.parent.mkdir(parents=True)
     left.write_bytes(b"x")
     assert patch_hash(tmp_path) == before
+
+
+def test_cuda_files_do_not_count_for_the_cpu(tmp_path: Path) -> None:
+    kernel = tmp_path / "src" / "ggml" / "src" / "ggml-cuda" / "mbq.cu"
+    kernel.parent.mkdir(parents=True)
+    (tmp_path / "patches").mkdir()
+    kernel.write_text("one")
+    before = [patch_hash(tmp_path, backend) for backend in ("cpu", "cuda")]
+    kernel.write_text("two")
+    (tmp_path / "patches" / "0006-cuda.patch").write_text("three")
+    after = [patch_hash(tmp_path, backend) for backend in ("cpu", "cuda")]
+    assert before[0] == after[0]
+    assert before[1] != after[1]

@@ -114,7 +114,7 @@ def make_plan(backend: str, tree: Path | None, cuda_architectures: str | None) -
         raise UsageError(f"the backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}")
     pin, toolchain = pins.read_pin(), find_toolchain(backend)
     origin = source.check_source(tree) if tree is not None else None
-    patch = pins.patch_hash()
+    patch = pins.patch_hash(backend=backend)
     options = (*_COMMON, f"LLAMA_BUILD_COMMIT=mbq-{patch[:8]}")  # what `llama-server --version` says
     if backend == "cuda":
         options += (*_CUDA, f"CMAKE_CUDA_ARCHITECTURES={cuda_architectures or gpu_architectures()}")
@@ -147,7 +147,8 @@ def _build_whole(plan: Plan, jobs: int, console: Console) -> None:
             proved = _compile(plan, jobs, log, console)
         _check_result(plan.backend, plan.tree / "build" / "bin")
         origin = plan.pin.sha256 if plan.origin is None else str(plan.origin)
-        record = BuildRecord(plan.key, plan.backend, pins.patch_hash(), origin, machine_hash(), proved.name, plan.options)
+        patch = pins.patch_hash(backend=plan.backend)
+        record = BuildRecord(plan.key, plan.backend, patch, origin, machine_hash(), proved.name, plan.options)
         write_record(plan.tree, record)
     except BaseException:
         shutil.rmtree(plan.tree, ignore_errors=True)

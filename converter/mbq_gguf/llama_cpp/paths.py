@@ -41,7 +41,7 @@ def source_dir() -> Path:
     backend = chosen_backend()
     here = machine_hash()
     builds = [(tree, record) for tree, record in finished_builds() if record.backend == backend and record.machine == here]
-    patch, pin = patch_hash(), read_pin().sha256
+    patch, pin = patch_hash(backend=backend), read_pin().sha256
     for tree, record in builds:
         # A build from --source has a path as its origin and counts for as long as the patch in it is today's.
         if record.patch_hash == patch and (record.origin == pin or os.sep in record.origin):

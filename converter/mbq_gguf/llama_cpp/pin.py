@@ -66,11 +66,16 @@ def source_files(folder: Path | None = None) -> list[Path]:
     return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
 
 
-def patch_hash(folder: Path | None = None) -> str:
-    """SHA-256 over names and bytes of all patches and new files; any change to either changes it."""
+def patch_hash(folder: Path | None = None, backend: str = "cuda") -> str:
+    """SHA-256 over names and bytes of the patches and new files that ``backend`` compiles; any change to either changes it.
+
+    The CPU build compiles no CUDA file, so a change to a kernel there does not cost its eight minutes.
+    """
     root = folder or patch_dir()
     digest = hashlib.sha256()
     for path in [*patch_files(root), *source_files(root)]:
+        if backend == "cpu" and (path.name.endswith("-cuda.patch") or "ggml-cuda" in path.parts):
+            continue
         name, data = path.relative_to(root).as_posix().encode(), path.read_bytes()
         digest.update(b"%d:%s%d:" % (len(name), name, len(data)))
         digest.update(data)
