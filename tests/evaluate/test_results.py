@@ -89,7 +89,7 @@ def test_every_grid_is_rectangular_and_shown(evaluation: Evaluation) -> None:
     for grid in grids(evaluation):
         assert all(len(row) == len(grid.headings) for row in grid.rows)
         assert grid.title in shown
-    assert "33.3 % ± 27.2" in shown
+    assert "33.3 ± 27.2" in shown
 
 
 class Page(HTMLParser):

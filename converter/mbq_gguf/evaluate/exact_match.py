@@ -26,12 +26,12 @@ MAX_TOKENS = 48  # twice the longest expected answer of the shipped set (23 toke
 
 
 class Turn(BaseModel):
-    """One question about a picture, the expected answer, and the kind of question it is."""
+    """One question about a picture, the expected answer where there is one, and the kind of question it is."""
 
     model_config = ConfigDict(extra="forbid")
 
     question: str = Field(min_length=1)
-    answer: str = Field(min_length=1)
+    answer: str | None = Field(default=None, min_length=1)
     task: str = Field(default="all", min_length=1)
 
 
@@ -50,7 +50,7 @@ class Question:
 
     image: Path
     question: str
-    expected: str
+    expected: str  # "" where no answer is known
     task: str
 
 
@@ -119,8 +119,11 @@ class ExactMatch:
 _RESULT = TypeAdapter(ExactMatch)
 
 
-def load_questions(path: Path) -> list[Question]:
-    """All questions of the JSONL file ``path`` in its order; a UsageError names the file and the line that is wrong."""
+def load_questions(path: Path, *, unanswered: bool = False) -> list[Question]:
+    """All questions of the JSONL file ``path`` in its order; a UsageError names the file and the line that is wrong.
+
+    Questions without an answer are wrong unless ``unanswered``.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -138,7 +141,9 @@ def load_questions(path: Path) -> list[Question]:
         image = path.parent / scene.image
         if not image.is_file():
             raise UsageError(f"{path}, line {number}: there is no picture {image}.")
-        questions += [Question(image, turn.question, turn.answer, turn.task) for turn in scene.turns]
+        if not unanswered and any(turn.answer is None for turn in scene.turns):
+            raise UsageError(f"{path}, line {number}: turns.answer: Field required.")
+        questions += [Question(image, turn.question, turn.answer or "", turn.task) for turn in scene.turns]
     if not questions:
         raise UsageError(f"{path} holds no question: give a JSONL file with at least one.")
     return questions

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from mbq_cbind.types import dequantize
 
 from mbq_gguf.evaluate.results import Layers
-from mbq_gguf.export.gguf_header import Header
+from mbq_gguf.export.gguf_header import Header, TensorEntry
 from mbq_gguf.export.metadata import RATIO
-from mbq_gguf.formats.gguf_types import import_gguf
 
 MATRIX = re.compile(r"blk\.(\d+)\.(attn|ffn)_\w+\.weight")
 ROWS = 256  # of each matrix, evenly spaced: enough for a mean over some 100 000 weights
@@ -24,28 +22,48 @@ FITS = 6  # alternations of the factor fit; the error has settled to 4 digits af
 Doubles = npt.NDArray[np.float64]
 
 
-def layers(path: Path, header: Header, reference: Path | None) -> Layers:
+@dataclass(frozen=True)
+class WeightFile:
+    """A GGUF file with its header."""
+
+    path: Path
+    header: Header
+
+    def matrices(self) -> dict[str, TensorEntry]:
+        """The matrices of the decoder's layers by name."""
+        return {tensor.name: tensor for tensor in self.header.tensors if MATRIX.fullmatch(tensor.name) and len(tensor.shape) > 1}
+
+    def rows(self, tensor: TensorEntry) -> Doubles:
+        """Up to ROWS rows of ``tensor``, evenly spaced, as numbers [rows, columns]."""
+        columns = tensor.shape[0]
+        start = self.header.data_start + tensor.offset
+        data = np.memmap(self.path, np.uint8, "r", start, (tensor.elements // columns, tensor.nbytes * columns // tensor.elements))
+        picked = data[np.linspace(0, len(data) - 1, min(ROWS, len(data))).astype(int)]
+        return dequantize(tensor.type_name, picked, columns).astype(np.float64)
+
+
+def layers(file: WeightFile, reference: WeightFile | None) -> Layers:
     """Ratios of the file, and its weight errors against ``reference`` (None: no errors, for the reference itself)."""
-    errors = weight_errors(path, reference) if reference else {"attn": [], "ffn": []}
-    return Layers(_ratios(header, "attention"), _ratios(header, "mlp"), errors["attn"], errors["ffn"])
+    errors = weight_errors(file, reference) if reference else {"attn": [], "ffn": []}
+    return Layers(_ratios(file.header, "attention"), _ratios(file.header, "mlp"), errors["attn"], errors["ffn"])
 
 
-def layer_bits(header: Header) -> float:
+def layer_bits(file: WeightFile) -> float:
     """Bits a weight over the matrices of the decoder's layers; 0 where there are none."""
-    matrices = [tensor for tensor in header.tensors if MATRIX.fullmatch(tensor.name) and len(tensor.shape) > 1]
+    matrices = file.matrices().values()
     weights = sum(tensor.elements for tensor in matrices)
     return 8 * sum(tensor.nbytes for tensor in matrices) / weights if weights else 0.0
 
 
-def weight_errors(path: Path, reference: Path) -> dict[str, list[float]]:
+def weight_errors(file: WeightFile, reference: WeightFile) -> dict[str, list[float]]:
     """Relative squared error ||W' - W||^2 / ||W||^2 per layer over its attention ("attn") and feed-forward ("ffn") matrices."""
-    matrices, originals = _matrices(path), _matrices(reference)
     wrong: dict[str, dict[int, list[float]]] = {"attn": defaultdict(lambda: [0.0, 0.0]), "ffn": defaultdict(lambda: [0.0, 0.0])}
-    for name in originals.keys() & matrices.keys():
-        match = MATRIX.fullmatch(name)
-        original, stored = _rows(originals[name]), _rows(matrices[name])
-        if match is None or original.shape != stored.shape:
+    stored_by_name = file.matrices()
+    for name, entry in reference.matrices().items():
+        match, twin = MATRIX.fullmatch(name), stored_by_name.get(name)
+        if match is None or twin is None or twin.shape != entry.shape:
             continue
+        original, stored = reference.rows(entry), file.rows(twin)
         sums = wrong[match.group(2)][int(match.group(1))]
         sums[0] += float(((original - fitted(stored, original)) ** 2).sum())
         sums[1] += float((original**2).sum())
@@ -63,18 +81,6 @@ def fitted(stored: Doubles, original: Doubles) -> Doubles:
             power = (stored**2).sum(axis=axis, keepdims=True)
             stored = stored * ((stored * original).sum(axis=axis, keepdims=True) / np.where(power > 0, power, 1))
     return stored
-
-
-def _matrices(path: Path) -> Mapping[str, Any]:
-    reader = import_gguf().GGUFReader(str(path))
-    return {tensor.name: tensor for tensor in reader.tensors if MATRIX.fullmatch(tensor.name) and len(tensor.shape) > 1}
-
-
-def _rows(tensor: Any) -> Doubles:
-    columns = int(tensor.shape[0])
-    data = tensor.data.reshape(-1, tensor.data.shape[-1]).view(np.uint8)
-    picked = data[np.linspace(0, len(data) - 1, min(ROWS, len(data))).astype(int)]
-    return dequantize(int(tensor.tensor_type), picked, columns).astype(np.float64)
 
 
 def _ratios(header: Header, part: str) -> list[float]:

@@ -62,6 +62,7 @@ class Examiner:
         self._text = text
         self._store = store
         self._ledger = Ledger(store)
+        self._own: dict[int, list[int]] = {}  # tokens of the reference's answers to questions without an expected one
         # Questions about one picture follow each other, so that a model finds it in its context.
         self._order = sorted(range(len(questions)), key=lambda i: str(questions[i].image))
 
@@ -116,14 +117,20 @@ class Examiner:
         question = self.questions[index]
         prompt = model.prompt(question.question)
         if not question.expected:
-            own = model.text(model.generate(prompt, [image], limit=MAX_TOKENS))
-            question = self.questions[index] = replace(question, expected=own)
-        tokens = [*model.tokenize(question.expected), model.end_of_answer]
+            self._own[index] = self._generated(model, prompt, image)
+            question = self.questions[index] = replace(question, expected=model.text(self._own[index]))
+        tokens = self._own.get(index) or [*model.tokenize(question.expected), model.end_of_answer]
         logits = model.logits(prompt, [image], tokens)
         compared = self._ledger.compare(f"question-{index}", tokens, logits)
         given = model.text(self._greedy(model, prompt, image, tokens, logits)).strip()
-        classes = token_classes([model.text([token]) for token in tokens[:-1]])
+        said = tokens[:-1] if model.is_end(tokens[-1]) else tokens
+        classes = token_classes([model.text([token]) for token in said])[: len(tokens)]
         return Answer(index, given, given == question.expected.strip(), compared.divergence, compared.agrees, classes)
+
+    def _generated(self, model: Model, prompt: str, image: EncodedImage) -> list[int]:
+        """The model's own answer, with the token that ends it unless it grew too long."""
+        tokens = model.generate(prompt, [image], limit=MAX_TOKENS)
+        return tokens if len(tokens) == MAX_TOKENS else [*tokens, model.end_of_answer]
 
     def _greedy(self, model: Model, prompt: str, image: EncodedImage, tokens: list[int], logits: Floats) -> list[int]:
         """The greedy answer. Forced and greedy answers are one up to the first token that is not top-1, and most have none."""
@@ -132,5 +139,5 @@ class Examiner:
         while same < len(tokens) and top[same] == tokens[same]:
             same += 1
         if same == len(tokens) or model.is_end(top[same]):
-            return tokens[: min(same, len(tokens) - 1)]
+            return [token for token in tokens[:same] if not model.is_end(token)]
         return model.generate(prompt, [image], limit=max(MAX_TOKENS, len(tokens)), opening=[*tokens[:same], top[same]])

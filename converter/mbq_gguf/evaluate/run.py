@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from mbq_gguf.errors import UsageError
 from mbq_gguf.evaluate.exact_match import load_questions, stratified
 from mbq_gguf.evaluate.kld import Store
-from mbq_gguf.evaluate.layers import layer_bits, layers
+from mbq_gguf.evaluate.layers import WeightFile, layer_bits, layers
 from mbq_gguf.evaluate.measure import TEXT_CHUNKS, Examiner
 from mbq_gguf.evaluate.results import Asked, Evaluation, FileResult, Layers, short_names
-from mbq_gguf.export.gguf_header import Header, read_header
+from mbq_gguf.export.gguf_header import read_header
 
 
 @dataclass(frozen=True)
@@ -38,26 +38,26 @@ class EvalOptions:
 
 def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation:
     """Ask every file and compare. Raises UserError or UsageError where a file, a picture or the set of questions is unusable."""
-    questions = load_questions(options.data)
+    questions = load_questions(options.data, unanswered=True)
     if options.count is not None:
         questions = stratified(questions, options.count)
     files = [options.reference, *options.candidates]
     names = short_names([path.absolute() for path in files])
-    headers = [read_header(path) for path in files]  # a damaged file is found before hours of work
+    weights = [WeightFile(path, read_header(path)) for path in files]  # a damaged file is found before hours of work
     text = _read(options.text) if options.text else None
     with TemporaryDirectory(prefix="mbq-gguf-eval-") as folder, _progress(console) as progress:
         examiner = Examiner(questions, text, Store(Path(folder)))
         bars = [progress.add_task(name, total=len(questions) + (TEXT_CHUNKS if text else 0), start=False) for name in names]
         results = []
-        for path, name, header, bar in zip(files, names, headers, bars, strict=True):
-            reference = None if path == options.reference else options.reference
-            results.append(_examine(examiner, options, path, name, header, layers(path, header, reference), progress, bar))
+        for name, file, bar in zip(names, weights, bars, strict=True):
+            found = layers(file, None if file is weights[0] else weights[0])
+            results.append(_examine(examiner, options, name, file, found, progress, bar))
     asked = [Asked(str(q.image), q.question, q.expected, q.task) for q in examiner.questions]
     return Evaluation(str(options.data), str(options.mmproj), str(options.text) if options.text else None, asked, results)
 
 
 def _examine(
-    examiner: Examiner, options: EvalOptions, path: Path, name: str, header: Header, found: Layers, progress: Progress, bar: TaskID
+    examiner: Examiner, options: EvalOptions, name: str, file: WeightFile, found: Layers, progress: Progress, bar: TaskID
 ) -> FileResult:
     started = time.monotonic()
     progress.start_task(bar)
@@ -65,18 +65,18 @@ def _examine(
     def advance() -> None:
         progress.advance(bar)
 
-    with Model(path, options.mmproj, threads=options.threads, gpu_layers=options.gpu_layers, context=options.context) as model:
+    with Model(file.path, options.mmproj, threads=options.threads, gpu_layers=options.gpu_layers, context=options.context) as model:
         chunks = examiner.chunks(model)
         progress.update(bar, total=len(examiner.questions) + len(chunks))
         answers = examiner.answers(model, advance)
         text = examiner.text(model, chunks, advance)
-    weights = sum(tensor.elements for tensor in header.tensors)
+    tensors = file.header.tensors
     return FileResult(
         name=name,
-        path=str(path),
-        file_bytes=path.stat().st_size,
-        bits_per_weight=8 * sum(tensor.nbytes for tensor in header.tensors) / max(weights, 1),
-        layer_bits_per_weight=layer_bits(header),
+        path=str(file.path),
+        file_bytes=file.path.stat().st_size,
+        bits_per_weight=8 * sum(tensor.nbytes for tensor in tensors) / max(sum(tensor.elements for tensor in tensors), 1),
+        layer_bits_per_weight=layer_bits(file),
         seconds=time.monotonic() - started,
         answers=answers,
         text=text,

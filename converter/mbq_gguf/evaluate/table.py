@@ -32,13 +32,13 @@ def grids(evaluation: Evaluation) -> list[Grid]:
 
 def overview(evaluation: Evaluation) -> Grid:
     """Size and quality, one line a file."""
-    headings = ["file", "MB", "bits a weight", "in the layers", "exact match", "KLD mean", "median", "p99", "top-1 agrees", "seconds"]
+    headings = ["file", "MB", "bits a weight", "in layers", "exact match, %", "KLD mean", "median", "p99", "same top-1, %", "seconds"]
     rows = []
     for index, file in enumerate(evaluation.files):
         kld = file.divergence
         compared = [NOTHING] * 4 if index == 0 else [with_error(kld), nats(kld.median), nats(kld.p99), percent(file.agreement)]
         sizes = [f"{file.file_bytes / 1e6:.1f}", f"{file.bits_per_weight:.2f}", f"{file.layer_bits_per_weight:.2f}"]
-        match = f"{percent(file.exact_match)} ± {100 * file.exact_match_error:.1f}"
+        match = f"{percent(file.exact_match)} ± {percent(file.exact_match_error)}"
         rows.append([file.name, *sizes, match, *compared, f"{file.seconds:.0f}"])
     tokens = evaluation.files[0].divergence.tokens
     title = (
@@ -67,7 +67,7 @@ def by_task(evaluation: Evaluation) -> Grid:
 def on_text(evaluation: Evaluation) -> Grid:
     """The text file without pictures."""
     rows = [_text_row(file, index == 0) for index, file in enumerate(evaluation.files) if file.text]
-    return Grid(f"text alone: {evaluation.text}", ["file", "KLD mean", "median", "p99", "top-1 agrees", "perplexity"], rows)
+    return Grid(f"text alone: {evaluation.text}", ["file", "KLD mean", "median", "p99", "same top-1, %", "perplexity"], rows)
 
 
 def _text_row(file: FileResult, is_reference: bool) -> list[str]:
@@ -85,12 +85,12 @@ def nats(value: float) -> str:
 
 def with_error(spread: Spread) -> str:
     """Mean and its standard error."""
-    return f"{nats(spread.mean)} ± {nats(spread.error)}" if spread.tokens else NOTHING
+    return f"{nats(spread.mean)} ± {spread.error:.1g}" if spread.tokens else NOTHING
 
 
 def percent(share: float) -> str:
-    """One digit after the point."""
-    return f"{100 * share:.1f} %"
+    """Per cent, one digit after the point."""
+    return f"{100 * share:.1f}"
 
 
 def render(parts: Sequence[Grid]) -> RenderableType:
@@ -106,9 +106,9 @@ def turned(grid: Grid) -> Grid:
 
 
 def _rich(grid: Grid) -> Table:
-    table = Table(title=grid.title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=grid.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, heading in enumerate(grid.headings):
-        table.add_column(Text(heading), justify="right" if index else "left", overflow="fold")
+        table.add_column(Text(heading), justify="right" if index else "left", no_wrap=index == 0, overflow="fold")
     for row in grid.rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
