@@ -1,0 +1,165 @@
+"""The walk through the decoder: names and shapes, what folding keeps, equal bytes on every run, and going on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mbq_gguf import quantise as quantise_module
+from mbq_gguf.calibration.dataset import Sample
+from mbq_gguf.calibration.stream import advance, capture, logits, working_layer
+from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.formats.registry import container
+from mbq_gguf.models import LoadedModel
+from mbq_gguf.models.decoder import LINEARS, linear
+from mbq_gguf.quantise import QuantiseResult, QuantiseSettings, quantise
+from mbq_gguf.workdir import WorkDir, open_workdir
+
+FAST = QuantiseSettings(container="MBQ3", search_samples=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_exponents() -> Iterator[None]:
+    """Three exponents instead of twenty: the walk is what is tested here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mbq_gguf.transforms.equalise.EXPONENTS", (0.0, 0.3, 0.6))
+        yield
+
+
+@pytest.fixture(scope="module")
+def result(tiny: LoadedModel, samples: list[Sample]) -> QuantiseResult:
+    return quantise(tiny, samples, FAST)
+
+
+def same(a: QuantiseResult, b: QuantiseResult) -> bool:
+    packed = a.packed.keys() == b.packed.keys() and all(np.array_equal(a.packed[n].data, b.packed[n].data) for n in a.packed)
+    replaced = a.replaced.keys() == b.replaced.keys() and all(torch.equal(a.replaced[n], b.replaced[n]) for n in a.replaced)
+    return packed and replaced and a.exponents == b.exponents and a.ratios == b.ratios and a.fallbacks == b.fallbacks
+
+
+def test_every_linear_is_packed(tiny: LoadedModel, result: QuantiseResult) -> None:
+    assert set(result.packed) == {f"{name}.weight" for name, _ in tiny.decoder.linears()}
+    for name, module in tiny.decoder.linears():
+        packed = result.packed[f"{name}.weight"]
+        kind = container(packed.container)
+        assert packed.columns == module.in_features
+        assert packed.data.shape == (module.out_features, kind.row_bytes(module.in_features))
+        assert np.isfinite(kind.dequantize(packed.data)).all()
+    # Rows of 192 are one and a half blocks of 128.
+    assert result.fallbacks == [(f"layers.{i}.mlp.down_proj.weight", "MBQ3_64") for i in range(3)]
+
+
+def test_ratios_and_exponents_are_reported(result: QuantiseResult) -> None:
+    assert {block: len(ratios) for block, ratios in result.ratios.items()} == {"attention": 3, "mlp": 3}
+    assert {name: set(groups) for name, groups in result.exponents.items()} == {
+        f"layers.{i}": {"qkv", "o", "gate_up", "down"} for i in range(3)
+    }
+    replaced = {name.removeprefix("layers.0.") for name in result.replaced if name.startswith("layers.0.")}
+    assert replaced <= {"input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.v_proj.bias"}
+    assert "input_layernorm.weight" in replaced
+
+
+@torch.no_grad()
+def test_weights_in_the_result_make_the_model(tiny: LoadedModel, samples: list[Sample], result: QuantiseResult) -> None:
+    """Norms, biases and linears of the result belong together: the model they make is near the original, and less so without the norms."""
+
+    def run(replaced: bool) -> torch.Tensor:
+        (stream,) = capture(tiny, samples[:1])
+        for index in range(3):
+            layer = working_layer(tiny, index)
+            parameters = dict(layer.named_parameters())
+            for name in LINEARS:
+                packed = result.packed[f"layers.{index}.{name}.weight"]
+                linear(layer, name).weight.copy_(torch.from_numpy(container(packed.container).dequantize(packed.data)))
+            for name, value in result.replaced.items() if replaced else ():
+                if name.startswith(f"layers.{index}."):
+                    parameters[name.removeprefix(f"layers.{index}.")].copy_(value)
+            advance(layer, index, [stream], tiny.device)
+        return logits(tiny, stream.hidden)
+
+    (original,) = capture(tiny, samples[:1])
+    for index in range(3):
+        advance(working_layer(tiny, index), index, [original], tiny.device)
+    expected = logits(tiny, original.hidden)
+    error = (run(True) - expected).norm() / expected.norm()
+    assert error < 0.35  # measured 0.16
+    assert (run(False) - expected).norm() / expected.norm() > 2 * error
+
+
+@pytest.mark.parametrize(("method", "rounding"), [("rtn", "nearest"), ("rtn", "gptq"), ("awq", "nearest"), ("mbq", "gptq")])
+def test_same_bytes_every_time(tiny: LoadedModel, samples: list[Sample], method: str, rounding: str) -> None:
+    settings = replace(FAST, method=method, rounding=rounding)  # type: ignore[arg-type]
+    assert same(quantise(tiny, samples[:2], settings), quantise(tiny, samples[:2], settings))
+
+
+def test_rtn_nearest_is_the_containers_own_rounding(tiny: LoadedModel) -> None:
+    result = quantise(tiny, [], replace(FAST, method="rtn", rounding="nearest"))
+    weight = linear(tiny.decoder.layers[1], "mlp.up_proj").weight.float().numpy()
+    np.testing.assert_array_equal(result.packed["layers.1.mlp.up_proj.weight"].data, container("MBQ3").quantize(weight))
+    assert not result.replaced
+
+
+def test_model_is_left_as_it_was(tiny: LoadedModel, samples: list[Sample]) -> None:
+    before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
+    quantise(tiny, samples[:1], FAST)
+    for name, value in tiny.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_goes_on_with_the_same_bytes(tiny: LoadedModel, samples: list[Sample], result: QuantiseResult, tmp_path: Path, layers: int) -> None:
+    class Breaking(WorkDir):
+        def save(self, name: str, *rest: object) -> None:
+            if name == f"layer-{layers:04d}":
+                raise Stopped
+            super().save(name, *rest)  # type: ignore[arg-type]
+
+    work = open_workdir(tmp_path / "work", {"model": "a"})
+    with pytest.raises(Stopped):
+        quantise(tiny, samples, FAST, Breaking(work.path))
+    saved = sorted(file.name for file in work.path.iterdir())
+    assert saved == sorted(["fingerprint.json", "sensitivity.safetensors", *(f"layer-{i:04d}.safetensors" for i in range(layers))])
+    assert same(quantise(tiny, samples, FAST, work), result)
+    assert same(quantise(tiny, samples, FAST, work), result)  # all from disk
+
+
+def test_calibrated_methods_need_samples(tiny: LoadedModel) -> None:
+    for settings in (replace(FAST, method="awq", rounding="nearest"), replace(FAST, method="rtn")):
+        with pytest.raises(UsageError, match="needs calibration samples"):
+            quantise(tiny, [], settings)
+
+
+def test_unknown_container(tiny: LoadedModel) -> None:
+    with pytest.raises(UsageError, match="There is no type MBQ9"):
+        quantise(tiny, [], replace(FAST, container="MBQ9"))
+
+
+def test_fold_that_changes_the_function_is_refused(tiny: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(layer: torch.nn.Module, factors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        linear(layer, "mlp.up_proj").weight.data.mul_(1.1)
+        return {}
+
+    monkeypatch.setattr(quantise_module, "fold_layer", wrong)
+    with pytest.raises(UserError, match=r"changes? the output of decoder layer 0 by .*--method rtn"):
+        quantise(tiny, samples[:1], FAST)
+
+
+def test_progress_counts_to_the_end(tiny: LoadedModel, samples: list[Sample]) -> None:
+    seen: dict[str, list[tuple[int, int]]] = {}
+    quantise(tiny, samples[:2], FAST, None, lambda stage, done, total: seen.setdefault(stage, []).append((done, total)))
+    assert list(seen) == ["capture", "sensitivity", "layers"]
+    for steps in seen.values():
+        done = [step[0] for step in steps]
+        assert done == sorted(set(done))
+        assert steps[-1][0] == steps[-1][1]
+
+
