@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,3 +40,22 @@ class HuggingFace:
         with torch.inference_mode():
             logits: torch.Tensor = self.loaded.model(**encoded.inputs, logits_to_keep=answer + 1).logits[0, :-1]
         return logits.numpy()
+
+    @contextmanager
+    def rounded_activations(self, keys: Iterable[str]) -> Iterator[None]:
+        """Within the block, the inputs of these decoder linears are rounded as ggml rounds them before it meets MBQ3 weights."""
+        modules = dict(self.loaded.decoder.module.named_modules())
+        hooks = [modules[key.removesuffix(".weight")].register_forward_pre_hook(_round_inputs) for key in keys]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _round_inputs(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Q8_1: int8 codes in blocks of 32 whose step, max |x| / 127, is stored in fp16."""
+    blocks = inputs[0].reshape(-1, 32)
+    step = blocks.abs().amax(1, keepdim=True) / 127
+    codes = torch.where(step > 0, (blocks / step).round(), 0.0)
+    return ((codes * step.half().float()).reshape(inputs[0].shape),)

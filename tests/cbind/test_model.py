@@ -8,16 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mbq_cbind.model import Model
+from mbq_cbind.types import Floats
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.evaluate.exact_match import Question
 from mbq_gguf.export.injection import PackedTensor
 from reference_models import Files, HuggingFace
 
 TOP1_AGREEMENT = 0.99  # share of answer tokens
-# llama.cpp rounds activations to bfloat16 (8 bits) before each product with bfloat16 weights: nats, mean over answer tokens
-BF16_KLD = 2e-3
-# and to int8 with a step a 32 before each product with MBQ3 weights
-MBQ3_KLD = 2e-2
+# KL divergence in nats, mean over answer tokens. llama.cpp rounds activations to bfloat16 before each product with bfloat16 weights, and
+# the cache to fp16; Hugging Face in float32 does neither. Measured: 2e-6.
+BF16_DIVERGENCE = 5e-5
+# MBQ3 weights meet activations rounded to int8. Plain 3-bit rounding leaves this small model so torn between answers (2.6 nats from
+# bfloat16) that this alone moves its distributions; llama.cpp may move them no further than the same rounding does in Hugging Face.
+# Answer tokens are few and their divergences long-tailed, hence the factor.
+INT8_DIVERGENCE = 1.5  # times; measured 0.96 (0.0283 and 0.0294 nats)
+INT8_AGREEMENT = 0.05  # of the answer tokens, fewer; measured 0.013 (0.903 and 0.916)
 FEW = 12  # questions, where one would nearly do
 
 
@@ -39,9 +44,10 @@ def test_tokens_are_hugging_faces(bf16: Model, hugging_face: Callable[..., Huggi
 
 
 def test_bf16_logits_are_hugging_faces(bf16: Model, hugging_face: Callable[..., HuggingFace], questions: list[Question]) -> None:
-    agreement, divergence = compare(bf16, hugging_face({}), questions)
+    reference = hugging_face({})
+    agreement, divergence = compare(forced(bf16, questions), [reference.logits(question) for question in questions])
     assert agreement >= TOP1_AGREEMENT
-    assert divergence <= BF16_KLD
+    assert divergence <= BF16_DIVERGENCE
 
 
 def test_mbq3_logits_are_those_of_the_unpacked_weights(
@@ -51,24 +57,35 @@ def test_mbq3_logits_are_those_of_the_unpacked_weights(
     questions: list[Question],
 ) -> None:
     with Model(mbq3_files.text, mbq3_files.mmproj, context=512) as model:
-        agreement, divergence = compare(model, hugging_face(mbq3_weights), questions)
-    assert agreement >= TOP1_AGREEMENT
-    assert divergence <= MBQ3_KLD
+        ours = forced(model, questions)
+    reference = hugging_face(mbq3_weights)
+    exact = [reference.logits(question) for question in questions]
+    with reference.rounded_activations(mbq3_weights):
+        rounded = [reference.logits(question) for question in questions]
+    agreement, divergence = compare(ours, exact)
+    agreement_of_rounding, divergence_of_rounding = compare(rounded, exact)
+    assert divergence <= INT8_DIVERGENCE * divergence_of_rounding
+    assert agreement >= agreement_of_rounding - INT8_AGREEMENT
 
 
-def compare(model: Model, reference: HuggingFace, questions: list[Question]) -> tuple[float, float]:
-    """Share of answer tokens (the end of the turn among them) with the same top-1, and mean KL divergence from Hugging Face, in nats."""
-    same: list[bool] = []
-    divergences: list[float] = []
-    for question in questions:
-        answer = [*model.tokenize(question.expected), model.end_of_answer]
-        ours = model.logits(model.prompt(question.question), [model.vision.encode(question.image)], answer)
-        theirs = reference.logits(question)
-        same += list(ours.argmax(-1) == theirs.argmax(-1))
-        p, q = (log_softmax(logits.astype(np.float64)) for logits in (theirs, ours))
-        divergences += list((np.exp(p) * (p - q)).sum(-1))
-    print(f"{len(same)} tokens, top-1 equal {np.mean(same):.4f}, KLD mean {np.mean(divergences):.2e} nats")
-    return float(np.mean(same)), float(np.mean(divergences))
+def forced(model: Model, questions: list[Question]) -> list[Floats]:
+    """Logits of each expected answer's tokens, the one that ends the turn among them."""
+    return [
+        model.logits(
+            model.prompt(question.question),
+            [model.vision.encode(question.image)],
+            [*model.tokenize(question.expected), model.end_of_answer],
+        )
+        for question in questions
+    ]
+
+
+def compare(ours: list[Floats], theirs: list[Floats]) -> tuple[float, float]:
+    """Share of answer tokens with the same top-1, and the mean KL divergence of ``ours`` from ``theirs`` in nats."""
+    p, q = (log_softmax(np.concatenate(logits).astype(np.float64)) for logits in (theirs, ours))
+    agreement, divergence = float((p.argmax(-1) == q.argmax(-1)).mean()), float((np.exp(p) * (p - q)).sum(-1).mean())
+    print(f"{len(p)} answer tokens: top-1 equal {agreement:.4f}, KLD mean {divergence:.2e} nats")
+    return agreement, divergence
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -81,9 +98,8 @@ def test_forced_logits_are_those_of_generation(bf16: Model, questions: list[Ques
     for question in questions[:FEW]:
         prompt, image = bf16.prompt(question.question), [bf16.vision.encode(question.image)]
         answer = bf16.generate(prompt, image, limit=24)
-        forced = bf16.logits(prompt, image, [*answer, bf16.end_of_answer]).argmax(-1).tolist()
-        assert forced[:-1] == answer
-        assert bf16.is_end(forced[-1])
+        top = bf16.logits(prompt, image, [*answer, bf16.end_of_answer]).argmax(-1).tolist()
+        assert top == [*answer, bf16.end_of_answer]
         assert bf16.generate(prompt, image, limit=24, opening=answer[:1]) == answer
 
 
@@ -107,11 +123,12 @@ def test_shared_openings_do_not_change_logits(bf16: Model, questions: list[Quest
 
 def test_text_alone(bf16: Model) -> None:
     """No picture and no template: the model goes on from the words, and asking for fewer rows changes none."""
-    tokens = bf16.tokenize("Once upon a time, there was a little girl named", special=True)
+    tokens = bf16.tokenize("To be or not to be, that is the", special=True)
     logits = bf16.text_logits(tokens, outputs=3)
     assert logits.shape == (3, bf16.vocabulary_size)
-    assert bf16.text(logits.argmax(-1)[:2].tolist()) == " girl named"
-    assert np.array_equal(bf16.text_logits(tokens, outputs=1), logits[-1:])
+    assert bf16.text([int(logits[-1].argmax())]) == " question"
+    # One row takes another kernel for the output head than three: the last bits differ.
+    assert bf16.text_logits(tokens, outputs=1) == pytest.approx(logits[-1:], abs=1e-4)
 
 
 def test_a_prompt_too_long_for_the_context(bf16: Model) -> None:
