@@ -1,0 +1,90 @@
+"""Range search, refitted parameters and the corrected weight, each against what it must improve."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mbq_gguf.calibration.moments import Moments
+from mbq_gguf.formats.grid import Grid, grid_of
+from mbq_gguf.formats.mbq3 import MBQ3_64
+from mbq_gguf.rounding.gptq import Coded, code_gptq, inverse_factor, objective
+from mbq_gguf.rounding.ranges import search_range
+from mbq_gguf.rounding.refit import refit
+from mbq_gguf.rounding.sequence import Refinement, corrected, refined
+
+COLUMNS = 128
+
+
+@pytest.fixture(scope="module")
+def grid() -> Grid:
+    found = grid_of(MBQ3_64)
+    assert found is not None
+    return found
+
+
+def drawn(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(seed: int) -> torch.Tensor:
+    """Correlated inputs [300, COLUMNS]."""
+    return drawn(seed, 300, 16) @ drawn(seed + 1, 16, COLUMNS) + 0.3 * drawn(seed + 2, 300, COLUMNS)
+
+
+def test_a_searched_range_is_never_worse_and_ignores_an_outlier(grid: Grid) -> None:
+    blocks = drawn(0, 50, 64)
+    blocks[0, 0] = 12.0  # one weight that the whole block would pay for
+
+    def error(scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        return (grid.codes(blocks, scale, offset) * scale + offset - blocks).square().sum(1)
+
+    plain, searched = error(*grid.fit(blocks)), error(*search_range(grid, blocks))
+    assert (searched <= plain).all()
+    assert searched.sum() < 0.95 * plain.sum()
+    assert float(search_range(grid, blocks)[0][0]) < float(grid.fit(blocks)[0][0])
+
+
+def test_refit_finds_the_parameters_that_made_the_weight() -> None:
+    codes = torch.randint(0, 8, (6, COLUMNS), generator=torch.Generator().manual_seed(0)).float()
+    scale, offset = 0.25 + torch.arange(12).view(6, 2) / 16, -torch.ones(6, 2)  # exact in fp16
+    weight = codes * scale.repeat_interleave(64, 1) + offset.repeat_interleave(64, 1)
+    x = inputs(3)
+    found = refit(weight, codes, scale * 1.25, offset + 0.125, x.t() @ x)
+    # The ridge of 1e-4 holds the answer back by about as much of the distance.
+    torch.testing.assert_close(found[0], scale, rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(found[1], offset, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_refit_lowers_gptqs_objective(grid: Grid, seed: int) -> None:
+    x, weight = inputs(seed), drawn(100 + seed, 40, COLUMNS)
+    hessian = x.t() @ x
+    coded = code_gptq(weight, inverse_factor(hessian, 0.01), grid)
+    scale, offset = refit(weight, coded.codes, coded.scale, coded.offset, hessian)
+    before = objective(weight, coded.rounded(grid).weight, hessian)
+    after = objective(weight, Coded(coded.codes, scale, offset).rounded(grid).weight, hessian)
+    assert after < 0.95 * before
+
+
+def test_the_corrected_weight_gives_the_original_output() -> None:
+    y = inputs(5)
+    x = y + 0.2 * drawn(9, *y.shape)  # what an already rounded prefix gives
+    weight = drawn(7, 10, COLUMNS)
+    found = Moments(x.t() @ x, (y - x).t() @ x)
+    whole = corrected(weight, found, inverse_factor(found.hessian, 1e-6), 1.0)
+    best = torch.linalg.lstsq(x.double(), (y @ weight.t()).double()).solution.t().float()
+    torch.testing.assert_close(whole, best, rtol=1e-2, atol=1e-2)
+
+    def miss(candidate: torch.Tensor) -> float:
+        return float((y @ weight.t() - x @ candidate.t()).norm())
+
+    half = corrected(weight, found, inverse_factor(found.hessian, 1e-6), 0.5)
+    assert miss(whole) < miss(half) < miss(weight)
+
+
+def test_everything_together_beats_plain_gptq(grid: Grid) -> None:
+    x, weight = inputs(11), drawn(12, 64, COLUMNS)
+    found = Moments(x.t() @ x, torch.zeros(COLUMNS, COLUMNS))
+    plain = refined(weight, found, grid, Refinement(0.01, clip=False, correction=0.0, refits=0))
+    better = refined(weight, found, grid, Refinement(0.01, clip=True, correction=0.5, refits=2))
+    assert objective(weight, better.weight, found.hessian) < 0.9 * objective(weight, plain.weight, found.hessian)
