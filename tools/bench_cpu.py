@@ -44,14 +44,16 @@ HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 1536, 8960, 12, 2, 128, 102
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one type; tokens a second are medians over the rounds."""
+    """What was measured of one type. Tokens a second are medians over the rounds; so are the ratios, each taken within one round."""
 
     name: str
     bits_per_weight: float  # of the layers' matrices
     model_bytes: int
     generation: float
+    generation_ratio: float | None  # to the baseline; None where that was not measured
     generation_spread: float  # (largest - smallest) / median over the rounds
     prompt: float
+    prompt_ratio: float | None
     prompt_spread: float
     bandwidth_share: float  # bytes of weights read a second in generation / measured bandwidth
 
@@ -169,35 +171,42 @@ def measure(models: dict[str, Path], prompt: int, generate: int, rounds: int, th
 
 def tabulate(models: dict[str, Path], results: Sequence[dict[str, Any]], bandwidth: float) -> list[Row]:
     """One row a type from the results of :func:`measure`."""
+
+    def speeds(name: str, count: str) -> list[float]:
+        return [result["avg_ts"] for result in results if result["name"] == name and result[count]]
+
+    def ratio(name: str, count: str) -> float | None:
+        pairs = zip(speeds(name, count), speeds(BASELINE, count), strict=False)
+        return statistics.median(mine / base for mine, base in pairs) if BASELINE in models else None
+
     rows = []
     for name, model in models.items():
-        mine = [result for result in results if result["name"] == name]
-        prompt = [result["avg_ts"] for result in mine if result["n_prompt"]]
-        generation = [result["avg_ts"] for result in mine if result["n_gen"]]
-        size = mine[0]["model_size"]
+        generation, prompt = speeds(name, "n_gen"), speeds(name, "n_prompt")
+        size = next(result["model_size"] for result in results if result["name"] == name)
         rows.append(
             Row(
-                name,
-                bits_per_weight(model),
-                size,
-                statistics.median(generation),
-                _spread(generation),
-                statistics.median(prompt),
-                _spread(prompt),
-                statistics.median(generation) * size / bandwidth,
+                name=name,
+                bits_per_weight=bits_per_weight(model),
+                model_bytes=size,
+                generation=statistics.median(generation),
+                generation_ratio=ratio(name, "n_gen"),
+                generation_spread=_spread(generation),
+                prompt=statistics.median(prompt),
+                prompt_ratio=ratio(name, "n_prompt"),
+                prompt_spread=_spread(prompt),
+                bandwidth_share=statistics.median(generation) * size / bandwidth,
             )
         )
     return rows
 
 
 def print_table(rows: Sequence[Row], title: str, console: Console) -> None:
-    """The rows, with each type's ratio to the baseline."""
+    """The rows; a spread far above the difference of two types says that the machine was not quiet."""
     table = Table(title=title)
     for heading in ("type", "bits/weight", "tg t/s", f"/ {BASELINE}", "spread", "pp t/s", f"/ {BASELINE}", "spread", "bandwidth"):
         table.add_column(heading, justify="left" if heading == "type" else "right")
-    base = next((row for row in rows if row.name == BASELINE), None)
     for row in rows:
-        ratios = (f"{row.generation / base.generation:.2f}", f"{row.prompt / base.prompt:.2f}") if base else ("", "")
+        ratios = ["" if ratio is None else f"{ratio:.2f}" for ratio in (row.generation_ratio, row.prompt_ratio)]
         table.add_row(
             row.name,
             f"{row.bits_per_weight:.2f}",
@@ -240,7 +249,7 @@ def _chosen(types: str) -> list[str]:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--types", default=",".join(FILE_TYPES), help="Types to compare, with commas between them.")
-@click.option("--layers", default=4, type=click.IntRange(1), help="Layers of the random model. 4 take 370 MB as F16, far above the caches.")
+@click.option("--layers", default=8, type=click.IntRange(1), help="Layers of the random model. 8 take 750 MB as F16, 160 MB as MBQ3.")
 @click.option("--rounds", default=5, type=click.IntRange(1), help="How often all types are measured in turn; medians are shown.")
 @click.option("--prompt", default=512, type=click.IntRange(1), help="Tokens of the prompt (pp).")
 @click.option("--generate", default=64, type=click.IntRange(1), help="Tokens generated (tg).")

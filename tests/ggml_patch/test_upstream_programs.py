@@ -1,0 +1,37 @@
+"""llama.cpp's own test programs, from the built tree, over the MBQ types."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from mbq_gguf.llama_cpp import paths
+
+
+def run(program: str, *arguments: str) -> str:
+    command = [paths.find_program(program), *arguments]
+    # Threads that wait by spinning take ten times as long where other tests run beside this one.
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_quantize_fns(built_llama: Path) -> None:
+    said = run("test-quantize-fns", "-v")
+    for kind in ("mbq3", "mbq3_64"):
+        verdicts = dict(re.findall(rf"^ *{kind} (.*?): +(\w+) ", said, re.MULTILINE))
+        assert verdicts == {"absolute quantization error": "ok", "reference implementation error": "ok", "dot product error": "ok"}
+
+
+@pytest.mark.parametrize("operation", ["MUL_MAT", "MUL_MAT_ID", "GET_ROWS", "CPY", "SET_ROWS"])
+def test_backend_ops_on_the_cpu(built_llama: Path, operation: str) -> None:
+    said = run("test-backend-ops", "test", "-b", "CPU", "-o", operation, "-p", "mbq3")
+    passed = re.search(r"(\d+)/(\d+) tests passed", said)
+    assert passed is not None
+    assert passed[1] == passed[2]
+    for kind in ("mbq3", "mbq3_64"):
+        assert re.search(rf"={kind}[,)].*OK", said), f"no case of {kind} was run"
