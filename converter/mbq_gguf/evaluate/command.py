@@ -52,7 +52,8 @@ def eval_command(
             check_output(path)
     options = EvalOptions(reference, candidates, mmproj, data or SHIPPED, text, questions, threads, gpu_layers, context)
     evaluation = evaluate(options, Console(stderr=True))
-    Console().print(render(grids(evaluation)))
+    console = Console()
+    console.print(render(grids(evaluation), console))
     for path, make in ((out, Evaluation.to_json), (html, render_page)):
         if path is not None:
             with staged(path) as (part,):

@@ -26,6 +26,7 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#9aa0a8",
 }
+WIDTH = 11.0  # inches: the page's
 FLOOR = 1e-7  # nats: where an exact copy of the reference is drawn on a log axis
 
 
@@ -51,7 +52,7 @@ def pareto(evaluation: Evaluation) -> str:
         axes.set_xlabel("file size, MB")
         axes.set_ylabel("mean KLD of answer tokens, nats")
 
-    return _svg(draw, 8.5, 4.2)
+    return _svg(draw, WIDTH, 4.4)
 
 
 def task_bars(evaluation: Evaluation) -> str:
@@ -70,7 +71,7 @@ def task_bars(evaluation: Evaluation) -> str:
         axes.set_ylim(0, 100)
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
 
-    return _svg(draw, max(7.0, 0.6 * len(tasks) + 0.14 * len(tasks) * len(evaluation.files)), 4.0)
+    return _svg(draw, WIDTH, 4.0)
 
 
 def error_curves(evaluation: Evaluation) -> str | None:
@@ -103,7 +104,7 @@ def _curves(
         axes.set_ylabel(label)
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
-    return _svg(draw, 8.5, 3.6)
+    return _svg(draw, WIDTH, 3.6)
 
 
 def _svg(draw: Callable[[Axes], None], width: float, height: float) -> str:

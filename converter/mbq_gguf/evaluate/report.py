@@ -13,29 +13,30 @@ from PIL import Image, UnidentifiedImageError
 
 from mbq_gguf import __version__
 from mbq_gguf.evaluate import plots
-from mbq_gguf.evaluate.results import Answer, Evaluation, FileResult
-from mbq_gguf.evaluate.table import Grid, grids, nats
+from mbq_gguf.evaluate.results import Answer, Evaluation
+from mbq_gguf.evaluate.table import Grid, grids, nats, turned
 
-WORST = 10
+WORST = 10  # questions shown of each file
+WIDE = 13  # columns: a table with as many stands on its side
 PICTURE_SIDE = 320  # pixels, the longer side of a picture in the page
 
 
 @dataclass(frozen=True)
 class Case:
-    """A question that a file answered unlike the reference."""
+    """A question on which a file and the reference differ."""
 
     picture: str  # data URI
     question: str
     task: str
     expected: str
     reference: str
-    file: str
     given: str
     divergence: str
 
 
 def render(evaluation: Evaluation) -> str:
     """The page as HTML text; it loads nothing from anywhere."""
+    candidates = evaluation.files[1:]
     figures = {
         "Divergence against size": plots.pareto(evaluation),
         "Exact match by task": plots.task_bars(evaluation),
@@ -46,25 +47,28 @@ def render(evaluation: Evaluation) -> str:
     return environment.get_template("report.html.j2").render(
         evaluation=evaluation,
         version=__version__,
-        grids=[_without_suffix(grid) for grid in grids(evaluation)],
+        grids=[grid if len(grid.headings) < WIDE else turned(grid) for grid in map(_without_suffix, grids(evaluation))],
         figures={title: svg for title, svg in figures.items() if svg is not None},
-        cases=[_case(evaluation, file, answer) for file, answer in evaluation.worst(WORST)],
+        changes=[(_stem(file.name), [_case(evaluation, answer) for answer in evaluation.worst(file, WORST)]) for file in candidates],
     )
 
 
 def _without_suffix(grid: Grid) -> Grid:
-    return Grid(grid.title, grid.headings, [[row[0].removesuffix(".gguf"), *row[1:]] for row in grid.rows])
+    return Grid(grid.title, grid.headings, [[_stem(row[0]), *row[1:]] for row in grid.rows])
 
 
-def _case(evaluation: Evaluation, file: FileResult, answer: Answer) -> Case:
+def _stem(name: str) -> str:
+    return name.removesuffix(".gguf")
+
+
+def _case(evaluation: Evaluation, answer: Answer) -> Case:
     asked = evaluation.questions[answer.question]
     return Case(
         picture=_data_uri(Path(asked.image)),
         question=asked.question,
         task=asked.task,
-        expected=asked.expected,
+        expected=asked.expected.strip(),
         reference=evaluation.files[0].answers[answer.question].given,
-        file=file.name.removesuffix(".gguf"),
         given=answer.given,
         divergence=nats(float(np.mean(answer.divergence))),
     )

@@ -124,14 +124,10 @@ class Evaluation:
         """Share of right answers per task."""
         return {task: _share(a.right for a in file.answers if self.questions[a.question].task == task) for task in self.tasks()}
 
-    def worst(self, count: int) -> list[tuple[FileResult, Answer]]:
-        """The candidates' answers with the highest mean divergence, one a question, the worst first."""
-        ranked = sorted(((float(np.mean(a.divergence)), f, a) for f in self.files[1:] for a in f.answers), key=lambda item: -item[0])
-        chosen: dict[int, tuple[FileResult, Answer]] = {}
-        for _, file, answer in ranked:
-            if len(chosen) < count:
-                chosen.setdefault(answer.question, (file, answer))
-        return list(chosen.values())
+    def worst(self, file: FileResult, count: int) -> list[Answer]:
+        """The answers of ``file`` with the highest mean divergence, the worst first; those without any are left out."""
+        changed = [answer for answer in file.answers if any(answer.divergence)]
+        return sorted(changed, key=lambda answer: -float(np.mean(answer.divergence)))[:count]
 
     def to_json(self) -> str:
         """Every figure of the tables, and every answer."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -93,9 +93,13 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def render(parts: Sequence[Grid]) -> RenderableType:
-    """The tables for a terminal; those with one column a task stand on their side, to be narrow enough."""
-    return Group(*(_rich(part if len(part.headings) < 13 else turned(part)) for part in parts))
+def render(parts: Sequence[Grid], console: Console) -> RenderableType:
+    """The tables for a terminal; those that are too wide for it stand on their side where that is narrower."""
+    return Group(*(min((_rich(part), _rich(turned(part))), key=lambda table: _excess(table, console)) for part in parts))
+
+
+def _excess(table: Table, console: Console) -> int:
+    return max(0, console.measure(table, options=console.options.update(width=10_000)).maximum - console.width)
 
 
 def turned(grid: Grid) -> Grid:
