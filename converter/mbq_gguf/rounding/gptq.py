@@ -15,7 +15,8 @@ import torch
 from mbq_gguf.formats.grid import Grid
 from mbq_gguf.rounding.nearest import Rounded
 
-Fit = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # blocks [..., block] to scale and offset [..., 1]
+# Blocks [rows, block] and what a squared error in each column costs [block] to scale and offset [rows, 1].
+Fit = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 COLUMNS_AT_ONCE = 128  # updates of later columns wait for this many (or for a block's size, if that is larger)
 
 
@@ -51,12 +52,14 @@ class Coded:
 
 def round_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit | None = None) -> Rounded:
     """``weight`` [rows, columns] rounded to ``grid`` with the factor U of :func:`inverse_factor`; ``fit`` replaces the grid's own."""
-    return code_gptq(weight, factor, grid, fit or grid.fit).rounded(grid)
+    return code_gptq(weight, factor, grid, fit).rounded(grid)
 
 
 @torch.no_grad()
 def code_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit | None = None, held: Coded | None = None) -> Coded:
-    """GPTQ's codes for ``weight`` [rows, columns]; scales and offsets come from ``fit``, or are those of ``held``."""
+    """GPTQ's codes for ``weight`` [rows, columns]; scales and offsets are ``fit``'s, the grid's own without it, or those of ``held``."""
+    fit = fit or (lambda blocks, costs: grid.fit(blocks))
+    costs = factor.diagonal().square().reciprocal()
     work = weight.float().t().contiguous()  # [columns, rows]: a column's weights lie together
     columns, rows = work.shape
     codes = torch.empty(columns, rows, device=work.device)
@@ -72,7 +75,8 @@ def code_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit |
         for column in range(start, end):
             block = column // grid.block
             if column % grid.block == 0 and held is None:
-                scale, offset = (fit or grid.fit)(work[column : column + grid.block].t())
+                columns_of = slice(column, column + grid.block)
+                scale, offset = fit(work[columns_of].t(), costs[columns_of])
                 scales[block], offsets[block] = scale[:, 0], offset[:, 0]
             code = grid.codes(work[column], scales[block], offsets[block])
             codes[column] = code

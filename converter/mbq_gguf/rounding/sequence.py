@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from mbq_gguf.calibration.moments import Moments
 from mbq_gguf.formats.grid import Grid, grid_of
 from mbq_gguf.formats.registry import container_for
 from mbq_gguf.models.decoder import GROUPS, Group, linear
-from mbq_gguf.rounding.gptq import Coded, Fit, code_gptq, inverse_factor
+from mbq_gguf.rounding.gptq import Coded, code_gptq, inverse_factor
 from mbq_gguf.rounding.nearest import Rounded, round_nearest
 from mbq_gguf.rounding.ranges import search_range
 from mbq_gguf.rounding.refit import refit
@@ -62,7 +63,7 @@ def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refine
     factor = inverse_factor(found.hessian, refinement.damping)
     if refinement.correction:
         weight = corrected(weight, found, factor, refinement.correction)
-    fit: Fit = (lambda blocks: search_range(grid, blocks)) if refinement.clip else grid.fit
+    fit = partial(search_range, grid) if refinement.clip else None
     coded = code_gptq(weight, factor, grid, fit)
     for turn in range(refinement.refits):
         coded = Coded(coded.codes, *refit(weight, coded.codes, coded.scale, coded.offset, found.hessian))
