@@ -3,7 +3,7 @@
 
     python tools/make_results.py                       every row that docs/results/quality.json does not hold yet
     python tools/make_results.py --only BF16 --again   one row, once more
-    python tools/make_results.py --questions 102       quick look: 6 questions a task (goes to the folder of --out, not into docs/)
+    python tools/make_results.py --questions 306       half of the questions, in half of the time
 
 A finished row is saved at once, so a stopped run goes on where it was. A new row is a new line in VARIANTS.
 """
@@ -199,6 +199,7 @@ def render(rows: dict[str, Row]) -> str:
     main = [
         [
             row.name,
+            str(row.total.asked),
             f"{row.total.share:.3f} ± {row.total.standard_error:.3f}",
             f"{row.total.share / reference.total.share:.3f}" if reference else "",
             f"{row.bits_layers:.2f}",
@@ -209,14 +210,13 @@ def render(rows: dict[str, Row]) -> str:
         ]
         for row in done
     ]
-    titles = ["file", "exact match", "of BF16", "bits a weight, layers", "all tensors", "MB", "seconds to make", "peak GB"]
+    titles = ["file", "questions", "exact match", "of BF16", "bits a weight, layers", "all tensors", "MB", "seconds to make", "peak GB"]
     tasks = sorted({task for row in done for task in row.scores})
     by_task = [[task, *(f"{row.scores[task][0]}/{row.scores[task][1]}" for row in done)] for task in tasks]
     commands = [[row.name, f"`{row.command}`", row.commit, row.date] for row in done]
-    asked = max(row.total.asked for row in done)
     parts = [
         f"Measured on {machine()}, with `python tools/make_results.py`:",
-        f"{asked} questions a row through the patched `llama-server`, {THREADS} threads, one question at a time.",
+        f"Questions, the same number of every task, through the patched `llama-server`, {THREADS} threads, one at a time.",
         "± is the binomial standard error. Every row has the same vision tower (F16, 20 MB, not counted in MB).",
         "",
         table(titles, main),
@@ -253,7 +253,7 @@ def write_page(rows: dict[str, Row]) -> None:
 
 
 @click.command()
-@click.option("--questions", "count", type=click.IntRange(min=1), help="Ask only so many, equally from all tasks; the page is left alone.")
+@click.option("--questions", "count", type=click.IntRange(min=1), help="Ask only so many, equally from all tasks (default: all 612).")
 @click.option("--only", multiple=True, type=click.Choice([v.name for v in VARIANTS]), help="Only this row; may be given several times.")
 @click.option("--again", is_flag=True, help="Make rows that are finished once more.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the GGUF files (default: the user cache).")
@@ -263,20 +263,18 @@ def main(count: int | None, only: tuple[str, ...], again: bool, out: Path | None
     folder = (out or cache_root() / "results").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     questions = load_questions(SHIPPED)
-    where = TABLE if count is None else folder / f"quality-{count}.json"
     asked = questions if count is None else stratified(questions, count)
     model = folder / "reference-vlm"
     try:
         assemble(model)
-        rows = load_rows(where)
+        rows = load_rows(TABLE)
         wanted = [v for v in VARIANTS if (not only or v.name in only) and (again or v.name not in rows)]
         if not all((folder / name).is_file() for name in (f"{REFERENCE}.gguf", f"mmproj-{REFERENCE}.gguf")):
             run_measured(VARIANTS[0].command(folder, model), folder / f"{REFERENCE}.log")  # every other row needs them
         for variant in wanted:
             rows[variant.name] = make_row(variant, folder, model, asked, console)
-            save_rows(where, rows)
-            if count is None:
-                write_page(rows)
+            save_rows(TABLE, rows)
+            write_page(rows)
             console.print(f"  {rows[variant.name].total.share:.3f}", highlight=False)
     except UserError as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
