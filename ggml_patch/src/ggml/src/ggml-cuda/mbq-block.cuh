@@ -17,6 +17,7 @@
 
 #include <cstdint>
 
+static constexpr int MBQ_PIECE = 512;        // weights of a row that are copied together: 208 bytes (QK = 128) or 224 (QK = 64), multiples of 16
 static constexpr int MBQ_MAGIC = 0x4B400000; // 1.5 * 2^23 as float: integers below 2^22 added to its bits are added to its value
 
 template <int QK> struct mbq_layout {
@@ -51,10 +52,10 @@ static __device__ __forceinline__ void mbq_copy_commit() {
 #endif
 }
 
-// Waits until all but the n newest groups of copies have arrived.
-template <int n> static __device__ __forceinline__ void mbq_copy_wait() {
+// Waits for the copies of this thread.
+static __device__ __forceinline__ void mbq_copy_wait() {
 #ifdef CP_ASYNC_AVAILABLE
-    asm volatile("cp.async.wait_group %0;" : : "n"(n) : "memory");
+    asm volatile("cp.async.wait_group 0;" : : : "memory");
 #endif
 }
 
@@ -104,52 +105,6 @@ static __device__ __forceinline__ void mbq_unpack(const uint32_t * const (&p)[2]
             a[1][r + 2] = ((ql >> 2) & 0x30303030u) | ((qh << 6) & 0x40404040u);
         }
     }
-}
-
-// Thread block clusters (Hopper and later): the blocks of a cluster write into each other's shared memory. Elsewhere a block is alone.
-
-static __device__ __forceinline__ int mbq_cluster_size() {
-#if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
-    int n;
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
-    return n;
-#else
-    return 1;
-#endif
-}
-
-static __device__ __forceinline__ void mbq_cluster_arrive() {
-#if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
-    __syncwarp(); // .aligned: the lanes come together
-    asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
-#endif
-}
-
-static __device__ __forceinline__ void mbq_cluster_wait() {
-#if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
-    asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory");
-#else
-    __syncthreads();
-#endif
-}
-
-// Writes n floats (1 or 4) to the place in block `rank` of the cluster that p is in this block.
-template <int n> static __device__ __forceinline__ void mbq_cluster_store(float * p, const float * v, const int rank) {
-#if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
-    uint32_t remote;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"((uint32_t) __cvta_generic_to_shared(p)), "r"(rank));
-    if constexpr (n == 4) {
-        asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" : : "r"(remote), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
-    } else {
-        asm volatile("st.shared::cluster.f32 [%0], %1;" : : "r"(remote), "f"(v[0]) : "memory");
-    }
-#else
-    GGML_UNUSED(rank);
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-        p[i] = v[i];
-    }
-#endif
 }
 
 #endif // TURING_MMA_AVAILABLE

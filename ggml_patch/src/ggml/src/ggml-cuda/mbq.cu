@@ -8,6 +8,7 @@
 // More columns than this: dequantise to fp16 and cuBLAS.
 static constexpr int64_t MBQ_MMV_MAX_COLUMNS = 64;
 
+
 // Dequantisation. Lane r of the QK/4 of a block writes weights 4r..4r+3: plane r / (QK/16), word r % (QK/16) of ql.
 
 template <int QK>
@@ -109,22 +110,25 @@ bool ggml_cuda_mbq_supports(const ggml_tensor * op, const int cc) {
         return op->type == GGML_TYPE_F32;
     }
     const bool f32 = op->type == GGML_TYPE_F32 && op->src[1]->type == GGML_TYPE_F32;
-    return f32 && (op->op == GGML_OP_MUL_MAT || ggml_cuda_mbq_can_fuse(op, cc));
+    if (op->op == GGML_OP_MUL_MAT_ID) {
+        return f32 && ggml_cuda_mbq_can_fuse(op, cc);
+    }
+    return f32 && (turing_mma_available(cc) || ggml_is_contiguously_allocated(op->src[0])); // as cuBLAS wants it
 }
 
 bool ggml_cuda_mbq_can_fuse(const ggml_tensor * mul_mat, const int cc) {
     // One column of 32768 activations and the rings of two warps fit into every card's shared memory (Turing: 64 KiB).
-    return turing_mma_available(cc) && mul_mat->src[0]->ne[0] <= 32768;
+    return turing_mma_available(cc) && mul_mat->src[0]->ne[0] <= 32768 && std::max({ mul_mat->ne[1], mul_mat->ne[2], mul_mat->ne[3] }) <= UINT16_MAX;
 }
 
-// Arguments that MUL_MAT and MUL_MAT_ID share.
+// Arguments that MUL_MAT and MUL_MAT_ID share. Strides of x in elements.
 static mbq_mmv_args mbq_args(const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * dst) {
     GGML_ASSERT(src1->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32);
     GGML_ASSERT(src0->nb[0] == ggml_type_size(src0->type) && src1->nb[0] == sizeof(float) && dst->nb[0] == sizeof(float));
-    GGML_ASSERT(src0->ne[1] <= INT_MAX && src1->ne[0] <= INT_MAX);
+    GGML_ASSERT(src0->ne[1] <= INT_MAX && src0->nb[1] <= INT_MAX && src1->ne[0] <= INT_MAX);
     mbq_mmv_args args = {};
     args.w         = (const char *) src0->data;
-    args.x         = (const float *) src1->data;
+    args.x         = src1->data;
     args.dst       = (float *) dst->data;
     args.row_bytes = src0->nb[1];
     args.w_channel = src0->nb[2];
@@ -138,96 +142,63 @@ static mbq_mmv_args mbq_args(const ggml_tensor * src0, const ggml_tensor * src1,
     return args;
 }
 
-// How many clusters of 1, 2, 4 and 8 blocks run at once, one block a multiprocessor. 0: not on this card.
-struct mbq_clusters {
-    int n[4];
-
-    mbq_clusters(const void * kernel, const int device) {
-        n[0] = ggml_cuda_info().devices[device].nsm;
-        for (int i = 1; i < 4; ++i) {
-            n[i] = 0;
-#ifdef GGML_CUDA_USE_PDL
-            if (ggml_cuda_highest_compiled_arch(ggml_cuda_info().devices[device].cc) >= GGML_CUDA_CC_HOPPER) {
-                cudaLaunchAttribute attribute;
-                attribute.id = cudaLaunchAttributeClusterDimension;
-                attribute.val.clusterDim = { 1u << i, 1, 1 };
-                cudaLaunchConfig_t config = {};
-                config.gridDim          = dim3(1 << i);
-                config.blockDim         = dim3(32*MBQ_MAX_WARPS);
-                config.dynamicSmemBytes = ggml_cuda_info().devices[device].smpbo;
-                config.attrs            = &attribute;
-                config.numAttrs         = 1;
-                if (cudaOccupancyMaxActiveClusters(&n[i], kernel, &config) != cudaSuccess) {
-                    n[i] = 0;
-                    (void) cudaGetLastError();
-                }
-            }
-#else
-            GGML_UNUSED(kernel);
-#endif // GGML_CUDA_USE_PDL
-        }
-    }
-};
-
-// As ggml_cuda_kernel_launch, with clusters.
-template <int QK, int NC>
-static void mbq_launch_cluster(const mbq_mmv_plan & plan, const mbq_mmv_args & args, const dim3 grid, cudaStream_t stream) {
-    const dim3 block(32*plan.kw, plan.groups);
-    if (plan.cluster == 1) {
-        ggml_cuda_kernel_launch(mbq_mmv<QK, NC>, ggml_cuda_kernel_launch_params(grid, block, (size_t) plan.shared, stream), args);
-        return;
-    }
-#ifdef GGML_CUDA_USE_PDL
-    static const bool pdl = getenv("GGML_CUDA_PDL") == nullptr || std::atoi(getenv("GGML_CUDA_PDL")) != 0;
-    cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = { (unsigned) plan.cluster, 1, 1 };
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim          = grid;
-    config.blockDim         = block;
-    config.dynamicSmemBytes = plan.shared;
-    config.stream           = stream;
-    config.attrs            = attributes;
-    config.numAttrs         = pdl ? 2 : 1;
-    CUDA_CHECK(cudaLaunchKernelEx(&config, mbq_mmv<QK, NC>, args));
-#endif // GGML_CUDA_USE_PDL
-}
-
 // False: the activations of one block do not fit into shared memory.
-template <int QK, int NC>
+template <int QK, int NC, int NT>
 static bool mbq_launch_mmv(ggml_backend_cuda_context & ctx, mbq_mmv_args args, const int64_t channels, const int64_t samples) {
-    const int64_t limit = ggml_cuda_info().devices[ctx.device].smpbo;
-    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_mmv<QK, NC>), limit);
-    static std::array<std::unique_ptr<mbq_clusters>, GGML_CUDA_MAX_DEVICES> clusters;
-    static std::array<std::once_flag, GGML_CUDA_MAX_DEVICES> once;
-    std::call_once(once[ctx.device], [&]() {
-        clusters[ctx.device] = std::make_unique<mbq_clusters>((const void *) mbq_mmv<QK, NC>, ctx.device);
-    });
-
-    const bool aligned = mbq_aligned(args.w, args.row_bytes, args.w_channel, args.w_sample) && (uintptr_t) args.gate % 16 == 0;
-    const mbq_mmv_plan plan = mbq_plan_mmv(QK, NC, args.gate, aligned, args.rows, args.blocks, args.columns, clusters[ctx.device]->n, limit);
+    const auto & device = ggml_cuda_info().devices[ctx.device];
+    const bool aligned  = mbq_aligned(args.w, args.row_bytes, args.w_channel, args.w_sample) && (uintptr_t) args.gate % 16 == 0;
+    const mbq_mmv_plan plan = mbq_plan_mmv(QK, NC, NT, args.gate, aligned, args.rows, args.blocks, device.nsm, device.smpbo);
     if (plan.kw == 0 || channels > UINT16_MAX || samples > UINT16_MAX) {
         return false;
     }
-    args.stage_row    = mbq_stage_row(QK, aligned);
-    args.clusters     = plan.clusters;
-    args.chunk_rounds = plan.chunk_rounds;
-    mbq_launch_cluster<QK, NC>(plan, args, dim3(plan.clusters*plan.cluster, channels, samples), ctx.stream());
+    args.stage_row = mbq_stage_row(QK, aligned);
+    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_mmv<QK, NC, NT>), device.smpbo);
+    const ggml_cuda_kernel_launch_params params(dim3(plan.blocks, channels, samples), dim3(32*plan.kw, plan.groups), (size_t) plan.shared, ctx.stream());
+    ggml_cuda_kernel_launch(mbq_mmv<QK, NC, NT>, params, args);
     return true;
+}
+
+// Up to 8*NT columns: quantise them into records, then multiply.
+template <int QK, int NT>
+static bool mbq_mul_mat_records(ggml_backend_cuda_context & ctx, mbq_mmv_args args, const int64_t channels, const int64_t samples) {
+    const int64_t k       = (int64_t) args.blocks*QK;
+    const int64_t records = (k + 127)/128*NT;
+    if (channels*samples > UINT16_MAX) {
+        return false;
+    }
+    ggml_cuda_pool_alloc<char> buffer(ctx.pool(), channels*samples*records*MBQ_RECORD_BYTES);
+    const ggml_cuda_kernel_launch_params params(dim3((k + 255)/256, NT, channels*samples), dim3(256), 0, ctx.stream());
+    ggml_cuda_kernel_launch(mbq_quantize_columns<QK>, params, (const float *) args.x, buffer.get(), (int) k, args.columns,
+        args.x_column, args.x_channel, args.x_sample, (int) channels, args.x_aligned);
+    args.x         = buffer.get();
+    args.x_channel = records;
+    args.x_sample  = channels*records;
+    return mbq_launch_mmv<QK, 0, NT>(ctx, args, channels, samples);
 }
 
 template <int QK>
 static bool mbq_mul_mat_columns(ggml_backend_cuda_context & ctx, const mbq_mmv_args & args, const int64_t channels, const int64_t samples) {
-    const auto launch = args.columns == 1 ? mbq_launch_mmv<QK, 1> : args.columns == 2 ? mbq_launch_mmv<QK, 2> : args.columns <= 8 ? mbq_launch_mmv<QK, 8> :
-        args.columns <= 16 ? mbq_launch_mmv<QK, 16> : mbq_launch_mmv<QK, 32>;
-    return launch(ctx, args, channels, samples);
+    if (args.columns == 1 && mbq_launch_mmv<QK, 1, 1>(ctx, args, channels, samples)) {
+        return true;
+    }
+    // Two columns are quantised by every block for as long as that costs less than a kernel of its own.
+    if (args.columns == 2 && args.blocks*QK <= 8192 && mbq_launch_mmv<QK, 2, 1>(ctx, args, channels, samples)) {
+        return true;
+    }
+    if (args.columns <= 8) {
+        return mbq_mul_mat_records<QK, 1>(ctx, args, channels, samples);
+    }
+    if (args.columns <= 16) {
+        return mbq_mul_mat_records<QK, 2>(ctx, args, channels, samples);
+    }
+    return mbq_mul_mat_records<QK, 4>(ctx, args, channels, samples);
 }
 
 bool ggml_cuda_mbq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst) {
     GGML_TENSOR_BINARY_OP_LOCALS
-    if (!turing_mma_available(ggml_cuda_info().devices[ctx.device].cc) || ne11 > MBQ_MMV_MAX_COLUMNS) {
+    constexpr int64_t step = 32; // columns of one pass over the weights
+    const bool many = ne11 > MBQ_MMV_MAX_COLUMNS && ggml_is_contiguously_allocated(src0); // the conversion knows no strides
+    if (many || !turing_mma_available(ggml_cuda_info().devices[ctx.device].cc)) {
         return false;
     }
     mbq_mmv_args args  = mbq_args(src0, src1, dst);
@@ -239,18 +210,14 @@ bool ggml_cuda_mbq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * 
     args.dst_sample    = nb3/sizeof(float);
     args.channel_ratio = ne12/ne02;
     args.sample_ratio  = ne13/ne03;
-    const auto product = src0->type == GGML_TYPE_MBQ3 ? mbq_mul_mat_columns<QKMBQ3> : mbq_mul_mat_columns<QKMBQ3_64>;
-    int64_t step = 32; // columns of one pass over the weights; fewer where their activations do not fit
-    for (int64_t i = 0; i < ne11; i += args.columns) {
-        args.x       = (const float *) ((const char *) src1->data + i*nb11);
+    for (int64_t i = 0; i < ne11; i += step) {
+        args.x       = (const char *) src1->data + i*nb11;
         args.dst     = (float *) ((char *) dst->data + i*nb1);
         args.columns = std::min(step, ne11 - i);
-        while (!product(ctx, args, ne12, ne13)) {
-            if (args.columns == 1) {
-                GGML_ASSERT(i == 0);
-                return false;
-            }
-            step = args.columns = args.columns/2;
+        const auto product = src0->type == GGML_TYPE_MBQ3 ? mbq_mul_mat_columns<QKMBQ3> : mbq_mul_mat_columns<QKMBQ3_64>;
+        if (!product(ctx, args, ne12, ne13)) {
+            GGML_ASSERT(i == 0);
+            return false;
         }
     }
     return true;
@@ -292,6 +259,6 @@ void ggml_cuda_mbq_mul_mat_vec(ggml_backend_cuda_context & ctx, const ggml_tenso
         args.glu_op    = fusion->glu_op;
         args.glu_limit = fusion->glu_limit;
     }
-    const auto launch = src0->type == GGML_TYPE_MBQ3 ? mbq_launch_mmv<QKMBQ3, 1> : mbq_launch_mmv<QKMBQ3_64, 1>;
+    const auto launch = src0->type == GGML_TYPE_MBQ3 ? mbq_launch_mmv<QKMBQ3, 1, 1> : mbq_launch_mmv<QKMBQ3_64, 1, 1>;
     GGML_ASSERT(launch(ctx, args, ids ? ne1 : ne12, ids ? ne2 : ne13));
 }

@@ -1,0 +1,24 @@
+// What ggml-cuda's common.cuh names of cuBLAS, so that the kernels compile where CUDA's compiler is but cuBLAS is not. Compiled, never linked.
+#pragma once
+
+#include <cstddef>
+#include <cuda_runtime.h>
+
+#define CUBLAS_VER_MAJOR 13
+#define CUBLAS_VER_MINOR 0
+
+typedef struct cublasContext * cublasHandle_t;
+typedef enum { CUBLAS_STATUS_SUCCESS = 0 } cublasStatus_t;
+typedef enum { CUBLAS_TF32_TENSOR_OP_MATH = 3 } cublasMath_t;
+
+extern "C" {
+const char * cublasGetStatusString(cublasStatus_t status);
+cublasStatus_t cublasCreate_v2(cublasHandle_t * handle);
+cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t mode);
+cublasStatus_t cublasSetStream_v2(cublasHandle_t handle, cudaStream_t stream);
+cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t handle, void * workspace, size_t bytes);
+}
+
+#define cublasCreate cublasCreate_v2
+#define cublasSetStream cublasSetStream_v2
+#define cublasSetWorkspace cublasSetWorkspace_v2

@@ -1,0 +1,134 @@
+"""Language models with random weights, for speed alone: the right shapes and types, sane scales, no tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mbq_gguf.formats.gguf_types import import_gguf
+from numpy.typing import NDArray
+
+# Where a block keeps its fp16 scales (and minimums): random bits there could be infinite.
+SCALES = {
+    "Q8_0": [0],
+    "Q4_0": [0],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+    "Q6_K": [208],
+    "Q3_K": [108],
+    "IQ4_XS": [0],
+    "IQ3_S": [0],
+    "IQ3_XXS": [0],
+    "MBQ3": [0, 2],
+    "MBQ3_64": [0, 2],
+}
+PATTERN_BLOCKS = 1 << 16  # random blocks that fill a matrix again and again
+
+
+@dataclass(frozen=True)
+class LanguageShape:
+    """The sizes of a Qwen2-like decoder."""
+
+    layers: int
+    embedding: int
+    feed_forward: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+
+QWEN2_VL_7B = LanguageShape(28, 3584, 18944, 28, 4, 152064)
+
+
+def more_bits(layer: int, layers: int) -> bool:
+    """The layers that llama-quantize's _M mixtures give more bits: the first and last eighth and every third between."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def tensor_type(mixture: str, kind: str, layer: int, layers: int) -> str:
+    """The type that llama-quantize gives a matrix (``attn_v``, ``ffn_down``, ...) of a dense model with many query heads a key head."""
+    if kind == "output":
+        return "Q6_K"
+    if kind == "token_embd":
+        return "Q8_0" if mixture.startswith("MBQ") else mixture.removesuffix("_M")
+    if mixture == "Q4_K_M":
+        return "Q6_K" if kind in ("attn_v", "ffn_down") and more_bits(layer, layers) else "Q4_K"
+    if mixture == "Q3_K_M":
+        if kind == "attn_v":
+            return "Q5_K" if layer < 2 else "Q4_K"
+        if kind == "ffn_down":
+            return "Q5_K" if layer < layers // 16 else "Q4_K"
+        return "Q4_K" if kind == "attn_output" else "Q3_K"
+    return mixture
+
+
+def random_matrix(gguf: Any, type_name: str, rows: int, columns: int) -> NDArray[Any]:
+    """Random blocks [rows, bytes of a row] (F16: values [rows, columns]) whose scales are 0.01."""
+    rng = np.random.default_rng(0)
+    if type_name == "F16":
+        return np.resize(rng.standard_normal(PATTERN_BLOCKS).astype(np.float16), (rows, columns))
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
+    pattern = rng.integers(0, 256, (PATTERN_BLOCKS, size), dtype=np.uint8)
+    for offset in SCALES[type_name]:
+        pattern[:, offset : offset + 2] = np.array([0.01], "<f2").view(np.uint8)
+    return np.resize(pattern, (rows, columns // block * size))
+
+
+def write_random_gguf(path: Path, shape: LanguageShape, mixture: str) -> None:
+    """Write a Qwen2-VL language model of this shape. mixture: Q4_K_M, Q3_K_M, or one type for all matrices of the layers."""
+    gguf = import_gguf()
+    writer = gguf.GGUFWriter(path, "qwen2vl")
+    writer.add_block_count(shape.layers)
+    writer.add_context_length(32768)
+    writer.add_embedding_length(shape.embedding)
+    writer.add_feed_forward_length(shape.feed_forward)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e6)
+    writer.add_rope_dimension_sections([16, 24, 24, 0])
+    writer.add_vocab_size(shape.vocabulary)
+    writer.add_tokenizer_model("none")
+
+    matrices: dict[tuple[str, int, int], NDArray[Any]] = {}  # equal ones are one array
+    width = shape.embedding // shape.heads * shape.kv_heads
+
+    def matrix(name: str, kind: str, layer: int, rows: int, columns: int) -> None:
+        key = (tensor_type(mixture, kind, layer, shape.layers), rows, columns)
+        if key not in matrices:
+            matrices[key] = random_matrix(gguf, *key)
+        writer.add_tensor(name, matrices[key], raw_dtype=gguf.GGMLQuantizationType[key[0]])
+
+    def vector(name: str, size: int, value: float) -> None:
+        writer.add_tensor(name, np.full(size, value, np.float32))
+
+    matrix("token_embd.weight", "token_embd", 0, shape.vocabulary, shape.embedding)
+    matrix("output.weight", "output", 0, shape.vocabulary, shape.embedding)
+    vector("output_norm.weight", shape.embedding, 1.0)
+    for i in range(shape.layers):
+        per_layer: list[tuple[str, int, int]] = [
+            ("attn_q", shape.embedding, shape.embedding),
+            ("attn_k", width, shape.embedding),
+            ("attn_v", width, shape.embedding),
+            ("attn_output", shape.embedding, shape.embedding),
+            ("ffn_gate", shape.feed_forward, shape.embedding),
+            ("ffn_up", shape.feed_forward, shape.embedding),
+            ("ffn_down", shape.embedding, shape.feed_forward),
+        ]
+        for kind, rows, columns in per_layer:
+            matrix(f"blk.{i}.{kind}.weight", kind, i, rows, columns)
+            if kind in ("attn_q", "attn_k", "attn_v"):
+                vector(f"blk.{i}.{kind}.bias", rows, 0.0)
+        vector(f"blk.{i}.attn_norm.weight", shape.embedding, 1.0)
+        vector(f"blk.{i}.ffn_norm.weight", shape.embedding, 1.0)
+    write: list[Callable[[], None]] = [
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ]
+    for step in write:
+        step()
