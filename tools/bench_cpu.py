@@ -58,10 +58,33 @@ class Row:
     bandwidth_share: float  # bytes of weights read a second in generation / measured bandwidth
 
 
-def write_random_model(path: Path, layers: int, seed: int) -> None:
-    """Write an F16 GGUF of a Qwen2-VL decoder with ``layers`` layers of random weights and no tokenizer."""
+Tensors = dict[str, tuple[Any, Any]]  # name -> values or packed rows, ggml type
+
+
+def random_layer(seed: int) -> Tensors:
+    """Embedding, output norm and one layer of a Qwen2-VL decoder with random weights, matrices in F16."""
     gguf = import_gguf()
-    writer = gguf.GGUFWriter(path, "qwen2vl")
+    random = np.random.default_rng(seed)
+    kinds = gguf.GGMLQuantizationType
+    tensors: Tensors = {"output_norm.weight": (np.ones(HIDDEN, np.float32), kinds.F32)}
+    shapes = {"token_embd": (VOCABULARY, HIDDEN), "blk.0.attn_output": (HIDDEN, HEADS * HEAD_DIM)}
+    for name, size in (("attn_q", HEADS * HEAD_DIM), ("attn_k", KV_HEADS * HEAD_DIM), ("attn_v", KV_HEADS * HEAD_DIM)):
+        shapes[f"blk.0.{name}"] = (size, HIDDEN)
+        tensors[f"blk.0.{name}.bias"] = (np.zeros(size, np.float32), kinds.F32)
+    shapes |= {"blk.0.ffn_gate": (FFN, HIDDEN), "blk.0.ffn_up": (FFN, HIDDEN), "blk.0.ffn_down": (HIDDEN, FFN)}
+    for name in ("attn_norm", "ffn_norm"):
+        tensors[f"blk.0.{name}.weight"] = (np.ones(HIDDEN, np.float32), kinds.F32)
+    for name, (rows, columns) in shapes.items():
+        values = random.standard_normal((rows, columns), np.float32) / np.float32(columns**0.5)
+        tensors[f"{name}.weight"] = (values.astype(np.float16), kinds.F16)
+    return tensors
+
+
+def write_model(path: Path, tensors: Tensors, layers: int) -> None:
+    """Write a GGUF without a tokenizer in which each of ``layers`` layers is a copy of ``blk.0``; `path` appears when it is whole."""
+    gguf = import_gguf()
+    partial = path.with_suffix(".part")
+    writer = gguf.GGUFWriter(partial, "qwen2vl")
     writer.add_block_count(layers)
     writer.add_context_length(4096)
     writer.add_embedding_length(HIDDEN)
@@ -73,55 +96,36 @@ def write_random_model(path: Path, layers: int, seed: int) -> None:
     writer.add_rope_dimension_sections([16, 24, 24, 0])
     writer.add_vocab_size(VOCABULARY)
     writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-
-    random = np.random.default_rng(seed)
-
-    def matrix(name: str, rows: int, columns: int) -> None:
-        values = random.standard_normal((rows, columns), np.float32) / np.float32(columns**0.5)
-        writer.add_tensor(f"{name}.weight", values.astype(np.float16))
-
-    def vector(name: str, size: int, value: float) -> None:
-        writer.add_tensor(name, np.full(size, value, np.float32))
-
-    matrix("token_embd", VOCABULARY, HIDDEN)
-    vector("output_norm.weight", HIDDEN, 1.0)
     for layer in range(layers):
-        block = f"blk.{layer}"
-        vector(f"{block}.attn_norm.weight", HIDDEN, 1.0)
-        vector(f"{block}.ffn_norm.weight", HIDDEN, 1.0)
-        for name, size in (("attn_q", HEADS * HEAD_DIM), ("attn_k", KV_HEADS * HEAD_DIM), ("attn_v", KV_HEADS * HEAD_DIM)):
-            matrix(f"{block}.{name}", size, HIDDEN)
-            vector(f"{block}.{name}.bias", size, 0.0)
-        matrix(f"{block}.attn_output", HIDDEN, HEADS * HEAD_DIM)
-        matrix(f"{block}.ffn_gate", FFN, HIDDEN)
-        matrix(f"{block}.ffn_up", FFN, HIDDEN)
-        matrix(f"{block}.ffn_down", HIDDEN, FFN)
+        for name, (values, kind) in tensors.items():
+            if name.startswith("blk.0."):
+                writer.add_tensor(name.replace("blk.0.", f"blk.{layer}."), values, raw_dtype=kind)
+            elif layer == 0:
+                writer.add_tensor(name, values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    partial.replace(path)
 
 
 def prepare_models(folder: Path, names: Sequence[str], layers: int, threads: int, console: Console) -> dict[str, Path]:
-    """The GGUF files of ``names`` in ``folder``; those that are missing are made."""
-    source = folder / f"random-{layers}-F16.gguf"
-    if not source.exists():
-        console.print(f"writing {layers} layers of random weights")
-        partial = source.with_suffix(".part")
-        write_random_model(partial, layers, seed=0)
-        partial.replace(source)
-    models = {}
-    for name in names:
-        models[name] = folder / f"random-{layers}-{name}.gguf"
-        if models[name].exists():
-            continue
-        console.print(f"quantising to {name}")
-        partial = models[name].with_suffix(".part")
-        command: list[str | Path] = [paths.find_program("llama-quantize"), "--pure"]
-        command += ["--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0"]
-        _run([*command, source, partial, FILE_TYPES[name], str(threads)])
-        partial.replace(models[name])
+    """The GGUF files of ``names`` in ``folder``; those that are missing are made. Only one layer is quantised, then copied."""
+    gguf = import_gguf()
+    models = {name: folder / f"random-{layers}-{name}.gguf" for name in names}
+    missing = {name: model for name, model in models.items() if not model.exists()}
+    if not missing:
+        return models
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        source, packed = Path(temporary, "source.gguf"), Path(temporary, "packed.gguf")
+        write_model(source, random_layer(seed=0), layers=1)
+        for name, model in missing.items():
+            console.print(f"quantising to {name}")
+            command: list[str | Path] = [paths.find_program("llama-quantize"), "--pure"]
+            command += ["--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0"]
+            _run([*command, source, packed, FILE_TYPES[name], str(threads)])
+            reader = gguf.GGUFReader(packed)
+            write_model(model, {tensor.name: (tensor.data, tensor.tensor_type) for tensor in reader.tensors}, layers)
     return models
 
 

@@ -1,4 +1,4 @@
-// Matrix products of MBQ weights with several rows of activations
+// Matrix products of MBQ weights with float activations: mbq-gemv.h for one row of them, mbq-gemm.h for several
 //
 // The activations become Q8_1 as in the plain path (same codes, same scales), laid out in panels of up to mbq_simd::cols rows. A slab of
 // mbq_simd::rows rows of weights is unpacked once, transposed so that each lane is a row of weights, and then multiplied with every
