@@ -21,7 +21,7 @@ SPEC.loader.exec_module(bench_cpu)
 
 def test_one_round(built_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    arguments = "--types Q3_K,MBQ3 --layers 1 --rounds 1 --prompt 8 --generate 1 --threads 1".split()
+    arguments = ["--types", "Q3_K,MBQ3", "--layers", "1", "--rounds", "1", "--prompt", "8", "--generate", "1", "--threads", "1"]
     done = CliRunner().invoke(bench_cpu.main, [*arguments, "--work", str(tmp_path), "--out", str(out)])
     assert done.exit_code == 0, done.output
     found = json.loads(out.read_text())
