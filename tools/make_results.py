@@ -5,7 +5,8 @@
     python tools/make_results.py --only BF16 --again   one row, once more
     python tools/make_results.py --questions 306       half of the questions, in half of the time
 
-A finished row is saved at once, so a stopped run goes on where it was. A new row is a new line in VARIANTS.
+A finished row is saved at once, so a stopped run goes on where it was; a row that was asked fewer questions than now is made again.
+A new row is a new line in VARIANTS.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -40,6 +40,7 @@ BEGIN, END = "<!-- quality table: tools/make_results.py -->", "<!-- end of quali
 THREADS = 2
 ENVIRONMENT = dict(os.environ)
 REFERENCE = "BF16"
+MAKERS = ("converter", "ggml_patch", ":(exclude)ggml_patch/src/ggml/src/ggml-cuda")  # the code that the figures depend on
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Row:
     file_bytes: int
     bits_layers: float  # bits a weight over the decoder layers' matrices
     bits_all: float  # over all tensors of the file, embeddings and output head included
-    seconds: float  # to make the file
+    seconds: float  # of processor time to make the file, all threads: wall time says little where other work runs beside it
     peak_bytes: int  # resident memory of the process that made it, at most
     ask_seconds: float
     scores: dict[str, tuple[int, int]]  # task: right, asked
@@ -107,14 +108,13 @@ class Row:
 class Made:
     """What it took to make a file."""
 
-    seconds: float
+    seconds: float  # processor time, user and system
     peak_bytes: int
 
 
 def run_measured(command: list[str], log: Path) -> Made:
     """Run ``command`` with its output in ``log``; raises UserError with the log's last line where it fails."""
     program = [sys.executable, "-m", "mbq_gguf"] if command[0] == "mbq-gguf" else [str(find_program(command[0]))]
-    start = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen([*program, *command[1:]], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=ENVIRONMENT)
         _, status, usage = os.wait4(process.pid, 0)  # the usage of this child alone, in KiB on Linux
@@ -122,7 +122,7 @@ def run_measured(command: list[str], log: Path) -> Made:
     if process.returncode != 0:
         last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
         raise UserError(f"`{shlex.join(command)}` ended with {process.returncode}: {last[0]} (all of it in {log})")
-    return Made(time.monotonic() - start, usage.ru_maxrss * 1024)
+    return Made(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def bits_per_weight(path: Path) -> tuple[float, float]:
@@ -154,10 +154,10 @@ def make_row(variant: Variant, folder: Path, model: Path, questions: list[Questi
 
 
 def commit() -> str:
-    """The commit of the code in use, with a plus where the converter or the patch has changes that are not committed."""
+    """The commit of the code in use, with a plus where MAKERS have changes that are not committed."""
     head, changes = (
         subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "converter", "ggml_patch"])
+        for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", *MAKERS])
     )
     return head + ("+" if changes else "")
 
@@ -210,14 +210,14 @@ def render(rows: dict[str, Row]) -> str:
         ]
         for row in done
     ]
-    titles = ["file", "questions", "exact match", "of BF16", "bits a weight, layers", "all tensors", "MB", "seconds to make", "peak GB"]
+    titles = ["file", "questions", "exact match", "of BF16", "bits a weight, layers", "all tensors", "MB", "CPU seconds to make", "peak GB"]
     tasks = sorted({task for row in done for task in row.scores})
     by_task = [[task, *(f"{row.scores[task][0]}/{row.scores[task][1]}" for row in done)] for task in tasks]
     commands = [[row.name, f"`{row.command}`", row.commit, row.date] for row in done]
     parts = [
         f"Measured on {machine()}, with `python tools/make_results.py`:",
         f"Questions, the same number of every task, through the patched `llama-server`, {THREADS} threads, one at a time.",
-        "± is the binomial standard error. Every row has the same vision tower (F16, 20 MB, not counted in MB).",
+        "± is the binomial standard error. The vision tower is F16 everywhere (20 MB, not counted in MB); rotation turns its last layer too.",
         "",
         table(titles, main),
         "",
@@ -268,7 +268,9 @@ def main(count: int | None, only: tuple[str, ...], again: bool, out: Path | None
     try:
         assemble(model)
         rows = load_rows(TABLE)
-        wanted = [v for v in VARIANTS if (not only or v.name in only) and (again or v.name not in rows)]
+        wanted = [
+            v for v in VARIANTS if (not only or v.name in only) and (again or v.name not in rows or rows[v.name].total.asked < len(asked))
+        ]
         if not all((folder / name).is_file() for name in (f"{REFERENCE}.gguf", f"mmproj-{REFERENCE}.gguf")):
             run_measured(VARIANTS[0].command(folder, model), folder / f"{REFERENCE}.log")  # every other row needs them
         for variant in wanted:
