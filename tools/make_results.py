@@ -217,7 +217,7 @@ def render(rows: dict[str, Row]) -> str:
     parts = [
         f"Measured on {machine()}, with `python tools/make_results.py`:",
         f"Questions, the same number of every task, through the patched `llama-server`, {THREADS} threads, one at a time.",
-        "± is the binomial standard error. The vision tower is F16 everywhere (20 MB, not counted in MB); rotation turns its last layer too.",
+        "± is the binomial standard error. The vision tower is F16 in every row (20 MB, not counted in MB).",
         "",
         table(titles, main),
         "",
@@ -268,9 +268,8 @@ def main(count: int | None, only: tuple[str, ...], again: bool, out: Path | None
     try:
         assemble(model)
         rows = load_rows(TABLE)
-        wanted = [
-            v for v in VARIANTS if (not only or v.name in only) and (again or v.name not in rows or rows[v.name].total.asked < len(asked))
-        ]
+        finished = {name for name, row in rows.items() if row.total.asked >= len(asked) and not again}
+        wanted = [v for v in VARIANTS if v.name not in finished and (not only or v.name in only)]
         if not all((folder / name).is_file() for name in (f"{REFERENCE}.gguf", f"mmproj-{REFERENCE}.gguf")):
             run_measured(VARIANTS[0].command(folder, model), folder / f"{REFERENCE}.log")  # every other row needs them
         for variant in wanted:
