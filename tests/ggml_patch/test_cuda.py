@@ -39,7 +39,7 @@ def compile_kernels(architecture: str, work: Path) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("architecture", [pytest.param(name, marks=() if name in ("75", "90") else pytest.mark.slow) for name in BOUNDS])
+@pytest.mark.parametrize("architecture", [pytest.param(name, marks=() if name == "90" else pytest.mark.slow) for name in BOUNDS])
 def test_kernels_keep_within_registers(architecture: str, tmp_path: Path) -> None:
     kernels = FUNCTION.findall(compile_kernels(architecture, tmp_path))
     products = [kernel for kernel in kernels if "mbq_mmv" in kernel[0]]
