@@ -30,7 +30,13 @@ build(source=root / "tree")
 
 
 def start_build(workshop: Workshop) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", RUNNER, workshop.root], stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore SIGINT and hand that down; the test means a process that does not.
+    return subprocess.Popen(
+        [sys.executable, "-c", RUNNER, workshop.root],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for(condition: object, seconds: float = 60.0) -> None:

@@ -122,7 +122,13 @@ def test_it_stops_at_the_end_and_on_an_exception(tiny_pair: Pair, tmp_path: Path
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_it_stops_when_its_owner_is_ended(tiny_pair: Pair, number: signal.Signals) -> None:
-    owner = subprocess.Popen([sys.executable, "-c", HOLDER, tiny_pair.model], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tiny_pair.model],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a background job may have handed down that it is ignored
+    )
     assert owner.stdout is not None
     pid = int(owner.stdout.readline())
     assert alive(pid)
