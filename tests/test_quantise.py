@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from mbq_gguf import quantise as quantise_module
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.stream import advance, capture, logits, working_layer

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.workdir import open_workdir
 
