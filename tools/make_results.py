@@ -30,6 +30,7 @@ from mbq_gguf.errors import UserError
 from mbq_gguf.evaluate.exact_match import SHIPPED, Question, Score, exact_match, load_questions, stratified
 from mbq_gguf.formats.gguf_types import import_gguf
 from mbq_gguf.llama_cpp.cache import cache_root
+from mbq_gguf.llama_cpp.locks import termination_as_exit
 from mbq_gguf.llama_cpp.paths import find_program
 from rich.console import Console
 
@@ -115,9 +116,13 @@ class Made:
 def run_measured(command: list[str], log: Path) -> Made:
     """Run ``command`` with its output in ``log``; raises UserError with the log's last line where it fails."""
     program = [sys.executable, "-m", "mbq_gguf"] if command[0] == "mbq-gguf" else [str(find_program(command[0]))]
-    with log.open("wb") as output:
+    with log.open("wb") as output, termination_as_exit():
         process = subprocess.Popen([*program, *command[1:]], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=ENVIRONMENT)
-        _, status, usage = os.wait4(process.pid, 0)  # the usage of this child alone, in KiB on Linux
+        try:
+            _, status, usage = os.wait4(process.pid, 0)  # the usage of this child alone, in KiB on Linux
+        except BaseException:
+            process.terminate()
+            raise
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
