@@ -1,29 +1,33 @@
-"""Layer-by-layer gradients against one backward pass through the whole model."""
+"""Layer-by-layer gradients against one backward pass through the whole model, and what is made of them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from mbq_gguf.calibration import sensitivity
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.sensitivity import CLASSES, WATCHED, Sensitivity, measure
-from mbq_gguf.calibration.stream import capture
+from mbq_gguf.calibration.stream import Streamed, advance, capture, logits, working_layer
 from mbq_gguf.models import LoadedModel
+from mbq_gguf.models.decoder import GROUPS, LINEARS, linear
 
 BOUND = 1e-5  # relative; both are float32, in another order of operations
 
 
-def full_autograd(tiny: LoadedModel, sample: Sample) -> dict[str, dict[str, list[float]]]:
-    """Mean |dL/dY| by block and class of every layer, from the model's own forward with labels."""
+def full_autograd(tiny: LoadedModel, sample: Sample) -> dict[tuple[str, int], torch.Tensor]:
+    """dL/dY [tokens, channels] by linear and layer, from the model's own forward with labels."""
     encoded = tiny.encode(sample.image, list(sample.turns))
     labels = torch.where(encoded.answer, encoded.ids, -100)[None]
     tiny.decoder.layers.float()
     seen: dict[tuple[str, int], torch.Tensor] = {}
     handles = []
     for index, layer in enumerate(tiny.decoder.layers):
-        for block, name in WATCHED.items():
+        for name in LINEARS:
 
-            def hook(_m: object, _i: object, grads: tuple[torch.Tensor], key: tuple[str, int] = (block, index)) -> None:
+            def hook(_m: object, _i: object, grads: tuple[torch.Tensor], key: tuple[str, int] = (name, index)) -> None:
                 seen[key] = grads[0][0]
 
             handles.append(layer.get_submodule(name).register_full_backward_hook(hook))
@@ -34,34 +38,103 @@ def full_autograd(tiny: LoadedModel, sample: Sample) -> dict[str, dict[str, list
     for handle in handles:
         handle.remove()
     tiny.decoder.layers.bfloat16()
-    masks = {"vision": encoded.vision, "answer": encoded.answer, "prompt": ~(encoded.vision | encoded.answer)}
-    layers = range(len(tiny.decoder.layers))
-    return {b: {c: [float(seen[b, i].abs().mean(1)[m].mean()) for i in layers] for c, m in masks.items()} for b in WATCHED}
+    return seen
 
 
 def test_equals_full_autograd(tiny: LoadedModel, samples: list[Sample]) -> None:
     streams = list(capture(tiny, samples[:3]))
     found = measure(tiny, streams)
     expected = [full_autograd(tiny, sample) for sample in samples[:3]]
-    for block in WATCHED:
+    layers = range(len(tiny.decoder.layers))
+    for block, watched in WATCHED.items():
         for name in CLASSES:
-            mean = torch.tensor([e[block][name] for e in expected]).mean(0).double()
-            torch.testing.assert_close(found.mean[block][name], mean, rtol=BOUND, atol=0)
+            masks = [getattr(stream, name) for stream in streams]
+            means = [[e[watched, i].abs().mean(1)[m].mean() for i in layers] for e, m in zip(expected, masks, strict=True)]
+            torch.testing.assert_close(found.mean[block][name], torch.tensor(means).mean(0).double(), rtol=BOUND, atol=0)
+
+
+def test_salience_shares_the_fisher_out(tiny: LoadedModel, samples: list[Sample]) -> None:
+    found = measure(tiny, list(capture(tiny, samples[:3])), fisher=True)
+    for place, group in enumerate(GROUPS):
+        sizes = {name: linear(tiny.decoder.layers[0], name).out_features for name in group.linears}
+        whole = sum(found.fisher[name] * size for name, size in sizes.items()) / sum(sizes.values())
+        shares = torch.stack([salience[:, place].sum(dim=1) / 2 for salience in found.salience]).mean(0)
+        torch.testing.assert_close(shares.double(), whole, rtol=BOUND, atol=0)
+
+
+def test_samples_of_equal_length_may_be_stacked(tiny: LoadedModel, samples: list[Sample]) -> None:
+    one, other = capture(tiny, [samples[0], samples[0]])
+    other.answer = other.answer.clone()
+    other.answer[other.answer.nonzero()[0]] = False  # answers of different lengths
+    other.hidden = other.hidden.roll(1, dims=1)
+    both = Streamed(
+        torch.cat([one.hidden, other.hidden]),
+        one.kwargs,
+        *(torch.stack([getattr(one, name), getattr(other, name)]) for name in ("ids", "vision", "answer")),
+    )
+    apart, together = measure(tiny, [one, other], fisher=True), measure(tiny, [both], fisher=True)
+    torch.testing.assert_close(together.salience[0], torch.stack(apart.salience), rtol=1e-3, atol=1e-6 * float(apart.salience[0].max()))
+    for name, value in apart.tensors().items():
+        if not name.startswith("salience"):
+            torch.testing.assert_close(together.tensors()[name], value, rtol=BOUND, atol=0)
+
+
+def test_saved_and_restored(tiny: LoadedModel, samples: list[Sample]) -> None:
+    found = measure(tiny, list(capture(tiny, samples[:2])), fisher=True)
+    again = Sensitivity.restored(found.tensors())
+    assert again.tensors().keys() == found.tensors().keys()
+    assert all(torch.equal(again.tensors()[name], value) for name, value in found.tensors().items())
+
+
+@pytest.mark.parametrize(("name", "index"), [("self_attn.v_proj", 1), ("mlp.up_proj", 0), ("mlp.down_proj", 2)])
+def test_fisher_predicts_the_divergence_that_noise_costs(tiny: LoadedModel, samples: list[Sample], name: str, index: int) -> None:
+    streams = list(capture(tiny, samples))
+    fisher = float(measure(tiny, streams, fisher=True).fisher[name][index])
+    original = answers(tiny, streams)
+    size = 0.05
+
+    def noise(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return output + size * torch.randn(output.shape, generator=draw)
+
+    found = []
+    for seed in range(4):
+        draw = torch.Generator().manual_seed(seed)
+        noisy = answers(tiny, streams, index, lambda layer: layer.get_submodule(name).register_forward_hook(noise))
+        found += [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(original, noisy, strict=True)]
+    channels = linear(tiny.decoder.layers[index], name).out_features
+    assert sum(found) / len(found) == pytest.approx(fisher * channels * size**2, rel=0.1)  # measured within 0.03
+
+
+@torch.no_grad()
+def answers(
+    tiny: LoadedModel, streams: list[Streamed], changed: int = -1, change: Callable[[torch.nn.Module], object] = lambda layer: None
+) -> list[torch.Tensor]:
+    """Log-probabilities of each stream's answer tokens, ``change`` made to layer number ``changed``."""
+    running = [replace(stream) for stream in streams]
+    for index in range(len(tiny.decoder.layers)):
+        layer = working_layer(tiny, index)
+        if index == changed:
+            change(layer)
+        advance(layer, index, running, tiny.device)
+    return [logits(tiny, stream.hidden[0, :-1][stream.answer[1:]]).log_softmax(-1) for stream in running]
 
 
 def test_parts_change_nothing(tiny: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     streams = list(capture(tiny, samples[:2]))
-    whole = measure(tiny, streams)
+    whole = measure(tiny, streams, fisher=True)
     monkeypatch.setattr(sensitivity, "HOST_BYTES", 1)
-    parts = measure(tiny, streams)
+    parts = measure(tiny, streams, fisher=True)
     for block in WATCHED:
         for name in CLASSES:
             torch.testing.assert_close(parts.mean[block][name], whole.mean[block][name], rtol=1e-12, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(parts.salience, whole.salience, strict=True))
 
 
 def test_ratio_and_floor_by_hand() -> None:
     classes = {"vision": torch.tensor([1.0, 4.0, 9.0]), "answer": torch.tensor([2.0, 2.0, 3.0]), "prompt": torch.ones(3)}
-    found = Sensitivity({"attention": classes, "mlp": {**classes, "answer": torch.tensor([0.0, 4.0, 9.0])}})
+    found = Sensitivity({"attention": classes, "mlp": {**classes, "answer": torch.tensor([0.0, 4.0, 9.0])}}, {}, [])
     assert found.ratios(floor=False)["attention"] == [0.5, 2.0, 3.0]
     assert found.ratios(floor=True)["attention"] == [2.0, 2.0, 3.0]  # the median is 2
     assert found.ratios(floor=False)["mlp"] == [1.0, 1.0, 1.0]  # no answer gradient: ratio 1
+    assert found.class_weights("attention", 2) == {"vision": 3.0, "answer": 1.0, "prompt": pytest.approx(1 / 3)}
+    assert found.class_weights("mlp", 0) == {"vision": 1.0, "answer": 1.0, "prompt": 1.0}

@@ -1,4 +1,4 @@
-"""How much the answer depends on each modality: mean |dL/dY| at the outputs of o_proj and down_proj (MBQ, arXiv 2412.19509, section 3).
+"""How much the answer depends on each linear's output: the gradients dL/dY of one backward pass, reduced three ways.
 
 L is the mean cross entropy of a sample's answer tokens through the whole model in floating point. Layers are run one at a time: forward,
 each layer's input is kept on the host; backward, each layer is run again with its graph and handed the gradient of its output. The result
@@ -7,7 +7,7 @@ equals one backward pass through the whole model, at the memory of one layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,19 +15,36 @@ import torch
 from torch import nn
 
 from mbq_gguf.calibration.stream import Streamed, advance, logits, run_layer, to_device, working_layer
+from mbq_gguf.models.decoder import GROUPS, LINEARS
 from mbq_gguf.models.loaded import LoadedModel
 
 # Layer inputs kept on the host at a time; a larger calibration set goes through the layers in parts.
 HOST_BYTES = 4 << 30
 WATCHED = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 CLASSES = ("vision", "answer", "prompt")
+PROBE_SEED = 0
 
 
 @dataclass
 class Sensitivity:
-    """``mean[block][token class]`` [layers], float64: |dL/dY|, mean over channels and tokens of the class, then over samples."""
+    """What the gradients at the linears' outputs say.
+
+    ``mean[block][token class]`` [layers], float64: |dL/dY| at the outputs of o_proj and down_proj, mean over channels and tokens of the
+    class, then over samples (MBQ, arXiv 2412.19509, section 3).
+
+    ``fisher[linear]`` [layers], float64, nats: what a squared error of the linear's output, summed over channels and averaged over
+    tokens, adds to the mean KL divergence of the answers' distributions. To second order an error e costs E[(e . u) ** 2] / 2 where the
+    random gradient u has the Fisher information as covariance. Tokens and channels are taken as independent and channels as alike, so
+    fisher = sum over tokens of mean over channels of u ** 2 / 2, mean over samples: K-FAC's second factor (arXiv 1503.05671, section 3),
+    its diagonal averaged.
+
+    ``salience``, one tensor a stream [..., layers, groups, tokens], float32, leading dimensions as the stream's ``ids``: u ** 2, mean over
+    the output channels of the group's linears. ``fisher`` and ``salience`` are empty where :func:`measure` was not asked for them.
+    """
 
     mean: dict[str, dict[str, torch.Tensor]]
+    fisher: dict[str, torch.Tensor]
+    salience: list[torch.Tensor]
 
     def ratios(self, floor: bool) -> dict[str, list[float]]:
         """Vision over answer sensitivity per layer for "attention" and "mlp"; with ``floor`` none below the median over layers.
@@ -35,35 +52,59 @@ class Sensitivity:
         The floor is what the paper's code does and its text leaves out. Layers without a vision or an answer gradient get ratio 1.
         """
         out = {}
-        for block, classes in self.mean.items():
-            ratio = classes["vision"] / classes["answer"]
-            ratio = torch.where(torch.isfinite(ratio), ratio, torch.ones_like(ratio))
+        for block in self.mean:
+            ratio = self._over_answer(block, "vision")
             out[block] = (ratio.clamp(min=ratio.median()) if floor else ratio).tolist()
         return out
 
+    def class_weights(self, block: str, layer: int) -> dict[str, float]:
+        """Sensitivity of each token class over the answer's in ``block`` of ``layer``; 1 where one of the two has no gradient."""
+        return {name: float(self._over_answer(block, name)[layer]) for name in CLASSES}
+
+    def _over_answer(self, block: str, name: str) -> torch.Tensor:
+        ratio = self.mean[block][name] / self.mean[block]["answer"]
+        return torch.where(torch.isfinite(ratio), ratio, torch.ones_like(ratio))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything by name, to be saved; the inverse of :meth:`restored`."""
+        out = {f"mean.{block}.{name}": value for block, classes in self.mean.items() for name, value in classes.items()}
+        out |= {f"fisher.{name}": value for name, value in self.fisher.items()}
+        return out | {f"salience.{number}": value for number, value in enumerate(self.salience)}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, torch.Tensor]) -> Sensitivity:
+        """What :meth:`tensors` was taken from."""
+        mean = {block: {name: tensors[f"mean.{block}.{name}"] for name in CLASSES} for block in WATCHED}
+        count = sum(name.startswith("salience.") for name in tensors)
+        fisher = {name: tensors[f"fisher.{name}"] for name in LINEARS if f"fisher.{name}" in tensors}
+        return Sensitivity(mean, fisher, [tensors[f"salience.{number}"] for number in range(count)])
+
 
 def measure(
-    loaded: LoadedModel, streams: Sequence[Streamed], progress: Callable[[int, int], None] = lambda done, total: None
+    loaded: LoadedModel,
+    streams: Sequence[Streamed],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    fisher: bool = False,
 ) -> Sensitivity:
     """Sensitivity of every layer from ``streams`` at the door of layer 0, which are left as they are.
 
-    ``progress`` takes layer runs, done and total.
+    ``fisher`` asks for fisher and salience, which take a second backward pass. ``progress`` takes layer runs, done and total.
     """
     layers = len(loaded.decoder.layers)
-    sums = {block: {c: torch.zeros(layers, dtype=torch.float64) for c in CLASSES} for block in WATCHED}
-    counts = dict.fromkeys(CLASSES, 0)
+    sums = _Sums(layers, fisher)
+    draw = torch.Generator().manual_seed(PROBE_SEED)
     parts = _parts(streams, layers)
     for number, part in enumerate(parts):
         start, total = 2 * layers * number, 2 * layers * len(parts)
         inputs = _forward(loaded, part, partial(_report, progress, start, total))
-        grads = [_loss_gradient(loaded, stream, hidden) for stream, hidden in zip(part, inputs.pop(), strict=True)]
-        for stream in part:
-            for name in CLASSES:
-                counts[name] += int(getattr(stream, name).any())
+        ends = list(zip(part, inputs.pop(), strict=True))
+        grads = [_end_gradients(loaded, stream, hidden, draw if fisher else None) for stream, hidden in ends]
+        counted = [sums.open(stream) for stream in part]
         for index in reversed(range(layers)):
-            grads = _backward(loaded, index, part, inputs.pop(), grads, sums)
+            grads = _backward(loaded, index, part, inputs.pop(), grads, counted)
             progress(start + 2 * layers - index, total)
-    return Sensitivity({block: {c: total / max(1, counts[c]) for c, total in classes.items()} for block, classes in sums.items()})
+    return sums.result()
 
 
 def _report(progress: Callable[[int, int], None], start: int, total: int, done: int) -> None:
@@ -85,7 +126,7 @@ def _parts(streams: Sequence[Streamed], layers: int) -> list[list[Streamed]]:
 
 
 def _forward(loaded: LoadedModel, part: list[Streamed], done: Callable[[int], None]) -> list[list[torch.Tensor]]:
-    """Inputs of every layer, and the last one's output: [layers + 1][samples]."""
+    """Inputs of every layer, and the last one's output: [layers + 1][streams]."""
     running = [replace(stream) for stream in part]
     inputs = [[stream.hidden for stream in running]]
     for index in range(len(loaded.decoder.layers)):
@@ -95,15 +136,31 @@ def _forward(loaded: LoadedModel, part: list[Streamed], done: Callable[[int], No
     return inputs
 
 
-def _loss_gradient(loaded: LoadedModel, stream: Streamed, hidden: torch.Tensor) -> torch.Tensor:
-    """Gradient of the answer tokens' mean cross entropy at the last layer's output [1, tokens, width], on the host."""
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    """Ids or a mask of one sample [tokens] or several [samples, tokens] as [samples, tokens]."""
+    return values.reshape(-1, values.shape[-1])
+
+
+def _end_gradients(loaded: LoadedModel, stream: Streamed, hidden: torch.Tensor, draw: torch.Generator | None) -> list[torch.Tensor]:
+    """Gradients at the last layer's output [samples, tokens, width], on the host: of each sample's mean cross entropy of answer tokens,
+    and with ``draw`` u.
+
+    With p an answer token's probabilities and r random signs, v = sqrt(p) r - p (sqrt(p) . r) has the covariance diag(p) - p p^T, the
+    Fisher information of its logits, whatever the answer is; u is the gradient of sum(v . logits) / sqrt(answer tokens). Squared gradients
+    of the answers' own loss would come from the few samples that the model gets wrong.
+    """
     hidden = hidden.to(loaded.device).requires_grad_()
-    answered = stream.answer[1:].to(loaded.device)  # position n predicts token n + 1
-    predicted = logits(loaded, hidden[:, :-1][:, answered])[0].float()
-    labels = stream.ids[1:].to(loaded.device)[answered]
-    loss = nn.functional.cross_entropy(predicted, labels)
-    (gradient,) = torch.autograd.grad(loss, hidden)
-    return gradient.cpu()
+    answered = _rows(stream.answer)[:, 1:].to(loaded.device)  # position n predicts token n + 1
+    predicted = logits(loaded, hidden[:, :-1][answered]).float()
+    labels = _rows(stream.ids)[:, 1:].to(loaded.device)[answered]
+    share = (answered / answered.sum(dim=1, keepdim=True))[answered]
+    losses = [torch.dot(nn.functional.cross_entropy(predicted, labels, reduction="none"), share)]
+    if draw is not None:
+        p = predicted.detach().softmax(dim=1)
+        probe = p.sqrt() * (2 * torch.randint(2, p.shape, generator=draw) - 1).to(p)
+        probe -= p * probe.sum(dim=1, keepdim=True)
+        losses.append(torch.dot((probe * predicted).sum(dim=1), share.sqrt()))
+    return [torch.autograd.grad(loss, hidden, retain_graph=True)[0].cpu() for loss in losses]
 
 
 def _backward(
@@ -111,32 +168,82 @@ def _backward(
     index: int,
     part: list[Streamed],
     inputs: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    sums: dict[str, dict[str, torch.Tensor]],
-) -> list[torch.Tensor]:
-    """Take the gradients of layer ``index``'s output to its input, and add |dL/dY| of the watched linears to ``sums``."""
+    grads: list[list[torch.Tensor]],
+    counted: list[_Counted],
+) -> list[list[torch.Tensor]]:
+    """Take the gradients of layer ``index``'s output to its input, and count those of its linears' outputs."""
     layer = working_layer(loaded, index)
-    out = []
-    for stream, hidden, grad in zip(part, inputs, grads, strict=True):
+    seen: dict[str, torch.Tensor] = {}
+    for name in LINEARS:
+        layer.get_submodule(name).register_full_backward_hook(_keep(seen, name))
+    out: list[list[torch.Tensor]] = []
+    for stream, hidden, ends, counts in zip(part, inputs, grads, counted, strict=True):
         hidden = hidden.to(loaded.device).requires_grad_()
-        seen: dict[str, torch.Tensor] = {}
-        handles = [layer.get_submodule(name).register_full_backward_hook(_keep(seen, block)) for block, name in WATCHED.items()]
         output = run_layer(layer, hidden, to_device(stream.kwargs[index], loaded.device))
-        (gradient_in,) = torch.autograd.grad(output, hidden, grad.to(loaded.device))
-        for handle in handles:
-            handle.remove()
-        out.append(gradient_in.cpu())
-        for block, gradient in seen.items():
-            per_token = gradient[0].abs().mean(dim=1).double().cpu()
-            for name in CLASSES:
-                mask = getattr(stream, name)
-                if mask.any():
-                    sums[block][name][index] += per_token[mask].mean()
+        out.append([])
+        for end, count in zip(ends, (counts.loss, counts.fisher), strict=False):
+            (gradient,) = torch.autograd.grad(output, hidden, end.to(loaded.device), retain_graph=end is not ends[-1])
+            out[-1].append(gradient.cpu())
+            count(index, seen)
     return out
 
 
-def _keep(seen: dict[str, torch.Tensor], block: str) -> Callable[..., None]:
+def _keep(seen: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
     def hook(_module: nn.Module, _inputs: object, outputs: tuple[torch.Tensor, ...]) -> None:
-        seen[block] = outputs[0]
+        seen[name] = outputs[0]
 
     return hook
+
+
+class _Sums:
+    """Sums over samples, and each stream's salience."""
+
+    def __init__(self, layers: int, fisher: bool) -> None:
+        self.layers = layers
+        self.mean = {block: {c: torch.zeros(layers, dtype=torch.float64) for c in CLASSES} for block in WATCHED}
+        self.fisher = {name: torch.zeros(layers, dtype=torch.float64) for name in (LINEARS if fisher else ())}
+        self.salience: list[torch.Tensor] = []
+        self.having = dict.fromkeys(CLASSES, 0)  # samples that have tokens of the class
+
+    def open(self, stream: Streamed) -> _Counted:
+        """Where the gradients of ``stream`` are to be added."""
+        masks = {name: _rows(getattr(stream, name)) for name in CLASSES}
+        for name, mask in masks.items():
+            self.having[name] += int(mask.any(dim=1).sum())
+        samples, tokens = masks["answer"].shape
+        salience = torch.zeros(samples, self.layers, len(GROUPS), tokens)
+        if self.fisher:
+            self.salience.append(salience.view(*stream.ids.shape[:-1], *salience.shape[1:]))
+        return _Counted(self, masks, salience)
+
+    def result(self) -> Sensitivity:
+        mean = {block: {c: total / max(1, self.having[c]) for c, total in classes.items()} for block, classes in self.mean.items()}
+        samples = max(1, self.having["answer"])
+        return Sensitivity(mean, {name: total / samples for name, total in self.fisher.items()}, self.salience)
+
+
+@dataclass
+class _Counted:
+    """Adds one stream's gradients to ``sums``; ``masks`` [samples, tokens], ``salience`` [samples, layers, groups, tokens]."""
+
+    sums: _Sums
+    masks: dict[str, torch.Tensor]
+    salience: torch.Tensor
+
+    def loss(self, index: int, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Add the loss's gradients [samples, tokens, channels] at the outputs of layer ``index``'s linears, by name."""
+        for block, name in WATCHED.items():
+            absolute = gradients[name].float().abs().mean(dim=2).double().cpu()
+            for token_class, mask in self.masks.items():
+                having = mask.any(dim=1)
+                of_class = (absolute * mask).sum(dim=1)[having] / mask.sum(dim=1)[having]
+                self.sums.mean[block][token_class][index] += of_class.sum()
+
+    def fisher(self, index: int, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Add u [samples, tokens, channels] at the outputs of layer ``index``'s linears, by name."""
+        for place, group in enumerate(GROUPS):
+            squares = {name: gradients[name].float().square().mean(dim=2).cpu() for name in group.linears}
+            for name, square in squares.items():
+                self.sums.fisher[name][index] += square.double().sum() / 2
+            sizes = {name: gradients[name].shape[2] for name in group.linears}
+            self.salience[:, index, place] = sum(squares[name] * (size / sum(sizes.values())) for name, size in sizes.items())

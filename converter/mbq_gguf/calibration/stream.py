@@ -20,7 +20,8 @@ class Streamed:
     """One sample on the host between two decoder layers.
 
     ``hidden`` [1, tokens, width] is the input of the next layer, ``kwargs`` what the model hands to each layer beside it (rotary
-    embeddings, mask), ``ids`` [tokens], ``vision`` and ``answer`` bool [tokens].
+    embeddings, mask), ``ids`` [tokens], ``vision`` and ``answer`` bool [tokens]. ``salience`` [layers, groups, tokens] is there once the
+    sensitivity is measured (see Sensitivity).
     """
 
     hidden: torch.Tensor
@@ -28,6 +29,7 @@ class Streamed:
     ids: torch.Tensor
     vision: torch.Tensor
     answer: torch.Tensor
+    salience: torch.Tensor | None = None
 
     @property
     def prompt(self) -> torch.Tensor:

@@ -1,0 +1,35 @@
+"""How much each token counts in a loss or a Hessian. A plug-in point: a function from samples and group to one weight a token.
+
+Each weighting is a module of its own; :func:`hessian_weights` finds it by name for the Hessians of GPTQ.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from mbq_gguf.calibration.observe import TokenWeights
+from mbq_gguf.calibration.sensitivity import Sensitivity
+from mbq_gguf.calibration.token_weights.floor import FLOOR, floored
+from mbq_gguf.calibration.token_weights.gradient import gradient
+from mbq_gguf.calibration.token_weights.modality import modality
+from mbq_gguf.calibration.token_weights.token import token
+from mbq_gguf.calibration.token_weights.uniform import uniform
+
+__all__ = ["FLOOR", "KINDS", "Kind", "gradient", "hessian_weights", "modality", "token", "uniform"]
+
+Kind = Literal["uniform", "modality", "gradient", "token"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+def hessian_weights(kind: Kind, layer: int, sensitivity: Sensitivity | None, prompt: float, floor: bool) -> TokenWeights:
+    """The weighting called ``kind`` in layer number ``layer``, no token below :data:`FLOOR`.
+
+    ``sensitivity`` is needed by all but uniform; ``prompt`` is modality's weight of a prompt token, ``floor`` raises its ratios to their
+    median.
+    """
+    if kind == "uniform":
+        return uniform
+    assert sensitivity is not None
+    if kind == "modality":
+        return floored(modality(sensitivity.ratios(floor), layer, prompt))
+    return gradient(sensitivity, layer) if kind == "gradient" else token(layer)

@@ -1,0 +1,27 @@
+"""The least and the most that a token counts in a Hessian."""
+
+from __future__ import annotations
+
+import torch
+
+from mbq_gguf.calibration.observe import TokenWeights
+from mbq_gguf.calibration.stream import Streamed
+from mbq_gguf.models.decoder import Group
+
+# Directions that only light tokens excite would be free to change: with answers at 1, prompt text at 0.1 quadruples the reference VLM's
+# KL divergence under GPTQ. The ceiling, 1 / FLOOR, keeps a few heavy tokens from standing for all.
+FLOOR = 0.1
+
+
+def bounded(weights: torch.Tensor) -> torch.Tensor:
+    """``weights`` of any shape between FLOOR and 1 / FLOOR."""
+    return weights.clamp(FLOOR, 1 / FLOOR)
+
+
+def floored(weigh: TokenWeights) -> TokenWeights:
+    """``weigh``, bounded."""
+
+    def weights(stream: Streamed, group: Group) -> torch.Tensor:
+        return bounded(weigh(stream, group))
+
+    return weights

@@ -1,0 +1,22 @@
+"""One weight a token class, as measured: MBQ's balance with prompt text as a class of its own."""
+
+from __future__ import annotations
+
+import torch
+
+from mbq_gguf.calibration.observe import TokenWeights
+from mbq_gguf.calibration.sensitivity import Sensitivity
+from mbq_gguf.calibration.stream import Streamed
+from mbq_gguf.calibration.token_weights.floor import bounded
+from mbq_gguf.models.decoder import Group
+
+
+def gradient(sensitivity: Sensitivity, layer: int) -> TokenWeights:
+    """In layer number ``layer`` each class's mean |dL/dY| in the group's block over the answer's, so answer tokens 1; bounded."""
+
+    def weights(stream: Streamed, group: Group) -> torch.Tensor:
+        of_class = sensitivity.class_weights(group.block, layer)
+        weighted = [weight * getattr(stream, name).float() for name, weight in of_class.items()]
+        return bounded(torch.stack(weighted).sum(dim=0))
+
+    return weights

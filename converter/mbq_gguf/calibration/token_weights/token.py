@@ -1,0 +1,31 @@
+"""Each token by its own gradient, in the manner of VLMQ.
+
+VLMQ weighs a token by the mean |gradient| at the linear's output, of a loss of its own block; QIG (arXiv 2603.17809) clips such weights and
+gives every sample the same sum. Here the gradient is the answer loss's, which calibration has measured anyway, as root mean square over the
+output channels of the group's linears.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mbq_gguf.calibration.observe import TokenWeights
+from mbq_gguf.calibration.stream import Streamed
+from mbq_gguf.calibration.token_weights.floor import bounded
+from mbq_gguf.models.decoder import GROUPS, Group
+
+
+def token(layer: int) -> TokenWeights:
+    """In layer number ``layer`` each token's root mean square gradient over its sample's mean; bounded. Streams must have salience."""
+
+    def weights(stream: Streamed, group: Group) -> torch.Tensor:
+        assert stream.salience is not None
+        return importance(stream.salience[..., layer, GROUPS.index(group), :])
+
+    return weights
+
+
+def importance(squares: torch.Tensor) -> torch.Tensor:
+    """Weights from mean squared gradients [..., tokens]; a sample without any gradient weighs its tokens alike."""
+    size = squares.sqrt()
+    return bounded(torch.nan_to_num(size / size.mean(dim=-1, keepdim=True), nan=1.0))
