@@ -1,0 +1,1 @@
+"""Which container each tensor gets, so that a size is met at the least predicted loss."""

@@ -1,0 +1,86 @@
+"""What rounding a tensor to a container costs, in nats of the answers' mean KL divergence.
+
+To second order, and with errors of different tensors taken as independent, the cost of a change dW of a linear's weight is
+
+    fisher * tr(dW H dW^T) / (sum of token weights),    H = sum over tokens of w_t x_t x_t^T,
+
+the mean squared error of the output times what such an error costs (calibration.sensitivity.Sensitivity; K-FAC, arXiv 1503.05671, section
+3, with the second factor reduced to its mean diagonal). Being in one unit, costs of different tensors can be added and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mbq_gguf.allocation.knapsack import Option
+from mbq_gguf.formats.container import Container
+from mbq_gguf.formats.grid import grid_of
+from mbq_gguf.formats.registry import container
+from mbq_gguf.models.decoder import GROUPS, Group, linear
+from mbq_gguf.rounding.gptq import inverse_factor, objective
+from mbq_gguf.rounding.nearest import nearest_values
+
+CANDIDATES = ("Q2_K", "MBQ3", "Q3_K", "MBQ3_64", "Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Second moments of a group's inputs: ``hessian`` [columns, columns] and the sum of its tokens' weights."""
+
+    hessian: torch.Tensor
+    weight: float
+
+    def cost(self, change: torch.Tensor, fisher: float) -> float:
+        """Nats that the change [rows, columns] of a weight costs."""
+        return fisher * objective(change, torch.zeros_like(change), self.hessian) / self.weight
+
+
+def candidates(columns: int) -> list[Container]:
+    """The containers to choose from for rows of ``columns`` weights; F16 where no block divides them."""
+    return [kind for kind in map(container, CANDIDATES) if kind.fits(columns)] or [container("F16")]
+
+
+@torch.no_grad()
+def layer_options(
+    layer: nn.Module, inputs: Mapping[str, Inputs], fisher: Mapping[str, float], damping: float | None
+) -> dict[str, dict[str, Option]]:
+    """Bytes and predicted cost of each linear of ``layer`` in each candidate container, by the linear's name and the container's.
+
+    ``inputs`` are by group, ``fisher`` by linear; ``damping`` is GPTQ's, None for rounding to nearest.
+    """
+    out: dict[str, dict[str, Option]] = {}
+    for group in GROUPS:
+        found = inputs[group.name]
+        costs = None if damping is None else inverse_factor(found.hessian, damping).diagonal().square().reciprocal()
+        for name in group.linears:
+            weight = linear(layer, name).weight.detach().float()
+            kinds = candidates(weight.shape[1])
+            out[name] = {
+                kind.name: Option(
+                    weight.shape[0] * kind.row_bytes(weight.shape[1]),
+                    _predicted(nearest_values(weight, kind) - weight, kind, found, costs, fisher[name]),
+                )
+                for kind in kinds
+            }
+    return out
+
+
+def _predicted(change: torch.Tensor, kind: Container, inputs: Inputs, costs: torch.Tensor | None, fisher: float) -> float:
+    """Cost of rounding that changes a weight by ``change`` when each weight goes to its nearest value in ``kind``.
+
+    GPTQ's objective is the sum over columns of (error / U[j, j]) ** 2, with errors of weights that earlier columns have moved. Rounding
+    such a weight errs about as much as rounding the original one, so no GPTQ has to be run: ``costs`` [columns] are 1 / U[j, j] ** 2.
+    """
+    if costs is None or grid_of(kind) is None:
+        return inputs.cost(change, fisher)
+    return fisher * float((change.square() @ costs).double().sum()) / inputs.weight
+
+
+def output_scale(factors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
+    """What the outputs of linear ``name`` were divided by when ``factors`` (by group) were folded, one an output; None for nothing."""
+    following: list[Group] = [group for group in GROUPS if group.previous == name and group.name in factors]
+    return factors[following[0].name] if following else None
