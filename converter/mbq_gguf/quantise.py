@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import nn
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.moments import Moments, moments
 from mbq_gguf.calibration.observe import Observed, TokenWeights, observe
+from mbq_gguf.calibration.precision import bf16_products
 from mbq_gguf.calibration.sensitivity import measure
 from mbq_gguf.calibration.stream import Streamed, advance, capture, working_layer
 from mbq_gguf.calibration.token_weights import modality, uniform
@@ -112,7 +112,7 @@ class _Walk:
         saved = self.work.load("sensitivity") if self.work else None
         if saved is not None:
             return dict(saved[1])
-        with self._timed("sensitivity"):
+        with self._timed("sensitivity"), bf16_products():
             found = measure(self.loaded, self.streams, lambda done, total: self.progress("sensitivity", done, total))
         ratios = found.ratios(self.settings.floor)
         if self.work:
@@ -131,20 +131,21 @@ class _Walk:
             if self.work:
                 self.work.save(name, *saved_layer(done))
         else:
-            advance(layer, index, self.streams, self.loaded.device)
+            with self._timed("observe"), bf16_products():
+                advance(layer, index, self.streams, self.loaded.device)
             fold_layer(layer, done.factors)
             self._check(layer, index)
             for key, packed in done.packed.items():
                 weight = torch.from_numpy(container(packed.container).dequantize(packed.data))
                 linear(layer, key.removesuffix(".weight")).weight.data.copy_(weight)
-        advance(layer, index, self.prefix, self.loaded.device)
+        with self._timed("moments"), bf16_products():
+            advance(layer, index, self.prefix, self.loaded.device)
         self._collect(f"layers.{index}", done)
 
     def _quantise_layer(self, layer: nn.Module, index: int) -> LayerWork:
         settings = self.settings
         call_weights: TokenWeights | None = {"rtn": None, "awq": uniform, "mbq": modality(self.result.ratios, index)}[settings.method]
-        entering = [replace(stream) for stream in self.streams] if settings.distort else []
-        with self._timed("observe"):
+        with self._timed("observe"), bf16_products():
             observed = observe(
                 layer,
                 index,
@@ -152,23 +153,25 @@ class _Walk:
                 hessian_weights=uniform if settings.rounding == "gptq" and not settings.distort else None,
                 call_weights=call_weights,
                 call_samples=settings.search_samples,
+                keep_inputs=settings.correction > 0,
             )
         done = LayerWork({}, {}, {}, {})
         if settings.method != "rtn":
-            with self._timed("search"):
+            with self._timed("search"), bf16_products():
                 choices = search_layer(layer, observed, settings.container, 1 if settings.method == "mbq" else 2, self._foldable())
             done.factors = {name: choice.factors for name, choice in choices.items()}
             done.exponents = {name: choice.exponent for name, choice in choices.items()}
             fold_layer(layer, done.factors)
         done.replaced = changed_parameters(layer, working_layer(self.loaded, index))
         self._check(layer, index)
-        original = copy.deepcopy(layer) if settings.distort else layer
 
         def moments_of(group: Group) -> Moments | None:
             if settings.rounding == "nearest":
                 return None
             if settings.distort:
-                return moments(original, layer, index, entering, self.prefix, group, uniform)
+                originals = _folded_inputs(layer, group, observed, done.factors) if settings.correction else None
+                with self._timed("moments"), bf16_products():
+                    return moments(layer, index, self.prefix, group, uniform, originals)
             return _folded_moments(layer, group, observed, done.factors)
 
         with self._timed("rounding"):
@@ -213,11 +216,21 @@ class _Walk:
         self.result.seconds[stage] = self.result.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
+def _inverse_factors(layer: nn.Module, group: Group, factors: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """1 / s of every input channel of ``group``, or None where nothing was folded."""
+    return 1.0 / spread(layer, group, factors[group.name]) if group.name in factors else None
+
+
+def _folded_inputs(layer: nn.Module, group: Group, observed: Observed, factors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The original model's inputs as the folded layer's linears take them, x / s, one [tokens, columns] a sample."""
+    inverse = _inverse_factors(layer, group, factors)
+    inputs = observed.inputs.pop(group.name)
+    return inputs if inverse is None else [x * inverse.to(x.device) for x in inputs]
+
+
 def _folded_moments(layer: nn.Module, group: Group, observed: Observed, factors: dict[str, torch.Tensor]) -> Moments:
     """Second moments of the inputs that the folded layer's linears take, x / s, all of them the original model's."""
     hessian = observed.statistics[group.name].hessian
     assert hessian is not None
-    if group.name in factors:
-        inverse = 1.0 / spread(layer, group, factors[group.name])
-        hessian = hessian * inverse * inverse[:, None]
-    return Moments(hessian, torch.zeros_like(hessian))
+    inverse = _inverse_factors(layer, group, factors)
+    return Moments(hessian if inverse is None else hessian * inverse * inverse[:, None])

@@ -15,11 +15,11 @@ from mbq_gguf.models.decoder import Group
 
 @dataclass
 class Moments:
-    """With x the input in the rounded model and y the original one: ``hessian`` = sum w x^T x, ``cross`` = sum w (y - x)^T x, both
-    [columns, columns] float32 on the device."""
+    """With x the input in the rounded model and y the original one: ``hessian`` = sum w x^T x, ``cross`` = sum w (y - x)^T x (None where
+    nobody asks for it), both [columns, columns] float32 on the device."""
 
     hessian: torch.Tensor
-    cross: torch.Tensor
+    cross: torch.Tensor | None = None
 
 
 class _ReachedError(Exception):
@@ -28,23 +28,27 @@ class _ReachedError(Exception):
 
 @torch.no_grad()
 def moments(
-    original: nn.Module,
     rounded: nn.Module,
     index: int,
-    originals: Sequence[Streamed],
     prefix: Sequence[Streamed],
     group: Group,
     weights: TokenWeights,
+    originals: Sequence[torch.Tensor] | None = None,
 ) -> Moments:
-    """Moments of ``group``'s input in layer ``index``: ``original`` runs on ``originals``, ``rounded`` (up to this group) on ``prefix``."""
+    """Moments of ``group``'s input when ``prefix`` enters layer ``index``, which is ``rounded`` up to this group.
+
+    ``originals`` are the same inputs in the original model, one [tokens, columns] a stream; without them there are no cross moments.
+    """
     found: Moments | None = None
-    for before, after in zip(originals, prefix, strict=True):
-        y, x = group_input(original, index, before, group), group_input(rounded, index, after, group)
-        weighted = x * weights(after, group).to(x.device)[:, None]
+    for number, stream in enumerate(prefix):
+        x = group_input(rounded, index, stream, group)
+        weighted = x * weights(stream, group).to(x.device)[:, None]
         if found is None:
-            found = Moments(x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], x.shape[1]))
+            square = x.new_zeros(x.shape[1], x.shape[1])
+            found = Moments(square, None if originals is None else square.clone())
         found.hessian.addmm_(x.t(), weighted)
-        found.cross.addmm_((y - x).t(), weighted)
+        if originals is not None and found.cross is not None:
+            found.cross.addmm_((originals[number].to(x) - x).t(), weighted)
     assert found is not None
     return found
 

@@ -12,6 +12,9 @@ from torch import nn
 from mbq_gguf.calibration.stream import Streamed, run_layer, to_device
 from mbq_gguf.models.decoder import GROUPS, Group
 
+# Inputs are kept only to be compared with those of the rounded model, which differ by far more than this type rounds off.
+KEPT = torch.bfloat16
+
 TokenWeights = Callable[[Streamed, Group], torch.Tensor]  # one weight a token [tokens], float32
 
 
@@ -44,10 +47,12 @@ class InputStatistics:
 
 @dataclass
 class Observed:
-    """Statistics by group name, and the calls of each group's inspected module on the first samples."""
+    """By group name: statistics, the calls of each group's inspected module on the first samples, and all inputs where asked for, one
+    [tokens, columns] a sample on the host."""
 
     statistics: dict[str, InputStatistics] = field(default_factory=dict)
     calls: dict[str, list[Call]] = field(default_factory=dict)
+    inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -59,13 +64,14 @@ def observe(
     hessian_weights: TokenWeights | None,
     call_weights: TokenWeights | None,
     call_samples: int,
+    keep_inputs: bool = False,
 ) -> Observed:
     """Run ``streams`` through ``layer`` (number ``index``), in place, and keep what calibration needs.
 
     ``hessian_weights`` None means no Hessians; ``call_weights`` None means no calls, else those of the first ``call_samples`` samples.
     """
     device = next(layer.parameters()).device
-    observed = Observed(calls={group.name: [] for group in GROUPS})
+    observed = Observed(calls={group.name: [] for group in GROUPS}, inputs={group.name: [] for group in GROUPS})
     for number, stream in enumerate(streams):
         with_calls = call_weights is not None and number < call_samples
         with _Watch(layer, with_calls) as watch:
@@ -73,6 +79,8 @@ def observe(
         stream.hidden = hidden.to(stream.hidden.device)
         for group in GROUPS:
             x = watch.inputs[group.name][0].float()
+            if keep_inputs:
+                observed.inputs[group.name].append(x.to(device="cpu", dtype=KEPT))
             if group.name not in observed.statistics:
                 square = None if hessian_weights is None else x.new_zeros(x.shape[1], x.shape[1])
                 observed.statistics[group.name] = InputStatistics(x.new_zeros(x.shape[1]), square)

