@@ -100,5 +100,5 @@ def test_plan_that_cannot_be_met() -> None:
 def test_table_sums_by_kind_of_tensor() -> None:
     console = Console(width=120, file=StringIO())
     console.print(plan_table(make_plan(OPTIONS, WEIGHTS, 8.0), dict.fromkeys(OPTIONS, 0.75)))
-    rows = [line.split() for line in console.file.getvalue().splitlines()  # type: ignore[attr-defined]]
+    rows = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     assert ["mlp.up_proj", "1", "MBQ3,", "1", "Q8_0", "8.000", "1.25", "1.5"] in rows
