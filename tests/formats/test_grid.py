@@ -51,6 +51,6 @@ def test_codes_by_hand(kind: Container) -> None:
     assert nearest_values(weights, kind)[0, :5].tolist() == [7.0, 2.0, 4.0, 3.0, 6.0]
 
 
-def test_block_types_without_one_line_a_block_have_no_grid() -> None:
-    for name in ("F16", "BF16", "Q3_K", "IQ4_NL"):
+def test_types_whose_weights_lie_on_no_line_have_no_grid() -> None:
+    for name in ("F16", "BF16", "IQ3_S", "IQ4_NL"):
         assert grid_of(container(name)) is None

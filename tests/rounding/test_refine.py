@@ -91,7 +91,7 @@ def test_refit_lowers_gptqs_objective(grid: Grid, seed: int) -> None:
     coded = code_gptq(weight, inverse_factor(hessian, 0.01), grid)
     scale, offset = refit(weight, coded.codes, coded.scale, coded.offset, hessian)
     before = objective(weight, coded.rounded(grid).weight, hessian)
-    after = objective(weight, Coded(coded.codes, scale, offset).rounded(grid).weight, hessian)
+    after = objective(weight, Coded(coded.codes, scale, offset, coded.steps).rounded(grid).weight, hessian)
     assert after < 0.95 * before
 
 

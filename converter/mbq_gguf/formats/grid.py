@@ -1,45 +1,94 @@
-"""The containers whose weights lie on a line, w = scale * code + offset a block, in PyTorch: for searches and column-by-column rounding.
+"""The containers whose weights lie on lines, w = scale * code + offset a group, in PyTorch: for searches and column-by-column rounding.
 
-Scale and offset are what the file stores (rounded to fp16), so a weight rounded here is the weight that ggml reads back, bit for bit.
+Scale and offset are what the file gives back, so a weight rounded here is the weight that ggml reads, bit for bit. In K-quants they are
+whole multiples of two fp16 steps that a super-block of 256 keeps; elsewhere each is an fp16 number of its own, or the offset is 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 
-from mbq_gguf.formats import mbq3
+from mbq_gguf.formats import k_quants, legacy, mbq3
 from mbq_gguf.formats.container import Bytes, Container
 
 F16_MAX = 65504.0
+Fit = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Which values a scale or an offset can take: ``low`` to ``high`` times a step of the block, or any fp16 number (both None)."""
+
+    low: int | None = None
+    high: int | None = None
+
+    @property
+    def free(self) -> bool:
+        """Whether it is an fp16 number of its own."""
+        return self.low is None or self.high is None
+
+    @property
+    def stepped(self) -> bool:
+        """Whether its block keeps a step for it."""
+        return not self.free and self.low != self.high
+
+    def nearest(self, values: torch.Tensor, step: torch.Tensor | None) -> torch.Tensor:
+        """The value that the file can hold nearest to each of ``values``; where no step is chosen yet, any number of a possible sign."""
+        if self.low is None or self.high is None:
+            return to_f16(values)
+        if not self.stepped:
+            return torch.zeros_like(values)
+        if step is None:
+            return values.clamp(-torch.inf if self.low < 0 else 0.0, torch.inf if self.high > 0 else 0.0)
+        return torch.where(step != 0, values / step, 0.0).round_().clamp_(self.low, self.high) * step
+
+    def step(self, values: torch.Tensor) -> torch.Tensor:
+        """The step [rows] that gives the largest of ``values`` [rows, groups] the largest multiple, as fp16 keeps it."""
+        if self.low is None or self.high is None or not self.stepped:
+            return values.new_zeros(len(values))
+        extreme = values.gather(1, values.abs().argmax(dim=1, keepdim=True))[:, 0]
+        return to_f16(extreme / max(self.low, self.high, key=abs))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """``block`` weights share a scale and an offset; codes run from ``low`` to ``high``.
+    """``group`` weights share a scale and an offset, ``block`` weights (one ggml block) the steps of both; codes are ``low`` to ``high``.
 
-    ``fit`` takes blocks [..., block] and gives scale and offset [..., 1]. ``pack`` takes codes [rows, columns] (uint8, counted from
-    ``low``) with scale and offset [rows, columns / block] and gives bytes [rows, row_bytes].
+    ``pack`` takes codes [blocks, block] (uint8, counted from ``low``), scale and offset [blocks, groups] and steps [blocks, 2] and gives
+    packed blocks. ``fit`` is the container's own choice of scale and offset [n, 1] for groups [n, group] where it is a plain rule, with
+    which rounding to nearest equals the container's; None where ggml searches.
     """
 
     block: int
+    group: int
     low: int
     high: int
-    fit: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-    pack: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Bytes]
+    pack: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Bytes]
+    scale: Parameter = Parameter()
+    offset: Parameter = Parameter()
+    fit: Fit | None = None
+
+    @property
+    def free(self) -> bool:
+        """Whether scales and offsets are fp16 numbers of their own, as a least-squares refit takes them to be."""
+        return self.scale.free and self.offset.free
 
     def codes(self, weights: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """The nearest codes as float32; ties go to the even one. Where the scale is 0 the code is as near 0 as the range allows."""
         inverse = torch.where(scale != 0, 1.0 / scale, 0.0)
         return ((weights - offset) * inverse).clamp(self.low, self.high).round_()
 
-    def nearest(self, weights: torch.Tensor) -> torch.Tensor:
-        """``weights`` [rows, columns] float32 after rounding to the grid that their own range gives."""
-        blocks = weights.reshape(-1, self.block)
-        scale, offset = self.fit(blocks)
-        return (self.codes(blocks, scale, offset) * scale + offset).view_as(weights)
+    def packed(self, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, steps: torch.Tensor) -> Bytes:
+        """Bytes [rows, row_bytes] for codes [rows, columns], scale and offset [rows, columns / group], steps [rows, columns / block, 2]."""
+        groups = self.block // self.group
+        counted = (codes - self.low).to(torch.uint8).reshape(-1, self.block)
+        parts = (counted, scale.reshape(-1, groups), offset.reshape(-1, groups), steps.reshape(-1, 2))
+        return self.pack(*parts).reshape(len(codes), -1)
 
 
 def to_f16(values: torch.Tensor) -> torch.Tensor:
@@ -47,24 +96,58 @@ def to_f16(values: torch.Tensor) -> torch.Tensor:
     return values.clamp(-F16_MAX, F16_MAX).half().float()
 
 
+@cache
 def grid_of(container: Container) -> Grid | None:
-    """The grid of ``container``, or None where its weights do not lie on one line a block (K-quants, IQ types, floats)."""
-    if container.name in ("MBQ3", "MBQ3_64"):
-        size = container.block_size
-        return Grid(size, 0, mbq3.LEVELS, lambda blocks: _fit_range(blocks, mbq3.LEVELS), lambda c, s, o: _pack_mbq3(c, s, o, size))
+    """The grid of ``container``, or None where its weights do not lie on lines (IQ types, floats)."""
+    zero = Parameter(0, 0)
+    sixes = Parameter(0, 63), Parameter(-63, 0)
+    size = container.block_size
+    match container.name:
+        case "MBQ3" | "MBQ3_64":
+            return Grid(size, size, 0, mbq3.LEVELS, _numpy(mbq3.pack_blocks), fit=_fit_range)
+        case "Q4_0":
+            return Grid(size, size, -8, 7, _numpy(legacy.pack_q4_0), offset=zero)
+        case "Q4_1":
+            return Grid(size, size, 0, 15, _numpy(legacy.pack_q4_1))
+        case "Q5_0":
+            return Grid(size, size, -16, 15, _numpy(legacy.pack_q5_0), offset=zero)
+        case "Q5_1":
+            return Grid(size, size, 0, 31, _numpy(legacy.pack_q5_1))
+        case "Q8_0":
+            return Grid(size, size, -128, 127, _numpy(legacy.pack_q8_0), offset=zero)
+        case "Q2_K":
+            return Grid(size, 16, 0, 3, _multiples(k_quants.pack_q2_k), Parameter(0, 15), Parameter(-15, 0))
+        case "Q3_K":
+            return Grid(size, 16, -4, 3, _multiples(k_quants.pack_q3_k), Parameter(-32, 31), zero)
+        case "Q4_K":
+            return Grid(size, 32, 0, 15, _multiples(k_quants.pack_q4_k), *sixes)
+        case "Q5_K":
+            return Grid(size, 32, 0, 31, _multiples(k_quants.pack_q5_k), *sixes)
+        case "Q6_K":
+            return Grid(size, 16, -32, 31, _multiples(k_quants.pack_q6_k), Parameter(-128, 127), zero)
     return None
 
 
-def _fit_range(blocks: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and minimum by the range of each block: mbq3.block_parameters, operation by operation."""
-    low, high = torch.aminmax(blocks, dim=-1, keepdim=True)
+def _fit_range(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and minimum by the range of each group: mbq3.block_parameters, operation by operation."""
+    low, high = torch.aminmax(groups, dim=-1, keepdim=True)
     low, high = low + 0.0, high + 0.0  # -0 becomes +0, as in the container
     # A tensor as divisor: CUDA multiplies by the reciprocal of a Python number, which rounds differently.
-    divisor = torch.tensor(float(levels), device=blocks.device)
+    divisor = torch.tensor(float(mbq3.LEVELS), device=groups.device)
     return to_f16(high / divisor - low / divisor), to_f16(low)
 
 
-def _pack_mbq3(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, size: int) -> Bytes:
-    blocks = codes.reshape(-1, size).cpu().numpy()
-    packed = mbq3.pack_blocks(blocks, scale.reshape(-1, 1).cpu().numpy(), offset.reshape(-1, 1).cpu().numpy())
-    return packed.reshape(codes.shape[0], -1)
+def _numpy(pack: Callable[..., Bytes]) -> Callable[..., Bytes]:
+    """``pack`` of codes, scale and offset in NumPy for tensors; such blocks keep no steps."""
+    return lambda codes, scale, offset, steps: pack(codes.cpu().numpy(), scale.cpu().numpy(), offset.cpu().numpy())
+
+
+def _multiples(pack: Callable[..., Bytes]) -> Callable[..., Bytes]:
+    """``pack`` of codes, multiples and steps in NumPy for tensors; K-quants store how much is subtracted, so the offset's sign turns."""
+
+    def packed(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, steps: torch.Tensor) -> Any:
+        step = [steps[:, :1], steps[:, 1:]]
+        multiples = [torch.where(s != 0, v / s, 0.0).round_().long() for v, s in zip((scale, -offset), step, strict=True)]
+        return pack(*(part.cpu().numpy() for part in (codes, *multiples, *step)))
+
+    return packed

@@ -1,23 +1,26 @@
 """GPTQ (arXiv 2210.17323) on a container's own grid: columns in order, each one's error made good by later ones.
 
 With H = sum over tokens of w_t x_t x_t^T and U the upper Cholesky factor of (H + damping)^-1, column j is rounded to the grid, and its
-error over U[j, j] times U[j, j + 1:] is taken from the columns that follow. A block's scale and offset are fitted when its first column is
-reached, from the weights as they are then.
+error over U[j, j] times U[j, j + 1:] is taken from the columns that follow. A group's scale and offset are fitted when its first column is
+reached, from the weights as they are then; so are a super-block's steps. On the reference VLM this gives K-quants 0.82 to 0.9 of the
+objective that they have where all groups of a super-block are fitted at its start.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from mbq_gguf.formats.grid import Grid
 from mbq_gguf.rounding.nearest import Rounded
+from mbq_gguf.rounding.ranges import search_range, search_steps
 
-# Blocks [rows, block] and what a squared error in each column costs [block] to scale and offset [rows, 1].
-Fit = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-COLUMNS_AT_ONCE = 128  # updates of later columns wait for this many (or for a block's size, if that is larger)
+# Groups [rows, group], what a squared error in each column costs [group], and steps [rows, 2], to scale and offset [rows, 1].
+Fit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+COLUMNS_AT_ONCE = 128  # updates of later columns wait for this many (or for a group's size, if that is larger)
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
@@ -37,17 +40,18 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Coded:
-    """A rounded weight before packing: ``codes`` float32 [rows, columns], ``scale`` and ``offset`` float32 (fp16 values) [rows, blocks]."""
+    """A rounded weight before packing: ``codes`` float32 [rows, columns], ``scale`` and ``offset`` float32 [rows, groups] as the file
+    gives them, and the ``steps`` [rows, blocks, 2] that a K-quant keeps them in (0 elsewhere)."""
 
     codes: torch.Tensor
     scale: torch.Tensor
     offset: torch.Tensor
+    steps: torch.Tensor
 
     def rounded(self, grid: Grid) -> Rounded:
         """Packed bytes and the values that they stand for."""
-        scale, offset = (value.repeat_interleave(grid.block, 1) for value in (self.scale, self.offset))
-        data = grid.pack((self.codes - grid.low).to(torch.uint8), self.scale, self.offset)
-        return Rounded(data, self.codes * scale + offset)
+        scale, offset = (value.repeat_interleave(grid.group, 1) for value in (self.scale, self.offset))
+        return Rounded(grid.packed(self.codes, self.scale, self.offset, self.steps), self.codes * scale + offset)
 
 
 def round_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit | None = None) -> Rounded:
@@ -55,36 +59,46 @@ def round_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit 
     return code_gptq(weight, factor, grid, fit).rounded(grid)
 
 
+def own_fit(grid: Grid) -> Fit:
+    """The container's plain rule where it has one, else the range search."""
+    rule = grid.fit
+    return partial(search_range, grid) if rule is None else lambda groups, costs, steps: rule(groups)
+
+
 @torch.no_grad()
 def code_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit | None = None, held: Coded | None = None) -> Coded:
     """GPTQ's codes for ``weight`` [rows, columns]; scales and offsets are ``fit``'s, the grid's own without it, or those of ``held``."""
-    fit = fit or (lambda blocks, costs: grid.fit(blocks))
+    fit = fit or own_fit(grid)
     costs = factor.diagonal().square().reciprocal()
     work = weight.float().t().contiguous()  # [columns, rows]: a column's weights lie together
     columns, rows = work.shape
     codes = torch.empty(columns, rows, device=work.device)
     if held is None:
-        scales = torch.empty(columns // grid.block, rows, device=work.device)
+        scales = torch.empty(columns // grid.group, rows, device=work.device)
         offsets = torch.empty_like(scales)
+        steps = torch.zeros(columns // grid.block, rows, 2, device=work.device)
     else:
-        scales, offsets = held.scale.t().contiguous(), held.offset.t().contiguous()
-    step = max(COLUMNS_AT_ONCE // grid.block, 1) * grid.block
-    for start in range(0, columns, step):
-        end = min(start + step, columns)
+        scales, offsets, steps = held.scale.t().contiguous(), held.offset.t().contiguous(), held.steps.transpose(0, 1)
+    at_once = max(COLUMNS_AT_ONCE // grid.group, 1) * grid.group
+    for start in range(0, columns, at_once):
+        end = min(start + at_once, columns)
         errors = torch.empty(end - start, rows, device=work.device)
         for column in range(start, end):
-            block = column // grid.block
-            if column % grid.block == 0 and held is None:
-                columns_of = slice(column, column + grid.block)
-                scale, offset = fit(work[columns_of].t(), costs[columns_of])
-                scales[block], offsets[block] = scale[:, 0], offset[:, 0]
-            code = grid.codes(work[column], scales[block], offsets[block])
+            block, group = column // grid.block, column // grid.group
+            if held is None and column % grid.block == 0 and (grid.scale.stepped or grid.offset.stepped):
+                here = slice(column, column + grid.block)
+                steps[block] = search_steps(grid, work[here].t(), costs[here])
+            if held is None and column % grid.group == 0:
+                here = slice(column, column + grid.group)
+                scale, offset = fit(work[here].t(), costs[here], steps[block])
+                scales[group], offsets[group] = scale[:, 0], offset[:, 0]
+            code = grid.codes(work[column], scales[group], offsets[group])
             codes[column] = code
-            error = (work[column] - (code * scales[block] + offsets[block])) / factor[column, column]
+            error = (work[column] - (code * scales[group] + offsets[group])) / factor[column, column]
             work[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1)
             errors[column - start] = error
         work[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
-    return Coded(codes.t().contiguous(), scales.t().contiguous(), offsets.t().contiguous())
+    return Coded(codes.t().contiguous(), scales.t().contiguous(), offsets.t().contiguous(), steps.transpose(0, 1))
 
 
 def objective(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -20,18 +20,15 @@ class Rounded:
 
 def round_nearest(weight: torch.Tensor, container: Container) -> Rounded:
     """``weight`` [rows, columns] as ggml's own quantiser rounds it to ``container``."""
-    grid = grid_of(container)
-    if grid is None:
-        data = container.quantize(weight.float().cpu().numpy())
-        return Rounded(data, torch.from_numpy(container.dequantize(data)).to(weight.device))
-    blocks = weight.float().reshape(-1, grid.block)
-    scale, offset = grid.fit(blocks)
-    codes = grid.codes(blocks, scale, offset)
-    packed = grid.pack((codes - grid.low).to(torch.uint8).view(weight.shape), scale, offset)
-    return Rounded(packed, (codes * scale + offset).view(weight.shape))
+    data = container.quantize(weight.float().cpu().numpy())
+    return Rounded(data, torch.from_numpy(container.dequantize(data)).to(weight.device))
 
 
 def nearest_values(weight: torch.Tensor, container: Container) -> torch.Tensor:
-    """Only the rounded values [rows, columns] float32, on the weight's device where the container's grid allows it: for searches."""
+    """Only the rounded values [rows, columns] float32, on the weight's device where the container's rule is a plain one: for searches."""
     grid = grid_of(container)
-    return round_nearest(weight, container).weight if grid is None else grid.nearest(weight.float())
+    if grid is None or grid.fit is None:
+        return round_nearest(weight, container).weight
+    groups = weight.float().reshape(-1, grid.group)
+    scale, offset = grid.fit(groups)
+    return (grid.codes(groups, scale, offset) * scale + offset).view_as(weight)

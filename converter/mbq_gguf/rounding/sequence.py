@@ -65,8 +65,8 @@ def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refine
         weight = corrected(weight, found, factor, refinement.correction)
     fit = partial(search_range, grid) if refinement.clip else None
     coded = code_gptq(weight, factor, grid, fit)
-    for turn in range(refinement.refits):
-        coded = Coded(coded.codes, *refit(weight, coded.codes, coded.scale, coded.offset, found.hessian))
+    for turn in range(refinement.refits if grid.free else 0):  # a refit gives any fp16 numbers
+        coded = Coded(coded.codes, *refit(weight, coded.codes, coded.scale, coded.offset, found.hessian), coded.steps)
         if turn + 1 < refinement.refits:
             coded = code_gptq(weight, factor, grid, held=coded)
     return coded.rounded(grid)
