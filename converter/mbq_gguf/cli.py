@@ -43,6 +43,7 @@ def main() -> None:
     mbq-gguf convert MODEL_DIR out.gguf --type MBQ3  calibrate with pictures, write GGUF and mmproj
     mbq-gguf inspect out.gguf                        what is in a file
     mbq-gguf eval bf16.gguf out.gguf --mmproj M      how much it lost, on questions about pictures
+    mbq-gguf imatrix MODEL_DIR imatrix.gguf          for llama-quantize: which channels pictures need
     mbq-gguf path llama-server                       where a built program lies
     """
 
@@ -141,6 +142,31 @@ def convert(type_: str, **options: Any) -> None:
 
     console = Console()
     console.print(convert_model(ConvertOptions(type=type_, **options), console).render())
+
+
+@main.command()
+@click.argument("model_dir", type=DIRECTORY)
+@click.argument("out", type=FILE)
+@click.option("--calib", type=click.Path(path_type=Path), help="A JSONL set or a folder of pictures (default: shipped drawn scenes).")
+@click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Calibration samples.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which samples are drawn.")
+@click.option("--device", default="cpu", show_default=True, help="Where layers are computed: cpu, cuda, cuda:1.")
+def imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, seed: int, device: str) -> None:
+    """Write llama.cpp's importance matrix of the Hugging Face VLM in MODEL_DIR to OUT, computed on pictures and their questions.
+
+    llama-imatrix sees text alone; here the image tokens count as well. For files that llama-quantize makes:
+
+    \b
+    mbq-gguf convert MODEL_DIR bf16.gguf --type BF16
+    mbq-gguf imatrix MODEL_DIR imatrix.gguf
+    llama-quantize --imatrix imatrix.gguf bf16.gguf q4_k_m.gguf Q4_K_M
+
+    `convert` needs no such file: it calibrates by itself, and its rounding keeps far more.
+    """
+    from mbq_gguf.imatrix import make_imatrix
+
+    console = Console()
+    console.print(make_imatrix(model_dir, out, calib, samples, seed, device, console), highlight=False, soft_wrap=True)
 
 
 main.add_command(eval_command)

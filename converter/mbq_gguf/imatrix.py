@@ -1,0 +1,39 @@
+"""The way from a Hugging Face directory to an importance matrix: load, calibrate, write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from mbq_gguf.calibration.dataset import load_samples
+from mbq_gguf.calibration.importance import importance
+from mbq_gguf.calibration.stream import capture
+from mbq_gguf.convert import check_device
+from mbq_gguf.export.atomic import check_output
+from mbq_gguf.export.imatrix import write_imatrix
+from mbq_gguf.export.progress import Stages, progress_bars
+from mbq_gguf.models import load
+from mbq_gguf.models.checks import read_config
+from mbq_gguf.models.load import check_architecture
+
+
+def make_imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, seed: int, device: str, console: Console) -> str:
+    """Write the importance matrix of the VLM in ``model_dir`` to ``out``; returns a sentence about it.
+
+    ``calib`` as in :func:`load_samples`. Raises UserError or UsageError for a directory, a set, a device or an output that will not do.
+    """
+    check_device(device)
+    check_architecture(read_config(model_dir))
+    check_output(out)
+    with progress_bars(console) as bars:
+        stages = Stages(bars)
+        loaded = load(model_dir, device)
+        drawn = load_samples(calib, loaded, samples, seed)
+        captured = []
+        for stream in capture(loaded, drawn):
+            captured.append(stream)
+            stages("capture", len(captured), len(drawn))
+        found = importance(loaded, captured, lambda done, total: stages("layers", done, total))
+        names = write_imatrix(model_dir, out, found, "the drawn scenes of mbq-gguf" if calib is None else str(calib))
+    return f"importance of {len(names)} tensors on {found.samples} pictures ({found.tokens} tokens) written to {out}"
