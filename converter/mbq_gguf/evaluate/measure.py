@@ -53,12 +53,13 @@ class Ledger:
 class Examiner:
     """Asks one file after another the same questions, the reference first.
 
-    Pictures are encoded once, by the reference's context: all files are used with the same mmproj file. A question without an expected
-    answer is given the reference's own; :attr:`questions` holds it once the reference was asked.
+    Pictures are encoded once for all files that are used with one mmproj file; :attr:`pictures` names it, set before a file is asked. A
+    question without an expected answer is given the reference's own; :attr:`questions` holds it once the reference was asked.
     """
 
     def __init__(self, questions: Sequence[Question], text: str | None, store: Store) -> None:
         self.questions = list(questions)
+        self.pictures = ""
         self._text = text
         self._store = store
         self._ledger = Ledger(store)
@@ -106,7 +107,7 @@ class Examiner:
         return chunks[:TEXT_CHUNKS]
 
     def _encoded(self, model: Model, index: int) -> EncodedImage:
-        key = str(self._order.index(index))
+        key = f"{self.pictures}-{self._order.index(index)}"
         stored = self._store.image(key)
         if stored is None:
             stored = model.vision.encode(self.questions[index].image)

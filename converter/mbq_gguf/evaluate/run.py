@@ -45,19 +45,34 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation
     names = short_names([path.absolute() for path in files])
     weights = [WeightFile(path, read_header(path)) for path in files]  # a damaged file is found before hours of work
     text = _read(options.text) if options.text else None
+    parts = [vision_part(file, options.mmproj) for file in weights]
     with TemporaryDirectory(prefix="mbq-gguf-eval-") as folder, _progress(console) as progress:
         examiner = Examiner(questions, text, Store(Path(folder)))
         bars = [progress.add_task(name, total=len(questions) + (TEXT_CHUNKS if text else 0), start=False) for name in names]
         results = []
-        for name, file, bar in zip(names, weights, bars, strict=True):
+        for name, file, part, bar in zip(names, weights, parts, bars, strict=True):
             found = layers(file, None if file is weights[0] else weights[0])
-            results.append(_examine(examiner, options, name, file, found, progress, bar))
+            examiner.pictures = f"part{parts.index(part)}"
+            results.append(_examine(examiner, options, name, file, part, found, progress, bar))
     asked = [Asked(str(q.image), q.question, q.expected, q.task) for q in examiner.questions]
     return Evaluation(str(options.data), str(options.mmproj), str(options.text) if options.text else None, asked, results)
 
 
+def vision_part(file: WeightFile, shared: Path) -> Path:
+    """The mmproj file to use with ``file``: ``shared``, but the one beside it where ``file`` is rotated and reads pictures in its own basis.
+
+    Raises UsageError where that one is missing.
+    """
+    if "mbq.rotate" not in file.header.metadata:
+        return shared
+    own = file.path.with_name(f"mmproj-{file.path.name}")
+    if not own.is_file():
+        raise UsageError(f"{file.path.name} is rotated and reads pictures through {own}, which is not there: put it beside")
+    return own
+
+
 def _examine(
-    examiner: Examiner, options: EvalOptions, name: str, file: WeightFile, found: Layers, progress: Progress, bar: TaskID
+    examiner: Examiner, options: EvalOptions, name: str, file: WeightFile, mmproj: Path, found: Layers, progress: Progress, bar: TaskID
 ) -> FileResult:
     started = time.monotonic()
     progress.start_task(bar)
@@ -65,7 +80,7 @@ def _examine(
     def advance() -> None:
         progress.advance(bar)
 
-    with Model(file.path, options.mmproj, threads=options.threads, gpu_layers=options.gpu_layers, context=options.context) as model:
+    with Model(file.path, mmproj, threads=options.threads, gpu_layers=options.gpu_layers, context=options.context) as model:
         chunks = examiner.chunks(model)
         progress.update(bar, total=len(examiner.questions) + len(chunks))
         answers = examiner.answers(model, advance)
