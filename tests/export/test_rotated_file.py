@@ -10,6 +10,7 @@ import pytest
 from mbq_cbind.model import Model
 from mbq_cbind.types import Floats
 from mbq_gguf.convert import ConvertOptions, convert
+from mbq_gguf.evaluate.exact_match import SHIPPED, load_questions
 from mbq_gguf.formats.gguf_types import import_gguf
 from rich.console import Console
 
@@ -24,10 +25,9 @@ def write(model: Path, folder: Path, name: str, **options: Any) -> ConvertOption
 
 
 def logits(files: ConvertOptions) -> Floats:
-    # Text only: libmtmd makes NaN of this tiny random vision tower, rotated or not. How the projector turns is tested in
-    # tests/transforms, and whole answers about pictures in docs/results.md.
     with Model(files.out, files.mmproj, context=512) as model:
-        return model.text_logits(model.tokenize("three or four, what is the value of the blue bar?"), outputs=8)
+        picture = model.vision.encode(load_questions(SHIPPED)[0].image)
+        return model.logits(model.prompt("What is the value of the blue bar?"), [picture], model.tokenize("three or four"))
 
 
 @pytest.mark.usefixtures("built_llama")
