@@ -105,6 +105,13 @@ def test_calibrated_file_holds_ratios_and_fingerprint(built_llama: Path, tiny_di
         assert stage in text
 
 
+def test_types_that_gptq_cannot_fill_are_named(built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    sentence = "tensors in IQ4_NL: rounded to nearest"
+    assert f"21 {sentence}" in run(tiny_dir, tmp_path / "tiny.gguf", type="IQ3_S", method="rtn", samples=1)[1]
+    assert sentence not in run(tiny_dir, tmp_path / "tiny.gguf", type="IQ4_NL", **RTN)[1]
+    assert "rounded to nearest" not in run(tiny_dir, tmp_path / "tiny.gguf", type="Q3_K", method="rtn", samples=1)[1]
+
+
 Progress = Callable[[str, int, int], None]
 
 

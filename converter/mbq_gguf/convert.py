@@ -25,7 +25,7 @@ from mbq_gguf.export.checkpoint import check_finite_files, shapes
 from mbq_gguf.export.gguf_writer import MMPROJ_TYPES, TextFile, rehearse, write_mmproj, write_text
 from mbq_gguf.export.injection import PackedTensor, TensorRecord
 from mbq_gguf.export.progress import Stages, progress_bars
-from mbq_gguf.export.report import ConvertReport, fallback_sentences
+from mbq_gguf.export.report import ConvertReport, fallback_sentences, nearest_sentences
 from mbq_gguf.formats.registry import container
 from mbq_gguf.models import load
 from mbq_gguf.models.checks import read_config, weight_files
@@ -115,6 +115,8 @@ def convert(options: ConvertOptions, console: Console) -> ConvertReport:
             text, vision = write_files(options, quantised, bars)
     packed = {} if quantised is None else {name: (p.container, p.columns) for name, p in quantised.result.packed.items()}
     sentences = fallback_sentences(container(options.type).name, packed, text)
+    if options.rounding == "gptq":
+        sentences += nearest_sentences(name for name, _ in packed.values())
     if options.work_dir is None:
         shutil.rmtree(work_root(options), ignore_errors=True)
     return ConvertReport(options.out, options.mmproj, text, vision, sum(file.stat().st_size for file in files), sentences, seconds)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mbq_gguf.export.injection import TensorRecord
+from mbq_gguf.formats.grid import grid_of
+from mbq_gguf.formats.registry import container
+from mbq_gguf.formats.stock import UNQUANTISED
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,15 @@ def fallback_sentences(wanted: str, packed: Mapping[str, tuple[str, int]], recor
     return [
         f"{count} tensor{'s' if count > 1 else ''} with rows of {columns} weights: stored as {name}, since no block of {asked} fits"
         for (asked, name, columns), count in counts.items()
+    ]
+
+
+def nearest_sentences(packed: Iterable[str]) -> list[str]:
+    """One sentence for each container among ``packed`` (one name a tensor) that GPTQ was asked for and has no grid in."""
+    counts = Counter(name for name in packed if name not in UNQUANTISED and grid_of(container(name)) is None)
+    return [
+        f"{count} tensor{'s' if count > 1 else ''} in {name}: rounded to nearest, since GPTQ fills only types whose weights lie on lines"
+        for name, count in counts.items()
     ]
 
 
