@@ -59,7 +59,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation
 
 
 def vision_part(file: WeightFile, shared: Path) -> Path:
-    """The mmproj file to use with ``file``: ``shared``, but the one beside it where ``file`` is rotated and reads pictures in its own basis.
+    """The mmproj file to use with ``file``: ``shared``, or the one beside it where ``file`` is rotated and so reads pictures differently.
 
     Raises UsageError where that one is missing.
     """
