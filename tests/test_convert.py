@@ -112,6 +112,22 @@ def test_types_that_gptq_cannot_fill_are_named(built_llama: Path, tiny_dir: Path
     assert "rounded to nearest" not in run(tiny_dir, tmp_path / "tiny.gguf", type="Q3_K", method="rtn", samples=1)[1]
 
 
+def test_target_size_is_met_by_a_mixed_file(built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    report, text = run(tiny_dir, tmp_path / "tiny.gguf", target_bpw=4.5, samples=2, **RTN)
+    header = read_header(report.out)
+    linears = [tensor for tensor in header.tensors if ".attn_" in tensor.name or ".ffn_" in tensor.name]
+    linears = [tensor for tensor in linears if tensor.name.endswith("weight") and "norm" not in tensor.name]
+    found = header.metadata
+    weights = LAYERS * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 192)
+    assert found["mbq.allocation.bits_per_weight"] == pytest.approx(8 * sum(tensor.nbytes for tensor in linears) / weights)
+    assert 4.4 < found["mbq.allocation.bits_per_weight"] <= 4.5
+    assert found["mbq.type"] == "mixed"
+    # Rounding to nearest without equalisation is exactly what was predicted.
+    assert found["mbq.allocation.measured_loss"] == pytest.approx(found["mbq.allocation.predicted_loss"], rel=1e-4)
+    assert "predicted nats" in text
+    assert "note:" not in text
+
+
 Progress = Callable[[str, int, int], None]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 import torch
+from mbq_gguf.allocation.plan import plan_table
 from mbq_gguf.calibration.dataset import Sample, load_samples, read_jsonl
 from mbq_gguf.calibration.stream import Streamed, advance, capture, logits, working_layer
 from mbq_gguf.formats.registry import container
@@ -67,6 +68,12 @@ def score(reference: list[torch.Tensor], candidate: list[torch.Tensor], streams:
     return float(kld.mean()), float(top.float().mean()), sum(exact) / len(exact)
 
 
+def bits(result: QuantiseResult) -> float:
+    """Bits per weight of the quantised matrices."""
+    packed = result.packed.values()
+    return 8 * sum(item.data.size for item in packed) / sum(item.data.shape[0] * item.columns for item in packed)
+
+
 def questions(loaded: LoadedModel, count: int, seed: int) -> list[Streamed]:
     """``count`` questions of the demo's eval set at the door of the first layer."""
     samples = random.Random(seed).sample(read_jsonl(EVAL), count)
@@ -82,7 +89,7 @@ def questions(loaded: LoadedModel, count: int, seed: int) -> list[Streamed]:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--calib", type=click.Path(path_type=Path), default=None)
-@click.option("--set", "changes", multiple=True, help="setting=value, for any other field of QuantiseSettings.")
+@click.option("--set", "changes", multiple=True, help="setting=value, for any other field of QuantiseSettings, as Python.")
 def main(
     model_dir: Path,
     kind: str,
@@ -99,17 +106,19 @@ def main(
     asked = questions(loaded, count, seed)
     reference = answer_logits(loaded, asked, None)
     drawn = load_samples(calib, loaded, samples, seed)
-    table = Table("method", "rounding", "KLD", "top-1", "exact match", "seconds")
-    table.add_row("original", "", "0", "1", f"{score(reference, reference, asked)[2]:.3f}", "")
+    table = Table("method", "rounding", "bits per weight", "KLD", "top-1", "exact match", "seconds")
+    table.add_row("original", "", "16", "0", "1", f"{score(reference, reference, asked)[2]:.3f}", "")
     for trial in track(trials, description="trials"):
         method, rounding = trial.split(":")
         settings = QuantiseSettings(container=kind, method=method, rounding=rounding)  # type: ignore[arg-type]
-        settings = replace(settings, **{k: type(getattr(settings, k))(eval(v)) for k, v in (c.split("=") for c in changes)})
+        settings = replace(settings, **{k: eval(v) for k, v in (c.split("=") for c in changes)})
         start = time.perf_counter()
         result = quantise(loaded, drawn, settings)
         seconds = time.perf_counter() - start
         kld, top, exact = score(reference, answer_logits(loaded, asked, result), asked)
-        table.add_row(method, rounding, f"{kld:.4f}", f"{top:.3f}", f"{exact:.3f}", f"{seconds:.0f}")
+        table.add_row(method, rounding, f"{bits(result):.3f}", f"{kld:.4f}", f"{top:.3f}", f"{exact:.3f}", f"{seconds:.0f}")
+        if result.plan:
+            Console().print(plan_table(result.plan, result.losses))
     Console().print(table)
 
 

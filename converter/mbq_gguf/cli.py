@@ -107,6 +107,11 @@ def inspect(file: Path) -> None:
 @click.argument("model_dir", type=DIRECTORY)
 @click.argument("out", type=FILE)
 @click.option("--type", "type_", default="MBQ3", show_default=True, help="MBQ3, MBQ3_64, a stock ggml type such as Q4_0, or BF16 and F16.")
+@click.option(
+    "--target-bpw",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Instead of --type: a type for each tensor, at most this many bits a weight of the decoder's matrices in all.",
+)
 @click.option("--method", type=click.Choice(["rtn", "awq", "mbq"]), default="mbq", show_default=True, help="How channels are equalised.")
 @click.option("--rounding", type=click.Choice(["nearest", "gptq"]), default="gptq", show_default=True, help="How weights become codes.")
 @click.option("--calib", type=click.Path(path_type=Path), help="A JSONL of pictures, questions and answers, or a folder of pictures.")
@@ -117,6 +122,14 @@ def inspect(file: Path) -> None:
 @click.option("--embedding-type", default="Q8_0", show_default=True, help="The type of embeddings and output head.")
 @click.option("--mmproj-type", default="F16", show_default=True, help="The type of vision tower and projector: F16, BF16, F32 or Q8_0.")
 @click.option("--floor/--no-floor", default=True, show_default=True, help="Raise each layer's modality ratio to the median over layers.")
+@click.option(
+    "--token-weights",
+    type=click.Choice(["uniform", "modality", "gradient", "token"]),
+    default="uniform",
+    show_default=True,
+    help="How GPTQ weighs tokens: alike, answers 1 and pictures as MBQ has it, by each class's gradient, or by each token's.",
+)
+@click.option("--prompt-weight", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Of a prompt token under modality.")
 @click.option(
     "--rotate",
     type=click.Choice(["none", "offline", "full"]),

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import prod
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 import mbq_gguf
+from mbq_gguf.allocation.plan import plan_table
 from mbq_gguf.calibration.dataset import Sample, fingerprint, load_samples
+from mbq_gguf.calibration.token_weights import Kind
 from mbq_gguf.errors import UsageError
 from mbq_gguf.export import metadata
 from mbq_gguf.export.atomic import check_output, check_space, staged
@@ -47,6 +49,7 @@ class ConvertOptions:
     model_dir: Path
     out: Path
     type: str = "MBQ3"
+    target_bpw: float | None = None  # a container for each tensor instead of type, to this many bits a weight of the decoder's matrices
     method: Method = QuantiseSettings.method
     rounding: Rounding = QuantiseSettings.rounding
     calib: Path | None = None  # a JSONL set or a folder of images; None: the set that ships with the demonstration
@@ -57,6 +60,8 @@ class ConvertOptions:
     embedding_type: str = "Q8_0"  # of embeddings and output head
     mmproj_type: str = "F16"
     floor: bool = QuantiseSettings.floor  # no layer's ratio below the median over layers
+    token_weights: Kind = QuantiseSettings.token_weights
+    prompt_weight: float = QuantiseSettings.prompt_weight
     rotate: Rotate = QuantiseSettings.rotate
     clip: bool = QuantiseSettings.clip
     distort: bool = QuantiseSettings.distort
@@ -72,17 +77,13 @@ class ConvertOptions:
     @property
     def settings(self) -> QuantiseSettings:
         """What the converter's core needs of this."""
-        return QuantiseSettings(
-            container(self.type).name,
-            self.method,
-            self.rounding,
-            self.floor,
-            self.rotate,
-            self.clip,
-            self.distort,
-            self.correction,
-            self.refits,
-        )
+        shared = {field.name for field in fields(QuantiseSettings)} & {field.name for field in fields(self)}
+        return QuantiseSettings(container=container(self.type).name, **{name: getattr(self, name) for name in shared})
+
+    @property
+    def unquantised(self) -> bool:
+        """Whether the file is to be what upstream's converter would write."""
+        return self.target_bpw is None and container(self.type).name in REFERENCE_TYPES
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def convert(options: ConvertOptions, console: Console) -> ConvertReport:
     seconds: dict[str, float] = {}
     with progress_bars(console) as bars:
         quantised: Quantised | None = None
-        if container(options.type).name in REFERENCE_TYPES:
+        if options.unquantised:
             with timed(seconds, "check"):
                 check_finite_files(files)
         else:
@@ -114,12 +115,15 @@ def convert(options: ConvertOptions, console: Console) -> ConvertReport:
         with timed(seconds, "write"):
             text, vision = write_files(options, quantised, bars)
     packed = {} if quantised is None else {name: (p.container, p.columns) for name, p in quantised.result.packed.items()}
-    sentences = fallback_sentences(container(options.type).name, packed, text)
+    plan = None if quantised is None else quantised.result.plan
+    sentences = fallback_sentences(container(options.type).name, {} if plan else packed, text)
     if options.rounding == "gptq":
         sentences += nearest_sentences(name for name, _ in packed.values())
+    allocation = plan_table(plan, quantised.result.losses) if quantised and plan else None
     if options.work_dir is None:
         shutil.rmtree(work_root(options), ignore_errors=True)
-    return ConvertReport(options.out, options.mmproj, text, vision, sum(file.stat().st_size for file in files), sentences, seconds)
+    before = sum(file.stat().st_size for file in files)
+    return ConvertReport(options.out, options.mmproj, text, vision, before, sentences, seconds, allocation)
 
 
 def check_inputs(options: ConvertOptions) -> list[Path]:
@@ -136,7 +140,7 @@ def check_inputs(options: ConvertOptions) -> list[Path]:
     check_output(options.out)
     check_output(options.mmproj)
     weights = sum(prod(shape) for shape in shapes(files))
-    check_space(options.out.absolute().parent, int(weights * chosen.bits_per_weight / 8))
+    check_space(options.out.absolute().parent, int(weights * (options.target_bpw or chosen.bits_per_weight) / 8))
     rehearse(options.model_dir, options.mmproj_type)
     return files
 
@@ -156,7 +160,7 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
     with timed(seconds, "load"):
         loaded = load(options.model_dir, options.device)
     samples: list[Sample] = []
-    if options.method != "rtn" or options.rounding != "nearest":
+    if options.target_bpw or options.method != "rtn" or options.rounding != "nearest":
         if options.calib is None:
             console.print(
                 "calibrating with the drawn scenes that ship with mbq-gguf: give --calib with pictures like those you will ask about",
@@ -223,16 +227,20 @@ def text_file(options: ConvertOptions, quantised: Quantised | None) -> TextFile:
         return TextFile({}, {}, chosen.name, chosen.name, {}, None)
     result = quantised.result
     keys = metadata.describe(
-        container=chosen.name,
+        container="mixed" if result.plan else chosen.name,
         method=options.method,
         rounding=options.rounding,
         fingerprint=quantised.fingerprint,
         samples=quantised.samples,
         ratios=result.ratios,
+        token_weights=options.token_weights,
     )
+    if result.plan:
+        keys |= metadata.allocated(result.plan, result.losses)
     keys |= metadata.rotated(options.rotate, result.hadamard)
+    kind = result.plan.main if result.plan else chosen.name
     packed = {name: PackedTensor(item.container, item.data, item.columns) for name, item in result.packed.items()}
-    return TextFile(packed, result.replaced, BASE_TYPE, container(options.embedding_type).name, keys, metadata.file_type(chosen.name))
+    return TextFile(packed, result.replaced, BASE_TYPE, container(options.embedding_type).name, keys, metadata.file_type(kind))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mbq_gguf.allocation.plan import Plan
 from mbq_gguf.formats.container import Bytes
 
 
@@ -30,6 +31,8 @@ class QuantiseResult:
     fallbacks: list[tuple[str, str]] = field(default_factory=list)  # parameter name and the container it fell back to
     projector: dict[str, torch.Tensor] = field(default_factory=dict)  # rotated "weight" and "bias" of the projector's last linear
     hadamard: int = 0  # block of the online transform before down_proj, 0: none
+    plan: Plan | None = None  # the containers, where they were allocated
+    losses: dict[str, float] = field(default_factory=dict)  # what they cost as measured (nats), by parameter name
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
 
 
@@ -41,6 +44,7 @@ class LayerWork:
     replaced: dict[str, torch.Tensor]
     factors: dict[str, torch.Tensor]
     exponents: dict[str, float]
+    losses: dict[str, float] = field(default_factory=dict)  # measured cost (nats) of each weight, where containers were allocated
 
 
 def saved_layer(done: LayerWork) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -49,7 +53,7 @@ def saved_layer(done: LayerWork) -> tuple[dict[str, torch.Tensor], dict[str, Any
     tensors |= {f"replaced.{name}": value.cpu() for name, value in done.replaced.items()}
     tensors |= {f"factors.{name}": value.cpu() for name, value in done.factors.items()}
     kinds = {name: [packed.container, packed.columns] for name, packed in done.packed.items()}
-    return tensors, {"packed": kinds, "exponents": done.exponents}
+    return tensors, {"packed": kinds, "exponents": done.exponents, "losses": done.losses}
 
 
 def restored_layer(saved: tuple[dict[str, torch.Tensor], Any] | None) -> LayerWork | None:
@@ -58,4 +62,4 @@ def restored_layer(saved: tuple[dict[str, torch.Tensor], Any] | None) -> LayerWo
     tensors, data = saved
     packed = {name: Packed(kind, tensors[f"packed.{name}"].numpy(), columns) for name, (kind, columns) in data["packed"].items()}
     parts = {part: {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)} for part in ("replaced.", "factors.")}
-    return LayerWork(packed, parts["replaced."], parts["factors."], data["exponents"])
+    return LayerWork(packed, parts["replaced."], parts["factors."], data["exponents"], data["losses"])

@@ -5,26 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
 from torch import nn
 
+from mbq_gguf.allocation.allocate import allocate, total_weight
+from mbq_gguf.allocation.plan import Plan
+from mbq_gguf.allocation.predict import Inputs, measured_costs
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.moments import Moments, moments
 from mbq_gguf.calibration.observe import Observed, TokenWeights, observe
 from mbq_gguf.calibration.precision import bf16_products
-from mbq_gguf.calibration.sensitivity import measure
+from mbq_gguf.calibration.sensitivity import Sensitivity, measure
 from mbq_gguf.calibration.stream import Streamed, advance, capture, working_layer
-from mbq_gguf.calibration.token_weights import modality, uniform
+from mbq_gguf.calibration.token_weights import Kind, hessian_weights, modality, uniform
 from mbq_gguf.errors import UsageError
 from mbq_gguf.formats.registry import container
-from mbq_gguf.models.decoder import GROUPS, Group, linear
+from mbq_gguf.models.decoder import GROUPS, LINEARS, Group, linear
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.outcome import LayerWork, Packed, QuantiseResult, restored_layer, saved_layer
 from mbq_gguf.rounding.sequence import Refinement, round_in_order
-from mbq_gguf.transforms.fold import spread
+from mbq_gguf.transforms.folded import folded_inputs, folded_moments
 from mbq_gguf.transforms.layer import changed_parameters, fold_layer, search_layer
 from mbq_gguf.transforms.preserved import FunctionCheck
 from mbq_gguf.transforms.rotation import Rotate, Rotation, check_rotatable, draw, rotate_layer, rotated_ends, rotated_projector
@@ -41,9 +44,12 @@ class QuantiseSettings:
     """How to quantise. The defaults are the combination that scores best (docs/results.md)."""
 
     container: str = "MBQ3"
+    target_bpw: float | None = None  # one container a tensor instead, chosen to meet this size (bits a weight)
     method: Method = "mbq"
     rounding: Rounding = "gptq"
     floor: bool = True  # no layer's modality ratio below the median over layers
+    token_weights: Kind = "uniform"  # how GPTQ's Hessians weigh tokens
+    prompt_weight: float = 1.0  # of a prompt token where token_weights is modality
     rotate: Rotate = "none"
     clip: bool = False  # search each block's range
     distort: bool = False  # Hessians from the inputs that the already rounded prefix gives
@@ -67,7 +73,7 @@ def quantise(
     changes the model's function.
     """
     container(settings.container)
-    if not samples and (settings.method != "rtn" or settings.rounding != "nearest"):
+    if not samples and (settings.target_bpw or settings.method != "rtn" or settings.rounding != "nearest"):
         raise UsageError(f"Method {settings.method} with {settings.rounding} rounding needs calibration samples.")
     walk = _Walk(loaded, settings, work, progress)
     walk.calibrate(samples)
@@ -83,19 +89,24 @@ class _Walk:
     def __init__(self, loaded: LoadedModel, settings: QuantiseSettings, work: WorkDir | None, progress: Progress) -> None:
         self.loaded, self.settings, self.work, self.progress = loaded, settings, work, progress
         self.result = QuantiseResult()
+        self.sensitivity: Sensitivity | None = None
         self.rotation: Rotation | None = None
         self.streams: list[Streamed] = []  # inputs of the next layer in the original model (in the rotated basis)
         self.prefix: list[Streamed] = []  # the same in the rounded model, where distort asks for them
         self.check: FunctionCheck | None = None
 
     def calibrate(self, samples: Sequence[Sample]) -> None:
-        """Capture the samples, measure the ratios where the method weighs modalities, and rotate."""
+        """Capture the samples, measure sensitivities where they are asked for, rotate, and allocate containers."""
         with self._timed("capture"):
             for number, stream in enumerate(capture(self.loaded, samples)):
                 self.streams.append(stream)
                 self.progress("capture", number + 1, len(samples))
-        if self.settings.method == "mbq":
-            self.result.ratios = self._ratios()
+        if self.settings.method == "mbq" or self.settings.token_weights != "uniform" or self.settings.target_bpw:
+            self.sensitivity = self._sensitivity()
+            if self.settings.method == "mbq":
+                self.result.ratios = self.sensitivity.ratios(self.settings.floor)
+            for stream, salience in zip(self.streams, self.sensitivity.salience, strict=False):
+                stream.salience = salience
         if self.settings.rotate != "none":
             check_rotatable(self.loaded)
             self.rotation = draw(self.loaded.decoder, self.settings.rotate, ROTATION_SEED)
@@ -107,23 +118,58 @@ class _Walk:
                 stream.hidden = (stream.hidden.double() @ self.rotation.residual).to(stream.hidden)
         if self.settings.distort:
             self.prefix = [replace(stream) for stream in self.streams]
+        if self.settings.target_bpw:
+            self.result.plan = self._plan(self.settings.target_bpw)
 
-    def _ratios(self) -> dict[str, list[float]]:
+    def _sensitivity(self) -> Sensitivity:
         saved = self.work.load("sensitivity") if self.work else None
         if saved is not None:
-            return dict(saved[1])
+            return Sensitivity.restored(saved[0])
+        fisher = self.settings.token_weights == "token" or self.settings.target_bpw is not None
         with self._timed("sensitivity"), bf16_products():
-            found = measure(self.loaded, self.streams, lambda done, total: self.progress("sensitivity", done, total))
-        ratios = found.ratios(self.settings.floor)
+            found = measure(self.loaded, self.streams, lambda done, total: self.progress("sensitivity", done, total), fisher=fisher)
         if self.work:
-            self.work.save("sensitivity", {}, ratios)
-        return ratios
+            self.work.save("sensitivity", found.tensors(), None)
+        return found
 
-    def layer(self, index: int) -> None:
-        """Quantise layer ``index``, or take it from the work directory, and move the streams past it."""
+    def _plan(self, target: float) -> Plan:
+        saved = self.work.load("plan") if self.work else None
+        if saved is not None:
+            return Plan(**saved[1])
+        assert self.sensitivity is not None
+        with self._timed("allocation"):
+            plan = allocate(
+                len(self.loaded.decoder.layers),
+                self._rotated_layer,
+                self.streams,
+                self._token_weights,
+                self.sensitivity.fisher,
+                damping=self.settings.damping if self.settings.rounding == "gptq" else None,
+                target=target,
+                progress=lambda done, total: self.progress("allocation", done, total),
+            )
+        if self.work:
+            self.work.save("plan", {}, asdict(plan))
+        return plan
+
+    def _token_weights(self, index: int) -> TokenWeights:
+        settings = self.settings
+        return hessian_weights(settings.token_weights, index, self.sensitivity, settings.prompt_weight, settings.floor)
+
+    def _containers(self, index: int) -> dict[str, str]:
+        """The container wanted for each linear of layer ``index``."""
+        plan = self.result.plan
+        return {name: plan.containers[f"layers.{index}.{name}.weight"] if plan else self.settings.container for name in LINEARS}
+
+    def _rotated_layer(self, index: int) -> nn.Module:
         layer = working_layer(self.loaded, index)
         if self.rotation:
             rotate_layer(layer, self.rotation, index)
+        return layer
+
+    def layer(self, index: int) -> None:
+        """Quantise layer ``index``, or take it from the work directory, and move the streams past it."""
+        layer = self._rotated_layer(index)
         name = f"layer-{index:04d}"
         done = restored_layer(self.work.load(name)) if self.work else None
         if done is None:
@@ -140,17 +186,19 @@ class _Walk:
                 linear(layer, key.removesuffix(".weight")).weight.data.copy_(weight)
         with self._timed("moments"), bf16_products():
             advance(layer, index, self.prefix, self.loaded.device)
-        self._collect(f"layers.{index}", done)
+        self._collect(index, done)
 
     def _quantise_layer(self, layer: nn.Module, index: int) -> LayerWork:
         settings = self.settings
         call_weights: TokenWeights | None = {"rtn": None, "awq": uniform, "mbq": modality(self.result.ratios, index)}[settings.method]
+        weights, containers = self._token_weights(index), self._containers(index)
+        of_originals = self.result.plan is not None or (settings.rounding == "gptq" and not settings.distort)
         with self._timed("observe"), bf16_products():
             observed = observe(
                 layer,
                 index,
                 self.streams,
-                hessian_weights=uniform if settings.rounding == "gptq" and not settings.distort else None,
+                hessian_weights=weights if of_originals else None,
                 call_weights=call_weights,
                 call_samples=settings.search_samples,
                 keep_inputs=settings.correction > 0,
@@ -158,7 +206,7 @@ class _Walk:
         done = LayerWork({}, {}, {}, {})
         if settings.method != "rtn":
             with self._timed("search"), bf16_products():
-                choices = search_layer(layer, observed, settings.container, 1 if settings.method == "mbq" else 2, self._foldable())
+                choices = search_layer(layer, observed, containers, 1 if settings.method == "mbq" else 2, self._foldable())
             done.factors = {name: choice.factors for name, choice in choices.items()}
             done.exponents = {name: choice.exponent for name, choice in choices.items()}
             fold_layer(layer, done.factors)
@@ -169,17 +217,31 @@ class _Walk:
             if settings.rounding == "nearest":
                 return None
             if settings.distort:
-                originals = _folded_inputs(layer, group, observed, done.factors) if settings.correction else None
+                originals = folded_inputs(layer, group, observed, done.factors) if settings.correction else None
                 with self._timed("moments"), bf16_products():
-                    return moments(layer, index, self.prefix, group, uniform, originals)
-            return _folded_moments(layer, group, observed, done.factors)
+                    return moments(layer, index, self.prefix, group, weights, originals)
+            return folded_moments(layer, group, observed, done.factors)
 
         with self._timed("rounding"):
             refinement = Refinement(settings.damping, settings.clip, settings.correction, settings.refits)
-            rounded = round_in_order(layer, settings.container, moments_of, refinement)
+            before = {name: linear(layer, name).weight.detach().clone() for name in LINEARS} if self.result.plan else {}
+            rounded = round_in_order(layer, containers, moments_of, refinement)
         for name, (kind, weight) in rounded.items():
             done.packed[f"{name}.weight"] = Packed(kind, weight.data, weight.weight.shape[1])
+        if self.result.plan:
+            done.losses = self._losses(layer, index, before, observed, done.factors)
         return done
+
+    def _losses(
+        self, layer: nn.Module, index: int, before: dict[str, torch.Tensor], observed: Observed, factors: dict[str, torch.Tensor]
+    ) -> dict[str, float]:
+        """What rounding layer ``index`` has cost by the measure that chose its containers, by parameter name."""
+        assert self.sensitivity is not None
+        weights, inputs = self._token_weights(index), {}
+        for group in GROUPS:
+            inputs[group.name] = Inputs(folded_moments(layer, group, observed, factors).hessian, total_weight(self.streams, weights, group))
+        fisher = {name: float(values[index]) for name, values in self.sensitivity.fisher.items()}
+        return {f"{name}.weight": cost for name, cost in measured_costs(layer, before, inputs, fisher, factors).items()}
 
     def _foldable(self) -> tuple[Group, ...]:
         """Groups that take channel factors: not down_proj where a Hadamard transform lies between it and up_proj."""
@@ -199,11 +261,12 @@ class _Walk:
             self.result.projector = rotated_projector(self.loaded, self.rotation)
         return self.result
 
-    def _collect(self, prefix: str, done: LayerWork) -> None:
-        result = self.result
+    def _collect(self, index: int, done: LayerWork) -> None:
+        result, prefix, wanted = self.result, f"layers.{index}", self._containers(index)
+        result.losses.update({f"{prefix}.{name}": loss for name, loss in done.losses.items()})
         for name, packed in done.packed.items():
             result.packed[f"{prefix}.{name}"] = packed
-            if packed.container != self.settings.container:
+            if packed.container != wanted[name.removesuffix(".weight")]:
                 result.fallbacks.append((f"{prefix}.{name}", packed.container))
         result.replaced.update({f"{prefix}.{name}": value.cpu() for name, value in done.replaced.items()})
         if done.exponents:
@@ -214,23 +277,3 @@ class _Walk:
         start = time.perf_counter()
         yield
         self.result.seconds[stage] = self.result.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-def _inverse_factors(layer: nn.Module, group: Group, factors: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """1 / s of every input channel of ``group``, or None where nothing was folded."""
-    return 1.0 / spread(layer, group, factors[group.name]) if group.name in factors else None
-
-
-def _folded_inputs(layer: nn.Module, group: Group, observed: Observed, factors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The original model's inputs as the folded layer's linears take them, x / s, one [tokens, columns] a sample."""
-    inverse = _inverse_factors(layer, group, factors)
-    inputs = observed.inputs.pop(group.name)
-    return inputs if inverse is None else [x * inverse.to(x.device) for x in inputs]
-
-
-def _folded_moments(layer: nn.Module, group: Group, observed: Observed, factors: dict[str, torch.Tensor]) -> Moments:
-    """Second moments of the inputs that the folded layer's linears take, x / s, all of them the original model's."""
-    hessian = observed.statistics[group.name].hessian
-    assert hessian is not None
-    inverse = _inverse_factors(layer, group, factors)
-    return Moments(hessian if inverse is None else hessian * inverse * inverse[:, None])

@@ -29,7 +29,9 @@ def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("inspect") / "small.gguf"
     writer = gguf.GGUFWriter(str(path), "qwen2vl")
     ratios = {"attention": [1.0 + layer for layer in range(LAYERS)], "mlp": [0.5] * LAYERS}
-    keys = describe(container="MBQ3", method="mbq", rounding="gptq", fingerprint="ab" * 32, samples=7, ratios=ratios)
+    keys = describe(
+        container="MBQ3", method="mbq", rounding="gptq", fingerprint="ab" * 32, samples=7, ratios=ratios, token_weights="uniform"
+    )
     for key, value in keys.items():
         add_metadata(writer, key, value)
     writer.add_string("markup", "[/red] not [bold]markup, no \x1b[2J command")

@@ -10,7 +10,7 @@ from mbq_gguf.calibration.stream import capture, working_layer
 from mbq_gguf.calibration.token_weights import modality, uniform
 from mbq_gguf.formats.registry import container_for
 from mbq_gguf.models import LoadedModel
-from mbq_gguf.models.decoder import GROUPS, linear
+from mbq_gguf.models.decoder import GROUPS, LINEARS, linear
 from mbq_gguf.rounding.nearest import nearest_values
 from mbq_gguf.transforms.equalise import EXPONENTS, channel_factors, output_loss, search
 from mbq_gguf.transforms.layer import search_layer
@@ -48,7 +48,7 @@ def test_search_leaves_the_layer_and_beats_exponent_zero(tiny: LoadedModel, samp
     weights = uniform if power == 2 else modality({"attention": [0.5] * 3, "mlp": [0.5] * 3}, 1)
     observed = observe(layer, 1, list(capture(tiny, samples)), hessian_weights=None, call_weights=weights, call_samples=2)
     assert len(observed.calls["qkv"]) == 2
-    choices = search_layer(layer, observed, "MBQ3", power)
+    choices = search_layer(layer, observed, dict.fromkeys(LINEARS, "MBQ3"), power)
     assert set(choices) == {"qkv", "o", "gate_up", "down"}
     for choice in choices.values():
         assert len(choice.losses) == len(EXPONENTS)
@@ -65,7 +65,7 @@ def test_search_finds_the_outlier_channel(tiny: LoadedModel) -> None:
     x[..., 7] *= 100
     call = Call((x,), {}, module(x)[0].detach(), torch.ones(64))
     kind = container_for("MBQ3", module.in_features)
-    choice = search(layer, group, x[0].abs().mean(0), [call], 2, lambda weight: nearest_values(weight, kind))
+    choice = search(layer, group, x[0].abs().mean(0), [call], 2, [lambda weight: nearest_values(weight, kind)] * len(group.linears))
     assert choice is not None
     assert choice.exponent > 0
     assert min(choice.losses) < 0.5 * choice.losses[0]

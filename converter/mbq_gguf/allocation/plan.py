@@ -28,6 +28,14 @@ class Plan:
         return 8 * sum(self.sizes.values()) / sum(self.weights.values())
 
     @property
+    def main(self) -> str:
+        """The container of most weights."""
+        counts = Counter[str]()
+        for tensor, kind in self.containers.items():
+            counts[kind] += self.weights[tensor]
+        return counts.most_common(1)[0][0]
+
+    @property
     def predicted(self) -> float:
         """Nats that all tensors together cost."""
         return sum(self.losses.values())

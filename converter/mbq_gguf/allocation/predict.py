@@ -80,6 +80,27 @@ def _predicted(change: torch.Tensor, kind: Container, inputs: Inputs, costs: tor
     return fisher * float((change.square() @ costs).double().sum()) / inputs.weight
 
 
+@torch.no_grad()
+def measured_costs(
+    layer: nn.Module,
+    before: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, Inputs],
+    fisher: Mapping[str, float],
+    factors: Mapping[str, torch.Tensor],
+) -> dict[str, float]:
+    """What the rounding of each linear of ``layer`` has cost, by the linear's name.
+
+    ``before`` are its weights as they were rounded, ``inputs`` (by group) those of the layer with ``factors`` (by group) folded.
+    """
+    out = {}
+    for group in GROUPS:
+        for name in group.linears:
+            change = linear(layer, name).weight - before[name]
+            scale = output_scale(factors, name)
+            out[name] = inputs[group.name].cost(change if scale is None else change * scale[:, None], fisher[name])
+    return out
+
+
 def output_scale(factors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
     """What the outputs of linear ``name`` were divided by when ``factors`` (by group) were folded, one an output; None for nothing."""
     following: list[Group] = [group for group in GROUPS if group.previous == name and group.name in factors]

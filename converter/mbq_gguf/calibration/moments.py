@@ -42,13 +42,14 @@ def moments(
     found: Moments | None = None
     for number, stream in enumerate(prefix):
         x = group_input(rounded, index, stream, group)
-        weighted = x * weights(stream, group).to(x.device)[:, None]
+        root = weights(stream, group).to(x.device).sqrt()[:, None]
+        rooted = x * root  # both sides of the product alike, so that the sum is positive however it is rounded
         if found is None:
             square = x.new_zeros(x.shape[1], x.shape[1])
             found = Moments(square, None if originals is None else square.clone())
-        found.hessian.addmm_(x.t(), weighted)
+        found.hessian.addmm_(rooted.t(), rooted)
         if originals is not None and found.cross is not None:
-            found.cross.addmm_((originals[number].to(x) - x).t(), weighted)
+            found.cross.addmm_(((originals[number].to(x) - x) * root).t(), rooted)
     assert found is not None
     return found
 

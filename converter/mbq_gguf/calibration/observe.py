@@ -42,7 +42,9 @@ class InputStatistics:
         self.mean_abs += (x.abs().sum(dim=0) - self.mean_abs * x.shape[0]) / (self.tokens + x.shape[0])
         self.tokens += x.shape[0]
         if self.hessian is not None:
-            self.hessian.addmm_(x.t() if weight is None else x.t() * weight, x)
+            # Both sides alike, so that the sum is positive however the product is rounded.
+            rooted = x if weight is None else x * weight.sqrt()[:, None]
+            self.hessian.addmm_(rooted.t(), rooted)
 
 
 @dataclass

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mbq_gguf
+from mbq_gguf.allocation.plan import Plan
 from mbq_gguf.formats.gguf_types import FILE_TYPES, import_gguf
 
 CONTAINER_VERSION = 1  # raised whenever a file of the old layout must not be read as one of the new
@@ -33,8 +34,9 @@ def describe(
     fingerprint: str,
     samples: int,
     ratios: Mapping[str, Sequence[float]],
+    token_weights: str,
 ) -> dict[str, Any]:
-    """The metadata of a quantised file, by key.
+    """The metadata of a quantised file, by key; ``container`` is "mixed" where each tensor has its own.
 
     ``fingerprint`` is the SHA-256 of the calibration set as it was used ("" where none was) and ``samples`` its size; ``ratios``
     holds, per layer, vision over language sensitivity of the "attention" and "mlp" outputs (MBQ, arXiv 2412.19509), and is empty where the
@@ -47,10 +49,20 @@ def describe(
         "mbq.type": container,
         "mbq.method": method,
         "mbq.rounding": rounding,
+        "mbq.token_weights": token_weights,
         "mbq.calibration.fingerprint": fingerprint,
         "mbq.calibration.samples": samples,
     }
     return keys | {RATIO + part: [float(value) for value in values] for part, values in ratios.items()}
+
+
+def allocated(plan: Plan, measured: Mapping[str, float]) -> dict[str, Any]:
+    """How large a file of chosen containers is (bits a weight of the decoder's matrices), and what rounding was to cost and has (nats)."""
+    return {
+        "mbq.allocation.bits_per_weight": plan.bits_per_weight,
+        "mbq.allocation.predicted_loss": plan.predicted,
+        "mbq.allocation.measured_loss": sum(measured.values()),
+    }
 
 
 def rotated(rotate: str, hadamard: int = 0) -> dict[str, Any]:

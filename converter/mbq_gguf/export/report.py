@@ -29,6 +29,7 @@ class ConvertReport:
     size_before: int  # the checkpoint's safetensors
     fallbacks: Sequence[str]  # one sentence for each type that a row length ruled out
     seconds: Mapping[str, float] = field(default_factory=dict)
+    allocation: RenderableType | None = None  # the containers by kind of tensor, where they were chosen
 
     @property
     def size_after(self) -> int:
@@ -38,6 +39,7 @@ class ConvertReport:
     def render(self) -> RenderableType:
         """Tensors by container, sizes, times and fallbacks."""
         parts: list[RenderableType] = [container_table(self)]
+        parts += [self.allocation] if self.allocation else []
         parts += [Text(f"note: {sentence}", style="yellow") for sentence in self.fallbacks]
         saved = self.size_before / self.size_after
         parts.append(Text(f"{megabytes(self.size_before)} before, {megabytes(self.size_after)} after: {saved:.2f} times smaller"))

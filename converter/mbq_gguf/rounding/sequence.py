@@ -7,7 +7,7 @@ rounded is W + a W (sum (y - x)^T x) H^-1, which for a = 1 gives the original ou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,19 +35,19 @@ class Refinement:
 
 
 def round_in_order(
-    layer: nn.Module, container: str, moments_of: Callable[[Group], Moments | None], refinement: Refinement
+    layer: nn.Module, containers: Mapping[str, str], moments_of: Callable[[Group], Moments | None], refinement: Refinement
 ) -> dict[str, tuple[str, Rounded]]:
-    """Round ``layer`` in place; container name and rounded weight of every linear by its name in the layer.
+    """Round ``layer`` in place; container name and rounded weight of every linear by its name in the layer, as are ``containers``.
 
     ``moments_of`` is asked for a group's moments when every earlier group of the layer is rounded; None means nearest rounding, which a
     container without a grid (F16 and other fallbacks) always gets.
     """
     out = {}
     for group in GROUPS:
-        kept = container_for(container, linear(layer, group.linears[0]).in_features)
-        grid = grid_of(kept)
-        found = moments_of(group) if grid is not None else None
-        for name in group.linears:
+        kinds = {name: container_for(containers[name], linear(layer, name).in_features) for name in group.linears}
+        found = moments_of(group) if any(grid_of(kept) for kept in kinds.values()) else None
+        for name, kept in kinds.items():
+            grid = grid_of(kept)
             weight = linear(layer, name).weight
             if found is None or grid is None:
                 rounded = round_nearest(weight.detach(), kept)

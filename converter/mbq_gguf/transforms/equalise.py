@@ -40,10 +40,12 @@ def channel_factors(mean_abs: torch.Tensor, exponent: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def search(layer: nn.Module, group: Group, mean_abs: torch.Tensor, calls: Sequence[Call], power: int, rounder: Rounder) -> Choice | None:
+def search(
+    layer: nn.Module, group: Group, mean_abs: torch.Tensor, calls: Sequence[Call], power: int, rounders: Sequence[Rounder]
+) -> Choice | None:
     """The best of :data:`EXPONENTS` for ``group``; None where the layer's shapes do not allow the fold. ``layer`` is left as it was.
 
-    ``mean_abs`` [columns] is over all tokens; ``power`` 1 or 2 is the norm of the loss.
+    ``mean_abs`` [columns] is over all tokens; ``power`` 1 or 2 is the norm of the loss; ``rounders`` are one a linear.
     """
     if repeats(layer, group) == 0:
         return None
@@ -55,7 +57,7 @@ def search(layer: nn.Module, group: Group, mean_abs: torch.Tensor, calls: Sequen
     try:
         for exponent in EXPONENTS:
             factors = spread(layer, group, channel_factors(shared, exponent))
-            for module, weight in zip(linears, original, strict=True):
+            for module, weight, rounder in zip(linears, original, rounders, strict=True):
                 module.weight.copy_(rounder(weight * factors) / factors)
             losses.append(output_loss(inspected, calls, power))
     finally:

@@ -16,13 +16,16 @@ from mbq_gguf.transforms.equalise import Choice, search
 from mbq_gguf.transforms.fold import fold
 
 
-def search_layer(layer: nn.Module, observed: Observed, container: str, power: int, groups: Sequence[Group] = GROUPS) -> dict[str, Choice]:
-    """The choice of each of ``groups`` that the layer's shapes allow to fold, by group name."""
+def search_layer(
+    layer: nn.Module, observed: Observed, containers: Mapping[str, str], power: int, groups: Sequence[Group] = GROUPS
+) -> dict[str, Choice]:
+    """The choice of each of ``groups`` that the layer's shapes allow to fold, by group name; ``containers`` are by linear."""
     choices = {}
     for group in groups:
-        kept = container_for(container, linear(layer, group.linears[0]).in_features)
+        kinds = [container_for(containers[name], linear(layer, name).in_features) for name in group.linears]
         mean_abs = observed.statistics[group.name].mean_abs
-        choice = search(layer, group, mean_abs, observed.calls[group.name], power, partial(nearest_values, container=kept))
+        rounders = [partial(nearest_values, container=kind) for kind in kinds]
+        choice = search(layer, group, mean_abs, observed.calls[group.name], power, rounders)
         if choice is not None:
             choices[group.name] = choice
     return choices

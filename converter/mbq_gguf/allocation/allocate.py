@@ -1,0 +1,58 @@
+"""A plan for the whole decoder: one run of the calibration set through the original layers, and the knapsack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from mbq_gguf.allocation.knapsack import Option
+from mbq_gguf.allocation.plan import Plan, make_plan
+from mbq_gguf.allocation.predict import Inputs, layer_options
+from mbq_gguf.calibration.observe import TokenWeights, observe
+from mbq_gguf.calibration.precision import bf16_products
+from mbq_gguf.calibration.stream import Streamed
+from mbq_gguf.models.decoder import GROUPS, Group, linear
+
+
+def allocate(
+    layers: int,
+    layer_of: Callable[[int], nn.Module],
+    streams: Sequence[Streamed],
+    weights_of: Callable[[int], TokenWeights],
+    fisher: Mapping[str, torch.Tensor],
+    *,
+    damping: float | None,
+    target: float,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Plan:
+    """The containers of least predicted cost at ``target`` bits a weight, by decoder-relative parameter name.
+
+    ``layer_of`` gives a layer as it is before equalisation, on the device; ``streams``, at the door of the first, are left as they are;
+    ``fisher`` [layers] is by linear; ``damping`` is GPTQ's, None for rounding to nearest. Raises UsageError for a target out of reach.
+    """
+    running = [replace(stream) for stream in streams]
+    options: dict[str, dict[str, Option]] = {}
+    counts: dict[str, int] = {}
+    for index in range(layers):
+        layer, weights = layer_of(index), weights_of(index)
+        with bf16_products():
+            statistics = observe(layer, index, running, hessian_weights=weights, call_weights=None, call_samples=0).statistics
+        inputs = {}
+        for group in GROUPS:
+            hessian = statistics.pop(group.name).hessian
+            assert hessian is not None
+            inputs[group.name] = Inputs(hessian, total_weight(streams, weights, group))
+        found = layer_options(layer, inputs, {name: float(values[index]) for name, values in fisher.items()}, damping)
+        for name, kinds in found.items():
+            options[f"layers.{index}.{name}.weight"] = kinds
+            counts[f"layers.{index}.{name}.weight"] = linear(layer, name).weight.numel()
+        progress(index + 1, layers)
+    return make_plan(options, counts, target)
+
+
+def total_weight(streams: Sequence[Streamed], weights: TokenWeights, group: Group) -> float:
+    """The sum of all tokens' weights."""
+    return float(sum(weights(stream, group).double().sum() for stream in streams))
