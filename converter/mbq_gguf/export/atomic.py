@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -44,8 +45,7 @@ def staged(*finals: Path) -> Iterator[list[Path]]:
 
     Raises UserError where the disk is full or the files cannot be written.
     """
-    # The name must not depend on the final one: the conversion package reads braces in file names as templates.
-    parts = [final.absolute().parent / f".mbq-gguf-{os.getpid()}-{index}.part" for index, final in enumerate(finals)]
+    parts = [part_of(final) for final in finals]
     try:
         yield parts
         for part in parts:
@@ -61,6 +61,14 @@ def staged(*finals: Path) -> Iterator[list[Path]]:
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
+
+
+def part_of(final: Path) -> Path:
+    """The temporary name beside ``final``: the same in every run, so that the next one clears away what a killed one left.
+
+    A digest, since the conversion package reads braces in file names as templates.
+    """
+    return final.absolute().parent / f".mbq-gguf-{hashlib.sha256(final.name.encode()).hexdigest()[:12]}.part"
 
 
 def reason(error: OSError) -> str:
