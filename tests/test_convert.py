@@ -94,8 +94,10 @@ def test_other_containers(kind: str, number: int, built_llama: Path, tiny_dir: P
 
 
 def test_calibrated_file_holds_ratios_and_fingerprint(built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:
-    report, text = run(tiny_dir, tmp_path / "tiny.gguf", samples=1)
+    report, text = run(tiny_dir, tmp_path / "tiny.gguf", method="mbq", samples=1)
     found = read_header(report.out).metadata
+    assert found["mbq.gptq.clip"] is True
+    assert (found["mbq.gptq.distort"], found["mbq.gptq.correction"], found["mbq.gptq.refits"]) == (True, 0.5, 2)
     assert (found["mbq.method"], found["mbq.rounding"], found["mbq.calibration.samples"]) == ("mbq", "gptq", 1)
     assert len(found["mbq.ratio.attention"]) == len(found["mbq.ratio.mlp"]) == LAYERS
     assert all(ratio > 0 for ratio in found["mbq.ratio.attention"] + found["mbq.ratio.mlp"])

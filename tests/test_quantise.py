@@ -20,7 +20,7 @@ from mbq_gguf.models.decoder import LINEARS, linear
 from mbq_gguf.quantise import QuantiseResult, QuantiseSettings, quantise
 from mbq_gguf.workdir import WorkDir, open_workdir
 
-FAST = QuantiseSettings(container="MBQ3", search_samples=1)
+FAST = QuantiseSettings(container="MBQ3", method="mbq", clip=False, distort=False, refits=0, search_samples=1)
 
 
 @pytest.fixture(scope="module", autouse=True)

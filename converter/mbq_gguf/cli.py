@@ -112,7 +112,13 @@ def inspect(file: Path) -> None:
     type=click.FloatRange(min=0, min_open=True),
     help="Instead of --type: a type for each tensor, at most this many bits a weight of the decoder's matrices in all.",
 )
-@click.option("--method", type=click.Choice(["rtn", "awq", "mbq"]), default="mbq", show_default=True, help="How channels are equalised.")
+@click.option(
+    "--method",
+    type=click.Choice(["rtn", "awq", "mbq"]),
+    default="rtn",
+    show_default=True,
+    help="Equalisation of channels before rounding: none, by all tokens alike, or by modality (takes three times as long).",
+)
 @click.option("--rounding", type=click.Choice(["nearest", "gptq"]), default="gptq", show_default=True, help="How weights become codes.")
 @click.option("--calib", type=click.Path(path_type=Path), help="A JSONL of pictures, questions and answers, or a folder of pictures.")
 @click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Calibration samples.")
@@ -137,12 +143,16 @@ def inspect(file: Path) -> None:
     show_default=True,
     help="Spread outliers by rotations: offline folds into weights, full adds a transform that the patched llama.cpp computes.",
 )
-@click.option("--clip/--no-clip", default=False, show_default=True, help="Search the range of each block.")
-@click.option("--distort/--no-distort", default=False, show_default=True, help="Calibrate on the inputs that rounded layers give.")
+@click.option("--clip/--no-clip", default=True, show_default=True, help="GPTQ: search the range of each block.")
+@click.option("--distort/--no-distort", default=True, show_default=True, help="GPTQ: calibrate on the inputs that rounded layers give.")
 @click.option(
-    "--correction", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Share of earlier layers' error to make good."
+    "--correction",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="With --distort: share of earlier errors to make good.",
 )
-@click.option("--refits", type=click.IntRange(min=0), default=0, show_default=True, help="Turns of refitting scales to codes.")
+@click.option("--refits", type=click.IntRange(min=0), default=2, show_default=True, help="GPTQ: turns of refitting scales to codes.")
 @click.option("--work-dir", type=DIRECTORY, help="Where finished layers are kept (default: beside OUT until it is whole).")
 def convert(type_: str, **options: Any) -> None:
     """Turn the Hugging Face VLM in MODEL_DIR into the GGUF file OUT and the vision file mmproj-OUT beside it.

@@ -235,6 +235,8 @@ def text_file(options: ConvertOptions, quantised: Quantised | None) -> TextFile:
         ratios=result.ratios,
         token_weights=options.token_weights,
     )
+    if options.rounding == "gptq":
+        keys |= metadata.gptq(clip=options.clip, distort=options.distort, correction=options.correction, refits=options.refits)
     if result.plan:
         keys |= metadata.allocated(result.plan, result.losses)
     keys |= metadata.rotated(options.rotate, result.hadamard)

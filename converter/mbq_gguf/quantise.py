@@ -45,18 +45,24 @@ class QuantiseSettings:
 
     container: str = "MBQ3"
     target_bpw: float | None = None  # one container a tensor instead, chosen to meet this size (bits a weight)
-    method: Method = "mbq"
+    method: Method = "rtn"  # equalisation of channels beforehand
     rounding: Rounding = "gptq"
     floor: bool = True  # no layer's modality ratio below the median over layers
     token_weights: Kind = "uniform"  # how GPTQ's Hessians weigh tokens
     prompt_weight: float = 1.0  # of a prompt token where token_weights is modality
     rotate: Rotate = "none"
-    clip: bool = False  # search each block's range
-    distort: bool = False  # Hessians from the inputs that the already rounded prefix gives
-    correction: float = 0.0  # share of the prefix's output error that a layer makes good; needs distort
-    refits: int = 0  # turns of refitting scales and minima to the codes
+    # GPTQ's own; nearest rounding knows none of them
+    clip: bool = True  # search each block's range
+    distort: bool = True  # Hessians from the inputs that the already rounded prefix gives
+    correction: float = 0.5  # share of the prefix's output error that a layer makes good, where distort is on
+    refits: int = 2  # turns of refitting scales and minima to the codes
     search_samples: int = 32  # samples that the search for equalisation factors compares on
     damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
+
+    @property
+    def follows_prefix(self) -> bool:
+        """Whether the rounded model's own inputs are needed beside the original's."""
+        return self.distort and self.rounding == "gptq"
 
 
 def quantise(
@@ -116,7 +122,7 @@ class _Walk:
         if self.rotation:
             for stream in self.streams:
                 stream.hidden = (stream.hidden.double() @ self.rotation.residual).to(stream.hidden)
-        if self.settings.distort:
+        if self.settings.follows_prefix:
             self.prefix = [replace(stream) for stream in self.streams]
         if self.settings.target_bpw:
             self.result.plan = self._plan(self.settings.target_bpw)
@@ -192,7 +198,7 @@ class _Walk:
         settings = self.settings
         call_weights: TokenWeights | None = {"rtn": None, "awq": uniform, "mbq": modality(self.result.ratios, index)}[settings.method]
         weights, containers = self._token_weights(index), self._containers(index)
-        of_originals = self.result.plan is not None or (settings.rounding == "gptq" and not settings.distort)
+        of_originals = self.result.plan is not None or (settings.rounding == "gptq" and not settings.follows_prefix)
         with self._timed("observe"), bf16_products():
             observed = observe(
                 layer,
@@ -201,7 +207,7 @@ class _Walk:
                 hessian_weights=weights if of_originals else None,
                 call_weights=call_weights,
                 call_samples=settings.search_samples,
-                keep_inputs=settings.correction > 0,
+                keep_inputs=settings.follows_prefix and settings.correction > 0,
             )
         done = LayerWork({}, {}, {}, {})
         if settings.method != "rtn":
@@ -216,14 +222,15 @@ class _Walk:
         def moments_of(group: Group) -> Moments | None:
             if settings.rounding == "nearest":
                 return None
-            if settings.distort:
+            if settings.follows_prefix:
                 originals = folded_inputs(layer, group, observed, done.factors) if settings.correction else None
                 with self._timed("moments"), bf16_products():
                     return moments(layer, index, self.prefix, group, weights, originals)
             return folded_moments(layer, group, observed, done.factors)
 
         with self._timed("rounding"):
-            refinement = Refinement(settings.damping, settings.clip, settings.correction, settings.refits)
+            correction = settings.correction if settings.follows_prefix else 0.0
+            refinement = Refinement(settings.damping, settings.clip, correction, settings.refits)
             before = {name: linear(layer, name).weight.detach().clone() for name in LINEARS} if self.result.plan else {}
             rounded = round_in_order(layer, containers, moments_of, refinement)
         for name, (kind, weight) in rounded.items():

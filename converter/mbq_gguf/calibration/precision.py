@@ -15,9 +15,10 @@ def bf16_products() -> Iterator[None]:
     Only for running the model and summing moments over tokens, never for rounding: 330 to 400 instead of 115 to 130 GFLOPS at the shapes
     of the reference VLM (2 cores with AMX). GPUs are not concerned.
     """
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at import, so mypy does not know it
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        products.fp32_precision = before

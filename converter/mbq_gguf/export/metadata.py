@@ -56,6 +56,11 @@ def describe(
     return keys | {RATIO + part: [float(value) for value in values] for part, values in ratios.items()}
 
 
+def gptq(*, clip: bool, distort: bool, correction: float, refits: int) -> dict[str, Any]:
+    """What GPTQ did beyond its paper: the options of ``convert`` of these names."""
+    return {"mbq.gptq.clip": clip, "mbq.gptq.distort": distort, "mbq.gptq.correction": correction, "mbq.gptq.refits": refits}
+
+
 def allocated(plan: Plan, measured: Mapping[str, float]) -> dict[str, Any]:
     """How large a file of chosen containers is (bits a weight of the decoder's matrices), and what rounding was to cost and has (nats)."""
     return {
