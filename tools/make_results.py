@@ -63,9 +63,8 @@ class Variant:
         return ["mbq-gguf", "convert", str(model), str(folder / self.file_name), *self.arguments, "--threads", str(THREADS)]
 
 
-# The papers' methods alone: what goes beyond them is switched off, whatever the defaults are.
-PLAIN = ("--no-clip", "--no-distort", "--correction", "0", "--refits", "0", "--rotate", "none")
-BEYOND = ("--clip", "--refits", "2", "--distort", "--correction", "0.5")
+# The papers' methods alone: what goes beyond them is on by default.
+PLAIN = ("--no-clip", "--no-distort", "--refits", "0")
 
 
 def ours(name: str, method: str, rounding: str, *more: str) -> Variant:
@@ -76,9 +75,11 @@ def ours(name: str, method: str, rounding: str, *more: str) -> Variant:
 VARIANTS = (
     Variant(REFERENCE, "convert", ("--type", "BF16")),
     *(ours(f"{method} {rounding}", method, rounding, *PLAIN) for rounding in ("nearest", "gptq") for method in ("rtn", "awq", "mbq")),
-    ours("rtn gptq + range search", "rtn", "gptq", *PLAIN, "--clip"),
-    ours("rtn gptq + range search, refits, quantised prefix", "rtn", "gptq", *BEYOND, "--rotate", "none"),
-    ours("rtn gptq + range search, refits, quantised prefix, full rotation", "rtn", "gptq", *BEYOND, "--rotate", "full"),
+    ours("rtn gptq + range search", "rtn", "gptq", "--no-distort", "--refits", "0"),
+    Variant("MBQ3", "convert", ("--type", "MBQ3")),
+    Variant("MBQ3, mbq", "convert", ("--type", "MBQ3", "--method", "mbq")),
+    Variant("MBQ3, full rotation", "convert", ("--type", "MBQ3", "--rotate", "full")),
+    Variant("Q3_K by mbq-gguf", "convert", ("--type", "Q3_K")),
     *(Variant(name, "quantize", (name,)) for name in ("Q4_0", "Q4_K_M", "Q3_K_M")),
 )
 
