@@ -63,8 +63,9 @@ class Variant:
         return ["mbq-gguf", "convert", str(model), str(folder / self.file_name), *self.arguments, "--threads", str(THREADS)]
 
 
+FEW = ("--samples", "64")  # half of the default's, for rows that compare methods among each other
 # The papers' methods alone: what goes beyond them is on by default.
-PLAIN = ("--no-clip", "--no-distort", "--refits", "0")
+PLAIN = (*FEW, "--no-clip", "--no-distort", "--refits", "0")
 
 
 def ours(name: str, method: str, rounding: str, *more: str) -> Variant:
@@ -75,11 +76,12 @@ def ours(name: str, method: str, rounding: str, *more: str) -> Variant:
 VARIANTS = (
     Variant(REFERENCE, "convert", ("--type", "BF16")),
     *(ours(f"{method} {rounding}", method, rounding, *PLAIN) for rounding in ("nearest", "gptq") for method in ("rtn", "awq", "mbq")),
-    ours("rtn gptq + range search", "rtn", "gptq", "--no-distort", "--refits", "0"),
+    ours("rtn gptq + range search", "rtn", "gptq", *FEW, "--no-distort", "--refits", "0"),
     Variant("MBQ3", "convert", ("--type", "MBQ3")),
-    Variant("MBQ3, mbq", "convert", ("--type", "MBQ3", "--method", "mbq")),
-    Variant("MBQ3, full rotation", "convert", ("--type", "MBQ3", "--rotate", "full")),
-    Variant("Q3_K by mbq-gguf", "convert", ("--type", "Q3_K")),
+    Variant("MBQ3, 64 samples", "convert", ("--type", "MBQ3", *FEW)),
+    Variant("MBQ3, 64 samples, mbq", "convert", ("--type", "MBQ3", *FEW, "--method", "mbq")),
+    Variant("MBQ3, 64 samples, full rotation", "convert", ("--type", "MBQ3", *FEW, "--rotate", "full")),
+    Variant("Q3_K by mbq-gguf", "convert", ("--type", "Q3_K", *FEW)),
     *(Variant(name, "quantize", (name,)) for name in ("Q4_0", "Q4_K_M", "Q3_K_M")),
 )
 
