@@ -151,6 +151,7 @@ class _Walk:
                 self._token_weights,
                 self.sensitivity.fisher,
                 damping=self.settings.damping if self.settings.rounding == "gptq" else None,
+                clip=self.settings.clip,
                 target=target,
                 progress=lambda done, total: self.progress("allocation", done, total),
             )

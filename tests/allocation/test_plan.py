@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from io import StringIO
 
 import pytest
 import torch
+from mbq_gguf.allocation import predict
 from mbq_gguf.allocation.knapsack import Option
 from mbq_gguf.allocation.plan import make_plan, plan_table
-from mbq_gguf.allocation.predict import Inputs, candidates, layer_options, output_scale
+from mbq_gguf.allocation.predict import Inputs, candidates, foreseen, layer_options, output_scale
 from mbq_gguf.calibration.stream import working_layer
 from mbq_gguf.errors import UsageError
 from mbq_gguf.formats.grid import grid_of
@@ -17,6 +19,7 @@ from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.decoder import GROUPS, LINEARS, linear
 from mbq_gguf.rounding.gptq import inverse_factor, objective, round_gptq
 from mbq_gguf.rounding.nearest import round_nearest
+from mbq_gguf.rounding.ranges import search_range
 from rich.console import Console
 
 DAMPING = 0.01
@@ -48,26 +51,35 @@ def test_candidates_follow_the_row_length() -> None:
 def test_sizes_and_nearest_costs_are_the_containers(tiny: LoadedModel) -> None:
     layer = working_layer(tiny, 0)
     inputs = inputs_of(layer, 0)
-    options = layer_options(layer, inputs, dict.fromkeys(LINEARS, 2.0), damping=None)
+    options = layer_options(layer, inputs, dict.fromkeys(LINEARS, 2.0), None, False)
     weight = linear(layer, "self_attn.k_proj").weight.detach()
     rounded = round_nearest(weight, container("Q4_1"))
     assert options["self_attn.k_proj"]["Q4_1"].size == rounded.data.size
     assert options["self_attn.k_proj"]["Q4_1"].loss == pytest.approx(2 * objective(weight, rounded.weight, inputs["qkv"].hessian) / 500)
 
 
-@pytest.mark.parametrize("kind", ["MBQ3", "MBQ3_64"])
-def test_gptqs_cost_is_foreseen_without_running_it(tiny: LoadedModel, kind: str) -> None:
-    layer = working_layer(tiny, 1)
-    inputs = inputs_of(layer, 1)
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("kind", ["MBQ3", "MBQ3_64", "Q2_K", "Q3_K", "Q4_1", "Q5_0", "Q6_K"])
+def test_gptqs_cost_is_foreseen_without_running_it(kind: str, clip: bool) -> None:
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(900, 32, generator=draw) @ torch.randn(32, 256, generator=draw) + torch.randn(900, 256, generator=draw)
+    weight, hessian = torch.randn(96, 256, generator=draw), x.t() @ x
     grid = grid_of(container(kind))
     assert grid is not None
-    name = "mlp.gate_proj"
-    weight, found = linear(layer, name).weight.detach(), inputs["gate_up"]
-    actual = found.cost(round_gptq(weight, inverse_factor(found.hessian, DAMPING), grid).weight - weight, 1.0)
-    options = layer_options(layer, inputs, dict.fromkeys(LINEARS, 1.0), DAMPING)
-    assert options[name][kind].loss == pytest.approx(actual, rel=0.2)
-    nearest = layer_options(layer, inputs, dict.fromkeys(LINEARS, 1.0), None)[name][kind].loss
-    assert nearest > 2 * actual  # the two predictions are told apart
+    factor = inverse_factor(hessian, DAMPING)
+    actual = objective(weight, round_gptq(weight, factor, grid, partial(search_range, grid) if clip else None).weight, hessian)
+    assert foreseen(weight, factor.diagonal().square().reciprocal(), grid, clip) == pytest.approx(actual, rel=0.25)
+    assert objective(weight, round_nearest(weight, container(kind)).weight, hessian) > 2 * actual  # what it is to be told apart from
+
+
+def test_options_are_scaled_up_from_some_rows(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = working_layer(tiny, 1)
+    few = layer_options(layer, inputs_of(layer, 1), dict.fromkeys(LINEARS, 1.0), DAMPING, False)
+    monkeypatch.setattr(predict, "ROWS", 10**6)
+    every = layer_options(layer, inputs_of(layer, 1), dict.fromkeys(LINEARS, 1.0), DAMPING, False)
+    for kind, option in every["mlp.gate_proj"].items():  # 192 rows
+        assert few["mlp.gate_proj"][kind].size == option.size
+        assert few["mlp.gate_proj"][kind].loss == pytest.approx(option.loss, rel=0.1)
 
 
 def test_output_scale_is_the_following_groups() -> None:

@@ -25,13 +25,14 @@ def allocate(
     fisher: Mapping[str, torch.Tensor],
     *,
     damping: float | None,
+    clip: bool,
     target: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """The containers of least predicted cost at ``target`` bits a weight, by decoder-relative parameter name.
 
     ``layer_of`` gives a layer as it is before equalisation, on the device; ``streams``, at the door of the first, are left as they are;
-    ``fisher`` [layers] is by linear; ``damping`` is GPTQ's, None for rounding to nearest. Raises UsageError for a target out of reach.
+    ``fisher`` [layers] is by linear; ``damping`` and ``clip`` are GPTQ's (see layer_options). Raises UsageError for a target out of reach.
     """
     running = [replace(stream) for stream in streams]
     options: dict[str, dict[str, Option]] = {}
@@ -45,7 +46,7 @@ def allocate(
             hessian = statistics.pop(group.name).hessian
             assert hessian is not None
             inputs[group.name] = Inputs(hessian, total_weight(streams, weights, group))
-        found = layer_options(layer, inputs, {name: float(values[index]) for name, values in fisher.items()}, damping)
+        found = layer_options(layer, inputs, {name: float(values[index]) for name, values in fisher.items()}, damping, clip)
         for name, kinds in found.items():
             options[f"layers.{index}.{name}.weight"] = kinds
             counts[f"layers.{index}.{name}.weight"] = linear(layer, name).weight.numel()

@@ -18,13 +18,15 @@ from torch import nn
 
 from mbq_gguf.allocation.knapsack import Option
 from mbq_gguf.formats.container import Container
-from mbq_gguf.formats.grid import grid_of
+from mbq_gguf.formats.grid import Grid, grid_of
 from mbq_gguf.formats.registry import container
 from mbq_gguf.models.decoder import GROUPS, Group, linear
 from mbq_gguf.rounding.gptq import inverse_factor, objective
 from mbq_gguf.rounding.nearest import nearest_values
+from mbq_gguf.rounding.ranges import search_range, search_steps
 
 CANDIDATES = ("Q2_K", "MBQ3", "Q3_K", "MBQ3_64", "Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
+ROWS = 128  # of a weight, evenly spread, that a prediction looks at
 
 
 @dataclass(frozen=True)
@@ -46,38 +48,46 @@ def candidates(columns: int) -> list[Container]:
 
 @torch.no_grad()
 def layer_options(
-    layer: nn.Module, inputs: Mapping[str, Inputs], fisher: Mapping[str, float], damping: float | None
+    layer: nn.Module, inputs: Mapping[str, Inputs], fisher: Mapping[str, float], damping: float | None, clip: bool
 ) -> dict[str, dict[str, Option]]:
     """Bytes and predicted cost of each linear of ``layer`` in each candidate container, by the linear's name and the container's.
 
-    ``inputs`` are by group, ``fisher`` by linear; ``damping`` is GPTQ's, None for rounding to nearest.
+    ``inputs`` are by group, ``fisher`` by linear; ``damping`` is GPTQ's, None for rounding to nearest; ``clip`` says whether GPTQ
+    searches ranges. Costs are those of at most ROWS rows, scaled up.
     """
     out: dict[str, dict[str, Option]] = {}
     for group in GROUPS:
         found = inputs[group.name]
         costs = None if damping is None else inverse_factor(found.hessian, damping).diagonal().square().reciprocal()
         for name in group.linears:
-            weight = linear(layer, name).weight.detach().float()
-            kinds = candidates(weight.shape[1])
-            out[name] = {
-                kind.name: Option(
-                    weight.shape[0] * kind.row_bytes(weight.shape[1]),
-                    _predicted(nearest_values(weight, kind) - weight, kind, found, costs, fisher[name]),
-                )
-                for kind in kinds
-            }
+            weight = linear(layer, name).weight.detach()
+            rows = weight[:: -(-len(weight) // ROWS)].float()
+            out[name] = {}
+            for kind in candidates(weight.shape[1]):
+                grid = grid_of(kind)
+                if costs is None or grid is None:
+                    loss = found.cost(nearest_values(rows, kind) - rows, fisher[name])
+                else:
+                    loss = fisher[name] * foreseen(rows, costs, grid, clip) / found.weight
+                out[name][kind.name] = Option(len(weight) * kind.row_bytes(weight.shape[1]), loss * len(weight) / len(rows))
     return out
 
 
-def _predicted(change: torch.Tensor, kind: Container, inputs: Inputs, costs: torch.Tensor | None, fisher: float) -> float:
-    """Cost of rounding that changes a weight by ``change`` when each weight goes to its nearest value in ``kind``.
+def foreseen(weight: torch.Tensor, costs: torch.Tensor, grid: Grid, clip: bool) -> float:
+    """About what GPTQ's objective will be for ``weight`` [rows, columns], without running it; ``costs`` [columns] are 1 / U[j, j] ** 2.
 
-    GPTQ's objective is the sum over columns of (error / U[j, j]) ** 2, with errors of weights that earlier columns have moved. Rounding
-    such a weight errs about as much as rounding the original one, so no GPTQ has to be run: ``costs`` [columns] are 1 / U[j, j] ** 2.
+    The objective is the sum over columns of (error / U[j, j]) ** 2, with errors of weights that earlier columns have moved. Rounding such
+    a weight errs about as much as rounding the original one, with scales and offsets fitted in the same way.
     """
-    if costs is None or grid_of(kind) is None:
-        return inputs.cost(change, fisher)
-    return fisher * float((change.square() @ costs).double().sum()) / inputs.weight
+    groups, by_group = weight.view(len(weight), -1, grid.group), costs.view(-1, grid.group)
+    if grid.fit is not None and not clip:
+        scale, offset = grid.fit(groups)
+    else:
+        blocks = zip(weight.view(len(weight), -1, grid.block).unbind(1), costs.view(-1, grid.block).unbind(0), strict=True)
+        steps = torch.stack([search_steps(grid, *block) for block in blocks], dim=1) if not grid.free else None
+        each = None if steps is None else steps.repeat_interleave(grid.block // grid.group, dim=1)
+        scale, offset = search_range(grid, groups, by_group, each)
+    return float(((grid.codes(groups, scale, offset) * scale + offset - groups).square() * by_group).double().sum())
 
 
 @torch.no_grad()
