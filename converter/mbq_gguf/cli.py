@@ -153,12 +153,20 @@ def inspect(file: Path) -> None:
     help="With --distort: share of earlier errors to make good.",
 )
 @click.option("--refits", type=click.IntRange(min=0), default=2, show_default=True, help="GPTQ: turns of refitting scales to codes.")
+@click.option(
+    "--refine",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="With --distort: passes over the samples in which each layer's scales are learned together.",
+)
 @click.option("--work-dir", type=DIRECTORY, help="Where finished layers are kept (default: beside OUT until it is whole).")
 def convert(type_: str, **options: Any) -> None:
     """Turn the Hugging Face VLM in MODEL_DIR into the GGUF file OUT and the vision file mmproj-OUT beside it.
 
-    Calibrates with pictures and answers: MBQ (arXiv 2412.19509) weighs each modality by how much the answer depends on it, GPTQ rounds on
-    the container's own grid. A run that is stopped goes on after its last finished layer when the same command is given again.
+    Calibrates with pictures and answers: GPTQ rounds on the container's own grid, layer by layer, from what the rounded layers before give;
+    MBQ (--method mbq, arXiv 2412.19509) weighs each modality by how much the answer depends on it. A run that is stopped goes on after its
+    last finished layer when the same command is given again.
     """
     from mbq_gguf.convert import ConvertOptions
     from mbq_gguf.convert import convert as convert_model

@@ -67,6 +67,7 @@ class ConvertOptions:
     distort: bool = QuantiseSettings.distort
     correction: float = QuantiseSettings.correction
     refits: int = QuantiseSettings.refits
+    refine: int = QuantiseSettings.refine
     work_dir: Path | None = None  # where finished layers are kept; None: beside out, until out is whole
 
     @property
@@ -236,7 +237,13 @@ def text_file(options: ConvertOptions, quantised: Quantised | None) -> TextFile:
         token_weights=options.token_weights,
     )
     if options.rounding == "gptq":
-        keys |= metadata.gptq(clip=options.clip, distort=options.distort, correction=options.correction, refits=options.refits)
+        keys |= metadata.gptq(
+            clip=options.clip,
+            distort=options.distort,
+            correction=options.correction,
+            refits=options.refits,
+            refine=options.refine,
+        )
     if result.plan:
         keys |= metadata.allocated(result.plan, result.losses)
     keys |= metadata.rotated(options.rotate, result.hadamard)

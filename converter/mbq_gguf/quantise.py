@@ -26,7 +26,8 @@ from mbq_gguf.formats.registry import container
 from mbq_gguf.models.decoder import GROUPS, LINEARS, Group, linear
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.outcome import LayerWork, Packed, QuantiseResult, restored_layer, saved_layer
-from mbq_gguf.rounding.sequence import Refinement, round_in_order
+from mbq_gguf.rounding.learned import learn
+from mbq_gguf.rounding.sequence import Matrix, Refinement, round_in_order
 from mbq_gguf.transforms.folded import folded_inputs, folded_moments
 from mbq_gguf.transforms.layer import changed_parameters, fold_layer, search_layer
 from mbq_gguf.transforms.preserved import FunctionCheck
@@ -56,6 +57,7 @@ class QuantiseSettings:
     distort: bool = True  # Hessians from the inputs that the already rounded prefix gives
     correction: float = 0.5  # share of the prefix's output error that a layer makes good, where distort is on
     refits: int = 2  # turns of refitting scales and minima to the codes
+    refine: int = 0  # passes over the samples in which scales and minima are learned, all matrices of a layer together; needs distort
     search_samples: int = 32  # samples that the search for equalisation factors compares on
     damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
 
@@ -81,6 +83,8 @@ def quantise(
     container(settings.container)
     if not samples and (settings.target_bpw or settings.method != "rtn" or settings.rounding != "nearest"):
         raise UsageError(f"Method {settings.method} with {settings.rounding} rounding needs calibration samples.")
+    if settings.refine and not settings.follows_prefix:
+        raise UsageError("Learning compares the rounded layer with the original: give --refine together with --distort and GPTQ.")
     walk = _Walk(loaded, settings, work, progress)
     walk.calibrate(samples)
     for index in range(len(loaded.decoder.layers)):
@@ -233,12 +237,26 @@ class _Walk:
             correction = settings.correction if settings.follows_prefix else 0.0
             refinement = Refinement(settings.damping, settings.clip, correction, settings.refits)
             before = {name: linear(layer, name).weight.detach().clone() for name in LINEARS} if self.result.plan else {}
-            rounded = round_in_order(layer, containers, moments_of, refinement)
-        for name, (kind, weight) in rounded.items():
-            done.packed[f"{name}.weight"] = Packed(kind, weight.data, weight.weight.shape[1])
+            matrices = round_in_order(layer, containers, moments_of, refinement)
+        if settings.refine:
+            with self._timed("refine"), bf16_products():
+                matrices = self._learned(layer, index, matrices)
+        for name, matrix in matrices.items():
+            done.packed[f"{name}.weight"] = Packed(matrix.container, matrix.rounded.data, matrix.rounded.weight.shape[1])
         if self.result.plan:
             done.losses = self._losses(layer, index, before, observed, done.factors)
         return done
+
+    def _learned(self, layer: nn.Module, index: int, matrices: dict[str, Matrix]) -> dict[str, Matrix]:
+        """``matrices`` with the parameters that learning found better, put into ``layer``."""
+        coded = {name: (matrix.grid, matrix.coded) for name, matrix in matrices.items() if matrix.grid and matrix.coded}
+        targets = [stream.hidden for stream in self.streams]  # they have passed the original layer already
+        found = learn(layer, index, self.prefix, targets, self._token_weights(index), coded, self.settings.refine)
+        for name, better in found.items():
+            grid = coded[name][0]
+            matrices[name] = Matrix(matrices[name].container, better.rounded(grid), grid, better)
+            linear(layer, name).weight.data.copy_(matrices[name].rounded.weight)
+        return matrices
 
     def _losses(
         self, layer: nn.Module, index: int, before: dict[str, torch.Tensor], observed: Observed, factors: dict[str, torch.Tensor]

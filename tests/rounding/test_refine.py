@@ -114,6 +114,6 @@ def test_the_corrected_weight_gives_the_original_output() -> None:
 def test_everything_together_beats_plain_gptq(grid: Grid) -> None:
     x, weight = inputs(11), drawn(12, 64, COLUMNS)
     found = Moments(x.t() @ x, torch.zeros(COLUMNS, COLUMNS))
-    plain = refined(weight, found, grid, Refinement(0.01, clip=False, correction=0.0, refits=0))
-    better = refined(weight, found, grid, Refinement(0.01, clip=True, correction=0.5, refits=2))
+    plain = refined(weight, found, grid, Refinement(0.01, clip=False, correction=0.0, refits=0)).rounded(grid)
+    better = refined(weight, found, grid, Refinement(0.01, clip=True, correction=0.5, refits=2)).rounded(grid)
     assert objective(weight, better.weight, found.hessian) < 0.9 * objective(weight, plain.weight, found.hessian)

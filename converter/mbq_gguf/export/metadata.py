@@ -56,9 +56,10 @@ def describe(
     return keys | {RATIO + part: [float(value) for value in values] for part, values in ratios.items()}
 
 
-def gptq(*, clip: bool, distort: bool, correction: float, refits: int) -> dict[str, Any]:
+def gptq(*, clip: bool, distort: bool, correction: float, refits: int, refine: int) -> dict[str, Any]:
     """What GPTQ did beyond its paper: the options of ``convert`` of these names."""
-    return {"mbq.gptq.clip": clip, "mbq.gptq.distort": distort, "mbq.gptq.correction": correction, "mbq.gptq.refits": refits}
+    found = {"clip": clip, "distort": distort, "correction": correction, "refits": refits, "refine": refine}
+    return {f"mbq.gptq.{name}": value for name, value in found.items()}
 
 
 def allocated(plan: Plan, measured: Mapping[str, float]) -> dict[str, Any]:

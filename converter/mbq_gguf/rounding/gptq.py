@@ -48,10 +48,14 @@ class Coded:
     offset: torch.Tensor
     steps: torch.Tensor
 
+    def values(self, grid: Grid) -> torch.Tensor:
+        """The weights [rows, columns] that the codes stand for."""
+        scale, offset = (value.repeat_interleave(grid.group, 1) for value in (self.scale, self.offset))
+        return self.codes * scale + offset
+
     def rounded(self, grid: Grid) -> Rounded:
         """Packed bytes and the values that they stand for."""
-        scale, offset = (value.repeat_interleave(grid.group, 1) for value in (self.scale, self.offset))
-        return Rounded(grid.packed(self.codes, self.scale, self.offset, self.steps), self.codes * scale + offset)
+        return Rounded(grid.packed(self.codes, self.scale, self.offset, self.steps), self.values(grid))
 
 
 def round_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit | None = None) -> Rounded:

@@ -34,10 +34,20 @@ class Refinement:
     refits: int
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """A rounded matrix: its container's name, bytes and values, and the ``grid`` and codes that GPTQ gave it (None where it did not)."""
+
+    container: str
+    rounded: Rounded
+    grid: Grid | None = None
+    coded: Coded | None = None
+
+
 def round_in_order(
     layer: nn.Module, containers: Mapping[str, str], moments_of: Callable[[Group], Moments | None], refinement: Refinement
-) -> dict[str, tuple[str, Rounded]]:
-    """Round ``layer`` in place; container name and rounded weight of every linear by its name in the layer, as are ``containers``.
+) -> dict[str, Matrix]:
+    """Round ``layer`` in place; every linear's matrix by its name in the layer, as are ``containers``.
 
     ``moments_of`` is asked for a group's moments when every earlier group of the layer is rounded; None means nearest rounding, which a
     container without a grid (F16 and other fallbacks) always gets.
@@ -50,15 +60,15 @@ def round_in_order(
             grid = grid_of(kept)
             weight = linear(layer, name).weight
             if found is None or grid is None:
-                rounded = round_nearest(weight.detach(), kept)
+                out[name] = Matrix(kept.name, round_nearest(weight.detach(), kept))
             else:
-                rounded = refined(weight.detach().float(), found, grid, refinement)
-            weight.data.copy_(rounded.weight)
-            out[name] = (kept.name, rounded)
+                coded = refined(weight.detach().float(), found, grid, refinement)
+                out[name] = Matrix(kept.name, coded.rounded(grid), grid, coded)
+            weight.data.copy_(out[name].rounded.weight)
     return out
 
 
-def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refinement) -> Rounded:
+def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refinement) -> Coded:
     """``weight`` [rows, columns] corrected, rounded by GPTQ, its parameters refitted and its codes chosen again."""
     factor = inverse_factor(found.hessian, refinement.damping)
     if refinement.correction:
@@ -69,7 +79,7 @@ def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refine
         coded = Coded(coded.codes, *refit(weight, coded.codes, coded.scale, coded.offset, found.hessian), coded.steps)
         if turn + 1 < refinement.refits:
             coded = code_gptq(weight, factor, grid, held=coded)
-    return coded.rounded(grid)
+    return coded
 
 
 def corrected(weight: torch.Tensor, found: Moments, factor: torch.Tensor, share: float) -> torch.Tensor:

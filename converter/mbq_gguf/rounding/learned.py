@@ -1,0 +1,119 @@
+"""Scales and offsets of a rounded layer learned against the original layer's output, all matrices of the layer at once.
+
+Block-AP of EfficientQAT (arXiv 2407.11062, section 3.2) with the codes held: what GPTQ does matrix by matrix from second moments, this does
+through attention and activation functions, by gradient descent. The input is what the rounded prefix gives, the target what the original
+layer makes of the original input, each token weighted as in GPTQ's Hessian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mbq_gguf.calibration.observe import TokenWeights
+from mbq_gguf.calibration.stream import Streamed, to_device
+from mbq_gguf.formats.grid import Grid, to_f16
+from mbq_gguf.models.decoder import GROUPS
+from mbq_gguf.rounding.gptq import Coded
+
+# Of Adam, in shares of a scale; falls to 0 in a straight line. On layers 0 to 3 of the reference VLM, 36 steps bring the error on samples
+# that were not learned from to 0.79 to 0.86; 12 steps at 5e-4 to 0.91 to 0.95, 24 at 5e-3 to 0.88 to 0.95.
+RATE = 2e-3
+BATCH = 4  # samples a step
+
+
+@dataclass
+class Line:
+    """The free parameters of one rounded matrix: ``share`` [rows, groups] of its scale to add to the scale, ``shift`` to the offset."""
+
+    grid: Grid
+    coded: Coded
+    share: torch.Tensor
+    shift: torch.Tensor
+
+    @classmethod
+    def of(cls, grid: Grid, coded: Coded) -> Line:
+        """Nothing added yet."""
+        return cls(grid, coded, torch.zeros_like(coded.scale).requires_grad_(), torch.zeros_like(coded.scale).requires_grad_())
+
+    def parameters(self) -> list[torch.Tensor]:
+        """Those that the file can store."""
+        return [self.share, self.shift] if self.grid.offset.free else [self.share]
+
+    def weight(self) -> torch.Tensor:
+        """The matrix [rows, columns], a function of the parameters."""
+        coded, group = self.coded, self.grid.group
+        scale, offset = coded.scale * (1 + self.share), coded.offset + coded.scale * self.shift
+        return coded.codes * scale.repeat_interleave(group, 1) + offset.repeat_interleave(group, 1)
+
+    @torch.no_grad()
+    def result(self) -> Coded:
+        """The same codes with the learned parameters, rounded to fp16."""
+        coded = self.coded
+        return Coded(coded.codes, to_f16(coded.scale * (1 + self.share)), to_f16(coded.offset + coded.scale * self.shift), coded.steps)
+
+
+def learn(
+    layer: nn.Module,
+    index: int,
+    prefix: Sequence[Streamed],
+    targets: Sequence[torch.Tensor],
+    weights: TokenWeights,
+    rounded: Mapping[str, tuple[Grid, Coded]],
+    passes: int,
+) -> dict[str, Coded]:
+    """Better parameters for the matrices ``rounded`` (by name in ``layer``, which is left as it is), or none where they do not pay.
+
+    ``prefix`` enters layer ``index``, ``targets`` [1, tokens, width] are to come out; ``passes`` is how often every sample is seen.
+    """
+    lines = {name: Line.of(grid, coded) for name, (grid, coded) in rounded.items() if grid.scale.free}
+    if not lines:
+        return {}
+    parameters = [parameter for line in lines.values() for parameter in line.parameters()]
+    optimiser = torch.optim.Adam(parameters, lr=RATE)
+    steps = max(1, passes * len(prefix) // BATCH)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
+    before = _loss(layer, index, prefix, targets, weights, {})
+    for step in range(steps):
+        drawn = [(step * BATCH + number) % len(prefix) for number in range(BATCH)]
+        with torch.enable_grad():
+            matrices = {f"{name}.weight": line.weight() for name, line in lines.items()}
+            losses = [_error(layer, index, prefix[i], targets[i], weights, matrices) for i in drawn]
+            gradients = torch.autograd.grad(torch.stack(losses).sum() / before, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimiser.step()
+        schedule.step()
+    found = {name: line.result() for name, line in lines.items()}
+    matrices = {f"{name}.weight": found[name].values(line.grid) for name, line in lines.items()}
+    return found if _loss(layer, index, prefix, targets, weights, matrices) < before else {}
+
+
+@torch.no_grad()
+def _loss(
+    layer: nn.Module,
+    index: int,
+    prefix: Sequence[Streamed],
+    targets: Sequence[torch.Tensor],
+    weights: TokenWeights,
+    matrices: dict[str, torch.Tensor],
+) -> float:
+    return sum(float(_error(layer, index, *pair, weights, matrices)) for pair in zip(prefix, targets, strict=True))
+
+
+def _error(
+    layer: nn.Module, index: int, stream: Streamed, target: torch.Tensor, weights: TokenWeights, matrices: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Weighted sum over one sample's tokens of the output's squared difference, with ``matrices`` in place of the layer's.
+
+    Each token's is a share of its target's square, as the next norm divides by it: tokens that serve as sinks are 100 times as long.
+    """
+    device = next(layer.parameters()).device
+    out = torch.func.functional_call(layer, matrices, (stream.hidden.to(device),), to_device(stream.kwargs[index], device))
+    hidden = out[0] if isinstance(out, tuple) else out
+    wanted = target.to(device)
+    per_token = (hidden - wanted).square().sum(dim=-1)[0] / wanted.square().sum(dim=-1)[0]
+    return torch.dot(per_token, weights(stream, GROUPS[-1]).to(per_token))
