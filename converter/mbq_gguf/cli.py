@@ -143,7 +143,7 @@ def inspect(file: Path) -> None:
     show_default=True,
     help="Spread outliers by rotations: offline folds into weights, full adds a transform that the patched llama.cpp computes.",
 )
-@click.option("--clip/--no-clip", default=True, show_default=True, help="GPTQ: search the range of each block.")
+@click.option("--clip/--no-clip", default=True, show_default=True, help="GPTQ: search the range of each block (stock types always).")
 @click.option("--distort/--no-distort", default=True, show_default=True, help="GPTQ: calibrate on the inputs that rounded layers give.")
 @click.option(
     "--correction",

@@ -2,7 +2,7 @@
 
 With H = sum over tokens of w_t x_t x_t^T and U the upper Cholesky factor of (H + damping)^-1, column j is rounded to the grid, and its
 error over U[j, j] times U[j, j + 1:] is taken from the columns that follow. A group's scale and offset are fitted when its first column is
-reached, from the weights as they are then; so are a super-block's steps. On the reference VLM this gives K-quants 0.82 to 0.9 of the
+reached, from the weights as they are then; so are a super-block's steps. On the reference VLM this gives K-quants 0.79 to 0.91 of the
 objective that they have where all groups of a super-block are fitted at its start.
 """
 
