@@ -1,9 +1,11 @@
 """Remake the divergence table of docs/results.md: how far each file moves from BF16 on drawn scenes, photographs and plain text.
 
-    python tools/make_results.py                 # makes the files, asks them through llama-server
-    python tools/make_divergence.py NAME.gguf... # in the same folder; BF16.gguf is the reference
+    python tools/make_results.py                        # makes BF16.gguf and ours, asks them through llama-server
+    python tools/make_divergence.py MBQ3 Q4_0 Q4_0+imatrix
 
-Runs ``mbq-gguf eval`` on the demo's questions with README.md as text, and on the photographs of photographs.py.
+A name is a file in the same folder, or a type that llama-quantize makes of BF16.gguf, with ``+imatrix`` by the importance matrix that
+``mbq-gguf imatrix`` computes. Runs ``mbq-gguf eval`` on the demo's questions with README.md as text, and on the photographs of
+photographs.py.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from make_results import BEGIN, END, PAGE, machine, table
+from make_results import BEGIN, END, PAGE, machine, run_measured, table
 from mbq_gguf.errors import UserError
 from mbq_gguf.evaluate.classes import COLOURS_POSITIONS, DIGITS, WORDS
 from mbq_gguf.llama_cpp.cache import cache_root
@@ -38,6 +40,19 @@ def measure(files: list[Path], mmproj: Path, draft: Path, *more: str) -> list[Su
         {key: file[key] for key in kept} | {"text": file["text"]} | file["summary"]
         for file in json.loads(draft.read_text(encoding="utf-8"))["files"]
     ]
+
+
+def made(name: str, folder: Path) -> Path:
+    """The file called ``name`` in ``folder``, made by llama-quantize where it is missing."""
+    path = folder / f"{name}.gguf"
+    if not path.is_file():
+        kind, _, with_imatrix = name.partition("+")
+        matrix = folder / "imatrix.gguf"
+        if with_imatrix and not matrix.is_file():
+            run_measured(["mbq-gguf", "imatrix", str(folder / "reference-vlm"), str(matrix)], matrix.with_suffix(".log"))
+        options = ["--imatrix", str(matrix)] if with_imatrix else []
+        run_measured(["llama-quantize", *options, str(folder / "BF16.gguf"), str(path), kind, "2"], path.with_suffix(".log"))
+    return path
 
 
 def row(scenes: Summary, photographs: Summary) -> list[str]:
@@ -88,11 +103,11 @@ def write_page(text: str) -> None:
 @click.option("--questions", type=click.IntRange(min=1), default=306, show_default=True, help="Questions about scenes, all tasks alike.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the GGUF files (default: the user cache).")
 def main(names: tuple[str, ...], questions: int, out: Path | None) -> None:
-    """Compare the files called NAMES with BF16.gguf, all in the folder that make_results.py fills."""
+    """Compare the files or stock types NAMES with BF16.gguf, in the folder that make_results.py fills."""
     folder = (out or cache_root() / "results").resolve()
-    files = [folder / name for name in ("BF16.gguf", *names)]
     mmproj, draft, pictures = folder / "mmproj-BF16.gguf", folder / "divergence.tmp", folder / "photographs"
     try:
+        files = [made(name, folder) for name in ("BF16", *names)]
         subprocess.run([sys.executable, str(Path(__file__).with_name("photographs.py")), str(pictures)], check=True)
         scenes = measure(files, mmproj, draft, "--questions", str(questions), "--text", str(ROOT / "README.md"))
         photographs = measure(files, mmproj, draft, "--data", str(pictures / "photographs.jsonl"))
