@@ -186,6 +186,10 @@ def test_unknown_choice_names_the_known_ones(option: str, known: str, tiny_dir: 
     assert known in sentence
 
 
+def test_two_ways_to_choose_types(tiny_dir: Path, out: Path) -> None:
+    assert "give --type or --target-bpw" in refused("convert", tiny_dir, out, "--type", "Q4_0", "--target-bpw", "4")
+
+
 def test_output_in_a_folder_that_is_not_there(tiny_dir: Path, tmp_path: Path) -> None:
     assert "does not exist" in refused("convert", tiny_dir, tmp_path / "missing" / "model.gguf")
 

@@ -17,7 +17,8 @@ from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.formats.registry import container
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.decoder import LINEARS, linear
-from mbq_gguf.quantise import QuantiseResult, QuantiseSettings, quantise
+from mbq_gguf.quantise import QuantiseResult, quantise
+from mbq_gguf.settings import QuantiseSettings
 from mbq_gguf.workdir import WorkDir, open_workdir
 
 FAST = QuantiseSettings(container="MBQ3", method="mbq", clip=False, distort=False, refits=0, search_samples=1)

@@ -23,7 +23,8 @@ from mbq_gguf.calibration.stream import Streamed, advance, capture, logits, work
 from mbq_gguf.formats.registry import container
 from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.decoder import linear
-from mbq_gguf.quantise import QuantiseResult, QuantiseSettings, quantise
+from mbq_gguf.quantise import QuantiseResult, quantise
+from mbq_gguf.settings import QuantiseSettings
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 
 from mbq_gguf import __version__
-from mbq_gguf.errors import UserError
+from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.evaluate.command import eval_command
 
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
@@ -161,13 +162,16 @@ def inspect(file: Path) -> None:
     help="With --distort: passes over the samples in which each layer's scales are learned together.",
 )
 @click.option("--work-dir", type=DIRECTORY, help="Where finished layers are kept (default: beside OUT until it is whole).")
-def convert(type_: str, **options: Any) -> None:
+@click.pass_context
+def convert(context: click.Context, /, type_: str, **options: Any) -> None:
     """Turn the Hugging Face VLM in MODEL_DIR into the GGUF file OUT and the vision file mmproj-OUT beside it.
 
     Calibrates with pictures and answers: GPTQ rounds on the container's own grid, layer by layer, from what the rounded layers before give;
     MBQ (--method mbq, arXiv 2412.19509) weighs each modality by how much the answer depends on it. A run that is stopped goes on after its
     last finished layer when the same command is given again.
     """
+    if options["target_bpw"] and context.get_parameter_source("type_") is not ParameterSource.DEFAULT:
+        raise UsageError("give --type or --target-bpw: a target size chooses the types itself")
     from mbq_gguf.convert import ConvertOptions
     from mbq_gguf.convert import convert as convert_model
 

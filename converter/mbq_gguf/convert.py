@@ -33,7 +33,8 @@ from mbq_gguf.models import load
 from mbq_gguf.models.checks import read_config, weight_files
 from mbq_gguf.models.load import check_architecture
 from mbq_gguf.outcome import QuantiseResult
-from mbq_gguf.quantise import Method, QuantiseSettings, Rounding, quantise
+from mbq_gguf.quantise import quantise
+from mbq_gguf.settings import Method, QuantiseSettings, Rounding
 from mbq_gguf.transforms.rotation import Rotate
 from mbq_gguf.workdir import WorkDir, open_workdir
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from dataclasses import asdict, replace
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from mbq_gguf.calibration.observe import Observed, TokenWeights, observe
 from mbq_gguf.calibration.precision import bf16_products
 from mbq_gguf.calibration.sensitivity import Sensitivity, measure
 from mbq_gguf.calibration.stream import Streamed, advance, capture, working_layer
-from mbq_gguf.calibration.token_weights import Kind, hessian_weights, modality, uniform
+from mbq_gguf.calibration.token_weights import hessian_weights, modality, uniform
 from mbq_gguf.errors import UsageError
 from mbq_gguf.formats.registry import container
 from mbq_gguf.models.decoder import GROUPS, LINEARS, Group, linear
@@ -28,43 +27,15 @@ from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.outcome import LayerWork, Packed, QuantiseResult, restored_layer, saved_layer
 from mbq_gguf.rounding.learned import learn
 from mbq_gguf.rounding.sequence import Matrix, Refinement, round_in_order
+from mbq_gguf.settings import QuantiseSettings
 from mbq_gguf.transforms.folded import folded_inputs, folded_moments
 from mbq_gguf.transforms.layer import changed_parameters, fold_layer, search_layer
 from mbq_gguf.transforms.preserved import FunctionCheck
-from mbq_gguf.transforms.rotation import Rotate, Rotation, check_rotatable, draw, rotate_layer, rotated_ends, rotated_projector
+from mbq_gguf.transforms.rotation import Rotation, check_rotatable, draw, rotate_layer, rotated_ends, rotated_projector
 from mbq_gguf.workdir import WorkDir
 
-Method = Literal["rtn", "awq", "mbq"]
-Rounding = Literal["nearest", "gptq"]
 Progress = Callable[[str, int, int], None]  # stage, done, total
 ROTATION_SEED = 0
-
-
-@dataclass(frozen=True)
-class QuantiseSettings:
-    """How to quantise. The defaults are the combination that scores best (docs/results.md)."""
-
-    container: str = "MBQ3"
-    target_bpw: float | None = None  # one container a tensor instead, chosen to meet this size (bits a weight)
-    method: Method = "rtn"  # equalisation of channels beforehand
-    rounding: Rounding = "gptq"
-    floor: bool = True  # no layer's modality ratio below the median over layers
-    token_weights: Kind = "uniform"  # how GPTQ's Hessians weigh tokens
-    prompt_weight: float = 1.0  # of a prompt token where token_weights is modality
-    rotate: Rotate = "none"
-    # GPTQ's own; nearest rounding knows none of them
-    clip: bool = True  # search each block's range
-    distort: bool = True  # Hessians from the inputs that the already rounded prefix gives
-    correction: float = 0.5  # share of the prefix's output error that a layer makes good, where distort is on
-    refits: int = 2  # turns of refitting scales and minima to the codes
-    refine: int = 0  # passes over the samples in which scales and minima are learned, all matrices of a layer together; needs distort
-    search_samples: int = 32  # samples that the search for equalisation factors compares on
-    damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
-
-    @property
-    def follows_prefix(self) -> bool:
-        """Whether the rounded model's own inputs are needed beside the original's."""
-        return self.distort and self.rounding == "gptq"
 
 
 def quantise(

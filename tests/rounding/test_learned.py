@@ -14,9 +14,10 @@ from mbq_gguf.formats.grid import Grid, grid_of, to_f16
 from mbq_gguf.formats.mbq3 import MBQ3_64
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.decoder import LINEARS, linear
-from mbq_gguf.quantise import QuantiseSettings, quantise
+from mbq_gguf.quantise import quantise
 from mbq_gguf.rounding.gptq import Coded, code_gptq
 from mbq_gguf.rounding.learned import Line, learn
+from mbq_gguf.settings import QuantiseSettings
 
 LEFT = 0.1  # of the squared error that scales off by 5 % make; measured 0.02
 

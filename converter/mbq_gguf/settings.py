@@ -1,0 +1,39 @@
+"""How to quantise: everything beside model and samples that decides the outcome."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mbq_gguf.calibration.token_weights import Kind
+from mbq_gguf.transforms.rotation import Rotate
+
+Method = Literal["rtn", "awq", "mbq"]
+Rounding = Literal["nearest", "gptq"]
+
+
+@dataclass(frozen=True)
+class QuantiseSettings:
+    """The defaults are the combination that scores best (docs/results.md)."""
+
+    container: str = "MBQ3"
+    target_bpw: float | None = None  # one container a tensor instead, chosen to meet this size (bits a weight)
+    method: Method = "rtn"  # equalisation of channels beforehand
+    rounding: Rounding = "gptq"
+    floor: bool = True  # no layer's modality ratio below the median over layers
+    token_weights: Kind = "uniform"  # how GPTQ's Hessians weigh tokens
+    prompt_weight: float = 1.0  # of a prompt token where token_weights is modality
+    rotate: Rotate = "none"
+    # GPTQ's own; nearest rounding knows none of them
+    clip: bool = True  # search each block's range
+    distort: bool = True  # Hessians from the inputs that the already rounded prefix gives
+    correction: float = 0.5  # share of the prefix's output error that a layer makes good, where distort is on
+    refits: int = 2  # turns of refitting scales and minima to the codes
+    refine: int = 0  # passes over the samples in which scales and minima are learned, all matrices of a layer together; needs distort
+    search_samples: int = 32  # samples that the search for equalisation factors compares on
+    damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
+
+    @property
+    def follows_prefix(self) -> bool:
+        """Whether the rounded model's own inputs are needed beside the original's."""
+        return self.distort and self.rounding == "gptq"
