@@ -17,6 +17,14 @@
 
 #include <cstdint>
 
+// The tensor memory accelerator copies boxes of a map, which the driver library makes: ggml links it for virtual memory.
+#if defined(GGML_USE_VMM) && !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA) && CUDART_VERSION >= 12000
+#define MBQ_USE_TMA
+#if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
+#define MBQ_TMA_AVAILABLE
+#endif
+#endif
+
 static constexpr int MBQ_PIECE = 512;        // weights of a row that are copied together: 208 bytes (QK = 128) or 224 (QK = 64), multiples of 16
 static constexpr int MBQ_MAGIC = 0x4B400000; // 1.5 * 2^23 as float: integers below 2^22 added to its bits are added to its value
 
@@ -35,6 +43,39 @@ template <int QK> struct mbq_layout {
     }
 };
 
+#ifdef MBQ_TMA_AVAILABLE
+
+static __device__ __forceinline__ void mbq_barrier_init(const uint32_t barrier, const int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(barrier), "r"(count) : "memory");
+}
+
+static __device__ __forceinline__ void mbq_barrier_expect(const uint32_t barrier, const int bytes, const bool arrive) {
+    if (arrive) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(barrier), "r"(bytes) : "memory");
+    } else {
+        asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" : : "r"(barrier), "r"(bytes) : "memory");
+    }
+}
+
+static __device__ __forceinline__ void mbq_barrier_wait(const uint32_t barrier, const int parity) {
+    asm volatile("{\n.reg .pred p;\nagain: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}"
+        : : "r"(barrier), "r"(parity) : "memory");
+}
+
+// Multiples of 16 bytes from global to shared memory
+static __device__ __forceinline__ void mbq_bulk_copy(const uint32_t dst, const void * src, const int bytes, const uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        : : "r"(dst), "l"(src), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// The box at byte x of row y of a map
+static __device__ __forceinline__ void mbq_box_copy(const uint32_t dst, const CUtensorMap & map, const int x, const int y, const uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+        : : "r"(dst), "l"(&map), "r"(x), "r"(y), "r"(barrier) : "memory");
+}
+
+#endif // MBQ_TMA_AVAILABLE
+
 #ifdef TURING_MMA_AVAILABLE
 
 // 16 bytes from global to shared memory, asynchronously where the hardware can.
@@ -52,10 +93,11 @@ static __device__ __forceinline__ void mbq_copy_commit() {
 #endif
 }
 
-// Waits for the copies of this thread.
+// Waits until at most N commits of this thread are on their way.
+template <int N>
 static __device__ __forceinline__ void mbq_copy_wait() {
 #ifdef CP_ASYNC_AVAILABLE
-    asm volatile("cp.async.wait_group 0;" : : : "memory");
+    asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
 #endif
 }
 
@@ -80,10 +122,9 @@ static __device__ __forceinline__ void mbq_mma(int (&d)[4], const int (&a)[4], c
 
 // The A operands of all groups of one block for rows g and g + 8, which start at p[0] and p[1].
 template <int QK>
-static __device__ __forceinline__ void mbq_unpack(const uint32_t * const (&p)[2], const int t, int (&a)[QK/32][4], float2 (&dm)[2]) {
+static __device__ __forceinline__ void mbq_unpack(const uint32_t * const (&p)[2], const int t, int (&a)[QK/32][4]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        dm[r] = __half22float2(*(const half2 *) p[r]);
         if constexpr (QK == 128) {
             const uint32_t ql0 = p[r][1 + t];
             const uint32_t ql1 = p[r][5 + t];

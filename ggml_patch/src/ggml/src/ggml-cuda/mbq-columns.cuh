@@ -2,28 +2,25 @@
 
 // Columns of activations as the int8 tensor cores want them: int8 with one scale every 32, as Q8_1, in the order of mma.m16n8k32's B operand.
 //
-// A record holds 128 activations. Up to two columns lie in shared memory, where the kernel quantises them itself (the 8 columns of the B
-// operand repeat them, so that every lane gets results of a real column), records rounded up to an even number:
+// One column lies in shared memory, where the kernel quantises it itself. 256 activations are 8 groups of 32, the 8 columns of the B
+// operand, so that one group of weights meets all of them and lane 4g + t keeps what groups 2t and 2t + 1 of weights gave with their own:
 //
-//   [record][column][t][group][words t, t + 4 of the group], then scales [record][column][group], then sums [record][column][half]
+//   [256 activations][lane 4*group + t][words t, t + 4 of the group], then [256 activations][t][scales of groups 2t, 2t + 1, their sum, -]
 //
-// More columns are quantised by a kernel of its own, 8 columns a record:
+// More columns are quantised by a kernel of its own, 8 columns and 128 activations a record:
 //
 //   1024 bytes: [group pair][lane 4*column + t][words t, t + 4 of the first group, then of the second]
 //    128 bytes: [t][group][columns 2t, 2t + 1] scales;  64 bytes: [t][half][columns 2t, 2t + 1] sums
 //
 // A scale includes the power of four that takes back the codes' (mbq_layout::unscale). A sum is that of the quantised activations, over
-// the record (QK = 128; both halves hold it) or over its half (QK = 64): it multiplies the minimum. The true sum would make the error
+// the record (QK = 128; both halves hold it) or over its half: it multiplies the minimum. The true sum would make the error
 // larger: what is left over of an activation then meets d * code instead of the smaller d * code + m.
 
 #include "mbq-block.cuh"
 
 static constexpr int MBQ_RECORD_BYTES = 1024 + 128 + 64; // of 8 columns
 
-// Bytes of a pair of records of NC = 1, 2 columns in shared memory
-static constexpr __host__ __device__ int mbq_pair_bytes(const int NC) {
-    return 2*NC*(128 + 16 + 8);
-}
+static constexpr int MBQ_ONE_BYTES    = 256 + 64;        // of 256 activations of one column
 
 #ifdef TURING_MMA_AVAILABLE
 
@@ -57,8 +54,8 @@ static __device__ __forceinline__ int mbq_pack_4(const float * v, const float in
 }
 
 // Quantises what mbq_load_8 loaded: the lane's two words; in all four lanes of a group its scale (without the power of four); in the
-// lanes of a record (QK = 128) or its half (QK = 64) the sum of the scaled int8.
-template <int QK>
+// lanes of N activations their sum.
+template <int N>
 static __device__ __forceinline__ int2 mbq_quantize_8(const float (&v)[8], float & scale, float & sum) {
     float amax = fabsf(v[0]);
 #pragma unroll
@@ -72,49 +69,43 @@ static __device__ __forceinline__ int2 mbq_quantize_8(const float (&v)[8], float
     const int2 words = make_int2(mbq_pack_4(v, inverse), mbq_pack_4(v + 4, inverse));
     sum = scale*(float) ggml_cuda_dp4a(words.x, 0x01010101, ggml_cuda_dp4a(words.y, 0x01010101, 0));
 #pragma unroll
-    for (int i = 1; i < QK/8; i *= 2) {
+    for (int i = 1; i < N/8; i *= 2) {
         sum += __shfl_xor_sync(0xFFFFFFFF, sum, i);
     }
     return words;
 }
 
-// All columns of a product with NC = 1, 2, by all warps of the block.
-template <int QK, int NC>
-static __device__ __forceinline__ void mbq_quantize_shared(const float * x, const int k, const int64_t x_column, const bool aligned, char * xs, const int warp, const int warps) {
+// One column of k activations, by all warps of the block.
+template <int QK>
+static __device__ __forceinline__ void mbq_quantize_one(const float * x, const int k, const bool aligned, char * xs, const int warp, const int warps) {
     constexpr int ahead = 4; // loads of so many rounds are started together: a round's latency is most of its time
     const int lane  = threadIdx.x % 32;
-    const int group = lane/4 % 4;
-    const int pairs = (k + 255)/256;
-    int   * words  = (int   *) xs + lane/16*(NC*32) + lane%4*8 + group*2;
-    float * scales = (float *) xs + pairs*(NC*64) + lane/16*(NC*4) + group;
-    float * sums   = (float *) xs + pairs*(NC*72) + lane/16*(NC*2) + group/2;
-    const float unscale = mbq_layout<QK>::unscale(group);
+    const int n     = (k + 255)/256;
+    float   * sums  = (float *) (xs + n*256) + lane/8*4;
+    const float unscale = mbq_layout<QK>::unscale(lane/4 % 4);
+    x += warp*256 + lane/4*32 + lane%4*4;
+    int left = k - warp*256 - lane/4*32;
+    for (int p0 = warp; p0 < n; p0 += ahead*warps) {
+        float v[ahead][8];
 #pragma unroll
-    for (int c = 0; c < NC; ++c) {
-        const float * from = x + c*x_column + warp*256 + lane/4*32 + lane%4*4;
-        int left = k - warp*256 - lane/4*32;
-        for (int p0 = warp; p0 < pairs; p0 += ahead*warps) {
-            float v[ahead][8];
+        for (int a = 0; a < ahead; ++a) {
+            mbq_load_8(v[a], x, left, aligned);
+            x    += warps*256;
+            left -= warps*256;
+        }
 #pragma unroll
-            for (int a = 0; a < ahead; ++a) {
-                mbq_load_8(v[a], from, left, aligned);
-                from += warps*256;
-                left -= warps*256;
+        for (int a = 0; a < ahead; ++a) {
+            const int p = p0 + a*warps;
+            if (p >= n) {
+                break;
             }
-#pragma unroll
-            for (int a = 0; a < ahead; ++a) {
-                const int p = p0 + a*warps;
-                if (p >= pairs) {
-                    break;
-                }
-                float scale, sum;
-                *(int2 *) (words + p*(NC*64) + c*32) = mbq_quantize_8<QK>(v[a], scale, sum);
-                if (lane % 4 == 0) {
-                    scales[p*(NC*8) + c*4] = scale*unscale;
-                }
-                if (lane % 8 == 0) {
-                    sums[p*(NC*4) + c*2] = sum;
-                }
+            float scale, sum;
+            ((int2 *) xs)[p*32 + lane] = mbq_quantize_8<64>(v[a], scale, sum);
+            if (lane % 4 == 0) {
+                sums[p*16 + lane/4 % 2] = scale*unscale;
+            }
+            if (lane % 8 == 0) {
+                sums[p*16 + 2] = sum;
             }
         }
     }
@@ -160,78 +151,85 @@ static __global__ void mbq_quantize_columns(const float * x, char * records, con
 
 #ifdef TURING_MMA_AVAILABLE
 
-// What a lane needs of 8 columns for one block of weights: B operands, scales and sums of the columns of its C operand.
-template <int QK, int cols> struct mbq_columns {
-    int   b[QK/32][2];
-    float s[QK/32][cols];
-    float m[cols];
-};
-
-// NC = 1, 2: from what mbq_quantize_shared wrote, for the block of weights with this index in the row
-template <int QK, int NC>
-static __device__ __forceinline__ mbq_columns<QK, NC> mbq_columns_shared(const char * xs, const int pairs, const int block, const int g, const int t) {
-    constexpr int G = QK/32;
-    const int rec  = block*G/4;
-    const int half = G == 4 ? 0 : block % 2;
-    const int4   * words  = (const int4   *) xs + ((rec*NC + g%NC)*4 + t)*2 + half;
-    const float2 * scales = (const float2 *) ((const float *) xs + pairs*(NC*64)) + rec*(NC*2) + half;
-    const float  * sums   = (const float  *) xs + pairs*(NC*72) + rec*(NC*2) + half;
-    mbq_columns<QK, NC> c;
+// sum[r] += row g + 8r of 256 weights, from block `first` of the row pieces at p[r], times one column: this lane's groups 2t and 2t + 1.
+// Blocks behind `last` repeat it: their activations are zeros.
+template <int QK>
+static __device__ __forceinline__ void mbq_dot_one(const uint32_t * const (&p)[2], const int first, const int last, const char * words, const char * sums, float (&sum)[2]) {
+    constexpr int G    = QK/32;
+    constexpr int step = mbq_layout<QK>::block_words;
+    const int  lane = threadIdx.x % 32;
+    const int  t    = lane % 4;
+    const int2 x    = ((const int2 *) words)[lane];
+    const int b[2]  = { x.x, x.y };
+    int d[4];
 #pragma unroll
-    for (int j = 0; j < G/2; ++j) {
-        const int4 v = words[j];
-        c.b[2*j][0] = v.x; c.b[2*j][1] = v.y; c.b[2*j + 1][0] = v.z; c.b[2*j + 1][1] = v.w;
-    }
+    for (int u = 0; u < 8/G; ++u) {
+        const int at = min(first + u, last)*step;
+        const uint32_t * const block[2] = { p[0] + at, p[1] + at };
+        int a[G][4];
+        mbq_unpack<QK>(block, t, a);
 #pragma unroll
-    for (int j = 0; j < NC; ++j) {
-        if constexpr (G == 4) {
-            const float4 s = *(const float4 *) (scales + 2*j);
-            c.s[0][j] = s.x; c.s[1][j] = s.y; c.s[2][j] = s.z; c.s[3][j] = s.w;
-        } else {
-            const float2 s = scales[2*j];
-            c.s[0][j] = s.x; c.s[1][j] = s.y;
+        for (int j = 0; j < G; j += 2) {
+            int even[4], odd[4];
+            mbq_mma(even, a[j],     b);
+            mbq_mma(odd,  a[j + 1], b);
+            if (u + j == 0 || t == (u*G + j)/2) {
+                d[0] = even[0]; d[1] = odd[1]; d[2] = even[2]; d[3] = odd[3];
+            }
         }
-        c.m[j] = sums[2*j];
     }
-    return c;
+    const float4 s = ((const float4 *) sums)[t];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float2 dm = __half22float2(*(const half2 *) (p[r] + min(first + t*2/G, last)*step));
+        const float  f0 = __int_as_float(d[2*r])     - __int_as_float(MBQ_MAGIC);
+        const float  f1 = __int_as_float(d[2*r + 1]) - __int_as_float(MBQ_MAGIC);
+        sum[r] += dm.x*(f0*s.x + f1*s.y);
+        sum[r] += dm.y*s.z;
+    }
 }
+
+// What a lane needs of 8 columns for one block of weights: B operands, scales and sums of the columns of its C operand.
+template <int QK> struct mbq_columns {
+    int    b[QK/32][2];
+    float2 s[QK/32];
+    float2 m;
+};
 
 // From a record of mbq_quantize_columns; half: of the record, for QK = 64
 template <int QK>
-static __device__ __forceinline__ mbq_columns<QK, 2> mbq_columns_record(const char * record, const int half, const int lane) {
-    constexpr int G = QK/32;
+static __device__ __forceinline__ mbq_columns<QK> mbq_columns_record(const char * record, const int half, const int lane) {
     const int t = lane % 4;
-    mbq_columns<QK, 2> c;
+    mbq_columns<QK> c;
 #pragma unroll
-    for (int j = 0; j < G/2; ++j) {
+    for (int j = 0; j < QK/64; ++j) {
         const int4   v = ((const int4 *) record)[(j + half)*32 + lane];
         const float4 s = ((const float4 *) (record + 1024))[t*2 + j + half];
         c.b[2*j][0] = v.x; c.b[2*j][1] = v.y; c.b[2*j + 1][0] = v.z; c.b[2*j + 1][1] = v.w;
-        c.s[2*j][0] = s.x; c.s[2*j][1] = s.y; c.s[2*j + 1][0] = s.z; c.s[2*j + 1][1] = s.w;
+        c.s[2*j] = make_float2(s.x, s.y);
+        c.s[2*j + 1] = make_float2(s.z, s.w);
     }
-    const float2 m = ((const float2 *) (record + 1152))[t*2 + half];
-    c.m[0] = m.x; c.m[1] = m.y;
+    c.m = ((const float2 *) (record + 1152))[t*2 + half];
     return c;
 }
 
-// sum += rows g, g + 8 of one block times the columns of x. sum[r*cols + c]: row g + 8r, column c of the lane's.
-template <int QK, int cols>
-static __device__ __forceinline__ void mbq_dot(const int (&a)[QK/32][4], const float2 (&dm)[2], const mbq_columns<QK, cols> & x, float (&sum)[2*cols]) {
-    float part[2*cols];
+// sum += rows g, g + 8 of one block times 8 columns. sum[r*2 + c]: row g + 8r, column 2t + c.
+template <int QK>
+static __device__ __forceinline__ void mbq_dot(const int (&a)[QK/32][4], const float2 (&dm)[2], const mbq_columns<QK> & x, float (&sum)[4]) {
+    float part[4] = {};
 #pragma unroll
     for (int j = 0; j < QK/32; ++j) {
         int d[4];
         mbq_mma(d, a[j], x.b[j]);
 #pragma unroll
-        for (int i = 0; i < 2*cols; ++i) {
-            const float f = __int_as_float(d[i/cols*2 + i % cols]) - __int_as_float(MBQ_MAGIC);
-            part[i] = j == 0 ? f*x.s[j][i % cols] : part[i] + f*x.s[j][i % cols];
+        for (int i = 0; i < 4; ++i) {
+            part[i] += (__int_as_float(d[i]) - __int_as_float(MBQ_MAGIC))*(i % 2 ? x.s[j].y : x.s[j].x);
         }
     }
 #pragma unroll
-    for (int i = 0; i < 2*cols; ++i) {
-        sum[i] += dm[i/cols].x*part[i];
-        sum[i] += dm[i/cols].y*x.m[i % cols];
+    for (int i = 0; i < 4; ++i) {
+        sum[i] += dm[i/2].x*part[i];
+        sum[i] += dm[i/2].y*(i % 2 ? x.m.y : x.m.x);
     }
 }
 

@@ -9,15 +9,16 @@
 struct mbq_mmv_args {
     const char    * w;         // weights, and the gate's for a gated unit (else nullptr)
     const char    * gate;
-    const void    * x;         // float columns (NC > 0) or records of mbq_quantize_columns
+    const void    * x;         // a column of floats (NT = 0) or records of mbq_quantize_columns
     float         * dst;
     const float   * bias;      // one value a row, shaped like dst, or nullptr
     const float   * gate_bias;
     const int32_t * ids;       // expert of (slot, token), or nullptr
     int64_t w_channel, w_sample;              // bytes
-    int64_t x_column, x_channel, x_sample;    // elements (NC > 0) or records
+    int64_t x_column, x_channel, x_sample;    // elements, or records
     int64_t dst_column, dst_channel, dst_sample, bias_channel; // elements
     int rows, row_bytes, blocks, columns;     // of one matrix: rows, bytes and blocks of a row; columns of dst
+    int w_channels, w_samples;                // of the weights
     int channel_ratio, sample_ratio;          // broadcast of the weights over channels and samples
     int x_channels, ids_stride;               // only with ids
     int stage_row;                            // see mbq_stage_row
@@ -26,8 +27,22 @@ struct mbq_mmv_args {
     float glu_limit;
 };
 
-static constexpr int MBQ_MAX_WARPS = 16;
-static constexpr int MBQ_STAGES    = 2; // of a warp's ring: one is computed while the next arrives
+// All rows of the weights and of the gate as maps of bytes, in boxes of 8 rows of a stage
+struct mbq_mmv_maps {
+#ifdef MBQ_USE_TMA
+    CUtensorMap w, gate;
+#endif
+};
+
+#if defined(MBQ_USE_TMA) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= GGML_CUDA_CC_VOLTA)
+#define MBQ_MAPS const __grid_constant__ mbq_mmv_maps
+#else
+#define MBQ_MAPS const mbq_mmv_maps
+#endif
+
+static constexpr int MBQ_MAX_WARPS  = 16; // of a block; more need spills, and were slower without them as well
+static constexpr int MBQ_MAX_GROUPS = 15; // barriers 1 to 15
+static constexpr int MBQ_STAGES     = 2;  // of a warp's ring: one is computed while the next arrives
 
 // Row stride of a stage. With 52 or 60 words the 32 lanes' loads (g, t) fall into different banks (20g or 28g mod 32: multiples of 4).
 static constexpr int mbq_stage_row(const int QK, const bool aligned) {
@@ -35,13 +50,13 @@ static constexpr int mbq_stage_row(const int QK, const bool aligned) {
 }
 
 // Weights of 16 rows and, for up to 8 columns, the records of their activations: more would leave too few warps.
-static constexpr __host__ __device__ int mbq_stage_bytes(const int NC, const int NT, const int stage_row) {
-    return 16*stage_row + (NC == 0 && NT == 1 ? MBQ_PIECE/128*MBQ_RECORD_BYTES : 0);
+static constexpr __host__ __device__ int mbq_stage_bytes(const int NT, const int stage_row) {
+    return 16*stage_row + (NT == 1 ? MBQ_PIECE/128*MBQ_RECORD_BYTES : 0);
 }
 
 // Floats of a warp's partial sums of a tile
-static constexpr __host__ __device__ int mbq_sum_floats(const int NC, const int NT) {
-    return NC > 0 ? 16*NC : 128*NT;
+static constexpr __host__ __device__ int mbq_sum_floats(const int NT) {
+    return NT == 0 ? 16 : 128*NT;
 }
 
 struct mbq_mmv_plan {
@@ -49,25 +64,36 @@ struct mbq_mmv_plan {
     int64_t shared;             // bytes of shared memory: activations, rings, two tiles' partial sums
 };
 
-// The fewest instructions on the longest way, counted in SASS: 420 for a piece, 220 for a tile's end. Of equal ones the most warps a
-// tile; a warp alone with its rows was slower on all shapes.
-static mbq_mmv_plan mbq_plan_mmv(const int QK, const int NC, const int NT, const bool gate, const bool aligned, const int64_t rows,
+// The fewest pieces one after the other; for up to 1 % more of them a warp more in a group (both fitted to all splits of nine shapes on
+// an H100); and half a piece more where a warp has one piece of a tile, so that nothing hides the tile's end.
+static mbq_mmv_plan mbq_plan_mmv(const int QK, const int NT, const bool gate, const bool aligned, const int64_t rows,
         const int64_t blocks, const int multiprocessors, const int64_t shared_limit) {
     const int64_t pieces   = (blocks*QK + MBQ_PIECE - 1)/MBQ_PIECE;
     const int64_t tiles    = gate ? (rows + 7)/8 : (rows + 15)/16;
-    const int64_t fixed    = NC > 0 ? (blocks*QK + 255)/256*mbq_pair_bytes(NC) : 0;
-    const int64_t per_warp = MBQ_STAGES*mbq_stage_bytes(NC, NT, mbq_stage_row(QK, aligned)) + 2*4*mbq_sum_floats(NC, NT);
+    const int64_t fixed    = NT == 0 ? (blocks*QK + 255)/256*MBQ_ONE_BYTES : 0;
+    const int64_t per_warp = MBQ_STAGES*mbq_stage_bytes(NT, mbq_stage_row(QK, aligned)) + 2*4*mbq_sum_floats(NT);
     const int64_t warps    = std::min<int64_t>(MBQ_MAX_WARPS, (shared_limit - fixed)/per_warp);
     mbq_mmv_plan best = { 0, 0, 0, 0 };
     int64_t best_cost = INT64_MAX;
-    for (int64_t kw = std::min<int64_t>(2, std::min(warps, pieces)); kw > 0 && kw <= std::min(warps, pieces); ++kw) {
-        const int64_t groups = std::min(warps/kw, (tiles + multiprocessors - 1)/multiprocessors);
+    for (int64_t kw = 1; kw <= std::min(warps, pieces); ++kw) {
+        const int64_t groups = std::min({ warps/kw, (tiles + multiprocessors - 1)/multiprocessors, (int64_t) MBQ_MAX_GROUPS });
         const int64_t rounds = (tiles + multiprocessors*groups - 1)/(multiprocessors*groups);
-        const int64_t cost   = rounds*((pieces + kw - 1)/kw*420 + 220);
+        const int64_t turns  = (pieces + kw - 1)/kw;
+        const int64_t cost   = rounds*turns*(100 - kw) + (turns == 1 ? 50 : 0);
         if (cost <= best_cost) {
             best_cost = cost;
             best = { (int) kw, (int) groups, (int) std::min<int64_t>(multiprocessors, tiles), fixed + kw*groups*per_warp };
         }
+    }
+    return best;
+}
+
+// mbq_gemm's units are tiles times splits of a row; a split costs a pass over its sums, about two pieces' time.
+static int mbq_plan_splits(const int tiles, const int pieces, const int multiprocessors) {
+    int best = 1;
+    for (int splits = 2; splits <= std::min(8, pieces); ++splits) {
+        const auto cost = [&](const int n) { return (tiles*n + multiprocessors - 1)/multiprocessors*((pieces + n - 1)/n) + (n > 1 ? 2 + n/2 : 0); };
+        best = cost(splits) < cost(best) ? splits : best;
     }
     return best;
 }

@@ -1,13 +1,12 @@
 #include "mbq.cuh"
 #include "unary.cuh"
-#include "mbq-gemv.cuh"
+#include "mbq-launch.cuh"
 #include "ggml-mbq-common.h"
 
 #include <climits>
 
-// More columns than this: dequantise to fp16 and cuBLAS.
+// More columns than this: mbq_gemm, or dequantise to fp16 and cuBLAS.
 static constexpr int64_t MBQ_MMV_MAX_COLUMNS = 64;
-
 
 // Dequantisation. Lane r of the QK/4 of a block writes weights 4r..4r+3: plane r / (QK/16), word r % (QK/16) of ql.
 
@@ -101,10 +100,6 @@ void ggml_cuda_mbq_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) 
 
 // Products
 
-static bool mbq_aligned(const void * p, const int64_t nb1, const int64_t nb2, const int64_t nb3) {
-    return ((uintptr_t) p | nb1 | nb2 | nb3) % 16 == 0;
-}
-
 bool ggml_cuda_mbq_supports(const ggml_tensor * op, const int cc) {
     if (op->op == GGML_OP_GET_ROWS) {
         return op->type == GGML_TYPE_F32;
@@ -135,6 +130,8 @@ static mbq_mmv_args mbq_args(const ggml_tensor * src0, const ggml_tensor * src1,
     args.w_sample  = src0->nb[3];
     args.rows      = src0->ne[1];
     args.blocks    = src0->ne[0]/ggml_blck_size(src0->type);
+    args.w_channels = src0->ne[2];
+    args.w_samples  = src0->ne[3];
     args.channel_ratio = 1;
     args.sample_ratio  = 1;
     args.x_channels    = 1;
@@ -142,63 +139,11 @@ static mbq_mmv_args mbq_args(const ggml_tensor * src0, const ggml_tensor * src1,
     return args;
 }
 
-// False: the activations of one block do not fit into shared memory.
-template <int QK, int NC, int NT>
-static bool mbq_launch_mmv(ggml_backend_cuda_context & ctx, mbq_mmv_args args, const int64_t channels, const int64_t samples) {
-    const auto & device = ggml_cuda_info().devices[ctx.device];
-    const bool aligned  = mbq_aligned(args.w, args.row_bytes, args.w_channel, args.w_sample) && (uintptr_t) args.gate % 16 == 0;
-    const mbq_mmv_plan plan = mbq_plan_mmv(QK, NC, NT, args.gate, aligned, args.rows, args.blocks, device.nsm, device.smpbo);
-    if (plan.kw == 0 || channels > UINT16_MAX || samples > UINT16_MAX) {
-        return false;
-    }
-    args.stage_row = mbq_stage_row(QK, aligned);
-    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_mmv<QK, NC, NT>), device.smpbo);
-    const ggml_cuda_kernel_launch_params params(dim3(plan.blocks, channels, samples), dim3(32*plan.kw, plan.groups), (size_t) plan.shared, ctx.stream());
-    ggml_cuda_kernel_launch(mbq_mmv<QK, NC, NT>, params, args);
-    return true;
-}
-
-// Up to 8*NT columns: quantise them into records, then multiply.
-template <int QK, int NT>
-static bool mbq_mul_mat_records(ggml_backend_cuda_context & ctx, mbq_mmv_args args, const int64_t channels, const int64_t samples) {
-    const int64_t k       = (int64_t) args.blocks*QK;
-    const int64_t records = (k + 127)/128*NT;
-    if (channels*samples > UINT16_MAX) {
-        return false;
-    }
-    ggml_cuda_pool_alloc<char> buffer(ctx.pool(), channels*samples*records*MBQ_RECORD_BYTES);
-    const ggml_cuda_kernel_launch_params params(dim3((k + 255)/256, NT, channels*samples), dim3(256), 0, ctx.stream());
-    ggml_cuda_kernel_launch(mbq_quantize_columns<QK>, params, (const float *) args.x, buffer.get(), (int) k, args.columns,
-        args.x_column, args.x_channel, args.x_sample, (int) channels, args.x_aligned);
-    args.x         = buffer.get();
-    args.x_channel = records;
-    args.x_sample  = channels*records;
-    return mbq_launch_mmv<QK, 0, NT>(ctx, args, channels, samples);
-}
-
-template <int QK>
-static bool mbq_mul_mat_columns(ggml_backend_cuda_context & ctx, const mbq_mmv_args & args, const int64_t channels, const int64_t samples) {
-    if (args.columns == 1 && mbq_launch_mmv<QK, 1, 1>(ctx, args, channels, samples)) {
-        return true;
-    }
-    // Two columns are quantised by every block for as long as that costs less than a kernel of its own.
-    if (args.columns == 2 && args.blocks*QK <= 8192 && mbq_launch_mmv<QK, 2, 1>(ctx, args, channels, samples)) {
-        return true;
-    }
-    if (args.columns <= 8) {
-        return mbq_mul_mat_records<QK, 1>(ctx, args, channels, samples);
-    }
-    if (args.columns <= 16) {
-        return mbq_mul_mat_records<QK, 2>(ctx, args, channels, samples);
-    }
-    return mbq_mul_mat_records<QK, 4>(ctx, args, channels, samples);
-}
-
 bool ggml_cuda_mbq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst) {
     GGML_TENSOR_BINARY_OP_LOCALS
     constexpr int64_t step = 32; // columns of one pass over the weights
     const bool many = ne11 > MBQ_MMV_MAX_COLUMNS && ggml_is_contiguously_allocated(src0); // the conversion knows no strides
-    if (many || !turing_mma_available(ggml_cuda_info().devices[ctx.device].cc)) {
+    if (!turing_mma_available(ggml_cuda_info().devices[ctx.device].cc)) {
         return false;
     }
     mbq_mmv_args args  = mbq_args(src0, src1, dst);
@@ -210,6 +155,11 @@ bool ggml_cuda_mbq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * 
     args.dst_sample    = nb3/sizeof(float);
     args.channel_ratio = ne12/ne02;
     args.sample_ratio  = ne13/ne03;
+    args.columns       = ne11;
+    if (many) {
+        const auto gemm = src0->type == GGML_TYPE_MBQ3 ? mbq_mul_mat_gemm<QKMBQ3> : mbq_mul_mat_gemm<QKMBQ3_64>;
+        return ne12*ne13 == 1 && ggml_get_op_params_i32(dst, 0) != GGML_PREC_F32 && gemm(ctx, args);
+    }
     for (int64_t i = 0; i < ne11; i += step) {
         args.x       = (const char *) src1->data + i*nb11;
         args.dst     = (float *) ((char *) dst->data + i*nb1);
@@ -259,6 +209,6 @@ void ggml_cuda_mbq_mul_mat_vec(ggml_backend_cuda_context & ctx, const ggml_tenso
         args.glu_op    = fusion->glu_op;
         args.glu_limit = fusion->glu_limit;
     }
-    const auto launch = src0->type == GGML_TYPE_MBQ3 ? mbq_launch_mmv<QKMBQ3, 1, 1> : mbq_launch_mmv<QKMBQ3_64, 1, 1>;
+    const auto launch = src0->type == GGML_TYPE_MBQ3 ? mbq_launch_mmv<QKMBQ3, 0> : mbq_launch_mmv<QKMBQ3_64, 0>;
     GGML_ASSERT(launch(ctx, args, ids ? ne1 : ne12, ids ? ne2 : ne13));
 }

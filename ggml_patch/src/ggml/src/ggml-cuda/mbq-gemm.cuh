@@ -1,0 +1,250 @@
+#pragma once
+
+// Many columns on Hopper: weights are dequantised to fp16 in the registers that wgmma takes its A operand from, and never stored.
+//
+//   block: 128 rows, 128 columns
+//     warps 0 to 7:  two groups of 64 rows; each dequantises 64 weights of its rows while the tensor cores multiply the 64 before
+//     warps 8 to 11: copies. Weights: ring of 2 stages, 128 rows times 512 weights; columns: ring of 8 stages, 128 columns times 64 halves
+//
+// The order of the products in a sum is free. In a group of 16 weights lane t of the A operand wants slots 2t, 2t + 1 and 2t + 8, 2t + 9;
+// it gets bytes 0, 2 and 1, 3 of a word: even weights first, odd ones behind. mbq_halves writes activations in that order, in tiles that
+// one bulk copy moves to shared memory as they are, with the 16-byte words of a column in wgmma's 128-byte swizzle.
+
+#include "mbq-plan.cuh"
+#include "mbq-wgmma.cuh"
+
+struct mbq_gemm_args {
+    const char * w;
+    const half * x;         // of mbq_halves
+    float      * dst;
+    int64_t dst_column, dst_split;   // elements
+    int rows, row_bytes, columns, k; // k: weights of a row, a multiple of 128
+    int row_tiles, column_tiles;
+    int splits, split_pieces;        // the pieces of a row are shared by `splits` units, each with sums of its own
+};
+
+static constexpr int MBQ_GEMM_ROWS    = 128; // of a block
+static constexpr int MBQ_GEMM_COLUMNS = 128;
+static constexpr int MBQ_GEMM_CHUNK   = 64;  // activations of a column in a stage: 128 bytes, the span of the swizzle
+static constexpr int MBQ_GEMM_STAGES  = 8;
+static constexpr int MBQ_GEMM_THREADS = 384;
+static constexpr int MBQ_GEMM_ROW     = 240; // bytes of a row in a stage: see mbq_stage_row
+
+static constexpr int MBQ_GEMM_TILE_BYTES = MBQ_GEMM_COLUMNS*MBQ_GEMM_CHUNK*2;
+static constexpr int MBQ_GEMM_SHARED     = 1024 + MBQ_GEMM_STAGES*MBQ_GEMM_TILE_BYTES + 2*MBQ_GEMM_ROWS*MBQ_GEMM_ROW;
+
+// Activations as fp16 tiles [column tile][chunk][column][chunk of 8 halves, swizzled]. Block: 64 columns. Grid: (chunks, 2*column tiles).
+static __global__ void __launch_bounds__(256) mbq_halves(const float * x, half * tiles, const int columns, const int64_t x_column, const int aligned) {
+    ggml_cuda_pdl_lc();
+    const int i      = threadIdx.x % 4; // of the 16s of a chunk
+    const int column = blockIdx.y*64 + threadIdx.x/4;
+    x += column*x_column + blockIdx.x*MBQ_GEMM_CHUNK + i*16;
+    int4 * to = (int4 *) tiles + (((int64_t) blockIdx.y/2*gridDim.x + blockIdx.x)*MBQ_GEMM_COLUMNS + column%MBQ_GEMM_COLUMNS)*8;
+    ggml_cuda_pdl_sync();
+
+    float v[16] = {};
+    if (column < columns) {
+#pragma unroll
+        for (int j = 0; j < 16; j += 4) {
+            if (aligned) {
+                *(float4 *) (v + j) = *(const float4 *) (x + j);
+            } else {
+                v[j] = x[j]; v[j + 1] = x[j + 1]; v[j + 2] = x[j + 2]; v[j + 3] = x[j + 3];
+            }
+        }
+    }
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+        half2 h[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            h[j] = __floats2half2_rn(v[4*j + odd], v[4*j + 2 + odd]);
+        }
+        to[(2*i + odd) ^ (column % 8)] = *(const int4 *) h;
+    }
+}
+
+// dst = sum of the parts of the splits
+static __global__ void mbq_sum_splits(const float * parts, float * dst, const int rows, const int64_t dst_column, const int64_t split, const int splits) {
+    ggml_cuda_pdl_lc();
+    ggml_cuda_pdl_sync();
+    const int row = blockIdx.x*blockDim.x + threadIdx.x;
+    if (row < rows) {
+        float sum = 0.0f;
+        for (int i = 0; i < splits; ++i) {
+            sum += parts[i*split + (int64_t) blockIdx.y*rows + row];
+        }
+        dst[blockIdx.y*dst_column + row] = sum;
+    }
+}
+
+// dst = w * x for x of mbq_halves. The blocks share units of (column tile, row tile, split), columns first.
+template <int QK>
+static __global__ void __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq_gemm_args args) {
+#ifdef MBQ_WGMMA
+    constexpr int S = MBQ_GEMM_STAGES;
+    extern __shared__ char mbq_gemm_shared[];
+    __shared__ uint64_t mbq_barriers[2*S + 4]; // its size tells the host that this is the code for sm_90a
+    ggml_cuda_pdl_lc();
+
+    const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0); // so that the compiler knows what all lanes have in common
+    const int lane = threadIdx.x % 32;
+    const int units  = args.row_tiles*args.column_tiles*args.splits;
+    const int pieces = (args.k + MBQ_PIECE - 1)/MBQ_PIECE;
+
+    uint32_t x_tiles; // volatile: kept, not computed again and again
+    asm volatile("add.u32 %0, %1, 1023;\nand.b32 %0, %0, 0xFFFFFC00;" : "=r"(x_tiles) : "r"((uint32_t) __cvta_generic_to_shared(mbq_gemm_shared)));
+    char * const   w_tiles = mbq_gemm_shared + (x_tiles - (uint32_t) __cvta_generic_to_shared(mbq_gemm_shared)) + S*MBQ_GEMM_TILE_BYTES;
+    const uint32_t full_x  = __cvta_generic_to_shared(mbq_barriers);
+    const uint32_t empty_x = full_x  + 8*S;
+    const uint32_t full_w  = empty_x + 8*S;
+    const uint32_t empty_w = full_w  + 8*2;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < S; ++i) {
+            mbq_barrier_init(full_x  + 8*i, 1);
+            mbq_barrier_init(empty_x + 8*i, 8);
+        }
+        for (int i = 0; i < 2; ++i) {
+            mbq_barrier_init(full_w  + 8*i, 128);
+            mbq_barrier_init(empty_w + 8*i, 8);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
+    }
+    __syncthreads();
+
+    if (warp >= 8) {
+        int piece_count = 0;
+        int chunk_count = 0;
+        for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+            const int column_tile = unit % args.column_tiles;
+            const int row_tile    = unit / args.column_tiles % args.row_tiles;
+            const int split       = unit / args.column_tiles / args.row_tiles;
+            const int row_first   = row_tile*MBQ_GEMM_ROWS + (warp - 8)*32 + lane/16;
+            const int piece_end   = min((split + 1)*args.split_pieces, pieces);
+            for (int piece = split*args.split_pieces; piece < piece_end; ++piece, ++piece_count) {
+                const int n = min(args.k - piece*MBQ_PIECE, MBQ_PIECE);
+                mbq_barrier_wait(empty_w + piece_count%2*8, piece_count/2%2 ^ 1);
+                char * stage = w_tiles + piece_count%2*(MBQ_GEMM_ROWS*MBQ_GEMM_ROW) + ((warp - 8)*32 + lane/16*8)*MBQ_GEMM_ROW + lane%16*16;
+#pragma unroll
+                for (int i = 0; i < 16; ++i) { // rows 2i and 2i + 1 of 16 become rows i and i + 8 of the A operand: results are stored two by two
+                    const char * row  = args.w + (int64_t) min(row_first + 2*i, args.rows - 1)*args.row_bytes;
+                    const int   shift = (int) (uintptr_t) row & 15;
+                    if (lane%16*16 < n/QK*(4*mbq_layout<QK>::block_words) + shift) {
+                        mbq_copy_16(stage + (i/8*16 + i%8)*MBQ_GEMM_ROW, row - shift + piece*mbq_layout<QK>::piece_bytes + lane%16*16);
+                    }
+                }
+                asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" : : "r"(full_w + piece_count%2*8) : "memory");
+                if (warp == 8 && lane == 0) {
+                    if (chunk_count == 0) {
+                        ggml_cuda_pdl_sync();
+                    }
+                    const char * from = (const char *) args.x + ((int64_t) column_tile*(args.k/MBQ_GEMM_CHUNK) + piece*(MBQ_PIECE/MBQ_GEMM_CHUNK))*MBQ_GEMM_TILE_BYTES;
+                    for (int i = 0; i < n/MBQ_GEMM_CHUNK; ++i, ++chunk_count) {
+                        const int stage = chunk_count % S;
+                        mbq_barrier_wait(empty_x + stage*8, chunk_count/S%2 ^ 1);
+                        mbq_barrier_expect(full_x + stage*8, MBQ_GEMM_TILE_BYTES, true);
+                        mbq_bulk_copy(x_tiles + stage*MBQ_GEMM_TILE_BYTES, from + i*MBQ_GEMM_TILE_BYTES, MBQ_GEMM_TILE_BYTES, full_x + stage*8);
+                    }
+                }
+                __syncwarp();
+            }
+        }
+    } else {
+        const int g = lane / 4;
+        const int t = lane % 4;
+        uint32_t piece_count = 0;
+        uint32_t chunk_count = 0;
+        const uint32_t w_shared = x_tiles + S*MBQ_GEMM_TILE_BYTES;
+        const auto release_x = [&](const uint32_t chunk) {
+            if (lane == 0) {
+                mbq_barrier_arrive(empty_x + chunk%S*8);
+            }
+        };
+        for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+            const int column_tile = unit % args.column_tiles;
+            const int row_tile    = unit / args.column_tiles % args.row_tiles;
+            const int split       = unit / args.column_tiles / args.row_tiles;
+            const int row         = row_tile*MBQ_GEMM_ROWS + warp*16 + 2*g;
+            const uint32_t first  = split*args.split_pieces*(MBQ_PIECE/128);
+            const uint32_t last   = min((split + 1)*args.split_pieces*(MBQ_PIECE/128), args.k/128) - 1;
+            uint32_t base[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int shift = (int) ((uintptr_t) args.w + (uintptr_t) (min(row + r, args.rows - 1))*args.row_bytes) & 15;
+                base[r] = (warp*16 + g + 8*r)*MBQ_GEMM_ROW + shift;
+            }
+            float d[64];
+#pragma unroll
+            for (int i = 0; i < 64; ++i) {
+                d[i] = 0.0f;
+            }
+            half2 a[2][4][4];
+            const auto multiply = [&](half2 (&a)[4][4], const bool begin) {
+                const uint32_t stage = chunk_count % S;
+                mbq_barrier_wait(full_x + stage*8, chunk_count/S%2);
+                // start address, 1024 bytes from 8 columns to the next 8, 128-byte swizzle
+                const uint64_t b = (uint64_t) ((x_tiles + stage*MBQ_GEMM_TILE_BYTES) >> 4) | (uint64_t) 1 << 16 | (uint64_t) (1024 >> 4) << 32 | (uint64_t) 1 << 62;
+                asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    mbq_wgmma(d, a[i], b + 2*i);
+                }
+                asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
+                asm volatile("wgmma.wait_group.sync.aligned 1;" : : : "memory");
+                if (!begin) {
+                    release_x(chunk_count - 1);
+                }
+                chunk_count++;
+            };
+#pragma unroll 1
+            for (uint32_t i = first; i <= last; ++i) {
+                if (i % 4 == 0) {
+                    mbq_barrier_wait(full_w + piece_count%2*8, piece_count/2%2);
+                }
+                const uint32_t stage = w_shared + piece_count%2*(MBQ_GEMM_ROWS*MBQ_GEMM_ROW) + i%4*(128/QK*4*mbq_layout<QK>::block_words);
+                const mbq_words<QK> w0 = mbq_load_words<QK>(stage + base[0], t);
+                const mbq_words<QK> w1 = mbq_load_words<QK>(stage + base[1], t);
+                if (i % 4 == 3 || i == last) {
+                    __syncwarp();
+                    if (lane == 0) {
+                        mbq_barrier_arrive(empty_w + piece_count%2*8);
+                    }
+                    piece_count++;
+                }
+                mbq_dequantize_64<QK, 0>(w0, 0, a[0]);
+                mbq_dequantize_64<QK, 0>(w1, 1, a[0]);
+                multiply(a[0], i == first);
+                mbq_dequantize_64<QK, 1>(w0, 0, a[1]);
+                mbq_dequantize_64<QK, 1>(w1, 1, a[1]);
+                multiply(a[1], false);
+            }
+            asm volatile("wgmma.wait_group.sync.aligned 0;" : : : "memory");
+            release_x(chunk_count - 1);
+
+            float * dst = args.dst + split*args.dst_split + row;
+            const bool pairs = ((uintptr_t) args.dst | args.dst_column*4) % 8 == 0 && row + 1 < args.rows;
+#pragma unroll
+            for (int i = 0; i < 16; ++i) {
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const int column = column_tile*MBQ_GEMM_COLUMNS + 8*i + 2*t + c;
+                    float * to = dst + column*args.dst_column;
+                    if (column < args.columns) {
+                        if (pairs) {
+                            *(float2 *) to = make_float2(d[4*i + c], d[4*i + 2 + c]);
+                        } else if (row < args.rows) {
+                            to[0] = d[4*i + c];
+                            if (row + 1 < args.rows) {
+                                to[1] = d[4*i + 2 + c];
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+#else
+    GGML_UNUSED(args);
+    NO_DEVICE_CODE;
+#endif // MBQ_WGMMA
+}

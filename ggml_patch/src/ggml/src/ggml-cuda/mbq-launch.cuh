@@ -1,0 +1,146 @@
+#pragma once
+
+// Launches of the products: which kernel, in which shape.
+
+#include "mbq-gemm.cuh"
+#include "mbq-gemv.cuh"
+
+static bool mbq_aligned(const void * p, const int64_t nb1, const int64_t nb2, const int64_t nb3) {
+    return ((uintptr_t) p | nb1 | nb2 | nb3) % 16 == 0;
+}
+
+#ifdef MBQ_USE_TMA
+static CUtensorMap mbq_map(const char * w, const int64_t row_bytes, const int64_t rows, const int stage_row) {
+    CUtensorMap map;
+    const cuuint64_t size[2] = { (cuuint64_t) row_bytes, (cuuint64_t) rows };
+    const cuuint64_t stride  = row_bytes;
+    const cuuint32_t box [2] = { (cuuint32_t) stage_row, 8 };
+    const cuuint32_t step[2] = { 1, 1 };
+    CU_CHECK(cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, (void *) w, size, &stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+    return map;
+}
+#endif
+
+// False: the activations of one block do not fit into shared memory.
+template <int QK, int NT>
+static bool mbq_launch_mmv(ggml_backend_cuda_context & ctx, mbq_mmv_args args, const int64_t channels, const int64_t samples) {
+    const auto & device = ggml_cuda_info().devices[ctx.device];
+    const bool aligned  = mbq_aligned(args.w, args.row_bytes, args.w_channel, args.w_sample) && (uintptr_t) args.gate % 16 == 0;
+    const int64_t room  = device.smpbo - MBQ_MAX_WARPS*MBQ_STAGES*sizeof(uint64_t); // barriers
+    const mbq_mmv_plan plan = mbq_plan_mmv(QK, NT, args.gate, aligned, args.rows, args.blocks, device.nsm, room);
+    if (plan.kw == 0 || channels > UINT16_MAX || samples > UINT16_MAX) {
+        return false;
+    }
+    args.stage_row = mbq_stage_row(QK, aligned);
+    const ggml_cuda_kernel_launch_params params(dim3(plan.blocks, channels, samples), dim3(32*plan.kw, plan.groups), (size_t) plan.shared, ctx.stream());
+    mbq_mmv_maps maps = {};
+#ifdef MBQ_USE_TMA
+    const bool dense = args.w_channel == (int64_t) args.rows*args.row_bytes && args.w_sample == args.w_channels*args.w_channel;
+    if (aligned && dense && ggml_cuda_highest_compiled_arch(device.cc) >= GGML_CUDA_CC_HOPPER) {
+        const int64_t rows = (int64_t) args.rows*args.w_channels*args.w_samples;
+        maps.w    = mbq_map(args.w, args.row_bytes, rows, args.stage_row);
+        maps.gate = args.gate ? mbq_map(args.gate, args.row_bytes, rows, args.stage_row) : maps.w;
+        CUDA_SET_SHARED_MEMORY_LIMIT((mbq_mmv<QK, NT, true>), room);
+        ggml_cuda_kernel_launch(mbq_mmv<QK, NT, true>, params, args, maps);
+        return true;
+    }
+#endif
+    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_mmv<QK, NT, false>), room);
+    ggml_cuda_kernel_launch(mbq_mmv<QK, NT, false>, params, args, maps);
+    return true;
+}
+
+// Up to 8*NT columns: quantise them into records, then multiply.
+template <int QK, int NT>
+static bool mbq_mul_mat_records(ggml_backend_cuda_context & ctx, mbq_mmv_args args, const int64_t channels, const int64_t samples) {
+    const int64_t k       = (int64_t) args.blocks*QK;
+    const int64_t records = (k + 127)/128*NT;
+    if (channels*samples > UINT16_MAX) {
+        return false;
+    }
+    ggml_cuda_pool_alloc<char> buffer(ctx.pool(), channels*samples*records*MBQ_RECORD_BYTES);
+    const ggml_cuda_kernel_launch_params params(dim3((k + 255)/256, NT, channels*samples), dim3(256), 0, ctx.stream());
+    ggml_cuda_kernel_launch(mbq_quantize_columns<QK>, params, (const float *) args.x, buffer.get(), (int) k, args.columns,
+        args.x_column, args.x_channel, args.x_sample, (int) channels, args.x_aligned);
+    args.x         = buffer.get();
+    args.x_channel = records;
+    args.x_sample  = channels*records;
+    return mbq_launch_mmv<QK, NT>(ctx, args, channels, samples);
+}
+
+template <int QK>
+static bool mbq_mul_mat_columns(ggml_backend_cuda_context & ctx, const mbq_mmv_args & args, const int64_t channels, const int64_t samples) {
+    if (args.columns == 1 && mbq_launch_mmv<QK, 0>(ctx, args, channels, samples)) {
+        return true;
+    }
+    if (args.columns <= 8) {
+        return mbq_mul_mat_records<QK, 1>(ctx, args, channels, samples);
+    }
+    if (args.columns <= 16) {
+        return mbq_mul_mat_records<QK, 2>(ctx, args, channels, samples);
+    }
+    return mbq_mul_mat_records<QK, 4>(ctx, args, channels, samples);
+}
+
+// Whether this device runs mbq_gemm: its code exists for sm_90a only, and elsewhere has no barriers in shared memory.
+static bool mbq_gemm_available(const int id) {
+#ifdef MBQ_USE_TMA
+    static int available[GGML_CUDA_MAX_DEVICES] = {}; // 1: no, 2: yes
+    if (available[id] == 0) {
+        cudaFuncAttributes attributes;
+        CUDA_CHECK(cudaFuncGetAttributes(&attributes, mbq_gemm<128>));
+        available[id] = attributes.sharedSizeBytes > 0 ? 2 : 1;
+    }
+    return available[id] == 2;
+#else
+    GGML_UNUSED(id);
+    return false;
+#endif
+}
+
+// False: not for this kernel. One matrix only, and rows of whole 128s.
+template <int QK>
+static bool mbq_mul_mat_gemm(ggml_backend_cuda_context & ctx, const mbq_mmv_args & mmv) {
+    const int k = mmv.blocks*QK;
+    if (k % 128 != 0 || !mbq_gemm_available(ctx.device)) {
+        return false;
+    }
+    mbq_gemm_args args = {};
+    args.w            = mmv.w;
+    args.rows         = mmv.rows;
+    args.row_bytes    = mmv.row_bytes;
+    args.columns      = mmv.columns;
+    args.k            = k;
+    args.row_tiles    = (mmv.rows    + MBQ_GEMM_ROWS    - 1)/MBQ_GEMM_ROWS;
+    args.column_tiles = (mmv.columns + MBQ_GEMM_COLUMNS - 1)/MBQ_GEMM_COLUMNS;
+
+    const int pieces   = (k + MBQ_PIECE - 1)/MBQ_PIECE;
+    const int nsm      = ggml_cuda_info().devices[ctx.device].nsm;
+    const int splits   = mbq_plan_splits(args.row_tiles*args.column_tiles, pieces, nsm);
+    args.split_pieces  = (pieces + splits - 1)/splits;
+    args.splits        = (pieces + args.split_pieces - 1)/args.split_pieces;
+
+    ggml_cuda_pool_alloc<half>  tiles(ctx.pool(), (size_t) args.column_tiles*MBQ_GEMM_COLUMNS*k);
+    ggml_cuda_pool_alloc<float> parts(ctx.pool());
+    args.x          = tiles.get();
+    args.dst        = mmv.dst;
+    args.dst_column = mmv.dst_column;
+    if (args.splits > 1) {
+        args.dst_column = args.rows;
+        args.dst_split  = (int64_t) args.rows*args.columns;
+        args.dst        = parts.alloc(args.splits*args.dst_split);
+    }
+    const ggml_cuda_kernel_launch_params halves(dim3(k/MBQ_GEMM_CHUNK, 2*args.column_tiles), dim3(256), 0, ctx.stream());
+    ggml_cuda_kernel_launch(mbq_halves, halves, (const float *) mmv.x, tiles.get(), args.columns, mmv.x_column, mmv.x_aligned);
+
+    const int units = args.row_tiles*args.column_tiles*args.splits;
+    CUDA_SET_SHARED_MEMORY_LIMIT(mbq_gemm<QK>, MBQ_GEMM_SHARED);
+    const ggml_cuda_kernel_launch_params gemm(dim3(std::min(units, nsm)), dim3(MBQ_GEMM_THREADS), MBQ_GEMM_SHARED, ctx.stream());
+    ggml_cuda_kernel_launch(mbq_gemm<QK>, gemm, args);
+    if (args.splits > 1) {
+        const ggml_cuda_kernel_launch_params sum(dim3((args.rows + 255)/256, args.columns), dim3(256), 0, ctx.stream());
+        ggml_cuda_kernel_launch(mbq_sum_splits, sum, (const float *) args.dst, mmv.dst, args.rows, mmv.dst_column, args.dst_split, args.splits);
+    }
+    return true;
+}

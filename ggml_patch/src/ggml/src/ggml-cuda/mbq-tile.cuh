@@ -1,0 +1,126 @@
+#pragma once
+
+// One tile of 16 rows of mbq_mmv (mbq-gemv.cuh): its pieces times the columns, and its end.
+
+#include "mbq-plan.cuh"
+
+#ifdef TURING_MMA_AVAILABLE
+
+// Row i of the 16 of a tile. A gated unit's tile is 8 rows of the weights above the same 8 rows of the gate. Rows behind the end repeat the last.
+static __device__ __forceinline__ const char * mbq_row(const mbq_mmv_args & args, const char * w, const char * gate, const int tile, const int i) {
+    const int row = min(gate ? tile*8 + i%8 : tile*16 + i, args.rows - 1);
+    return (gate && i >= 8 ? gate : w) + (int64_t) row*args.row_bytes;
+}
+
+// sum += 16 rows of one piece in `stage` times the columns; base: bytes of the lane's rows in a stage, first: the piece's first
+// block in the row, n: its blocks. One column: x is what mbq_quantize_one wrote, `length` the 256s of a row.
+template <int QK>
+static __device__ __forceinline__ void mbq_piece_one(const char * stage, const int (&base)[2], const char * x, const int length, const int first, const int n, float (&sum)[2]) {
+    constexpr int per = 256/QK;
+    const uint32_t * const p[2] = { (const uint32_t *) (stage + base[0]), (const uint32_t *) (stage + base[1]) };
+    const char * words = x + first/per*256;
+    const char * sums  = x + length*256 + first/per*64;
+    if (n == mbq_layout<QK>::piece_blocks) {
+#pragma unroll
+        for (int i = 0; i < MBQ_PIECE/256; ++i) {
+            mbq_dot_one<QK>(p, i*per, n - 1, words + i*256, sums + i*64, sum);
+        }
+    } else {
+#pragma unroll 1
+        for (int i = 0; i*per < n; ++i) {
+            mbq_dot_one<QK>(p, i*per, n - 1, words + i*256, sums + i*64, sum);
+        }
+    }
+}
+
+// 8*NT columns. NT = 1: their records are in the stage; else x points at all of them.
+template <int QK, int NT>
+static __device__ __forceinline__ void mbq_piece_many(const char * stage, const int (&base)[2], const char * x, const char * records,
+        const int first, const int n, float (&sum)[NT][4]) {
+    const int lane = threadIdx.x % 32;
+    const auto one = [&](const int b) {
+        const int at = b*mbq_layout<QK>::block_words;
+        const uint32_t * const p[2] = { (const uint32_t *) (stage + base[0]) + at, (const uint32_t *) (stage + base[1]) + at };
+        const float2 dm[2] = { __half22float2(*(const half2 *) p[0]), __half22float2(*(const half2 *) p[1]) };
+        int a[QK/32][4];
+        mbq_unpack<QK>(p, lane % 4, a);
+#pragma unroll
+        for (int i = 0; i < NT; ++i) {
+            const char * record = NT == 1 ? records + b*QK/128*MBQ_RECORD_BYTES : x + ((int64_t) (first + b)*QK/128*NT + i)*MBQ_RECORD_BYTES;
+            mbq_dot<QK>(a, dm, mbq_columns_record<QK>(record, QK == 128 ? 0 : b % 2, lane), sum[i]);
+        }
+    };
+    if (n == mbq_layout<QK>::piece_blocks) {
+#pragma unroll
+        for (int b = 0; b < mbq_layout<QK>::piece_blocks; ++b) {
+            one(b);
+        }
+    } else {
+#pragma unroll 1
+        for (int b = 0; b < n; ++b) {
+            one(b);
+        }
+    }
+}
+
+static __device__ __forceinline__ float mbq_glu(const mbq_mmv_args & args, const float gate, const float up) {
+    switch (args.glu_op) {
+        case GGML_GLU_OP_SWIGLU:       return ggml_cuda_op_silu_single(gate)*up;
+        case GGML_GLU_OP_GEGLU:        return ggml_cuda_op_gelu_single(gate)*up;
+        case GGML_GLU_OP_SWIGLU_OAI:   return ggml_cuda_op_swiglu_oai_single(gate, up);
+        case GGML_GLU_OP_SWIGLU_CLAMP: return ggml_cuda_op_swiglu_clamp_single(gate, up, args.glu_limit);
+        default:                       return gate*up;
+    }
+}
+
+// Synchronises the warps that share a tile. Barrier 0 belongs to __syncthreads.
+static __device__ __forceinline__ void mbq_group_sync(const int group, const int KW) {
+    if (KW == 1) {
+        __syncwarp();
+    } else {
+        asm volatile("bar.sync %0, %1;" : : "r"(group + 1), "r"(KW*32) : "memory");
+    }
+}
+
+// Adds the sums of the KW warps of a group, then bias and gate, and stores. One column: sums[warp][row]
+static __device__ __forceinline__ void mbq_store_one(const mbq_mmv_args & args, const float * sums, const int tile, float * dst, const int64_t bias_offset, const int KW) {
+    const int lane = threadIdx.x % 32;
+    float v = 0.0f;
+    for (int i = 0; i < KW; ++i) {
+        v += sums[i*16 + lane % 16];
+    }
+    if (args.gate) { // rows 8 to 15 are the gate's rows 0 to 7
+        float gate    = __shfl_down_sync(0xFFFFFFFF, v, 8);
+        const int row = tile*8 + lane;
+        if (lane < 8 && row < args.rows) {
+            v    += args.bias      ? args.bias     [bias_offset + row] : 0.0f;
+            gate += args.gate_bias ? args.gate_bias[bias_offset + row] : 0.0f;
+            dst[row] = mbq_glu(args, gate, v);
+        }
+    } else {
+        const int row = tile*16 + lane;
+        if (lane < 16 && row < args.rows) {
+            dst[row] = v + (args.bias ? args.bias[bias_offset + row] : 0.0f);
+        }
+    }
+}
+
+// The same for 8*NT columns, without bias and gate: sums[warp][n][lane][i] in the order of the C operand
+template <int NT>
+static __device__ __forceinline__ void mbq_store_many(const mbq_mmv_args & args, const float * sums, const int tile, float * dst, const int KW) {
+    constexpr int n = 128*NT;
+    for (int e = threadIdx.x; e < n; e += KW*32) {
+        float v = 0.0f;
+        for (int i = 0; i < KW; ++i) {
+            v += sums[i*n + e];
+        }
+        const int lane = e/4 % 32;
+        const int row  = tile*16 + lane/4 + e/2%2*8;
+        const int col  = e/128*8 + lane%4*2 + e%2;
+        if (row < args.rows && col < args.columns) {
+            dst[col*args.dst_column + row] = v;
+        }
+    }
+}
+
+#endif // TURING_MMA_AVAILABLE

@@ -1,0 +1,114 @@
+#pragma once
+
+// What mbq_gemm (mbq-gemm.cuh) is made of on Hopper: wgmma, and weights as wgmma's A operand.
+
+#include "mbq-block.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define MBQ_WGMMA
+#endif
+
+#ifdef MBQ_WGMMA
+
+// Without a wider scope: a release to a cluster costs as much as the products of 64 weights.
+static __device__ __forceinline__ void mbq_barrier_arrive(const uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(barrier) : "memory");
+}
+
+static __device__ __forceinline__ uint32_t mbq_load_shared(const uint32_t address) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
+
+// d += 64 rows of 16 weights in registers times 128 columns in shared memory
+static __device__ __forceinline__ void mbq_wgmma(float (&d)[64], const half2 (&a)[4], const uint64_t b) {
+    const uint32_t * r = (const uint32_t *) a;
+#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
+        : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56)
+        : "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]), "l"(b));
+#undef D8
+}
+
+// (a & mask) | b in one instruction; the compiler would make more of three of them
+template <uint32_t mask>
+static __device__ __forceinline__ uint32_t mbq_and_or(const uint32_t a, const uint32_t b) {
+    uint32_t v;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(v) : "r"(a), "n"(mask), "r"(b));
+    return v;
+}
+
+// 64 or 128 weights of a row: words of ql and of qh, shifted so that the high bit of plane 0 is bit 2 of a byte, for bytes 0 and 2
+// (even weights of the A operand) and 1 and 3 (odd ones)
+struct mbq_word {
+    uint32_t ql[2], qh[2], top[2]; // top: bit 8 is the high bit of plane 3
+};
+
+static __device__ __forceinline__ mbq_word mbq_split_word(const uint32_t ql, const uint32_t qh) {
+    return { { ql, ql >> 8 }, { qh, qh >> 8 }, { qh << 8, qh } };
+}
+
+// Weights of plane j. A code in the low bits of a half's fraction under the exponent of 1024 is 1024 + 4^j times it; taking that off is exact.
+template <int j>
+static __device__ __forceinline__ half2 mbq_plane(const mbq_word & w, const int odd, const half2 d, const half2 m) {
+    constexpr uint32_t magic = 0x64006400u;
+    const uint32_t v = j < 3 ? mbq_and_or<(0x00030003u << 2*j)>(w.ql[odd], mbq_and_or<(j < 3 ? 0x00040004u << 2*j : 0)>(w.qh[odd], magic)) :
+        mbq_and_or<0x00C000C0u>(w.ql[odd], mbq_and_or<0x01000100u>(w.top[odd], magic));
+    const half2 scale  = __float2half2_rn(j == 0 ?     1.0f : j == 1 ?   0.25f : j == 2 ? 0.0625f : 0.015625f);
+    const half2 offset = __float2half2_rn(j == 0 ? -1024.0f : j == 1 ? -256.0f : j == 2 ?  -64.0f :    -16.0f);
+    return __hfma2(__hfma2(*(const half2 *) &v, scale, offset), d, m);
+}
+
+// 128 weights of a row: one block or two
+template <int QK> struct mbq_words {
+    uint32_t dm[128/QK];
+    mbq_word word[2];
+};
+
+template <int QK>
+static __device__ __forceinline__ mbq_words<QK> mbq_load_words(const uint32_t p, const int t) {
+    mbq_words<QK> w;
+    if constexpr (QK == 128) {
+        const uint32_t qh = mbq_load_shared(p + 36 + 4*t);
+        w.dm[0]   = mbq_load_shared(p);
+        w.word[0] = mbq_split_word(mbq_load_shared(p +  4 + 4*t), qh);
+        w.word[1] = mbq_split_word(mbq_load_shared(p + 20 + 4*t), qh >> 1);
+    } else {
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+            w.dm[b]   = mbq_load_shared(p + 28*b);
+            w.word[b] = mbq_split_word(mbq_load_shared(p + 28*b + 4 + 4*t), mbq_load_shared(p + 28*b + 20 + 4*(t & 1)) >> (t >> 1));
+        }
+    }
+    return w;
+}
+
+// The A operands of 64 weights, the first (h = 0) or the second half of 128: steps of 16, registers of row r
+template <int QK, int h>
+static __device__ __forceinline__ void mbq_dequantize_64(const mbq_words<QK> & w, const int r, half2 (&a)[4][4]) {
+    const half2 dm = *(const half2 *) &w.dm[QK == 128 ? 0 : h];
+    const half2 d  = __low2half2(dm);
+    const half2 m  = __high2half2(dm);
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+        if constexpr (QK == 128) {
+            a[0][r + 2*odd] = mbq_plane<2*h>    (w.word[0], odd, d, m);
+            a[1][r + 2*odd] = mbq_plane<2*h>    (w.word[1], odd, d, m);
+            a[2][r + 2*odd] = mbq_plane<2*h + 1>(w.word[0], odd, d, m);
+            a[3][r + 2*odd] = mbq_plane<2*h + 1>(w.word[1], odd, d, m);
+        } else {
+            a[0][r + 2*odd] = mbq_plane<0>(w.word[h], odd, d, m);
+            a[1][r + 2*odd] = mbq_plane<1>(w.word[h], odd, d, m);
+            a[2][r + 2*odd] = mbq_plane<2>(w.word[h], odd, d, m);
+            a[3][r + 2*odd] = mbq_plane<3>(w.word[h], odd, d, m);
+        }
+    }
+}
+
+#endif // MBQ_WGMMA
