@@ -19,6 +19,7 @@ BLOCKS = {"MBQ3": 128, "MBQ3_64": 64, "Q4_0": 32, "Q8_0": 32, "F16": 1}
 SHAPES = [(rows, columns) for rows in (1, 3, 33) for columns in (64, 128, 576, 896, 1536, 8960)]
 CASES = [(kind, *shape) for kind, block in BLOCKS.items() for shape in SHAPES if shape[1] % block == 0]
 ACTIVATION_ROWS = (1, 5, 19)  # one token, and batches that take other kernels
+MANY_ROWS = 100  # and another one on a GPU: fp16 there, with less rounding than int8
 
 
 def check(kind: str, rows: int, columns: int, device: str) -> None:
@@ -26,7 +27,8 @@ def check(kind: str, rows: int, columns: int, device: str) -> None:
     weights = random.normal(size=(rows, columns)).astype(np.float32)
     packed = types.quantize(kind, weights)
     stored = types.dequantize(kind, packed, columns).astype(np.float64)
-    for n in ACTIVATION_ROWS:
+    many = (MANY_ROWS,) if device != "CPU" and kind.startswith("MBQ3") else ()
+    for n in ACTIVATION_ROWS + many:
         x = random.normal(size=(n, columns)).astype(np.float32)
         exact = x.astype(np.float64) @ stored.T
         error = np.abs(mul_mat(kind, packed, columns, x, device=device, threads=2) - exact)

@@ -154,7 +154,8 @@ static __global__ void mbq_quantize_columns(const float * x, char * records, con
 // sum[r] += row g + 8r of 256 weights, from block `first` of the row pieces at p[r], times one column: this lane's groups 2t and 2t + 1.
 // Blocks behind `last` repeat it: their activations are zeros.
 template <int QK>
-static __device__ __forceinline__ void mbq_dot_one(const uint32_t * const (&p)[2], const int first, const int last, const char * words, const char * sums, float (&sum)[2]) {
+static __device__ __forceinline__ void mbq_dot_one(const uint32_t * const (&p)[2], const int first, const int last,
+        const char * words, const char * sums, float (&sum)[2]) {
     constexpr int G    = QK/32;
     constexpr int step = mbq_layout<QK>::block_words;
     const int  lane = threadIdx.x % 32;

@@ -138,7 +138,8 @@ static __global__ void __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq
                     if (chunk_count == 0) {
                         ggml_cuda_pdl_sync();
                     }
-                    const char * from = (const char *) args.x + ((int64_t) column_tile*(args.k/MBQ_GEMM_CHUNK) + piece*(MBQ_PIECE/MBQ_GEMM_CHUNK))*MBQ_GEMM_TILE_BYTES;
+                    const char * from = (const char *) args.x +
+                        ((int64_t) column_tile*(args.k/MBQ_GEMM_CHUNK) + piece*(MBQ_PIECE/MBQ_GEMM_CHUNK))*MBQ_GEMM_TILE_BYTES;
                     for (int i = 0; i < n/MBQ_GEMM_CHUNK; ++i, ++chunk_count) {
                         const int stage = chunk_count % S;
                         mbq_barrier_wait(empty_x + stage*8, chunk_count/S%2 ^ 1);
@@ -183,7 +184,8 @@ static __global__ void __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq
                 const uint32_t stage = chunk_count % S;
                 mbq_barrier_wait(full_x + stage*8, chunk_count/S%2);
                 // start address, 1024 bytes from 8 columns to the next 8, 128-byte swizzle
-                const uint64_t b = (uint64_t) ((x_tiles + stage*MBQ_GEMM_TILE_BYTES) >> 4) | (uint64_t) 1 << 16 | (uint64_t) (1024 >> 4) << 32 | (uint64_t) 1 << 62;
+                const uint64_t b = (uint64_t) ((x_tiles + stage*MBQ_GEMM_TILE_BYTES) >> 4) | (uint64_t) 1 << 16 | (uint64_t) (1024 >> 4) << 32 |
+                    (uint64_t) 1 << 62;
                 asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {

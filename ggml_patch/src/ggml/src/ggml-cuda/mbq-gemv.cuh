@@ -8,8 +8,8 @@
 //
 // Each warp streams its pieces through its own ring of shared-memory stages, with the tensor memory accelerator (one lane names a box of 8
 // rows) or cp.async: no barrier but __syncwarp in the main loop, and about 100 KB are on their way to each multiprocessor, first of all
-// while the kernel before still runs (programmatic dependent launch): weights do not depend on it. Then the block quantises the activations, and at the end of each tile the warps of
-// a group add their sums in shared memory.
+// while the kernel before still runs (programmatic dependent launch): weights do not depend on it. Then the block quantises the
+// activations, and at the end of each tile the warps of a group add their sums in shared memory.
 
 #include "mbq-tile.cuh"
 
@@ -102,7 +102,8 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
                 mbq_barrier_expect(barrier, (rows ? 16*args.stage_row : 0) + (NT == 1 && records ? record_bytes() : 0), NT != 1 || records);
                 if (rows) {
                     mbq_box_copy(dst, maps.w, fill_piece*mbq_layout<QK>::piece_bytes, row, barrier);
-                    mbq_box_copy(dst + 8*args.stage_row, args.gate ? maps.gate : maps.w, fill_piece*mbq_layout<QK>::piece_bytes, args.gate ? row : row + 8, barrier);
+                    mbq_box_copy(dst + 8*args.stage_row, args.gate ? maps.gate : maps.w, fill_piece*mbq_layout<QK>::piece_bytes,
+                        args.gate ? row : row + 8, barrier);
                 }
                 if (NT == 1 && records) {
                     mbq_bulk_copy(dst + 16*args.stage_row, from, record_bytes(), barrier);

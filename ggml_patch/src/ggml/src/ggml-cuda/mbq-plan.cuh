@@ -40,7 +40,7 @@ struct mbq_mmv_maps {
 #define MBQ_MAPS const mbq_mmv_maps
 #endif
 
-static constexpr int MBQ_MAX_WARPS  = 16; // of a block; more need spills, and were slower without them as well
+static constexpr int MBQ_MAX_WARPS  = 16; // of a block; more, with fewer registers each, were slower at every shape
 static constexpr int MBQ_MAX_GROUPS = 15; // barriers 1 to 15
 static constexpr int MBQ_STAGES     = 2;  // of a warp's ring: one is computed while the next arrives
 

@@ -15,7 +15,8 @@ static __device__ __forceinline__ const char * mbq_row(const mbq_mmv_args & args
 // sum += 16 rows of one piece in `stage` times the columns; base: bytes of the lane's rows in a stage, first: the piece's first
 // block in the row, n: its blocks. One column: x is what mbq_quantize_one wrote, `length` the 256s of a row.
 template <int QK>
-static __device__ __forceinline__ void mbq_piece_one(const char * stage, const int (&base)[2], const char * x, const int length, const int first, const int n, float (&sum)[2]) {
+static __device__ __forceinline__ void mbq_piece_one(const char * stage, const int (&base)[2], const char * x, const int length,
+        const int first, const int n, float (&sum)[2]) {
     constexpr int per = 256/QK;
     const uint32_t * const p[2] = { (const uint32_t *) (stage + base[0]), (const uint32_t *) (stage + base[1]) };
     const char * words = x + first/per*256;
@@ -83,7 +84,8 @@ static __device__ __forceinline__ void mbq_group_sync(const int group, const int
 }
 
 // Adds the sums of the KW warps of a group, then bias and gate, and stores. One column: sums[warp][row]
-static __device__ __forceinline__ void mbq_store_one(const mbq_mmv_args & args, const float * sums, const int tile, float * dst, const int64_t bias_offset, const int KW) {
+static __device__ __forceinline__ void mbq_store_one(const mbq_mmv_args & args, const float * sums, const int tile, float * dst,
+        const int64_t bias_offset, const int KW) {
     const int lane = threadIdx.x % 32;
     float v = 0.0f;
     for (int i = 0; i < KW; ++i) {
