@@ -132,7 +132,9 @@ def test_folded_factors_are_no_error(files: Files) -> None:
 
 
 def test_a_rotated_file_reads_pictures_through_its_own_part(files: Files, tiny_dir: Path, tmp_path: Path) -> None:
-    chosen = ConvertOptions(tiny_dir, tmp_path / "turned.gguf", "Q8_0", "rtn", "nearest", mmproj_type="F32", rotate="offline")
+    chosen = ConvertOptions(
+        tiny_dir, tmp_path / "turned.gguf", type="Q8_0", method="rtn", rounding="nearest", mmproj_type="F32", rotate="offline"
+    )
     convert(chosen, Console(quiet=True))
     _, turned = evaluate(files.options(chosen.out), Console(quiet=True)).files
     assert turned.divergence.mean < 0.01  # what Q8_0 does to this model; measured 0
