@@ -20,15 +20,15 @@ SHAPES = [(rows, columns) for rows in (1, 3, 33) for columns in (64, 128, 576, 8
 CASES = [(kind, *shape) for kind, block in BLOCKS.items() for shape in SHAPES if shape[1] % block == 0]
 ACTIVATION_ROWS = (1, 5, 19)  # one token, and batches that take other kernels
 MANY_ROWS = 100  # and another one on a GPU: fp16 there, with less rounding than int8
+WIDE = (8200, 896, 290)  # rows, columns and activations that make a GPU of up to 140 multiprocessors take 256 activations at once
 
 
-def check(kind: str, rows: int, columns: int, device: str) -> None:
+def check(kind: str, rows: int, columns: int, device: str, batches: tuple[int, ...] = ACTIVATION_ROWS) -> None:
     random = np.random.default_rng(rows * columns)
     weights = random.normal(size=(rows, columns)).astype(np.float32)
     packed = types.quantize(kind, weights)
     stored = types.dequantize(kind, packed, columns).astype(np.float64)
-    many = (MANY_ROWS,) if device != "CPU" and kind.startswith("MBQ3") else ()
-    for n in ACTIVATION_ROWS + many:
+    for n in batches:
         x = random.normal(size=(n, columns)).astype(np.float32)
         exact = x.astype(np.float64) @ stored.T
         error = np.abs(mul_mat(kind, packed, columns, x, device=device, threads=2) - exact)
@@ -62,7 +62,15 @@ def test_product_on_the_cpu(kind: str, rows: int, columns: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("kind", "rows", "columns"), CASES)
 def test_product_on_cuda(kind: str, rows: int, columns: int) -> None:
-    check(kind, rows, columns, "CUDA0")
+    many = (MANY_ROWS,) if kind.startswith("MBQ3") else ()
+    check(kind, rows, columns, "CUDA0", ACTIVATION_ROWS + many)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["MBQ3", "MBQ3_64"])
+def test_wide_product_on_cuda(kind: str) -> None:
+    rows, columns, n = WIDE
+    check(kind, rows, columns, "CUDA0", (n,))
 
 
 def test_threads_do_not_change_the_product() -> None:

@@ -2,9 +2,10 @@
 
 // Many columns on Hopper: weights are dequantised to fp16 in the registers that wgmma takes its A operand from, and never stored.
 //
-//   block: 128 rows, 128 columns
+//   block: 128 rows, N = 128 or 256 columns: twice the columns take half the dequantising, but leave half as many units. With 256, two
+//   blocks with the same columns are a cluster, of which each copies one half of the columns for both: else reading L2 would be the limit.
 //     warps 0 to 7:  two groups of 64 rows; each dequantises 64 weights of its rows while the tensor cores multiply the 64 before
-//     warps 8 to 11: copies. Weights: ring of 2 stages, 128 rows times 512 weights; columns: ring of 8 stages, 128 columns times 64 halves
+//     warps 8 to 11: copies. Weights: ring of 2 stages, 128 rows times 512 weights; columns: ring of 8 or 4 stages, N columns times 64 halves
 //
 // The order of the products in a sum is free. In a group of 16 weights lane t of the A operand wants slots 2t, 2t + 1 and 2t + 8, 2t + 9;
 // it gets bytes 0, 2 and 1, 3 of a word: even weights first, odd ones behind. mbq_halves writes activations in that order, in tiles that
@@ -19,14 +20,14 @@ struct mbq_gemm_args {
     float      * dst;
     int64_t dst_column, dst_split;   // elements
     int rows, row_bytes, columns, k; // k: weights of a row, a multiple of 128
-    int row_tiles, column_tiles;
+    int row_tiles, column_tiles;     // of a block, or of a cluster
     int splits, split_pieces;        // the pieces of a row are shared by `splits` units, each with sums of its own
 };
 
 static constexpr int MBQ_GEMM_ROWS    = 128; // of a block
-static constexpr int MBQ_GEMM_COLUMNS = 128;
+static constexpr int MBQ_GEMM_COLUMNS = 128; // of a tile: a block takes one or two
 static constexpr int MBQ_GEMM_CHUNK   = 64;  // activations of a column in a stage: 128 bytes, the span of the swizzle
-static constexpr int MBQ_GEMM_STAGES  = 8;
+static constexpr int MBQ_GEMM_STAGES  = 8;   // of a tile; a power of two: with 10, 128 columns took 3 % more
 static constexpr int MBQ_GEMM_THREADS = 384;
 static constexpr int MBQ_GEMM_ROW     = 240; // bytes of a row in a stage: see mbq_stage_row
 
@@ -78,15 +79,24 @@ static __global__ void mbq_sum_splits(const float * parts, float * dst, const in
     }
 }
 
-// dst = w * x for x of mbq_halves. The blocks share units of (column tile, row tile, split), columns first.
-template <int QK>
-static __global__ void __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq_gemm_args args) {
+#if defined(MBQ_USE_TMA) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER)
+#define MBQ_CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
+#else
+#define MBQ_CLUSTER(blocks)
+#endif
+
+// dst = w * x for x of mbq_halves. The blocks, or clusters, share units of (column tile, row tile, split), columns first.
+template <int QK, int N>
+static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq_gemm_args args) {
 #ifdef MBQ_WGMMA
-    constexpr int S = MBQ_GEMM_STAGES;
+    constexpr int TILES       = N/MBQ_GEMM_COLUMNS;
+    constexpr int S           = MBQ_GEMM_STAGES/TILES;
+    constexpr int STAGE_BYTES = TILES*MBQ_GEMM_TILE_BYTES;
     extern __shared__ char mbq_gemm_shared[];
     __shared__ uint64_t mbq_barriers[2*S + 4]; // its size tells the host that this is the code for sm_90a
     ggml_cuda_pdl_lc();
 
+    const int rank = TILES == 1 ? 0 : blockIdx.x % TILES; // in the cluster
     const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0); // so that the compiler knows what all lanes have in common
     const int lane = threadIdx.x % 32;
     const int units  = args.row_tiles*args.column_tiles*args.splits;
@@ -94,7 +104,7 @@ static __global__ void __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq
 
     uint32_t x_tiles; // volatile: kept, not computed again and again
     asm volatile("add.u32 %0, %1, 1023;\nand.b32 %0, %0, 0xFFFFFC00;" : "=r"(x_tiles) : "r"((uint32_t) __cvta_generic_to_shared(mbq_gemm_shared)));
-    char * const   w_tiles = mbq_gemm_shared + (x_tiles - (uint32_t) __cvta_generic_to_shared(mbq_gemm_shared)) + S*MBQ_GEMM_TILE_BYTES;
+    char * const   w_tiles = mbq_gemm_shared + (x_tiles - (uint32_t) __cvta_generic_to_shared(mbq_gemm_shared)) + S*STAGE_BYTES;
     const uint32_t full_x  = __cvta_generic_to_shared(mbq_barriers);
     const uint32_t empty_x = full_x  + 8*S;
     const uint32_t full_w  = empty_x + 8*S;
@@ -102,7 +112,7 @@ static __global__ void __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq
     if (threadIdx.x == 0) {
         for (int i = 0; i < S; ++i) {
             mbq_barrier_init(full_x  + 8*i, 1);
-            mbq_barrier_init(empty_x + 8*i, 8);
+            mbq_barrier_init(empty_x + 8*i, 8*TILES);
         }
         for (int i = 0; i < 2; ++i) {
             mbq_barrier_init(full_w  + 8*i, 128);
@@ -110,14 +120,17 @@ static __global__ void __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq
         }
         asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
     }
-    __syncthreads();
+    mbq_cluster_sync<TILES>();
 
     if (warp >= 8) {
+        if constexpr (TILES > 1) {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        }
         int piece_count = 0;
         int chunk_count = 0;
-        for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+        for (int unit = blockIdx.x/TILES; unit < units; unit += gridDim.x/TILES) {
             const int column_tile = unit % args.column_tiles;
-            const int row_tile    = unit / args.column_tiles % args.row_tiles;
+            const int row_tile    = unit / args.column_tiles % args.row_tiles*TILES + rank;
             const int split       = unit / args.column_tiles / args.row_tiles;
             const int row_first   = row_tile*MBQ_GEMM_ROWS + (warp - 8)*32 + lane/16;
             const int piece_end   = min((split + 1)*args.split_pieces, pieces);
@@ -125,7 +138,7 @@ static __global__ void __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq
                 const int n = min(args.k - piece*MBQ_PIECE, MBQ_PIECE);
                 mbq_barrier_wait(empty_w + piece_count%2*8, piece_count/2%2 ^ 1);
                 char * stage = w_tiles + piece_count%2*(MBQ_GEMM_ROWS*MBQ_GEMM_ROW) + ((warp - 8)*32 + lane/16*8)*MBQ_GEMM_ROW + lane%16*16;
-#pragma unroll
+#pragma unroll (N == 128 ? 16 : 4) // more would take more registers than the copying warps have
                 for (int i = 0; i < 16; ++i) { // rows 2i and 2i + 1 of 16 become rows i and i + 8 of the A operand: results are stored two by two
                     const char * row  = args.w + (int64_t) min(row_first + 2*i, args.rows - 1)*args.row_bytes;
                     const int   shift = (int) (uintptr_t) row & 15;
@@ -138,32 +151,42 @@ static __global__ void __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq
                     if (chunk_count == 0) {
                         ggml_cuda_pdl_sync();
                     }
-                    const char * from = (const char *) args.x +
-                        ((int64_t) column_tile*(args.k/MBQ_GEMM_CHUNK) + piece*(MBQ_PIECE/MBQ_GEMM_CHUNK))*MBQ_GEMM_TILE_BYTES;
+                    const int64_t tile_bytes = (int64_t) args.k/MBQ_GEMM_CHUNK*MBQ_GEMM_TILE_BYTES; // of all chunks
+                    const char * from = (const char *) args.x + column_tile*TILES*tile_bytes + piece*(MBQ_PIECE/MBQ_GEMM_CHUNK)*MBQ_GEMM_TILE_BYTES;
+                    const int tiles = min((args.columns + MBQ_GEMM_COLUMNS - 1)/MBQ_GEMM_COLUMNS - column_tile*TILES, TILES);
                     for (int i = 0; i < n/MBQ_GEMM_CHUNK; ++i, ++chunk_count) {
                         const int stage = chunk_count % S;
                         mbq_barrier_wait(empty_x + stage*8, chunk_count/S%2 ^ 1);
-                        mbq_barrier_expect(full_x + stage*8, MBQ_GEMM_TILE_BYTES, true);
-                        mbq_bulk_copy(x_tiles + stage*MBQ_GEMM_TILE_BYTES, from + i*MBQ_GEMM_TILE_BYTES, MBQ_GEMM_TILE_BYTES, full_x + stage*8);
+                        mbq_barrier_expect(full_x + stage*8, tiles*MBQ_GEMM_TILE_BYTES, true);
+                        if constexpr (TILES == 1) {
+                            mbq_bulk_copy(x_tiles + stage*STAGE_BYTES, from + i*MBQ_GEMM_TILE_BYTES, MBQ_GEMM_TILE_BYTES, full_x + stage*8);
+                        } else if (rank < tiles) {
+                            mbq_multicast(x_tiles + stage*STAGE_BYTES + rank*MBQ_GEMM_TILE_BYTES, from + rank*tile_bytes + i*MBQ_GEMM_TILE_BYTES,
+                                MBQ_GEMM_TILE_BYTES, full_x + stage*8, (1 << TILES) - 1);
+                        }
                     }
                 }
                 __syncwarp();
             }
         }
     } else {
+        if constexpr (TILES > 1) {
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        }
         const int g = lane / 4;
         const int t = lane % 4;
         uint32_t piece_count = 0;
         uint32_t chunk_count = 0;
-        const uint32_t w_shared = x_tiles + S*MBQ_GEMM_TILE_BYTES;
+        const uint32_t w_shared = x_tiles + S*STAGE_BYTES;
+        const uint32_t empty_there = mbq_in_block<TILES>(empty_x, lane % TILES);
         const auto release_x = [&](const uint32_t chunk) {
-            if (lane == 0) {
-                mbq_barrier_arrive(empty_x + chunk%S*8);
+            if (lane < TILES) {
+                mbq_barrier_arrive<TILES>(empty_there + chunk%S*8);
             }
         };
-        for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+        for (int unit = blockIdx.x/TILES; unit < units; unit += gridDim.x/TILES) {
             const int column_tile = unit % args.column_tiles;
-            const int row_tile    = unit / args.column_tiles % args.row_tiles;
+            const int row_tile    = unit / args.column_tiles % args.row_tiles*TILES + rank;
             const int split       = unit / args.column_tiles / args.row_tiles;
             const int row         = row_tile*MBQ_GEMM_ROWS + warp*16 + 2*g;
             const uint32_t first  = split*args.split_pieces*(MBQ_PIECE/128);
@@ -174,9 +197,9 @@ static __global__ void __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq
                 const int shift = (int) ((uintptr_t) args.w + (uintptr_t) (min(row + r, args.rows - 1))*args.row_bytes) & 15;
                 base[r] = (warp*16 + g + 8*r)*MBQ_GEMM_ROW + shift;
             }
-            float d[64];
+            float d[N/2];
 #pragma unroll
-            for (int i = 0; i < 64; ++i) {
+            for (int i = 0; i < N/2; ++i) {
                 d[i] = 0.0f;
             }
             half2 a[2][4][4];
@@ -184,7 +207,7 @@ static __global__ void __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq
                 const uint32_t stage = chunk_count % S;
                 mbq_barrier_wait(full_x + stage*8, chunk_count/S%2);
                 // start address, 1024 bytes from 8 columns to the next 8, 128-byte swizzle
-                const uint64_t b = (uint64_t) ((x_tiles + stage*MBQ_GEMM_TILE_BYTES) >> 4) | (uint64_t) 1 << 16 | (uint64_t) (1024 >> 4) << 32 |
+                const uint64_t b = (uint64_t) ((x_tiles + stage*STAGE_BYTES) >> 4) | (uint64_t) 1 << 16 | (uint64_t) (1024 >> 4) << 32 |
                     (uint64_t) 1 << 62;
                 asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
 #pragma unroll
@@ -209,7 +232,7 @@ static __global__ void __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq
                 if (i % 4 == 3 || i == last) {
                     __syncwarp();
                     if (lane == 0) {
-                        mbq_barrier_arrive(empty_w + piece_count%2*8);
+                        mbq_barrier_arrive<1>(empty_w + piece_count%2*8);
                     }
                     piece_count++;
                 }
@@ -226,10 +249,10 @@ static __global__ void __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq
             float * dst = args.dst + split*args.dst_split + row;
             const bool pairs = ((uintptr_t) args.dst | args.dst_column*4) % 8 == 0 && row + 1 < args.rows;
 #pragma unroll
-            for (int i = 0; i < 16; ++i) {
+            for (int i = 0; i < N/8; ++i) {
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
-                    const int column = column_tile*MBQ_GEMM_COLUMNS + 8*i + 2*t + c;
+                    const int column = column_tile*N + 8*i + 2*t + c;
                     float * to = dst + column*args.dst_column;
                     if (column < args.columns) {
                         if (pairs) {
@@ -244,6 +267,9 @@ static __global__ void __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq
                 }
             }
         }
+    }
+    if constexpr (TILES > 1) {
+        mbq_cluster_sync<TILES>(); // no block leaves while another copies into it or arrives at its barriers
     }
 #else
     GGML_UNUSED(args);

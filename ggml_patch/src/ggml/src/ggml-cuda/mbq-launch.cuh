@@ -89,7 +89,7 @@ static bool mbq_gemm_available(const int id) {
     static int available[GGML_CUDA_MAX_DEVICES] = {}; // 1: no, 2: yes
     if (available[id] == 0) {
         cudaFuncAttributes attributes;
-        CUDA_CHECK(cudaFuncGetAttributes(&attributes, mbq_gemm<128>));
+        CUDA_CHECK(cudaFuncGetAttributes(&attributes, mbq_gemm<128, 128>));
         available[id] = attributes.sharedSizeBytes > 0 ? 2 : 1;
     }
     return available[id] == 2;
@@ -97,6 +97,16 @@ static bool mbq_gemm_available(const int id) {
     GGML_UNUSED(id);
     return false;
 #endif
+}
+
+template <int QK, int N>
+static void mbq_launch_gemm(ggml_backend_cuda_context & ctx, const mbq_gemm_args & args) {
+    const int cluster = N/MBQ_GEMM_COLUMNS;
+    const int units   = args.row_tiles*args.column_tiles*args.splits;
+    const int blocks  = std::min(units, ggml_cuda_info().devices[ctx.device].nsm/cluster)*cluster;
+    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_gemm<QK, N>), MBQ_GEMM_SHARED);
+    const ggml_cuda_kernel_launch_params params(dim3(blocks), dim3(MBQ_GEMM_THREADS), MBQ_GEMM_SHARED, ctx.stream());
+    ggml_cuda_kernel_launch(mbq_gemm<QK, N>, params, args);
 }
 
 // False: not for this kernel. One matrix only, and rows of whole 128s.
@@ -121,7 +131,14 @@ static bool mbq_mul_mat_gemm(ggml_backend_cuda_context & ctx, const mbq_mmv_args
     args.split_pieces  = (pieces + splits - 1)/splits;
     args.splits        = (pieces + args.split_pieces - 1)/args.split_pieces;
 
-    ggml_cuda_pool_alloc<half>  tiles(ctx.pool(), (size_t) args.column_tiles*MBQ_GEMM_COLUMNS*k);
+    const int tiles_n  = args.column_tiles;
+    const bool wide    = args.splits == 1 && mbq_plan_wide(args.row_tiles, tiles_n, nsm);
+    if (wide) {
+        args.row_tiles    = (args.row_tiles    + 1)/2;
+        args.column_tiles = (args.column_tiles + 1)/2;
+    }
+
+    ggml_cuda_pool_alloc<half>  tiles(ctx.pool(), (size_t) tiles_n*MBQ_GEMM_COLUMNS*k);
     ggml_cuda_pool_alloc<float> parts(ctx.pool());
     args.x          = tiles.get();
     args.dst        = mmv.dst;
@@ -131,13 +148,14 @@ static bool mbq_mul_mat_gemm(ggml_backend_cuda_context & ctx, const mbq_mmv_args
         args.dst_split  = (int64_t) args.rows*args.columns;
         args.dst        = parts.alloc(args.splits*args.dst_split);
     }
-    const ggml_cuda_kernel_launch_params halves(dim3(k/MBQ_GEMM_CHUNK, 2*args.column_tiles), dim3(256), 0, ctx.stream());
+    const ggml_cuda_kernel_launch_params halves(dim3(k/MBQ_GEMM_CHUNK, 2*tiles_n), dim3(256), 0, ctx.stream());
     ggml_cuda_kernel_launch(mbq_halves, halves, (const float *) mmv.x, tiles.get(), args.columns, mmv.x_column, mmv.x_aligned);
 
-    const int units = args.row_tiles*args.column_tiles*args.splits;
-    CUDA_SET_SHARED_MEMORY_LIMIT(mbq_gemm<QK>, MBQ_GEMM_SHARED);
-    const ggml_cuda_kernel_launch_params gemm(dim3(std::min(units, nsm)), dim3(MBQ_GEMM_THREADS), MBQ_GEMM_SHARED, ctx.stream());
-    ggml_cuda_kernel_launch(mbq_gemm<QK>, gemm, args);
+    if (wide) {
+        mbq_launch_gemm<QK, 256>(ctx, args);
+    } else {
+        mbq_launch_gemm<QK, 128>(ctx, args);
+    }
     if (args.splits > 1) {
         const ggml_cuda_kernel_launch_params sum(dim3((args.rows + 255)/256, args.columns), dim3(256), 0, ctx.stream());
         ggml_cuda_kernel_launch(mbq_sum_splits, sum, (const float *) args.dst, mmv.dst, args.rows, mmv.dst_column, args.dst_split, args.splits);

@@ -11,8 +11,38 @@
 #ifdef MBQ_WGMMA
 
 // Without a wider scope: a release to a cluster costs as much as the products of 64 weights.
+template <int blocks>
 static __device__ __forceinline__ void mbq_barrier_arrive(const uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(barrier) : "memory");
+    if constexpr (blocks == 1) {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(barrier) : "memory");
+    } else {
+        asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" : : "r"(barrier) : "memory");
+    }
+}
+
+// The same address in the block of the cluster with this rank
+template <int blocks>
+static __device__ __forceinline__ uint32_t mbq_in_block(const uint32_t address, const int rank) {
+    uint32_t there = address;
+    if constexpr (blocks > 1) {
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    }
+    return there;
+}
+
+template <int blocks>
+static __device__ __forceinline__ void mbq_cluster_sync() {
+    if constexpr (blocks == 1) {
+        __syncthreads();
+    } else {
+        asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" : : : "memory");
+    }
+}
+
+// To the same place in all blocks of the mask, with word to the barrier in the same place
+static __device__ __forceinline__ void mbq_multicast(const uint32_t dst, const void * src, const int bytes, const uint32_t barrier, const uint16_t mask) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+        : : "r"(dst), "l"(src), "r"(bytes), "r"(barrier), "h"(mask) : "memory");
 }
 
 static __device__ __forceinline__ uint32_t mbq_load_shared(const uint32_t address) {
@@ -21,10 +51,10 @@ static __device__ __forceinline__ uint32_t mbq_load_shared(const uint32_t addres
     return v;
 }
 
-// d += 64 rows of 16 weights in registers times 128 columns in shared memory
+// d += 64 rows of 16 weights in registers times 128 or 256 columns in shared memory
+#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 static __device__ __forceinline__ void mbq_wgmma(float (&d)[64], const half2 (&a)[4], const uint64_t b) {
     const uint32_t * r = (const uint32_t *) a;
-#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
@@ -33,8 +63,25 @@ static __device__ __forceinline__ void mbq_wgmma(float (&d)[64], const half2 (&a
         "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
         : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56)
         : "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]), "l"(b));
-#undef D8
 }
+
+static __device__ __forceinline__ void mbq_wgmma(float (&d)[128], const half2 (&a)[4], const uint64_t b) {
+    const uint32_t * r = (const uint32_t *) a;
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+        "{%128, %129, %130, %131}, %132, 1, 1, 1, 0;"
+        : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56),
+          D8(64), D8(72), D8(80), D8(88), D8(96), D8(104), D8(112), D8(120)
+        : "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]), "l"(b));
+}
+#undef D8
 
 // (a & mask) | b in one instruction; the compiler would make more of three of them
 template <uint32_t mask>
