@@ -5,29 +5,19 @@
 //   block: 128 rows, N = 128 or 256 columns: twice the columns take half the dequantising, but leave half as many units. With 256, two
 //   blocks with the same columns are a cluster, of which each copies one half of the columns for both: else reading L2 would be the limit.
 //     warps 0 to 7:  two groups of 64 rows; each dequantises 64 weights of its rows while the tensor cores multiply the 64 before
-//     warps 8 to 11: copies. Weights: ring of 2 stages, 128 rows times 512 weights; columns: ring of 8 or 4 stages, N columns times 64 halves
+//     warps 8 to 11: copies. Weights: ring of 2 stages, 128 rows times 512 weights; columns: ring of 10 or 5 stages, N columns times 64 halves
 //
 // The order of the products in a sum is free. In a group of 16 weights lane t of the A operand wants slots 2t, 2t + 1 and 2t + 8, 2t + 9;
 // it gets bytes 0, 2 and 1, 3 of a word: even weights first, odd ones behind. mbq_halves writes activations in that order, in tiles that
 // one bulk copy moves to shared memory as they are, with the 16-byte words of a column in wgmma's 128-byte swizzle.
 
-#include "mbq-plan.cuh"
+#include "mbq-shares.cuh"
 #include "mbq-wgmma.cuh"
-
-struct mbq_gemm_args {
-    const char * w;
-    const half * x;         // of mbq_halves
-    float      * dst;
-    int64_t dst_column, dst_split;   // elements
-    int rows, row_bytes, columns, k; // k: weights of a row, a multiple of 128
-    int row_tiles, column_tiles;     // of a block, or of a cluster
-    int splits, split_pieces;        // the pieces of a row are shared by `splits` units, each with sums of its own
-};
 
 static constexpr int MBQ_GEMM_ROWS    = 128; // of a block
 static constexpr int MBQ_GEMM_COLUMNS = 128; // of a tile: a block takes one or two
 static constexpr int MBQ_GEMM_CHUNK   = 64;  // activations of a column in a stage: 128 bytes, the span of the swizzle
-static constexpr int MBQ_GEMM_STAGES  = 8;   // of a tile; a power of two: with 10, 128 columns took 3 % more
+static constexpr int MBQ_GEMM_STAGES  = 10;  // of a tile; 8 are equal with 128 columns, 4 % slower with 256
 static constexpr int MBQ_GEMM_THREADS = 384;
 static constexpr int MBQ_GEMM_ROW     = 240; // bytes of a row in a stage: see mbq_stage_row
 
@@ -35,47 +25,34 @@ static constexpr int MBQ_GEMM_TILE_BYTES = MBQ_GEMM_COLUMNS*MBQ_GEMM_CHUNK*2;
 static constexpr int MBQ_GEMM_SHARED     = 1024 + MBQ_GEMM_STAGES*MBQ_GEMM_TILE_BYTES + 2*MBQ_GEMM_ROWS*MBQ_GEMM_ROW;
 
 // Activations as fp16 tiles [column tile][chunk][column][chunk of 8 halves, swizzled]. Block: 64 columns. Grid: (chunks, 2*column tiles).
-static __global__ void __launch_bounds__(256) mbq_halves(const float * x, half * tiles, const int columns, const int64_t x_column, const int aligned) {
+// They are read once (.cs), so that the tiles stay in the L2 cache. Lanes of a pair swap, so that each has two halves of 4 even or odd ones.
+static __global__ void __launch_bounds__(256) mbq_halves(const float * x, half * tiles, const int columns, const int64_t x_column, const int aligned,
+        int * done, const int n_done) {
     ggml_cuda_pdl_lc();
-    const int i      = threadIdx.x % 4; // of the 16s of a chunk
-    const int column = blockIdx.y*64 + threadIdx.x/4;
-    x += column*x_column + blockIdx.x*MBQ_GEMM_CHUNK + i*16;
-    int4 * to = (int4 *) tiles + (((int64_t) blockIdx.y/2*gridDim.x + blockIdx.x)*MBQ_GEMM_COLUMNS + column%MBQ_GEMM_COLUMNS)*8;
+    const int i = threadIdx.x % 16; // of the 4s of a chunk
+    x += blockIdx.x*MBQ_GEMM_CHUNK + i*4;
+    int2 * to = (int2 *) tiles + ((int64_t) blockIdx.y/2*gridDim.x + blockIdx.x)*MBQ_GEMM_COLUMNS*16 + i/2%2;
     ggml_cuda_pdl_sync();
-
-    float v[16] = {};
-    if (column < columns) {
+    for (int j = threadIdx.x; j < n_done && blockIdx.x == 0 && blockIdx.y == 0; j += 256) {
+        done[j] = 0;
+    }
+    float4 v[4];
 #pragma unroll
-        for (int j = 0; j < 16; j += 4) {
-            if (aligned) {
-                *(float4 *) (v + j) = *(const float4 *) (x + j);
-            } else {
-                v[j] = x[j]; v[j + 1] = x[j + 1]; v[j + 2] = x[j + 2]; v[j + 3] = x[j + 3];
-            }
-        }
+    for (int j = 0; j < 4; ++j) {
+        const int column = blockIdx.y*64 + j*16 + threadIdx.x/16;
+        const float * from = x + column*x_column;
+        v[j] = column >= columns ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : aligned ? __ldcs((const float4 *) from) :
+            make_float4(from[0], from[1], from[2], from[3]);
     }
 #pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
-        half2 h[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            h[j] = __floats2half2_rn(v[4*j + odd], v[4*j + 2 + odd]);
-        }
-        to[(2*i + odd) ^ (column % 8)] = *(const int4 *) h;
-    }
-}
-
-// dst = sum of the parts of the splits
-static __global__ void mbq_sum_splits(const float * parts, float * dst, const int rows, const int64_t dst_column, const int64_t split, const int splits) {
-    ggml_cuda_pdl_lc();
-    ggml_cuda_pdl_sync();
-    const int row = blockIdx.x*blockDim.x + threadIdx.x;
-    if (row < rows) {
-        float sum = 0.0f;
-        for (int i = 0; i < splits; ++i) {
-            sum += parts[i*split + (int64_t) blockIdx.y*rows + row];
-        }
-        dst[blockIdx.y*dst_column + row] = sum;
+    for (int j = 0; j < 4; ++j) {
+        const int column = (blockIdx.y*64 + j*16 + threadIdx.x/16) % MBQ_GEMM_COLUMNS;
+        const half2 even = __floats2half2_rn(v[j].x, v[j].z);
+        const half2 odd  = __floats2half2_rn(v[j].y, v[j].w);
+        const half2 kept = i % 2 ? odd : even;
+        const half2 got  = __shfl_xor_sync(0xFFFFFFFF, i % 2 ? even : odd, 1);
+        const half2 h[2] = { i % 2 ? got : kept, i % 2 ? kept : got };
+        to[column*16 + ((i/4*2 + i%2) ^ (column % 8))*2] = *(const int2 *) h;
     }
 }
 
@@ -85,7 +62,18 @@ static __global__ void mbq_sum_splits(const float * parts, float * dst, const in
 #define MBQ_CLUSTER(blocks)
 #endif
 
-// dst = w * x for x of mbq_halves. The blocks, or clusters, share units of (column tile, row tile, split), columns first.
+// A stage of a ring and the parity of its barrier's phase
+template <int stages> struct mbq_ring {
+    uint32_t stage = 0, phase = 0;
+    __device__ __forceinline__ void next() {
+        if (++stage == stages) {
+            stage  = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// dst = w * x for x of mbq_halves
 template <int QK, int N>
 static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq_gemm_args args) {
 #ifdef MBQ_WGMMA
@@ -99,8 +87,8 @@ static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEM
     const int rank = TILES == 1 ? 0 : blockIdx.x % TILES; // in the cluster
     const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0); // so that the compiler knows what all lanes have in common
     const int lane = threadIdx.x % 32;
-    const int units  = args.row_tiles*args.column_tiles*args.splits;
-    const int pieces = (args.k + MBQ_PIECE - 1)/MBQ_PIECE;
+    const int shares = gridDim.x/TILES;
+    const int share  = shares - 1 - blockIdx.x/TILES; // waits for higher shares only, which are lower blocks and so run already
 
     uint32_t x_tiles; // volatile: kept, not computed again and again
     asm volatile("add.u32 %0, %1, 1023;\nand.b32 %0, %0, 0xFFFFFC00;" : "=r"(x_tiles) : "r"((uint32_t) __cvta_generic_to_shared(mbq_gemm_shared)));
@@ -126,18 +114,17 @@ static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEM
         if constexpr (TILES > 1) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         }
-        int piece_count = 0;
-        int chunk_count = 0;
-        for (int unit = blockIdx.x/TILES; unit < units; unit += gridDim.x/TILES) {
-            const int column_tile = unit % args.column_tiles;
-            const int row_tile    = unit / args.column_tiles % args.row_tiles*TILES + rank;
-            const int split       = unit / args.column_tiles / args.row_tiles;
+        mbq_ring<2> w_ring;
+        mbq_ring<S> x_ring;
+        bool begun = false;
+        for (mbq_gemm_work work(args, share, shares); work.next(args, shares);) {
+            const int column_tile = work.tile % args.column_tiles;
+            const int row_tile    = work.tile / args.column_tiles*TILES + rank;
             const int row_first   = row_tile*MBQ_GEMM_ROWS + (warp - 8)*32 + lane/16;
-            const int piece_end   = min((split + 1)*args.split_pieces, pieces);
-            for (int piece = split*args.split_pieces; piece < piece_end; ++piece, ++piece_count) {
+            for (int piece = work.first/4; piece*4 < (int) work.last; ++piece, w_ring.next()) {
                 const int n = min(args.k - piece*MBQ_PIECE, MBQ_PIECE);
-                mbq_barrier_wait(empty_w + piece_count%2*8, piece_count/2%2 ^ 1);
-                char * stage = w_tiles + piece_count%2*(MBQ_GEMM_ROWS*MBQ_GEMM_ROW) + ((warp - 8)*32 + lane/16*8)*MBQ_GEMM_ROW + lane%16*16;
+                mbq_barrier_wait(empty_w + w_ring.stage*8, w_ring.phase ^ 1);
+                char * stage = w_tiles + w_ring.stage*(MBQ_GEMM_ROWS*MBQ_GEMM_ROW) + ((warp - 8)*32 + lane/16*8)*MBQ_GEMM_ROW + lane%16*16;
 #pragma unroll (N == 128 ? 16 : 4) // more would take more registers than the copying warps have
                 for (int i = 0; i < 16; ++i) { // rows 2i and 2i + 1 of 16 become rows i and i + 8 of the A operand: results are stored two by two
                     const char * row  = args.w + (int64_t) min(row_first + 2*i, args.rows - 1)*args.row_bytes;
@@ -146,17 +133,18 @@ static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEM
                         mbq_copy_16(stage + (i/8*16 + i%8)*MBQ_GEMM_ROW, row - shift + piece*mbq_layout<QK>::piece_bytes + lane%16*16);
                     }
                 }
-                asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" : : "r"(full_w + piece_count%2*8) : "memory");
+                asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" : : "r"(full_w + w_ring.stage*8) : "memory");
                 if (warp == 8 && lane == 0) {
-                    if (chunk_count == 0) {
+                    if (!begun) {
                         ggml_cuda_pdl_sync();
+                        begun = true;
                     }
                     const int64_t tile_bytes = (int64_t) args.k/MBQ_GEMM_CHUNK*MBQ_GEMM_TILE_BYTES; // of all chunks
                     const char * from = (const char *) args.x + column_tile*TILES*tile_bytes + piece*(MBQ_PIECE/MBQ_GEMM_CHUNK)*MBQ_GEMM_TILE_BYTES;
                     const int tiles = min((args.columns + MBQ_GEMM_COLUMNS - 1)/MBQ_GEMM_COLUMNS - column_tile*TILES, TILES);
-                    for (int i = 0; i < n/MBQ_GEMM_CHUNK; ++i, ++chunk_count) {
-                        const int stage = chunk_count % S;
-                        mbq_barrier_wait(empty_x + stage*8, chunk_count/S%2 ^ 1);
+                    for (int i = 2*max((int) work.first - piece*4, 0); i < 2*min((int) work.last - piece*4, 4); ++i, x_ring.next()) {
+                        const int stage = x_ring.stage;
+                        mbq_barrier_wait(empty_x + stage*8, x_ring.phase ^ 1);
                         mbq_barrier_expect(full_x + stage*8, tiles*MBQ_GEMM_TILE_BYTES, true);
                         if constexpr (TILES == 1) {
                             mbq_bulk_copy(x_tiles + stage*STAGE_BYTES, from + i*MBQ_GEMM_TILE_BYTES, MBQ_GEMM_TILE_BYTES, full_x + stage*8);
@@ -175,22 +163,20 @@ static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEM
         }
         const int g = lane / 4;
         const int t = lane % 4;
-        uint32_t piece_count = 0;
-        uint32_t chunk_count = 0;
+        mbq_ring<2> w_ring;
+        mbq_ring<S> x_ring;
         const uint32_t w_shared = x_tiles + S*STAGE_BYTES;
         const uint32_t empty_there = mbq_in_block<TILES>(empty_x, lane % TILES);
-        const auto release_x = [&](const uint32_t chunk) {
+        uint32_t before = 0; // barrier of the stage before x_ring's
+        const auto release_before = [&] {
             if (lane < TILES) {
-                mbq_barrier_arrive<TILES>(empty_there + chunk%S*8);
+                mbq_barrier_arrive<TILES>(before);
             }
         };
-        for (int unit = blockIdx.x/TILES; unit < units; unit += gridDim.x/TILES) {
-            const int column_tile = unit % args.column_tiles;
-            const int row_tile    = unit / args.column_tiles % args.row_tiles*TILES + rank;
-            const int split       = unit / args.column_tiles / args.row_tiles;
+        for (mbq_gemm_work work(args, share, shares); work.next(args, shares);) {
+            const int column_tile = work.tile % args.column_tiles;
+            const int row_tile    = work.tile / args.column_tiles*TILES + rank;
             const int row         = row_tile*MBQ_GEMM_ROWS + warp*16 + 2*g;
-            const uint32_t first  = split*args.split_pieces*(MBQ_PIECE/128);
-            const uint32_t last   = min((split + 1)*args.split_pieces*(MBQ_PIECE/128), args.k/128) - 1;
             uint32_t base[2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
@@ -204,10 +190,9 @@ static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEM
             }
             half2 a[2][4][4];
             const auto multiply = [&](half2 (&a)[4][4], const bool begin) {
-                const uint32_t stage = chunk_count % S;
-                mbq_barrier_wait(full_x + stage*8, chunk_count/S%2);
+                mbq_barrier_wait(full_x + x_ring.stage*8, x_ring.phase);
                 // start address, 1024 bytes from 8 columns to the next 8, 128-byte swizzle
-                const uint64_t b = (uint64_t) ((x_tiles + stage*STAGE_BYTES) >> 4) | (uint64_t) 1 << 16 | (uint64_t) (1024 >> 4) << 32 |
+                const uint64_t b = (uint64_t) ((x_tiles + x_ring.stage*STAGE_BYTES) >> 4) | (uint64_t) 1 << 16 | (uint64_t) (1024 >> 4) << 32 |
                     (uint64_t) 1 << 62;
                 asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
 #pragma unroll
@@ -217,36 +202,60 @@ static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEM
                 asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
                 asm volatile("wgmma.wait_group.sync.aligned 1;" : : : "memory");
                 if (!begin) {
-                    release_x(chunk_count - 1);
+                    release_before();
                 }
-                chunk_count++;
+                before = empty_there + x_ring.stage*8;
+                x_ring.next();
             };
 #pragma unroll 1
-            for (uint32_t i = first; i <= last; ++i) {
-                if (i % 4 == 0) {
-                    mbq_barrier_wait(full_w + piece_count%2*8, piece_count/2%2);
+            for (uint32_t i = work.first; i < work.last; ++i) {
+                if (i % 4 == 0 || i == work.first) {
+                    mbq_barrier_wait(full_w + w_ring.stage*8, w_ring.phase);
                 }
-                const uint32_t stage = w_shared + piece_count%2*(MBQ_GEMM_ROWS*MBQ_GEMM_ROW) + i%4*(128/QK*4*mbq_layout<QK>::block_words);
+                const uint32_t stage = w_shared + w_ring.stage*(MBQ_GEMM_ROWS*MBQ_GEMM_ROW) + i%4*(128/QK*4*mbq_layout<QK>::block_words);
                 const mbq_words<QK> w0 = mbq_load_words<QK>(stage + base[0], t);
                 const mbq_words<QK> w1 = mbq_load_words<QK>(stage + base[1], t);
-                if (i % 4 == 3 || i == last) {
+                if (i % 4 == 3 || i == work.last - 1) {
                     __syncwarp();
                     if (lane == 0) {
-                        mbq_barrier_arrive<1>(empty_w + piece_count%2*8);
+                        mbq_barrier_arrive<1>(empty_w + w_ring.stage*8);
                     }
-                    piece_count++;
+                    w_ring.next();
                 }
                 mbq_dequantize_64<QK, 0>(w0, 0, a[0]);
                 mbq_dequantize_64<QK, 0>(w1, 1, a[0]);
-                multiply(a[0], i == first);
+                multiply(a[0], i == work.first);
                 mbq_dequantize_64<QK, 1>(w0, 0, a[1]);
                 mbq_dequantize_64<QK, 1>(w1, 1, a[1]);
                 multiply(a[1], false);
             }
             asm volatile("wgmma.wait_group.sync.aligned 0;" : : : "memory");
-            release_x(chunk_count - 1);
+            release_before();
 
-            float * dst = args.dst + split*args.dst_split + row;
+            const auto part = [&](const int share) { return (float4 *) args.parts + (int64_t) (share*TILES + rank)*(N/8*256) + threadIdx.x; };
+            const auto done = [&](const int share) { return args.done + (share*TILES + rank)*8 + warp; };
+            if (work.first > 0) {
+#pragma unroll
+                for (int i = 0; i < N/8; ++i) {
+                    part(share)[i*256] = make_float4(d[4*i], d[4*i + 1], d[4*i + 2], d[4*i + 3]);
+                }
+                __syncwarp();
+                if (lane == 0) {
+                    mbq_signal(done(share));
+                }
+                continue;
+            }
+            const int tile_end = (work.tile + 1)*(args.k/128);
+            for (int s = share + 1; work.last < args.k/128 && mbq_gemm_work::begin(args, s, shares) < tile_end; ++s) {
+                mbq_await(done(s));
+#pragma unroll
+                for (int i = 0; i < N/8; ++i) {
+                    const float4 v = part(s)[i*256];
+                    d[4*i] += v.x; d[4*i + 1] += v.y; d[4*i + 2] += v.z; d[4*i + 3] += v.w;
+                }
+            }
+
+            float * dst = args.dst + row;
             const bool pairs = ((uintptr_t) args.dst | args.dst_column*4) % 8 == 0 && row + 1 < args.rows;
 #pragma unroll
             for (int i = 0; i < N/8; ++i) {

@@ -100,10 +100,7 @@ static bool mbq_gemm_available(const int id) {
 }
 
 template <int QK, int N>
-static void mbq_launch_gemm(ggml_backend_cuda_context & ctx, const mbq_gemm_args & args) {
-    const int cluster = N/MBQ_GEMM_COLUMNS;
-    const int units   = args.row_tiles*args.column_tiles*args.splits;
-    const int blocks  = std::min(units, ggml_cuda_info().devices[ctx.device].nsm/cluster)*cluster;
+static void mbq_launch_gemm(ggml_backend_cuda_context & ctx, const mbq_gemm_args & args, const int blocks) {
     CUDA_SET_SHARED_MEMORY_LIMIT((mbq_gemm<QK, N>), MBQ_GEMM_SHARED);
     const ggml_cuda_kernel_launch_params params(dim3(blocks), dim3(MBQ_GEMM_THREADS), MBQ_GEMM_SHARED, ctx.stream());
     ggml_cuda_kernel_launch(mbq_gemm<QK, N>, params, args);
@@ -116,49 +113,38 @@ static bool mbq_mul_mat_gemm(ggml_backend_cuda_context & ctx, const mbq_mmv_args
     if (k % 128 != 0 || !mbq_gemm_available(ctx.device)) {
         return false;
     }
+    const int row_tiles    = (mmv.rows    + MBQ_GEMM_ROWS    - 1)/MBQ_GEMM_ROWS;
+    const int column_tiles = (mmv.columns + MBQ_GEMM_COLUMNS - 1)/MBQ_GEMM_COLUMNS;
+    const mbq_gemm_plan plan = mbq_plan_gemm(row_tiles, column_tiles, k/128, ggml_cuda_info().devices[ctx.device].nsm);
+    const int blocks = plan.shares*plan.blocks;
+    const int flags  = plan.shared > 0 ? 8*blocks : 0;
+
+    ggml_cuda_pool_alloc<half>  tiles(ctx.pool(), (size_t) column_tiles*MBQ_GEMM_COLUMNS*k);
+    ggml_cuda_pool_alloc<float> parts(ctx.pool());
     mbq_gemm_args args = {};
     args.w            = mmv.w;
+    args.x            = tiles.get();
+    args.dst          = mmv.dst;
+    args.dst_column   = mmv.dst_column;
     args.rows         = mmv.rows;
     args.row_bytes    = mmv.row_bytes;
     args.columns      = mmv.columns;
     args.k            = k;
-    args.row_tiles    = (mmv.rows    + MBQ_GEMM_ROWS    - 1)/MBQ_GEMM_ROWS;
-    args.column_tiles = (mmv.columns + MBQ_GEMM_COLUMNS - 1)/MBQ_GEMM_COLUMNS;
-
-    const int pieces   = (k + MBQ_PIECE - 1)/MBQ_PIECE;
-    const int nsm      = ggml_cuda_info().devices[ctx.device].nsm;
-    const int splits   = mbq_plan_splits(args.row_tiles*args.column_tiles, pieces, nsm);
-    args.split_pieces  = (pieces + splits - 1)/splits;
-    args.splits        = (pieces + args.split_pieces - 1)/args.split_pieces;
-
-    const int tiles_n  = args.column_tiles;
-    const bool wide    = args.splits == 1 && mbq_plan_wide(args.row_tiles, tiles_n, nsm);
-    if (wide) {
-        args.row_tiles    = (args.row_tiles    + 1)/2;
-        args.column_tiles = (args.column_tiles + 1)/2;
+    args.row_tiles    = (row_tiles    + plan.blocks - 1)/plan.blocks;
+    args.column_tiles = (column_tiles + plan.blocks - 1)/plan.blocks;
+    args.shared       = plan.shared;
+    if (plan.shared > 0) {
+        const size_t sums = (size_t) blocks*MBQ_GEMM_ROWS*MBQ_GEMM_COLUMNS*plan.blocks;
+        args.parts = parts.alloc(sums + flags);
+        args.done  = (int *) (args.parts + sums);
     }
+    const ggml_cuda_kernel_launch_params halves(dim3(k/MBQ_GEMM_CHUNK, 2*column_tiles), dim3(256), 0, ctx.stream());
+    ggml_cuda_kernel_launch(mbq_halves, halves, (const float *) mmv.x, tiles.get(), args.columns, mmv.x_column, mmv.x_aligned, args.done, flags);
 
-    ggml_cuda_pool_alloc<half>  tiles(ctx.pool(), (size_t) tiles_n*MBQ_GEMM_COLUMNS*k);
-    ggml_cuda_pool_alloc<float> parts(ctx.pool());
-    args.x          = tiles.get();
-    args.dst        = mmv.dst;
-    args.dst_column = mmv.dst_column;
-    if (args.splits > 1) {
-        args.dst_column = args.rows;
-        args.dst_split  = (int64_t) args.rows*args.columns;
-        args.dst        = parts.alloc(args.splits*args.dst_split);
-    }
-    const ggml_cuda_kernel_launch_params halves(dim3(k/MBQ_GEMM_CHUNK, 2*tiles_n), dim3(256), 0, ctx.stream());
-    ggml_cuda_kernel_launch(mbq_halves, halves, (const float *) mmv.x, tiles.get(), args.columns, mmv.x_column, mmv.x_aligned);
-
-    if (wide) {
-        mbq_launch_gemm<QK, 256>(ctx, args);
+    if (plan.blocks == 2) {
+        mbq_launch_gemm<QK, 256>(ctx, args, blocks);
     } else {
-        mbq_launch_gemm<QK, 128>(ctx, args);
-    }
-    if (args.splits > 1) {
-        const ggml_cuda_kernel_launch_params sum(dim3((args.rows + 255)/256, args.columns), dim3(256), 0, ctx.stream());
-        ggml_cuda_kernel_launch(mbq_sum_splits, sum, (const float *) args.dst, mmv.dst, args.rows, mmv.dst_column, args.dst_split, args.splits);
+        mbq_launch_gemm<QK, 128>(ctx, args, blocks);
     }
     return true;
 }

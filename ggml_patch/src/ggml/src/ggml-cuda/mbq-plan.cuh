@@ -87,19 +87,3 @@ static mbq_mmv_plan mbq_plan_mmv(const int QK, const int NT, const bool gate, co
     }
     return best;
 }
-
-// mbq_gemm's units are tiles times splits of a row; a split costs a pass over its sums, about two pieces' time.
-static int mbq_plan_splits(const int tiles, const int pieces, const int multiprocessors) {
-    int best = 1;
-    for (int splits = 2; splits <= std::min(8, pieces); ++splits) {
-        const auto cost = [&](const int n) { return (tiles*n + multiprocessors - 1)/multiprocessors*((pieces + n - 1)/n) + (n > 1 ? 2 + n/2 : 0); };
-        best = cost(splits) < cost(best) ? splits : best;
-    }
-    return best;
-}
-
-// Whether clusters of 256 rows and 256 columns are faster than blocks of 128 and 128: a round takes them 1.8 times as long.
-static bool mbq_plan_wide(const int row_tiles, const int column_tiles, const int multiprocessors) {
-    const auto rounds = [](const int units, const int places) { return (units + places - 1)/places; };
-    return 9*rounds((row_tiles + 1)/2*((column_tiles + 1)/2), multiprocessors/2) < 5*rounds(row_tiles*column_tiles, multiprocessors);
-}

@@ -45,6 +45,18 @@ static __device__ __forceinline__ void mbq_multicast(const uint32_t dst, const v
         : : "r"(dst), "l"(src), "r"(bytes), "r"(barrier), "h"(mask) : "memory");
 }
 
+// What the warp wrote before __syncwarp can be read by whom mbq_await returns to.
+static __device__ __forceinline__ void mbq_signal(int * flag) {
+    asm volatile("st.release.gpu.global.s32 [%0], 1;" : : "l"(flag) : "memory");
+}
+
+static __device__ __forceinline__ void mbq_await(const int * flag) {
+    int v;
+    do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
+    } while (v == 0);
+}
+
 static __device__ __forceinline__ uint32_t mbq_load_shared(const uint32_t address) {
     uint32_t v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
