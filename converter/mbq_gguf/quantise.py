@@ -14,7 +14,7 @@ from mbq_gguf.allocation.allocate import allocate, total_weight
 from mbq_gguf.allocation.plan import Plan
 from mbq_gguf.allocation.predict import Inputs, measured_costs
 from mbq_gguf.calibration.dataset import Sample
-from mbq_gguf.calibration.moments import Moments, moments
+from mbq_gguf.calibration.moments import Moments, Passage
 from mbq_gguf.calibration.observe import Observed, TokenWeights, observe
 from mbq_gguf.calibration.precision import bf16_products
 from mbq_gguf.calibration.sensitivity import Sensitivity, measure
@@ -152,10 +152,11 @@ class _Walk:
     def layer(self, index: int) -> None:
         """Quantise layer ``index``, or take it from the work directory, and move the streams past it."""
         layer = self._rotated_layer(index)
+        passage = Passage(layer, index, self.prefix)
         name = f"layer-{index:04d}"
         done = restored_layer(self.work.load(name)) if self.work else None
         if done is None:
-            done = self._quantise_layer(layer, index)
+            done = self._quantise_layer(layer, index, passage)
             if self.work:
                 self.work.save(name, *saved_layer(done))
         else:
@@ -167,10 +168,10 @@ class _Walk:
                 weight = torch.from_numpy(container(packed.container).dequantize(packed.data))
                 linear(layer, key.removesuffix(".weight")).weight.data.copy_(weight)
         with self._timed("moments"), bf16_products():
-            advance(layer, index, self.prefix, self.loaded.device)
+            passage.advance()
         self._collect(index, done)
 
-    def _quantise_layer(self, layer: nn.Module, index: int) -> LayerWork:
+    def _quantise_layer(self, layer: nn.Module, index: int, passage: Passage) -> LayerWork:
         settings = self.settings
         call_weights: TokenWeights | None = {"rtn": None, "awq": uniform, "mbq": modality(self.result.ratios, index)}[settings.method]
         weights, containers = self._token_weights(index), self._containers(index)
@@ -201,7 +202,7 @@ class _Walk:
             if settings.follows_prefix:
                 originals = folded_inputs(layer, group, observed, done.factors) if settings.correction else None
                 with self._timed("moments"), bf16_products():
-                    return moments(layer, index, self.prefix, group, weights, originals)
+                    return passage.moments(group, weights, originals)
             return folded_moments(layer, group, observed, done.factors)
 
         with self._timed("rounding"):
@@ -212,6 +213,7 @@ class _Walk:
         if settings.refine:
             with self._timed("refine"), bf16_products():
                 matrices = self._learned(layer, index, matrices)
+            passage.restart()
         for name, matrix in matrices.items():
             done.packed[f"{name}.weight"] = Packed(matrix.container, matrix.rounded.data, matrix.rounded.weight.shape[1])
         if self.result.plan:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from mbq_gguf.calibration.observe import TokenWeights
-from mbq_gguf.calibration.stream import Streamed, run_layer, to_device
-from mbq_gguf.models.decoder import Group
+from mbq_gguf.calibration.stream import Streamed, advance, run_layer, to_device
+from mbq_gguf.models.decoder import Group, linear
 
 
 @dataclass
@@ -26,49 +28,106 @@ class _ReachedError(Exception):
     """Ends a layer's run at the input that was wanted; the rest would be thrown away."""
 
 
-@torch.no_grad()
-def moments(
-    rounded: nn.Module,
-    index: int,
-    prefix: Sequence[Streamed],
-    group: Group,
-    weights: TokenWeights,
-    originals: Sequence[torch.Tensor] | None = None,
-) -> Moments:
-    """Moments of ``group``'s input when ``prefix`` enters layer ``index``, which is ``rounded`` up to this group.
+# The branches of a standard layer (attention, feed-forward) by the linear that each ends in.
+BRANCHES = {"self_attn.o_proj": "self_attn", "mlp.down_proj": "mlp"}
 
-    ``originals`` are the same inputs in the original model, one [tokens, columns] a stream; without them there are no cross moments.
+
+class Passage:
+    """Streams on their way through one layer while it is rounded.
+
+    Groups are asked for in the layer's order, each when all before it are rounded. A run ends at the group's first linear. What a branch
+    gave its last linear does not change any more: it is kept on the host, and later runs begin that branch there. So attention and the
+    wide linears run once a sample, not four times.
     """
-    found: Moments | None = None
-    for number, stream in enumerate(prefix):
-        x = group_input(rounded, index, stream, group)
-        root = weights(stream, group).to(x.device).sqrt()[:, None]
-        rooted = x * root  # both sides of the product alike, so that the sum is positive however it is rounded
-        if found is None:
-            square = x.new_zeros(x.shape[1], x.shape[1])
-            found = Moments(square, None if originals is None else square.clone())
-        found.hessian.addmm_(rooted.t(), rooted)
-        if originals is not None and found.cross is not None:
-            found.cross.addmm_(((originals[number].to(x) - x) * root).t(), rooted)
-    assert found is not None
-    return found
+
+    def __init__(self, layer: nn.Module, index: int, streams: Sequence[Streamed]) -> None:
+        self.layer, self.index, self.streams = layer, index, streams
+        self.device = next(layer.parameters()).device
+        self.kept: dict[str, list[torch.Tensor]] = {}  # by the last linear's name, one [1, tokens, columns] a stream
+
+    @torch.no_grad()
+    def moments(self, group: Group, weights: TokenWeights, originals: Sequence[torch.Tensor] | None = None) -> Moments:
+        """Moments of ``group``'s input.
+
+        ``originals`` are the same inputs in the original model, one [tokens, columns] a stream; without them there are no cross moments.
+        """
+        found: Moments | None = None
+        for number, x in enumerate(self._inputs(group)):
+            root = weights(self.streams[number], group).to(x.device).sqrt()[:, None]
+            rooted = x * root  # both sides of the product alike, so that the sum is positive however it is rounded
+            if found is None:
+                square = x.new_zeros(x.shape[1], x.shape[1])
+                found = Moments(square, None if originals is None else square.clone())
+            found.hessian.addmm_(rooted.t(), rooted)
+            if originals is not None and found.cross is not None:
+                found.cross.addmm_(((originals[number].to(x) - x) * root).t(), rooted)
+        assert found is not None
+        return found
+
+    def advance(self) -> None:
+        """Send the streams on to the next layer, in place, when the whole layer is rounded."""
+        for number, stream in enumerate(self.streams):
+            with self._resumed(number):
+                advance(self.layer, self.index, [stream], self.device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was kept, where rounded weights have changed since."""
+        self.kept.clear()
+
+    def _inputs(self, group: Group) -> Iterator[torch.Tensor]:
+        """What the linears of ``group`` are given [tokens, columns] float32, stream by stream."""
+        name = group.linears[0]
+        reached = []
+        for number, stream in enumerate(self.streams):
+            with self._resumed(number):
+                x = self._input(name, stream)
+            if name in BRANCHES:
+                reached.append(x.to(stream.hidden.device))
+            yield x[0].float()
+        if name in BRANCHES:
+            self.kept[name] = reached
+
+    def _input(self, name: str, stream: Streamed) -> torch.Tensor:
+        """What linear ``name`` is given when ``stream`` enters the layer; the run ends there."""
+        seen: list[torch.Tensor] = []
+
+        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise _ReachedError
+
+        # Last of the module's hooks, so that an online transform before it has run already.
+        handle = linear(self.layer, name).register_forward_pre_hook(hook)
+        try:
+            run_layer(self.layer, stream.hidden.to(self.device), to_device(stream.kwargs[self.index], self.device))
+        except _ReachedError:
+            pass
+        finally:
+            handle.remove()
+        return seen[0]
+
+    @contextmanager
+    def _resumed(self, number: int) -> Iterator[None]:
+        """While open, branches whose last linear stream ``number`` has reached begin there."""
+        branches = {name: self.layer.get_submodule(BRANCHES[name]) for name in self.kept}
+        try:
+            for name, inputs in self.kept.items():
+                # Attention gives its weights beside the output, which no layer reads.
+                end = _End(linear(self.layer, name), inputs[number].to(self.device), pair=name == "self_attn.o_proj")
+                setattr(self.layer, BRANCHES[name], end)
+            yield
+        finally:
+            for name, branch in branches.items():
+                setattr(self.layer, BRANCHES[name], branch)
 
 
-def group_input(layer: nn.Module, index: int, stream: Streamed, group: Group) -> torch.Tensor:
-    """What the linears of ``group`` are given [tokens, columns] float32 when ``stream`` enters ``layer``; the run ends there."""
-    device = next(layer.parameters()).device
-    seen: list[torch.Tensor] = []
+class _End(nn.Module):
+    """Stands where a branch was: its last linear alone, past the hooks that ran before the input was kept."""
 
-    def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise _ReachedError
+    def __init__(self, last: nn.Linear, x: torch.Tensor, pair: bool) -> None:
+        super().__init__()
+        self.last, self.x, self.pair = last, x, pair
 
-    # Last of the module's hooks, so that an online transform before it has run already.
-    handle = layer.get_submodule(group.linears[0]).register_forward_pre_hook(hook)
-    try:
-        run_layer(layer, stream.hidden.to(device), to_device(stream.kwargs[index], device))
-    except _ReachedError:
-        pass
-    finally:
-        handle.remove()
-    return seen[0][0].float()
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        out = self.last.forward(self.x)
+        return (out, None) if self.pair else out

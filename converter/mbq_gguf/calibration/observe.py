@@ -71,6 +71,7 @@ def observe(
     """Run ``streams`` through ``layer`` (number ``index``), in place, and keep what calibration needs.
 
     ``hessian_weights`` None means no Hessians; ``call_weights`` None means no calls, else those of the first ``call_samples`` samples.
+    With neither there are no statistics.
     """
     device = next(layer.parameters()).device
     observed = Observed(calls={group.name: [] for group in GROUPS}, inputs={group.name: [] for group in GROUPS})
@@ -83,6 +84,8 @@ def observe(
             x = watch.inputs[group.name][0].float()
             if keep_inputs:
                 observed.inputs[group.name].append(x.to(device="cpu", dtype=KEPT))
+            if hessian_weights is None and call_weights is None:
+                continue
             if group.name not in observed.statistics:
                 square = None if hessian_weights is None else x.new_zeros(x.shape[1], x.shape[1])
                 observed.statistics[group.name] = InputStatistics(x.new_zeros(x.shape[1]), square)

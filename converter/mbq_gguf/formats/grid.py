@@ -80,8 +80,11 @@ class Grid:
 
     def codes(self, weights: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """The nearest codes as float32; ties go to the even one. Where the scale is 0 the code is as near 0 as the range allows."""
-        inverse = torch.where(scale != 0, 1.0 / scale, 0.0)
-        return ((weights - offset) * inverse).clamp(self.low, self.high).round_()
+        return self.codes_by(weights, reciprocal(scale), offset)
+
+    def codes_by(self, weights: torch.Tensor, inverse: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """The same, given the scale's :func:`reciprocal`."""
+        return (weights - offset).mul_(inverse).clamp_(self.low, self.high).round_()
 
     def packed(self, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, steps: torch.Tensor) -> Bytes:
         """Bytes [rows, row_bytes] for codes [rows, columns], scale and offset [rows, columns / group], steps [rows, columns / block, 2]."""
@@ -89,6 +92,11 @@ class Grid:
         counted = (codes - self.low).to(torch.uint8).reshape(-1, self.block)
         parts = (counted, scale.reshape(-1, groups), offset.reshape(-1, groups), steps.reshape(-1, 2))
         return self.pack(*parts).reshape(len(codes), -1)
+
+
+def reciprocal(scale: torch.Tensor) -> torch.Tensor:
+    """1 / scale, and 0 where that is 0."""
+    return torch.where(scale != 0, 1.0 / scale, 0.0)
 
 
 def to_f16(values: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from mbq_gguf.formats.grid import Grid
+from mbq_gguf.formats.grid import Grid, reciprocal
 from mbq_gguf.rounding.nearest import Rounded
 from mbq_gguf.rounding.ranges import search_range, search_steps
 
@@ -33,8 +33,9 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     mean = float(diagonal.mean()) or 1.0
     diagonal[diagonal == 0] = mean
     diagonal += damping * mean
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    # In reverse order of rows and columns L L^T becomes R R^T with R upper triangular, so that U = R^-1 without inverting the matrix.
+    reverse = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
+    factor: torch.Tensor = torch.linalg.solve_triangular(reverse, torch.eye(len(matrix)).to(matrix), upper=True)
     return factor.float()
 
 
@@ -47,6 +48,11 @@ class Coded:
     scale: torch.Tensor
     offset: torch.Tensor
     steps: torch.Tensor
+
+    def split(self, rows: list[int]) -> list[Coded]:
+        """The matrices of so many ``rows`` that lie one below the other in this one."""
+        parts = (torch.split(part, rows) for part in (self.codes, self.scale, self.offset, self.steps))
+        return [Coded(*part) for part in zip(*parts, strict=True)]
 
     def values(self, grid: Grid) -> torch.Tensor:
         """The weights [rows, columns] that the codes stand for."""
@@ -73,6 +79,7 @@ def own_fit(grid: Grid) -> Fit:
 def code_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit | None = None, held: Coded | None = None) -> Coded:
     """GPTQ's codes for ``weight`` [rows, columns]; scales and offsets are ``fit``'s, the grid's own without it, or those of ``held``."""
     fit = fit or own_fit(grid)
+    diagonal = factor.diagonal().tolist()
     costs = factor.diagonal().square().reciprocal()
     work = weight.float().t().contiguous()  # [columns, rows]: a column's weights lie together
     columns, rows = work.shape
@@ -92,15 +99,17 @@ def code_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit |
             if held is None and column % grid.block == 0 and (grid.scale.stepped or grid.offset.stepped):
                 here = slice(column, column + grid.block)
                 steps[block] = search_steps(grid, work[here].t(), costs[here])
-            if held is None and column % grid.group == 0:
-                here = slice(column, column + grid.group)
-                scale, offset = fit(work[here].t(), costs[here], steps[block])
-                scales[group], offsets[group] = scale[:, 0], offset[:, 0]
-            code = grid.codes(work[column], scales[group], offsets[group])
+            if column % grid.group == 0:
+                if held is None:
+                    here = slice(column, column + grid.group)
+                    found = fit(work[here].t(), costs[here], steps[block])
+                    scales[group], offsets[group] = (part[:, 0] for part in found)
+                scale, offset, inverse = scales[group], offsets[group], reciprocal(scales[group])
+            code = grid.codes_by(work[column], inverse, offset)
+            error = errors[column - start]
+            torch.sub(work[column], (code * scale).add_(offset), out=error).div_(diagonal[column])
             codes[column] = code
-            error = (work[column] - (code * scales[group] + offsets[group])) / factor[column, column]
             work[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1)
-            errors[column - start] = error
         work[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
     return Coded(codes.t().contiguous(), scales.t().contiguous(), offsets.t().contiguous(), steps.transpose(0, 1))
 

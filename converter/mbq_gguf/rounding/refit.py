@@ -34,29 +34,24 @@ def _refit_rows(
     weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, hessian: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, blocks = scale.shape
-    size = weight.shape[1] // blocks
-    split = codes.view(rows, blocks, size)
-    by_scale = torch.einsum("rgb,gbn->rgn", split, hessian.view(blocks, size, -1))  # F H, rows that belong to scales
-    by_offset = hessian.view(blocks, size, -1).sum(dim=1)  # and to offsets: the same for every row
-    ss = torch.einsum("rghb,rhb->rgh", by_scale.view(rows, blocks, blocks, size), split)
-    so = by_scale.view(rows, blocks, blocks, size).sum(dim=3)
-    oo = by_offset.view(blocks, blocks, size).sum(dim=2).expand(rows, blocks, blocks)
+    split = codes.view(rows, blocks, -1)
+    tiles = hessian.view(blocks, split.shape[2], blocks, -1)
+    by_scale = torch.einsum("rgb,gbhc->grhc", split, tiles)  # F H, rows that belong to scales
+    ss = torch.einsum("grhc,rhc->rgh", by_scale, split)
+    so = by_scale.sum(dim=3).transpose(0, 1)
+    oo = tiles.sum(dim=(1, 3)).expand(rows, blocks, blocks)
     system = torch.cat([torch.cat([ss, so], 2), torch.cat([so.transpose(1, 2), oo], 2)], 1).double()
-    error = weight - _values(codes, scale, offset)
-    right = torch.cat([torch.einsum("rgn,rn->rg", by_scale, error), error @ by_offset.t()], 1).double()
+    pull = ((weight - _values(codes, scale, offset)) @ hessian).view_as(split)
+    right = torch.cat([(pull * split).sum(dim=2), pull.sum(dim=2)], 1).double()
     ridge = RIDGE * system.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
     step = torch.linalg.solve(system + torch.diag_embed(ridge), right).float()
     new_scale, new_offset = to_f16(scale + step[:, :blocks]), to_f16(offset + step[:, blocks:])
-    new_error = weight - _values(codes, new_scale, new_offset)
-    better = _objective(new_error, hessian) < _objective(error, hessian)
-    better &= (new_scale > 0).all(dim=1) & new_offset.isfinite().all(dim=1)
+    change = torch.cat([new_scale - scale, new_offset - offset], 1).double()
+    gain = (change * (2 * right - torch.einsum("rij,rj->ri", system, change))).sum(dim=1)  # how much less the error is
+    better = (gain > 0) & (new_scale > 0).all(dim=1) & new_offset.isfinite().all(dim=1)
     return torch.where(better[:, None], new_scale, scale), torch.where(better[:, None], new_offset, offset)
 
 
 def _values(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     size = codes.shape[1] // scale.shape[1]
     return codes * scale.repeat_interleave(size, 1) + offset.repeat_interleave(size, 1)
-
-
-def _objective(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    return ((error @ hessian) * error).sum(dim=1)

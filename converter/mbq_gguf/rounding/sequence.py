@@ -7,7 +7,7 @@ rounded is W + a W (sum (y - x)^T x) H^-1, which for a = 1 gives the original ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from mbq_gguf.calibration.moments import Moments
+from mbq_gguf.formats.container import Container
 from mbq_gguf.formats.grid import Grid, grid_of
 from mbq_gguf.formats.registry import container_for
-from mbq_gguf.models.decoder import GROUPS, Group, linear
+from mbq_gguf.models.decoder import GROUPS, LINEARS, Group, linear
 from mbq_gguf.rounding.gptq import Coded, code_gptq, inverse_factor
 from mbq_gguf.rounding.nearest import Rounded, round_nearest
 from mbq_gguf.rounding.ranges import search_range
@@ -56,16 +57,22 @@ def round_in_order(
     for group in GROUPS:
         kinds = {name: container_for(containers[name], linear(layer, name).in_features) for name in group.linears}
         found = moments_of(group) if any(grid_of(kept) for kept in kinds.values()) else None
-        for name, kept in kinds.items():
-            grid = grid_of(kept)
-            weight = linear(layer, name).weight
-            if found is None or grid is None:
-                out[name] = Matrix(kept.name, round_nearest(weight.detach(), kept))
-            else:
-                coded = refined(weight.detach().float(), found, grid, refinement)
-                out[name] = Matrix(kept.name, coded.rounded(grid), grid, coded)
-            weight.data.copy_(out[name].rounded.weight)
-    return out
+        for kept in dict.fromkeys(kinds.values()):
+            names = [name for name in group.linears if kinds[name] == kept]
+            weights = [linear(layer, name).weight for name in names]
+            for name, weight, matrix in zip(names, weights, _rounded(weights, kept, found, refinement), strict=True):
+                weight.data.copy_(matrix.rounded.weight)
+                out[name] = matrix
+    return {name: out[name] for name in LINEARS}
+
+
+def _rounded(weights: Sequence[torch.Tensor], kept: Container, found: Moments | None, refinement: Refinement) -> list[Matrix]:
+    """Matrices with one input and one container. Rows are independent, so GPTQ takes all matrices as one."""
+    grid = grid_of(kept)
+    if found is None or grid is None:
+        return [Matrix(kept.name, round_nearest(weight.detach(), kept)) for weight in weights]
+    coded = refined(torch.cat([weight.detach().float() for weight in weights]), found, grid, refinement)
+    return [Matrix(kept.name, part.rounded(grid), grid, part) for part in coded.split([len(weight) for weight in weights])]
 
 
 def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refinement) -> Coded:
@@ -86,4 +93,5 @@ def corrected(weight: torch.Tensor, found: Moments, factor: torch.Tensor, share:
     """W + share W C H^-1 with C the cross moments and H^-1 = U^T U of the damped Hessian; computed in float64."""
     assert found.cross is not None
     upper = factor.double()
-    return weight + share * (weight.double() @ found.cross.double() @ upper.t() @ upper).float()
+    change: torch.Tensor = torch.linalg.multi_dot([weight.double(), found.cross.double(), upper.t(), upper])
+    return weight + share * change.float()
