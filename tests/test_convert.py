@@ -94,7 +94,7 @@ def test_other_containers(kind: str, number: int, built_llama: Path, tiny_dir: P
 
 
 def test_calibrated_file_holds_ratios_and_fingerprint(built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:
-    report, text = run(tiny_dir, tmp_path / "tiny.gguf", method="mbq", samples=1)
+    report, text = run(tiny_dir, tmp_path / "tiny.gguf", method="mbq", samples=1, synthetic=2)
     found = read_header(report.out).metadata
     assert found["mbq.gptq.clip"] is True
     assert (found["mbq.gptq.distort"], found["mbq.gptq.correction"], found["mbq.gptq.refits"]) == (True, 0.5, 2)
@@ -109,13 +109,13 @@ def test_calibrated_file_holds_ratios_and_fingerprint(built_llama: Path, tiny_di
 
 def test_types_that_gptq_cannot_fill_are_named(built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:
     sentence = "tensors in IQ4_NL: rounded to nearest"
-    assert f"21 {sentence}" in run(tiny_dir, tmp_path / "tiny.gguf", type="IQ3_S", method="rtn", samples=1)[1]
+    assert f"21 {sentence}" in run(tiny_dir, tmp_path / "tiny.gguf", type="IQ3_S", method="rtn", samples=1, synthetic=0)[1]
     assert sentence not in run(tiny_dir, tmp_path / "tiny.gguf", type="IQ4_NL", **RTN)[1]
-    assert "rounded to nearest" not in run(tiny_dir, tmp_path / "tiny.gguf", type="Q3_K", method="rtn", samples=1)[1]
+    assert "rounded to nearest" not in run(tiny_dir, tmp_path / "tiny.gguf", type="Q3_K", method="rtn", samples=1, synthetic=0)[1]
 
 
 def test_target_size_is_met_by_a_mixed_file(built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:
-    report, text = run(tiny_dir, tmp_path / "tiny.gguf", target_bpw=4.5, samples=2, **RTN)
+    report, text = run(tiny_dir, tmp_path / "tiny.gguf", target_bpw=4.5, samples=2, synthetic=0, **RTN)
     header = read_header(report.out)
     linears = [tensor for tensor in header.tensors if ".attn_" in tensor.name or ".ffn_" in tensor.name]
     linears = [tensor for tensor in linears if tensor.name.endswith("weight") and "norm" not in tensor.name]

@@ -15,7 +15,7 @@ SECONDS = 180  # for one run at most; it takes some 15 where nothing else runs
 
 
 def command(model: Path, out: Path) -> list[str]:
-    options = ["--type", "MBQ3", "--rounding", "gptq", "--samples", "2", "--threads", "1"]
+    options = ["--type", "MBQ3", "--rounding", "gptq", "--samples", "2", "--synthetic", "4", "--threads", "1"]
     return [sys.executable, "-m", "mbq_gguf", "convert", str(model), str(out), *options]
 
 

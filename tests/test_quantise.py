@@ -21,7 +21,7 @@ from mbq_gguf.quantise import QuantiseResult, quantise
 from mbq_gguf.settings import QuantiseSettings
 from mbq_gguf.workdir import WorkDir, open_workdir
 
-FAST = QuantiseSettings(container="MBQ3", method="mbq", clip=False, distort=False, refits=0, search_samples=1)
+FAST = QuantiseSettings(container="MBQ3", method="mbq", synthetic=0, clip=False, distort=False, refits=0, search_samples=1)
 
 
 @pytest.fixture(scope="module", autouse=True)

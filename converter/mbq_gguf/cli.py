@@ -122,7 +122,14 @@ def inspect(file: Path) -> None:
 )
 @click.option("--rounding", type=click.Choice(["nearest", "gptq"]), default="gptq", show_default=True, help="How weights become codes.")
 @click.option("--calib", type=click.Path(path_type=Path), help="A JSONL of pictures, questions and answers, or a folder of pictures.")
-@click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Calibration samples.")
+@click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Calibration samples.")
+@click.option(
+    "--synthetic",
+    type=click.IntRange(min=0),
+    default=80,
+    show_default=True,
+    help="Texts that the model writes itself, and half as many procedural pictures, beside the samples: what they do not show is kept.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Which samples are drawn.")
 @click.option("--device", default="cpu", show_default=True, help="Where layers are computed: cpu, cuda, cuda:1.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")

@@ -40,7 +40,7 @@ from mbq_gguf.workdir import WorkDir, open_workdir
 
 REFERENCE_TYPES = ("BF16", "F16", "F32")  # --type without quantisation: what upstream's converter would write
 BASE_TYPE = "BF16"  # matrices of a quantised file that no method touches; checkpoints are BF16 today, so nothing is lost
-DEFAULT_SAMPLES = 128
+DEFAULT_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class ConvertOptions:
     threads: int | None = None
     embedding_type: str = "Q8_0"  # of embeddings and output head
     mmproj_type: str = "F16"
+    synthetic: int = QuantiseSettings.synthetic
     floor: bool = QuantiseSettings.floor  # no layer's ratio below the median over layers
     token_weights: Kind = QuantiseSettings.token_weights
     prompt_weight: float = QuantiseSettings.prompt_weight
@@ -234,6 +235,7 @@ def text_file(options: ConvertOptions, quantised: Quantised | None) -> TextFile:
         rounding=options.rounding,
         fingerprint=quantised.fingerprint,
         samples=quantised.samples,
+        synthetic=options.synthetic if quantised.samples else 0,
         ratios=result.ratios,
         token_weights=options.token_weights,
     )

@@ -19,6 +19,7 @@ from mbq_gguf.calibration.observe import Observed, TokenWeights, observe
 from mbq_gguf.calibration.precision import bf16_products
 from mbq_gguf.calibration.sensitivity import Sensitivity, measure
 from mbq_gguf.calibration.stream import Streamed, advance, capture, working_layer
+from mbq_gguf.calibration.synthetic import synthetic_streams, written
 from mbq_gguf.calibration.token_weights import hessian_weights, modality, uniform
 from mbq_gguf.errors import UsageError
 from mbq_gguf.formats.registry import container
@@ -88,6 +89,8 @@ class _Walk:
                 self.result.ratios = self.sensitivity.ratios(self.settings.floor)
             for stream, salience in zip(self.streams, self.sensitivity.salience, strict=False):
                 stream.salience = salience
+        if samples and self.settings.synthetic:
+            self._synthesise(samples)
         if self.settings.rotate != "none":
             check_rotatable(self.loaded)
             self.rotation = draw(self.loaded.decoder, self.settings.rotate, ROTATION_SEED)
@@ -101,6 +104,19 @@ class _Walk:
             self.prefix = [replace(stream) for stream in self.streams]
         if self.settings.target_bpw:
             self.result.plan = self._plan(self.settings.target_bpw)
+
+    def _synthesise(self, samples: Sequence[Sample]) -> None:
+        """Add the synthetic samples; sensitivities were measured without them, for they have no answers."""
+        saved = self.work.load("texts") if self.work else None
+        count, progress = self.settings.synthetic, self.progress
+        with self._timed("texts"), bf16_products():
+            texts = saved[0]["ids"] if saved else written(self.loaded, count, lambda done, total: progress("write texts", done, total))
+        if self.work and not saved:
+            self.work.save("texts", {"ids": texts}, None)
+        with self._timed("capture"):
+            for number, stream in enumerate(synthetic_streams(self.loaded, texts, samples)):
+                self.streams.append(stream)
+                progress("synthetic", number + 1, count + count // 2)
 
     def _sensitivity(self) -> Sensitivity:
         saved = self.work.load("sensitivity") if self.work else None

@@ -17,6 +17,7 @@ class QuantiseSettings:
     """The defaults are the combination that scores best (docs/results.md)."""
 
     container: str = "MBQ3"
+    synthetic: int = 80  # texts that the model writes itself beside the samples, and half as many pictures of nothing
     target_bpw: float | None = None  # one container a tensor instead, chosen to meet this size (bits a weight)
     method: Method = "rtn"  # equalisation of channels beforehand
     rounding: Rounding = "gptq"

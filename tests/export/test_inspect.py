@@ -30,7 +30,14 @@ def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer = gguf.GGUFWriter(str(path), "qwen2vl")
     ratios = {"attention": [1.0 + layer for layer in range(LAYERS)], "mlp": [0.5] * LAYERS}
     keys = describe(
-        container="MBQ3", method="mbq", rounding="gptq", fingerprint="ab" * 32, samples=7, ratios=ratios, token_weights="uniform"
+        container="MBQ3",
+        method="mbq",
+        rounding="gptq",
+        fingerprint="ab" * 32,
+        samples=7,
+        synthetic=4,
+        ratios=ratios,
+        token_weights="uniform",
     )
     for key, value in keys.items():
         add_metadata(writer, key, value)

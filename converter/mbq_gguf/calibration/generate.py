@@ -1,26 +1,95 @@
-"""The model's own greedy answer, for images that come without one."""
+"""The model's own words: answers for images that come without one, and texts from nothing."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from PIL import Image
 
+from mbq_gguf.errors import UserError
 from mbq_gguf.models.loaded import LoadedModel
 
 
-@torch.no_grad()
 def greedy_answer(loaded: LoadedModel, image: Image.Image, question: str, max_tokens: int) -> str:
-    """What the model writes greedily after ``question`` about ``image``, at most ``max_tokens`` tokens.
-
-    Needs the whole decoder on the device in the computing dtype, so it is copied there for the time of the call.
-    """
+    """What the model writes greedily after ``question`` about ``image``, at most ``max_tokens`` tokens."""
     encoded = loaded.encode(image, [(question, "")])
-    stored = next(loaded.decoder.layers.parameters()).dtype
-    loaded.decoder.layers.to(device=loaded.device, dtype=loaded.dtype)
-    try:
-        model = loaded.model
-        out = model.generate(**encoded.inputs, do_sample=False, max_new_tokens=max_tokens, use_cache=True)  # type: ignore[operator]
-    finally:
-        loaded.decoder.layers.to(device="cpu", dtype=stored)
+    out = _generate(loaded, encoded.inputs, do_sample=False, max_new_tokens=max_tokens)
     new = out[0, encoded.ids.shape[0] :]
     return str(loaded.prompts.tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+
+def written_texts(
+    loaded: LoadedModel, count: int, length: int, temperature: float, seed: int, progress: Callable[[int, int], None]
+) -> torch.Tensor:
+    """Token ids [count, length], on the host, of texts that the model samples after a random first token; special tokens are left out.
+
+    ``progress`` is called with tokens done and ``length``. Raises UserError where the device cannot hold the decoder.
+    """
+    plain = _plain_tokens(loaded)
+    draw = torch.Generator().manual_seed(seed)
+    first = plain[torch.randint(len(plain), (count, 1), generator=draw)]
+    begin = loaded.prompts.tokenizer.bos_token_id
+    if begin is not None:
+        first = torch.cat([torch.full_like(first, begin), first], dim=1)
+    sampler = _Sampler(plain.to(loaded.device), temperature, draw, lambda done: progress(done, length))
+    inputs = loaded.prompts.text_inputs(first.to(loaded.device))
+    return _generate(loaded, inputs, logits_processor=[sampler], do_sample=False, max_new_tokens=length - first.shape[1]).cpu()
+
+
+class _Sampler:
+    """A logits processor that leaves one token a text, drawn from the ``plain`` ones.
+
+    It takes one uniform number a text. Transformers' own sampling draws an exponential number for every token of the vocabulary, half of
+    the time of a step here.
+    """
+
+    def __init__(self, plain: torch.Tensor, temperature: float, draw: torch.Generator, progress: Callable[[int], None]) -> None:
+        self.plain, self.temperature, self.draw, self.progress = plain, temperature, draw, progress
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        sums = (scores[:, self.plain].float() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        reached = torch.rand(len(ids), 1, generator=self.draw).to(sums) * sums[:, -1:]
+        chosen = torch.searchsorted(sums, reached).clamp(max=len(self.plain) - 1)
+        self.progress(ids.shape[1] + 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, self.plain[chosen], 0.0)
+
+
+def _plain_tokens(loaded: LoadedModel) -> torch.Tensor:
+    """The ids of plain text: no turns, ends and pictures, no embeddings without a token."""
+    tokenizer = loaded.prompts.tokenizer
+    return torch.tensor(sorted(set(range(len(tokenizer))) - {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}))
+
+
+@torch.no_grad()
+def _generate(loaded: LoadedModel, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+    mask = torch.ones_like(inputs["input_ids"])
+    with _whole_decoder(loaded):
+        model = loaded.model
+        out: torch.Tensor = model.generate(**inputs, attention_mask=mask, use_cache=True, pad_token_id=0, **options)  # type: ignore[operator]
+    return out
+
+
+@contextmanager
+def _whole_decoder(loaded: LoadedModel) -> Iterator[None]:
+    """The whole decoder on the device, for the time of the block: in the stored dtype, where the device multiplies in it."""
+    decoder = loaded.decoder
+    stored = next(decoder.layers.parameters()).dtype
+    low = loaded.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dtype = stored if low else loaded.dtype
+    handles = [
+        decoder.embed_tokens.register_forward_hook(lambda _module, _args, out: out.to(dtype)),
+        # Of several tokens' states only the last are wanted; for such a slice torch copies the head's weight for every text (50 s of 80).
+        decoder.head.register_forward_pre_hook(lambda _module, args: (args[0].contiguous(),)),
+    ]
+    try:
+        decoder.layers.to(device=loaded.device, dtype=dtype)
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{loaded.device} cannot hold the whole decoder to write texts: give --synthetic 0, or --device cpu") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        decoder.layers.to(device="cpu", dtype=stored)

@@ -33,14 +33,15 @@ def describe(
     rounding: str,
     fingerprint: str,
     samples: int,
+    synthetic: int,
     ratios: Mapping[str, Sequence[float]],
     token_weights: str,
 ) -> dict[str, Any]:
     """The metadata of a quantised file, by key; ``container`` is "mixed" where each tensor has its own.
 
-    ``fingerprint`` is the SHA-256 of the calibration set as it was used ("" where none was) and ``samples`` its size; ``ratios``
-    holds, per layer, vision over language sensitivity of the "attention" and "mlp" outputs (MBQ, arXiv 2412.19509), and is empty where the
-    method does not use it.
+    ``fingerprint`` is the SHA-256 of the calibration set as it was used ("" where none was), ``samples`` its size and ``synthetic`` the
+    number of texts that the model wrote beside it, with half as many pictures; ``ratios`` holds, per layer, vision over
+    language sensitivity of the "attention" and "mlp" outputs (MBQ, arXiv 2412.19509), and is empty where the method does not use it.
     """
     keys: dict[str, Any] = {
         "general.quantized_by": "mbq-gguf",
@@ -52,6 +53,7 @@ def describe(
         "mbq.token_weights": token_weights,
         "mbq.calibration.fingerprint": fingerprint,
         "mbq.calibration.samples": samples,
+        "mbq.calibration.synthetic": synthetic,
     }
     return keys | {RATIO + part: [float(value) for value in values] for part, values in ratios.items()}
 

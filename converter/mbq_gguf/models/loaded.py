@@ -32,7 +32,13 @@ class LoadedModel:
 
     def encode(self, image: Path | Image.Image, turns: list[tuple[str, str]]) -> Encoded:
         """Model inputs of a conversation about ``image``; ``turns`` are (question, answer), an empty last answer is left open."""
-        encoded = self.prompts.encode(image, turns)
+        return self._placed(self.prompts.encode(image, turns))
+
+    def encode_text(self, ids: torch.Tensor) -> Encoded:
+        """Model inputs of a text of token ids [tokens]."""
+        return self._placed(self.prompts.encode_text(ids))
+
+    def _placed(self, encoded: Encoded) -> Encoded:
         for name, value in encoded.inputs.items():
             value = value.to(self.device)
             encoded.inputs[name] = value.to(self.dtype) if value.is_floating_point() else value

@@ -40,6 +40,10 @@ class ImagePrompt(Protocol):
 
     def __call__(self, text: str, image: Image.Image) -> dict[str, torch.Tensor]: ...
 
+    def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model takes for token ids [texts, tokens] without any image."""
+        ...
+
 
 class QwenImagePrompt:
     """Qwen2-VL and Qwen2.5-VL without the video processor (which needs torchvision): PIL image processor and tokenizer."""
@@ -61,6 +65,9 @@ class QwenImagePrompt:
             "image_grid_thw": pixels["image_grid_thw"],
         }
 
+    def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"input_ids": ids, "mm_token_type_ids": torch.zeros_like(ids, dtype=torch.int32)}
+
 
 class ProcessorImagePrompt:
     """Any family whose AutoProcessor loads."""
@@ -72,6 +79,9 @@ class ProcessorImagePrompt:
         inputs = self.processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False)
         # Batch 1 without padding: the mask is all ones, and leaving it out lets attention use its causal path.
         return {name: value for name, value in inputs.items() if name != "attention_mask" and isinstance(value, torch.Tensor)}
+
+    def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"input_ids": ids}
 
 
 @dataclass
@@ -97,6 +107,15 @@ class Prompts:
                 inputs[name] = torch.cat([value, value.new_zeros(1, len(more))], dim=1)
         ids = inputs["input_ids"][0]
         return Encoded(inputs, ids == self.image_token_id, torch.tensor([False] * prefix + answer, dtype=torch.bool))
+
+    def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model takes for token ids [texts, tokens] without any image."""
+        return self.image_prompt.text_inputs(ids)
+
+    def encode_text(self, ids: torch.Tensor) -> Encoded:
+        """A text of token ids [tokens], with neither picture nor answer."""
+        none = torch.zeros(len(ids), dtype=torch.bool)
+        return Encoded(self.text_inputs(ids[None]), none, none)
 
     def _answers(self, turns: TextTurns) -> tuple[list[int], list[bool]]:
         """Ids after the first prompt, and which of them are answer tokens: answer, end token, next question, answer and so on."""

@@ -16,10 +16,12 @@ from mbq_gguf.models.decoder import GROUPS, Group
 
 
 def token(layer: int) -> TokenWeights:
-    """In layer number ``layer`` each token's root mean square gradient over its sample's mean; bounded. Streams must have salience."""
+    """In layer number ``layer`` each token's root mean square gradient over its sample's mean; bounded. Streams without salience
+    (synthetic ones) weigh their tokens alike."""
 
     def weights(stream: Streamed, group: Group) -> torch.Tensor:
-        assert stream.salience is not None
+        if stream.salience is None:
+            return torch.ones(stream.ids.shape)
         return importance(stream.salience[..., layer, GROUPS.index(group), :])
 
     return weights
