@@ -104,7 +104,7 @@ static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEM
         }
         for (int i = 0; i < 2; ++i) {
             mbq_barrier_init(full_w  + 8*i, 128);
-            mbq_barrier_init(empty_w + 8*i, 8);
+            mbq_barrier_init(empty_w + 8*i, 256); // all lanes arrive: as fast as one a warp, and racecheck can follow it
         }
         asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
     }
@@ -216,10 +216,7 @@ static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEM
                 const mbq_words<QK> w0 = mbq_load_words<QK>(stage + base[0], t);
                 const mbq_words<QK> w1 = mbq_load_words<QK>(stage + base[1], t);
                 if (i % 4 == 3 || i == work.last - 1) {
-                    __syncwarp();
-                    if (lane == 0) {
-                        mbq_barrier_arrive<1>(empty_w + w_ring.stage*8);
-                    }
+                    mbq_barrier_arrive<1>(empty_w + w_ring.stage*8);
                     w_ring.next();
                 }
                 mbq_dequantize_64<QK, 0>(w0, 0, a[0]);
