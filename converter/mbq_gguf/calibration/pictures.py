@@ -37,8 +37,9 @@ def noise(draw: np.random.Generator, side: int) -> Floats:
     planes -= planes.mean(axis=(1, 2), keepdims=True)
     planes /= planes.std(axis=(1, 2), keepdims=True)
     mix = np.linalg.qr(draw.normal(size=(3, 3)))[0] * np.array([1.0, 0.4, 0.2])
-    colours: Floats = planes.transpose(1, 2, 0) @ mix.T
-    return colours / colours.std() * draw.uniform(30, 70) + draw.uniform(70, 190)
+    colours = planes.transpose(1, 2, 0) @ mix.T
+    shaded: Floats = colours / colours.std() * draw.uniform(30, 70) + draw.uniform(70, 190)
+    return shaded
 
 
 def _leaf(draw: np.random.Generator, canvas: Floats) -> None:
