@@ -63,7 +63,7 @@ class Variant:
         return ["mbq-gguf", "convert", str(model), str(folder / self.file_name), *self.arguments, "--threads", str(THREADS)]
 
 
-FEW = ("--samples", "64")  # half of the default's, for rows that compare methods among each other
+FEW = ("--samples", "64", "--synthetic", "0")  # as in the papers: the set alone
 # The papers' methods alone: what goes beyond them is on by default.
 PLAIN = (*FEW, "--no-clip", "--no-distort", "--refits", "0")
 
@@ -78,10 +78,10 @@ VARIANTS = (
     *(ours(f"{method} {rounding}", method, rounding, *PLAIN) for rounding in ("nearest", "gptq") for method in ("rtn", "awq", "mbq")),
     ours("rtn gptq + range search", "rtn", "gptq", *FEW, "--no-distort", "--refits", "0"),
     Variant("MBQ3", "convert", ("--type", "MBQ3")),
-    Variant("MBQ3, 64 samples", "convert", ("--type", "MBQ3", *FEW)),
-    Variant("MBQ3, 64 samples, mbq", "convert", ("--type", "MBQ3", *FEW, "--method", "mbq")),
-    Variant("MBQ3, 64 samples, full rotation", "convert", ("--type", "MBQ3", *FEW, "--rotate", "full")),
-    Variant("Q3_K by mbq-gguf", "convert", ("--type", "Q3_K", *FEW)),
+    Variant("MBQ3, nothing synthetic", "convert", ("--type", "MBQ3", *FEW)),
+    Variant("MBQ3, mbq", "convert", ("--type", "MBQ3", "--method", "mbq")),
+    Variant("MBQ3, full rotation", "convert", ("--type", "MBQ3", "--rotate", "full")),
+    *(Variant(f"{name} by mbq-gguf", "convert", ("--type", name)) for name in ("Q3_K", "Q4_0")),
     *(Variant(name, "quantize", (name,)) for name in ("Q4_0", "Q4_K_M", "Q3_K_M")),
 )
 

@@ -1,51 +1,95 @@
-"""How well a method and a rounding keep a VLM's answers, in PyTorch, before any file is written.
+"""What settings do to a VLM's answers, in PyTorch, before any file is written: the ablation of docs/results.md.
 
-    python tools/trial_quality.py MODEL_DIR --type MBQ3_64 --trial mbq:gptq --trial awq:gptq --questions 120
+    python tools/photographs.py photographs
+    python tools/trial_quality.py MODEL_DIR "" seed=1 samples=32,synthetic=0 container=Q4_0 rotate=full --photographs photographs
 
-Quantises the language model's linears, puts the values that the container gives back into the Hugging Face model, and compares it with the
-original on the demo's eval set, teacher-forced on the expected answers: mean KL divergence of the answer tokens (nats), agreement of the
-most likely token, and the share of questions whose every answer token is the most likely one in the original.
+Each argument is one variant: ``samples``, ``seed`` and fields of QuantiseSettings, "" the default. Quantises the language model's linears,
+puts the values that the container gives back into the Hugging Face model, and compares it with the original, forced along the expected
+answers of the demo's eval set, along the original's own words about photographs, and along a text. KL divergence in nats.
 """
 
 from __future__ import annotations
 
+import ast
+import json
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
-from mbq_gguf.allocation.plan import plan_table
 from mbq_gguf.calibration.dataset import Sample, load_samples, read_jsonl
-from mbq_gguf.calibration.stream import Streamed, advance, capture, logits, working_layer
+from mbq_gguf.calibration.generate import greedy_answer
+from mbq_gguf.calibration.stream import Streamed, advance, capture, capture_encoded, logits, working_layer
+from mbq_gguf.convert import DEFAULT_SAMPLES
+from mbq_gguf.evaluate.exact_match import MAX_TOKENS, SHIPPED
 from mbq_gguf.formats.registry import container
 from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.decoder import linear
-from mbq_gguf.quantise import QuantiseResult, quantise
+from mbq_gguf.models.prompts import open_image
+from mbq_gguf.outcome import QuantiseResult
+from mbq_gguf.quantise import ROTATION_SEED, quantise
 from mbq_gguf.settings import QuantiseSettings
+from mbq_gguf.transforms.rotation import Rotation, draw, rotate_layer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-EVAL = Path(__file__).parents[1] / "converter" / "mbq_gguf" / "demo" / "data" / "eval" / "eval.jsonl"
+TEXT_CHUNK = 256  # tokens; the second half of each is scored
+TEXT_CHUNKS = 8
+
+Streams = list[Streamed]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the calibration set is, and the settings."""
+
+    name: str
+    samples: int
+    seed: int
+    settings: QuantiseSettings
+
+
+def parsed(name: str) -> Variant:
+    """``key=value,key=value``; values are Python's where they can be, else text."""
+    found: dict[str, Any] = dict(item.split("=", 1) for item in name.split(",") if item)
+    for key, value in found.items():
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            continue
+    samples, seed = found.pop("samples", DEFAULT_SAMPLES), found.pop("seed", 0)
+    return Variant(name or "default", samples, seed, QuantiseSettings(**found))
 
 
 @torch.no_grad()
-def answer_logits(loaded: LoadedModel, streams: Sequence[Streamed], result: QuantiseResult | None) -> list[torch.Tensor]:
-    """Log-probabilities [answer tokens, vocabulary] of each stream, with the weights of ``result`` in place."""
-    running = [replace(stream) for stream in streams]
+def answer_logits(loaded: LoadedModel, streams: Sequence[Streamed], result: QuantiseResult | None, rotate: str) -> list[torch.Tensor]:
+    """Log-probabilities [answer tokens, vocabulary] of each stream, with the weights of ``result``, in the basis of ``rotate``."""
+    rotation = draw(loaded.decoder, rotate, ROTATION_SEED) if result and rotate != "none" else None  # type: ignore[arg-type]
+    running = [replace(stream, hidden=turned(stream.hidden, rotation)) for stream in streams]
     for index in range(len(loaded.decoder.layers)):
         layer = working_layer(loaded, index)
+        if rotation:
+            rotate_layer(layer, rotation, index)
         if result is not None:
             put(layer, index, result)
         advance(layer, index, running, loaded.device)
     out = []
     for stream in running:
-        answered = stream.answer[1:]
-        out.append(logits(loaded, stream.hidden[:, :-1][:, answered])[0].float().log_softmax(-1).cpu())
+        hidden = turned(stream.hidden, rotation, back=True)
+        out.append(logits(loaded, hidden[:, :-1][:, stream.answer[1:]])[0].float().log_softmax(-1).cpu())
     return out
+
+
+def turned(hidden: torch.Tensor, rotation: Rotation | None, back: bool = False) -> torch.Tensor:
+    """``hidden`` in the rotated basis, or out of it."""
+    if rotation is None:
+        return hidden
+    return (hidden.double() @ (rotation.residual.t() if back else rotation.residual)).to(hidden)
 
 
 def put(layer: torch.nn.Module, index: int, result: QuantiseResult) -> None:
@@ -61,65 +105,72 @@ def put(layer: torch.nn.Module, index: int, result: QuantiseResult) -> None:
             parameters[name.removeprefix(prefix)].copy_(value)
 
 
-def score(reference: list[torch.Tensor], candidate: list[torch.Tensor], streams: Sequence[Streamed]) -> tuple[float, float, float]:
-    """Mean KLD, top-1 agreement over answer tokens, and the share of questions answered exactly."""
+def score(reference: list[torch.Tensor], candidate: list[torch.Tensor], streams: Sequence[Streamed]) -> tuple[str, str]:
+    """Mean KLD with its standard error over answer tokens, and the share of questions whose every answer token is the most likely one."""
     kld = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(reference, candidate, strict=True)])
-    top = torch.cat([p.argmax(-1) == q.argmax(-1) for p, q in zip(reference, candidate, strict=True)])
     exact = [bool((q.argmax(-1) == s.ids[s.answer]).all()) for q, s in zip(candidate, streams, strict=True)]
-    return float(kld.mean()), float(top.float().mean()), sum(exact) / len(exact)
+    return f"{float(kld.mean()):.4f} ± {float(kld.std()) / len(kld) ** 0.5:.4f}", f"{sum(exact) / len(exact):.3f}"
 
 
 def bits(result: QuantiseResult) -> float:
     """Bits per weight of the quantised matrices."""
     packed = result.packed.values()
-    return 8 * sum(item.data.size for item in packed) / sum(item.data.shape[0] * item.columns for item in packed)
+    return float(8 * sum(item.data.size for item in packed) / sum(item.data.shape[0] * item.columns for item in packed))
 
 
-def questions(loaded: LoadedModel, count: int, seed: int) -> list[Streamed]:
+def scenes(loaded: LoadedModel, count: int) -> Streams:
     """``count`` questions of the demo's eval set at the door of the first layer."""
-    samples = random.Random(seed).sample(read_jsonl(EVAL), count)
-    return list(capture(loaded, [Sample(s.image, s.turns[:1]) for s in samples]))
+    samples = read_jsonl(SHIPPED)
+    return list(capture(loaded, [Sample(s.image, s.turns[:1]) for s in random.Random(0).sample(samples, min(count, len(samples)))]))
+
+
+def photographs(loaded: LoadedModel, folder: Path) -> Streams:
+    """The questions of photographs.py, each with the model's own answer."""
+    samples = []
+    for entry in map(json.loads, (folder / "photographs.jsonl").read_text(encoding="utf-8").splitlines()):
+        path = folder / entry["image"]
+        for question in (turn["question"] for turn in entry["turns"]):
+            samples.append(Sample(path, ((question, greedy_answer(loaded, open_image(path), question, MAX_TOKENS) or "."),)))
+    return list(capture(loaded, samples))
+
+
+def text(loaded: LoadedModel, file: Path) -> Streams:
+    """Chunks of ``file`` whose second halves are scored."""
+    ids = loaded.prompts.tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    streams = []
+    for start in range(0, min(len(ids), TEXT_CHUNK * TEXT_CHUNKS) - TEXT_CHUNK + 1, TEXT_CHUNK):
+        stream = capture_encoded(loaded, loaded.encode_text(torch.tensor(ids[start : start + TEXT_CHUNK])))
+        streams.append(replace(stream, answer=torch.arange(TEXT_CHUNK) >= TEXT_CHUNK // 2))
+    return streams
 
 
 @click.command()
-@click.argument("model_dir", type=click.Path(path_type=Path))
-@click.option("--type", "kind", default="MBQ3", show_default=True)
-@click.option("--trial", "trials", multiple=True, default=("mbq:gptq",), help="method:rounding, as often as wanted.")
-@click.option("--samples", default=64, show_default=True)
-@click.option("--questions", "count", default=120, show_default=True)
-@click.option("--seed", default=0, show_default=True)
+@click.argument("model_dir", type=click.Path(exists=True, path_type=Path))
+@click.argument("variants", nargs=-1, required=True)
+@click.option("--questions", default=120, show_default=True, help="About scenes, of the demo's 612.")
+@click.option("--photographs", "folder", type=click.Path(exists=True, path_type=Path), help="What photographs.py wrote.")
+@click.option("--text", "file", type=click.Path(exists=True, path_type=Path), help="A plain text.")
+@click.option("--calib", type=click.Path(exists=True, path_type=Path), help="As convert's.")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--calib", type=click.Path(path_type=Path), default=None)
-@click.option("--set", "changes", multiple=True, help="setting=value, for any other field of QuantiseSettings, as Python.")
 def main(
-    model_dir: Path,
-    kind: str,
-    trials: tuple[str, ...],
-    samples: int,
-    count: int,
-    seed: int,
-    device: str,
-    calib: Path | None,
-    changes: tuple[str, ...],
+    model_dir: Path, variants: tuple[str, ...], questions: int, folder: Path | None, file: Path | None, calib: Path | None, device: str
 ) -> None:
-    """Quantise in PyTorch and score the answers."""
+    """Quantise MODEL_DIR in PyTorch in each of VARIANTS and score the answers."""
     loaded = load(model_dir, device)
-    asked = questions(loaded, count, seed)
-    reference = answer_logits(loaded, asked, None)
-    drawn = load_samples(calib, loaded, samples, seed)
-    table = Table("method", "rounding", "bits per weight", "KLD", "top-1", "exact match", "seconds")
-    table.add_row("original", "", "16", "0", "1", f"{score(reference, reference, asked)[2]:.3f}", "")
-    for trial in track(trials, description="trials"):
-        method, rounding = trial.split(":")
-        settings = QuantiseSettings(container=kind, method=method, rounding=rounding)  # type: ignore[arg-type]
-        settings = replace(settings, **{k: eval(v) for k, v in (c.split("=") for c in changes)})
+    sets = {"scenes": scenes(loaded, questions)}
+    if folder:
+        sets["photographs"] = photographs(loaded, folder)
+    if file:
+        sets["text"] = text(loaded, file)
+    reference = {name: answer_logits(loaded, streams, None, "none") for name, streams in sets.items()}
+    table = Table("variant", "bits a weight", "exact match", *(f"KLD, {name}" for name in sets), "seconds")
+    table.add_row("original", "16", score(reference["scenes"], reference["scenes"], sets["scenes"])[1], *("0" for _ in sets), "")
+    for variant in track([parsed(name) for name in variants], description="variants"):
         start = time.perf_counter()
-        result = quantise(loaded, drawn, settings)
+        result = quantise(loaded, load_samples(calib, loaded, variant.samples, variant.seed), variant.settings)
         seconds = time.perf_counter() - start
-        kld, top, exact = score(reference, answer_logits(loaded, asked, result), asked)
-        table.add_row(method, rounding, f"{bits(result):.3f}", f"{kld:.4f}", f"{top:.3f}", f"{exact:.3f}", f"{seconds:.0f}")
-        if result.plan:
-            Console().print(plan_table(result.plan, result.losses))
+        scored = {n: score(reference[n], answer_logits(loaded, s, result, variant.settings.rotate), s) for n, s in sets.items()}
+        table.add_row(variant.name, f"{bits(result):.3f}", scored["scenes"][1], *(kld for kld, _ in scored.values()), f"{seconds:.0f}")
     Console().print(table)
 
 
