@@ -18,7 +18,7 @@ from mbq_gguf.calibration.pictures import picture
 from mbq_gguf.calibration.stream import Streamed, capture_encoded
 from mbq_gguf.models.loaded import LoadedModel
 
-TEXT_TOKENS = 128  # attention to further tokens is learned from the samples
+TEXT_TOKENS = 128  # what the six minutes allow that the reference VLM may take
 TEMPERATURE = 1.6  # 1.0 writes too plainly: 0.60 to 0.64 nats on text, 0.53 to 0.57 with 1.3 to 2.0; photographs suffer from 2.0
 FREE_SHARE = 0.4  # of the pictures are asked FREE_QUESTION, the others a question of the samples
 SEED = 0
