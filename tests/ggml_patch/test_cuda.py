@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mbq_gguf.errors import UserError
 from mbq_gguf.llama_cpp import paths
 
@@ -23,21 +25,26 @@ FUNCTION = re.compile(
 )
 
 
-def compile_kernels(architecture: str, work: Path) -> str:
-    """What the assembler says of each kernel. Skips where there is no CUDA compiler or no patched llama.cpp to compile against."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+def nvcc(*arguments: str) -> str:
+    """What the CUDA compiler says. Skips where there is none, or no patched llama.cpp to compile against."""
+    compiler = shutil.which("nvcc")
+    if compiler is None:
         pytest.skip("nvcc is not installed")
     try:
         tree = paths.source_dir() / "ggml"
     except UserError as error:
         pytest.skip(str(error))
-    folders = [tree / "src" / "ggml-cuda", tree / "src", tree / "include", HERE / "cublas"]
-    options = ["-std=c++17", "-O3", "-use_fast_math", "-extended-lambda", "-Xptxas", "-v", *(f"-I{folder}" for folder in folders)]
-    command = [nvcc, *options, f"-arch=sm_{architecture}", "-cubin", "-o", str(work / "mbq.cubin"), str(SOURCE)]
+    folders = [SOURCE.parent, tree / "src" / "ggml-cuda", tree / "src", tree / "include", HERE / "cublas"]
+    command = [compiler, "-std=c++17", "-extended-lambda", *(f"-I{folder}" for folder in folders), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stderr
+
+
+def compile_kernels(architecture: str, work: Path) -> str:
+    """What the assembler says of each kernel."""
+    options = ["-O3", "-use_fast_math", "-Xptxas", "-v", f"-arch=sm_{architecture}"]
+    return nvcc(*options, "-cubin", "-o", str(work / "mbq.cubin"), str(SOURCE))
 
 
 @pytest.mark.parametrize("architecture", [pytest.param(name, marks=() if name == "90a" else pytest.mark.slow) for name in BOUNDS])
@@ -50,6 +57,53 @@ def test_kernels_keep_within_registers(architecture: str, tmp_path: Path) -> Non
     for name, stores, loads, registers in kernels:
         assert int(registers) <= BOUNDS[architecture]["gemm_registers" if "mbq_gemm" in name else "registers"], name
         assert int(stores) + int(loads) <= BOUNDS[architecture]["spill_bytes"], name
+
+
+@pytest.fixture(scope="module")
+def shares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that prints how mbq_gemm's work is shared out; it needs no GPU, and with -O1 nothing of ggml."""
+    program = tmp_path_factory.mktemp("shares") / "shares"
+    nvcc("-O1", "-arch=sm_90a", "-Xlinker", "--unresolved-symbols=ignore-all", "-o", str(program), str(HERE / "mbq_shares.cu"))
+    return program
+
+
+def parts(shares: Path, *case: int) -> tuple[list[int], list[list[int]]]:
+    """The plan (blocks of a cluster, shares, shared tiles), and each part: share, tile, first step, last step + 1."""
+    lines = subprocess.run([shares, *map(str, case)], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [int(word) for word in lines[0].split()[1:]], [[int(word) for word in line.split()] for line in lines[1:]]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 260), st.integers(1, 16), st.integers(1, 240), st.sampled_from([4, 66, 114, 132]))
+def test_shares_cover_every_tile_once(shares: Path, rows: int, columns: int, steps: int, multiprocessors: int) -> None:
+    """Each step of each tile belongs to one part; only a share's first part may begin within a tile, for those sums are left early."""
+    (blocks, count, _), found = parts(shares, rows, columns, 128 * steps, multiprocessors)
+    assert 1 <= count <= multiprocessors // blocks
+    tiles = -(-rows // blocks) * -(-columns // blocks)
+    covered = sorted((tile, first, last) for _, tile, first, last in found)
+    expected = 0
+    for tile, first, last in covered:
+        assert tile * steps + first == expected
+        assert first < last <= steps
+        expected = tile * steps + last
+    assert expected == tiles * steps
+    begun: set[int] = set()
+    for share, _, first, _ in found:
+        assert first == 0 or share not in begun
+        begun.add(share)
+    assert begun == set(range(count))  # nobody is idle
+
+
+@pytest.mark.parametrize(
+    ("shape", "plan"),
+    [
+        ((32, 4, 14336), (1, 128, 0)),  # 4096 x 14336 by 512: 103.5 us, 105 in 132 shares
+        ((64, 4, 29568), (2, 64, 0)),  # 8192 x 29568: 360 us, 411 in 66 shares
+        ((12, 4, 8960), (1, 132, 48)),  # 1536 x 8960: 41 us, 46.5 with 96 multiprocessors at work
+    ],
+)
+def test_measured_plans(shares: Path, shape: tuple[int, int, int], plan: tuple[int, int, int]) -> None:
+    assert tuple(parts(shares, *shape, 132)[0]) == plan
 
 
 def backend_ops(operation: str, *prefix: str) -> subprocess.CompletedProcess[str]:

@@ -54,14 +54,14 @@ struct mbq_gemm_work {
     int tile;
     uint32_t first, last;
 
-    static __device__ __forceinline__ int begin(const mbq_gemm_args & args, const int share, const int shares) {
+    static __host__ __device__ __forceinline__ int begin(const mbq_gemm_args & args, const int share, const int shares) {
         return share*(args.shared*(args.k/128))/shares;
     }
 
-    __device__ __forceinline__ mbq_gemm_work(const mbq_gemm_args & args, const int share, const int shares) :
+    __host__ __device__ __forceinline__ mbq_gemm_work(const mbq_gemm_args & args, const int share, const int shares) :
         step(begin(args, share, shares)), end(begin(args, share + 1, shares)), whole(args.shared + share) {}
 
-    __device__ __forceinline__ bool next(const mbq_gemm_args & args, const int shares) {
+    __host__ __device__ __forceinline__ bool next(const mbq_gemm_args & args, const int shares) {
         const int steps = args.k/128;
         if (step == end) {
             if (whole >= args.row_tiles*args.column_tiles) {
