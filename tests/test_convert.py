@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from mbq_gguf import convert as pipeline
+from mbq_gguf.cli import convert as command
 from mbq_gguf.convert import ConvertOptions, ConvertReport, convert
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.metadata import file_type
@@ -27,6 +29,15 @@ def run(model_dir: Path, out: Path, **options: object) -> tuple[ConvertReport, s
     report = convert(ConvertOptions(model_dir, out, **options), console)
     console.print(report.render())
     return report, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_commands_defaults_are_the_options() -> None:
+    given = {"type" if option.name == "type_" else option.name: option.default for option in command.params}
+    checked = {field.name for field in fields(ConvertOptions) if field.default is not None and field.default is not MISSING}
+    assert {"samples", "synthetic", "correction", "type"} <= checked
+    for field in fields(ConvertOptions):
+        if field.name in checked:
+            assert given[field.name] == field.default, field.name
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +109,8 @@ def test_calibrated_file_holds_ratios_and_fingerprint(built_llama: Path, tiny_di
     found = read_header(report.out).metadata
     assert found["mbq.gptq.clip"] is True
     assert (found["mbq.gptq.distort"], found["mbq.gptq.correction"], found["mbq.gptq.refits"]) == (True, 0.5, 2)
-    assert (found["mbq.method"], found["mbq.rounding"], found["mbq.calibration.samples"]) == ("mbq", "gptq", 1)
+    assert (found["mbq.method"], found["mbq.rounding"]) == ("mbq", "gptq")
+    assert (found["mbq.calibration.samples"], found["mbq.calibration.synthetic"]) == (1, 2)
     assert len(found["mbq.ratio.attention"]) == len(found["mbq.ratio.mlp"]) == LAYERS
     assert all(ratio > 0 for ratio in found["mbq.ratio.attention"] + found["mbq.ratio.mlp"])
     assert len(found["mbq.calibration.fingerprint"]) == 64

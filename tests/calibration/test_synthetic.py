@@ -11,6 +11,7 @@ from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.generate import _Sampler, written_texts
 from mbq_gguf.calibration.pictures import SIDES, noise, picture
 from mbq_gguf.calibration.synthetic import synthetic_streams
+from mbq_gguf.errors import UserError
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.quantise import quantise
 from mbq_gguf.settings import QuantiseSettings
@@ -40,6 +41,19 @@ def test_a_seed_gives_the_same_texts(tiny: LoadedModel) -> None:
     assert not torch.equal(texts(tiny, 3), texts(tiny, 3, seed=1))
 
 
+def test_a_card_too_small_is_a_sentence_and_leaves_the_decoder(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_options: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    stored = next(tiny.decoder.layers.parameters()).dtype
+    monkeypatch.setattr(tiny.model, "generate", full)
+    with pytest.raises(UserError, match=r"cannot hold the whole decoder.*--synthetic 0"):
+        texts(tiny, 2)
+    assert {parameter.dtype for parameter in tiny.decoder.layers.parameters()} == {stored}
+    assert not tiny.decoder.embed_tokens._forward_hooks
+    assert not tiny.decoder.head._forward_pre_hooks
+
+
 def test_sampler_draws_by_the_tempered_softmax() -> None:
     """Frequencies of 20,000 draws within five standard errors; tokens that are not plain never."""
     scores = torch.tensor([3.0, 0.0, 9.0, 1.0, -2.0])
@@ -63,7 +77,7 @@ def test_pictures_differ_and_fit_the_processor() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_noise_has_the_spectrum_of_photographs(seed: int) -> None:
-    """Amplitude falls as 1/f^a with a from 0.8 to 2: the slope of its logarithm over an octave-wide range, within 0.15."""
+    """Amplitude falls as 1/f^a with a from 0.8 to 2: the slope of its logarithm from 0.02 to 0.4 cycles a pixel, within 0.15."""
     values = noise(np.random.default_rng(seed), 224).mean(axis=2)
     amplitude = np.abs(np.fft.rfft2(values))
     frequency = np.hypot(np.fft.fftfreq(224)[:, None], np.fft.rfftfreq(224)[None])

@@ -88,7 +88,8 @@ def _whole_decoder(loaded: LoadedModel) -> Iterator[None]:
         decoder.layers.to(device=loaded.device, dtype=dtype)
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(f"{loaded.device} cannot hold the whole decoder to write texts: give --synthetic 0, or --device cpu") from error
+        need = "the whole decoder, which writing texts and answers takes: give --synthetic 0 and a JSONL set, or --device cpu"
+        raise UserError(f"{loaded.device} cannot hold {need}") from error
     finally:
         for handle in handles:
             handle.remove()
