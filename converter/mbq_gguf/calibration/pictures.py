@@ -46,13 +46,16 @@ def _leaf(draw: np.random.Generator, canvas: Floats) -> None:
     """A disc or box of one shaded, grainy colour, anywhere on ``canvas`` [side, side, 3]; areas follow a power law."""
     side = len(canvas)
     radius = side * LEAST_LEAF / np.sqrt(draw.uniform(LEAST_SHARE, 1))
-    y, x = np.mgrid[:side, :side] - draw.uniform(0, side, 2)[:, None, None]
+    centre = draw.uniform(0, side, 2)
     angle, flatness = draw.uniform(0, np.pi), draw.uniform(0.3, 1)
+    reach = radius * np.hypot(1, flatness)  # of a box's corner; beyond it nothing is drawn, so nothing is computed
+    (top, left), (bottom, right) = (np.clip(centre + end, 0, side).astype(int) for end in (-reach, reach + 1))
+    y, x = np.mgrid[top:bottom, left:right] - centre[:, None, None]
     u = (x * np.cos(angle) + y * np.sin(angle)) / radius
     v = (y * np.cos(angle) - x * np.sin(angle)) / (radius * flatness)
     inside = u * u + v * v < 1 if draw.random() < 0.5 else np.maximum(abs(u), abs(v)) < 1
     shade = 1 + draw.uniform(-0.5, 0.5) * u[inside] + draw.normal(0, draw.uniform(0, 0.15), int(inside.sum()))
-    canvas[inside] = shade[:, None] * draw.uniform(0, 255, 3)
+    canvas[top:bottom, left:right][inside] = shade[:, None] * draw.uniform(0, 255, 3)
 
 
 def _image(canvas: Floats) -> Image.Image:
