@@ -167,7 +167,6 @@ def test_progress_counts_to_the_end(tiny: LoadedModel, samples: list[Sample]) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_token_weights_reach_the_rounding(tiny: LoadedModel, samples: list[Sample], result: QuantiseResult, kind: Kind) -> None:
     found = quantise(tiny, samples, replace(FAST, token_weights=kind))
-    assert found.exponents == result.exponents  # the search keeps the method's own weights
     assert same(found, result) == (kind == "uniform")
 
 

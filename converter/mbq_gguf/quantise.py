@@ -191,7 +191,10 @@ class _Walk:
         settings = self.settings
         call_weights: TokenWeights | None = {"rtn": None, "awq": uniform, "mbq": modality(self.result.ratios, index)}[settings.method]
         weights, containers = self._token_weights(index), self._containers(index)
-        of_originals = self.result.plan is not None or (settings.rounding == "gptq" and not settings.follows_prefix)
+        refinement = Refinement(settings.damping, settings.clip, settings.correction if settings.follows_prefix else 0.0, settings.refits)
+        of_originals = self.result.plan is not None or (
+            settings.rounding == "gptq" and (settings.method != "rtn" or not settings.follows_prefix)
+        )
         with self._timed("observe"), bf16_products():
             observed = observe(
                 layer,
@@ -204,8 +207,9 @@ class _Walk:
             )
         done = LayerWork({}, {}, {}, {})
         if settings.method != "rtn":
-            with self._timed("search"), bf16_products():
-                choices = search_layer(layer, observed, containers, 1 if settings.method == "mbq" else 2, self._foldable())
+            with self._timed("search"):
+                gptq = refinement if settings.rounding == "gptq" else None
+                choices = search_layer(layer, observed, containers, 1 if settings.method == "mbq" else 2, gptq, self._foldable())
             done.factors = {name: choice.factors for name, choice in choices.items()}
             done.exponents = {name: choice.exponent for name, choice in choices.items()}
             fold_layer(layer, done.factors)
@@ -222,8 +226,6 @@ class _Walk:
             return folded_moments(layer, group, observed, done.factors)
 
         with self._timed("rounding"):
-            correction = settings.correction if settings.follows_prefix else 0.0
-            refinement = Refinement(settings.damping, settings.clip, correction, settings.refits)
             before = {name: linear(layer, name).weight.detach().clone() for name in LINEARS} if self.result.plan else {}
             matrices = round_in_order(layer, containers, moments_of, refinement)
         if settings.refine:
