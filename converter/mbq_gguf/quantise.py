@@ -30,7 +30,7 @@ from mbq_gguf.rounding.learned import learn
 from mbq_gguf.rounding.sequence import Matrix, Refinement, round_in_order
 from mbq_gguf.settings import QuantiseSettings
 from mbq_gguf.transforms.folded import folded_inputs, folded_moments
-from mbq_gguf.transforms.layer import changed_parameters, fold_layer, search_layer
+from mbq_gguf.transforms.layer import GPTQ_SAMPLES, changed_parameters, fold_layer, search_layer
 from mbq_gguf.transforms.preserved import FunctionCheck
 from mbq_gguf.transforms.rotation import Rotation, check_rotatable, draw, rotate_layer, rotated_ends, rotated_projector
 from mbq_gguf.workdir import WorkDir
@@ -192,9 +192,8 @@ class _Walk:
         call_weights: TokenWeights | None = {"rtn": None, "awq": uniform, "mbq": modality(self.result.ratios, index)}[settings.method]
         weights, containers = self._token_weights(index), self._containers(index)
         refinement = Refinement(settings.damping, settings.clip, settings.correction if settings.follows_prefix else 0.0, settings.refits)
-        of_originals = self.result.plan is not None or (
-            settings.rounding == "gptq" and (settings.method != "rtn" or not settings.follows_prefix)
-        )
+        gptq = refinement if settings.rounding == "gptq" else None
+        of_originals = self.result.plan is not None or (gptq and (settings.method != "rtn" or not settings.follows_prefix))
         with self._timed("observe"), bf16_products():
             observed = observe(
                 layer,
@@ -202,13 +201,12 @@ class _Walk:
                 self.streams,
                 hessian_weights=weights if of_originals else None,
                 call_weights=call_weights,
-                call_samples=settings.search_samples,
+                call_samples=min(settings.search_samples, GPTQ_SAMPLES) if gptq else settings.search_samples,
                 keep_inputs=settings.follows_prefix and settings.correction > 0,
             )
         done = LayerWork({}, {}, {}, {})
         if settings.method != "rtn":
             with self._timed("search"):
-                gptq = refinement if settings.rounding == "gptq" else None
                 choices = search_layer(layer, observed, containers, 1 if settings.method == "mbq" else 2, gptq, self._foldable())
             done.factors = {name: choice.factors for name, choice in choices.items()}
             done.exponents = {name: choice.exponent for name, choice in choices.items()}

@@ -18,7 +18,7 @@ from mbq_gguf.rounding.sequence import Refinement, round_in_order
 from mbq_gguf.transforms.candidate import Rounder, by_gptq, by_nearest
 from mbq_gguf.transforms.equalise import EXPONENTS, channel_factors, output_loss, search
 from mbq_gguf.transforms.fold import fold
-from mbq_gguf.transforms.layer import PATIENCE, search_layer
+from mbq_gguf.transforms.layer import GPTQ_PATIENCE, search_layer
 from torch import nn
 
 PLAIN = Refinement(damping=0.01, clip=False, correction=0.0, refits=0)
@@ -64,7 +64,7 @@ def test_search_leaves_the_layer_and_takes_the_least_loss(
     assert set(choices) == {"qkv", "o", "gate_up", "down"}
     for choice in choices.values():
         best = EXPONENTS.index(choice.exponent)
-        assert len(choice.losses) == (min(best + PATIENCE + 1, len(EXPONENTS)) if gptq else len(EXPONENTS))
+        assert len(choice.losses) == (min(best + GPTQ_PATIENCE + 1, len(EXPONENTS)) if gptq else len(EXPONENTS))
         assert choice.losses[best] == min(choice.losses)
     for name, value in layer.state_dict().items():
         assert torch.equal(value, before[name])

@@ -17,8 +17,8 @@ from mbq_gguf.transforms.fold import fold
 
 # Rounding by GPTQ costs more than a look at the output, so fewer of both: 9 exponents on average. On the reference VLM they choose as well
 # as all 20 with 32 samples do, on other samples 0.1 % (L2) and 0.4 % (L1) above the least loss; what suits nearest rounding is 23 and 7 %.
-PATIENCE = 4
-SAMPLES = 8
+GPTQ_PATIENCE = 4
+GPTQ_SAMPLES = 8
 
 
 def search_layer(
@@ -42,7 +42,7 @@ def search_layer(
         else:
             assert statistics.hessian is not None
             rounder = by_gptq(kinds, statistics.hessian, gptq)
-            choice = search(layer, group, statistics.mean_abs, calls[:SAMPLES], power, rounder, PATIENCE)
+            choice = search(layer, group, statistics.mean_abs, calls, power, rounder, GPTQ_PATIENCE)
         if choice is not None:
             choices[group.name] = choice
     return choices
