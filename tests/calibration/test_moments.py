@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mbq_gguf.calibration import packs
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.moments import BRANCHES, Passage
 from mbq_gguf.calibration.stream import Streamed, advance, capture, run_layer, working_layer
@@ -65,7 +66,8 @@ def test_moments_equal_those_of_whole_runs(layer: nn.Module, streams: list[Strea
     assert all(torch.equal(ours.hidden, plain.hidden) for ours, plain in zip(passage.streams, streams, strict=True))
 
 
-def test_attention_and_wide_linears_run_once_a_sample(layer: nn.Module, streams: list[Streamed]) -> None:
+def test_attention_and_wide_linears_run_once_a_pack(layer: nn.Module, streams: list[Streamed], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packs, "TOKENS", len(streams[0].ids) + len(streams[1].ids))
     runs: Counter[str] = Counter()
 
     def counter(name: str) -> Callable[..., None]:
@@ -78,7 +80,7 @@ def test_attention_and_wide_linears_run_once_a_sample(layer: nn.Module, streams:
         passage.moments(group, uniform)
     passage.advance()
     once = [name for name in LINEARS if name not in BRANCHES]
-    assert [runs[name] for name in once] == [len(streams)] * len(once)
+    assert [runs[name] for name in once] == [2] * len(once)  # three streams, the last one alone
 
 
 def test_groups_that_nobody_asks_for_are_run_all_the_same(layer: nn.Module, streams: list[Streamed]) -> None:

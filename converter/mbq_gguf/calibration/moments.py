@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
 from mbq_gguf.calibration.observe import TokenWeights
-from mbq_gguf.calibration.stream import Streamed, advance, run_layer, to_device
+from mbq_gguf.calibration.packs import packs
+from mbq_gguf.calibration.stream import Streamed, run_pack, unpack
 from mbq_gguf.models.decoder import Group, linear
 
 
@@ -42,8 +44,9 @@ class Passage:
 
     def __init__(self, layer: nn.Module, index: int, streams: Sequence[Streamed]) -> None:
         self.layer, self.index, self.streams = layer, index, streams
+        self.packs = list(packs(streams, index))
         self.device = next(layer.parameters()).device
-        self.kept: dict[str, list[torch.Tensor]] = {}  # by the last linear's name, one [1, tokens, columns] a stream
+        self.kept: dict[str, list[torch.Tensor]] = {}  # by the last linear's name, one [1, tokens, columns] a pack
 
     @torch.no_grad()
     def moments(self, group: Group, weights: TokenWeights, originals: Sequence[torch.Tensor] | None = None) -> Moments:
@@ -52,23 +55,26 @@ class Passage:
         ``originals`` are the same inputs in the original model, one [tokens, columns] a stream; without them there are no cross moments.
         """
         found: Moments | None = None
-        for number, x in enumerate(self._inputs(group)):
-            root = weights(self.streams[number], group).to(x.device).sqrt()[:, None]
+        rest = iter(originals or ())
+        for pack, x in zip(self.packs, self._inputs(group), strict=True):
+            root = torch.cat([weights(stream, group) for stream in pack]).to(x.device).sqrt()[:, None]
             rooted = x * root  # both sides of the product alike, so that the sum is positive however it is rounded
             if found is None:
                 square = x.new_zeros(x.shape[1], x.shape[1])
                 found = Moments(square, None if originals is None else square.clone())
             found.hessian.addmm_(rooted.t(), rooted)
-            if originals is not None and found.cross is not None:
-                found.cross.addmm_(((originals[number].to(x) - x) * root).t(), rooted)
+            if found.cross is not None:
+                y = torch.cat(list(islice(rest, len(pack)))).to(x)
+                found.cross.addmm_(((y - x) * root).t(), rooted)
         assert found is not None
         return found
 
+    @torch.no_grad()
     def advance(self) -> None:
         """Send the streams on to the next layer, in place, when the whole layer is rounded."""
-        for number, stream in enumerate(self.streams):
+        for number, pack in enumerate(self.packs):
             with self._resumed(number):
-                advance(self.layer, self.index, [stream], self.device)
+                unpack(pack, run_pack(self.layer, self.index, pack))
         self.restart()
 
     def restart(self) -> None:
@@ -76,20 +82,20 @@ class Passage:
         self.kept.clear()
 
     def _inputs(self, group: Group) -> Iterator[torch.Tensor]:
-        """What the linears of ``group`` are given [tokens, columns] float32, stream by stream."""
+        """What the linears of ``group`` are given [tokens, columns] float32, pack by pack."""
         name = group.linears[0]
         reached = []
-        for number, stream in enumerate(self.streams):
+        for number, pack in enumerate(self.packs):
             with self._resumed(number):
-                x = self._input(name, stream)
+                x = self._input(name, pack)
             if name in BRANCHES:
-                reached.append(x.to(stream.hidden.device))
+                reached.append(x.to(pack[0].hidden.device))
             yield x[0].float()
         if name in BRANCHES:
             self.kept[name] = reached
 
-    def _input(self, name: str, stream: Streamed) -> torch.Tensor:
-        """What linear ``name`` is given when ``stream`` enters the layer; the run ends there."""
+    def _input(self, name: str, pack: Sequence[Streamed]) -> torch.Tensor:
+        """What linear ``name`` is given when ``pack`` enters the layer; the run ends there."""
         seen: list[torch.Tensor] = []
 
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -99,7 +105,7 @@ class Passage:
         # Last of the module's hooks, so that an online transform before it has run already.
         handle = linear(self.layer, name).register_forward_pre_hook(hook)
         try:
-            run_layer(self.layer, stream.hidden.to(self.device), to_device(stream.kwargs[self.index], self.device))
+            run_pack(self.layer, self.index, pack)
         except _ReachedError:
             pass
         finally:
@@ -108,7 +114,7 @@ class Passage:
 
     @contextmanager
     def _resumed(self, number: int) -> Iterator[None]:
-        """While open, branches whose last linear stream ``number`` has reached begin there."""
+        """While open, branches whose last linear pack ``number`` has reached begin there."""
         branches = {name: self.layer.get_submodule(BRANCHES[name]) for name in self.kept}
         try:
             for name, inputs in self.kept.items():

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mbq_gguf.calibration.stream import Streamed, run_layer, to_device
+from mbq_gguf.calibration.packs import packs
+from mbq_gguf.calibration.stream import Streamed, run_pack, unpack
 from mbq_gguf.models.decoder import GROUPS, Group
 
 # Inputs are kept only to be compared with those of the rounded model, which differ by far more than this type rounds off.
@@ -75,32 +76,41 @@ def observe(
     """
     device = next(layer.parameters()).device
     observed = Observed(calls={group.name: [] for group in GROUPS}, inputs={group.name: [] for group in GROUPS})
-    for number, stream in enumerate(streams):
-        with_calls = call_weights is not None and number < call_samples
-        with _Watch(layer, with_calls) as watch:
-            hidden = run_layer(layer, stream.hidden.to(device), to_device(stream.kwargs[index], device))
-        stream.hidden = hidden.to(stream.hidden.device)
+    if call_weights is not None:
+        _observe_calls(layer, index, streams[:call_samples], call_weights, observed.calls)
+    for pack in packs(streams, index):
+        with _Watch(layer) as watch:
+            hidden = run_pack(layer, index, pack)
         for group in GROUPS:
             x = watch.inputs[group.name][0].float()
             if keep_inputs:
-                observed.inputs[group.name].append(x.to(device="cpu", dtype=KEPT))
+                observed.inputs[group.name] += torch.split(x.to(device="cpu", dtype=KEPT), [stream.hidden.shape[1] for stream in pack])
             if hessian_weights is None and call_weights is None:
                 continue
             if group.name not in observed.statistics:
                 square = None if hessian_weights is None else x.new_zeros(x.shape[1], x.shape[1])
                 observed.statistics[group.name] = InputStatistics(x.new_zeros(x.shape[1]), square)
-            weight = None if hessian_weights is None else hessian_weights(stream, group).to(device)
+            weight = None if hessian_weights is None else torch.cat([hessian_weights(stream, group) for stream in pack]).to(device)
             observed.statistics[group.name].add(x, weight)
-            if call_weights is not None and with_calls:
-                args, kwargs, output = watch.calls[group.name]
-                observed.calls[group.name].append(Call(args, kwargs, output[0], call_weights(stream, group).to(device)))
+        unpack(pack, hidden)
     return observed
+
+
+def _observe_calls(layer: nn.Module, index: int, streams: Sequence[Streamed], weights: TokenWeights, calls: dict[str, list[Call]]) -> None:
+    """Add each sample's ``calls``; they are made again one by one, so the samples run alone here."""
+    device = next(layer.parameters()).device
+    for stream in streams:
+        with _Watch(layer, with_calls=True) as watch:
+            run_pack(layer, index, [stream])
+        for group in GROUPS:
+            args, kwargs, output = watch.calls[group.name]
+            calls[group.name].append(Call(args, kwargs, output[0], weights(stream, group).to(device)))
 
 
 class _Watch:
     """While open, keeps the latest input of each group's first linear and, on demand, the latest call of its inspected module."""
 
-    def __init__(self, layer: nn.Module, with_calls: bool) -> None:
+    def __init__(self, layer: nn.Module, with_calls: bool = False) -> None:
         self.inputs: dict[str, torch.Tensor] = {}
         self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = {}
         self.handles: list[torch.utils.hooks.RemovableHandle] = []

@@ -1,11 +1,14 @@
-"""Matrix products of calibration runs in bfloat16 on CPUs that have it, as the checkpoint itself was trained and is run."""
+"""Matrix products and attention of calibration runs in bfloat16 on CPUs that have it, as the checkpoint itself was trained and is run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
@@ -19,6 +22,22 @@ def bf16_products() -> Iterator[None]:
     before = products.fp32_precision
     products.fp32_precision = "bf16"
     try:
-        yield
+        with _Attention():
+            yield
     finally:
         products.fp32_precision = before
+
+
+class _Attention(TorchFunctionMode):
+    """Gives attention bfloat16 where it would round inside: its many small products are converted one by one there, 54 ms instead of 8
+    (16 in float32) for 16 texts of 128 tokens."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention and kwargs.get("attn_mask") is None and _converted(args[0]):
+            return func(*(x.bfloat16() for x in args), **kwargs).float()
+        return func(*args, **kwargs)
+
+
+def _converted(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from mbq_gguf.calibration.dataset import Sample
+from mbq_gguf.calibration.packs import Apart, joined, packs
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import Encoded
 
@@ -109,12 +111,26 @@ def run_layer(layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) ->
     return result
 
 
+def run_pack(layer: nn.Module, index: int, pack: Sequence[Streamed]) -> torch.Tensor:
+    """Output [1, tokens, width] of decoder layer ``index``, on its device, for one of :func:`packs`."""
+    device = next(layer.parameters()).device
+    hidden, kwargs = joined(pack, index)
+    with Apart([stream.hidden.shape[1] for stream in pack]) if len(pack) > 1 else nullcontext():
+        return run_layer(layer, hidden.to(device), to_device(kwargs, device))
+
+
+def unpack(pack: Sequence[Streamed], hidden: torch.Tensor) -> None:
+    """Give each stream of ``pack`` its part of ``hidden`` [1, tokens, width]."""
+    parts = torch.split(hidden.to(pack[0].hidden.device), [stream.hidden.shape[1] for stream in pack], dim=1)
+    for stream, part in zip(pack, parts, strict=True):
+        stream.hidden = part
+
+
 @torch.no_grad()
 def advance(layer: nn.Module, index: int, streams: Sequence[Streamed], device: torch.device) -> None:
     """Send every stream through ``layer``, in place: ``hidden`` becomes the input of layer ``index + 1``."""
-    for stream in streams:
-        hidden = run_layer(layer, stream.hidden.to(device), to_device(stream.kwargs[index], device))
-        stream.hidden = hidden.to(stream.hidden.device)
+    for pack in packs(streams, index):
+        unpack(pack, run_pack(layer, index, pack))
 
 
 def logits(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,90 @@
+"""Samples one behind another as one long one: norms and products take them together, attention keeps them apart.
+
+A sample has some 150 tokens, a matrix product is at its best from 1000 on, and every operation costs its call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from mbq_gguf.calibration.stream import Streamed
+
+TOKENS = 2048  # of a pack at most, unless one sample has more
+# Where a layer's tensor arguments have their tokens, by the beginning of their names. Masks are not here: with one, a sample goes alone.
+TOKEN_AXES = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
+
+
+def packs(streams: Sequence[Streamed], index: int) -> Iterator[list[Streamed]]:
+    """``streams`` in their order, in lists that :func:`joined` takes for layer ``index``."""
+    pack: list[Streamed] = []
+    for stream in streams:
+        if pack and not (sum(len(each.ids) for each in (*pack, stream)) <= TOKENS and _alike(pack[0].kwargs[index], stream.kwargs[index])):
+            yield pack
+            pack = []
+        pack.append(stream)
+    if pack:
+        yield pack
+
+
+def joined(pack: Sequence[Streamed], index: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Hidden states [1, tokens, width] and keyword arguments with which layer ``index`` takes all of ``pack``, inside :class:`Apart`."""
+    if len(pack) == 1:
+        return pack[0].hidden, pack[0].kwargs[index]
+    kwargs = {name: _joined([stream.kwargs[index][name] for stream in pack], _axis(name)) for name in pack[0].kwargs[index]}
+    return torch.cat([stream.hidden for stream in pack], dim=1), kwargs
+
+
+class Apart(TorchFunctionMode):
+    """While open, causal attention over a pack [1, heads, tokens, channels] is that of each sample alone; ``lengths`` are their tokens."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        super().__init__()
+        self.tokens = sum(lengths)
+        self.runs = [(length, len(list(run))) for length, run in groupby(lengths)]  # neighbours of one length go as one batch
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        assert kwargs["is_causal"]
+        assert {x.shape[-2] for x in args} == {self.tokens}
+        parts, start = [], 0
+        for length, count in self.runs:
+            end = start + length * count
+            batch = func(*(x[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for x in args), **kwargs)
+            parts.append(batch.transpose(0, 1).flatten(1, 2))
+            start = end
+        return torch.cat(parts, dim=1)[None]
+
+
+def _alike(kwargs: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Whether these arguments can be joined: tensors have a known axis of tokens, everything else is the same."""
+    return kwargs.keys() == others.keys() and all(_joinable(kwargs[name], others[name], _axis(name)) for name in kwargs)
+
+
+def _joinable(value: Any, other: Any, axis: int | None) -> bool:
+    if isinstance(value, torch.Tensor):
+        return axis is not None and isinstance(other, torch.Tensor)
+    if isinstance(value, list | tuple):
+        return isinstance(other, list | tuple) and all(_joinable(*pair, axis) for pair in zip(value, other, strict=True))
+    return not isinstance(other, torch.Tensor) and bool(value == other)
+
+
+def _joined(values: list[Any], axis: int | None) -> Any:
+    if isinstance(values[0], torch.Tensor):
+        assert axis is not None
+        return torch.cat(values, dim=axis)
+    if isinstance(values[0], list | tuple):
+        return type(values[0])(_joined(list(parts), axis) for parts in zip(*values, strict=True))
+    return values[0]
+
+
+def _axis(name: str) -> int | None:
+    return next((axis for beginning, axis in TOKEN_AXES.items() if name.startswith(beginning)), None)
