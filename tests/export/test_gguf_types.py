@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from gguf_modules import loaded_gguf, restore_gguf
 from mbq_gguf.errors import UserError
-from mbq_gguf.formats import mbq3
+from mbq_gguf.formats.container import Container
 from mbq_gguf.formats.gguf_types import FILE_TYPES, import_from_tree, import_gguf
+from mbq_gguf.formats.own import OWN
 
 
 @pytest.fixture(params=["tree", "installed"])
@@ -30,8 +31,8 @@ def gguf(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     sys.path[:] = path
 
 
-@pytest.mark.parametrize("container", [mbq3.MBQ3, mbq3.MBQ3_64], ids=lambda container: container.name)
-def test_type_is_known(gguf: object, container: mbq3.Container) -> None:
+@pytest.mark.parametrize("container", list(OWN.values()), ids=lambda container: container.name)
+def test_type_is_known(gguf: object, container: Container) -> None:
     kind = gguf.GGMLQuantizationType(container.type_id)
     assert (kind.name, int(kind)) == (container.name, container.type_id)
     assert gguf.GGMLQuantizationType[container.name] is kind
@@ -40,8 +41,8 @@ def test_type_is_known(gguf: object, container: mbq3.Container) -> None:
     assert gguf.GGML_QUANT_SIZES[kind] == (container.block_size, container.type_size)
 
 
-@pytest.mark.parametrize("container", [mbq3.MBQ3, mbq3.MBQ3_64], ids=lambda container: container.name)
-def test_quantiser_is_the_container(gguf: object, container: mbq3.Container) -> None:
+@pytest.mark.parametrize("container", list(OWN.values()), ids=lambda container: container.name)
+def test_quantiser_is_the_container(gguf: object, container: Container) -> None:
     weights = np.random.default_rng(0).standard_normal((37, 4 * container.block_size)).astype(np.float32)
     kind = gguf.GGMLQuantizationType[container.name]
     data = gguf.quants.quantize(weights, kind)
@@ -50,7 +51,12 @@ def test_quantiser_is_the_container(gguf: object, container: mbq3.Container) -> 
 
 
 def test_file_types_are_known(gguf: object) -> None:
-    assert {name: int(gguf.LlamaFileType[name]) for name in FILE_TYPES} == {"MOSTLY_MBQ3": 120, "MOSTLY_MBQ3_64": 121}
+    assert {name: int(gguf.LlamaFileType[name]) for name in FILE_TYPES} == {
+        "MOSTLY_MBQ3": 120,
+        "MOSTLY_MBQ3_64": 121,
+        "MOSTLY_MBQ3S": 122,
+        "MOSTLY_MBQ3S_64": 123,
+    }
 
 
 def test_second_import_changes_nothing(gguf: object) -> None:

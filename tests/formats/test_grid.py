@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from mbq_gguf.formats.container import Container, Floats
 from mbq_gguf.formats.grid import grid_of
-from mbq_gguf.formats.mbq3 import MBQ3, MBQ3_64
+from mbq_gguf.formats.own import OWN
 from mbq_gguf.formats.registry import container
 from mbq_gguf.rounding.nearest import nearest_values, round_nearest
 
-OWN = pytest.mark.parametrize("kind", [MBQ3, MBQ3_64], ids=lambda kind: kind.name)
+EACH = pytest.mark.parametrize("kind", list(OWN.values()), ids=lambda kind: kind.name)
 
 
 def check_equal(kind: Container, weights: Floats) -> None:
@@ -26,7 +26,7 @@ def check_equal(kind: Container, weights: Floats) -> None:
     np.testing.assert_array_equal(nearest_values(torch.from_numpy(weights), kind).numpy(), expected)
 
 
-@OWN
+@EACH
 @given(
     weights=hnp.arrays(np.float32, (2, 256), elements=st.floats(-(2.0**126), 2.0**126, width=32)),
     scale=st.sampled_from([1.0, 1e-3, 1e-7, 1e-38]),
@@ -36,14 +36,14 @@ def test_equals_container_on_any_rows(kind: Container, weights: Floats, scale: f
     check_equal(kind, (weights * np.float32(scale)).astype(np.float32))
 
 
-@OWN
+@EACH
 @pytest.mark.parametrize("size", [1e-9, 1e-5, 0.02, 1.0, 3e4, 5e37])
 def test_equals_container_on_normal_rows(kind: Container, size: float) -> None:
     weights = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
     check_equal(kind, weights * np.float32(size))
 
 
-@OWN
+@EACH
 def test_codes_by_hand(kind: Container) -> None:
     # Range 0 to 7, so scale 1 and minimum 0: 2.5 is a tie and goes to the even code 2, 3.5 to 4, 2.51 to 3.
     weights = torch.zeros(1, kind.block_size)

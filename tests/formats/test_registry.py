@@ -15,6 +15,9 @@ from mbq_gguf.formats.registry import container, container_for, names
         ("MBQ3", 576, "MBQ3_64"),
         ("MBQ3", 96, "Q4_0"),
         ("MBQ3", 80, "F16"),
+        ("MBQ3S", 1536, "MBQ3S"),
+        ("MBQ3S", 576, "MBQ3S_64"),
+        ("MBQ3S", 96, "Q4_0"),
         ("Q3_K", 1536, "Q3_K"),
         ("Q3_K", 576, "Q4_0"),
         ("Q4_K", 576, "Q5_0"),
@@ -38,7 +41,7 @@ def test_every_name_has_a_container_whose_chain_ends() -> None:
 
 def test_names_in_any_case_and_unknown_ones() -> None:
     assert container("mbq3_64") is container("MBQ3_64")
-    with pytest.raises(UsageError, match=r"no type Q3_X; choose one of MBQ3, MBQ3_64, F32"):
+    with pytest.raises(UsageError, match=r"no type Q3_X; choose one of MBQ3, MBQ3_64, MBQ3S, MBQ3S_64, F32"):
         container("Q3_X")
 
 

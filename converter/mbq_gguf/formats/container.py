@@ -27,7 +27,6 @@ class Container:
     quantize: Callable[[Floats], Bytes]
     dequantize: Callable[[Bytes], Floats]
     fallback: str | None = None  # the container to try where a row is no multiple of block_size
-    affine_bits: int | None = None  # w = scale * code + minimum with this many bits a code, one pair a block; None: not such a grid
 
     @property
     def bits_per_weight(self) -> float:

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 
 from mbq_gguf.errors import UserError
-from mbq_gguf.formats import mbq3
 from mbq_gguf.formats.container import Bytes, Container, Floats
+from mbq_gguf.formats.own import OWN
 from mbq_gguf.llama_cpp import paths
 
-MBQ_CONTAINERS = (mbq3.MBQ3, mbq3.MBQ3_64)
-FILE_TYPES = {"MOSTLY_MBQ3": 120, "MOSTLY_MBQ3_64": 121}  # llama_ftype, the value of general.file_type
+# llama_ftype, the value of general.file_type; for these types the same number as the ggml type's
+FILE_TYPES = {f"MOSTLY_{name}": container.type_id for name, container in OWN.items()}
 
 
 def import_gguf() -> ModuleType:
-    """The ``gguf`` module of the llama.cpp tree in use, or the installed one where nothing is built; knows MBQ3 and MBQ3_64."""
+    """The ``gguf`` module of the llama.cpp tree in use, or the installed one where nothing is built; knows the MBQ types."""
     try:
         folder = paths.source_dir() / "gguf-py"
     except UserError:
@@ -56,7 +56,7 @@ def import_from_tree(name: str, folder: Path) -> ModuleType:
 
 def register(gguf: Any) -> None:
     """Teach ``gguf`` the MBQ types (type enumeration, block sizes, numpy quantiser, file types); what it knows already is left alone."""
-    for container in MBQ_CONTAINERS:
+    for container in OWN.values():
         kind = _member(gguf.GGMLQuantizationType, container.name, container.type_id)
         gguf.GGML_QUANT_SIZES.setdefault(kind, (container.block_size, container.type_size))
         if kind not in gguf.quants._type_traits:

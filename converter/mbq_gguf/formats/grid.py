@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from mbq_gguf.formats import k_quants, legacy, mbq3
+from mbq_gguf.formats import k_quants, legacy, mbq3, mbq3s
 from mbq_gguf.formats.container import Bytes, Container
 
 F16_MAX = 65504.0
-Fit = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Pair = tuple[torch.Tensor, torch.Tensor]  # scale and offset
+Fit = Callable[[torch.Tensor], Pair]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Grid:
 
     ``pack`` takes codes [blocks, block] (uint8, counted from ``low``), scale and offset [blocks, groups] and steps [blocks, 2] and gives
     packed blocks. ``fit`` is the container's own choice of scale and offset [n, 1] for groups [n, group] where it is a plain rule, with
-    which rounding to nearest equals the container's; None where ggml searches.
+    which rounding to nearest equals the container's; None where ggml searches. ``held_pair`` gives the nearest scale and offset that can be
+    stored, where which offsets there are depends on the scale.
     """
 
     block: int
@@ -72,6 +74,14 @@ class Grid:
     scale: Parameter = Parameter()
     offset: Parameter = Parameter()
     fit: Fit | None = None
+    held_pair: Callable[[torch.Tensor, torch.Tensor], Pair] | None = None
+
+    def held(self, scale: torch.Tensor, offset: torch.Tensor, steps: torch.Tensor | None = None) -> Pair:
+        """The nearest scale and offset that a block with ``steps`` [..., 2] can hold; without steps, K-quants' are any real numbers."""
+        if self.held_pair:
+            return self.held_pair(scale, offset)
+        of_scale, of_offset = (None, None) if steps is None else (steps[..., :1], steps[..., 1:])
+        return self.scale.nearest(scale, of_scale), self.offset.nearest(offset, of_offset)
 
     @property
     def free(self) -> bool:
@@ -113,6 +123,9 @@ def grid_of(container: Container) -> Grid | None:
     match container.name:
         case "MBQ3" | "MBQ3_64":
             return Grid(size, size, 0, mbq3.LEVELS, _numpy(mbq3.pack_blocks), fit=_fit_range)
+        case "MBQ3S" | "MBQ3S_64":
+            pack = _numpy(mbq3s.pack_blocks)
+            return Grid(size, size // mbq3s.HALVES, 0, mbq3.LEVELS, pack, fit=_fit_head, held_pair=_nearest_head)
         case "Q4_0":
             return Grid(size, size, -8, 7, _numpy(legacy.pack_q4_0), offset=zero)
         case "Q4_1":
@@ -136,13 +149,33 @@ def grid_of(container: Container) -> Grid | None:
     return None
 
 
-def _fit_range(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _fit_range(groups: torch.Tensor) -> Pair:
     """Scale and minimum by the range of each group: mbq3.block_parameters, operation by operation."""
     low, high = torch.aminmax(groups, dim=-1, keepdim=True)
     low, high = low + 0.0, high + 0.0  # -0 becomes +0, as in the container
+    return to_f16(_step(low, high)), to_f16(low)
+
+
+def _step(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     # A tensor as divisor: CUDA multiplies by the reciprocal of a Python number, which rounds differently.
-    divisor = torch.tensor(float(mbq3.LEVELS), device=groups.device)
-    return to_f16(high / divisor - low / divisor), to_f16(low)
+    divisor = torch.tensor(float(mbq3.LEVELS), device=low.device)
+    return high / divisor - low / divisor
+
+
+def _fit_head(groups: torch.Tensor) -> Pair:
+    """Scale and minimum by the range of each group and zero: mbq3s.group_parameters, operation by operation."""
+    low, high = torch.aminmax(groups, dim=-1, keepdim=True)
+    low, high = low.clamp(max=0.0) + 0.0, high.clamp(min=0.0) + 0.0
+    return _nearest_head(_step(low, high), low)
+
+
+def _nearest_head(scale: torch.Tensor, minimum: torch.Tensor) -> Pair:
+    """mbq3s.nearest_parameters, operation by operation; a scale below 0 becomes 0."""
+    bits = scale.clamp(0.0, F16_MAX).half().view(torch.int16).int()
+    bits = ((bits + 15 + (bits >> mbq3s.DROPPED_BITS & 1)) >> mbq3s.DROPPED_BITS).clamp(max=mbq3s.LARGEST_SCALE)
+    held = (bits << mbq3s.DROPPED_BITS).to(torch.int16).view(torch.half).float()
+    zero = (minimum * -mbq3s.ZERO_STEPS * reciprocal(held)).clamp(0.0, mbq3s.LARGEST_ZERO).round_()
+    return held, -(held * zero) / mbq3s.ZERO_STEPS
 
 
 def _numpy(pack: Callable[..., Bytes]) -> Callable[..., Bytes]:

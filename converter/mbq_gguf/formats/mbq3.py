@@ -15,6 +15,7 @@ from mbq_gguf.formats.container import Bytes, Container, Floats
 LEVELS = 7  # the largest 3-bit code
 F16_MAX = np.float32(65504.0)
 PLANES = 4
+HEAD_BYTES = 4  # of a block, before its codes
 
 
 def block_parameters(blocks: Floats) -> tuple[Floats, Floats]:
@@ -39,6 +40,18 @@ def nearest_codes(blocks: Floats, scale: Floats, minimum: Floats) -> Bytes:
 
 def pack_blocks(codes: Bytes, scale: Floats, minimum: Floats) -> Bytes:
     """Codes [n, N] with fp16-exact scale and minimum [n, 1] to packed blocks [n, 4 + 3 N / 8]."""
+    head = np.concatenate([scale, minimum], axis=1).astype("<f2").view(np.uint8)
+    return np.concatenate([head, pack_planes(codes)], axis=1)
+
+
+def unpack_blocks(blocks: Bytes) -> tuple[Bytes, Floats, Floats]:
+    """The inverse of :func:`pack_blocks`: codes [n, N], scale [n, 1], minimum [n, 1]."""
+    head = np.ascontiguousarray(blocks[:, :HEAD_BYTES]).view("<f2").astype(np.float32)
+    return unpack_planes(blocks[:, HEAD_BYTES:]), head[:, :1], head[:, 1:]
+
+
+def pack_planes(codes: Bytes) -> Bytes:
+    """Codes [n, N] to ql and qh [n, 3 N / 8]."""
     n, size = codes.shape
     planes = codes.reshape(n, PLANES, size // PLANES)
     ql = np.zeros((n, size // 4), np.uint8)
@@ -48,25 +61,23 @@ def pack_blocks(codes: Bytes, scale: Floats, minimum: Floats) -> Bytes:
         halves = (planes[:, plane] >> 2).reshape(n, 2, size // 8)
         bit = (2 * plane + 2) % 8
         qh |= halves[:, 0] << bit | halves[:, 1] << (bit + 1)
-    head = np.concatenate([scale, minimum], axis=1).astype("<f2").view(np.uint8)
-    return np.concatenate([head, ql, qh], axis=1)
+    return np.concatenate([ql, qh], axis=1)
 
 
-def unpack_blocks(blocks: Bytes, size: int) -> tuple[Bytes, Floats, Floats]:
-    """The inverse of :func:`pack_blocks`: codes [n, size], scale [n, 1], minimum [n, 1]."""
-    n = blocks.shape[0]
-    head = np.ascontiguousarray(blocks[:, :4]).view("<f2").astype(np.float32)
-    ql, qh = blocks[:, 4 : 4 + size // 4], blocks[:, 4 + size // 4 :]
+def unpack_planes(packed: Bytes) -> Bytes:
+    """The inverse of :func:`pack_planes`."""
+    n, size = packed.shape[0], packed.shape[1] * 8 // 3
+    ql, qh = packed[:, : size // 4], packed[:, size // 4 :]
     codes = np.empty((n, PLANES, size // PLANES), np.uint8)
     for plane in range(PLANES):
         bit = (2 * plane + 2) % 8
         high = np.concatenate([qh >> bit, qh >> (bit + 1)], axis=1) & 1
         codes[:, plane] = (ql >> (2 * plane)) & 3 | high << 2
-    return codes.reshape(n, size), head[:, :1], head[:, 1:]
+    return codes.reshape(n, size)
 
 
 def _container(name: str, type_id: int, size: int, fallback: str) -> Container:
-    type_size = 4 + 3 * size // 8
+    type_size = HEAD_BYTES + 3 * size // 8
 
     def quantize(weights: Floats) -> Bytes:
         rows, columns = weights.shape
@@ -75,11 +86,11 @@ def _container(name: str, type_id: int, size: int, fallback: str) -> Container:
         return pack_blocks(nearest_codes(blocks, scale, minimum), scale, minimum).reshape(rows, columns // size * type_size)
 
     def dequantize(data: Bytes) -> Floats:
-        codes, scale, minimum = unpack_blocks(data.reshape(-1, type_size), size)
+        codes, scale, minimum = unpack_blocks(data.reshape(-1, type_size))
         # Product, then sum, each rounded to float32: what C does without contraction.
         return (codes.astype(np.float32) * scale + minimum).reshape(data.shape[0], -1)
 
-    return Container(name, type_id, size, type_size, quantize, dequantize, fallback=fallback, affine_bits=3)
+    return Container(name, type_id, size, type_size, quantize, dequantize, fallback=fallback)
 
 
 MBQ3 = _container("MBQ3", 120, 128, "MBQ3_64")

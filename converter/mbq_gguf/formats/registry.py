@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import cache
 
 from mbq_gguf.errors import UsageError
-from mbq_gguf.formats import mbq3, stock
+from mbq_gguf.formats import stock
 from mbq_gguf.formats.container import Container
-
-OWN = {container.name: container for container in (mbq3.MBQ3, mbq3.MBQ3_64)}
+from mbq_gguf.formats.own import OWN
 
 
 def names() -> list[str]:

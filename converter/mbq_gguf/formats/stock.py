@@ -37,7 +37,6 @@ FALLBACKS = {
 }
 UNQUANTISED = ("F32", "F16", "BF16")
 NAMES = (*UNQUANTISED, *FALLBACKS)
-AFFINE_BITS = {"Q4_1": 4, "Q5_1": 5}
 
 
 def stock_container(name: str) -> Container:
@@ -46,7 +45,7 @@ def stock_container(name: str) -> Container:
     kind = gguf.GGMLQuantizationType[name]
     block, size = gguf.GGML_QUANT_SIZES[kind]
     quantize, dequantize = _by_ggml(name, block, size) or _by_gguf(gguf, name, kind)
-    return Container(name, int(kind), block, size, quantize, dequantize, FALLBACKS.get(name), AFFINE_BITS.get(name))
+    return Container(name, int(kind), block, size, quantize, dequantize, FALLBACKS.get(name))
 
 
 Functions = tuple[Callable[[Floats], Bytes], Callable[[Bytes], Floats]]
