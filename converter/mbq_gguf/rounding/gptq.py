@@ -23,8 +23,8 @@ Fit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, t
 COLUMNS_AT_ONCE = 128  # updates of later columns wait for this many (or for a group's size, if that is larger)
 
 
-def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """U [columns, columns] float32 with (H + damping * mean(diag H) * I)^-1 = U^T U, upper triangular; factored in float64.
+def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """H + damping * mean(diag H) * I in float64.
 
     Channels that no token excites (zero diagonal) get the mean diagonal, so they are rounded to nearest by themselves.
     """
@@ -33,6 +33,12 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     mean = float(diagonal.mean()) or 1.0
     diagonal[diagonal == 0] = mean
     diagonal += damping * mean
+    return matrix
+
+
+def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """U [columns, columns] float32 with damped(H)^-1 = U^T U, upper triangular; factored in float64."""
+    matrix = damped(hessian, damping)
     # In reverse order of rows and columns L L^T becomes R R^T with R upper triangular, so that U = R^-1 without inverting the matrix.
     reverse = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
     factor: torch.Tensor = torch.linalg.solve_triangular(reverse, torch.eye(len(matrix)).to(matrix), upper=True)
@@ -76,34 +82,30 @@ def own_fit(grid: Grid) -> Fit:
 
 
 @torch.no_grad()
-def code_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit | None = None, held: Coded | None = None) -> Coded:
-    """GPTQ's codes for ``weight`` [rows, columns]; scales and offsets are ``fit``'s, the grid's own without it, or those of ``held``."""
+def code_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit | None = None) -> Coded:
+    """GPTQ's codes for ``weight`` [rows, columns]; scales and offsets are ``fit``'s, or the grid's own without it."""
     fit = fit or own_fit(grid)
     diagonal = factor.diagonal().tolist()
     costs = factor.diagonal().square().reciprocal()
     work = weight.float().t().contiguous()  # [columns, rows]: a column's weights lie together
     columns, rows = work.shape
     codes = torch.empty(columns, rows, device=work.device)
-    if held is None:
-        scales = torch.empty(columns // grid.group, rows, device=work.device)
-        offsets = torch.empty_like(scales)
-        steps = torch.zeros(columns // grid.block, rows, 2, device=work.device)
-    else:
-        scales, offsets, steps = held.scale.t().contiguous(), held.offset.t().contiguous(), held.steps.transpose(0, 1)
+    scales = torch.empty(columns // grid.group, rows, device=work.device)
+    offsets = torch.empty_like(scales)
+    steps = torch.zeros(columns // grid.block, rows, 2, device=work.device)
     at_once = max(COLUMNS_AT_ONCE // grid.group, 1) * grid.group
     for start in range(0, columns, at_once):
         end = min(start + at_once, columns)
         errors = torch.empty(end - start, rows, device=work.device)
         for column in range(start, end):
             block, group = column // grid.block, column // grid.group
-            if held is None and column % grid.block == 0 and (grid.scale.stepped or grid.offset.stepped):
+            if column % grid.block == 0 and (grid.scale.stepped or grid.offset.stepped):
                 here = slice(column, column + grid.block)
                 steps[block] = search_steps(grid, work[here].t(), costs[here])
             if column % grid.group == 0:
-                if held is None:
-                    here = slice(column, column + grid.group)
-                    found = fit(work[here].t(), costs[here], steps[block])
-                    scales[group], offsets[group] = (part[:, 0] for part in found)
+                here = slice(column, column + grid.group)
+                found = fit(work[here].t(), costs[here], steps[block])
+                scales[group], offsets[group] = (part[:, 0] for part in found)
                 scale, offset, inverse = scales[group], offsets[group], reciprocal(scales[group])
             code = grid.codes_by(work[column], inverse, offset)
             error = errors[column - start]

@@ -15,7 +15,7 @@ from torch import nn
 
 from mbq_gguf.calibration.observe import TokenWeights
 from mbq_gguf.calibration.stream import Streamed, to_device
-from mbq_gguf.formats.grid import Grid, to_f16
+from mbq_gguf.formats.grid import Grid
 from mbq_gguf.models.decoder import GROUPS
 from mbq_gguf.rounding.gptq import Coded
 
@@ -51,9 +51,10 @@ class Line:
 
     @torch.no_grad()
     def result(self) -> Coded:
-        """The same codes with the learned parameters, rounded to fp16."""
+        """The same codes with the learned parameters as the file can hold them."""
         coded = self.coded
-        return Coded(coded.codes, to_f16(coded.scale * (1 + self.share)), to_f16(coded.offset + coded.scale * self.shift), coded.steps)
+        held = self.grid.held(coded.scale * (1 + self.share), coded.offset + coded.scale * self.shift)
+        return Coded(coded.codes, *held, coded.steps)
 
 
 def learn(

@@ -12,12 +12,10 @@ from collections.abc import Iterator
 
 import torch
 
-from mbq_gguf.formats.grid import Grid
+from mbq_gguf.formats.grid import Grid, Pair
 
 TRIMS = (0.0, 0.7, 1.4, 2.1)  # by how many code steps a range is shrunken at an end
 TURNS = 3  # of codes and least squares; more turns, 7 x 7 or 17 x 17 shrunken ranges instead of 4 x 4 give MBQ3 no more
-
-Pair = tuple[torch.Tensor, torch.Tensor]  # scale and offset
 
 
 def search_range(grid: Grid, groups: torch.Tensor, costs: torch.Tensor, steps: torch.Tensor | None = None) -> Pair:
@@ -51,19 +49,14 @@ def _ranges(grid: Grid, groups: torch.Tensor, steps: torch.Tensor | None) -> Ite
     if grid.low < 0:  # no offset: the extreme weight gets the lowest code, or the one opposite, which may be out of reach
         reach = torch.where(low.abs() > high.abs(), low, high) / grid.low
         for share in shares:
-            yield _held(grid, reach * share, torch.zeros_like(reach), steps)
-            yield _held(grid, reach * -share, torch.zeros_like(reach), steps)
+            yield grid.held(reach * share, torch.zeros_like(reach), steps)
+            yield grid.held(reach * -share, torch.zeros_like(reach), steps)
         return
+    whole = (high - low) / grid.high
     for from_low in shares:
-        offset = _held(grid, low, low * from_low, steps)[1]
+        offset = grid.held(whole, low * from_low, steps)[1]
         for from_high in shares:
-            yield _held(grid, (high * from_high - offset) / grid.high, offset, steps)
-
-
-def _held(grid: Grid, scale: torch.Tensor, offset: torch.Tensor, steps: torch.Tensor | None) -> Pair:
-    """The nearest scale and offset that the block can hold."""
-    of_scale, of_offset = (None, None) if steps is None else (steps[..., :1], steps[..., 1:])
-    return grid.scale.nearest(scale, of_scale), grid.offset.nearest(offset, of_offset)
+            yield grid.held((high * from_high - offset) / grid.high, offset, steps)
 
 
 def _line(grid: Grid, groups: torch.Tensor, costs: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor | None) -> Pair:
@@ -72,9 +65,9 @@ def _line(grid: Grid, groups: torch.Tensor, costs: torch.Tensor, codes: torch.Te
     mean_code, mean = _sum(codes * share), _sum(groups * share)
     centred = (codes - mean_code) * share
     slope = _sum(centred * groups) / _sum(centred * codes).clamp(min=1e-12)
-    offset = _held(grid, slope, mean - slope * mean_code, steps)[1]
+    offset = grid.held(slope, mean - slope * mean_code, steps)[1]
     weighted = codes * share
-    return _held(grid, _sum(weighted * (groups - offset)) / _sum(weighted * codes).clamp(min=1e-12), offset, steps)
+    return grid.held(_sum(weighted * (groups - offset)) / _sum(weighted * codes).clamp(min=1e-12), offset, steps)
 
 
 def _better(

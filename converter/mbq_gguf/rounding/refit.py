@@ -9,30 +9,28 @@ from __future__ import annotations
 
 import torch
 
-from mbq_gguf.formats.grid import to_f16
+from mbq_gguf.formats.grid import Grid, Pair
 
 ROWS_AT_ONCE = 256
 RIDGE = 1e-4  # of each diagonal entry: blocks whose codes are all alike cannot tell scale from offset
 
 
 @torch.no_grad()
-def refit(
-    weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, hessian: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Better ``scale`` and ``offset`` [rows, blocks] (fp16 values in float32) for ``codes`` and ``weight`` [rows, columns].
+def refit(grid: Grid, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, hessian: torch.Tensor) -> Pair:
+    """Better ``scale`` and ``offset`` [rows, blocks] (as ``grid`` holds them) for ``codes`` and ``weight`` [rows, columns].
 
-    A row keeps what it had where rounding the solution to fp16 makes its objective worse, or a scale is not positive.
+    A row keeps what it had where rounding the solution makes its objective worse, or a scale is not positive.
     """
     new_scale, new_offset = scale.clone(), offset.clone()
     for start in range(0, weight.shape[0], ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
-        new_scale[rows], new_offset[rows] = _refit_rows(weight[rows].float(), codes[rows], scale[rows], offset[rows], hessian.float())
+        new_scale[rows], new_offset[rows] = _refit_rows(grid, weight[rows].float(), codes[rows], scale[rows], offset[rows], hessian.float())
     return new_scale, new_offset
 
 
 def _refit_rows(
-    weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, hessian: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grid: Grid, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, hessian: torch.Tensor
+) -> Pair:
     rows, blocks = scale.shape
     split = codes.view(rows, blocks, -1)
     tiles = hessian.view(blocks, split.shape[2], blocks, -1)
@@ -44,12 +42,36 @@ def _refit_rows(
     pull = ((weight - _values(codes, scale, offset)) @ hessian).view_as(split)
     right = torch.cat([(pull * split).sum(dim=2), pull.sum(dim=2)], 1).double()
     ridge = RIDGE * system.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
-    step = torch.linalg.solve(system + torch.diag_embed(ridge), right).float()
-    new_scale, new_offset = to_f16(scale + step[:, :blocks]), to_f16(offset + step[:, blocks:])
+    new_scale, new_offset = _held_in_turn(grid, scale, offset, system + torch.diag_embed(ridge), right)
     change = torch.cat([new_scale - scale, new_offset - offset], 1).double()
     gain = (change * (2 * right - torch.einsum("rij,rj->ri", system, change))).sum(dim=1)  # how much less the error is
     better = (gain > 0) & (new_scale > 0).all(dim=1) & new_offset.isfinite().all(dim=1)
     return torch.where(better[:, None], new_scale, scale), torch.where(better[:, None], new_offset, offset)
+
+
+def _held_in_turn(grid: Grid, scale: torch.Tensor, offset: torch.Tensor, system: torch.Tensor, right: torch.Tensor) -> Pair:
+    """``scale`` and ``offset`` moved by the solution of ``system`` [rows, 2 blocks, 2 blocks], rounded one number after the other.
+
+    What rounding one misses is made good by those behind it, as in GPTQ: with heads of 16 bits 0.89 of the objective that rounding all at
+    once gives, with fp16 numbers the same.
+    """
+    blocks = scale.shape[1]
+    order = torch.arange(2 * blocks, device=scale.device).view(2, blocks).t().reshape(-1)  # each scale before its offset
+    ordered = system[:, order][:, :, order]
+    step = torch.linalg.solve(ordered, right[:, order])
+    factor = torch.linalg.cholesky(torch.linalg.inv(ordered)).mT  # U with system^-1 = U^T U
+    new_scale, new_offset = torch.empty_like(scale), torch.empty_like(offset)
+    for index in range(2 * blocks):
+        block = index // 2
+        if index % 2 == 0:
+            wanted, had = scale[:, block] + step[:, index], scale[:, block]
+            new = new_scale[:, block] = grid.held(wanted.float(), offset[:, block])[0]
+        else:
+            wanted, had = offset[:, block] + step[:, index], offset[:, block]
+            new = new_offset[:, block] = grid.held(new_scale[:, block], wanted.float())[1]
+        missed = (step[:, index] - (new - had)) / factor[:, index, index]
+        step[:, index:] -= missed[:, None] * factor[:, index, index:]
+    return new_scale, new_offset
 
 
 def _values(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

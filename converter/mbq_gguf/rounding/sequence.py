@@ -19,6 +19,7 @@ from mbq_gguf.formats.container import Container
 from mbq_gguf.formats.grid import Grid, grid_of
 from mbq_gguf.formats.registry import container_for
 from mbq_gguf.models.decoder import GROUPS, LINEARS, Group, linear
+from mbq_gguf.rounding.descent import descend
 from mbq_gguf.rounding.gptq import Coded, code_gptq, inverse_factor
 from mbq_gguf.rounding.nearest import Rounded, round_nearest
 from mbq_gguf.rounding.ranges import search_range
@@ -27,7 +28,7 @@ from mbq_gguf.rounding.refit import refit
 
 @dataclass(frozen=True)
 class Refinement:
-    """What is done beyond plain GPTQ. ``correction`` is a above, ``refits`` how often parameters and codes take turns."""
+    """What is done beyond plain GPTQ. ``correction`` is a above, ``refits`` how often parameters are fitted, with descent in between."""
 
     damping: float
     clip: bool
@@ -76,16 +77,17 @@ def _rounded(weights: Sequence[torch.Tensor], kept: Container, found: Moments | 
 
 
 def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refinement) -> Coded:
-    """``weight`` [rows, columns] corrected, rounded by GPTQ, its parameters refitted and its codes chosen again."""
+    """``weight`` [rows, columns] corrected, rounded by GPTQ, then parameters and codes in turn made better."""
     factor = inverse_factor(found.hessian, refinement.damping)
     if refinement.correction:
         weight = corrected(weight, found, factor, refinement.correction)
     fit = partial(search_range, grid) if refinement.clip else None
     coded = code_gptq(weight, factor, grid, fit)
-    for turn in range(refinement.refits if grid.free else 0):  # a refit gives any fp16 numbers
-        coded = Coded(coded.codes, *refit(weight, coded.codes, coded.scale, coded.offset, found.hessian), coded.steps)
-        if turn + 1 < refinement.refits:
-            coded = code_gptq(weight, factor, grid, held=coded)
+    for turn in range(refinement.refits):
+        if turn > 0:
+            coded = descend(grid, weight, coded, found.hessian, refinement.damping)
+        if grid.free:
+            coded = Coded(coded.codes, *refit(grid, weight, coded.codes, coded.scale, coded.offset, found.hessian), coded.steps)
     return coded
 
 
