@@ -107,7 +107,13 @@ def inspect(file: Path) -> None:
 @main.command()
 @click.argument("model_dir", type=DIRECTORY)
 @click.argument("out", type=FILE)
-@click.option("--type", "type_", default="MBQ3", show_default=True, help="MBQ3, MBQ3_64, a stock ggml type such as Q4_0, or BF16 and F16.")
+@click.option(
+    "--type",
+    "type_",
+    default="MBQ3",
+    show_default=True,
+    help="MBQ3S (small groups) or MBQ3 (the papers' grid), 3.25 to 3.5 bits; a stock ggml type such as Q4_0; BF16 or F16.",
+)
 @click.option(
     "--target-bpw",
     type=click.FloatRange(min=0, min_open=True),
@@ -160,7 +166,7 @@ def inspect(file: Path) -> None:
     show_default=True,
     help="With --distort: share of earlier errors to make good.",
 )
-@click.option("--refits", type=click.IntRange(min=0), default=2, show_default=True, help="GPTQ: turns of refitting scales to codes.")
+@click.option("--refits", type=click.IntRange(min=0), default=2, show_default=True, help="GPTQ: turns of refitting scales, with codes descending in between.")
 @click.option(
     "--refine",
     type=click.IntRange(min=0),
