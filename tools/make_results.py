@@ -77,7 +77,7 @@ VARIANTS = (
     Variant(REFERENCE, "convert", ("--type", "BF16")),
     *(ours(f"{method} {rounding}", method, rounding, *PLAIN) for rounding in ("nearest", "gptq") for method in ("rtn", "awq", "mbq")),
     ours("rtn gptq + range search", "rtn", "gptq", *FEW, "--no-distort", "--refits", "0"),
-    Variant("MBQ3", "convert", ("--type", "MBQ3")),
+    *(Variant(name, "convert", ("--type", name)) for name in ("MBQ3S", "MBQ3")),
     Variant("MBQ3, nothing synthetic", "convert", ("--type", "MBQ3", *FEW)),
     Variant("MBQ3, mbq", "convert", ("--type", "MBQ3", "--method", "mbq")),
     Variant("MBQ3, full rotation", "convert", ("--type", "MBQ3", "--rotate", "full")),

@@ -166,7 +166,13 @@ def inspect(file: Path) -> None:
     show_default=True,
     help="With --distort: share of earlier errors to make good.",
 )
-@click.option("--refits", type=click.IntRange(min=0), default=2, show_default=True, help="GPTQ: turns of refitting scales, with codes descending in between.")
+@click.option(
+    "--refits",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="GPTQ: turns of refitting scales, with codes descending in between.",
+)
 @click.option(
     "--refine",
     type=click.IntRange(min=0),
