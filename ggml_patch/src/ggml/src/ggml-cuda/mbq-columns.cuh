@@ -5,22 +5,28 @@
 // One column lies in shared memory, where the kernel quantises it itself. 256 activations are 8 groups of 32, the 8 columns of the B
 // operand, so that one group of weights meets all of them and lane 4g + t keeps what groups 2t and 2t + 1 of weights gave with their own:
 //
-//   [256 activations][lane 4*group + t][words t, t + 4 of the group], then [256 activations][t][scales of groups 2t, 2t + 1, their sum, -]
+//   [256 activations][lane 4*group + t][words t, t + 4 of the group], then [256 activations][t][scales of groups 2t, 2t + 1, their sum, -],
+//   or their two sums where each group of weights has its own minimum (MBQ3S_64)
 //
 // More columns are quantised by a kernel of its own, 8 columns and 128 activations a record:
 //
 //   1024 bytes: [group pair][lane 4*column + t][words t, t + 4 of the first group, then of the second]
-//    128 bytes: [t][group][columns 2t, 2t + 1] scales;  64 bytes: [t][half][columns 2t, 2t + 1] sums
+//    128 bytes: [t][group][columns 2t, 2t + 1] scales;  64 bytes: [t][half][columns 2t, 2t + 1] sums, or 128: [t][group][...] (MBQ3S_64)
 //
 // A scale includes the power of four that takes back the codes' (mbq_layout::unscale). A sum is that of the quantised activations, over
-// the record (QK = 128; both halves hold it) or over its half: it multiplies the minimum. The true sum would make the error
+// the record (MBQ3; both halves hold it), its half or the group: it multiplies the minimum. The true sum would make the error
 // larger: what is left over of an activation then meets d * code instead of the smaller d * code + m.
 
 #include "mbq-block.cuh"
 
-static constexpr int MBQ_RECORD_BYTES = 1024 + 128 + 64; // of 8 columns
+// Records of 8 columns
+template <typename L> struct mbq_record {
+    static constexpr int span  = L::QK/L::heads;             // weights with the same minimum
+    static constexpr int sums  = span == 32 ? 4 : 2;         // of a column
+    static constexpr int bytes = 1024 + 128 + 8*4*sums;
+};
 
-static constexpr int MBQ_ONE_BYTES    = 256 + 64;        // of 256 activations of one column
+static constexpr int MBQ_ONE_BYTES = 256 + 64; // of 256 activations of one column
 
 #ifdef TURING_MMA_AVAILABLE
 
@@ -76,13 +82,14 @@ static __device__ __forceinline__ int2 mbq_quantize_8(const float (&v)[8], float
 }
 
 // One column of k activations, by all warps of the block.
-template <int QK>
+template <typename L>
 static __device__ __forceinline__ void mbq_quantize_one(const float * x, const int k, const bool aligned, char * xs, const int warp, const int warps) {
     constexpr int ahead = 4; // loads of so many rounds are started together: a round's latency is most of its time
+    constexpr int span  = mbq_record<L>::span == 32 ? 32 : 64;
     const int lane  = threadIdx.x % 32;
     const int n     = (k + 255)/256;
     float   * sums  = (float *) (xs + n*256) + lane/8*4;
-    const float unscale = mbq_layout<QK>::unscale(lane/4 % 4);
+    const float unscale = L::unscale(lane/4 % 4);
     x += warp*256 + lane/4*32 + lane%4*4;
     int left = k - warp*256 - lane/4*32;
     for (int p0 = warp; p0 < n; p0 += ahead*warps) {
@@ -100,12 +107,12 @@ static __device__ __forceinline__ void mbq_quantize_one(const float * x, const i
                 break;
             }
             float scale, sum;
-            ((int2 *) xs)[p*32 + lane] = mbq_quantize_8<64>(v[a], scale, sum);
+            ((int2 *) xs)[p*32 + lane] = mbq_quantize_8<span>(v[a], scale, sum);
             if (lane % 4 == 0) {
                 sums[p*16 + lane/4 % 2] = scale*unscale;
             }
-            if (lane % 8 == 0) {
-                sums[p*16 + 2] = sum;
+            if (lane % (span/8) == 0) {
+                sums[p*16 + (span == 64 ? 2 : 2 + lane/4 % 2)] = sum;
             }
         }
     }
@@ -114,7 +121,7 @@ static __device__ __forceinline__ void mbq_quantize_one(const float * x, const i
 #endif // TURING_MMA_AVAILABLE
 
 // Records of 8 columns each in global memory. One block of 8 warps writes two of them: grid (pairs, columns/8, channels*samples).
-template <int QK>
+template <typename L>
 static __global__ void mbq_quantize_columns(const float * x, char * records, const int k, const int columns, const int64_t x_column,
         const int64_t x_channel, const int64_t x_sample, const int channels, const int aligned) {
 #ifdef TURING_MMA_AVAILABLE
@@ -131,17 +138,18 @@ static __global__ void mbq_quantize_columns(const float * x, char * records, con
 
     float v[8], scale, sum;
     mbq_load_8(v, x, col < columns ? k - first : 0, aligned);
-    const int2 words = mbq_quantize_8<QK>(v, scale, sum);
+    const int2 words = mbq_quantize_8<mbq_record<L>::span>(v, scale, sum);
     if (rec >= n) {
         return;
     }
-    char * record = records + (((int64_t) blockIdx.z*n + rec)*gridDim.y + blockIdx.y)*MBQ_RECORD_BYTES;
+    char * record = records + (((int64_t) blockIdx.z*n + rec)*gridDim.y + blockIdx.y)*mbq_record<L>::bytes;
     ((int2 *) record)[group/2*64 + (4*c + lane%4)*2 + group%2] = words;
     if (lane % 4 == 0) {
-        ((float *) (record + 1024))[c/2*8 + group*2 + c%2] = scale*mbq_layout<QK>::unscale(group);
+        ((float *) (record + 1024))[c/2*8 + group*2 + c%2] = scale*L::unscale(group);
     }
-    if (lane % 8 == 0) {
-        ((float *) (record + 1152))[c/2*4 + group/2*2 + c%2] = sum;
+    constexpr int sums = mbq_record<L>::sums;
+    if (lane % (16/sums) == 0) {
+        ((float *) (record + 1152))[c/2*(2*sums) + group/(4/sums)*2 + c%2] = sum;
     }
 #else
     GGML_UNUSED_VARS(x, records, k, columns, x_column, x_channel, x_sample, channels, aligned);
@@ -153,11 +161,11 @@ static __global__ void mbq_quantize_columns(const float * x, char * records, con
 
 // sum[r] += row g + 8r of 256 weights, from block `first` of the row pieces at p[r], times one column: this lane's groups 2t and 2t + 1.
 // Blocks behind `last` repeat it: their activations are zeros.
-template <int QK>
+template <typename L>
 static __device__ __forceinline__ void mbq_dot_one(const uint32_t * const (&p)[2], const int first, const int last,
         const char * words, const char * sums, float (&sum)[2]) {
-    constexpr int G    = QK/32;
-    constexpr int step = mbq_layout<QK>::block_words;
+    constexpr int G    = L::QK/32;
+    constexpr int step = L::block_words;
     const int  lane = threadIdx.x % 32;
     const int  t    = lane % 4;
     const int2 x    = ((const int2 *) words)[lane];
@@ -168,7 +176,7 @@ static __device__ __forceinline__ void mbq_dot_one(const uint32_t * const (&p)[2
         const int at = min(first + u, last)*step;
         const uint32_t * const block[2] = { p[0] + at, p[1] + at };
         int a[G][4];
-        mbq_unpack<QK>(block, t, a);
+        mbq_unpack<L::QK>(block, t, a);
 #pragma unroll
         for (int j = 0; j < G; j += 2) {
             int even[4], odd[4];
@@ -182,55 +190,66 @@ static __device__ __forceinline__ void mbq_dot_one(const uint32_t * const (&p)[2
     const float4 s = ((const float4 *) sums)[t];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const float2 dm = __half22float2(*(const half2 *) (p[r] + min(first + t*2/G, last)*step));
+        const uint32_t * const block = p[r] + min(first + t*2/G, last)*step;
         const float  f0 = __int_as_float(d[2*r])     - __int_as_float(MBQ_MAGIC);
         const float  f1 = __int_as_float(d[2*r + 1]) - __int_as_float(MBQ_MAGIC);
-        sum[r] += dm.x*(f0*s.x + f1*s.y);
-        sum[r] += dm.y*s.z;
+        if constexpr (mbq_record<L>::span == 32) {
+            mbq_add<L>(sum[r], mbq_scale<L>(*block, 0), f0*s.x, s.z);
+            mbq_add<L>(sum[r], mbq_scale<L>(*block, 1), f1*s.y, s.w);
+        } else { // both groups have the same minimum
+            const uint32_t word = L::heads == 1 ? *block : ((const uint16_t *) block)[t % 2];
+            mbq_add<L>(sum[r], mbq_scale<L>(word, 0), f0*s.x + f1*s.y, s.z);
+        }
     }
 }
 
 // What a lane needs of 8 columns for one block of weights: B operands, scales and sums of the columns of its C operand.
-template <int QK> struct mbq_columns {
-    int    b[QK/32][2];
-    float2 s[QK/32];
-    float2 m;
+template <typename L> struct mbq_columns {
+    int    b[L::QK/32][2];
+    float2 s[L::QK/32];
+    struct __align__(8*L::heads) {
+        float2 of[L::heads];
+    } m;
 };
 
 // From a record of mbq_quantize_columns; half: of the record, for QK = 64
-template <int QK>
-static __device__ __forceinline__ mbq_columns<QK> mbq_columns_record(const char * record, const int half, const int lane) {
+template <typename L>
+static __device__ __forceinline__ mbq_columns<L> mbq_columns_record(const char * record, const int half, const int lane) {
     const int t = lane % 4;
-    mbq_columns<QK> c;
+    mbq_columns<L> c;
 #pragma unroll
-    for (int j = 0; j < QK/64; ++j) {
+    for (int j = 0; j < L::QK/64; ++j) {
         const int4   v = ((const int4 *) record)[(j + half)*32 + lane];
         const float4 s = ((const float4 *) (record + 1024))[t*2 + j + half];
         c.b[2*j][0] = v.x; c.b[2*j][1] = v.y; c.b[2*j + 1][0] = v.z; c.b[2*j + 1][1] = v.w;
         c.s[2*j] = make_float2(s.x, s.y);
         c.s[2*j + 1] = make_float2(s.z, s.w);
     }
-    c.m = ((const float2 *) (record + 1152))[t*2 + half];
+    c.m = ((const decltype(c.m) *) (record + 1152))[t*mbq_record<L>::sums/L::heads + half];
     return c;
 }
 
 // sum += rows g, g + 8 of one block times 8 columns. sum[r*2 + c]: row g + 8r, column 2t + c.
-template <int QK>
-static __device__ __forceinline__ void mbq_dot(const int (&a)[QK/32][4], const float2 (&dm)[2], const mbq_columns<QK> & x, float (&sum)[4]) {
-    float part[4] = {};
+template <typename L>
+static __device__ __forceinline__ void mbq_dot(const int (&a)[L::QK/32][4], const float2 (&scale)[2][L::heads], const mbq_columns<L> & x,
+        float (&sum)[4]) {
+    constexpr int groups = L::QK/32/L::heads;
 #pragma unroll
-    for (int j = 0; j < QK/32; ++j) {
-        int d[4];
-        mbq_mma(d, a[j], x.b[j]);
+    for (int h = 0; h < L::heads; ++h) {
+        float part[4] = {};
+#pragma unroll
+        for (int j = h*groups; j < (h + 1)*groups; ++j) {
+            int d[4];
+            mbq_mma(d, a[j], x.b[j]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                part[i] += (__int_as_float(d[i]) - __int_as_float(MBQ_MAGIC))*(i % 2 ? x.s[j].y : x.s[j].x);
+            }
+        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            part[i] += (__int_as_float(d[i]) - __int_as_float(MBQ_MAGIC))*(i % 2 ? x.s[j].y : x.s[j].x);
+            mbq_add<L>(sum[i], scale[i/2][h], part[i], i % 2 ? x.m.of[h].y : x.m.of[h].x);
         }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        sum[i] += dm[i/2].x*part[i];
-        sum[i] += dm[i/2].y*(i % 2 ? x.m.y : x.m.x);
     }
 }
 

@@ -74,7 +74,7 @@ template <int stages> struct mbq_ring {
 };
 
 // dst = w * x for x of mbq_halves
-template <int QK, int N>
+template <typename L, int N>
 static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq_gemm_args args) {
 #ifdef MBQ_WGMMA
     constexpr int TILES       = N/MBQ_GEMM_COLUMNS;
@@ -129,8 +129,8 @@ static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEM
                 for (int i = 0; i < 16; ++i) { // rows 2i and 2i + 1 of 16 become rows i and i + 8 of the A operand: results are stored two by two
                     const char * row  = args.w + (int64_t) min(row_first + 2*i, args.rows - 1)*args.row_bytes;
                     const int   shift = (int) (uintptr_t) row & 15;
-                    if (lane%16*16 < n/QK*(4*mbq_layout<QK>::block_words) + shift) {
-                        mbq_copy_16(stage + (i/8*16 + i%8)*MBQ_GEMM_ROW, row - shift + piece*mbq_layout<QK>::piece_bytes + lane%16*16);
+                    if (lane%16*16 < n/L::QK*(4*L::block_words) + shift) {
+                        mbq_copy_16(stage + (i/8*16 + i%8)*MBQ_GEMM_ROW, row - shift + piece*L::piece_bytes + lane%16*16);
                     }
                 }
                 asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" : : "r"(full_w + w_ring.stage*8) : "memory");
@@ -212,18 +212,18 @@ static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEM
                 if (i % 4 == 0 || i == work.first) {
                     mbq_barrier_wait(full_w + w_ring.stage*8, w_ring.phase);
                 }
-                const uint32_t stage = w_shared + w_ring.stage*(MBQ_GEMM_ROWS*MBQ_GEMM_ROW) + i%4*(128/QK*4*mbq_layout<QK>::block_words);
-                const mbq_words<QK> w0 = mbq_load_words<QK>(stage + base[0], t);
-                const mbq_words<QK> w1 = mbq_load_words<QK>(stage + base[1], t);
+                const uint32_t stage = w_shared + w_ring.stage*(MBQ_GEMM_ROWS*MBQ_GEMM_ROW) + i%4*(128/L::QK*4*L::block_words);
+                const mbq_words<L::QK> w0 = mbq_load_words<L::QK>(stage + base[0], t);
+                const mbq_words<L::QK> w1 = mbq_load_words<L::QK>(stage + base[1], t);
                 if (i % 4 == 3 || i == work.last - 1) {
                     mbq_barrier_arrive<1>(empty_w + w_ring.stage*8);
                     w_ring.next();
                 }
-                mbq_dequantize_64<QK, 0>(w0, 0, a[0]);
-                mbq_dequantize_64<QK, 0>(w1, 1, a[0]);
+                mbq_dequantize_64<L, 0>(w0, 0, a[0]);
+                mbq_dequantize_64<L, 0>(w1, 1, a[0]);
                 multiply(a[0], i == work.first);
-                mbq_dequantize_64<QK, 1>(w0, 0, a[1]);
-                mbq_dequantize_64<QK, 1>(w1, 1, a[1]);
+                mbq_dequantize_64<L, 1>(w0, 0, a[1]);
+                mbq_dequantize_64<L, 1>(w1, 1, a[1]);
                 multiply(a[1], false);
             }
             asm volatile("wgmma.wait_group.sync.aligned 0;" : : : "memory");

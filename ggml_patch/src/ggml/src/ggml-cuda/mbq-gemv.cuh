@@ -16,7 +16,7 @@
 // dst = w * x. NT = 0: one column of floats, quantised here, with bias and gate; else up to 8*NT columns of mbq_quantize_columns.
 // Block: (32*KW, groups). Grid: (blocks that share the tiles, channels or slots, samples or tokens).
 // tma: rows are multiples of 16 bytes and one behind the other, and the maps stand for them; pieces behind a row's end are zeros.
-template <int QK, int NT, bool tma>
+template <typename L, int NT, bool tma>
 static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_mmv_args args, MBQ_MAPS maps) {
 #ifdef TURING_MMA_AVAILABLE
 #ifndef MBQ_TMA_AVAILABLE
@@ -24,7 +24,7 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
         NO_DEVICE_CODE;
     }
 #endif
-    constexpr int piece_blocks = mbq_layout<QK>::piece_blocks;
+    constexpr int piece_blocks = L::piece_blocks;
     extern __shared__ __align__(128) char mbq_shared[];
 #ifdef MBQ_TMA_AVAILABLE
     __shared__ uint64_t mbq_ready[MBQ_MAX_WARPS][MBQ_STAGES];
@@ -45,8 +45,8 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
     const int tile_first  = blockIdx.x + group*gridDim.x;
     const int tile_step   = gridDim.x*blockDim.y;
     const int pieces      = (args.blocks + piece_blocks - 1)/piece_blocks;
-    const int length      = (args.blocks*QK + 255)/256;
-    const int stage_bytes = mbq_stage_bytes(NT, args.stage_row);
+    const int length      = (args.blocks*L::QK + 255)/256;
+    const int stage_bytes = mbq_stage_bytes<L>(NT, args.stage_row);
 
     const char * x   = (const char *) args.x;
     float      * dst = args.dst + blockIdx.y*args.dst_channel + blockIdx.z*args.dst_sample;
@@ -69,7 +69,7 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
         x_offset    = blockIdx.y*args.x_channel + blockIdx.z*args.x_sample;
         bias_offset = blockIdx.y*args.dst_channel + blockIdx.z*args.dst_sample;
     }
-    x += x_offset*(NT == 0 ? (int) sizeof(float) : MBQ_RECORD_BYTES);
+    x += x_offset*(NT == 0 ? (int) sizeof(float) : mbq_record<L>::bytes);
     const char * w    = args.w + w_offset;
     const char * gate = args.gate ? args.gate + w_offset : nullptr;
 
@@ -88,11 +88,11 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
         }
     };
     const auto record_bytes = [&]() {
-        return min(args.blocks*QK/128 - fill_piece*(MBQ_PIECE/128) + (args.blocks*QK%128 != 0), MBQ_PIECE/128)*MBQ_RECORD_BYTES;
+        return min(args.blocks*L::QK/128 - fill_piece*(MBQ_PIECE/128) + (args.blocks*L::QK%128 != 0), MBQ_PIECE/128)*mbq_record<L>::bytes;
     };
     const auto fill = [&](const int stage, const bool rows, const bool records) {
         char       * to   = ring + stage*stage_bytes;
-        const char * from = x + fill_piece*(MBQ_PIECE/128*MBQ_RECORD_BYTES);
+        const char * from = x + fill_piece*(MBQ_PIECE/128*mbq_record<L>::bytes);
 #ifdef MBQ_TMA_AVAILABLE
         if constexpr (tma) {
             if (lane == 0 && fill_tile < tiles) {
@@ -101,8 +101,8 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
                 const int row = w_row + fill_tile*tile_rows;
                 mbq_barrier_expect(barrier, (rows ? 16*args.stage_row : 0) + (NT == 1 && records ? record_bytes() : 0), NT != 1 || records);
                 if (rows) {
-                    mbq_box_copy(dst, maps.w, fill_piece*mbq_layout<QK>::piece_bytes, row, barrier);
-                    mbq_box_copy(dst + 8*args.stage_row, args.gate ? maps.gate : maps.w, fill_piece*mbq_layout<QK>::piece_bytes,
+                    mbq_box_copy(dst, maps.w, fill_piece*L::piece_bytes, row, barrier);
+                    mbq_box_copy(dst + 8*args.stage_row, args.gate ? maps.gate : maps.w, fill_piece*L::piece_bytes,
                         args.gate ? row : row + 8, barrier);
                 }
                 if (NT == 1 && records) {
@@ -116,10 +116,10 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
         // A half of the warp copies a row. Copies start at multiples of 16 bytes and may reach up to 12 bytes behind the row, never behind the
         // tensor: rows of a multiple of 512 weights are multiples of 16 bytes, and after others the CUDA backend pads.
         if (fill_tile < tiles) {
-            const int bytes = min(args.blocks - fill_piece*piece_blocks, piece_blocks)*mbq_layout<QK>::block_words*4;
+            const int bytes = min(args.blocks - fill_piece*piece_blocks, piece_blocks)*L::block_words*4;
 #pragma unroll
             for (int i = 0; i < 16 && rows; i += 2) {
-                const char * row   = mbq_row(args, w, gate, fill_tile, i + lane/16) + fill_piece*mbq_layout<QK>::piece_bytes;
+                const char * row   = mbq_row(args, w, gate, fill_tile, i + lane/16) + fill_piece*L::piece_bytes;
                 const int    shift = (int) (uintptr_t) row & 15;
                 if (lane%16*16 < bytes + shift) {
                     mbq_copy_16(to + (i + lane/16)*args.stage_row + lane%16*16, row - shift + lane%16*16);
@@ -156,7 +156,7 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
 
     ggml_cuda_pdl_sync();
     if constexpr (NT == 0) {
-        mbq_quantize_one<QK>((const float *) x, args.blocks*QK, args.x_aligned, one, warp, warps);
+        mbq_quantize_one<L>((const float *) x, args.blocks*L::QK, args.x_aligned, one, warp, warps);
         __syncthreads();
         x = one;
     } else if constexpr (NT == 1) { // the first stage's records, then the second stage
@@ -191,9 +191,9 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
             }
             __syncwarp(); // all lanes' copies are there
             if constexpr (NT == 0) {
-                mbq_piece_one<QK>(here, base, x, length, first, n, sum[0]);
+                mbq_piece_one<L>(here, base, x, length, first, n, sum[0]);
             } else {
-                mbq_piece_many<QK, NT>(here, base, x, here + 16*args.stage_row, first, n, sum);
+                mbq_piece_many<L, NT>(here, base, x, here + 16*args.stage_row, first, n, sum);
             }
             __syncwarp(); // all lanes are done with the stage
             fill(stage, true, true);

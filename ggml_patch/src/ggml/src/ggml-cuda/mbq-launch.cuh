@@ -23,16 +23,16 @@ static CUtensorMap mbq_map(const char * w, const int64_t row_bytes, const int64_
 #endif
 
 // False: the activations of one block do not fit into shared memory.
-template <int QK, int NT>
+template <typename L, int NT>
 static bool mbq_launch_mmv(ggml_backend_cuda_context & ctx, mbq_mmv_args args, const int64_t channels, const int64_t samples) {
     const auto & device = ggml_cuda_info().devices[ctx.device];
     const bool aligned  = mbq_aligned(args.w, args.row_bytes, args.w_channel, args.w_sample) && (uintptr_t) args.gate % 16 == 0;
     const int64_t room  = device.smpbo - MBQ_MAX_WARPS*MBQ_STAGES*sizeof(uint64_t); // barriers
-    const mbq_mmv_plan plan = mbq_plan_mmv(QK, NT, args.gate, aligned, args.rows, args.blocks, device.nsm, room);
+    const mbq_mmv_plan plan = mbq_plan_mmv<L>(NT, args.gate, aligned, args.rows, args.blocks, device.nsm, room);
     if (plan.kw == 0 || channels > UINT16_MAX || samples > UINT16_MAX) {
         return false;
     }
-    args.stage_row = mbq_stage_row(QK, aligned);
+    args.stage_row = mbq_stage_row<L>(aligned);
     const ggml_cuda_kernel_launch_params params(dim3(plan.blocks, channels, samples), dim3(32*plan.kw, plan.groups), (size_t) plan.shared, ctx.stream());
     mbq_mmv_maps maps = {};
 #ifdef MBQ_USE_TMA
@@ -41,46 +41,46 @@ static bool mbq_launch_mmv(ggml_backend_cuda_context & ctx, mbq_mmv_args args, c
         const int64_t rows = (int64_t) args.rows*args.w_channels*args.w_samples;
         maps.w    = mbq_map(args.w, args.row_bytes, rows, args.stage_row);
         maps.gate = args.gate ? mbq_map(args.gate, args.row_bytes, rows, args.stage_row) : maps.w;
-        CUDA_SET_SHARED_MEMORY_LIMIT((mbq_mmv<QK, NT, true>), room);
-        ggml_cuda_kernel_launch(mbq_mmv<QK, NT, true>, params, args, maps);
+        CUDA_SET_SHARED_MEMORY_LIMIT((mbq_mmv<L, NT, true>), room);
+        ggml_cuda_kernel_launch(mbq_mmv<L, NT, true>, params, args, maps);
         return true;
     }
 #endif
-    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_mmv<QK, NT, false>), room);
-    ggml_cuda_kernel_launch(mbq_mmv<QK, NT, false>, params, args, maps);
+    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_mmv<L, NT, false>), room);
+    ggml_cuda_kernel_launch(mbq_mmv<L, NT, false>, params, args, maps);
     return true;
 }
 
 // Up to 8*NT columns: quantise them into records, then multiply.
-template <int QK, int NT>
+template <typename L, int NT>
 static bool mbq_mul_mat_records(ggml_backend_cuda_context & ctx, mbq_mmv_args args, const int64_t channels, const int64_t samples) {
-    const int64_t k       = (int64_t) args.blocks*QK;
+    const int64_t k       = (int64_t) args.blocks*L::QK;
     const int64_t records = (k + 127)/128*NT;
     if (channels*samples > UINT16_MAX) {
         return false;
     }
-    ggml_cuda_pool_alloc<char> buffer(ctx.pool(), channels*samples*records*MBQ_RECORD_BYTES);
+    ggml_cuda_pool_alloc<char> buffer(ctx.pool(), channels*samples*records*mbq_record<L>::bytes);
     const ggml_cuda_kernel_launch_params params(dim3((k + 255)/256, NT, channels*samples), dim3(256), 0, ctx.stream());
-    ggml_cuda_kernel_launch(mbq_quantize_columns<QK>, params, (const float *) args.x, buffer.get(), (int) k, args.columns,
+    ggml_cuda_kernel_launch(mbq_quantize_columns<L>, params, (const float *) args.x, buffer.get(), (int) k, args.columns,
         args.x_column, args.x_channel, args.x_sample, (int) channels, args.x_aligned);
     args.x         = buffer.get();
     args.x_channel = records;
     args.x_sample  = channels*records;
-    return mbq_launch_mmv<QK, NT>(ctx, args, channels, samples);
+    return mbq_launch_mmv<L, NT>(ctx, args, channels, samples);
 }
 
-template <int QK>
+template <typename L>
 static bool mbq_mul_mat_columns(ggml_backend_cuda_context & ctx, const mbq_mmv_args & args, const int64_t channels, const int64_t samples) {
-    if (args.columns == 1 && mbq_launch_mmv<QK, 0>(ctx, args, channels, samples)) {
+    if (args.columns == 1 && mbq_launch_mmv<L, 0>(ctx, args, channels, samples)) {
         return true;
     }
     if (args.columns <= 8) {
-        return mbq_mul_mat_records<QK, 1>(ctx, args, channels, samples);
+        return mbq_mul_mat_records<L, 1>(ctx, args, channels, samples);
     }
     if (args.columns <= 16) {
-        return mbq_mul_mat_records<QK, 2>(ctx, args, channels, samples);
+        return mbq_mul_mat_records<L, 2>(ctx, args, channels, samples);
     }
-    return mbq_mul_mat_records<QK, 4>(ctx, args, channels, samples);
+    return mbq_mul_mat_records<L, 4>(ctx, args, channels, samples);
 }
 
 // Whether this device runs mbq_gemm: its code exists for sm_90a only, and elsewhere has no barriers in shared memory.
@@ -89,7 +89,7 @@ static bool mbq_gemm_available(const int id) {
     static int available[GGML_CUDA_MAX_DEVICES] = {}; // 1: no, 2: yes
     if (available[id] == 0) {
         cudaFuncAttributes attributes;
-        CUDA_CHECK(cudaFuncGetAttributes(&attributes, mbq_gemm<128, 128>));
+        CUDA_CHECK(cudaFuncGetAttributes(&attributes, (mbq_gemm<mbq_layout<128, 1>, 128>)));
         available[id] = attributes.sharedSizeBytes > 0 ? 2 : 1;
     }
     return available[id] == 2;
@@ -99,17 +99,17 @@ static bool mbq_gemm_available(const int id) {
 #endif
 }
 
-template <int QK, int N>
+template <typename L, int N>
 static void mbq_launch_gemm(ggml_backend_cuda_context & ctx, const mbq_gemm_args & args, const int blocks) {
-    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_gemm<QK, N>), MBQ_GEMM_SHARED);
+    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_gemm<L, N>), MBQ_GEMM_SHARED);
     const ggml_cuda_kernel_launch_params params(dim3(blocks), dim3(MBQ_GEMM_THREADS), MBQ_GEMM_SHARED, ctx.stream());
-    ggml_cuda_kernel_launch(mbq_gemm<QK, N>, params, args);
+    ggml_cuda_kernel_launch(mbq_gemm<L, N>, params, args);
 }
 
 // False: not for this kernel. One matrix only, and rows of whole 128s.
-template <int QK>
+template <typename L>
 static bool mbq_mul_mat_gemm(ggml_backend_cuda_context & ctx, const mbq_mmv_args & mmv) {
-    const int k = mmv.blocks*QK;
+    const int k = mmv.blocks*L::QK;
     if (k % 128 != 0 || !mbq_gemm_available(ctx.device)) {
         return false;
     }
@@ -142,9 +142,9 @@ static bool mbq_mul_mat_gemm(ggml_backend_cuda_context & ctx, const mbq_mmv_args
     ggml_cuda_kernel_launch(mbq_halves, halves, (const float *) mmv.x, tiles.get(), args.columns, mmv.x_column, mmv.x_aligned, args.done, flags);
 
     if (plan.blocks == 2) {
-        mbq_launch_gemm<QK, 256>(ctx, args, blocks);
+        mbq_launch_gemm<L, 256>(ctx, args, blocks);
     } else {
-        mbq_launch_gemm<QK, 128>(ctx, args, blocks);
+        mbq_launch_gemm<L, 128>(ctx, args, blocks);
     }
     return true;
 }

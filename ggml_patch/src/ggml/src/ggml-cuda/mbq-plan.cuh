@@ -45,13 +45,15 @@ static constexpr int MBQ_MAX_GROUPS = 15; // barriers 1 to 15
 static constexpr int MBQ_STAGES     = 2;  // of a warp's ring: one is computed while the next arrives
 
 // Row stride of a stage. With 52 or 60 words the 32 lanes' loads (g, t) fall into different banks (20g or 28g mod 32: multiples of 4).
-static constexpr int mbq_stage_row(const int QK, const bool aligned) {
-    return QK == 128 && aligned ? 208 : 240; // 240: up to 12 bytes of misalignment, and 224 would not be free of conflicts
+template <typename L>
+static constexpr int mbq_stage_row(const bool aligned) {
+    return L::QK == 128 && aligned ? 208 : 240; // 240: up to 12 bytes of misalignment, and 224 would not be free of conflicts
 }
 
 // Weights of 16 rows and, for up to 8 columns, the records of their activations: more would leave too few warps.
+template <typename L>
 static constexpr __host__ __device__ int mbq_stage_bytes(const int NT, const int stage_row) {
-    return 16*stage_row + (NT == 1 ? MBQ_PIECE/128*MBQ_RECORD_BYTES : 0);
+    return 16*stage_row + (NT == 1 ? MBQ_PIECE/128*mbq_record<L>::bytes : 0);
 }
 
 // Floats of a warp's partial sums of a tile
@@ -66,12 +68,13 @@ struct mbq_mmv_plan {
 
 // The fewest pieces one after the other; for up to 1 % more of them a warp more in a group (both fitted to all splits of nine shapes on
 // an H100); and half a piece more where a warp has one piece of a tile, so that nothing hides the tile's end.
-static mbq_mmv_plan mbq_plan_mmv(const int QK, const int NT, const bool gate, const bool aligned, const int64_t rows,
-        const int64_t blocks, const int multiprocessors, const int64_t shared_limit) {
-    const int64_t pieces   = (blocks*QK + MBQ_PIECE - 1)/MBQ_PIECE;
+template <typename L>
+static mbq_mmv_plan mbq_plan_mmv(const int NT, const bool gate, const bool aligned, const int64_t rows, const int64_t blocks,
+        const int multiprocessors, const int64_t shared_limit) {
+    const int64_t pieces   = (blocks*L::QK + MBQ_PIECE - 1)/MBQ_PIECE;
     const int64_t tiles    = gate ? (rows + 7)/8 : (rows + 15)/16;
-    const int64_t fixed    = NT == 0 ? (blocks*QK + 255)/256*MBQ_ONE_BYTES : 0;
-    const int64_t per_warp = MBQ_STAGES*mbq_stage_bytes(NT, mbq_stage_row(QK, aligned)) + 2*4*mbq_sum_floats(NT);
+    const int64_t fixed    = NT == 0 ? (blocks*L::QK + 255)/256*MBQ_ONE_BYTES : 0;
+    const int64_t per_warp = MBQ_STAGES*mbq_stage_bytes<L>(NT, mbq_stage_row<L>(aligned)) + 2*4*mbq_sum_floats(NT);
     const int64_t warps    = std::min<int64_t>(MBQ_MAX_WARPS, (shared_limit - fixed)/per_warp);
     mbq_mmv_plan best = { 0, 0, 0, 0 };
     int64_t best_cost = INT64_MAX;

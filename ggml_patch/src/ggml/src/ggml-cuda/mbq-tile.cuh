@@ -14,46 +14,51 @@ static __device__ __forceinline__ const char * mbq_row(const mbq_mmv_args & args
 
 // sum += 16 rows of one piece in `stage` times the columns; base: bytes of the lane's rows in a stage, first: the piece's first
 // block in the row, n: its blocks. One column: x is what mbq_quantize_one wrote, `length` the 256s of a row.
-template <int QK>
+template <typename L>
 static __device__ __forceinline__ void mbq_piece_one(const char * stage, const int (&base)[2], const char * x, const int length,
         const int first, const int n, float (&sum)[2]) {
-    constexpr int per = 256/QK;
+    constexpr int per = 256/L::QK;
     const uint32_t * const p[2] = { (const uint32_t *) (stage + base[0]), (const uint32_t *) (stage + base[1]) };
     const char * words = x + first/per*256;
     const char * sums  = x + length*256 + first/per*64;
-    if (n == mbq_layout<QK>::piece_blocks) {
+    if (n == L::piece_blocks) {
 #pragma unroll
         for (int i = 0; i < MBQ_PIECE/256; ++i) {
-            mbq_dot_one<QK>(p, i*per, n - 1, words + i*256, sums + i*64, sum);
+            mbq_dot_one<L>(p, i*per, n - 1, words + i*256, sums + i*64, sum);
         }
     } else {
 #pragma unroll 1
         for (int i = 0; i*per < n; ++i) {
-            mbq_dot_one<QK>(p, i*per, n - 1, words + i*256, sums + i*64, sum);
+            mbq_dot_one<L>(p, i*per, n - 1, words + i*256, sums + i*64, sum);
         }
     }
 }
 
 // 8*NT columns. NT = 1: their records are in the stage; else x points at all of them.
-template <int QK, int NT>
+template <typename L, int NT>
 static __device__ __forceinline__ void mbq_piece_many(const char * stage, const int (&base)[2], const char * x, const char * records,
         const int first, const int n, float (&sum)[NT][4]) {
+    constexpr int bytes = mbq_record<L>::bytes;
     const int lane = threadIdx.x % 32;
     const auto one = [&](const int b) {
-        const int at = b*mbq_layout<QK>::block_words;
+        const int at = b*L::block_words;
         const uint32_t * const p[2] = { (const uint32_t *) (stage + base[0]) + at, (const uint32_t *) (stage + base[1]) + at };
-        const float2 dm[2] = { __half22float2(*(const half2 *) p[0]), __half22float2(*(const half2 *) p[1]) };
-        int a[QK/32][4];
-        mbq_unpack<QK>(p, lane % 4, a);
+        float2 scale[2][L::heads];
+#pragma unroll
+        for (int i = 0; i < 2*L::heads; ++i) {
+            scale[i/L::heads][i%L::heads] = mbq_scale<L>(*p[i/L::heads], i%L::heads);
+        }
+        int a[L::QK/32][4];
+        mbq_unpack<L::QK>(p, lane % 4, a);
 #pragma unroll
         for (int i = 0; i < NT; ++i) {
-            const char * record = NT == 1 ? records + b*QK/128*MBQ_RECORD_BYTES : x + ((int64_t) (first + b)*QK/128*NT + i)*MBQ_RECORD_BYTES;
-            mbq_dot<QK>(a, dm, mbq_columns_record<QK>(record, QK == 128 ? 0 : b % 2, lane), sum[i]);
+            const char * record = NT == 1 ? records + b*L::QK/128*bytes : x + ((int64_t) (first + b)*L::QK/128*NT + i)*bytes;
+            mbq_dot<L>(a, scale, mbq_columns_record<L>(record, L::QK == 128 ? 0 : b % 2, lane), sum[i]);
         }
     };
-    if (n == mbq_layout<QK>::piece_blocks) {
+    if (n == L::piece_blocks) {
 #pragma unroll
-        for (int b = 0; b < mbq_layout<QK>::piece_blocks; ++b) {
+        for (int b = 0; b < L::piece_blocks; ++b) {
             one(b);
         }
     } else {

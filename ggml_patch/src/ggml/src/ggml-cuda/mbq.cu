@@ -8,17 +8,34 @@
 // More columns than this: mbq_gemm, or dequantise to fp16 and cuBLAS.
 static constexpr int64_t MBQ_MMV_MAX_COLUMNS = 64;
 
+// What `with` makes of the layout of a type
+template <typename F> static auto mbq_with_layout(const ggml_type type, const F & with) {
+    switch (type) {
+        case GGML_TYPE_MBQ3:     return with(mbq_layout<QKMBQ3, 1>());
+        case GGML_TYPE_MBQ3_64:  return with(mbq_layout<QKMBQ3_64, 1>());
+        case GGML_TYPE_MBQ3S:    return with(mbq_layout<QKMBQ3, 2>());
+        case GGML_TYPE_MBQ3S_64: return with(mbq_layout<QKMBQ3_64, 2>());
+        default:                 GGML_ABORT("not an MBQ type");
+    }
+}
+
 // Dequantisation. Lane r of the QK/4 of a block writes weights 4r..4r+3: plane r / (QK/16), word r % (QK/16) of ql.
 
-template <int QK>
+template <typename L>
 static __device__ __forceinline__ float4 mbq_dequantize_4(const uint32_t * block, const int r) {
+    constexpr int QK = L::QK;
     const int    plane = r / (QK/16);
     const int    word  = r % (QK/16);
-    const float2 dm    = __half22float2(*(const half2 *) block);
+    const float2 dm    = mbq_scale<L>(L::heads == 1 ? *block : ((const uint16_t *) block)[plane/2], 0);
     const uint32_t ql  = block[1 + word] >> 2*plane & 0x03030303u;
     const uint32_t qh  = block[1 + QK/16 + word % (QK/32)] >> ((2*plane + 2)%8 + word/(QK/32)) & 0x01010101u;
     const uint32_t q   = ql | qh << 2;
-    return make_float4((q & 0xFF)*dm.x + dm.y, (q >> 8 & 0xFF)*dm.x + dm.y, (q >> 16 & 0xFF)*dm.x + dm.y, (q >> 24)*dm.x + dm.y);
+    const float4   f   = make_float4(q & 0xFF, q >> 8 & 0xFF, q >> 16 & 0xFF, q >> 24);
+    if constexpr (L::heads == 1) {
+        return make_float4(f.x*dm.x + dm.y, f.y*dm.x + dm.y, f.z*dm.x + dm.y, f.w*dm.x + dm.y);
+    } else {
+        return make_float4((f.x + dm.y)*dm.x, (f.y + dm.y)*dm.x, (f.z + dm.y)*dm.x, (f.w + dm.y)*dm.x);
+    }
 }
 
 template <typename T> static __device__ __forceinline__ void mbq_write_4(T * y, const float4 v) {
@@ -37,27 +54,26 @@ template <> __device__ __forceinline__ void mbq_write_4(float * y, const float4 
     *(float4 *) y = v;
 }
 
-template <int QK, typename T>
+template <typename L, typename T>
 static __global__ void mbq_dequantize(const uint32_t * x, T * y, const int64_t n) {
     ggml_cuda_pdl_lc();
     ggml_cuda_pdl_sync();
     for (int64_t i = (int64_t) blockIdx.x*blockDim.x + threadIdx.x; i < n/4; i += (int64_t) gridDim.x*blockDim.x) {
-        mbq_write_4(y + 4*i, mbq_dequantize_4<QK>(x + i/(QK/4)*mbq_layout<QK>::block_words, i % (QK/4)));
+        mbq_write_4(y + 4*i, mbq_dequantize_4<L>(x + i/(L::QK/4)*L::block_words, i % (L::QK/4)));
     }
 }
 
-template <int QK, typename T>
+template <typename L, typename T>
 static void mbq_dequantize_cuda(const void * x, T * y, const int64_t n, cudaStream_t stream) {
     const int64_t blocks = std::min<int64_t>((n/4 + 255)/256, 1 << 16);
-    ggml_cuda_kernel_launch(mbq_dequantize<QK, T>, ggml_cuda_kernel_launch_params(dim3(blocks), dim3(256), 0, stream), (const uint32_t *) x, y, n);
+    ggml_cuda_kernel_launch(mbq_dequantize<L, T>, ggml_cuda_kernel_launch_params(dim3(blocks), dim3(256), 0, stream), (const uint32_t *) x, y, n);
 }
 
 template <typename T> static to_t_cuda_t<T> mbq_to_t(const ggml_type type) {
-    switch (type) {
-        case GGML_TYPE_MBQ3:    return mbq_dequantize_cuda<QKMBQ3, T>;
-        case GGML_TYPE_MBQ3_64: return mbq_dequantize_cuda<QKMBQ3_64, T>;
-        default:                return nullptr;
+    if (!ggml_cuda_mbq_type(type)) {
+        return nullptr;
     }
+    return mbq_with_layout(type, [](auto layout) -> to_t_cuda_t<T> { return mbq_dequantize_cuda<decltype(layout), T>; });
 }
 
 to_fp16_cuda_t ggml_cuda_mbq_to_fp16(const ggml_type type) { return mbq_to_t<half>(type); }
@@ -65,7 +81,7 @@ to_bf16_cuda_t ggml_cuda_mbq_to_bf16(const ggml_type type) { return mbq_to_t<nv_
 to_fp32_cuda_t ggml_cuda_mbq_to_fp32(const ggml_type type) { return mbq_to_t<float>(type); }
 
 // Rows by index. Grid: (indices, pieces of a row, the other dimensions of the indices); strides in bytes, s10.. in elements.
-template <int QK>
+template <typename L>
 static __global__ void mbq_get_rows(const char * src0, const int32_t * ids, float * dst, const int64_t k, const int64_t ne11, const int64_t ne12,
         const int64_t nb01, const int64_t nb02, const int64_t nb03, const int64_t s10, const int64_t s11, const int64_t s12,
         const int64_t s1, const int64_t s2, const int64_t s3) {
@@ -78,7 +94,7 @@ static __global__ void mbq_get_rows(const char * src0, const int32_t * ids, floa
         const uint32_t * x = (const uint32_t *) (src0 + row*nb01 + i11*nb02 + i12*nb03);
         float * y = dst + blockIdx.x*s1 + i11*s2 + i12*s3;
         for (int64_t i = (int64_t) blockIdx.y*blockDim.x + threadIdx.x; i < k/4; i += (int64_t) gridDim.y*blockDim.x) {
-            mbq_write_4(y + 4*i, mbq_dequantize_4<QK>(x + i/(QK/4)*mbq_layout<QK>::block_words, i % (QK/4)));
+            mbq_write_4(y + 4*i, mbq_dequantize_4<L>(x + i/(L::QK/4)*L::block_words, i % (L::QK/4)));
         }
     }
 }
@@ -90,7 +106,7 @@ void ggml_cuda_mbq_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst) 
     GGML_ASSERT(src1->type == GGML_TYPE_I32 && dst->type == GGML_TYPE_F32);
     GGML_ASSERT(ne13 == 1 && nb00 == ggml_type_size(src0->type) && nb0 == sizeof(float));
 
-    const auto kernel = src0->type == GGML_TYPE_MBQ3 ? mbq_get_rows<QKMBQ3> : mbq_get_rows<QKMBQ3_64>;
+    const auto kernel = mbq_with_layout(src0->type, [](auto layout) { return &mbq_get_rows<decltype(layout)>; });
     const dim3 grid(ne10, std::min<int64_t>((ne00/4 + 255)/256, UINT16_MAX), std::min<int64_t>(ne11*ne12, UINT16_MAX));
     ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(grid, dim3(256), 0, ctx.stream()),
         (const char *) src0->data, (const int32_t *) src1->data, (float *) dst->data, ne00, ne11, ne12, (int64_t) nb01, (int64_t) nb02, (int64_t) nb03,
@@ -157,14 +173,14 @@ bool ggml_cuda_mbq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * 
     args.sample_ratio  = ne13/ne03;
     args.columns       = ne11;
     if (many) {
-        const auto gemm = src0->type == GGML_TYPE_MBQ3 ? mbq_mul_mat_gemm<QKMBQ3> : mbq_mul_mat_gemm<QKMBQ3_64>;
+        const auto gemm = mbq_with_layout(src0->type, [](auto layout) { return &mbq_mul_mat_gemm<decltype(layout)>; });
         return ne12*ne13 == 1 && ggml_get_op_params_i32(dst, 0) != GGML_PREC_F32 && gemm(ctx, args);
     }
     for (int64_t i = 0; i < ne11; i += step) {
         args.x       = (const char *) src1->data + i*nb11;
         args.dst     = (float *) ((char *) dst->data + i*nb1);
         args.columns = std::min(step, ne11 - i);
-        const auto product = src0->type == GGML_TYPE_MBQ3 ? mbq_mul_mat_columns<QKMBQ3> : mbq_mul_mat_columns<QKMBQ3_64>;
+        const auto product = mbq_with_layout(src0->type, [](auto layout) { return &mbq_mul_mat_columns<decltype(layout)>; });
         if (!product(ctx, args, ne12, ne13)) {
             GGML_ASSERT(i == 0);
             return false;
@@ -209,6 +225,6 @@ void ggml_cuda_mbq_mul_mat_vec(ggml_backend_cuda_context & ctx, const ggml_tenso
         args.glu_op    = fusion->glu_op;
         args.glu_limit = fusion->glu_limit;
     }
-    const auto launch = src0->type == GGML_TYPE_MBQ3 ? mbq_launch_mmv<QKMBQ3, 0> : mbq_launch_mmv<QKMBQ3_64, 0>;
+    const auto launch = mbq_with_layout(src0->type, [](auto layout) { return &mbq_launch_mmv<decltype(layout), 0>; });
     GGML_ASSERT(launch(ctx, args, ids ? ne1 : ne12, ids ? ne2 : ne13));
 }

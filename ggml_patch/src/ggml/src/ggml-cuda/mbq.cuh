@@ -6,7 +6,7 @@
 // The MBQ types on CUDA: what ggml-cuda.cu, mmvq.cu, convert.cu and getrows.cu call.
 
 static inline bool ggml_cuda_mbq_type(const ggml_type type) {
-    return type == GGML_TYPE_MBQ3 || type == GGML_TYPE_MBQ3_64;
+    return type == GGML_TYPE_MBQ3 || type == GGML_TYPE_MBQ3_64 || type == GGML_TYPE_MBQ3S || type == GGML_TYPE_MBQ3S_64;
 }
 
 // MUL_MAT, MUL_MAT_ID and GET_ROWS of a weight of these types. Without int8 tensor cores only MUL_MAT (cuBLAS) and GET_ROWS.
