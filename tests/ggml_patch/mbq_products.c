@@ -12,8 +12,17 @@
 
 typedef void dot_fn(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
 
-dot_fn ggml_vec_dot_mbq3_q8_1_generic;
-dot_fn ggml_vec_dot_mbq3_64_q8_1_generic;
+dot_fn ggml_vec_dot_mbq3_q8_1_generic, ggml_vec_dot_mbq3_64_q8_1_generic, ggml_vec_dot_mbq3s_q8_1_generic, ggml_vec_dot_mbq3s_64_q8_1_generic;
+
+static const struct {
+    enum ggml_type type;
+    dot_fn *       scalar;
+} KINDS[] = {
+    { GGML_TYPE_MBQ3,     ggml_vec_dot_mbq3_q8_1_generic },
+    { GGML_TYPE_MBQ3_64,  ggml_vec_dot_mbq3_64_q8_1_generic },
+    { GGML_TYPE_MBQ3S,    ggml_vec_dot_mbq3s_q8_1_generic },
+    { GGML_TYPE_MBQ3S_64, ggml_vec_dot_mbq3s_64_q8_1_generic },
+};
 
 static int between(int low, int high) {
     return low + rand() % (high - low + 1);
@@ -106,12 +115,11 @@ int main(int argc, char ** argv) {
     double product = 0.0;
     double dot = 0.0;
     for (int i = 0; i < cases; ++i) {
-        const enum ggml_type type = i % 2 ? GGML_TYPE_MBQ3 : GGML_TYPE_MBQ3_64;
-        dot_fn * scalar = i % 2 ? ggml_vec_dot_mbq3_q8_1_generic : ggml_vec_dot_mbq3_64_q8_1_generic;
-        const int k = (int) ggml_blck_size(type)*between(1, i % 10 ? 12 : 70);
-        const double e = product_error(type, k, between(1, 70), between(1, i % 3 ? 14 : 40), between(1, 3));
+        const enum ggml_type type = KINDS[i % 4].type;
+        const int k = (int) ggml_blck_size(type)*between(1, i/4 % 10 ? 12 : 70);
+        const double e = product_error(type, k, between(1, 70), between(1, i/4 % 3 ? 14 : 40), between(1, 3));
         product = e <= product ? product : e;
-        const double f = dot_error(type, scalar, k);
+        const double f = dot_error(type, KINDS[i % 4].scalar, k);
         dot = f <= dot ? dot : f;
     }
     printf("%g %g\n", product, dot);

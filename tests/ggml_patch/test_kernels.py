@@ -55,11 +55,9 @@ def products(built_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def kernels(tree: Path, flags: tuple[str, ...], folder: Path) -> Path:
     """The patch's CPU kernels compiled for another instruction set, as a library to be loaded over the built ones."""
     sources = tree / "ggml" / "src" / "ggml-cpu" / "mbq"
-    common = ["-O2", "-fPIC", "-D_GNU_SOURCE", "-w", *flags, *includes(tree)]
-    subprocess.run([compiler("cc"), *common, "-std=gnu11", "-c", sources / "mbq-vec.c", "-o", folder / "vec.o"], check=True)
     library = folder / "kernels.so"
-    command = [compiler("c++"), *common, "-std=gnu++17", "-shared", sources / "mbq.cpp", folder / "vec.o", "-o", library]
-    subprocess.run(command, check=True)
+    command = [compiler("c++"), "-O2", "-fPIC", "-shared", "-std=gnu++17", "-D_GNU_SOURCE", "-w", *flags, *includes(tree)]
+    subprocess.run([*command, sources / "mbq-vec.cpp", sources / "mbq.cpp", "-o", library], check=True)
     return library
 
 

@@ -8,6 +8,32 @@ from .quants import __Quant
 # Bit layout: ggml/src/ggml-mbq-common.h. The same float32 operations in the same order as ggml-mbq.c.
 
 F16_MAX = np.float32(65504)
+LOW_SHIFTS = np.array([0, 2, 4, 6], dtype=np.uint8).reshape((1, 4, 1))
+# high bit of [plane, half]: bit (2 * plane + 2) % 8 + half
+HIGH_SHIFTS = np.array([2, 3, 4, 5, 6, 7, 0, 1], dtype=np.uint8).reshape((1, 8, 1))
+
+
+def step(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    return np.minimum(high / np.float32(7) - low / np.float32(7), F16_MAX)
+
+
+def inverse(d: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.where(d > 0, np.float32(1) / d, np.float32(0))
+
+
+def pack(groups: np.ndarray, d: np.ndarray, m: np.ndarray, block_size: int) -> np.ndarray:
+    q = np.rint(np.clip((groups - m) * inverse(d), 0, 7)).astype(np.uint8).reshape((-1, 4, block_size // 4))
+    ql = np.bitwise_or.reduce((q & 3) << LOW_SHIFTS, axis=1)
+    qh = np.bitwise_or.reduce((q >> 2).reshape((len(q), 8, -1)) << HIGH_SHIFTS, axis=1)
+    return np.concatenate([ql, qh], axis=-1)
+
+
+def unpack(blocks: np.ndarray, block_size: int) -> np.ndarray:
+    ql, qh = np.hsplit(blocks[:, 4:], [block_size // 4])
+    low = ql[:, None, :] >> LOW_SHIFTS & 3
+    high = qh[:, None, :] >> HIGH_SHIFTS & 1
+    return (low.reshape((len(blocks), -1)) | high.reshape((len(blocks), -1)) << 2).astype(np.float32)
 
 
 class MBQ3(__Quant, qtype=GGMLQuantizationType.MBQ3):
@@ -15,28 +41,45 @@ class MBQ3(__Quant, qtype=GGMLQuantizationType.MBQ3):
     def quantize_blocks(cls, blocks: np.ndarray) -> np.ndarray:
         low = blocks.min(axis=-1, keepdims=True) + np.float32(0)
         high = blocks.max(axis=-1, keepdims=True) + np.float32(0)
-        head = np.concatenate([np.minimum(high / np.float32(7) - low / np.float32(7), F16_MAX), np.clip(low, -F16_MAX, F16_MAX)], axis=-1)
-        head = head.astype("<f2")
+        head = np.concatenate([step(low, high), np.clip(low, -F16_MAX, F16_MAX)], axis=-1).astype("<f2")
         d, m = np.hsplit(head.astype(np.float32), 2)
-        with np.errstate(divide="ignore"):
-            inverse = np.where(d > 0, np.float32(1) / d, np.float32(0))
-        q = np.rint(np.clip((blocks - m) * inverse, 0, 7)).astype(np.uint8).reshape((len(blocks), 4, cls.block_size // 4))
-
-        ql = np.bitwise_or.reduce((q & 3) << np.array([0, 2, 4, 6], dtype=np.uint8).reshape((1, 4, 1)), axis=1)
-        # high bit of [plane, half]: bit (2 * plane + 2) % 8 + half
-        shifts = np.array([2, 3, 4, 5, 6, 7, 0, 1], dtype=np.uint8).reshape((1, 8, 1))
-        qh = np.bitwise_or.reduce((q >> 2).reshape((len(blocks), 8, -1)) << shifts, axis=1)
-        return np.concatenate([head.view(np.uint8), ql, qh], axis=-1)
+        return np.concatenate([head.view(np.uint8), pack(blocks, d, m, cls.block_size)], axis=-1)
 
     @classmethod
     def dequantize_blocks(cls, blocks: np.ndarray) -> np.ndarray:
-        head, ql, qh = np.hsplit(blocks, [4, 4 + cls.block_size // 4])
-        d, m = np.hsplit(head.view("<f2").astype(np.float32), 2)
-        low = ql[:, None, :] >> np.array([0, 2, 4, 6], dtype=np.uint8).reshape((1, 4, 1)) & 3
-        high = qh[:, None, :] >> np.array([2, 3, 4, 5, 6, 7, 0, 1], dtype=np.uint8).reshape((1, 8, 1)) & 1
-        q = low.reshape((len(blocks), -1)) | high.reshape((len(blocks), -1)) << 2
-        return q.astype(np.float32) * d + m
+        d, m = np.hsplit(np.ascontiguousarray(blocks[:, :4]).view("<f2").astype(np.float32), 2)
+        return unpack(blocks, cls.block_size) * d + m
 
 
 class MBQ3_64(MBQ3, qtype=GGMLQuantizationType.MBQ3_64):
+    pass
+
+
+def grids(heads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    d = (heads >> 6 << 5).astype("<u2").view("<f2").astype(np.float32)
+    return d, -(d * (heads & 63).astype(np.float32)) / np.float32(8)
+
+
+class MBQ3S(__Quant, qtype=GGMLQuantizationType.MBQ3S):
+    @classmethod
+    def quantize_blocks(cls, blocks: np.ndarray) -> np.ndarray:
+        groups = blocks.reshape((-1, cls.block_size // 2))
+        low = np.minimum(groups.min(axis=-1, keepdims=True), 0) + np.float32(0)
+        high = np.maximum(groups.max(axis=-1, keepdims=True), 0) + np.float32(0)
+        bits = step(low, high).astype("<f2").view("<u2")
+        scale = np.minimum((bits + 15 + (bits >> 5 & 1)) >> 5, 0x3DF)  # ties to even
+        with np.errstate(over="ignore"):
+            zero = np.rint(np.clip(-low * np.float32(8) * inverse(grids(scale << 6)[0]), 0, 63))
+        heads = scale << 6 | zero.astype("<u2")
+        codes = pack(groups, *grids(heads), cls.block_size)
+        return np.concatenate([heads.reshape((-1, 2)).view(np.uint8), codes], axis=-1)
+
+    @classmethod
+    def dequantize_blocks(cls, blocks: np.ndarray) -> np.ndarray:
+        d, m = grids(np.ascontiguousarray(blocks[:, :4]).view("<u2"))
+        q = unpack(blocks, cls.block_size).reshape((len(blocks), 2, -1))
+        return (q * d[:, :, None] + m[:, :, None]).reshape((len(blocks), -1))
+
+
+class MBQ3S_64(MBQ3S, qtype=GGMLQuantizationType.MBQ3S_64):
     pass

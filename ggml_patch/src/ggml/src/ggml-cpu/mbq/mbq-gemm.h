@@ -3,10 +3,10 @@
 // Parts of the matrix product of MBQ weights with several rows of activations: the layouts that both are brought into, and the kernel.
 // Included by mbq.cpp alone, where mbq-simd.h has vectors.
 
+#include "mbq-block.h"
 #include "mbq-simd.h"
 
 #include "ggml-cpu-impl.h"
-#include "ggml-quants.h"
 #include "quants.h"
 #include "simd-mappings.h"
 
@@ -98,18 +98,33 @@ void unpack_word(mbq_simd::ivec low, mbq_simd::ivec high, uint8_t * out, size_t 
     mbq_simd::store(out + 3*plane_stride, codes_of<3, half>(low, high));
 }
 
+// Scales and minimums of ROWS blocks, one a row, whose first 4 bytes are in head.
+template <typename B>
+void unpack_scales(mbq_simd::ivec head, float * d, float * m) {
+    if constexpr (mbq_grids<B> == 1) {
+        mbq_simd::fstore(d, mbq_simd::half_low(head));
+        mbq_simd::fstore(m, mbq_simd::half_high(head));
+    } else {
+        const mbq_simd::ivec scale = mbq_simd::masked(mbq_simd::srl<1>(head), MBQ_HEAD_D);
+        const mbq_simd::ivec zero  = mbq_simd::masked(head, MBQ_HEAD_Z);
+        const mbq_simd::fvec d0 = mbq_simd::half_low(scale);
+        const mbq_simd::fvec d1 = mbq_simd::half_high(scale);
+        mbq_simd::fstore(d,        d0);
+        mbq_simd::fstore(d + ROWS, d1);
+        mbq_simd::fstore(m,        mbq_simd::fma(mbq_simd::mul(d0, mbq_simd::half_low(zero)),  MBQ_HEAD_M, mbq_simd::fzero()));
+        mbq_simd::fstore(m + ROWS, mbq_simd::fma(mbq_simd::mul(d1, mbq_simd::half_high(zero)), MBQ_HEAD_M, mbq_simd::fzero()));
+    }
+}
+
 // ROWS rows of weights, row r at x + offset[r], to a slab.
 template <typename B>
 void unpack_slab(const uint8_t * x, const int32_t * offset, int64_t k, const slab & to) {
-    constexpr int group = 4*sizeof(B::ql);
     constexpr int words = sizeof(B::ql)/4; // of a plane
     constexpr size_t plane_stride = words*ROWS*4;
 
     uint8_t * out = to.codes;
-    for (int64_t ib = 0; ib < k/group; ++ib, x += sizeof(B), out += group*ROWS) {
-        const mbq_simd::ivec dm = mbq_simd::gather(x, offset);
-        mbq_simd::fstore(to.d + ib*ROWS, mbq_simd::half_low(dm));
-        mbq_simd::fstore(to.m + ib*ROWS, mbq_simd::half_high(dm));
+    for (int64_t ib = 0; ib < k/mbq_weights<B>; ++ib, x += sizeof(B), out += mbq_weights<B>*ROWS) {
+        unpack_scales<B>(mbq_simd::gather(x, offset), to.d + ib*mbq_grids<B>*ROWS, to.m + ib*mbq_grids<B>*ROWS);
         for (int w = 0; w < words/2; ++w) {
             const mbq_simd::ivec high = mbq_simd::gather(x + offsetof(B, qh) + 4*w, offset);
             unpack_word<0>(mbq_simd::gather(x + offsetof(B, ql) + 4*w, offset), high, out + w*ROWS*4, plane_stride);

@@ -1,7 +1,7 @@
 #pragma once
 
-// Codes of one block in vector registers, for x86. Plane 0 to 2 come out times 1, 4 and 16 (two masks, no shift; see
-// ggml-mbq-common.h), which mbq_undo* divides out exactly. Include ggml-quants.h first.
+// Codes of one block in vector registers, for x86: mbq3_* for blocks of 128 weights, mbq3_64_* for blocks of 64. Plane 0 to 2 come out
+// times 1, 4 and 16 (two masks, no shift; see ggml-mbq-common.h), which mbq*_undo* divides out exactly.
 //
 // MBQ_AVX512 or MBQ_AVX2 says which functions there are.
 
@@ -32,7 +32,8 @@ static inline __m512i mbq_or_and(__m512i a, __m512i b, __m512i c) {
 }
 
 // plane 0 | plane 1
-static inline __m512i mbq3_codes01(const block_mbq3 * x) {
+template <typename B>
+static inline __m512i mbq3_codes01(const B * x) {
     const __m512i ql = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) x->ql));
     const __m512i qh = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) x->qh));
     const __m512i high = _mm512_rolv_epi32(qh, mbq_lanes_epi32(0, 31, 0, 31)); // 31: one to the right
@@ -40,7 +41,8 @@ static inline __m512i mbq3_codes01(const block_mbq3 * x) {
 }
 
 // plane 2 | plane 3
-static inline __m512i mbq3_codes23(const block_mbq3 * x) {
+template <typename B>
+static inline __m512i mbq3_codes23(const B * x) {
     const __m512i ql = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) x->ql));
     const __m512i qh = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) x->qh));
     const __m512i low  = _mm512_srlv_epi32(ql, mbq_lanes_epi32(0, 0, 6, 6));
@@ -52,7 +54,8 @@ static inline __m512 mbq3_undo01(void) { return mbq_lanes_ps(1.0f,    1.0f,    1
 static inline __m512 mbq3_undo23(void) { return mbq_lanes_ps(1.0f/16, 1.0f/16, 1.0f,   1.0f);   }
 
 // plane 0 | plane 1 | plane 2 | plane 3
-static inline __m512i mbq3_64_codes(const block_mbq3_64 * x) {
+template <typename B>
+static inline __m512i mbq3_64_codes(const B * x) {
     int64_t qh;
     memcpy(&qh, x->qh, 8);
     const __m512i ql   = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) x->ql));
@@ -81,7 +84,8 @@ static inline __m256i mbq_merge(__m256i ql, __m256i qh, __m256i low, __m256i hig
 }
 
 // one plane in each of w
-static inline void mbq3_codes(const block_mbq3 * x, __m256i w[4]) {
+template <typename B>
+static inline void mbq3_codes(const B * x, __m256i w[4]) {
     const __m256i ql = _mm256_loadu_si256((const __m256i *) x->ql);
     const __m256i h  = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) x->qh));
     const __m256i qh = _mm256_srlv_epi64(h, _mm256_set_epi64x(1, 1, 0, 0));
@@ -92,7 +96,8 @@ static inline void mbq3_codes(const block_mbq3 * x, __m256i w[4]) {
 }
 
 // plane 0 | plane 1 and plane 2 | plane 3
-static inline void mbq3_64_codes(const block_mbq3_64 * x, __m256i w[2]) {
+template <typename B>
+static inline void mbq3_64_codes(const B * x, __m256i w[2]) {
     int64_t h;
     memcpy(&h, x->qh, 8);
     const __m256i ql = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) x->ql));

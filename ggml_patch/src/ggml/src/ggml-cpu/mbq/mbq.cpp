@@ -29,10 +29,21 @@ constexpr int64_t MIN_COLUMNS = 1;
 constexpr int64_t MIN_COLUMNS = 2; // one row of activations does not pay for unpacking the weights
 #endif
 
+// weights on one grid; 0 for a type that is not one of ours
+int64_t group_of(enum ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_MBQ3:     return mbq_group<block_mbq3>;
+        case GGML_TYPE_MBQ3_64:  return mbq_group<block_mbq3_64>;
+        case GGML_TYPE_MBQ3S:    return mbq_group<block_mbq3s>;
+        case GGML_TYPE_MBQ3S_64: return mbq_group<block_mbq3s_64>;
+        default:                 return 0;
+    }
+}
+
 bool supported(const struct ggml_tensor * dst) {
     const struct ggml_tensor * src0 = dst->src[0];
     const struct ggml_tensor * src1 = dst->src[1];
-    return (src0->type == GGML_TYPE_MBQ3 || src0->type == GGML_TYPE_MBQ3_64) &&
+    return group_of(src0->type) != 0 &&
         src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) && src1->ne[1] >= MIN_COLUMNS &&
         src0->nb[0] == ggml_type_size(src0->type) && src0->nb[1]*ROWS < INT32_MAX;
 }
@@ -40,17 +51,17 @@ bool supported(const struct ggml_tensor * dst) {
 // slabs of one chunk of work
 int64_t chunk_slabs(const struct ggml_tensor * src0, int nth) {
     const int64_t slabs = (src0->ne[1] + ROWS - 1)/ROWS;
-    const int64_t fit   = SLABS_BYTES/slab_bytes(src0->ne[0], ggml_blck_size(src0->type));
+    const int64_t fit   = SLABS_BYTES/slab_bytes(src0->ne[0], group_of(src0->type));
     return std::max<int64_t>(1, std::min({ fit, SLABS_MAX, slabs/(4*nth) }));
 }
 
 size_t panels_bytes(const struct ggml_tensor * src0, const struct ggml_tensor * src1) {
-    return GGML_PAD(panel_row_bytes(src0->ne[0], ggml_blck_size(src0->type))*ggml_nrows(src1), ALIGNMENT);
+    return GGML_PAD(panel_row_bytes(src0->ne[0], group_of(src0->type))*ggml_nrows(src1), ALIGNMENT);
 }
 
 template <typename B>
 void mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
-    constexpr int group = 4*sizeof(B::ql);
+    constexpr int group = mbq_group<B>;
 
     const struct ggml_tensor * src0 = dst->src[0];
     const struct ggml_tensor * src1 = dst->src[1];
@@ -135,19 +146,19 @@ size_t ggml_mbq_work_size(int n_tasks, const struct ggml_tensor * dst) {
         return 0;
     }
     const struct ggml_tensor * src0 = dst->src[0];
-    return ALIGNMENT + panels_bytes(src0, dst->src[1]) + n_tasks*chunk_slabs(src0, n_tasks)*slab_bytes(src0->ne[0], ggml_blck_size(src0->type));
+    return ALIGNMENT + panels_bytes(src0, dst->src[1]) + n_tasks*chunk_slabs(src0, n_tasks)*slab_bytes(src0->ne[0], group_of(src0->type));
 }
 
 bool ggml_compute_forward_mul_mat_mbq(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
     if (params->use_ref || !supported(dst)) {
         return false;
     }
-    if (dst->src[0]->type == GGML_TYPE_MBQ3) {
-        mul_mat<block_mbq3>(params, dst);
-    } else {
-        mul_mat<block_mbq3_64>(params, dst);
+    switch (dst->src[0]->type) {
+        case GGML_TYPE_MBQ3:    mul_mat<block_mbq3>    (params, dst); return true;
+        case GGML_TYPE_MBQ3_64: mul_mat<block_mbq3_64> (params, dst); return true;
+        case GGML_TYPE_MBQ3S:   mul_mat<block_mbq3s>   (params, dst); return true;
+        default:                mul_mat<block_mbq3s_64>(params, dst); return true;
     }
-    return true;
 }
 
 #else

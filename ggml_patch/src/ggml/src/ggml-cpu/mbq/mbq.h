@@ -8,14 +8,15 @@
 extern "C" {
 #endif
 
-void ggml_mbq_from_float_mbq3   (const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k);
-void ggml_mbq_from_float_mbq3_64(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k);
+#define GGML_MBQ_DECLARE(name)                                                                                                           \
+    void ggml_mbq_from_float_##name(const float * x, void * y, int64_t k);                                                               \
+    void ggml_vec_dot_##name##_q8_1        (int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc); \
+    void ggml_vec_dot_##name##_q8_1_generic(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
 
-void ggml_vec_dot_mbq3_q8_1   (int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
-void ggml_vec_dot_mbq3_64_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
-
-void ggml_vec_dot_mbq3_q8_1_generic   (int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
-void ggml_vec_dot_mbq3_64_q8_1_generic(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc);
+GGML_MBQ_DECLARE(mbq3)
+GGML_MBQ_DECLARE(mbq3_64)
+GGML_MBQ_DECLARE(mbq3s)
+GGML_MBQ_DECLARE(mbq3s_64)
 
 // Matrix product with 4 and more rows of activations; false where the plain path (vec_dot) is to do it: fewer rows, a reference run,
 // another type, no kernel for this instruction set.
@@ -28,16 +29,16 @@ size_t ggml_mbq_work_size(int n_tasks, const struct ggml_tensor * dst);
 #endif
 
 // entries of type_traits_cpu[] in ggml-cpu.c
-#define GGML_MBQ_TYPE_TRAITS_CPU                                   \
-    [GGML_TYPE_MBQ3] = {                                           \
-        .from_float               = ggml_mbq_from_float_mbq3,      \
-        .vec_dot                  = ggml_vec_dot_mbq3_q8_1,        \
-        .vec_dot_type             = GGML_TYPE_Q8_1,                \
-        .nrows                    = 1,                             \
-    },                                                             \
-    [GGML_TYPE_MBQ3_64] = {                                        \
-        .from_float               = ggml_mbq_from_float_mbq3_64,   \
-        .vec_dot                  = ggml_vec_dot_mbq3_64_q8_1,     \
-        .vec_dot_type             = GGML_TYPE_Q8_1,                \
-        .nrows                    = 1,                             \
+#define GGML_MBQ_TRAITS_CPU(TYPE, name)                         \
+    [GGML_TYPE_##TYPE] = {                                      \
+        .from_float               = ggml_mbq_from_float_##name, \
+        .vec_dot                  = ggml_vec_dot_##name##_q8_1, \
+        .vec_dot_type             = GGML_TYPE_Q8_1,             \
+        .nrows                    = 1,                          \
     },
+
+#define GGML_MBQ_TYPE_TRAITS_CPU           \
+    GGML_MBQ_TRAITS_CPU(MBQ3,     mbq3)    \
+    GGML_MBQ_TRAITS_CPU(MBQ3_64,  mbq3_64) \
+    GGML_MBQ_TRAITS_CPU(MBQ3S,    mbq3s)   \
+    GGML_MBQ_TRAITS_CPU(MBQ3S_64, mbq3s_64)
