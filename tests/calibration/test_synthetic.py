@@ -57,10 +57,10 @@ def test_a_card_too_small_is_a_sentence_and_leaves_the_decoder(tiny: LoadedModel
 def test_sampler_draws_by_the_tempered_softmax() -> None:
     """Frequencies of 20,000 draws within five standard errors; tokens that are not plain never."""
     scores = torch.tensor([3.0, 0.0, 9.0, 1.0, -2.0])
-    plain = torch.tensor([0, 1, 3, 4])
+    plain, other = torch.tensor([0, 1, 3, 4]), torch.tensor([2])
     draws = 20_000
-    sampler = _Sampler(plain, 1.6, torch.Generator().manual_seed(0), lambda done: None)
-    chosen = sampler(torch.zeros(draws, 1, dtype=torch.long), scores.expand(draws, -1)).argmax(dim=1)
+    sampler = _Sampler(other, 1.6, torch.Generator().manual_seed(0), lambda done: None)
+    chosen = sampler(torch.zeros(draws, 1, dtype=torch.long), scores.repeat(draws, 1)).argmax(dim=1)
     expected = (scores[plain] / 1.6).softmax(dim=0)
     found = torch.bincount(chosen, minlength=5) / draws
     assert found[2] == 0

@@ -34,27 +34,27 @@ def written_texts(
     begin = loaded.prompts.tokenizer.bos_token_id
     if begin is not None:
         first = torch.cat([torch.full_like(first, begin), first], dim=1)
-    sampler = _Sampler(plain.to(loaded.device), temperature, draw, lambda done: progress(done, length))
+    other = torch.tensor(sorted(set(range(loaded.decoder.head.out_features)) - set(plain.tolist())), dtype=torch.long)
+    sampler = _Sampler(other.to(loaded.device), temperature, draw, lambda done: progress(done, length))
     inputs = loaded.prompts.text_inputs(first.to(loaded.device))
     return _generate(loaded, inputs, logits_processor=[sampler], do_sample=False, max_new_tokens=length - first.shape[1]).cpu()
 
 
 class _Sampler:
-    """A logits processor that leaves one token a text, drawn from the ``plain`` ones.
+    """A logits processor that leaves one token a text, none of the ``other`` ones; it works in the scores that it is given.
 
     It takes one uniform number a text. Transformers' own sampling draws an exponential number for every token of the vocabulary, half of
     the time of a step here.
     """
 
-    def __init__(self, plain: torch.Tensor, temperature: float, draw: torch.Generator, progress: Callable[[int], None]) -> None:
-        self.plain, self.temperature, self.draw, self.progress = plain, temperature, draw, progress
+    def __init__(self, other: torch.Tensor, temperature: float, draw: torch.Generator, progress: Callable[[int], None]) -> None:
+        self.other, self.temperature, self.draw, self.progress = other, temperature, draw, progress
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        sums = (scores[:, self.plain].float() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
-        reached = torch.rand(len(ids), 1, generator=self.draw).to(sums) * sums[:, -1:]
-        chosen = torch.searchsorted(sums, reached).clamp(max=len(self.plain) - 1)
+        sums = scores.div_(self.temperature).index_fill_(1, self.other, -torch.inf).softmax(dim=-1).cumsum(dim=-1)
+        reached = (1 - torch.rand(len(ids), 1, generator=self.draw)).to(sums) * sums[:, -1:]  # above 0, so no token of probability 0
         self.progress(ids.shape[1] + 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, self.plain[chosen], 0.0)
+        return scores.fill_(-torch.inf).scatter_(1, torch.searchsorted(sums, reached), 0.0)
 
 
 def _plain_tokens(loaded: LoadedModel) -> torch.Tensor:
