@@ -25,11 +25,11 @@ from random_gguf import QWEN2_VL_7B, write_random_gguf
 from rich.console import Console
 from rich.table import Table
 
-TYPES = ("F16", "Q8_0", "Q4_0", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "MBQ3", "MBQ3_64")
+TYPES = ("F16", "Q8_0", "Q4_0", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "MBQ3", "MBQ3_64", "MBQ3S", "MBQ3S_64")
 # Rows and columns: the yardstick of the other figures, then the feed-forward and attention matrices of Qwen2-VL-2B, 7B and 72B
 SHAPES = ((4096, 14336), (8960, 1536), (1536, 8960), (3584, 3584), (18944, 3584), (3584, 18944), (8192, 8192), (29568, 8192), (8192, 29568))
 COLUMNS = (1, 2, 4, 8, 512)
-MIXTURES = ("Q4_K_M", "Q3_K_M", "MBQ3")
+MIXTURES = ("Q4_K_M", "Q3_K_M", "MBQ3", "MBQ3S")
 Json = dict[str, Any]
 
 

@@ -15,7 +15,7 @@ FP16_SUM = 2.0**-10  # Q8_1's block sum s, off by its own rounding to fp16 and b
 FP16_ROUNDING = 2.0**-11  # of activations that meet fp16 weights
 FLOAT_SUM = 2.0**-24  # one float32 addition
 
-BLOCKS = {"MBQ3": 128, "MBQ3_64": 64, "Q4_0": 32, "Q8_0": 32, "F16": 1}
+BLOCKS = {"MBQ3": 128, "MBQ3_64": 64, "MBQ3S": 128, "MBQ3S_64": 64, "Q4_0": 32, "Q8_0": 32, "F16": 1}
 SHAPES = [(rows, columns) for rows in (1, 3, 33) for columns in (64, 128, 576, 896, 1536, 8960)]
 CASES = [(kind, *shape) for kind, block in BLOCKS.items() for shape in SHAPES if shape[1] % block == 0]
 ACTIVATION_ROWS = (1, 5, 19)  # one token, and batches that take other kernels
@@ -67,7 +67,7 @@ def test_product_on_cuda(kind: str, rows: int, columns: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["MBQ3", "MBQ3_64"])
+@pytest.mark.parametrize("kind", ["MBQ3", "MBQ3_64", "MBQ3S", "MBQ3S_64"])
 def test_wide_product_on_cuda(kind: str) -> None:
     rows, columns, n = WIDE
     check(kind, rows, columns, "CUDA0", (n,))

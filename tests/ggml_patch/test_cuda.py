@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,9 +17,10 @@ from mbq_gguf.llama_cpp import paths
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "ggml_patch" / "src" / "ggml" / "src" / "ggml-cuda" / "mbq.cu"
-# Architecture -> the most registers and bytes of spills that any kernel may take. 65536 registers are shared by 16 warps of mbq_mmv, which
-# makes 128 for a thread, and by 12 of mbq_gemm, 168.
+# Architecture -> the most registers and bytes of spills that any kernel may take; none of these lies in the loop over weights. 65536
+# registers are shared by 16 warps of mbq_mmv, which makes 128 for a thread, and by 12 of mbq_gemm, 168.
 BOUNDS: dict[str, dict[str, int]] = json.loads((HERE / "cuda_resources.json").read_text())
+LARGEST_HEAD = 0x3DF << 6 | 63  # the largest finite scale and zero point
 OPERATIONS = ("MUL_MAT", "MUL_MAT_ID", "GET_ROWS", "CPY")
 FUNCTION = re.compile(
     r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+.*?Used (\d+) registers"
@@ -53,18 +55,32 @@ def test_kernels_keep_within_registers(architecture: str, tmp_path: Path) -> Non
     assert "serialized" not in said, "wgmma waits for registers after every instruction"
     kernels = FUNCTION.findall(said)
     products = [kernel for kernel in kernels if "mbq_mmv" in kernel[0]]
-    assert len(products) == 16, "two block sizes times one and up to 8, 16 and 32 columns, with and without the tensor memory accelerator"
+    assert len(products) == 32, "four types times one and up to 8, 16 and 32 columns, with and without the tensor memory accelerator"
     for name, stores, loads, registers in kernels:
         assert int(registers) <= BOUNDS[architecture]["gemm_registers" if "mbq_gemm" in name else "registers"], name
         assert int(stores) + int(loads) <= BOUNDS[architecture]["spill_bytes"], name
 
 
+def host_program(source: str, work: Path) -> Path:
+    """A program of this folder; it needs no GPU, and with -O1 nothing of ggml."""
+    program = work / source.removesuffix(".cu")
+    nvcc("-O1", "-arch=sm_90a", "-Xlinker", "--unresolved-symbols=ignore-all", "-o", str(program), str(HERE / source))
+    return program
+
+
+def test_heads_of_half_a_block(tmp_path: Path) -> None:
+    """Scale and zero point of every head that quantisation can write (docs/format.md), exactly, in either half of a block's first word."""
+    said = subprocess.run([host_program("mbq_heads.cu", tmp_path)], capture_output=True, text=True, check=True).stdout
+    found = np.array([[float.fromhex(word) for word in line.split()] for line in said.splitlines()])
+    heads = np.arange(LARGEST_HEAD + 1, dtype=np.uint16)
+    scale, zero = (heads >> 6 << 5).view(np.float16).astype(np.float64), (heads & 63) / 8
+    assert np.array_equal(found[: LARGEST_HEAD + 1], np.stack([scale, -zero, scale, -zero], axis=1))
+
+
 @pytest.fixture(scope="module")
 def shares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program that prints how mbq_gemm's work is shared out; it needs no GPU, and with -O1 nothing of ggml."""
-    program = tmp_path_factory.mktemp("shares") / "shares"
-    nvcc("-O1", "-arch=sm_90a", "-Xlinker", "--unresolved-symbols=ignore-all", "-o", str(program), str(HERE / "mbq_shares.cu"))
-    return program
+    """The program that prints how mbq_gemm's work is shared out."""
+    return host_program("mbq_shares.cu", tmp_path_factory.mktemp("shares"))
 
 
 def parts(shares: Path, *case: int) -> tuple[list[int], list[list[int]]]:
