@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from mbq_gguf.calibration.moments import Moments
+from mbq_gguf.formats.container import Container
 from mbq_gguf.formats.grid import Grid, grid_of
 from mbq_gguf.formats.mbq3 import MBQ3_64
 from mbq_gguf.formats.mbq3s import MBQ3S_64
@@ -96,6 +97,21 @@ def test_refit_lowers_gptqs_objective(grid: Grid, seed: int) -> None:
     before = objective(weight, coded.rounded(grid).weight, hessian)
     after = objective(weight, Coded(coded.codes, scale, offset, coded.steps).rounded(grid).weight, hessian)
     assert after < 0.95 * before
+
+
+@pytest.mark.parametrize("kind", [MBQ3_64, MBQ3S_64], ids=lambda kind: kind.name)
+def test_refit_bears_rows_and_inputs_that_say_nothing(kind: Container) -> None:
+    line = grid_of(kind)
+    assert line is not None
+    weight = drawn(21, 6, COLUMNS)
+    weight[0], weight[1, :64], weight[2] = 0.0, 1e-9, 3.0
+    x = drawn(22, 20, COLUMNS)  # fewer tokens than columns
+    x[:, :32], x[:, 32:96] = 0.0, x[:, 32:33]  # dead channels, and some that are one
+    found = Moments(1e6 * x.t() @ x)
+    coded = refined(weight, found, line, Refinement(0.01, clip=True, correction=0.0, refits=3))
+    assert coded.values(line).isfinite().all()
+    plain = refined(weight, found, line, Refinement(0.01, clip=True, correction=0.0, refits=0))
+    assert objective(weight, coded.values(line), found.hessian) <= objective(weight, plain.values(line), found.hessian)
 
 
 def test_the_corrected_weight_gives_the_original_output() -> None:

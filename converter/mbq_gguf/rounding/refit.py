@@ -58,8 +58,10 @@ def _held_in_turn(grid: Grid, scale: torch.Tensor, offset: torch.Tensor, system:
     blocks = scale.shape[1]
     order = torch.arange(2 * blocks, device=scale.device).view(2, blocks).t().reshape(-1)  # each scale before its offset
     ordered = system[:, order][:, :, order]
-    step = torch.linalg.solve(ordered, right[:, order])
-    factor = torch.linalg.cholesky(torch.linalg.inv(ordered)).mT  # U with system^-1 = U^T U
+    # As in gptq.inverse_factor. A row without a factor gets nonsense, which its caller finds no better than what it had.
+    reverse = torch.linalg.cholesky_ex(ordered.flip(1, 2)).L.flip(1, 2)
+    factor = torch.linalg.solve_triangular(reverse, torch.eye(2 * blocks).to(reverse), upper=True)  # U with system^-1 = U^T U
+    step = (factor.mT @ (factor @ right[:, order, None]))[..., 0]
     new_scale, new_offset = torch.empty_like(scale), torch.empty_like(offset)
     for index in range(2 * blocks):
         block = index // 2
