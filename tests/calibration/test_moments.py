@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mbq_gguf.calibration import packs
+from mbq_gguf.calibration import moments, packs
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.moments import BRANCHES, Passage
 from mbq_gguf.calibration.stream import Streamed, advance, capture, run_layer, working_layer
@@ -50,7 +50,9 @@ def whole_runs(layer: nn.Module, streams: list[Streamed], group: Group) -> list[
     return seen
 
 
-def test_moments_equal_those_of_whole_runs(layer: nn.Module, streams: list[Streamed]) -> None:
+@pytest.mark.parametrize("tile", [40, moments.TILE])
+def test_moments_equal_those_of_whole_runs(layer: nn.Module, streams: list[Streamed], tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "TILE", tile)
     passage = Passage(layer, 0, [replace(stream) for stream in streams])
     for group in GROUPS:
         inputs = whole_runs(layer, streams, group)

@@ -16,6 +16,8 @@ from mbq_gguf.calibration.packs import packs
 from mbq_gguf.calibration.stream import Streamed, run_pack, unpack
 from mbq_gguf.models.decoder import Group, linear
 
+TILE = 384  # columns of a symmetric sum computed at a time: 11 instead of 16 us a token for 1536 columns
+
 
 @dataclass
 class Moments:
@@ -24,6 +26,13 @@ class Moments:
 
     hessian: torch.Tensor
     cross: torch.Tensor | None = None
+
+
+def _add_square(total: torch.Tensor, x: torch.Tensor) -> None:
+    """Add x^T x to ``total`` [columns, columns]: all of its upper triangle, and what else lies in the same tiles."""
+    for start in range(0, len(total), TILE):
+        end = start + TILE
+        total[start:end, start:].addmm_(x[:, start:end].t(), x[:, start:])
 
 
 class _ReachedError(Exception):
@@ -62,11 +71,12 @@ class Passage:
             if found is None:
                 square = x.new_zeros(x.shape[1], x.shape[1])
                 found = Moments(square, None if originals is None else square.clone())
-            found.hessian.addmm_(rooted.t(), rooted)
+            _add_square(found.hessian, rooted)
             if found.cross is not None:
-                y = torch.cat(list(islice(rest, len(pack)))).to(x)
-                found.cross.addmm_(((y - x) * root).t(), rooted)
+                difference = torch.cat(list(islice(rest, len(pack)))).to(x).sub_(x).mul_(root)
+                found.cross.addmm_(difference.t(), rooted)
         assert found is not None
+        found.hessian = found.hessian.triu() + found.hessian.triu(1).t()
         return found
 
     @torch.no_grad()
