@@ -28,9 +28,9 @@ def test_error_is_made_good_in_the_scaled_inputs_basis() -> None:
     assert torch.equal(found[0, 2:], scaled[0, 2:])
 
 
-@pytest.mark.parametrize("names", [("MBQ3", "MBQ3"), ("MBQ3", "MBQ3_64"), ("MBQ3_64", "IQ4_NL", "MBQ3_64")])
+@pytest.mark.parametrize("names", [("MBQ3", "MBQ3"), ("MBQ3", "MBQ3_64"), ("MBQ3_64", "F16", "MBQ3_64")])
 def test_inputs_without_correlation_are_rounded_to_nearest(names: tuple[str, ...]) -> None:
-    # With a diagonal Hessian no column can make good another's error; IQ4_NL has no grid.
+    # With a diagonal Hessian no column can make good another's error; F16 has no grid.
     generator = torch.Generator().manual_seed(5)
     weights = [torch.randn(3 + number, 256, generator=generator) for number in range(len(names))]
     diagonal, factors = torch.rand(256, generator=generator) + 0.1, torch.rand(256, generator=generator) + 0.5
