@@ -35,6 +35,8 @@ FILE_TYPES = {
     "Q3_K": "Q3_K_S",
     "MBQ3": "MBQ3",
     "MBQ3_64": "MBQ3_64",
+    "MBQ3S": "MBQ3S",
+    "MBQ3S_64": "MBQ3S_64",
 }
 BASELINE = "Q3_K"
 

@@ -1,4 +1,4 @@
-"""The reference VLM in Hugging Face, and as GGUF files in bfloat16 and MBQ3."""
+"""The reference VLM in Hugging Face, and as GGUF files in bfloat16 and the MBQ types."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from mbq_gguf.evaluate.exact_match import SHIPPED, Question, load_questions, stratified
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
 from mbq_gguf.export.injection import PackedTensor
-from mbq_gguf.formats.mbq3 import MBQ3, MBQ3_64
+from mbq_gguf.formats.own import OWN
+from mbq_gguf.formats.registry import container_for
 from mbq_gguf.models import load
 from reference_models import Files, HuggingFace
 
 QUESTIONS = 108  # six of every task
-CONTAINERS = {container.name: container for container in (MBQ3, MBQ3_64)}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,7 +38,7 @@ def hugging_face(reference_dir: Path) -> Callable[[dict[str, PackedTensor]], Hug
         parameters = dict(loaded.decoder.module.named_parameters())
         with torch.no_grad():
             for key, tensor in packed.items():
-                parameters[key].copy_(torch.from_numpy(CONTAINERS[tensor.container].dequantize(tensor.data)))
+                parameters[key].copy_(torch.from_numpy(OWN[tensor.container].dequantize(tensor.data)))
         return HuggingFace(loaded)
 
     return make
@@ -55,11 +55,11 @@ def bf16_files(reference_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def mbq3_weights(reference_dir: Path) -> dict[str, PackedTensor]:
-    """Every linear of the decoder rounded to the nearest: groups of 128 where rows allow it, else of 64."""
+    """Every linear of the decoder rounded to the nearest: MBQ3 in even layers, MBQ3S in odd ones, their _64 where rows need it."""
     packed = {}
     for key, parameter in load(reference_dir).decoder.module.named_parameters():
         if key.startswith("layers.") and parameter.ndim == 2:
-            container = MBQ3 if MBQ3.fits(parameter.shape[1]) else MBQ3_64
+            container = container_for("MBQ3S" if int(key.split(".")[1]) % 2 else "MBQ3", parameter.shape[1])
             packed[key] = PackedTensor(container.name, container.quantize(parameter.float().numpy()), parameter.shape[1])
     return packed
 

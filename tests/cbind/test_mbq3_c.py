@@ -1,4 +1,4 @@
-"""MBQ3 and MBQ3_64: numpy and C agree byte for byte, and the CPU's dot product keeps to its arithmetic."""
+"""The MBQ types: numpy and C agree byte for byte, and the CPU's dot product keeps to its arithmetic."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from mbq_cbind import types
+from mbq_gguf.formats import mbq3, mbq3s
 from mbq_gguf.formats.container import Bytes, Container, Floats
-from mbq_gguf.formats.mbq3 import MBQ3, MBQ3_64
+from mbq_gguf.formats.own import OWN
 
-CONTAINERS = pytest.mark.parametrize("container", [MBQ3, MBQ3_64], ids=lambda c: c.name)
+CONTAINERS = pytest.mark.parametrize("container", OWN.values(), ids=OWN)
+COMPACT = ("MBQ3S", "MBQ3S_64")  # a head for each half of a block
+LARGEST_HEAD = 0x3DF << 6 | 63  # the scale 63488 and the zero point 63/8; above it fp16 has infinity
 COLUMNS = 256
 F32_MAX = float(np.finfo(np.float32).max)
 
@@ -50,6 +53,29 @@ def test_type_traits_match_the_container(container: Container) -> None:
 
 
 @CONTAINERS
+def test_golden_block(container: Container) -> None:
+    """Codes at both ends of planes and halves, packed by C into bytes written out by hand (docs/format.md)."""
+    size = container.block_size
+    last = size // 4 - 1
+    codes = np.zeros((4, size // 4), np.float32)  # [plane, byte]
+    codes[0, 0], codes[1, last], codes[2, 0], codes[2, size // 8], codes[3, 2], codes[3, last] = 7, 5, 7, 6, 4, 3
+    weights = codes.reshape(1, size)
+    if container.name in COMPACT:
+        weights[:, size // 2 :] = weights[:, size // 2 :] / 2 - 1
+        head = "00 78 10 70"  # d = 1 (fp16 0x3C00, shifted 0x7800), z = 0; d = 0.5 (0x3800, 0x7000), z = 1 / 0.5 * 8 = 0x10
+    else:
+        head = "00 3c 00 00"  # d = 1, m = 0
+    zeros = " 00" * (size // 8)
+    # Low bits of planes 0 and 2: 11 and 11 << 4; of plane 2: 10 << 4; of planes 1 and 3: 01 << 2 and 11 << 6.
+    ql = f"33 {zeros[:-3]} 20 {zeros[:-6]} c4"
+    # High bits in byte 0: plane 0 half 0 is bit 2, plane 2 bits 6 and 7; then plane 3 half 0, bit 0; plane 1 half 1, bit 5.
+    qh = f"c4 00 01 {zeros[:-12]} 20"
+    expected = np.frombuffer(bytes.fromhex(head + ql + qh), np.uint8)
+    assert np.array_equal(types.quantize(container.name, weights)[0], expected)
+    assert np.array_equal(types.dequantize(container.name, expected[None], size), weights)
+
+
+@CONTAINERS
 @pytest.mark.parametrize("rows", [1, 3, 130])
 def test_pack_equals_c_on_random_rows(container: Container, rows: int) -> None:
     weights = random_rows(rows, 1536)
@@ -77,8 +103,11 @@ def test_pack_equals_c_on_any_row(container: Container, weights: Floats) -> None
 @given(payload=st.binary(min_size=104, max_size=104), scale=ANY_FLOAT, minimum=ANY_FLOAT)
 def test_unpack_equals_c_on_any_block(container: Container, payload: bytes, scale: float, minimum: float) -> None:
     data = np.frombuffer(payload, np.uint8)[: container.row_bytes(128)].copy().reshape(-1, container.type_size)
-    head = np.clip([scale, minimum], -65504, 65504).astype("<f2")
-    data[:, :4] = head.view(np.uint8)
+    if container.name in COMPACT:
+        heads = data[:, :4].view("<u2")
+        heads[:] = np.minimum(heads, LARGEST_HEAD)
+    else:
+        data[:, :4] = np.clip([scale, minimum], -65504, 65504).astype("<f2").view(np.uint8)
     rows = data.reshape(1, -1)
     assert np.array_equal(container.dequantize(rows), types.dequantize(container.name, rows, 128))
 
@@ -118,10 +147,9 @@ def unpack_q8_1(data: Bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def split(container: Container, packed: Bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Packed rows as float64 pieces of 32 weights: codes [rows, pieces, 32], scale and minimum [rows, pieces]."""
-    from mbq_gguf.formats.mbq3 import unpack_blocks
-
-    codes, d, m = unpack_blocks(packed.reshape(-1, container.type_size), container.block_size)
-    pieces = container.block_size // 32
+    unpack = mbq3s.unpack_blocks if container.name in COMPACT else mbq3.unpack_blocks
+    codes, d, m = unpack(packed.reshape(-1, container.type_size))
+    pieces = container.block_size // 32 // d.shape[1]
     rows = len(packed)
     return (
         codes.astype(np.float64).reshape(rows, -1, 32),

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from mbq_gguf.llama_cpp import paths
 
+KINDS = ("mbq3", "mbq3_64", "mbq3s", "mbq3s_64")
+
 
 def run(program: str, *arguments: str) -> str:
     command = [paths.find_program(program), *arguments]
@@ -22,7 +24,7 @@ def run(program: str, *arguments: str) -> str:
 
 def test_quantize_fns(built_llama: Path) -> None:
     said = run("test-quantize-fns", "-v")
-    for kind in ("mbq3", "mbq3_64"):
+    for kind in KINDS:
         verdicts = dict(re.findall(rf"^ *{kind} (.*?): +(\w+) ", said, re.MULTILINE))
         assert verdicts == {"absolute quantization error": "ok", "reference implementation error": "ok", "dot product error": "ok"}
 
@@ -33,5 +35,5 @@ def test_backend_ops_on_the_cpu(built_llama: Path, operation: str) -> None:
     passed = re.search(r"(\d+)/(\d+) tests passed", said)
     assert passed is not None
     assert passed[1] == passed[2]
-    for kind in ("mbq3", "mbq3_64"):
+    for kind in KINDS:
         assert re.search(rf"={kind}[,)].*OK", said), f"no case of {kind} was run"
