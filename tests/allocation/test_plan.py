@@ -43,8 +43,8 @@ def test_cost_by_hand() -> None:
 
 
 def test_candidates_follow_the_row_length() -> None:
-    assert [kind.name for kind in candidates(256)][:4] == ["Q2_K", "MBQ3", "Q3_K", "MBQ3_64"]
-    assert [kind.name for kind in candidates(192)] == ["MBQ3_64", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+    assert [kind.name for kind in candidates(256)][:4] == ["Q2_K", "MBQ3S", "Q3_K", "MBQ3S_64"]
+    assert [kind.name for kind in candidates(192)] == ["MBQ3S_64", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
     assert [kind.name for kind in candidates(30)] == ["F16"]
 
 
@@ -59,7 +59,7 @@ def test_sizes_and_nearest_costs_are_the_containers(tiny: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("kind", ["MBQ3", "MBQ3_64", "Q2_K", "Q3_K", "Q4_1", "Q5_0", "Q6_K"])
+@pytest.mark.parametrize("kind", ["MBQ3S", "MBQ3S_64", "Q2_K", "Q3_K", "Q4_1", "Q5_0", "Q6_K"])
 def test_gptqs_cost_is_foreseen_without_running_it(kind: str, clip: bool) -> None:
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(900, 32, generator=draw) @ torch.randn(32, 256, generator=draw) + torch.randn(900, 256, generator=draw)

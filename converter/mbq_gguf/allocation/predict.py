@@ -25,7 +25,8 @@ from mbq_gguf.rounding.gptq import inverse_factor, objective
 from mbq_gguf.rounding.nearest import nearest_values
 from mbq_gguf.rounding.ranges import search_range, search_steps
 
-CANDIDATES = ("Q2_K", "MBQ3", "Q3_K", "MBQ3_64", "Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
+# MBQ3S and MBQ3S_64 lose less than MBQ3 and MBQ3_64 at the same sizes.
+CANDIDATES = ("Q2_K", "MBQ3S", "Q3_K", "MBQ3S_64", "Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
 ROWS = 128  # of a weight, evenly spread, that a prediction looks at
 
 
