@@ -80,12 +80,12 @@ def test_weights_in_the_result_make_the_model(tiny: LoadedModel, samples: list[S
             for name, value in result.replaced.items() if replaced else ():
                 if name.startswith(f"layers.{index}."):
                     parameters[name.removeprefix(f"layers.{index}.")].copy_(value)
-            advance(layer, index, [stream], tiny.device)
+            advance(layer, index, [stream])
         return logits(tiny, stream.hidden)
 
     (original,) = capture(tiny, samples[:1])
     for index in range(3):
-        advance(working_layer(tiny, index), index, [original], tiny.device)
+        advance(working_layer(tiny, index), index, [original])
     expected = logits(tiny, original.hidden)
     error = (run(True) - expected).norm() / expected.norm()
     assert error < 0.35  # measured 0.16

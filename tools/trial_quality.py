@@ -33,7 +33,7 @@ from mbq_gguf.models.prompts import open_image
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise import ROTATION_SEED, quantise
 from mbq_gguf.settings import QuantiseSettings
-from mbq_gguf.transforms.rotation import Rotation, draw, rotate_layer
+from mbq_gguf.transforms.rotation import Rotate, Rotation, draw, rotate_layer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -67,9 +67,9 @@ def parsed(name: str) -> Variant:
 
 
 @torch.no_grad()
-def answer_logits(loaded: LoadedModel, streams: Sequence[Streamed], result: QuantiseResult | None, rotate: str) -> list[torch.Tensor]:
+def answer_logits(loaded: LoadedModel, streams: Sequence[Streamed], result: QuantiseResult | None, rotate: Rotate) -> list[torch.Tensor]:
     """Log-probabilities [answer tokens, vocabulary] of each stream, with the weights of ``result``, in the basis of ``rotate``."""
-    rotation = draw(loaded.decoder, rotate, ROTATION_SEED) if result and rotate != "none" else None  # type: ignore[arg-type]
+    rotation = draw(loaded.decoder, rotate, ROTATION_SEED) if result and rotate != "none" else None
     running = [replace(stream, hidden=turned(stream.hidden, rotation)) for stream in streams]
     for index in range(len(loaded.decoder.layers)):
         layer = working_layer(loaded, index)
@@ -77,7 +77,7 @@ def answer_logits(loaded: LoadedModel, streams: Sequence[Streamed], result: Quan
             rotate_layer(layer, rotation, index)
         if result is not None:
             put(layer, index, result)
-        advance(layer, index, running, loaded.device)
+        advance(layer, index, running)
     out = []
     for stream in running:
         hidden = turned(stream.hidden, rotation, back=True)

@@ -177,7 +177,7 @@ class _Walk:
                 self.work.save(name, *saved_layer(done))
         else:
             with self._timed("observe"), bf16_products():
-                advance(layer, index, self.streams, self.loaded.device)
+                advance(layer, index, self.streams)
             fold_layer(layer, done.factors)
             self._check(layer, index)
             for key, packed in done.packed.items():

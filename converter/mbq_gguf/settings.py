@@ -29,7 +29,7 @@ class QuantiseSettings:
     clip: bool = True  # search each block's range
     distort: bool = True  # Hessians from the inputs that the already rounded prefix gives
     correction: float = 0.5  # share of the prefix's output error that a layer makes good, where distort is on
-    refits: int = 2  # turns of refitting scales and minima to the codes
+    refits: int = 2  # turns of refitting scales and minima to the codes, which descend in between
     refine: int = 0  # passes over the samples in which scales and minima are learned, all matrices of a layer together; needs distort
     search_samples: int = 32  # samples that the search for equalisation factors compares on; under GPTQ at most 8
     damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean

@@ -64,7 +64,7 @@ def test_moments_equal_those_of_whole_runs(layer: nn.Module, streams: list[Strea
             assert float((ours - exact).abs().max() / exact.abs().max()) < ROUNDING
         round_coarsely(layer, group)
     passage.advance()
-    advance(layer, 0, streams, torch.device("cpu"))
+    advance(layer, 0, streams)
     assert all(torch.equal(ours.hidden, plain.hidden) for ours, plain in zip(passage.streams, streams, strict=True))
 
 
@@ -111,5 +111,5 @@ def test_after_a_restart_changed_weights_count(layer: nn.Module, streams: list[S
     round_coarsely(layer, GROUPS[0])
     passage.restart()
     passage.advance()
-    advance(layer, 0, streams, torch.device("cpu"))
+    advance(layer, 0, streams)
     assert all(torch.equal(ours.hidden, plain.hidden) for ours, plain in zip(passage.streams, streams, strict=True))

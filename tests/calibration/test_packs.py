@@ -37,9 +37,9 @@ def test_together_as_alone(tiny: LoadedModel, streams: list[Streamed], tokens: i
         alone = [run_layer(layer, stream.hidden, stream.kwargs[0]) for stream in streams]
     if low:
         with bf16_products():
-            advance(layer, 0, together, tiny.device)
+            advance(layer, 0, together)
     else:
-        advance(layer, 0, together, tiny.device)
+        advance(layer, 0, together)
     for found, expected in zip(together, alone, strict=True):
         assert found.hidden.shape == expected.shape
         assert float((found.hidden - expected).abs().max() / expected.abs().max()) < (BFLOAT16 if low else ROUNDING)

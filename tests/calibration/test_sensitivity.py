@@ -115,7 +115,7 @@ def answers(
         layer = working_layer(tiny, index)
         if index == changed:
             change(layer)
-        advance(layer, index, running, tiny.device)
+        advance(layer, index, running)
     return [logits(tiny, stream.hidden[0, :-1][stream.answer[1:]]).log_softmax(-1) for stream in running]
 
 

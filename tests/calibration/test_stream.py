@@ -16,7 +16,7 @@ from mbq_gguf.models.decoder import GROUPS
 def test_streamed_logits_equal_the_models(tiny: LoadedModel, samples: list[Sample]) -> None:
     streams = list(capture(tiny, samples[:2]))
     for index in range(len(tiny.decoder.layers)):
-        advance(working_layer(tiny, index), index, streams, tiny.device)
+        advance(working_layer(tiny, index), index, streams)
     tiny.decoder.layers.float()
     for stream, sample in zip(streams, samples, strict=False):
         whole = tiny.model(**tiny.encode(sample.image, list(sample.turns)).inputs, use_cache=False).logits
@@ -65,7 +65,7 @@ def test_statistics_equal_those_of_all_tokens_at_once(tiny: LoadedModel, samples
 
 def test_observing_moves_the_streams_on(tiny: LoadedModel, samples: list[Sample]) -> None:
     plain, observed = list(capture(tiny, samples[:1])), list(capture(tiny, samples[:1]))
-    advance(working_layer(tiny, 0), 0, plain, tiny.device)
+    advance(working_layer(tiny, 0), 0, plain)
     found = observe(working_layer(tiny, 0), 0, observed, hessian_weights=None, call_weights=uniform, call_samples=1)
     assert torch.equal(plain[0].hidden, observed[0].hidden)
     assert found.statistics["qkv"].hessian is None

@@ -55,7 +55,7 @@ def test_half_as_large_groups_halve_nothing_but_the_error(kind: Container) -> No
     weights = np.random.default_rng(0).standard_normal((16, 512)).astype(np.float32)
     error = np.square(kind.dequantize(kind.quantize(weights)) - weights).mean()
     whole = np.square(MBQ3.dequantize(MBQ3.quantize(weights)) - weights).mean()
-    assert error < 0.85 * whole  # groups of 64 or 32 normal weights instead of 128; measured 0.80 and 0.62
+    assert error < 0.85 * whole  # groups of 64 or 32 normal weights instead of 128; measured 0.83 and 0.62
 
 
 @BOTH

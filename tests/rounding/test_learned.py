@@ -32,7 +32,7 @@ def grid() -> Grid:
 def miss(layer: torch.nn.Module, inputs: list[Streamed], wanted: list[Streamed]) -> float:
     """Squared error of the layer's outputs."""
     given = [replace(stream) for stream in inputs]
-    advance(layer, 0, given, torch.device("cpu"))
+    advance(layer, 0, given)
     return sum(float((ours.hidden - theirs.hidden).square().sum()) for ours, theirs in zip(given, wanted, strict=True))
 
 
@@ -44,7 +44,7 @@ def test_scales_that_are_five_per_cent_off_are_mended(tiny: LoadedModel, samples
         right[name] = code_gptq(weight.detach(), torch.eye(weight.shape[1]), grid)
         weight.data.copy_(right[name].values(grid))
     inputs = [replace(stream) for stream in streams]
-    advance(layer, 0, streams, tiny.device)
+    advance(layer, 0, streams)
     wrong = {name: (grid, replace(coded, scale=to_f16(coded.scale * 1.05))) for name, coded in right.items()}
     for name, (_, coded) in wrong.items():
         linear(layer, name).weight.data.copy_(coded.values(grid))

@@ -157,7 +157,7 @@ def test_small_groups_lose_less_at_the_same_size(grid: Grid) -> None:
     found = Moments(x.t() @ x)
     how = Refinement(0.01, clip=True, correction=0.0, refits=2)
     lost = [objective(weight, refined(weight, found, kind, how).rounded(kind).weight, found.hessian) for kind in (small, grid)]
-    assert lost[0] < 0.9 * lost[1]  # measured 0.85; on two layers of the reference VLM 0.7 to 0.8
+    assert lost[0] < 0.9 * lost[1]  # measured 0.85; on two layers of the reference VLM 0.74 to 0.81
 
 
 def test_refits_give_what_heads_can_hold() -> None:

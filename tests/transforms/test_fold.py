@@ -21,12 +21,12 @@ def test_layer_output_stays(tiny: LoadedModel, samples: list[Sample], group: obj
     assert group in GROUPS
     (stream,) = capture(tiny, samples[:1])
     kept = replace(stream)
-    advance(working_layer(tiny, 0), 0, [stream], tiny.device)
+    advance(working_layer(tiny, 0), 0, [stream])
     layer = working_layer(tiny, 0)
     count = _outputs(layer.get_submodule(group.previous))  # type: ignore[attr-defined]
     factors = torch.exp(torch.randn(count, generator=torch.Generator().manual_seed(3)))
     fold(layer, group, factors)  # type: ignore[arg-type]
-    advance(layer, 0, [kept], tiny.device)
+    advance(layer, 0, [kept])
     assert (kept.hidden - stream.hidden).norm() / stream.hidden.norm() < BOUND
     first = linear(layer, group.linears[0]).weight  # type: ignore[attr-defined]
     assert not torch.equal(first, linear(working_layer(tiny, 0), group.linears[0]).weight)  # type: ignore[attr-defined]

@@ -130,7 +130,7 @@ def _forward(loaded: LoadedModel, part: list[Streamed], done: Callable[[int], No
     running = [replace(stream) for stream in part]
     inputs = [[stream.hidden for stream in running]]
     for index in range(len(loaded.decoder.layers)):
-        advance(working_layer(loaded, index), index, running, loaded.device)
+        advance(working_layer(loaded, index), index, running)
         inputs.append([stream.hidden for stream in running])
         done(index + 1)
     return inputs

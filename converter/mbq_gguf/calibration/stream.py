@@ -127,7 +127,7 @@ def unpack(pack: Sequence[Streamed], hidden: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def advance(layer: nn.Module, index: int, streams: Sequence[Streamed], device: torch.device) -> None:
+def advance(layer: nn.Module, index: int, streams: Sequence[Streamed]) -> None:
     """Send every stream through ``layer``, in place: ``hidden`` becomes the input of layer ``index + 1``."""
     for pack in packs(streams, index):
         unpack(pack, run_pack(layer, index, pack))

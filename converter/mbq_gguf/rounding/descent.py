@@ -2,7 +2,7 @@
 
 With the parameters held and G = (W - Q) H, the best code of column j beside all other codes is code_j + G_j / (H[j, j] scale_j), rounded.
 No step can raise GPTQ's objective (the greedy updates of QuIP, arXiv 2307.13304). On the reference VLM one pass between two refits brings
-the objective to 0.65 to 0.85 of what it is with GPTQ's own second pass there, on samples that were not seen to nearly the same.
+the objective to 0.65 to 0.86 of what it is with GPTQ's own second pass there, on samples that were not seen to nearly the same.
 """
 
 from __future__ import annotations

@@ -38,11 +38,15 @@ def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
 def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """U [columns, columns] float32 with damped(H)^-1 = U^T U, upper triangular; factored in float64."""
-    matrix = damped(hessian, damping)
+    return upper_factor(damped(hessian, damping)).float()
+
+
+def upper_factor(matrix: torch.Tensor, check: bool = True) -> torch.Tensor:
+    """Upper triangular U with matrix^-1 = U^T U for ``matrix`` [..., n, n]; without ``check`` anything where there is none."""
     # In reverse order of rows and columns L L^T becomes R R^T with R upper triangular, so that U = R^-1 without inverting the matrix.
-    reverse = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
-    factor: torch.Tensor = torch.linalg.solve_triangular(reverse, torch.eye(len(matrix)).to(matrix), upper=True)
-    return factor.float()
+    reverse = torch.linalg.cholesky_ex(matrix.flip(-2, -1), check_errors=check).L.flip(-2, -1)
+    factor: torch.Tensor = torch.linalg.solve_triangular(reverse, torch.eye(matrix.shape[-1]).to(matrix), upper=True)
+    return factor
 
 
 @dataclass(frozen=True)

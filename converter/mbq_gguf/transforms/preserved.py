@@ -31,8 +31,8 @@ class FunctionCheck:
 
     def layer(self, transformed: nn.Module, index: int) -> None:
         """Compare the outputs of layer ``index``; UserError where they differ by more than :data:`BOUND` of their norm."""
-        advance(working_layer(self.loaded, index), index, self.plain, self.loaded.device)
-        advance(transformed, index, self.transformed, self.loaded.device)
+        advance(working_layer(self.loaded, index), index, self.plain)
+        advance(transformed, index, self.transformed)
         for ours, stored in zip(self.transformed, self.plain, strict=True):
             wanted = self._into_basis(stored.hidden)
             change = float((ours.hidden - wanted).norm() / wanted.norm())
