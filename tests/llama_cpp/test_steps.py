@@ -1,11 +1,14 @@
-"""Progress and the first error, from output as ninja, make, compilers and CMake write it."""
+"""Progress and the first error, from output as ninja, make, compilers and CMake write it; the end of a group of processes."""
 
 from __future__ import annotations
 
 import io
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
-from mbq_gguf.llama_cpp.steps import BuildProgress, first_error
+from mbq_gguf.llama_cpp.steps import BuildProgress, end_group, first_error
 from rich.console import Console
 
 
@@ -45,3 +48,22 @@ def test_a_bar_with_the_time_left_on_a_terminal() -> None:
         progress.line("[30/60] Linking\n")
         progress.line("something that is no step\n")
     assert "30/60" in console.file.getvalue()
+
+
+def test_the_group_may_end_its_own_processes_after_its_leader(tmp_path: Path) -> None:
+    """A leader that ends at once, as cmake does, and a member that takes a while to pass the signal on, as ninja may."""
+    member = f"trap 'sleep 0.3; touch {tmp_path}/passed-on; exit' TERM; touch {tmp_path}/ready; while :; do sleep 0.05; done"
+    leader = subprocess.Popen(["sh", "-c", 'sh -c "$0" & exec sleep 600', member], start_new_session=True, text=True)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    end_group(leader)
+    assert (tmp_path / "passed-on").exists()
+
+
+def test_a_group_that_ignores_the_signal_is_killed(tmp_path: Path) -> None:
+    script = f"trap '' TERM; touch {tmp_path}/ready; while :; do sleep 0.05; done"
+    leader = subprocess.Popen(["sh", "-c", script], start_new_session=True, text=True)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    end_group(leader, grace=0.2)
+    assert leader.wait(timeout=5) == -9

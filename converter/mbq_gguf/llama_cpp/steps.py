@@ -8,7 +8,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -112,17 +111,28 @@ def end_group(process: subprocess.Popen[str], grace: float = 5.0) -> None:
     """
     if process.poll() is not None:
         return
-    os.killpg(process.pid, signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=grace)
-    deadline = time.monotonic() + grace
-    # The rest of the group may outlive its leader by a moment, and still write files. Signal 0 only asks whether anybody is left.
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-        while time.monotonic() < deadline:
-            os.killpg(process.pid, 0)
-            process.poll()
-            time.sleep(0.02)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except (ProcessLookupError, PermissionError):
+            return
+        # Not the leader alone: ninja puts each compiler into a group of its own and passes SIGTERM on to them. A SIGKILL as soon as
+        # cmake, its parent, has ended would forestall that, and the compilers would go on.
+        if _group_ended(process, grace):
+            return
+
+
+def _group_ended(process: subprocess.Popen[str], seconds: float) -> bool:
+    """Wait until nobody is left in the group that `process` leads, and for `seconds` at most."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        process.poll()  # a leader that nobody has waited for still counts
+        try:
+            os.killpg(process.pid, 0)  # signal 0 only asks
+        except (ProcessLookupError, PermissionError):
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def first_error(text: str) -> str | None:
