@@ -1,11 +1,12 @@
-"""Remake the divergence table of docs/results.md: how far each file moves from BF16 on drawn scenes, photographs and plain text.
+"""Remake the divergence tables of docs/results.md: how far each file moves from BF16 on drawn scenes, photographs and plain text.
 
     python tools/make_results.py                        # makes BF16.gguf and ours, asks them through llama-server
-    python tools/make_divergence.py MBQ3 Q4_0 Q4_0+imatrix
+    python tools/make_divergence.py                     # compares every file that is there and has no row yet, or an older one
+    python tools/make_divergence.py MBQ3 Q4_0+imatrix   # compares these
 
-A name is a file in the same folder, or a type that llama-quantize makes of BF16.gguf, with ``+imatrix`` by the importance matrix that
-``mbq-gguf imatrix`` computes. Runs ``mbq-gguf eval`` on the demo's questions with README.md as text, and on the photographs of
-photographs.py.
+A name is one of variants.py, or a type that llama-quantize makes of BF16.gguf, with ``+imatrix`` by the importance matrix that
+``mbq-gguf imatrix`` computes. Runs ``mbq-gguf eval`` on the demo's questions with text.md as text (the README as it once was: a text
+that does not change), and on the photographs of photographs.py.
 """
 
 from __future__ import annotations
@@ -18,16 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import click
-from make_results import BEGIN, END, PAGE, machine, run_measured, table
+from make_results import BEGIN, END, PAGE, TABLE, Row, load_rows, machine, run_measured, table
 from mbq_gguf.errors import UserError
 from mbq_gguf.evaluate.classes import COLOURS_POSITIONS, DIGITS, WORDS
 from mbq_gguf.llama_cpp.cache import cache_root
+from photographs import QUESTIONS
+from variants import REFERENCE, STEPS, VARIANTS
 
 ROOT = Path(__file__).parents[1]
 STORE = ROOT / "docs" / "results" / "divergence.json"
-MARKS = BEGIN.replace("quality", "divergence").replace("make_results", "make_divergence"), END.replace("quality", "divergence")
+TEXT = Path(__file__).with_name("text.md")
+STOCK = tuple(
+    f"{kind}{how}" for kind in ("Q3_K_M", "IQ3_S", "IQ4_XS", "Q4_0", "Q4_K_M") for how in ("", "+imatrix") if (kind, how) != ("IQ3_S", "")
+)
 CLASSES = (WORDS, DIGITS, COLOURS_POSITIONS)
-Summary = dict[str, Any]
+Summary = dict[str, Any]  # of one file on one set of questions
+Pair = dict[str, Summary]  # "scenes" and "photographs" of one file
 
 
 def measure(files: list[Path], mmproj: Path, draft: Path, *more: str) -> list[Summary]:
@@ -35,7 +42,7 @@ def measure(files: list[Path], mmproj: Path, draft: Path, *more: str) -> list[Su
     command = [sys.executable, "-m", "mbq_gguf", "eval", *map(str, files), "--mmproj", str(mmproj), "--out", str(draft), *more]
     if subprocess.run(command, check=False).returncode:
         raise UserError("`mbq-gguf eval` failed: its own words are above")
-    kept = ("name", "file_bytes", "bits_per_weight", "layer_bits_per_weight", "seconds")
+    kept = ("file_bytes", "bits_per_weight", "layer_bits_per_weight", "seconds")
     return [
         {key: file[key] for key in kept} | {"text": file["text"]} | file["summary"]
         for file in json.loads(draft.read_text(encoding="utf-8"))["files"]
@@ -44,85 +51,133 @@ def measure(files: list[Path], mmproj: Path, draft: Path, *more: str) -> list[Su
 
 def made(name: str, folder: Path) -> Path:
     """The file called ``name`` in ``folder``, made by llama-quantize where it is missing."""
-    path = folder / f"{name}.gguf"
+    ours = {variant.name: variant.file_name for variant in VARIANTS}
+    path = folder / ours.get(name, f"{name}.gguf")
     if not path.is_file():
+        if name in ours:
+            raise UserError(f"{path} is missing: make it with `python tools/make_results.py --only '{name}'`")
         kind, _, with_imatrix = name.partition("+")
         matrix = folder / "imatrix.gguf"
         if with_imatrix and not matrix.is_file():
             run_measured(["mbq-gguf", "imatrix", str(folder / "reference-vlm"), str(matrix)], matrix.with_suffix(".log"))
         options = ["--imatrix", str(matrix)] if with_imatrix else []
-        run_measured(["llama-quantize", *options, str(folder / "BF16.gguf"), str(path), kind, "2"], path.with_suffix(".log"))
+        run_measured(["llama-quantize", *options, str(folder / f"{REFERENCE}.gguf"), str(path), kind, "2"], path.with_suffix(".log"))
     return path
 
 
-def row(scenes: Summary, photographs: Summary) -> list[str]:
-    """One line of the table."""
-    divergence = scenes["divergence"]
-    by_class = [f"{scenes['divergence_by_class'][name]['mean']:.4f}" if name in scenes["divergence_by_class"] else "" for name in CLASSES]
+def stale(folder: Path, rows: dict[str, Pair]) -> list[str]:
+    """The files of variants.py whose size or commit is not that of their row, and the stock types without one."""
+    finished = load_rows(TABLE)
+    there = [v.name for v in VARIANTS if v.name in finished and v.name != REFERENCE and (folder / v.file_name).is_file()]
+    fresh = {name for name in there if name in rows and rows[name]["made"] == made_at(finished[name])}
+    return [name for name in there if name not in fresh] + [name for name in STOCK if name not in rows]
+
+
+def made_at(row: Row) -> list[str]:
+    """What tells one making of a file from another."""
+    return [row.commit, row.date, f"{row.seconds:.2f}"]
+
+
+def figures(pair: Pair) -> list[str]:
+    """The columns that both tables share."""
+    divergence, photographs = pair["scenes"]["divergence"], pair["photographs"]["divergence"]
     return [
-        scenes["name"].removesuffix(".gguf"),
-        f"{scenes['file_bytes'] / 1e6:.1f}",
-        f"{scenes['layer_bits_per_weight']:.2f}",
-        f"{scenes['exact_match']:.3f}",
+        f"{pair['scenes']['layer_bits_per_weight']:.2f}",
+        f"{pair['scenes']['exact_match']:.3f}",
         f"{divergence['mean']:.4f} ± {divergence['error']:.4f}",
         f"{divergence['median']:.1e}",
         f"{divergence['p99']:.3f}",
-        *by_class,
-        f"{scenes['agreement']:.4f}",
-        f"{photographs['divergence']['mean']:.3f} ± {photographs['divergence']['error']:.3f}",
-        f"{scenes['text']['divergence']['mean']:.3f}",
+        f"{photographs['mean']:.3f} ± {photographs['error']:.3f}",
+        f"{pair['scenes']['text']['divergence']['mean']:.3f}",
     ]
 
 
-def render(found: Summary) -> str:
-    """The section between the markers."""
-    head = ["file", "MB", "bits a weight, layers", "exact match", "KLD", "median", "99 %", *CLASSES, "same top-1"]
-    rows = [row(*pair) for pair in zip(found["scenes"], found["photographs"], strict=True)]
+FIGURES = ["bits a weight, layers", "exact match", "KLD", "median", "99 %", "KLD, photographs", "KLD, text"]
+
+
+def file_line(name: str, pair: Pair) -> list[str]:
+    """A line of the table of files."""
+    by_class = pair["scenes"]["divergence_by_class"]
+    classes = [f"{by_class[one]['mean']:.4f}" if one in by_class else "" for one in CLASSES]
+    return [name, f"{pair['scenes']['file_bytes'] / 1e6:.1f}", *figures(pair), *classes, f"{pair['scenes']['agreement']:.4f}"]
+
+
+def step_line(name: str, pair: Pair, row: Row) -> list[str]:
+    """A line of the table of steps."""
+    return [f"`--type {name}`", *figures(pair), f"{row.seconds:.0f}", f"{row.peak_bytes / 1e9:.2f}", row.commit]
+
+
+def render_files(found: Summary) -> str:
+    """The table of files: ours beside llama-quantize's."""
+    steps = {variant.name for variant in STEPS}
+    order = [variant.name for variant in VARIANTS if variant.program == "convert"] + list(STOCK)
+    lines = [file_line(name, found["rows"][name]) for name in order if name in found["rows"] and name not in steps]
     return "\n".join(
         [
-            f"Measured on {found['machine']}, {found['date']}, with `{found['command']}`: {found['questions']} questions about scenes,",
+            f"Measured on {found['machine']}, with `python tools/make_divergence.py`: {found['questions']} questions about scenes,",
             f"{found['photograph_questions']} about photographs, {found['text_tokens']} tokens of text. KL divergence from BF16 in nats, "
             "mean ± standard error over answer tokens.",
             "",
-            table([*head, "KLD, photographs", "KLD, text"], rows),
+            table(["file", "MB", *FIGURES, *CLASSES, "same top-1"], lines),
         ]
     )
 
 
-def write_page(text: str) -> None:
+def render_steps(found: Summary) -> str:
+    """The table of steps: the default with one thing changed."""
+    finished = load_rows(TABLE)
+    names = [name for name in ("MBQ3", "MBQ3S", *(variant.name for variant in STEPS)) if name in found["rows"] and name in finished]
+    lines = [step_line(name, found["rows"][name], finished[name]) for name in names]
+    return table(["`mbq-gguf convert reference-vlm out.gguf` with", *FIGURES, "CPU seconds", "peak GB", "commit"], lines)
+
+
+def write_page(which: str, text: str) -> None:
     """Put ``text`` between the markers of docs/results.md; raises UserError where they are missing."""
-    before, begin, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
+    marks = BEGIN.replace("quality", which).replace("make_results", "make_divergence"), END.replace("quality", which)
+    before, begin, rest = PAGE.read_text(encoding="utf-8").partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise UserError(f"{PAGE} has lost its markers: put `{MARKS[0]}` and `{MARKS[1]}` back where the table goes")
+        raise UserError(f"{PAGE} has lost its markers: put `{marks[0]}` and `{marks[1]}` back where the table goes")
     PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
+def compare(names: list[str], folder: Path, questions: int) -> dict[str, Pair]:
+    """What ``mbq-gguf eval`` finds of the files called ``names``."""
+    mmproj, draft, pictures = folder / f"mmproj-{REFERENCE}.gguf", folder / "divergence.tmp", folder / "photographs"
+    files = [made(name, folder) for name in (REFERENCE, *names)]
+    subprocess.run([sys.executable, str(Path(__file__).with_name("photographs.py")), str(pictures)], check=True)
+    scenes = measure(files, mmproj, draft, "--questions", str(questions), "--text", str(TEXT))
+    photographs = measure(files, mmproj, draft, "--data", str(pictures / "photographs.jsonl"))
+    rows = load_rows(TABLE)
+    return {
+        name: {"made": made_at(rows[name]) if name in rows else [], "date": date.today().isoformat(), "scenes": a, "photographs": b}
+        for name, a, b in zip((REFERENCE, *names), scenes, photographs, strict=True)
+    }
+
+
 @click.command()
-@click.argument("names", nargs=-1, required=True)
-@click.option("--questions", type=click.IntRange(min=1), default=306, show_default=True, help="Questions about scenes, all tasks alike.")
+@click.argument("names", nargs=-1)
+@click.option("--questions", type=click.IntRange(min=1), default=204, show_default=True, help="Questions about scenes, all tasks alike.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the GGUF files (default: the user cache).")
 def main(names: tuple[str, ...], questions: int, out: Path | None) -> None:
-    """Compare the files or stock types NAMES with BF16.gguf, in the folder that make_results.py fills."""
+    """Compare the files NAMES (default: all whose row is missing or older) with BF16.gguf, in the folder that make_results.py fills."""
     folder = (out or cache_root() / "results").resolve()
-    mmproj, draft, pictures = folder / "mmproj-BF16.gguf", folder / "divergence.tmp", folder / "photographs"
     try:
-        files = [made(name, folder) for name in ("BF16", *names)]
-        subprocess.run([sys.executable, str(Path(__file__).with_name("photographs.py")), str(pictures)], check=True)
-        scenes = measure(files, mmproj, draft, "--questions", str(questions), "--text", str(ROOT / "README.md"))
-        photographs = measure(files, mmproj, draft, "--data", str(pictures / "photographs.jsonl"))
+        before = json.loads(STORE.read_text(encoding="utf-8")) if STORE.is_file() else {}
+        rows = before["rows"] if before.get("questions") == questions else {}
+        wanted = list(names) or stale(folder, rows)
+        if wanted:
+            rows |= compare(wanted, folder, questions)
         found = {
             "machine": machine(),
-            "date": date.today().isoformat(),
-            "command": f"python tools/make_divergence.py --questions {questions} {' '.join(names)}",
             "questions": questions,
-            "photograph_questions": len((pictures / "photographs.jsonl").read_text().splitlines()) * 3,
-            "text_tokens": scenes[0]["text"]["divergence"]["tokens"],
-            "scenes": scenes,
-            "photographs": photographs,
+            "photograph_questions": len((folder / "photographs" / "photographs.jsonl").read_text().splitlines()) * len(QUESTIONS),
+            "text_tokens": rows[REFERENCE]["scenes"]["text"]["divergence"]["tokens"],
+            "rows": rows,
         }
         STORE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        write_page(render(found))
+        write_page("divergence", render_files(found))
+        write_page("steps", render_steps(found))
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)

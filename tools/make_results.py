@@ -6,7 +6,7 @@
     python tools/make_results.py --questions 306       half of the questions, in half of the time
 
 A finished row is saved at once, so a stopped run goes on where it was; a row that was asked fewer questions than now is made again.
-A new row is a new line in VARIANTS.
+The rows are those of variants.py. The files of its STEPS are made and measured, but not asked: make_divergence.py compares them.
 """
 
 from __future__ import annotations
@@ -27,63 +27,20 @@ from pathlib import Path
 import click
 from mbq_gguf.demo.assemble import assemble
 from mbq_gguf.errors import UserError
-from mbq_gguf.evaluate.exact_match import SHIPPED, Question, Score, exact_match, load_questions, stratified
+from mbq_gguf.evaluate.exact_match import SHIPPED, ExactMatch, Question, Score, exact_match, load_questions, stratified
 from mbq_gguf.formats.gguf_types import import_gguf
 from mbq_gguf.llama_cpp.cache import cache_root
 from mbq_gguf.llama_cpp.locks import termination_as_exit
 from mbq_gguf.llama_cpp.paths import find_program
 from rich.console import Console
+from variants import REFERENCE, THREADS, VARIANTS, Variant
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
 TABLE = ROOT / "docs" / "results" / "quality.json"
 BEGIN, END = "<!-- quality table: tools/make_results.py -->", "<!-- end of quality table -->"
-THREADS = 2
 ENVIRONMENT = dict(os.environ)
-REFERENCE = "BF16"
 MAKERS = ("converter", "ggml_patch", ":(exclude)ggml_patch/src/ggml/src/ggml-cuda")  # the code that the figures depend on
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A row of the table: how its file is made from the reference VLM."""
-
-    name: str
-    program: str  # "convert" (ours, from the Hugging Face directory) or "quantize" (llama-quantize, from the BF16 GGUF)
-    arguments: tuple[str, ...]
-
-    @property
-    def file_name(self) -> str:
-        return re.sub(r"[^A-Za-z0-9_]+", "-", self.name) + ".gguf"
-
-    def command(self, folder: Path, model: Path) -> list[str]:
-        """The command that writes the row's file to ``folder``."""
-        if self.program == "quantize":
-            return ["llama-quantize", str(folder / f"{REFERENCE}.gguf"), str(folder / self.file_name), *self.arguments, str(THREADS)]
-        return ["mbq-gguf", "convert", str(model), str(folder / self.file_name), *self.arguments, "--threads", str(THREADS)]
-
-
-FEW = ("--samples", "64", "--synthetic", "0")  # as in the papers: the set alone
-# The papers' methods alone: what goes beyond them is on by default.
-PLAIN = (*FEW, "--no-clip", "--no-distort", "--refits", "0")
-
-
-def ours(name: str, method: str, rounding: str, *more: str) -> Variant:
-    """A row that our converter makes in MBQ3."""
-    return Variant(f"MBQ3 {name}", "convert", ("--type", "MBQ3", "--method", method, "--rounding", rounding, *more))
-
-
-VARIANTS = (
-    Variant(REFERENCE, "convert", ("--type", "BF16")),
-    *(ours(f"{method} {rounding}", method, rounding, *PLAIN) for rounding in ("nearest", "gptq") for method in ("rtn", "awq", "mbq")),
-    ours("rtn gptq + range search", "rtn", "gptq", *FEW, "--no-distort", "--refits", "0"),
-    *(Variant(name, "convert", ("--type", name)) for name in ("MBQ3S", "MBQ3")),
-    Variant("MBQ3, nothing synthetic", "convert", ("--type", "MBQ3", *FEW)),
-    Variant("MBQ3, mbq", "convert", ("--type", "MBQ3", "--method", "mbq")),
-    Variant("MBQ3, full rotation", "convert", ("--type", "MBQ3", "--rotate", "full")),
-    *(Variant(f"{name} by mbq-gguf", "convert", ("--type", name)) for name in ("Q3_K", "Q4_0")),
-    *(Variant(name, "quantize", (name,)) for name in ("Q4_0", "Q4_K_M", "Q3_K_M")),
-)
 
 
 @dataclass(frozen=True)
@@ -100,7 +57,7 @@ class Row:
     seconds: float  # of processor time to make the file, all threads: wall time says little where other work runs beside it
     peak_bytes: int  # resident memory of the process that made it, at most
     ask_seconds: float
-    scores: dict[str, tuple[int, int]]  # task: right, asked
+    scores: dict[str, tuple[int, int]]  # task: right, asked; none where the server was not asked
     given: list[str]  # the answers, in the order of the questions
 
     @property
@@ -141,24 +98,32 @@ def bits_per_weight(path: Path) -> tuple[float, float]:
 
 
 def make_row(variant: Variant, folder: Path, model: Path, questions: list[Question], console: Console) -> Row:
-    """Make the file, ask the questions. The file and the answers stay in ``folder``."""
+    """Make the file, ask the questions unless it is a step. The file and the answers stay in ``folder``."""
     command, path = variant.command(folder, model), folder / variant.file_name
     console.print(f"[bold]{variant.name}[/]: {shlex.join(command)}", highlight=False, soft_wrap=True)
     shutil.rmtree(folder / f"{path.name}.work", ignore_errors=True)  # a run that was stopped must not shorten this one
     made = run_measured(command, path.with_suffix(".log"))
-    # Waiting threads that spin take the cores from each other when anything else runs: 10.4 s instead of 13.3 s for 17 questions.
-    os.environ["OMP_WAIT_POLICY"] = "passive"
-    own = folder / f"mmproj-{path.name}"  # a rotated language model reads image features in its own basis
-    mmproj = own if own.is_file() else folder / f"mmproj-{REFERENCE}.gguf"
-    result = exact_match(path, mmproj, questions, threads=THREADS, console=console)
-    path.with_suffix(".answers.json").write_text(result.to_json(), encoding="utf-8")
+    scores, given, ask_seconds = {}, [], 0.0
+    if variant.asked:
+        result = ask(path, folder, questions, console)
+        scores = {task: (score.right, score.asked) for task, score in result.tasks.items()}
+        given, ask_seconds = [a.given for a in result.answers], result.seconds
     layers, everything = bits_per_weight(path)
     shown = shlex.join(command).replace(f"{folder}/", "").replace(str(model), "reference-vlm")
     return Row(
         name=variant.name, command=shown, commit=commit(), date=date.today().isoformat(), file_bytes=path.stat().st_size,
-        bits_layers=layers, bits_all=everything, seconds=made.seconds, peak_bytes=made.peak_bytes, ask_seconds=result.seconds,
-        scores={task: (score.right, score.asked) for task, score in result.tasks.items()}, given=[a.given for a in result.answers],
+        bits_layers=layers, bits_all=everything, seconds=made.seconds, peak_bytes=made.peak_bytes, ask_seconds=ask_seconds,
+        scores=scores, given=given,
     )  # fmt: skip
+
+
+def ask(path: Path, folder: Path, questions: list[Question], console: Console) -> ExactMatch:
+    """The answers of ``path`` behind the patched llama-server, also kept beside it."""
+    own = folder / f"mmproj-{path.name}"  # a rotated language model reads image features in its own basis
+    mmproj = own if own.is_file() else folder / f"mmproj-{REFERENCE}.gguf"
+    result = exact_match(path, mmproj, questions, threads=THREADS, console=console)
+    path.with_suffix(".answers.json").write_text(result.to_json(), encoding="utf-8")
+    return result
 
 
 def commit() -> str:
@@ -202,7 +167,7 @@ def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
 
 def render(rows: dict[str, Row]) -> str:
     """The section between the markers: how it was measured, the table, the tasks, the commands."""
-    done = ordered(rows)
+    done = [row for row in ordered(rows) if row.scores]
     reference = rows.get(REFERENCE)
     main = [
         [
@@ -276,15 +241,16 @@ def main(count: int | None, only: tuple[str, ...], again: bool, out: Path | None
     try:
         assemble(model)
         rows = load_rows(TABLE)
-        finished = {name for name, row in rows.items() if row.total.asked >= len(asked) and not again}
+        finished = {v.name for v in VARIANTS if v.name in rows and rows[v.name].total.asked >= len(asked) * v.asked and not again}
         wanted = [v for v in VARIANTS if v.name not in finished and (not only or v.name in only)]
         if not all((folder / name).is_file() for name in (f"{REFERENCE}.gguf", f"mmproj-{REFERENCE}.gguf")):
             run_measured(VARIANTS[0].command(folder, model), folder / f"{REFERENCE}.log")  # every other row needs them
         for variant in wanted:
-            rows[variant.name] = make_row(variant, folder, model, asked, console)
+            row = make_row(variant, folder, model, asked, console)
+            rows = load_rows(TABLE) | {variant.name: row}  # another run may have made others meanwhile
             save_rows(TABLE, rows)
             write_page(rows)
-            console.print(f"  {rows[variant.name].total.share:.3f}", highlight=False)
+            console.print(f"  {row.seconds:.0f} s of processor time" + (f", {row.total.share:.3f}" if row.scores else ""), highlight=False)
     except UserError as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)

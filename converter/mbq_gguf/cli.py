@@ -128,7 +128,7 @@ def inspect(file: Path) -> None:
 )
 @click.option("--rounding", type=click.Choice(["nearest", "gptq"]), default="gptq", show_default=True, help="How weights become codes.")
 @click.option("--calib", type=click.Path(path_type=Path), help="A JSONL of pictures, questions and answers, or a folder of pictures.")
-@click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Calibration samples.")
+@click.option("--samples", type=click.IntRange(min=1), default=96, show_default=True, help="Calibration samples.")
 @click.option(
     "--synthetic",
     type=click.IntRange(min=0),
