@@ -24,7 +24,7 @@ from mbq_gguf.errors import UserError
 from mbq_gguf.evaluate.classes import COLOURS_POSITIONS, DIGITS, WORDS
 from mbq_gguf.llama_cpp.cache import cache_root
 from photographs import QUESTIONS
-from variants import REFERENCE, STEPS, VARIANTS
+from variants import REFERENCE, STEPS, THREADS, VARIANTS
 
 ROOT = Path(__file__).parents[1]
 STORE = ROOT / "docs" / "results" / "divergence.json"
@@ -34,7 +34,7 @@ STOCK = tuple(
 )
 CLASSES = (WORDS, DIGITS, COLOURS_POSITIONS)
 Summary = dict[str, Any]  # of one file on one set of questions
-Pair = dict[str, Summary]  # "scenes" and "photographs" of one file
+Pair = dict[str, Any]  # the summaries of one file on "scenes" and "photographs"
 
 
 def measure(files: list[Path], mmproj: Path, draft: Path, *more: str) -> list[Summary]:
@@ -49,20 +49,26 @@ def measure(files: list[Path], mmproj: Path, draft: Path, *more: str) -> list[Su
     ]
 
 
-def made(name: str, folder: Path) -> Path:
-    """The file called ``name`` in ``folder``, made by llama-quantize where it is missing."""
-    ours = {variant.name: variant.file_name for variant in VARIANTS}
-    path = folder / ours.get(name, f"{name}.gguf")
+def stock(name: str, folder: Path, model: Path, *options: str) -> Path:
+    """The file ``TYPE`` or ``TYPE+imatrix`` that llama-quantize makes of BF16.gguf, made where it is missing."""
+    path = folder / f"{name}.gguf"
     if not path.is_file():
-        if name in ours:
-            raise UserError(f"{path} is missing: make it with `python tools/make_results.py --only '{name}'`")
         kind, _, with_imatrix = name.partition("+")
         matrix = folder / "imatrix.gguf"
         if with_imatrix and not matrix.is_file():
-            run_measured(["mbq-gguf", "imatrix", str(folder / "reference-vlm"), str(matrix)], matrix.with_suffix(".log"))
-        options = ["--imatrix", str(matrix)] if with_imatrix else []
-        run_measured(["llama-quantize", *options, str(folder / f"{REFERENCE}.gguf"), str(path), kind, "2"], path.with_suffix(".log"))
+            run_measured(["mbq-gguf", "imatrix", str(model), str(matrix)], matrix.with_suffix(".log"))
+        options = (*options, "--imatrix", str(matrix)) if with_imatrix else options
+        command = ["llama-quantize", *options, str(folder / f"{REFERENCE}.gguf"), str(path), kind, str(THREADS)]
+        run_measured(command, path.with_suffix(".log"))
     return path
+
+
+def made(name: str, folder: Path) -> Path:
+    """The file called ``name``: one of variants.py, or a stock type."""
+    for variant in VARIANTS:
+        if variant.name == name:
+            return folder / variant.file_name
+    return stock(name, folder, folder / "reference-vlm")
 
 
 def stale(folder: Path, rows: dict[str, Pair]) -> list[str]:
@@ -141,18 +147,14 @@ def write_page(which: str, text: str) -> None:
     PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
-def compare(names: list[str], folder: Path, questions: int) -> dict[str, Pair]:
-    """What ``mbq-gguf eval`` finds of the files called ``names``."""
+def compare(files: dict[str, Path], folder: Path, questions: int) -> dict[str, Pair]:
+    """What ``mbq-gguf eval`` finds of ``files`` by name, and of BF16.gguf in ``folder``, which they are compared with."""
     mmproj, draft, pictures = folder / f"mmproj-{REFERENCE}.gguf", folder / "divergence.tmp", folder / "photographs"
-    files = [made(name, folder) for name in (REFERENCE, *names)]
+    names, paths = [REFERENCE, *files], [folder / f"{REFERENCE}.gguf", *files.values()]
     subprocess.run([sys.executable, str(Path(__file__).with_name("photographs.py")), str(pictures)], check=True)
-    scenes = measure(files, mmproj, draft, "--questions", str(questions), "--text", str(TEXT))
-    photographs = measure(files, mmproj, draft, "--data", str(pictures / "photographs.jsonl"))
-    rows = load_rows(TABLE)
-    return {
-        name: {"made": made_at(rows[name]) if name in rows else [], "date": date.today().isoformat(), "scenes": a, "photographs": b}
-        for name, a, b in zip((REFERENCE, *names), scenes, photographs, strict=True)
-    }
+    scenes = measure(paths, mmproj, draft, "--questions", str(questions), "--text", str(TEXT))
+    photographs = measure(paths, mmproj, draft, "--data", str(pictures / "photographs.jsonl"))
+    return {name: {"scenes": a, "photographs": b} for name, a, b in zip(names, scenes, photographs, strict=True)}
 
 
 @click.command()
@@ -167,7 +169,9 @@ def main(names: tuple[str, ...], questions: int, out: Path | None) -> None:
         rows = before["rows"] if before.get("questions") == questions else {}
         wanted = list(names) or stale(folder, rows)
         if wanted:
-            rows |= compare(wanted, folder, questions)
+            finished = load_rows(TABLE)
+            for name, pair in compare({name: made(name, folder) for name in wanted}, folder, questions).items():
+                rows[name] = pair | {"made": made_at(finished[name]) if name in finished else [], "date": date.today().isoformat()}
         found = {
             "machine": machine(),
             "questions": questions,

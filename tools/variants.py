@@ -63,6 +63,9 @@ STEPS = (
     step("--rotate", "full", type_name="MBQ3S"),
 )
 
+# Of the model that widen.py writes, whose rows of 768 and 1536 take every type.
+WIDE = tuple(Variant(name, "convert", ("--type", name), asked=False) for name in (REFERENCE, "MBQ3", "MBQ3S", "Q3_K", "Q4_0"))
+
 VARIANTS = (
     Variant(REFERENCE, "convert", ("--type", REFERENCE)),
     *(plain(method, rounding) for rounding in ("nearest", "gptq") for method in ("rtn", "awq", "mbq")),

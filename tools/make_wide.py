@@ -1,0 +1,105 @@
+"""Remake the table of docs/results.md on a model whose every row all types can take: the reference VLM widened by widen.py.
+
+    python tools/make_results.py --only BF16   # assembles the reference VLM
+    python tools/make_wide.py
+
+A file that is there is not made again, a row that is finished not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import click
+from make_divergence import FIGURES, ROOT, Pair, compare, figures, stock, write_page
+from make_results import commit, machine, run_measured, table
+from mbq_gguf.errors import UserError
+from mbq_gguf.llama_cpp.cache import cache_root
+from variants import REFERENCE, WIDE, Variant
+
+STORE = ROOT / "docs" / "results" / "wide.json"
+STOCK = tuple(f"{kind}{how}" for kind in ("Q3_K_S", "IQ3_S", "IQ4_XS", "Q4_0", "Q4_K_S") for how in ("", "+imatrix"))
+# As in our files, so that only the layers differ.
+ENDS = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
+
+
+@dataclass(frozen=True)
+class Making:
+    """How a file of ours was made."""
+
+    command: str
+    commit: str
+    date: str
+    seconds: float  # of processor time
+    peak_bytes: int
+
+
+def make(variant: Variant, folder: Path, model: Path) -> None:
+    """Make the file of ``variant`` where it is missing, and write down how."""
+    path = folder / variant.file_name
+    if path.is_file():
+        return
+    command = variant.command(folder, model)
+    click.echo(shlex.join(command))
+    found = run_measured(command, path.with_suffix(".log"))
+    shown = shlex.join(command).replace(f"{folder}/", "").replace(str(model), model.name)
+    making = Making(shown, commit(), date.today().isoformat(), found.seconds, found.peak_bytes)
+    path.with_suffix(".making.json").write_text(json.dumps(asdict(making)), encoding="utf-8")
+
+
+def line(name: str, pair: Pair) -> list[str]:
+    """A line of the table."""
+    making = pair.get("making")
+    made = [f"{making['seconds']:.0f}", f"{making['peak_bytes'] / 1e9:.2f}"] if making else ["", ""]
+    return [name, f"{pair['scenes']['file_bytes'] / 1e6:.1f}", *figures(pair), *made]
+
+
+def render(rows: dict[str, Pair], questions: int) -> str:
+    """The section between the markers."""
+    order = [name for name in (*(variant.name for variant in WIDE), *STOCK) if name in rows]
+    return "\n".join(
+        [
+            f"Measured on {machine()}, with `python tools/make_wide.py`: {questions} questions about scenes, the photographs",
+            "and the text of the tables above. `+imatrix` is llama-quantize with the matrix of `mbq-gguf imatrix`; embeddings and output head Q8_0 in all.",
+            "",
+            table(["file", "MB", *FIGURES, "CPU seconds", "peak GB"], [line(name, rows[name]) for name in order]),
+        ]
+    )
+
+
+@click.command()
+@click.option("--questions", type=click.IntRange(min=1), default=204, show_default=True, help="Questions about scenes, all tasks alike.")
+@click.option("--only", multiple=True, type=click.Choice([v.name for v in WIDE]), help="Make this file, compare nothing.")
+def main(questions: int, only: tuple[str, ...]) -> None:
+    """Widen the reference VLM, convert it every way, compare the files with BF16."""
+    folder = cache_root() / "wide"
+    model, reference = folder / "wide-vlm", cache_root() / "results" / "reference-vlm"
+    try:
+        if not model.is_dir():
+            subprocess.run([sys.executable, str(Path(__file__).with_name("widen.py")), str(reference), str(model)], check=True)
+        for variant in WIDE:
+            if not only or variant.name in only:
+                make(variant, folder, model)
+        if only:
+            return
+        rows: dict[str, Pair] = json.loads(STORE.read_text(encoding="utf-8")) if STORE.is_file() else {}
+        files = {variant.name: folder / variant.file_name for variant in WIDE if variant.name != REFERENCE}
+        files |= {name: stock(name, folder, model, *ENDS) for name in STOCK}
+        for name, pair in compare({name: path for name, path in files.items() if name not in rows}, folder, questions).items():
+            making = (folder / name).with_suffix(".making.json")
+            rows[name] = pair | ({"making": json.loads(making.read_text(encoding="utf-8"))} if making.is_file() else {})
+        STORE.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_page("wide", render(rows, questions))
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
