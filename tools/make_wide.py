@@ -65,8 +65,9 @@ def render(rows: dict[str, Pair], questions: int) -> str:
     order = [name for name in (*(variant.name for variant in WIDE), *STOCK) if name in rows]
     return "\n".join(
         [
-            f"Measured on {machine()}, with `python tools/make_wide.py`: {questions} questions about scenes, the photographs",
-            "and the text of the tables above. `+imatrix` is llama-quantize with the matrix of `mbq-gguf imatrix`; embeddings and output head Q8_0 in all.",
+            f"Measured on {machine()}, with `python tools/make_wide.py`: {questions} questions about scenes, the photographs and the",
+            "text of the tables above. `+imatrix` is llama-quantize with the matrix of `mbq-gguf imatrix`; embeddings and output head are",
+            "Q8_0 in all.",
             "",
             table(["file", "MB", *FIGURES, "CPU seconds", "peak GB"], [line(name, rows[name]) for name in order]),
         ]
