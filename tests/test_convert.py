@@ -57,9 +57,9 @@ def test_linears_are_the_containers_own_rounding(rtn: tuple[ConvertReport, str],
     header, content = read_header(report.out), report.out.read_bytes()
     weights = load_file(tiny_dir / "model.safetensors")
     for name, source, kind in (
-        ("blk.0.attn_q.weight", "self_attn.q_proj", "MBQ3"),
-        ("blk.0.ffn_up.weight", "mlp.up_proj", "MBQ3"),
-        ("blk.0.ffn_down.weight", "mlp.down_proj", "MBQ3_64"),  # rows of 192 = 3 x 64
+        ("blk.0.attn_q.weight", "self_attn.q_proj", "MBQ3S"),
+        ("blk.0.ffn_up.weight", "mlp.up_proj", "MBQ3S"),
+        ("blk.0.ffn_down.weight", "mlp.down_proj", "MBQ3S_64"),  # rows of 192 = 3 x 64
     ):
         entry = next(tensor for tensor in header.tensors if tensor.name == name)
         assert entry.type_name == kind
@@ -69,20 +69,20 @@ def test_linears_are_the_containers_own_rounding(rtn: tuple[ConvertReport, str],
 
 def test_metadata_say_how_it_was_made(rtn: tuple[ConvertReport, str]) -> None:
     found = read_header(rtn[0].out).metadata
-    expected = {"mbq.version": 1, "mbq.type": "MBQ3", "mbq.method": "rtn", "mbq.rounding": "nearest", "mbq.calibration.samples": 0}
+    expected = {"mbq.version": 1, "mbq.type": "MBQ3S", "mbq.method": "rtn", "mbq.rounding": "nearest", "mbq.calibration.samples": 0}
     assert {key: found[key] for key in expected} == expected
-    assert found["general.file_type"] == 120
+    assert found["general.file_type"] == 122
     assert "mbq.calibration.fingerprint" not in found
 
 
 def test_report_lists_sizes_and_fallbacks(rtn: tuple[ConvertReport, str]) -> None:
     report, text = rtn
-    assert "note: 3 tensors with rows of 192 weights: stored as MBQ3_64, since no block of MBQ3 fits" in text
+    assert "note: 3 tensors with rows of 192 weights: stored as MBQ3S_64, since no block of MBQ3S fits" in text
     assert report.size_after == sum(path.stat().st_size for path in report.out.parent.iterdir())
     assert f"{megabytes(report.size_before)} before, {megabytes(report.size_after)} after" in text
     rows = [line.split() for line in text.splitlines()]
-    assert ["MBQ3", "18", "294,912", "119.8", "kB", "3.250"] in rows
-    assert ["MBQ3_64", "3", "73,728", "32.3", "kB", "3.500"] in rows
+    assert ["MBQ3S", "18", "294,912", "119.8", "kB", "3.250"] in rows
+    assert ["MBQ3S_64", "3", "73,728", "32.3", "kB", "3.500"] in rows
     assert "drawn scenes" not in text  # nothing was calibrated
 
 

@@ -24,7 +24,7 @@ from mbq_gguf.llama_cpp.cache import cache_root
 from variants import REFERENCE, WIDE, Variant
 
 STORE = ROOT / "docs" / "results" / "wide.json"
-STOCK = tuple(f"{kind}{how}" for kind in ("Q3_K_S", "IQ3_S", "IQ4_XS", "Q4_0", "Q4_K_S") for how in ("", "+imatrix"))
+STOCK = ("Q3_K_S", "Q3_K_S+imatrix", "IQ3_S+imatrix", "IQ4_XS+imatrix", "Q4_0", "Q4_0+imatrix", "Q4_K_S+imatrix")
 # As in our files, so that only the layers differ.
 ENDS = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
 

@@ -110,7 +110,7 @@ def inspect(file: Path) -> None:
 @click.option(
     "--type",
     "type_",
-    default="MBQ3",
+    default="MBQ3S",
     show_default=True,
     help="MBQ3S (small groups) or MBQ3 (the papers' grid), 3.25 to 3.5 bits; a stock ggml type such as Q4_0; BF16 or F16.",
 )

@@ -49,7 +49,7 @@ class ConvertOptions:
 
     model_dir: Path
     out: Path
-    type: str = "MBQ3"
+    type: str = "MBQ3S"
     target_bpw: float | None = None  # a container for each tensor instead of type, to this many bits a weight of the decoder's matrices
     method: Method = QuantiseSettings.method
     rounding: Rounding = QuantiseSettings.rounding

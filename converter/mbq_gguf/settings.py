@@ -16,7 +16,7 @@ Rounding = Literal["nearest", "gptq"]
 class QuantiseSettings:
     """The defaults are the combination that scores best (docs/results.md)."""
 
-    container: str = "MBQ3"
+    container: str = "MBQ3S"
     synthetic: int = 80  # texts that the model writes itself beside the samples, and half as many pictures of nothing
     target_bpw: float | None = None  # one container a tensor instead, chosen to meet this size (bits a weight)
     method: Method = "rtn"  # equalisation of channels beforehand

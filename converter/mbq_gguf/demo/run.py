@@ -47,7 +47,7 @@ def run_demo(console: Console, directory: Path) -> None:
     console.print(model, highlight=False, soft_wrap=True)
     console.rule("3 of 4: to GGUF")
     before = converted(model, directory / "reference-vlm-BF16.gguf", "BF16", console)
-    after = converted(model, directory / "reference-vlm-MBQ3.gguf", "MBQ3", console)
+    after = converted(model, directory / f"reference-vlm-{ConvertOptions.type}.gguf", ConvertOptions.type, console)
     console.rule("4 of 4: questions about pictures, through the OpenAI-compatible API")
     console.print(answers(after, demo_questions(), console))
     console.print(sizes(model, before, after))
