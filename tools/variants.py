@@ -64,7 +64,7 @@ STEPS = (
 )
 
 # Of the model that widen.py writes, whose rows of 768 and 1536 take every type.
-WIDE = tuple(Variant(name, "convert", ("--type", name), asked=False) for name in (REFERENCE, "MBQ3", "MBQ3S", "Q3_K"))
+WIDE = tuple(Variant(name, "convert", ("--type", name), asked=False) for name in (REFERENCE, "MBQ3", "Q3_K"))
 
 VARIANTS = (
     Variant(REFERENCE, "convert", ("--type", REFERENCE)),
