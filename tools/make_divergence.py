@@ -137,9 +137,9 @@ def render_steps(found: Summary) -> str:
     return table(["`mbq-gguf convert reference-vlm out.gguf` with", *FIGURES, "CPU seconds", "peak GB", "commit"], lines)
 
 
-def write_page(which: str, text: str) -> None:
+def write_page(which: str, text: str, tool: str = "make_divergence") -> None:
     """Put ``text`` between the markers of docs/results.md; raises UserError where they are missing."""
-    marks = BEGIN.replace("quality", which).replace("make_results", "make_divergence"), END.replace("quality", which)
+    marks = BEGIN.replace("quality", which).replace("make_results", tool), END.replace("quality", which)
     before, begin, rest = PAGE.read_text(encoding="utf-8").partition(marks[0])
     _, end, after = rest.partition(marks[1])
     if not begin or not end:

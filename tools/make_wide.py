@@ -57,7 +57,8 @@ def line(name: str, pair: Pair) -> list[str]:
     """A line of the table."""
     making = pair.get("making")
     made = [f"{making['seconds']:.0f}", f"{making['peak_bytes'] / 1e9:.2f}"] if making else ["", ""]
-    return [name, f"{pair['scenes']['file_bytes'] / 1e6:.1f}", *figures(pair), *made]
+    shown = f"{name} by mbq-gguf" if making and name != REFERENCE else name
+    return [shown, f"{pair['scenes']['file_bytes'] / 1e6:.1f}", *figures(pair), *made]
 
 
 def render(rows: dict[str, Pair], questions: int) -> str:
@@ -75,7 +76,7 @@ def render(rows: dict[str, Pair], questions: int) -> str:
 
 
 @click.command()
-@click.option("--questions", type=click.IntRange(min=1), default=204, show_default=True, help="Questions about scenes, all tasks alike.")
+@click.option("--questions", type=click.IntRange(min=1), default=102, show_default=True, help="Questions about scenes, all tasks alike.")
 @click.option("--only", multiple=True, type=click.Choice([v.name for v in WIDE]), help="Make this file, compare nothing.")
 def main(questions: int, only: tuple[str, ...]) -> None:
     """Widen the reference VLM, convert it every way, compare the files with BF16."""
@@ -92,11 +93,12 @@ def main(questions: int, only: tuple[str, ...]) -> None:
         rows: dict[str, Pair] = json.loads(STORE.read_text(encoding="utf-8")) if STORE.is_file() else {}
         files = {variant.name: folder / variant.file_name for variant in WIDE if variant.name != REFERENCE}
         files |= {name: stock(name, folder, model, *ENDS) for name in STOCK}
-        for name, pair in compare({name: path for name, path in files.items() if name not in rows}, folder, questions).items():
+        missing = {name: path for name, path in files.items() if name not in rows}
+        for name, pair in (compare(missing, folder, questions) if missing else {}).items():
             making = (folder / name).with_suffix(".making.json")
             rows[name] = pair | ({"making": json.loads(making.read_text(encoding="utf-8"))} if making.is_file() else {})
         STORE.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        write_page("wide", render(rows, questions))
+        write_page("wide", render(rows, questions), "make_wide")
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
