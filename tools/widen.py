@@ -19,9 +19,8 @@ import click
 import torch
 from safetensors.torch import load_file, save_file
 
-THREE_TO_FOUR = (
-    torch.tensor([[1, 1, 1], [1, -1, 1], [1, 1, -1], [1, -1, -1]], dtype=torch.float64) / 2
-)  # three columns of a Hadamard matrix
+# Three columns of a Hadamard matrix.
+THREE_TO_FOUR = torch.tensor([[1, 1, 1], [1, -1, 1], [1, 1, -1], [1, -1, -1]], dtype=torch.float64) / 2
 SHARE = 3 / 4  # of the mean of squares that is left when a quarter of the channels is new
 Tensors = dict[str, torch.Tensor]
 

@@ -2,7 +2,7 @@
 
 Where MBQ3 keeps an fp16 scale and an fp16 minimum for a block, these keep one 16-bit head for each half of it: the scale d in the upper ten
 bits (an fp16 number without its sign and its five lowest bits), in the lower six the zero point z in eighths of a step. Weight i is
-d * (code(i) - z / 8). At the same size the reference VLM loses a sixth less on text than with MBQ3 and MBQ3_64 (docs/results.md).
+d * (code(i) - z / 8). At the same size the reference VLM loses a fifth less on text than with MBQ3 and MBQ3_64 (docs/results.md).
 """
 
 from __future__ import annotations
