@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
+import bench_cpu
 import pytest
 from click.testing import CliRunner
-
-TOOL = Path(__file__).parents[2] / "tools" / "bench_cpu.py"
-SPEC = importlib.util.spec_from_file_location("bench_cpu", TOOL)
-assert SPEC is not None
-assert SPEC.loader is not None
-bench_cpu = importlib.util.module_from_spec(SPEC)
-sys.modules["bench_cpu"] = bench_cpu
-SPEC.loader.exec_module(bench_cpu)
 
 
 def test_one_round(built_llama: Path, tmp_path: Path) -> None:

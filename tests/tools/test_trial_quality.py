@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
+import trial_quality as trial
 from click.testing import CliRunner
 from mbq_gguf.calibration.dataset import SHIPPED
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.transforms.rotation import draw, rotate_layer
-
-TOOL = Path(__file__).parents[2] / "tools" / "trial_quality.py"
-SPEC = importlib.util.spec_from_file_location("trial_quality", TOOL)
-assert SPEC is not None
-assert SPEC.loader is not None
-trial = importlib.util.module_from_spec(SPEC)
-sys.modules["trial_quality"] = trial
-SPEC.loader.exec_module(trial)
 
 
 def test_variants_are_settings() -> None:

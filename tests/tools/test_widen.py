@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import torch
+import widen
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-TOOL = Path(__file__).parents[2] / "tools" / "widen.py"
-SPEC = importlib.util.spec_from_file_location("widen", TOOL)
-assert SPEC is not None
-assert SPEC.loader is not None
-widen = importlib.util.module_from_spec(SPEC)
-sys.modules["widen"] = widen
-SPEC.loader.exec_module(widen)
 
 TEXT = {
     "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 3,
