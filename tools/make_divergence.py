@@ -118,9 +118,11 @@ def render_files(found: Summary) -> str:
     steps = {variant.name for variant in STEPS}
     order = [variant.name for variant in VARIANTS if variant.program == "convert"] + list(STOCK)
     lines = [file_line(name, found["rows"][name]) for name in order if name in found["rows"] and name not in steps]
+    dates = ", ".join(sorted({row["date"] for row in found["rows"].values()}))
     return "\n".join(
         [
-            f"Measured on {found['machine']}, with `python tools/make_divergence.py`: {found['questions']} questions about scenes,",
+            f"Measured on {found['machine']}, {dates}, with `python tools/make_divergence.py`:",
+            f"{found['questions']} questions about scenes,",
             f"{found['photograph_questions']} about photographs, {found['text_tokens']} tokens of text. KL divergence from BF16 in nats, "
             "mean ± standard error over answer tokens.",
             "",

@@ -190,7 +190,7 @@ def render(rows: dict[str, Row]) -> str:
     by_task = [[task, *(f"{row.scores[task][0]}/{row.scores[task][1]}" for row in done)] for task in tasks]
     commands = [[row.name, f"`{row.command}`", row.commit, row.date] for row in done]
     parts = [
-        f"Measured on {machine()}, with `python tools/make_results.py`:",
+        f"Measured on {machine()}, with `python tools/make_results.py --questions {min(row.total.asked for row in done)}`:",
         f"Questions, the same number of every task, through the patched `llama-server`, {THREADS} threads, one at a time.",
         "± is the binomial standard error. The vision tower is F16 in every row (20 MB, not counted in MB).",
         "",

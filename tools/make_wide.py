@@ -15,6 +15,7 @@ import sys
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import click
 from make_divergence import FIGURES, ROOT, Pair, compare, figures, stock, write_page
@@ -61,14 +62,15 @@ def line(name: str, pair: Pair) -> list[str]:
     return [shown, f"{pair['scenes']['file_bytes'] / 1e6:.1f}", *figures(pair), *made]
 
 
-def render(rows: dict[str, Pair], questions: int) -> str:
+def render(found: dict[str, Any]) -> str:
     """The section between the markers."""
+    rows = found["rows"]
     order = [name for name in (*(variant.name for variant in WIDE), *STOCK) if name in rows]
     return "\n".join(
         [
-            f"Measured on {machine()}, with `python tools/make_wide.py`: {questions} questions about scenes, the photographs and the",
-            "text of the tables above. `+imatrix` is llama-quantize with the matrix of `mbq-gguf imatrix`; embeddings and output head are",
-            "Q8_0 in all.",
+            f"Measured on {found['machine']}, {found['date']}, with `python tools/make_wide.py`:",
+            f"{found['questions']} questions about scenes, the photographs and the text of the tables above. `+imatrix` is llama-quantize",
+            "with the matrix of `mbq-gguf imatrix`; embeddings and output head are Q8_0 in all.",
             "",
             table(["file", "MB", *FIGURES, "CPU seconds", "peak GB"], [line(name, rows[name]) for name in order]),
         ]
@@ -90,15 +92,18 @@ def main(questions: int, only: tuple[str, ...]) -> None:
                 make(variant, folder, model)
         if only:
             return
-        rows: dict[str, Pair] = json.loads(STORE.read_text(encoding="utf-8")) if STORE.is_file() else {}
+        found = json.loads(STORE.read_text(encoding="utf-8")) if STORE.is_file() else {}
+        rows: dict[str, Pair] = found["rows"] if found.get("questions") == questions else {}
         files = {variant.name: folder / variant.file_name for variant in WIDE if variant.name != REFERENCE}
         files |= {name: stock(name, folder, model, *ENDS) for name in STOCK}
         missing = {name: path for name, path in files.items() if name not in rows}
-        for name, pair in (compare(missing, folder, questions) if missing else {}).items():
-            making = (folder / name).with_suffix(".making.json")
-            rows[name] = pair | ({"making": json.loads(making.read_text(encoding="utf-8"))} if making.is_file() else {})
-        STORE.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        write_page("wide", render(rows, questions), "make_wide")
+        if missing:
+            for name, pair in compare(missing, folder, questions).items():
+                making = (folder / name).with_suffix(".making.json")
+                rows[name] = pair | ({"making": json.loads(making.read_text(encoding="utf-8"))} if making.is_file() else {})
+            found = {"machine": machine(), "date": date.today().isoformat(), "questions": questions, "rows": rows}
+            STORE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_page("wide", render(found), "make_wide")
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
