@@ -16,7 +16,7 @@ int main(int argc, char ** argv) {
         args.row_tiles    = (args.row_tiles + plan.blocks - 1)/plan.blocks;
         args.column_tiles = (args.column_tiles + plan.blocks - 1)/plan.blocks;
         args.shared       = plan.shared;
-        printf("plan %d %d %d\n", plan.blocks, plan.shares, plan.shared);
+        printf("plan %d %d %d %d %d\n", plan.blocks, plan.shares, plan.shared, plan.converters, plan.early);
         for (int share = 0; share < plan.shares; ++share) {
             for (mbq_gemm_work work(args, share, plan.shares); work.next(args, plan.shares); ) {
                 printf("%d %d %u %u\n", share, work.tile, work.first, work.last);

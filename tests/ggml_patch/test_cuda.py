@@ -84,7 +84,7 @@ def shares(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def parts(shares: Path, *case: int) -> tuple[list[int], list[list[int]]]:
-    """The plan (blocks of a cluster, shares, shared tiles), and each part: share, tile, first step, last step + 1."""
+    """The plan (mbq_gemm_plan: blocks, shares, shared, converters, early), and each part: share, tile, first step, last step + 1."""
     lines = subprocess.run([shares, *map(str, case)], capture_output=True, text=True, check=True).stdout.splitlines()
     return [int(word) for word in lines[0].split()[1:]], [[int(word) for word in line.split()] for line in lines[1:]]
 
@@ -93,8 +93,10 @@ def parts(shares: Path, *case: int) -> tuple[list[int], list[list[int]]]:
 @given(st.integers(1, 260), st.integers(1, 16), st.integers(1, 240), st.sampled_from([4, 66, 114, 132]))
 def test_shares_cover_every_tile_once(shares: Path, rows: int, columns: int, steps: int, multiprocessors: int) -> None:
     """Each step of each tile belongs to one part; only a share's first part may begin within a tile, for those sums are left early."""
-    (blocks, count, _), found = parts(shares, rows, columns, 128 * steps, multiprocessors)
-    assert 1 <= count <= multiprocessors // blocks
+    (blocks, count, _, converters, early), found = parts(shares, rows, columns, 128 * steps, multiprocessors)
+    assert 1 <= count <= (multiprocessors - converters) // blocks
+    assert converters % blocks == 0
+    assert 0 < early < 2 * steps if converters else early == 2 * steps
     tiles = -(-rows // blocks) * -(-columns // blocks)
     covered = sorted((tile, first, last) for _, tile, first, last in found)
     expected = 0
@@ -113,9 +115,10 @@ def test_shares_cover_every_tile_once(shares: Path, rows: int, columns: int, ste
 @pytest.mark.parametrize(
     ("shape", "plan"),
     [
-        ((32, 4, 14336), (1, 128, 0)),  # 4096 x 14336 by 512: 103.5 us, 105 in 132 shares
-        ((64, 4, 29568), (2, 64, 0)),  # 8192 x 29568: 360 us, 411 in 66 shares
-        ((12, 4, 8960), (1, 132, 48)),  # 1536 x 8960: 41 us, 46.5 with 96 multiprocessors at work
+        ((32, 4, 14336), (2, 64, 32, 4, 151)),  # 4096 x 14336 by 512: 97 us, 102 without converters, 110 in 128 tiles of 128 columns
+        ((28, 4, 18944), (1, 112, 0, 20, 16)),  # 3584 x 18944: 120 us, 137 in 132 shares, 124 in 66 clusters
+        ((64, 4, 29568), (2, 64, 0, 4, 112)),  # 8192 x 29568: 337 us, 364 without converters
+        ((12, 4, 8960), (1, 132, 48, 0, 140)),  # 1536 x 8960: 40 us, 47 in 66 clusters
     ],
 )
 def test_measured_plans(shares: Path, shape: tuple[int, int, int], plan: tuple[int, int, int]) -> None:

@@ -5,56 +5,23 @@
 //   block: 128 rows, N = 128 or 256 columns: twice the columns take half the dequantising, but leave half as many units. With 256, two
 //   blocks with the same columns are a cluster, of which each copies one half of the columns for both: else reading L2 would be the limit.
 //     warps 0 to 7:  two groups of 64 rows; each dequantises 64 weights of its rows while the tensor cores multiply the 64 before
-//     warps 8 to 11: copies. Weights: ring of 2 stages, 128 rows times 512 weights; columns: ring of 10 or 5 stages, N columns times 64 halves
+//     warps 8 to 10: copies of weights, ring of 2 stages, 128 rows times 512 weights. Two are enough for 256 columns.
+//     warp 11:       copies of columns, ring of 10 or 5 stages, N columns times 64 halves. A warp of its own: where it copied weights too, the
+//                    ring ran dry now and then (29568 x 8192 by 512: 413 us, 376 since).
+//
+// Blocks without rows, where some are left, make fp16 of the activations while the others multiply: 133 and 120 us at 3584 x 18944 by 512.
 //
 // The order of the products in a sum is free. In a group of 16 weights lane t of the A operand wants slots 2t, 2t + 1 and 2t + 8, 2t + 9;
-// it gets bytes 0, 2 and 1, 3 of a word: even weights first, odd ones behind. mbq_halves writes activations in that order, in tiles that
-// one bulk copy moves to shared memory as they are, with the 16-byte words of a column in wgmma's 128-byte swizzle.
+// it gets bytes 0, 2 and 1, 3 of a word: even weights first, odd ones behind. mbq-halves.cuh writes activations in that order.
 
-#include "mbq-shares.cuh"
-#include "mbq-wgmma.cuh"
+#include "mbq-halves.cuh"
 
 static constexpr int MBQ_GEMM_ROWS    = 128; // of a block
-static constexpr int MBQ_GEMM_COLUMNS = 128; // of a tile: a block takes one or two
-static constexpr int MBQ_GEMM_CHUNK   = 64;  // activations of a column in a stage: 128 bytes, the span of the swizzle
 static constexpr int MBQ_GEMM_STAGES  = 10;  // of a tile; 8 are equal with 128 columns, 4 % slower with 256
-static constexpr int MBQ_GEMM_THREADS = 384;
 static constexpr int MBQ_GEMM_ROW     = 240; // bytes of a row in a stage: see mbq_stage_row
 
 static constexpr int MBQ_GEMM_TILE_BYTES = MBQ_GEMM_COLUMNS*MBQ_GEMM_CHUNK*2;
 static constexpr int MBQ_GEMM_SHARED     = 1024 + MBQ_GEMM_STAGES*MBQ_GEMM_TILE_BYTES + 2*MBQ_GEMM_ROWS*MBQ_GEMM_ROW;
-
-// Activations as fp16 tiles [column tile][chunk][column][chunk of 8 halves, swizzled]. Block: 64 columns. Grid: (chunks, 2*column tiles).
-// They are read once (.cs), so that the tiles stay in the L2 cache. Lanes of a pair swap, so that each has two halves of 4 even or odd ones.
-static __global__ void __launch_bounds__(256) mbq_halves(const float * x, half * tiles, const int columns, const int64_t x_column, const int aligned,
-        int * done, const int n_done) {
-    ggml_cuda_pdl_lc();
-    const int i = threadIdx.x % 16; // of the 4s of a chunk
-    x += blockIdx.x*MBQ_GEMM_CHUNK + i*4;
-    int2 * to = (int2 *) tiles + ((int64_t) blockIdx.y/2*gridDim.x + blockIdx.x)*MBQ_GEMM_COLUMNS*16 + i/2%2;
-    ggml_cuda_pdl_sync();
-    for (int j = threadIdx.x; j < n_done && blockIdx.x == 0 && blockIdx.y == 0; j += 256) {
-        done[j] = 0;
-    }
-    float4 v[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        const int column = blockIdx.y*64 + j*16 + threadIdx.x/16;
-        const float * from = x + column*x_column;
-        v[j] = column >= columns ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : aligned ? __ldcs((const float4 *) from) :
-            make_float4(from[0], from[1], from[2], from[3]);
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        const int column = (blockIdx.y*64 + j*16 + threadIdx.x/16) % MBQ_GEMM_COLUMNS;
-        const half2 even = __floats2half2_rn(v[j].x, v[j].z);
-        const half2 odd  = __floats2half2_rn(v[j].y, v[j].w);
-        const half2 kept = i % 2 ? odd : even;
-        const half2 got  = __shfl_xor_sync(0xFFFFFFFF, i % 2 ? even : odd, 1);
-        const half2 h[2] = { i % 2 ? got : kept, i % 2 ? kept : got };
-        to[column*16 + ((i/4*2 + i%2) ^ (column % 8))*2] = *(const int2 *) h;
-    }
-}
 
 #if defined(MBQ_USE_TMA) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER)
 #define MBQ_CLUSTER(blocks) __cluster_dims__(blocks, 1, 1)
@@ -73,7 +40,78 @@ template <int stages> struct mbq_ring {
     }
 };
 
-// dst = w * x for x of mbq_halves
+#ifdef MBQ_WGMMA
+
+// Columns of a share's work into a block's ring, by one warp
+template <int N>
+static __device__ __forceinline__ void mbq_copy_columns(const mbq_gemm_args & args, const int share, const int shares, const int rank,
+        const int lane, const uint32_t x_tiles, const uint32_t full_x, const uint32_t empty_x) {
+    constexpr int TILES = N/MBQ_GEMM_COLUMNS;
+    ggml_cuda_pdl_sync();
+    const int chunks = args.k/MBQ_GEMM_CHUNK;
+    mbq_ring<MBQ_GEMM_STAGES/TILES> ring;
+    for (mbq_gemm_work work(args, share, shares); work.next(args, shares);) {
+        const int column_tile = work.tile % args.column_tiles*TILES;
+        const int tiles = min((args.columns + MBQ_GEMM_COLUMNS - 1)/MBQ_GEMM_COLUMNS - column_tile, TILES);
+        int known = args.early; // chunks before it are there
+        for (int chunk = 2*work.first; chunk < 2*(int) work.last; ++chunk, ring.next()) {
+            if (chunk >= known && rank < tiles) {
+                const int * count = args.ready + (column_tile + rank)*chunks + chunk;
+                known = chunk + mbq_await_counts(count, chunks - chunk, MBQ_GEMM_COLUMNS/MBQ_GEMM_UNIT);
+            }
+            if (lane == 0) {
+                const char *   from = (const char *) args.tiles + ((int64_t) (column_tile + rank)*chunks + chunk)*MBQ_GEMM_TILE_BYTES;
+                const uint32_t to   = x_tiles + ring.stage*(TILES*MBQ_GEMM_TILE_BYTES) + rank*MBQ_GEMM_TILE_BYTES;
+                const uint32_t full = full_x + ring.stage*8;
+                mbq_barrier_wait(empty_x + ring.stage*8, ring.phase ^ 1);
+                mbq_barrier_expect(full, tiles*MBQ_GEMM_TILE_BYTES, true);
+                if constexpr (TILES == 1) {
+                    mbq_bulk_copy(to, from, MBQ_GEMM_TILE_BYTES, full);
+                } else if (rank < tiles) {
+                    mbq_multicast(to, from, MBQ_GEMM_TILE_BYTES, full, (1 << TILES) - 1);
+                }
+            }
+        }
+    }
+}
+
+template <int N> static constexpr int mbq_weight_warps = N == 128 ? 3 : 2; // that copy weights
+
+// Weights of a share's work into a block's ring, by warps from 8 on: 16 rows in turn
+template <typename L, int N>
+static __device__ __forceinline__ void mbq_copy_weights(const mbq_gemm_args & args, const int share, const int shares, const int rank,
+        const int warp, const int lane, char * w_tiles, const uint32_t full_w, const uint32_t empty_w) {
+    constexpr int TILES = N/MBQ_GEMM_COLUMNS;
+    constexpr int turns = (MBQ_GEMM_ROWS/16 + mbq_weight_warps<N> - 1)/mbq_weight_warps<N>;
+    mbq_ring<2> ring;
+    for (mbq_gemm_work work(args, share, shares); work.next(args, shares);) {
+        const int row_tile  = work.tile / args.column_tiles*TILES + rank;
+        const int row_first = row_tile*MBQ_GEMM_ROWS + (warp - 8)*16 + lane/16;
+        for (int piece = work.first/4; piece*4 < (int) work.last; ++piece, ring.next()) {
+            const int n = min(args.k - piece*MBQ_PIECE, MBQ_PIECE);
+            mbq_barrier_wait(empty_w + ring.stage*8, ring.phase ^ 1);
+            char * stage = w_tiles + (ring.stage*MBQ_GEMM_ROWS + (warp - 8)*16 + lane/16*8)*MBQ_GEMM_ROW + lane%16*16;
+#pragma unroll (N == 128 ? 24 : 4) // more would take more registers than the copying warps have
+            for (int i = 0; i < 8*turns; ++i) {
+                const int skip = i/8*mbq_weight_warps<N>*16;
+                if (warp - 8 + skip/16 >= MBQ_GEMM_ROWS/16) {
+                    break;
+                }
+                // rows 2i and 2i + 1 become rows i and i + 8 of the A operand: results are stored two by two
+                const char * row  = args.w + (int64_t) min(row_first + skip + i%8*2, args.rows - 1)*args.row_bytes;
+                const int   shift = (int) (uintptr_t) row & 15;
+                if (lane%16*16 < n/L::QK*(4*L::block_words) + shift) {
+                    mbq_copy_16(stage + (skip + i%8)*MBQ_GEMM_ROW, row - shift + piece*L::piece_bytes + lane%16*16);
+                }
+            }
+            asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" : : "r"(full_w + ring.stage*8) : "memory");
+        }
+    }
+}
+
+#endif // MBQ_WGMMA
+
+// dst = w * x
 template <typename L, int N>
 static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_gemm(const mbq_gemm_args args) {
 #ifdef MBQ_WGMMA
@@ -83,12 +121,16 @@ static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEM
     extern __shared__ char mbq_gemm_shared[];
     __shared__ uint64_t mbq_barriers[2*S + 4]; // its size tells the host that this is the code for sm_90a
     ggml_cuda_pdl_lc();
+    if (blockIdx.x < args.converters) { // the first blocks: others wait for them
+        mbq_convert(args);
+        return;
+    }
 
     const int rank = TILES == 1 ? 0 : blockIdx.x % TILES; // in the cluster
     const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0); // so that the compiler knows what all lanes have in common
     const int lane = threadIdx.x % 32;
-    const int shares = gridDim.x/TILES;
-    const int share  = shares - 1 - blockIdx.x/TILES; // waits for higher shares only, which are lower blocks and so run already
+    const int shares = (gridDim.x - args.converters)/TILES;
+    const int share  = gridDim.x/TILES - 1 - blockIdx.x/TILES; // waits for higher shares only, which are lower blocks and so run already
 
     uint32_t x_tiles; // volatile: kept, not computed again and again
     asm volatile("add.u32 %0, %1, 1023;\nand.b32 %0, %0, 0xFFFFFC00;" : "=r"(x_tiles) : "r"((uint32_t) __cvta_generic_to_shared(mbq_gemm_shared)));
@@ -103,7 +145,7 @@ static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEM
             mbq_barrier_init(empty_x + 8*i, 8*TILES);
         }
         for (int i = 0; i < 2; ++i) {
-            mbq_barrier_init(full_w  + 8*i, 128);
+            mbq_barrier_init(full_w  + 8*i, 32*mbq_weight_warps<N>);
             mbq_barrier_init(empty_w + 8*i, 256); // all lanes arrive: as fast as one a warp, and racecheck can follow it
         }
         asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
@@ -114,48 +156,10 @@ static __global__ void MBQ_CLUSTER(N/MBQ_GEMM_COLUMNS) __launch_bounds__(MBQ_GEM
         if constexpr (TILES > 1) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         }
-        mbq_ring<2> w_ring;
-        mbq_ring<S> x_ring;
-        bool begun = false;
-        for (mbq_gemm_work work(args, share, shares); work.next(args, shares);) {
-            const int column_tile = work.tile % args.column_tiles;
-            const int row_tile    = work.tile / args.column_tiles*TILES + rank;
-            const int row_first   = row_tile*MBQ_GEMM_ROWS + (warp - 8)*32 + lane/16;
-            for (int piece = work.first/4; piece*4 < (int) work.last; ++piece, w_ring.next()) {
-                const int n = min(args.k - piece*MBQ_PIECE, MBQ_PIECE);
-                mbq_barrier_wait(empty_w + w_ring.stage*8, w_ring.phase ^ 1);
-                char * stage = w_tiles + w_ring.stage*(MBQ_GEMM_ROWS*MBQ_GEMM_ROW) + ((warp - 8)*32 + lane/16*8)*MBQ_GEMM_ROW + lane%16*16;
-#pragma unroll (N == 128 ? 16 : 4) // more would take more registers than the copying warps have
-                for (int i = 0; i < 16; ++i) { // rows 2i and 2i + 1 of 16 become rows i and i + 8 of the A operand: results are stored two by two
-                    const char * row  = args.w + (int64_t) min(row_first + 2*i, args.rows - 1)*args.row_bytes;
-                    const int   shift = (int) (uintptr_t) row & 15;
-                    if (lane%16*16 < n/L::QK*(4*L::block_words) + shift) {
-                        mbq_copy_16(stage + (i/8*16 + i%8)*MBQ_GEMM_ROW, row - shift + piece*L::piece_bytes + lane%16*16);
-                    }
-                }
-                asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" : : "r"(full_w + w_ring.stage*8) : "memory");
-                if (warp == 8 && lane == 0) {
-                    if (!begun) {
-                        ggml_cuda_pdl_sync();
-                        begun = true;
-                    }
-                    const int64_t tile_bytes = (int64_t) args.k/MBQ_GEMM_CHUNK*MBQ_GEMM_TILE_BYTES; // of all chunks
-                    const char * from = (const char *) args.x + column_tile*TILES*tile_bytes + piece*(MBQ_PIECE/MBQ_GEMM_CHUNK)*MBQ_GEMM_TILE_BYTES;
-                    const int tiles = min((args.columns + MBQ_GEMM_COLUMNS - 1)/MBQ_GEMM_COLUMNS - column_tile*TILES, TILES);
-                    for (int i = 2*max((int) work.first - piece*4, 0); i < 2*min((int) work.last - piece*4, 4); ++i, x_ring.next()) {
-                        const int stage = x_ring.stage;
-                        mbq_barrier_wait(empty_x + stage*8, x_ring.phase ^ 1);
-                        mbq_barrier_expect(full_x + stage*8, tiles*MBQ_GEMM_TILE_BYTES, true);
-                        if constexpr (TILES == 1) {
-                            mbq_bulk_copy(x_tiles + stage*STAGE_BYTES, from + i*MBQ_GEMM_TILE_BYTES, MBQ_GEMM_TILE_BYTES, full_x + stage*8);
-                        } else if (rank < tiles) {
-                            mbq_multicast(x_tiles + stage*STAGE_BYTES + rank*MBQ_GEMM_TILE_BYTES, from + rank*tile_bytes + i*MBQ_GEMM_TILE_BYTES,
-                                MBQ_GEMM_TILE_BYTES, full_x + stage*8, (1 << TILES) - 1);
-                        }
-                    }
-                }
-                __syncwarp();
-            }
+        if (warp == 11) {
+            mbq_copy_columns<N>(args, share, shares, rank, lane, x_tiles, full_x, empty_x);
+        } else if (warp < 8 + mbq_weight_warps<N>) {
+            mbq_copy_weights<L, N>(args, share, shares, rank, warp, lane, w_tiles, full_w, empty_w);
         }
     } else {
         if constexpr (TILES > 1) {

@@ -116,35 +116,43 @@ static bool mbq_mul_mat_gemm(ggml_backend_cuda_context & ctx, const mbq_mmv_args
     const int row_tiles    = (mmv.rows    + MBQ_GEMM_ROWS    - 1)/MBQ_GEMM_ROWS;
     const int column_tiles = (mmv.columns + MBQ_GEMM_COLUMNS - 1)/MBQ_GEMM_COLUMNS;
     const mbq_gemm_plan plan = mbq_plan_gemm(row_tiles, column_tiles, k/128, ggml_cuda_info().devices[ctx.device].nsm);
+    const int chunks = k/MBQ_GEMM_CHUNK;
     const int blocks = plan.shares*plan.blocks;
-    const int flags  = plan.shared > 0 ? 8*blocks : 0;
+    const int counts = column_tiles*chunks;
+    const int flags  = counts + (plan.shared > 0 ? 8*blocks : 0);
 
     ggml_cuda_pool_alloc<half>  tiles(ctx.pool(), (size_t) column_tiles*MBQ_GEMM_COLUMNS*k);
+    ggml_cuda_pool_alloc<int>   ready(ctx.pool(), flags);
     ggml_cuda_pool_alloc<float> parts(ctx.pool());
     mbq_gemm_args args = {};
     args.w            = mmv.w;
-    args.x            = tiles.get();
+    args.x            = (const float *) mmv.x;
+    args.tiles        = tiles.get();
+    args.ready        = ready.get();
+    args.done         = ready.get() + counts;
     args.dst          = mmv.dst;
+    args.x_column     = mmv.x_column;
     args.dst_column   = mmv.dst_column;
+    args.x_aligned    = mmv.x_aligned;
     args.rows         = mmv.rows;
     args.row_bytes    = mmv.row_bytes;
     args.columns      = mmv.columns;
     args.k            = k;
+    args.converters   = plan.converters;
+    args.early        = plan.early;
     args.row_tiles    = (row_tiles    + plan.blocks - 1)/plan.blocks;
     args.column_tiles = (column_tiles + plan.blocks - 1)/plan.blocks;
     args.shared       = plan.shared;
     if (plan.shared > 0) {
-        const size_t sums = (size_t) blocks*MBQ_GEMM_ROWS*MBQ_GEMM_COLUMNS*plan.blocks;
-        args.parts = parts.alloc(sums + flags);
-        args.done  = (int *) (args.parts + sums);
+        args.parts = parts.alloc((size_t) blocks*MBQ_GEMM_ROWS*MBQ_GEMM_COLUMNS*plan.blocks);
     }
-    const ggml_cuda_kernel_launch_params halves(dim3(k/MBQ_GEMM_CHUNK, 2*column_tiles), dim3(256), 0, ctx.stream());
-    ggml_cuda_kernel_launch(mbq_halves, halves, (const float *) mmv.x, tiles.get(), args.columns, mmv.x_column, mmv.x_aligned, args.done, flags);
+    const ggml_cuda_kernel_launch_params halves(dim3(plan.early, 2*column_tiles), dim3(256), 0, ctx.stream());
+    ggml_cuda_kernel_launch(mbq_halves, halves, args, args.ready, flags);
 
     if (plan.blocks == 2) {
-        mbq_launch_gemm<L, 256>(ctx, args, blocks);
+        mbq_launch_gemm<L, 256>(ctx, args, blocks + plan.converters);
     } else {
-        mbq_launch_gemm<L, 128>(ctx, args, blocks);
+        mbq_launch_gemm<L, 128>(ctx, args, blocks + plan.converters);
     }
     return true;
 }

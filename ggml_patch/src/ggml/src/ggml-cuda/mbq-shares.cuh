@@ -9,25 +9,46 @@
 #include "mbq-plan.cuh"
 
 struct mbq_gemm_args {
-    const char * w;
-    const half * x;         // of mbq_halves
-    float      * dst;
-    float      * parts;     // [block][N/8][256 lanes][4]: sums of a part of a tile that is not its beginning
-    int        * done;      // [block][warp]: whether they are there; cleared by mbq_halves
-    int64_t dst_column;     // elements
+    const char  * w;
+    const float * x;
+    half        * tiles;    // x as fp16: see mbq_store_halves
+    int         * ready;    // [column tile][chunk]: units that mbq_convert has written
+    float       * dst;
+    float       * parts;    // [block][N/8][256 lanes][4]: sums of a part of a tile that is not its beginning
+    int         * done;     // [block][warp]: whether they are there
+    int64_t x_column, dst_column;    // elements
+    int x_aligned;                   // columns may be read 16 bytes at a time
     int rows, row_bytes, columns, k; // k: weights of a row, a multiple of 128
+    int converters, early;           // blocks that convert activations, all but the chunks before early
     int row_tiles, column_tiles;     // of a block, or of a cluster
     int shared;                      // the first tiles, columns first, of which all blocks or clusters get equal shares
 };
 
 struct mbq_gemm_plan {
     int blocks, shares, shared; // blocks of a cluster; such clusters; tiles of which each gets an equal share (see mbq_gemm_args)
+    int converters, early;      // see mbq_gemm_args
 };
 
-// The least time, in steps of 128 weights; the ends of a part of a tile cost about two, as leaving sums and adding those of another share do.
-// On an H100 a step of 128 columns takes 0.81 to 0.86 us and one of a cluster's 256 columns 1.42 to 1.6, where all blocks are at the same
-// weights of their rows. In shares they are not, and find each other's activations in the L2 cache less often: 0.88 to 0.91 and 1.7 to 1.9 us
-// (8192 x 29568 by 512: 411 us in shares of 66 clusters, 360 us with a tile for each of 64). So tiles are shared where it saves much.
+// Blocks that convert activations while the others multiply, and the chunks that must be there before. Blocks with whole tiles want chunks in
+// order, one in 0.41 us (0.72 us for 256 columns), as do those with the last of some equal parts of tiles, from its first chunk on; a converter
+// writes 128 columns of a chunk in 0.91 us.
+static void mbq_plan_converters(mbq_gemm_plan & plan, const int64_t column_tiles, const int64_t first, const int64_t chunks,
+        const int64_t multiprocessors) {
+    const int64_t spare   = std::min<int64_t>(multiprocessors - plan.blocks*plan.shares, 20); // more were not measured
+    const int64_t convert = 91*column_tiles;
+    const int64_t use     = (plan.blocks == 1 ? 41 : 72)*spare;
+    plan.converters = spare/plan.blocks*plan.blocks;
+    plan.early      = std::min(chunks, first + 16 + (chunks - first)*std::max<int64_t>(convert - use, 0)/convert);
+    if (plan.converters == 0 || plan.early == chunks) {
+        plan.converters = 0;
+        plan.early      = chunks;
+    }
+}
+
+// The least time, in 10 ns. On an H100 a step of 128 weights takes 0.8 to 0.9 us with 128 columns and 1.45 us with a cluster's 256, where blocks are
+// at the same weights of their rows, and 0.92 and 1.6 us in other shares, where they find each other's activations in the L2 cache less
+// often. The ends of a part of a tile take about two steps, as leaving sums and adding those of another share do, and converting 0.03 us a step
+// and 128 columns.
 static mbq_gemm_plan mbq_plan_gemm(const int64_t row_tiles, const int64_t column_tiles, const int64_t steps, const int64_t multiprocessors) {
     mbq_gemm_plan best = {};
     int64_t best_cost = INT64_MAX;
@@ -36,12 +57,17 @@ static mbq_gemm_plan mbq_plan_gemm(const int64_t row_tiles, const int64_t column
         for (int64_t shares = 1; shares <= std::min(tiles*steps, multiprocessors/blocks); ++shares) {
             const int64_t rounds = tiles/shares; // of whole tiles
             const bool    whole  = tiles % shares == 0;
+            const bool    same   = whole || shares % tiles == 0;
             const int64_t shared = whole ? 0 : tiles - std::max<int64_t>(rounds - 1, 0)*shares;
-            const int64_t length = whole ? rounds*(steps + 2) : (tiles*steps + shares - 1)/shares + 2*(rounds + 1) + 2*((shares + shared - 1)/shared);
-            const int64_t cost   = length*(blocks == 1 ? (whole ? 20 : 21) : (whole ? 34 : 40));
+            const int64_t length = whole ? rounds*(steps + 2) :
+                (tiles*steps + shares - 1)/shares + 2*(rounds + 1) + 2*((shares + shared - 1)/shared);
+            mbq_gemm_plan plan = { (int) blocks, (int) shares, (int) shared, 0, 0 };
+            mbq_plan_converters(plan, column_tiles, whole ? 0 : same ? 2*(steps - steps*tiles/shares) : 2*steps, 2*steps, multiprocessors);
+            const int64_t step = blocks == 1 ? (same ? 83 : 92) : (same ? 145 : 160);
+            const int64_t cost = length*step + 3*column_tiles*plan.early/2 + (plan.converters > 0 ? 60 : 0);
             if (cost <= best_cost) {
                 best_cost = cost;
-                best = { (int) blocks, (int) shares, (int) shared };
+                best = plan;
             }
         }
     }

@@ -57,6 +57,31 @@ static __device__ __forceinline__ void mbq_await(const int * flag) {
     } while (v == 0);
 }
 
+// One more, for who reads it with copies such as mbq_multicast
+static __device__ __forceinline__ void mbq_signal_copies(int * count) {
+    asm volatile("fence.proxy.async.global;" : : : "memory");
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+        asm volatile("red.release.gpu.global.add.s32 [%0], 1;" : : "l"(count) : "memory");
+    }
+}
+
+// Waits until the first of n counts is full; returns how many of them, and of 32, are, one behind the other.
+static __device__ __forceinline__ int mbq_await_counts(const int * counts, const int n, const int full) {
+    const int lane = threadIdx.x % 32;
+    uint32_t there;
+    do {
+        int v = full;
+        if (lane < n) {
+            asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(counts + lane) : "memory");
+        }
+        there = __ballot_sync(0xFFFFFFFF, v == full);
+    } while (there % 2 == 0);
+    __syncwarp();
+    asm volatile("fence.proxy.async.global;" : : : "memory");
+    return there == 0xFFFFFFFF ? 32 : __ffs(~there) - 1;
+}
+
 static __device__ __forceinline__ uint32_t mbq_load_shared(const uint32_t address) {
     uint32_t v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
