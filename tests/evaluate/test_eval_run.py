@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from mbq_gguf.evaluate.command import eval_command
 from mbq_gguf.evaluate.exact_match import MAX_TOKENS, SHIPPED, load_questions
 from mbq_gguf.evaluate.kld import Store, divergence
 from mbq_gguf.evaluate.layers import WeightFile, fitted, weight_errors
-from mbq_gguf.evaluate.measure import Ledger
-from mbq_gguf.evaluate.results import Evaluation
+from mbq_gguf.evaluate.measure import Examiner, Ledger
+from mbq_gguf.evaluate.results import Answer, Evaluation
 from mbq_gguf.evaluate.run import EvalOptions, evaluate
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
@@ -163,6 +164,34 @@ def test_the_command_writes_table_json_and_page(files: Files, tmp_path: Path) ->
     assert "mbq3.gguf" in result.stdout
     assert json.loads(out.read_text())["files"][1]["name"] == "mbq3.gguf"
     assert "data:image/png;base64," in page.read_text()
+    assert not out.with_name("eval.json.work").exists()
+
+
+def test_a_stopped_run_goes_on(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the second candidate: started again, the first is not asked once more, and nothing else differs."""
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(files.rounded.read_bytes())
+    options = replace(files.options(files.rounded, copy, text=True), work=tmp_path / "work")
+    asked: list[str] = []
+    whole = Examiner.answers
+
+    def answers(self: Examiner, model: Model, advance: Callable[[], None]) -> list[Answer]:
+        asked.append(model.path.name)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return whole(self, model, advance)
+
+    monkeypatch.setattr(Examiner, "answers", answers)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(options, Console(quiet=True))
+    resumed = evaluate(options, Console(quiet=True))
+    assert asked == ["bf16.gguf", "mbq3.gguf", "copy.gguf", "bf16.gguf", "copy.gguf"]
+    assert resumed.files[1].answers == resumed.files[2].answers
+    assert resumed.files[1].text == resumed.files[2].text
+    files.text.write_text(WORDS.upper())  # another text: nothing that was found holds
+    evaluate(options, Console(quiet=True))
+    files.text.write_text(WORDS)
+    assert asked[5:] == ["bf16.gguf", "mbq3.gguf", "copy.gguf"]
 
 
 def test_files_of_two_tokenisers(tmp_path: Path) -> None:

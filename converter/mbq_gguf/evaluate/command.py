@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import click
@@ -39,6 +40,9 @@ def eval_command(
 
     Each file is forced along the expected answers, which gives the KL divergence of its distributions from the reference's, and answers
     greedily, which gives exact match. A table goes to the terminal, --out and --html take the rest.
+
+    A run with --out or --html that is stopped goes on when it is started again: finished files wait in a folder beside that file, only
+    REFERENCE is asked once more.
     """
     from mbq_gguf.evaluate.exact_match import SHIPPED
     from mbq_gguf.evaluate.report import render as render_page
@@ -50,7 +54,9 @@ def eval_command(
     for path in (out, html):
         if path is not None:
             check_output(path)
-    options = EvalOptions(reference, candidates, mmproj, data or SHIPPED, text, questions, threads, gpu_layers, context)
+    output = out or html
+    work = output.with_name(f"{output.name}.work") if output else None
+    options = EvalOptions(reference, candidates, mmproj, data or SHIPPED, text, questions, threads, gpu_layers, context, work)
     evaluation = evaluate(options, Console(stderr=True))
     console = Console()
     console.print(render(grids(evaluation), console))
@@ -58,3 +64,5 @@ def eval_command(
         if path is not None:
             with staged(path) as (part,):
                 part.write_text(make(evaluation), encoding="utf-8")
+    if work is not None:
+        shutil.rmtree(work, ignore_errors=True)

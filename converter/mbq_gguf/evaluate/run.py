@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from mbq_gguf.errors import UsageError
 from mbq_gguf.evaluate.exact_match import load_questions, stratified
+from mbq_gguf.evaluate.finished import Finished, identity
 from mbq_gguf.evaluate.kld import Store
 from mbq_gguf.evaluate.layers import WeightFile, layer_bits, layers
 from mbq_gguf.evaluate.measure import TEXT_CHUNKS, Examiner
@@ -23,7 +24,10 @@ from mbq_gguf.export.gguf_header import read_header
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What to compare, on what. ``text`` is a file of plain text, ``count`` how many of the questions are asked (all where None)."""
+    """What to compare, on what. ``text`` is a file of plain text, ``count`` how many of the questions are asked (all where None).
+
+    ``work`` is a folder for the results of finished files, from which a stopped run goes on; only the reference is asked again.
+    """
 
     reference: Path
     candidates: Sequence[Path]
@@ -34,6 +38,7 @@ class EvalOptions:
     threads: int | None = None
     gpu_layers: int = 0
     context: int = 4096
+    work: Path | None = None
 
 
 def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation:
@@ -46,14 +51,22 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation
     weights = [WeightFile(path, read_header(path)) for path in files]  # a damaged file is found before hours of work
     text = _read(options.text) if options.text else None
     parts = [vision_part(file, options.mmproj) for file in weights]
+    asks = [(str(q.image), q.question, q.expected) for q in questions]
+    finished = Finished(options.work, [identity(options.reference), identity(parts[0]), asks, text, options.context, options.gpu_layers])
     with TemporaryDirectory(prefix="mbq-gguf-eval-") as folder, _progress(console) as progress:
         examiner = Examiner(questions, text, Store(Path(folder)))
         bars = [progress.add_task(name, total=len(questions) + (TEXT_CHUNKS if text else 0), start=False) for name in names]
         results = []
         for name, file, part, bar in zip(names, weights, parts, bars, strict=True):
+            known = None if file is weights[0] else finished.load(file.path, part)
+            if known is not None:
+                progress.update(bar, total=len(questions), completed=len(questions))
+                results.append(replace(known, name=name))
+                continue
             found = layers(file, None if file is weights[0] else weights[0])
             examiner.pictures = f"part{parts.index(part)}"
             results.append(_examine(examiner, options, name, file, part, found, progress, bar))
+            finished.save(file.path, part, results[-1])
     asked = [Asked(str(q.image), q.question, q.expected, q.task) for q in examiner.questions]
     return Evaluation(str(options.data), str(options.mmproj), str(options.text) if options.text else None, asked, results)
 
