@@ -189,6 +189,9 @@ def test_a_stopped_run_goes_on(files: Files, tmp_path: Path, monkeypatch: pytest
     assert resumed.files[1].answers == resumed.files[2].answers
     evaluate(replace(options, context=1025), Console(quiet=True))  # nothing that was found holds for another setting
     assert asked[5:] == ["bf16.gguf", "mbq3.gguf", "copy.gguf"]
+    again = evaluate(replace(options, candidates=[files.reference]), Console(quiet=True))  # as a candidate it is asked, and not found
+    assert asked[8:] == ["bf16.gguf", "bf16.gguf"]
+    assert again.files[1].divergence.mean <= STORED
 
 
 def test_files_of_two_tokenisers(tmp_path: Path) -> None:

@@ -58,15 +58,17 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation
         bars = [progress.add_task(name, total=len(questions) + (TEXT_CHUNKS if text else 0), start=False) for name in names]
         results = []
         for name, file, part, bar in zip(names, weights, parts, bars, strict=True):
-            known = None if file is weights[0] else finished.load(file.path, part)
+            reference = file is weights[0]
+            known = None if reference else finished.load(file.path, part)
             if known is not None:
                 progress.update(bar, total=len(questions), completed=len(questions))
                 results.append(replace(known, name=name))
                 continue
-            found = layers(file, None if file is weights[0] else weights[0])
+            found = layers(file, None if reference else weights[0])
             examiner.pictures = f"part{parts.index(part)}"
             results.append(_examine(examiner, options, name, file, part, found, progress, bar))
-            finished.save(file.path, part, results[-1])
+            if not reference:
+                finished.save(file.path, part, results[-1])
     asked = [Asked(str(q.image), q.question, q.expected, q.task) for q in examiner.questions]
     return Evaluation(str(options.data), str(options.mmproj), str(options.text) if options.text else None, asked, results)
 
