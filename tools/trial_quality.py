@@ -81,7 +81,7 @@ def answer_logits(loaded: LoadedModel, streams: Sequence[Streamed], result: Quan
     out = []
     for stream in running:
         hidden = turned(stream.hidden, rotation, back=True)
-        out.append(logits(loaded, hidden[:, :-1][:, stream.answer[1:]])[0].float().log_softmax(-1).cpu())
+        out.append(logits(loaded, hidden[:, :-1][:, stream.labels[1:]])[0].float().log_softmax(-1).cpu())
     return out
 
 
@@ -108,7 +108,7 @@ def put(layer: torch.nn.Module, index: int, result: QuantiseResult) -> None:
 def score(reference: list[torch.Tensor], candidate: list[torch.Tensor], streams: Sequence[Streamed]) -> tuple[str, str]:
     """Mean KLD with its standard error over answer tokens, and the share of questions whose every answer token is the most likely one."""
     kld = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(reference, candidate, strict=True)])
-    exact = [bool((q.argmax(-1) == s.ids[s.answer]).all()) for q, s in zip(candidate, streams, strict=True)]
+    exact = [bool((q.argmax(-1) == s.ids[s.labels]).all()) for q, s in zip(candidate, streams, strict=True)]
     return f"{float(kld.mean()):.4f} ± {float(kld.std()) / len(kld) ** 0.5:.4f}", f"{sum(exact) / len(exact):.3f}"
 
 
@@ -140,7 +140,7 @@ def text(loaded: LoadedModel, file: Path) -> Streams:
     streams = []
     for start in range(0, min(len(ids), TEXT_CHUNK * TEXT_CHUNKS) - TEXT_CHUNK + 1, TEXT_CHUNK):
         stream = capture_encoded(loaded, loaded.encode_text(torch.tensor(ids[start : start + TEXT_CHUNK])))
-        streams.append(replace(stream, answer=torch.arange(TEXT_CHUNK) >= TEXT_CHUNK // 2))
+        streams.append(replace(stream, labels=torch.arange(TEXT_CHUNK) >= TEXT_CHUNK // 2))
     return streams
 
 

@@ -144,6 +144,13 @@ def inspect(file: Path) -> None:
 @click.option("--mmproj-type", default="F16", show_default=True, help="The type of vision tower and projector: F16, BF16, F32 or Q8_0.")
 @click.option("--floor/--no-floor", default=True, show_default=True, help="Raise each layer's modality ratio to the median over layers.")
 @click.option(
+    "--answer-mask",
+    type=click.Choice(["header", "predicting", "answer"]),
+    default="header",
+    show_default=True,
+    help="Which tokens stand for the answer: with the header that opens it (MBQ's authors), those that predict it, or the answer alone.",
+)
+@click.option(
     "--token-weights",
     type=click.Choice(["uniform", "modality", "gradient", "token"]),
     default="uniform",

@@ -32,6 +32,7 @@ from mbq_gguf.formats.registry import container
 from mbq_gguf.models import load
 from mbq_gguf.models.checks import read_config, weight_files
 from mbq_gguf.models.load import check_architecture
+from mbq_gguf.models.prompts import AnswerMask
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise import quantise
 from mbq_gguf.settings import Method, QuantiseSettings, Rounding
@@ -62,6 +63,7 @@ class ConvertOptions:
     mmproj_type: str = "F16"
     synthetic: int = QuantiseSettings.synthetic
     floor: bool = QuantiseSettings.floor  # no layer's ratio below the median over layers
+    answer_mask: AnswerMask = QuantiseSettings.answer_mask
     token_weights: Kind = QuantiseSettings.token_weights
     prompt_weight: float = QuantiseSettings.prompt_weight
     rotate: Rotate = QuantiseSettings.rotate

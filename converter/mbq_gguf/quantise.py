@@ -80,7 +80,7 @@ class _Walk:
     def calibrate(self, samples: Sequence[Sample]) -> None:
         """Capture the samples, measure sensitivities where they are asked for, rotate, and allocate containers."""
         with self._timed("capture"):
-            for number, stream in enumerate(capture(self.loaded, samples)):
+            for number, stream in enumerate(capture(self.loaded, samples, self.settings.answer_mask)):
                 self.streams.append(stream)
                 self.progress("capture", number + 1, len(samples))
         if self.settings.method == "mbq" or self.settings.token_weights != "uniform" or self.settings.target_bpw:

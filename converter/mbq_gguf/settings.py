@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mbq_gguf.calibration.token_weights import Kind
+from mbq_gguf.models.prompts import AnswerMask
 from mbq_gguf.transforms.rotation import Rotate
 
 Method = Literal["rtn", "awq", "mbq"]
@@ -22,6 +23,7 @@ class QuantiseSettings:
     method: Method = "rtn"  # equalisation of channels beforehand
     rounding: Rounding = "gptq"
     floor: bool = True  # no layer's modality ratio below the median over layers
+    answer_mask: AnswerMask = "header"  # the tokens that stand for the answer in ratios, search and token weights
     token_weights: Kind = "uniform"  # how GPTQ's Hessians weigh tokens
     prompt_weight: float = 1.0  # of a prompt token where token_weights is modality
     rotate: Rotate = "none"

@@ -64,13 +64,13 @@ def test_salience_shares_the_fisher_out(tiny: LoadedModel, samples: list[Sample]
 
 def test_samples_of_equal_length_may_be_stacked(tiny: LoadedModel, samples: list[Sample]) -> None:
     one, other = capture(tiny, [samples[0], samples[0]])
-    other.answer = other.answer.clone()
-    other.answer[other.answer.nonzero()[0]] = False  # answers of different lengths
+    other.labels = other.labels.clone()
+    other.labels[other.labels.nonzero()[0]] = False  # answers of different lengths
     other.hidden = other.hidden.roll(1, dims=1)
     both = Streamed(
         torch.cat([one.hidden, other.hidden]),
         one.kwargs,
-        *(torch.stack([getattr(one, name), getattr(other, name)]) for name in ("ids", "vision", "answer")),
+        *(torch.stack([getattr(one, name), getattr(other, name)]) for name in ("ids", "vision", "answer", "labels")),
     )
     apart, together = measure(tiny, [one, other], fisher=True), measure(tiny, [both], fisher=True)
     torch.testing.assert_close(together.salience[0], torch.stack(apart.salience), rtol=1e-3, atol=1e-6 * float(apart.salience[0].max()))
@@ -116,7 +116,7 @@ def answers(
         if index == changed:
             change(layer)
         advance(layer, index, running)
-    return [logits(tiny, stream.hidden[0, :-1][stream.answer[1:]]).log_softmax(-1) for stream in running]
+    return [logits(tiny, stream.hidden[0, :-1][stream.labels[1:]]).log_softmax(-1) for stream in running]
 
 
 def test_parts_change_nothing(tiny: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,11 +130,16 @@ def test_parts_change_nothing(tiny: LoadedModel, samples: list[Sample], monkeypa
     assert all(torch.equal(a, b) for a, b in zip(parts.salience, whole.salience, strict=True))
 
 
+EVEN = {"vision": [1.0, 2.0, 3.0, 4.0], "answer": [1.0] * 4, "prompt": [1.0] * 4}
+
+
 def test_ratio_and_floor_by_hand() -> None:
     classes = {"vision": torch.tensor([1.0, 4.0, 9.0]), "answer": torch.tensor([2.0, 2.0, 3.0]), "prompt": torch.ones(3)}
     found = Sensitivity({"attention": classes, "mlp": {**classes, "answer": torch.tensor([0.0, 4.0, 9.0])}}, {}, [])
     assert found.ratios(floor=False)["attention"] == [0.5, 2.0, 3.0]
     assert found.ratios(floor=True)["attention"] == [2.0, 2.0, 3.0]  # the median is 2
     assert found.ratios(floor=False)["mlp"] == [1.0, 1.0, 1.0]  # no answer gradient: ratio 1
+    even = Sensitivity({"mlp": {name: torch.tensor(value).double() for name, value in EVEN.items()}}, {}, [])
+    assert even.ratios(floor=True)["mlp"] == [2.5, 2.5, 3.0, 4.0]  # the mean of the two in the middle, as numpy has it
     assert found.class_weights("attention", 2) == {"vision": 3.0, "answer": 1.0, "prompt": pytest.approx(1 / 3)}
     assert found.class_weights("mlp", 0) == {"vision": 1.0, "answer": 1.0, "prompt": 1.0}

@@ -89,7 +89,7 @@ def test_noise_has_the_spectrum_of_photographs(seed: int) -> None:
 def test_streams_are_texts_then_half_as_many_pictures(tiny: LoadedModel, samples: list[Sample]) -> None:
     streams = list(synthetic_streams(tiny, texts(tiny, 4), samples))
     assert [bool(stream.vision.any()) for stream in streams] == [False] * 4 + [True] * 2
-    assert not any(stream.answer.any() for stream in streams)
+    assert not any(stream.labels.any() for stream in streams)
     assert [len(stream.ids) for stream in streams[:4]] == [LENGTH] * 4
 
 

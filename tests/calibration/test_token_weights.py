@@ -22,7 +22,7 @@ def stream(samples: int | None = None, salience: torch.Tensor | None = None) -> 
     vision, answer = torch.tensor(VISION), torch.tensor(ANSWER)
     if samples is not None:
         vision, answer = vision.expand(samples, -1), answer.expand(samples, -1)
-    return Streamed(torch.zeros(samples or 1, 5, 8), [], torch.zeros(answer.shape, dtype=torch.int64), vision, answer, salience)
+    return Streamed(torch.zeros(samples or 1, 5, 8), [], torch.zeros(answer.shape, dtype=torch.int64), vision, answer, answer, salience)
 
 
 def measured(**attention: list[float]) -> Sensitivity:

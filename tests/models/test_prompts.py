@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,43 @@ def test_later_turns_are_prompt_then_answer(tiny: LoadedModel) -> None:
         text(tiny, encoded.ids) == PROMPT + "blue<|im_end|>\n<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\ntop left<|im_end|>"
     )
     assert text(tiny, encoded.ids[encoded.answer]) == "blue<|im_end|>top left<|im_end|>"
+
+
+def test_which_tokens_count_as_the_answer(tiny: LoadedModel) -> None:
+    encoded = tiny.encode(IMAGE, [("What color?", "blue"), ("Where?", "top left")])
+    header = "<|im_start|>assistant\n"
+    found = {mask: text(tiny, encoded.ids[encoded.counted(mask)]) for mask in ("answer", "header", "predicting")}
+    assert found == {
+        "answer": "blue<|im_end|>top left<|im_end|>",
+        "header": f"{header}blue<|im_end|>{header}top left<|im_end|>",
+        "predicting": "\nblue\ntop left",
+    }
+
+
+def test_what_has_no_answer_has_no_header(tiny: LoadedModel) -> None:
+    encoded = tiny.encode(IMAGE, [("What color?", "blue"), ("Where?", "")])
+    assert text(tiny, encoded.ids[encoded.header]) == "<|im_start|>assistant\n"
+    assert not tiny.encode(IMAGE, [("What color?", "")]).header.any()
+
+
+SAID = "{% for part in m.content %}{{ '<|image_pad|>' if part.type == 'image' else part.text }}{% endfor %}"
+# How other families open an answer, and what of it counts: LLaVA-1.5, Mistral (nothing is written, the question's end opens it), Gemma.
+FORMS = {
+    " ASSISTANT:": "{% for m in messages %}{% if m.role == 'user' %}USER: SAID{% else %} ASSISTANT:SAID<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}",
+    "]": "{% for m in messages %}{% if m.role == 'user' %}[INST]SAID[/INST]{% else %}SAID<|im_end|>{% endif %}{% endfor %}",
+    "<start>model\n": "{% for m in messages %}<start>{{ m.role.replace('assistant', 'model') }}\nSAID<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start>model\n{% endif %}",
+}
+
+
+@pytest.mark.parametrize("opening", FORMS)
+def test_the_header_is_found_by_the_template(tiny: LoadedModel, opening: str) -> None:
+    template = copy.deepcopy(tiny.prompts.tokenizer)
+    template.chat_template = FORMS[opening].replace("SAID", SAID)
+    encoded = replace(tiny.prompts, template=template).encode(IMAGE, [("What color?", "blue"), ("Where?", "left")])
+    assert text(tiny, encoded.ids[encoded.header]) == opening * 2
+    assert "blue<|im_end|>" in text(tiny, encoded.ids[encoded.answer])
 
 
 def test_image_that_cannot_be_read(tiny: LoadedModel, tmp_path: Path) -> None:

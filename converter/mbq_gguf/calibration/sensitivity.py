@@ -54,7 +54,8 @@ class Sensitivity:
         out = {}
         for block in self.mean:
             ratio = self._over_answer(block, "vision")
-            out[block] = (ratio.clamp(min=ratio.median()) if floor else ratio).tolist()
+            # quantile, since torch's median of an even number of layers is the lower of the two in the middle, 1 to 1.5 % less.
+            out[block] = (ratio.clamp(min=ratio.quantile(0.5)) if floor else ratio).tolist()
         return out
 
     def class_weights(self, block: str, layer: int) -> dict[str, float]:
@@ -150,7 +151,7 @@ def _end_gradients(loaded: LoadedModel, stream: Streamed, hidden: torch.Tensor, 
     of the answers' own loss would come from the few samples that the model gets wrong.
     """
     hidden = hidden.to(loaded.device).requires_grad_()
-    answered = _rows(stream.answer)[:, 1:].to(loaded.device)  # position n predicts token n + 1
+    answered = _rows(stream.labels)[:, 1:].to(loaded.device)  # position n predicts token n + 1
     predicted = logits(loaded, hidden[:, :-1][answered]).float()
     labels = _rows(stream.ids)[:, 1:].to(loaded.device)[answered]
     share = (answered / answered.sum(dim=1, keepdim=True))[answered]

@@ -14,7 +14,7 @@ from torch import nn
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.packs import Apart, joined, packs
 from mbq_gguf.models.loaded import LoadedModel
-from mbq_gguf.models.prompts import Encoded
+from mbq_gguf.models.prompts import AnswerMask, Encoded
 
 
 @dataclass
@@ -22,7 +22,8 @@ class Streamed:
     """One sample on the host between two decoder layers.
 
     ``hidden`` [1, tokens, width] is the input of the next layer, ``kwargs`` what the model hands to each layer beside it (rotary
-    embeddings, mask), ``ids`` [tokens], ``vision`` and ``answer`` bool [tokens]. ``salience`` [layers, groups, tokens] is there once the
+    embeddings, mask), ``ids`` [tokens]. Bool [tokens]: ``vision``; ``answer``, the tokens that stand for the answer (Encoded.counted);
+    ``labels``, the tokens that the loss is about: answers and their ends. ``salience`` [layers, groups, tokens] is there once the
     sensitivity is measured (see Sensitivity).
     """
 
@@ -31,6 +32,7 @@ class Streamed:
     ids: torch.Tensor
     vision: torch.Tensor
     answer: torch.Tensor
+    labels: torch.Tensor
     salience: torch.Tensor | None = None
 
     @property
@@ -39,14 +41,14 @@ class Streamed:
         return ~(self.vision | self.answer)
 
 
-def capture(loaded: LoadedModel, samples: Iterable[Sample]) -> Iterator[Streamed]:
+def capture(loaded: LoadedModel, samples: Iterable[Sample], answer_mask: AnswerMask = "header") -> Iterator[Streamed]:
     """Run vision tower and embeddings for each sample, and stop at the door of decoder layer 0."""
     for sample in samples:
-        yield capture_encoded(loaded, loaded.encode(sample.image, list(sample.turns)))
+        yield capture_encoded(loaded, loaded.encode(sample.image, list(sample.turns)), answer_mask)
 
 
 @torch.no_grad()
-def capture_encoded(loaded: LoadedModel, encoded: Encoded) -> Streamed:
+def capture_encoded(loaded: LoadedModel, encoded: Encoded, answer_mask: AnswerMask = "header") -> Streamed:
     """The state of one encoded conversation at the door of decoder layer 0."""
     decoder = loaded.decoder
     doors = nn.ModuleList([_Door() for _ in decoder.layers])
@@ -60,7 +62,7 @@ def capture_encoded(loaded: LoadedModel, encoded: Encoded) -> Streamed:
     first = doors[0]
     assert isinstance(first, _Door)
     assert first.hidden is not None
-    return Streamed(first.hidden.cpu(), kwargs, encoded.ids.cpu(), encoded.vision, encoded.answer)
+    return Streamed(first.hidden.cpu(), kwargs, encoded.ids.cpu(), encoded.vision, encoded.counted(answer_mask), encoded.answer)
 
 
 class _Door(nn.Module):

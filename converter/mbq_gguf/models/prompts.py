@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -16,23 +17,37 @@ from PIL import Image
 from mbq_gguf.errors import UserError
 
 TextTurns = Sequence[tuple[str, str]]  # question, answer
+# Which tokens stand for the answer where modalities are weighed (Encoded.counted).
+AnswerMask = Literal["header", "predicting", "answer"]
 
 
 @dataclass
 class Encoded:
     """One conversation about one image as the model takes it. ``inputs`` are the keyword arguments of the model's forward.
 
-    ``vision`` and ``answer`` are bool masks [tokens]; answer tokens include the end-of-turn token, which the model must learn to write.
+    ``vision``, ``answer`` and ``header`` are bool masks [tokens]. Answer tokens include the end-of-turn token, which the model must learn
+    to write. The header is what the chat template writes to open each answer, at least the one token before it.
     """
 
     inputs: dict[str, torch.Tensor]
     vision: torch.Tensor
     answer: torch.Tensor
+    header: torch.Tensor
 
     @property
     def ids(self) -> torch.Tensor:
         """Token ids [tokens]."""
         return self.inputs["input_ids"][0]
+
+    def counted(self, mask: AnswerMask) -> torch.Tensor:
+        """The tokens that stand for the answer, bool [tokens]: with their headers as MBQ's authors have it, those whose logits predict an
+        answer token, or the answers alone.
+
+        Position n predicts token n + 1, so the first answer token's gradient enters at the header's last token, and none at an end token.
+        """
+        if mask == "predicting":
+            return torch.cat([self.answer[1:], self.answer.new_zeros(1)])
+        return self.answer | self.header if mask == "header" else self.answer
 
 
 class ImagePrompt(Protocol):
@@ -99,14 +114,16 @@ class Prompts:
         opened = open_image(image) if isinstance(image, Path) else image
         inputs = self.image_prompt(self._render(turns[:0], turns[0][0]), opened)
         prefix = inputs["input_ids"].shape[1]
-        more, answer = self._answers(turns)
+        more, answer, header = self._answers(turns)
+        opening = self._header(turns, 0, prefix)
         for name, value in inputs.items():
             if name == "input_ids":
                 inputs[name] = torch.cat([value, torch.tensor([more], dtype=value.dtype)], dim=1)
             elif value.ndim == 2 and value.shape == (1, prefix):  # token types: what follows is text
                 inputs[name] = torch.cat([value, value.new_zeros(1, len(more))], dim=1)
         ids = inputs["input_ids"][0]
-        return Encoded(inputs, ids == self.image_token_id, torch.tensor([False] * prefix + answer, dtype=torch.bool))
+        masks = ([False] * prefix + answer, [False] * (prefix - opening) + [True] * opening + header)
+        return Encoded(inputs, ids == self.image_token_id, *(torch.tensor(mask, dtype=torch.bool) for mask in masks))
 
     def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the model takes for token ids [texts, tokens] without any image."""
@@ -115,23 +132,36 @@ class Prompts:
     def encode_text(self, ids: torch.Tensor) -> Encoded:
         """A text of token ids [tokens], with neither picture nor answer."""
         none = torch.zeros(len(ids), dtype=torch.bool)
-        return Encoded(self.text_inputs(ids[None]), none, none)
+        return Encoded(self.text_inputs(ids[None]), none, none, none)
 
-    def _answers(self, turns: TextTurns) -> tuple[list[int], list[bool]]:
-        """Ids after the first prompt, and which of them are answer tokens: answer, end token, next question, answer and so on."""
+    def _answers(self, turns: TextTurns) -> tuple[list[int], list[bool], list[bool]]:
+        """Ids after the first prompt, and which of them are answer and header tokens: answer, end token, next question, next answer."""
         ids: list[int] = []
-        mask: list[bool] = []
+        answers: list[bool] = []
+        headers: list[bool] = []
         for index, (_, answer) in enumerate(turns):
             if not answer:
                 break
             said = self._ids(answer)
             after = self._ids(self._between(turns, index))
             ended = len(said) + (1 if after and after[0] in self.end_ids else 0)
+            last = index + 1 == len(turns)
             # The last turn stops at its end token: what the template writes after it is never generated.
-            chunk = said + (after if index + 1 < len(turns) else after[: ended - len(said)])
+            chunk = said + (after[: ended - len(said)] if last else after)
+            opening = 0 if last else self._header(turns, index + 1, len(chunk) - ended)
             ids += chunk
-            mask += [position < ended for position in range(len(chunk))]
-        return ids, mask
+            answers += [position < ended for position in range(len(chunk))]
+            headers += [position >= len(chunk) - opening for position in range(len(chunk))]
+        return ids, answers, headers
+
+    def _header(self, turns: TextTurns, index: int, room: int) -> int:
+        """How many of the ``room`` tokens before answer ``index`` open it: what the template writes when it is to be generated and not
+        otherwise, or the last one, where the question's own end opens the answer. None where there is no answer."""
+        if not turns[index][1]:
+            return 0
+        opened, closed = (self._ids(self._render(turns[:index], turns[index][0], opened=opened)) for opened in (True, False))
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opened, closed, strict=False)))
+        return min(max(len(opened) - shared, 1), room)
 
     def _between(self, turns: TextTurns, index: int) -> str:
         """What the template writes between answer ``index`` and the next answer, or the end of the conversation."""
@@ -141,8 +171,8 @@ class Prompts:
             raise UserError("The model's chat template rewrites answers, so calibration cannot tell which tokens are the answer's.")
         return whole[len(before) :]
 
-    def _render(self, done: TextTurns, question: str | None) -> str:
-        """The conversation so far, with an open answer to ``question`` where there is one. The first question carries the image."""
+    def _render(self, done: TextTurns, question: str | None, opened: bool = True) -> str:
+        """The conversation so far, then ``question`` where there is one, its answer ``opened``. The first question carries the image."""
         messages: list[dict[str, Any]] = []
         questions = [turn[0] for turn in done] + ([question] if question is not None else [])
         for index, asked in enumerate(questions):
@@ -150,7 +180,7 @@ class Prompts:
             messages.append({"role": "user", "content": [*content, {"type": "text", "text": asked}]})
             if index < len(done):
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": done[index][1]}]})
-        return str(self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=question is not None))
+        return str(self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened and question is not None))
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
