@@ -62,6 +62,7 @@ def test_from_the_package_to_a_build_and_then_at_once(workshop: Workshop) -> Non
     assert subprocess.run([tree / "build" / "bin" / "llama-server"], check=False).returncode == 0
     assert not (tree / ".git").exists()
     assert not (tree / "elsewhere").exists()
+    assert not workshop.witness.exists(), "the package is unpacked, and no code of it runs"
     assert paths.source_dir() == tree
     assert paths.find_program("llama-server") == tree / "build" / "bin" / "llama-server"
     assert paths.find_library("libggml-cpu.so") == paths.find_library("ggml-cpu") == paths.find("libggml-cpu.so")
@@ -92,11 +93,16 @@ def test_a_finished_build_may_be_the_source_of_another(workshop: Workshop) -> No
     assert read_record(second) != read_record(first)
 
 
-def test_wrong_checksum(workshop: Workshop) -> None:
+def test_another_package_of_the_same_name_is_refused_before_any_code_of_it_runs(workshop: Workshop) -> None:
     workshop.make_package()
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "tinyllama==1.0"]
+    subprocess.run(pip, cwd=workshop.root, capture_output=True, check=False)
+    assert workshop.witness.exists(), "a plain download runs it, or this test shows nothing"
+    workshop.witness.unlink()
     workshop.write_pin("ab" * 32)
-    with pytest.raises(UserError, match=r"^tinyllama-1\.0\.tar\.gz has the sha256 \w{12}\.\.\. where the pin says abababababab\.\.\.: "):
+    with pytest.raises(UserError, match=r"^tinyllama==1\.0 has the sha256 \w{12}\.\.\. where the pin says abababababab\.\.\.: "):
         build(console=workshop.console)
+    assert not workshop.witness.exists()
     assert workshop.builds() == []
     assert not list((workshop.cache / "downloads").rglob("*.tar.gz"))
 

