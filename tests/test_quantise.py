@@ -60,9 +60,12 @@ def test_ratios_and_exponents_are_reported(result: QuantiseResult) -> None:
     assert {name: set(groups) for name, groups in result.exponents.items()} == {
         f"layers.{i}": {"qkv", "o", "gate_up", "down"} for i in range(3)
     }
-    replaced = {name.removeprefix("layers.0.") for name in result.replaced if name.startswith("layers.0.")}
-    assert replaced <= {"input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.v_proj.bias"}
-    assert "input_layernorm.weight" in replaced
+    for layer, exponents in result.exponents.items():
+        replaced = {name.removeprefix(f"{layer}.") for name in result.replaced if name.startswith(f"{layer}.")}
+        assert replaced <= {"input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.v_proj.bias"}
+        assert ("input_layernorm.weight" in replaced) == (exponents["qkv"] > 0)
+        assert ("post_attention_layernorm.weight" in replaced) == (exponents["gate_up"] > 0)
+    assert result.replaced
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ def inspect(file: Path) -> None:
     type=click.Choice(["rtn", "awq", "mbq"]),
     default="rtn",
     show_default=True,
-    help="Equalisation of channels before rounding: none, by all tokens alike, or by modality (takes three times as long).",
+    help="Equalisation of channels before rounding: none, by all tokens alike, or by modality (takes many times as long).",
 )
 @click.option("--rounding", type=click.Choice(["nearest", "gptq"]), default="gptq", show_default=True, help="How weights become codes.")
 @click.option("--calib", type=click.Path(path_type=Path), help="A JSONL of pictures, questions and answers, or a folder of pictures.")
@@ -138,6 +138,13 @@ def inspect(file: Path) -> None:
     help="Texts that the model writes itself, and half as many procedural pictures, beside the samples: what they do not show is kept.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Which samples are drawn.")
+@click.option(
+    "--turns",
+    type=click.Choice(["all", "last"]),
+    default="all",
+    show_default=True,
+    help="Of each conversation: all turns, or the last one alone with the picture.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where layers are computed: cpu, cuda, cuda:1.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")
 @click.option("--embedding-type", default="Q8_0", show_default=True, help="The type of embeddings and output head.")
@@ -165,8 +172,20 @@ def inspect(file: Path) -> None:
     show_default=True,
     help="Spread outliers by rotations: offline folds into weights, full adds a transform that the patched llama.cpp computes.",
 )
+@click.option("--search-samples", type=click.IntRange(min=1), help="AWQ, MBQ: compare factors on so many samples (default: all).")
+@click.option(
+    "--search-loss",
+    type=click.Choice(["mae", "mse"]),
+    help="AWQ, MBQ: compare factors by absolute or squared errors (default: mae for MBQ, mse for AWQ).",
+)
+@click.option(
+    "--grouped-o/--no-grouped-o",
+    default=True,
+    show_default=True,
+    help="AWQ, MBQ: factors for o_proj also where query heads share a value head (MBQ's authors have none there).",
+)
 @click.option("--clip/--no-clip", default=True, show_default=True, help="GPTQ: search the range of each block (stock types always).")
-@click.option("--distort/--no-distort", default=True, show_default=True, help="GPTQ: calibrate on the inputs that rounded layers give.")
+@click.option("--distort/--no-distort", default=True, show_default=True, help="Calibrate on the inputs that rounded layers give.")
 @click.option(
     "--correction",
     type=click.FloatRange(0, 1),

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 import mbq_gguf
 from mbq_gguf.allocation.plan import plan_table
-from mbq_gguf.calibration.dataset import Sample, fingerprint, load_samples
+from mbq_gguf.calibration.dataset import Sample, Turns, fingerprint, load_samples
 from mbq_gguf.calibration.token_weights import Kind
 from mbq_gguf.errors import UsageError
 from mbq_gguf.export import metadata
@@ -35,7 +35,7 @@ from mbq_gguf.models.load import check_architecture
 from mbq_gguf.models.prompts import AnswerMask
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise import quantise
-from mbq_gguf.settings import Method, QuantiseSettings, Rounding
+from mbq_gguf.settings import Method, QuantiseSettings, Rounding, SearchLoss
 from mbq_gguf.transforms.rotation import Rotate
 from mbq_gguf.workdir import WorkDir, open_workdir
 
@@ -57,6 +57,7 @@ class ConvertOptions:
     calib: Path | None = None  # a JSONL set or a folder of images; None: the set that ships with the demonstration
     samples: int = DEFAULT_SAMPLES
     seed: int = 0
+    turns: Turns = "all"
     device: str = "cpu"
     threads: int | None = None
     embedding_type: str = "Q8_0"  # of embeddings and output head
@@ -67,6 +68,9 @@ class ConvertOptions:
     token_weights: Kind = QuantiseSettings.token_weights
     prompt_weight: float = QuantiseSettings.prompt_weight
     rotate: Rotate = QuantiseSettings.rotate
+    search_samples: int | None = QuantiseSettings.search_samples
+    search_loss: SearchLoss | None = QuantiseSettings.search_loss
+    grouped_o: bool = QuantiseSettings.grouped_o
     clip: bool = QuantiseSettings.clip
     distort: bool = QuantiseSettings.distort
     correction: float = QuantiseSettings.correction
@@ -173,7 +177,7 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
                 highlight=False,
             )
         with timed(seconds, "samples"):
-            samples = load_samples(options.calib, loaded, options.samples, options.seed)
+            samples = load_samples(options.calib, loaded, options.samples, options.seed, options.turns)
     calibration = fingerprint(samples) if samples else ""
     work = open_work(options, calibration)
     try:

@@ -13,6 +13,7 @@ from torch import nn
 from mbq_gguf.allocation.allocate import allocate, total_weight
 from mbq_gguf.allocation.plan import Plan
 from mbq_gguf.allocation.predict import Inputs, measured_costs
+from mbq_gguf.calibration.calls import Entering
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.moments import Moments, Passage
 from mbq_gguf.calibration.observe import Observed, TokenWeights, observe
@@ -29,8 +30,9 @@ from mbq_gguf.outcome import LayerWork, Packed, QuantiseResult, restored_layer, 
 from mbq_gguf.rounding.learned import learn
 from mbq_gguf.rounding.sequence import Matrix, Refinement, round_in_order
 from mbq_gguf.settings import QuantiseSettings
+from mbq_gguf.transforms.fold import repeats
 from mbq_gguf.transforms.folded import folded_inputs, folded_moments
-from mbq_gguf.transforms.layer import GPTQ_SAMPLES, changed_parameters, fold_layer, search_layer
+from mbq_gguf.transforms.layer import Judge, changed_parameters, fold_layer, search_layer
 from mbq_gguf.transforms.preserved import FunctionCheck
 from mbq_gguf.transforms.rotation import Rotation, check_rotatable, draw, rotate_layer, rotated_ends, rotated_projector
 from mbq_gguf.workdir import WorkDir
@@ -55,7 +57,7 @@ def quantise(
     container(settings.container)
     if not samples and (settings.target_bpw or settings.method != "rtn" or settings.rounding != "nearest"):
         raise UsageError(f"Method {settings.method} with {settings.rounding} rounding needs calibration samples.")
-    if settings.refine and not settings.follows_prefix:
+    if settings.refine and not (settings.distort and settings.rounding == "gptq"):
         raise UsageError("Learning compares the rounded layer with the original: give --refine together with --distort and GPTQ.")
     walk = _Walk(loaded, settings, work, progress)
     walk.calibrate(samples)
@@ -189,25 +191,26 @@ class _Walk:
 
     def _quantise_layer(self, layer: nn.Module, index: int, passage: Passage) -> LayerWork:
         settings = self.settings
-        call_weights: TokenWeights | None = {"rtn": None, "awq": uniform, "mbq": modality(self.result.ratios, index)}[settings.method]
         weights, containers = self._token_weights(index), self._containers(index)
-        refinement = Refinement(settings.damping, settings.clip, settings.correction if settings.follows_prefix else 0.0, settings.refits)
+        refinement = Refinement(settings.damping, settings.clip, settings.correction if settings.distort else 0.0, settings.refits)
         gptq = refinement if settings.rounding == "gptq" else None
         of_originals = self.result.plan is not None or (gptq and (settings.method != "rtn" or not settings.follows_prefix))
+        entering = Entering(layer, index, [replace(stream) for stream in self.streams])
+        corrected = gptq is not None and refinement.correction > 0
         with self._timed("observe"), bf16_products():
             observed = observe(
                 layer,
                 index,
                 self.streams,
                 hessian_weights=weights if of_originals else None,
-                call_weights=call_weights,
-                call_samples=min(settings.search_samples, GPTQ_SAMPLES) if gptq else settings.search_samples,
-                keep_inputs=settings.follows_prefix and settings.correction > 0,
+                keep_inputs=corrected,
             )
         done = LayerWork({}, {}, {}, {})
         if settings.method != "rtn":
             with self._timed("search"):
-                choices = search_layer(layer, observed, containers, 1 if settings.method == "mbq" else 2, gptq, self._foldable())
+                prefix = Entering(layer, index, self.prefix) if settings.follows_prefix else None
+                judge = Judge(self._search_weights(index), settings.power, settings.search_samples, gptq, observed.hessians)
+                choices = search_layer(entering, prefix, containers, judge, self._foldable(layer))
             done.factors = {name: choice.factors for name, choice in choices.items()}
             done.exponents = {name: choice.exponent for name, choice in choices.items()}
             fold_layer(layer, done.factors)
@@ -218,7 +221,7 @@ class _Walk:
             if settings.rounding == "nearest":
                 return None
             if settings.follows_prefix:
-                originals = folded_inputs(layer, group, observed, done.factors) if settings.correction else None
+                originals = folded_inputs(layer, group, observed, done.factors) if corrected else None
                 with self._timed("moments"), bf16_products():
                     return passage.moments(group, weights, originals)
             return folded_moments(layer, group, observed, done.factors)
@@ -258,9 +261,25 @@ class _Walk:
         fisher = {name: float(values[index]) for name, values in self.sensitivity.fisher.items()}
         return {f"{name}.weight": cost for name, cost in measured_costs(layer, before, inputs, fisher, factors).items()}
 
-    def _foldable(self) -> tuple[Group, ...]:
-        """Groups that take channel factors: not down_proj where a Hadamard transform lies between it and up_proj."""
-        return tuple(group for group in GROUPS if not (group.name == "down" and self.result.hadamard))
+    def _search_weights(self, index: int) -> TokenWeights:
+        """How much each token counts where candidates of layer ``index`` are compared."""
+        if self.settings.method == "awq":
+            return uniform
+        ratios = self.result.ratios
+        if self.settings.power == 2:  # means over the tokens of each modality, where absolute errors are summed
+            asked = [stream for stream in self.streams if stream.labels.any()][: self.settings.search_samples]
+            answer, vision = (sum(int(getattr(stream, name).sum()) for stream in asked) for name in ("answer", "vision"))
+            share = answer / max(1, vision)
+            ratios = {block: [share * ratio for ratio in of_layers] for block, of_layers in ratios.items()}
+        return modality(ratios, index)
+
+    def _foldable(self, layer: nn.Module) -> tuple[Group, ...]:
+        """Groups that take channel factors: not down_proj where a Hadamard transform lies between it and up_proj, nor o_proj under grouped
+        queries where the settings leave it alone."""
+        left = {"down"} if self.result.hadamard else set()
+        if not self.settings.grouped_o:
+            left |= {group.name for group in GROUPS if repeats(layer, group) > 1}
+        return tuple(group for group in GROUPS if group.name not in left)
 
     def _check(self, layer: nn.Module, index: int) -> None:
         if self.check:

@@ -11,6 +11,7 @@ from mbq_gguf.transforms.rotation import Rotate
 
 Method = Literal["rtn", "awq", "mbq"]
 Rounding = Literal["nearest", "gptq"]
+SearchLoss = Literal["mae", "mse"]
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,25 @@ class QuantiseSettings:
     token_weights: Kind = "uniform"  # how GPTQ's Hessians weigh tokens
     prompt_weight: float = 1.0  # of a prompt token where token_weights is modality
     rotate: Rotate = "none"
+    # the search for equalisation factors
+    search_samples: int | None = None  # on the first so many samples; None: on all
+    search_loss: SearchLoss | None = None  # mean absolute or mean squared error; None: the method's own, mae for MBQ and mse for AWQ
+    grouped_o: bool = True  # also o_proj where query heads share a value head, and so its factors; MBQ's authors leave it alone
+    distort: bool = True  # Hessians and the search from the inputs that the already rounded prefix gives
     # GPTQ's own; nearest rounding knows none of them
     clip: bool = True  # search each block's range
-    distort: bool = True  # Hessians from the inputs that the already rounded prefix gives
     correction: float = 0.5  # share of the prefix's output error that a layer makes good, where distort is on
     refits: int = 2  # turns of refitting scales and minima to the codes, which descend in between
     refine: int = 0  # passes over the samples in which scales and minima are learned, all matrices of a layer together; needs distort
-    search_samples: int = 32  # samples that the search for equalisation factors compares on; under GPTQ at most 8
     damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
 
     @property
     def follows_prefix(self) -> bool:
         """Whether the rounded model's own inputs are needed beside the original's."""
-        return self.distort and self.rounding == "gptq"
+        return self.distort and (self.rounding == "gptq" or self.method != "rtn")
+
+    @property
+    def power(self) -> int:
+        """Of the error that the search compares by."""
+        own: dict[Method, SearchLoss] = {"rtn": "mae", "awq": "mse", "mbq": "mae"}
+        return 1 if (self.search_loss or own[self.method]) == "mae" else 2

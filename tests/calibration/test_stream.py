@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.observe import observe
@@ -56,19 +55,13 @@ def test_statistics_equal_those_of_all_tokens_at_once(tiny: LoadedModel, samples
         x = torch.cat([layer.input_layernorm(stream.hidden)[0] for stream in streams])
     weights = modality({"attention": [0.5], "mlp": [0.5]}, 0)
     weight = torch.cat([weights(stream, GROUPS[0]) for stream in streams])
-    found = observe(layer, 0, streams, hessian_weights=weights, call_weights=None, call_samples=0).statistics["qkv"]
-    torch.testing.assert_close(found.mean_abs, x.abs().mean(0), rtol=1e-5, atol=1e-7)
-    assert found.hessian is not None
-    torch.testing.assert_close(found.hessian, x.t() @ (x * weight[:, None]), rtol=1e-4, atol=1e-3)
-    assert found.tokens == x.shape[0]
+    found = observe(layer, 0, streams, hessian_weights=weights).hessians["qkv"]
+    torch.testing.assert_close(found, x.t() @ (x * weight[:, None]), rtol=1e-4, atol=1e-3)
 
 
 def test_observing_moves_the_streams_on(tiny: LoadedModel, samples: list[Sample]) -> None:
     plain, observed = list(capture(tiny, samples[:1])), list(capture(tiny, samples[:1]))
     advance(working_layer(tiny, 0), 0, plain)
-    found = observe(working_layer(tiny, 0), 0, observed, hessian_weights=None, call_weights=uniform, call_samples=1)
+    found = observe(working_layer(tiny, 0), 0, observed, hessian_weights=None)
     assert torch.equal(plain[0].hidden, observed[0].hidden)
-    assert found.statistics["qkv"].hessian is None
-    call = found.calls["gate_up"][0]
-    assert call.output.shape == (observed[0].ids.shape[0], 128)
-    assert pytest.approx(float(call.weight.sum())) == observed[0].ids.shape[0]
+    assert not found.hessians

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from mbq_gguf.calibration.calls import Call, Entering
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.moments import Moments
-from mbq_gguf.calibration.observe import Call, observe
+from mbq_gguf.calibration.observe import observe
 from mbq_gguf.calibration.stream import capture, working_layer
 from mbq_gguf.calibration.token_weights import modality, uniform
 from mbq_gguf.formats.registry import container_for
@@ -18,7 +19,7 @@ from mbq_gguf.rounding.sequence import Refinement, round_in_order
 from mbq_gguf.transforms.candidate import Rounder, by_gptq, by_nearest
 from mbq_gguf.transforms.equalise import EXPONENTS, channel_factors, output_loss, search
 from mbq_gguf.transforms.fold import fold
-from mbq_gguf.transforms.layer import GPTQ_PATIENCE, search_layer
+from mbq_gguf.transforms.layer import GPTQ_PATIENCE, Judge, search_layer
 from torch import nn
 
 PLAIN = Refinement(damping=0.01, clip=False, correction=0.0, refits=0)
@@ -51,16 +52,19 @@ def test_loss_is_a_sum_over_tokens_of_both_modalities() -> None:
 
 @pytest.mark.parametrize("gptq", [None, PLAIN], ids=["nearest", "gptq"])
 @pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("distort", [False, True])
 def test_search_leaves_the_layer_and_takes_the_least_loss(
-    tiny: LoadedModel, samples: list[Sample], power: int, gptq: Refinement | None
+    tiny: LoadedModel, samples: list[Sample], power: int, gptq: Refinement | None, distort: bool
 ) -> None:
     layer = working_layer(tiny, 1)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     weights = uniform if power == 2 else modality({"attention": [0.5] * 3, "mlp": [0.5] * 3}, 1)
-    hessian_weights = uniform if gptq else None
-    observed = observe(layer, 1, list(capture(tiny, samples)), hessian_weights=hessian_weights, call_weights=weights, call_samples=2)
-    assert len(observed.calls["qkv"]) == 2
-    choices = search_layer(layer, observed, dict.fromkeys(LINEARS, "MBQ3"), power, gptq)
+    streams = list(capture(tiny, samples))
+    hessians = observe(layer, 1, list(capture(tiny, samples)), hessian_weights=uniform).hessians if gptq else None
+    entering = Entering(layer, 1, streams)
+    choices = search_layer(
+        entering, entering if distort else None, dict.fromkeys(LINEARS, "MBQ3"), Judge(weights, power, 2, gptq, hessians)
+    )
     assert set(choices) == {"qkv", "o", "gate_up", "down"}
     for choice in choices.values():
         best = EXPONENTS.index(choice.exponent)

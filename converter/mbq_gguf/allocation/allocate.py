@@ -40,12 +40,10 @@ def allocate(
     for index in range(layers):
         layer, weights = layer_of(index), weights_of(index)
         with bf16_products():
-            statistics = observe(layer, index, running, hessian_weights=weights, call_weights=None, call_samples=0).statistics
+            hessians = observe(layer, index, running, hessian_weights=weights).hessians
         inputs = {}
         for group in GROUPS:
-            hessian = statistics.pop(group.name).hessian
-            assert hessian is not None
-            inputs[group.name] = Inputs(hessian, total_weight(streams, weights, group))
+            inputs[group.name] = Inputs(hessians.pop(group.name), total_weight(streams, weights, group))
         found = layer_options(layer, inputs, {name: float(values[index]) for name, values in fisher.items()}, damping, clip)
         for name, kinds in found.items():
             options[f"layers.{index}.{name}.weight"] = kinds

@@ -6,9 +6,9 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mbq_gguf.calibration.generate import greedy_answer
 from mbq_gguf.errors import UsageError, UserError
@@ -20,6 +20,7 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 LINE_SHAPE = '{"image": ..., "turns": [{"question": ..., "answer": ...}]}'
 FREE_QUESTION = "Describe this image."
 FREE_ANSWER_TOKENS = 128
+Turns = Literal["all", "last"]  # of each conversation; the picture's gradient grows with every further turn
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Sample:
     turns: tuple[tuple[str, str], ...]
 
 
-def load_samples(path: Path | None, loaded: LoadedModel, n: int, seed: int) -> list[Sample]:
-    """``n`` samples drawn by ``seed`` from ``path`` (all of them, in drawn order, where there are fewer).
+def load_samples(path: Path | None, loaded: LoadedModel, n: int, seed: int, turns: Turns = "all") -> list[Sample]:
+    """``n`` samples drawn by ``seed`` from ``path`` (all of them, in drawn order, where there are fewer), with all of their turns or with
+    the last one alone.
 
     ``path`` is a JSONL file of ``{"image", "turns": [{"question", "answer"}, ...]}`` with image paths relative to it, or a folder of
     images, whose answers the model itself gives greedily to "Describe this image."; None takes the set that ships with the demo.
@@ -47,7 +49,7 @@ def load_samples(path: Path | None, loaded: LoadedModel, n: int, seed: int) -> l
     drawn = draw.sample(samples, min(n, len(samples)))
     for sample in drawn:
         open_image(sample.image)
-    return drawn
+    return [replace(sample, turns=sample.turns[-1:]) for sample in drawn] if turns == "last" else drawn
 
 
 def read_jsonl(path: Path) -> list[Sample]:

@@ -1,9 +1,9 @@
 """Channel equalisation: the search for the factors s of y = Q(W diag(s)) (x / s) (AWQ, arXiv 2306.00978; MBQ, arXiv 2412.19509).
 
 s = mean|x|^t over all tokens, at least 1e-4, divided by sqrt(max s * min s); t is tried at 0, 0.05 ... 0.95. The t wins whose rounded
-weights change the inspected module's output least, on the container's own grid, from the original inputs. MBQ compares by L1 with answer
-tokens counting 1, vision tokens the layer's ratio, prompt tokens 0, summed over tokens (so that token counts matter, as in the paper's
-code); AWQ by L2 with all tokens alike.
+weights change the inspected module's output least, on the container's own grid. MBQ compares by L1 with answer tokens counting 1, vision
+tokens the layer's ratio, prompt tokens 0, summed over tokens (so that token counts matter, as in the paper's code), or by L2 with means
+over the tokens of each modality; AWQ by L2, or L1, with all tokens alike.
 
 Weights are rounded as they will be, to nearest (the papers) or by GPTQ: what suits the one suits the other badly, and GPTQ's own objective
 does not see what softmax and gate make of an error. Regrets of these judges are in docs/log.md.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mbq_gguf.calibration.observe import Call
+from mbq_gguf.calibration.calls import Call
 from mbq_gguf.calibration.precision import bf16_products
 from mbq_gguf.models.decoder import Group, linear
 from mbq_gguf.transforms.candidate import Rounder
@@ -79,11 +79,12 @@ def search(
 
 def output_loss(module: nn.Module, calls: Sequence[Call], power: int) -> float:
     """Sum over calls, tokens and channels of weight * |output - reference| ** power, over the number of entries with weight."""
-    total, entries = 0.0, 0
+    device = next(module.parameters()).device
+    total, entries = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device)
     for call in calls:
-        out = module(*call.args, **call.kwargs)
-        out = out[0] if isinstance(out, tuple) else out
-        error = (out[0] - call.output).abs_() if power == 1 else (out[0] - call.output).square_()
-        total += float(torch.dot(error.sum(dim=1), call.weight))
-        entries += int((call.weight > 0).sum()) * error.shape[1]
-    return total / max(1, entries)
+        error, weight = call.run(module).float(), call.weight.to(device)
+        error -= call.output.to(device)
+        error = error.abs_() if power == 1 else error.square_()
+        total += torch.dot(error.sum(dim=1), weight)
+        entries += (weight > 0).sum() * error.shape[1]
+    return float(total) / max(1, int(entries))  # read once: on a GPU each reading waits for all that was asked before

@@ -25,7 +25,6 @@ def folded_inputs(layer: nn.Module, group: Group, observed: Observed, factors: d
 
 def folded_moments(layer: nn.Module, group: Group, observed: Observed, factors: dict[str, torch.Tensor]) -> Moments:
     """Second moments of the inputs that the folded layer's linears take, x / s, all of them the original model's."""
-    hessian = observed.statistics[group.name].hessian
-    assert hessian is not None
+    hessian = observed.hessians[group.name]
     inverse = _inverse_factors(layer, group, factors)
     return Moments(hessian if inverse is None else hessian * inverse * inverse[:, None])
