@@ -163,8 +163,8 @@ def test_image_that_cannot_be_read(content: bytes | None, tiny_dir: Path, tmp_pa
 def test_calibration_set_empty(tiny_dir: Path, tmp_path: Path, out: Path) -> None:
     (tmp_path / "set.jsonl").write_text("\n")
     (tmp_path / "pictures").mkdir()
-    for calib in ("set.jsonl", "pictures"):
-        assert "is empty" in refused("convert", tiny_dir, out, "--calib", tmp_path / calib)
+    for calib, words in (("set.jsonl", "is empty"), ("pictures", "has no image in it")):
+        assert words in refused("convert", tiny_dir, out, "--calib", tmp_path / calib)
 
 
 def test_calibration_set_missing(tiny_dir: Path, tmp_path: Path, out: Path) -> None:

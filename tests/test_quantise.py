@@ -138,12 +138,12 @@ def test_goes_on_with_the_same_bytes(tiny: LoadedModel, samples: list[Sample], r
 
 def test_calibrated_methods_need_samples(tiny: LoadedModel) -> None:
     for settings in (replace(FAST, method="awq", rounding="nearest"), replace(FAST, method="rtn")):
-        with pytest.raises(UsageError, match="needs calibration samples"):
+        with pytest.raises(UsageError, match="needs samples"):
             quantise(tiny, [], settings)
 
 
 def test_unknown_container(tiny: LoadedModel) -> None:
-    with pytest.raises(UsageError, match="There is no type MBQ9"):
+    with pytest.raises(UsageError, match="there is no type MBQ9"):
         quantise(tiny, [], replace(FAST, container="MBQ9"))
 
 

@@ -37,7 +37,7 @@ def run(command: Sequence[str | Path], text: str | None = None) -> str:
     """Output of a command. Raises UserError with its last words where it fails."""
     done = subprocess.run([str(part) for part in command], input=text, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise UserError(f"{Path(command[0]).name} failed: {done.stderr.strip()[-400:]}")
+        raise UserError(f"{Path(command[0]).name} failed ({done.stderr.strip()[-400:]}): run it by hand to see more")
     return done.stdout
 
 

@@ -41,7 +41,7 @@ def measure(files: list[Path], mmproj: Path, draft: Path, *more: str) -> list[Su
     """One summary a file of what ``mbq-gguf eval`` finds. Raises UserError where it fails."""
     command = [sys.executable, "-m", "mbq_gguf", "eval", *map(str, files), "--mmproj", str(mmproj), "--out", str(draft), *more]
     if subprocess.run(command, check=False).returncode:
-        raise UserError("`mbq-gguf eval` failed: its own words are above")
+        raise UserError("`mbq-gguf eval` failed: do what its own words above say")
     kept = ("file_bytes", "bits_per_weight", "layer_bits_per_weight", "seconds")
     return [
         {key: file[key] for key in kept} | {"text": file["text"]} | file["summary"]

@@ -86,7 +86,7 @@ def run_measured(command: list[str], log: Path) -> Made:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
-        raise UserError(f"`{shlex.join(command)}` ended with {process.returncode}: {last[0]} (all of it in {log})")
+        raise UserError(f"`{shlex.join(command)}` ended with {process.returncode} ({last[0]}): see all of it in {log}")
     return Made(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 

@@ -38,7 +38,7 @@ class Functions:
                 continue
             setattr(self, name, function)
             return function
-        raise UserError(f"the built llama.cpp has no function {name}: headers and libraries do not match, run `mbq-gguf build` again")
+        raise UserError(f"the built llama.cpp has no function {name}, so headers and libraries do not match: run `mbq-gguf build` again")
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ class Model:
             parameters.devices = no_devices
         model = c.llama_model_load_from_file(os.fsencode(self.path), parameters)
         if model == ffi.NULL:
-            raise UserError(f"llama.cpp cannot load {self.path}: {take_error('unknown reason')}")
+            raise UserError(f"llama.cpp cannot load {self.path} ({take_error('unknown reason')}): fetch or convert it again")
         return model
 
     def _open_context(self, threads: int, context: int) -> Any:
@@ -248,7 +248,7 @@ class Model:
             c.llama_batch_free(batch)
         if status != 0:
             self._done = []
-            raise UserError(f"llama.cpp failed on a prompt of {self._cells} tokens: {take_error('unknown reason')}")
+            raise UserError(f"llama.cpp failed on a prompt of {self._cells} tokens ({take_error('unknown reason')}): try a larger context")
         logits = np.empty((outputs, c.llama_vocab_n_tokens(self._vocabulary)), np.float32)
         for row, i in enumerate(range(count - outputs, count)):
             ffi.memmove(ffi.from_buffer(logits[row]), c.llama_get_logits_ith(self._context, i), logits[row].nbytes)

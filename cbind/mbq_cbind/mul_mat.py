@@ -31,7 +31,9 @@ def mul_mat(kind: str | int, data: Bytes, columns: int, x: Floats, *, device: st
     x = np.ascontiguousarray(x, np.float32)
     data = np.ascontiguousarray(data, np.uint8)
     if x.ndim != 2 or x.shape[1] != columns or data.ndim != 2 or data.shape[1] != row_bytes(kind, columns):
-        raise UsageError(f"weights {data.shape} of {type_info(kind).name} and activations {x.shape} do not belong to {columns} columns")
+        raise UsageError(
+            f"weights {data.shape} of {type_info(kind).name} and activations {x.shape} do not belong to {columns} columns: give others"
+        )
     binding = load()
     ffi, c = binding.ffi, binding.c
     with ExitStack() as stack:

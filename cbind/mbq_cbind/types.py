@@ -62,7 +62,7 @@ def row_bytes(kind: str | int, columns: int) -> int:
     """Bytes of a row of ``columns`` weights. Raises UsageError where the row is no whole number of blocks."""
     info = type_info(kind)
     if columns <= 0 or columns % info.block_size:
-        raise UsageError(f"{info.name} keeps {info.block_size} weights a block: rows of {columns} do not fit, choose another type")
+        raise UsageError(f"{info.name} keeps {info.block_size} weights a block and rows of {columns} do not fit: choose another type")
     return columns // info.block_size * info.type_size
 
 
@@ -82,7 +82,7 @@ def quantize(kind: str | int, weights: Floats, imatrix: Floats | None = None) ->
     if imatrix is not None:
         imatrix = np.ascontiguousarray(imatrix, np.float32)
         if imatrix.shape != (columns,):
-            raise UsageError(f"the importance matrix has shape {imatrix.shape}: it needs one number for each of {columns} columns")
+            raise UsageError(f"the importance matrix has shape {imatrix.shape}: give one number for each of {columns} columns")
         importance = binding.ffi.from_buffer("float[]", imatrix)
 
     def chunk(first: int) -> int:
@@ -105,7 +105,7 @@ def dequantize(kind: str | int, data: Bytes, columns: int) -> Floats:
         return data.view(np.float32).reshape(weights.shape).copy()
     to_float = binding.c.ggml_get_type_traits(type_id(kind)).to_float
     if to_float == binding.ffi.NULL:
-        raise UsageError(f"ggml does not turn {info.name} back into floats: it is a type for activations only")
+        raise UsageError(f"ggml does not turn {info.name} back into floats: choose a type for weights")
     to_float(_bytes(data), _floats(weights), weights.size)
     return weights
 
@@ -153,7 +153,9 @@ def _checked_rows(kind: str | int, data: Bytes, columns: int) -> Bytes:
     data = np.ascontiguousarray(data, np.uint8)
     size = row_bytes(kind, columns)
     if data.ndim != 2 or data.shape[1] != size:
-        raise UsageError(f"rows of {columns} weights in {type_info(kind).name} are {size} bytes: the data is {data.shape}")
+        raise UsageError(
+            f"rows of {columns} weights in {type_info(kind).name} are {size} bytes and the data is {data.shape}: give it as rows"
+        )
     return data
 
 

@@ -57,7 +57,9 @@ class Vision:
         parameters.print_timings = parameters.warmup = False
         self._context = c.mtmd_init_from_file(os.fsencode(mmproj), model, parameters)
         if self._context == ffi.NULL:
-            raise UserError(f"{mmproj} cannot be used as the vision part of this model: {take_error('unknown reason')}")
+            raise UserError(
+                f"{mmproj} cannot be used as the vision part of this model ({take_error('unknown reason')}): give the mmproj made with it"
+            )
         if not c.mtmd_support_vision(self._context):
             self.close()
             raise UserError(f"{mmproj} holds no vision tower: give the mmproj file that was made with the model")
@@ -74,7 +76,7 @@ class Vision:
         """The picture through vision tower and projector. Raises UsageError where there is no such picture."""
         ffi, c = self._binding.ffi, self._binding.c
         if not path.is_file():
-            raise UsageError(f"there is no picture {path}")
+            raise UsageError(f"there is no picture {path}: give the path of a PNG, JPEG, BMP or GIF file")
         loaded = c.mtmd_helper_bitmap_init_from_file(self._context, os.fsencode(path), False, c.mtmd_helper_init_opt_default())
         if loaded.bitmap == ffi.NULL:
             raise UserError(f"{path} cannot be read as a picture: give a PNG, JPEG, BMP or GIF file")
@@ -84,7 +86,7 @@ class Vision:
             for handle in chunks:
                 if c.mtmd_input_chunk_get_type(handle) == c.MTMD_INPUT_CHUNK_TYPE_IMAGE:
                     if c.mtmd_encode_chunk(self._context, handle) != 0:
-                        raise UserError(f"the vision tower failed on {path}: {take_error('unknown reason')}")
+                        raise UserError(f"the vision tower failed on {path} ({take_error('unknown reason')}): try a smaller picture")
                     size = c.mtmd_input_chunk_get_n_tokens(handle) * self._width
                     output = ffi.buffer(c.mtmd_get_output_embd(self._context), 4 * size)
                     embeddings.append(np.frombuffer(output, np.float32).reshape(-1, self._width).copy())
@@ -108,7 +110,7 @@ class Vision:
                 else:
                     embedding = next(embeddings, None)
                     if embedding is None or len(embedding) != c.mtmd_input_chunk_get_n_tokens(handle):
-                        raise UsageError("a picture was encoded by another mmproj file than the one it is used with")
+                        raise UsageError("a picture was encoded by another mmproj file than the one it is used with: encode it again")
                     cut.append(Chunk(embedding=embedding, positions=positions, handle=handle))
             yield cut
 
@@ -129,7 +131,9 @@ class Vision:
         chunks = c.mtmd_input_chunks_init()
         try:
             if c.mtmd_tokenize(self._context, chunks, request, ffi.new("mtmd_bitmap *[]", list(bitmaps)), len(bitmaps)) != 0:
-                raise UserError(f"the prompt and its pictures cannot be cut into tokens: {take_error('unknown reason')}")
+                raise UserError(
+                    f"the prompt and its pictures cannot be cut into tokens ({take_error('unknown reason')}): try other pictures"
+                )
             yield [c.mtmd_input_chunks_get(chunks, i) for i in range(c.mtmd_input_chunks_size(chunks))]
         finally:
             c.mtmd_input_chunks_free(chunks)

@@ -56,9 +56,9 @@ def quantise(
     """
     container(settings.container)
     if not samples and (settings.target_bpw or settings.method != "rtn" or settings.rounding != "nearest"):
-        raise UsageError(f"Method {settings.method} with {settings.rounding} rounding needs calibration samples.")
+        raise UsageError(f"method {settings.method} with {settings.rounding} rounding needs samples: give at least one")
     if settings.refine and not (settings.distort and settings.rounding == "gptq"):
-        raise UsageError("Learning compares the rounded layer with the original: give --refine together with --distort and GPTQ.")
+        raise UsageError("learning scales follows the rounded layers' inputs: give --learn-scales with --propagate-error and GPTQ")
     walk = _Walk(loaded, settings, work, progress)
     walk.calibrate(samples)
     for index in range(len(loaded.decoder.layers)):

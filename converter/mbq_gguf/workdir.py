@@ -38,7 +38,7 @@ class WorkDir:
                 data = json.loads(opened.metadata()["data"])
                 return {key: opened.get_tensor(key) for key in opened.keys()}, data  # noqa: SIM118
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise UserError(f"{file} is damaged ({error}); remove it, and the run makes it again.") from error
+            raise UserError(f"{file} is damaged ({error}): remove it, and the run makes it again") from error
 
     def save(self, name: str, tensors: Mapping[str, torch.Tensor], data: Any) -> None:
         """Keep item ``name``: its tensors, and ``data`` as JSON. Raises UserError where it cannot be written (a full disk)."""
@@ -49,7 +49,7 @@ class WorkDir:
             os.replace(temporary, file)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
-            raise UserError(f"{file} cannot be written ({error}); free some space or choose another work directory.") from error
+            raise UserError(f"{file} cannot be written ({error}): free some space or choose another work directory") from error
 
 
 def open_workdir(path: Path, fingerprint: Mapping[str, str]) -> WorkDir:
@@ -64,13 +64,13 @@ def open_workdir(path: Path, fingerprint: Mapping[str, str]) -> WorkDir:
             found = json.loads(file.read_text(encoding="utf-8"))
             others = [name for name, value in fingerprint.items() if found.get(name) != value]
             if others:
-                raise UsageError(f"The work directory {path} belongs to another {' and '.join(others)}; remove it or choose another.")
+                raise UsageError(f"the work directory {path} belongs to another {' and '.join(others)}: remove it or choose another")
         elif any(path.iterdir()):
-            raise UsageError(f"{path} is not empty and no work directory; choose another.")
+            raise UsageError(f"{path} is not empty and no work directory: choose another")
         else:
             temporary = file.with_suffix(".tmp")
             temporary.write_text(json.dumps(dict(fingerprint), indent=1), encoding="utf-8")
             os.replace(temporary, file)
     except (OSError, ValueError) as error:
-        raise UsageError(f"The work directory {path} cannot be used ({error}); choose another.") from error
+        raise UsageError(f"the work directory {path} cannot be used ({error}): choose another") from error
     return WorkDir(path)

@@ -73,7 +73,7 @@ def test_folder_takes_the_models_own_answers(tiny: LoadedModel, tmp_path: Path) 
 
 
 def test_empty_folder(tiny: LoadedModel, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is empty: it holds no"):
+    with pytest.raises(UserError, match="has no image in it"):
         load_samples(tmp_path, tiny, 5, seed=0)
 
 

@@ -71,5 +71,5 @@ def test_a_whole_model_takes_it(tiny: LoadedModel, samples: list[Sample]) -> Non
     settings = QuantiseSettings(refine=20, synthetic=0)
     plain, learned = (quantise(tiny, samples, chosen).packed for chosen in (replace(settings, refine=0), settings))
     assert any(plain[name].data.tobytes() != learned[name].data.tobytes() for name in plain)
-    with pytest.raises(UsageError, match="--refine together with --distort"):
+    with pytest.raises(UsageError, match="--learn-scales with --propagate-error"):
         quantise(tiny, samples, replace(settings, distort=False))

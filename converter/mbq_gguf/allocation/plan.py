@@ -51,7 +51,7 @@ def make_plan(options: Mapping[str, Mapping[str, Option]], weights: Mapping[str,
     chosen = choose([[options[tensor][kind] for kind in kinds] for tensor, kinds in names], limit)
     if chosen is None:
         least = sum(min(option.size for option in kinds.values()) for kinds in options.values())
-        raise UsageError(f"The smallest containers take {8 * least / sum(weights.values()):.3f} bits a weight: give a larger --target-bpw.")
+        raise UsageError(f"the smallest types take {8 * least / sum(weights.values()):.3f} bits a weight: give a larger --target-bpw")
     containers = {tensor: kinds[k] for (tensor, kinds), k in zip(names, chosen, strict=True)}
     taken = {tensor: options[tensor][kind] for tensor, kind in containers.items()}
     return Plan(

@@ -44,7 +44,7 @@ def load_samples(path: Path | None, loaded: LoadedModel, n: int, seed: int, turn
     if path.is_dir():
         return _from_folder(path, loaded, n, draw)
     if not path.is_file():
-        raise UsageError(f"The calibration set {path} does not exist; give a JSONL file or a folder of images.")
+        raise UsageError(f"the calibration set {path} does not exist: give a JSONL file or a folder of images")
     samples = read_jsonl(path)
     drawn = draw.sample(samples, min(n, len(samples)))
     for sample in drawn:
@@ -57,9 +57,9 @@ def read_jsonl(path: Path) -> list[Sample]:
     try:
         samples = [_sample(entry, path.parent) for entry in _lines(path)]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} has a line that is not {LINE_SHAPE} ({error!r}); mend or remove it.") from error
+        raise UserError(f"{path} has a line that is not {LINE_SHAPE} ({error!r}): mend or remove it") from error
     if not samples:
-        raise UserError(f"The calibration set {path} is empty; give at least one image with a question and an answer.")
+        raise UserError(f"the calibration set {path} is empty: give at least one image with a question and an answer")
     return samples
 
 
@@ -80,14 +80,14 @@ def _sample(entry: Any, root: Path) -> Sample:
 def _from_folder(folder: Path, loaded: LoadedModel, n: int, draw: random.Random) -> list[Sample]:
     images = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
-        raise UserError(f"The calibration folder {folder} is empty: it holds no {', '.join(sorted(IMAGE_SUFFIXES))} images.")
+        raise UserError(f"the calibration folder {folder} has no image in it: give one with {', '.join(sorted(IMAGE_SUFFIXES))} files")
     samples = []
     for image in draw.sample(images, min(n, len(images))):
         answer = greedy_answer(loaded, open_image(image), FREE_QUESTION, FREE_ANSWER_TOKENS)
         if answer:
             samples.append(Sample(image, ((FREE_QUESTION, answer),)))
     if not samples:
-        raise UserError(f"The model answers nothing to {FREE_QUESTION!r} on the images in {folder}; give a JSONL file with answers.")
+        raise UserError(f"the model answers nothing to {FREE_QUESTION!r} on the images in {folder}: give a JSONL file with answers")
     return samples
 
 

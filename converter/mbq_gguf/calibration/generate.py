@@ -88,8 +88,9 @@ def _whole_decoder(loaded: LoadedModel) -> Iterator[None]:
         decoder.layers.to(device=loaded.device, dtype=dtype)
         yield
     except torch.OutOfMemoryError as error:
-        need = "the whole decoder, which writing texts and answers takes: give --synthetic 0 and a JSONL set, or --device cpu"
-        raise UserError(f"{loaded.device} cannot hold {need}") from error
+        raise UserError(
+            f"{loaded.device} cannot hold the whole decoder to write texts with: give --synthetic 0 and a JSONL set, or --device cpu"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -127,7 +127,7 @@ def load_questions(path: Path, *, unanswered: bool = False) -> list[Question]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as a set of questions ({error}): give a JSONL file like the demo's eval.jsonl.") from error
+        raise UsageError(f"{path} cannot be read as a set of questions ({error}): give a JSONL file like the demo's eval.jsonl") from error
     questions: list[Question] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -137,15 +137,15 @@ def load_questions(path: Path, *, unanswered: bool = False) -> list[Question]:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise UsageError(f"{path}, line {number}: {where + ': ' if where else ''}{first['msg']}.") from error
+            raise UsageError(f"{path}, line {number}: {where + ': ' if where else ''}{first['msg']}") from error
         image = path.parent / scene.image
         if not image.is_file():
-            raise UsageError(f"{path}, line {number}: there is no picture {image}.")
+            raise UsageError(f"{path}, line {number}: there is no picture {image}")
         if not unanswered and any(turn.answer is None for turn in scene.turns):
-            raise UsageError(f"{path}, line {number}: turns.answer: Field required.")
+            raise UsageError(f"{path}, line {number}: turns.answer: Field required")
         questions += [Question(image, turn.question, turn.answer or "", turn.task) for turn in scene.turns]
     if not questions:
-        raise UsageError(f"{path} holds no question: give a JSONL file with at least one.")
+        raise UsageError(f"{path} holds no question: give a JSONL file with at least one")
     return questions
 
 

@@ -65,7 +65,7 @@ def read_header(path: Path, *, longest_array: int = 1024) -> Header:
     try:
         with path.open("rb") as file:
             if file.read(4) != MAGIC:
-                raise UserError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
+                raise UserError(f"{path} is no GGUF file: give one that begins with the letters GGUF")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Reader(data, longest_array).header()
     except OSError as error:

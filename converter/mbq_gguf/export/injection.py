@@ -104,7 +104,9 @@ class Injection:
         if packed is not None:
             shape = (packed.data.shape[0], packed.columns)
             if tuple(data.shape) != shape:
-                raise UserError(f"{name} is {tuple(data.shape)} in the checkpoint and {shape} after quantisation: use the same directory")
+                raise UserError(
+                    f"{name} is {tuple(data.shape)} in the checkpoint and {shape} after quantisation: leave the model alone and run again"
+                )
             for output, rows in row_order(lambda probe: self._modify(probe, name, bid), shape, name).items():
                 self._rows[output] = (packed, rows)
             self._pending.discard(name)
@@ -141,7 +143,7 @@ def _replace(model: Any, name: str, tensor: torch.Tensor) -> None:
     """Give ``model`` ``tensor`` instead of the checkpoint's ``name``."""
     shape = tuple(model.model_tensors[name]().shape)
     if tuple(tensor.shape) != shape:
-        raise UserError(f"{name} is {shape} in the checkpoint and {tuple(tensor.shape)} after folding: use the same directory")
+        raise UserError(f"{name} is {shape} in the checkpoint and {tuple(tensor.shape)} after folding: leave the model alone and run again")
     model.model_tensors[name] = lambda: tensor.detach().cpu()
 
 

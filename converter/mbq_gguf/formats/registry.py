@@ -23,7 +23,7 @@ def container(name: str) -> Container:
         return OWN[upper]
     if upper in stock.NAMES:
         return stock.stock_container(upper)
-    raise UsageError(f"There is no type {name}; choose one of {', '.join(names())}.")
+    raise UsageError(f"there is no type {name}: choose one of {', '.join(names())}")
 
 
 def container_for(name: str, columns: int) -> Container:

@@ -67,7 +67,7 @@ def _by_gguf(gguf: Any, name: str, kind: Any) -> Functions:
         try:
             data = gguf.quants.quantize(weights, kind)
         except NotImplementedError as error:
-            raise UserError(f"Quantising to {name} needs the built llama.cpp: run `mbq-gguf build` first.") from error
+            raise UserError(f"quantising to {name} needs the built llama.cpp: run `mbq-gguf build` first") from error
         return np.ascontiguousarray(data).view(np.uint8)
 
     def dequantize(data: Bytes) -> Floats:

@@ -105,7 +105,7 @@ def build(
         root = cache_root()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(root) from error
-        raise UserError(f"cannot write the build in {root}: {error.strerror or error}; set MBQ_GGUF_CACHE to another folder") from error
+        raise UserError(f"cannot write the build in {root} ({error.strerror or error}): set MBQ_GGUF_CACHE to another folder") from error
 
 
 def make_plan(backend: str, tree: Path | None, cuda_architectures: str | None) -> Plan:
@@ -168,7 +168,7 @@ def _compile(plan: Plan, jobs: int, log: TextIO, console: Console) -> prove.Inst
         log.write(f"proof of {chosen.name}: {fault}\n")
         if number + 1 < len(wanted):
             say(console, f"the kernels built for {chosen.description} fail here ({fault}): going on with {wanted[number + 1].description}")
-    raise UserError(f"the built kernels fail on this machine even with {chosen.description} ({fault}): the log is {log.name}")
+    raise UserError(f"the built kernels fail on this machine even with {chosen.description} ({fault}): please report it with {log.name}")
 
 
 def _configure(plan: Plan, chosen: prove.InstructionSet, log: TextIO, console: Console) -> None:

@@ -40,7 +40,7 @@ def read_pin(folder: Path | None = None) -> Pin:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(f"cannot read the pin {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the pin {path} ({error.strerror}): restore the file from the repository") from error
     values: dict[str, str] = {}
     for line in lines:
         key, separator, value = line.split("#", 1)[0].partition("=")

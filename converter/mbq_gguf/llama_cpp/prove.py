@@ -75,7 +75,7 @@ def prove_kernels(folder: Path) -> str | None:
         return f"wrong result at {_last_line(done.stdout)}"
     if done.returncode < 0:
         return f"{_signal_words(-done.returncode)} at {_last_line(done.stdout)}"
-    raise UserError(f"the freshly built kernels could not be tried: {_last_line(done.stdout + done.stderr)}")
+    raise UserError(f"the freshly built kernels could not be tried ({_last_line(done.stdout + done.stderr)}): run `mbq-gguf build` again")
 
 
 def _signal_words(number: int) -> str:

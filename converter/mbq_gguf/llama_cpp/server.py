@@ -128,9 +128,11 @@ class LlamaServer:
                 f"llama-server gave no answer within {ANSWER_SECONDS:.0f} s: ask for fewer tokens or use more threads"
             ) from error
         except requests.RequestException as error:
-            raise UserError(f"llama-server stopped while answering: {self._last_words()}") from error
+            raise UserError(f"llama-server stopped while answering ({self._last_words()}): try a smaller context or more memory") from error
         if response.status_code != 200:
-            raise UserError(f"llama-server refused the question{f' about {image}' if image else ''}: {_reason(response)}")
+            raise UserError(
+                f"llama-server refused the question{f' about {image}' if image else ''} ({_reason(response)}): change the question"
+            )
         return _answer(response.json(), time.monotonic() - begin)
 
     def _start(self) -> None:
@@ -152,7 +154,7 @@ class LlamaServer:
             words = self._last_words()
             if "bind" not in words:
                 break
-        raise UserError(f"llama-server did not start: {words}")
+        raise UserError(f"llama-server did not start ({words}): check the files and the free memory")
 
     def _wait_until_ready(self) -> bool:
         """True as soon as the model is loaded, False where the process ends before that."""
@@ -165,7 +167,9 @@ class LlamaServer:
                 if requests.get(f"{self.url}/health", timeout=5).status_code == 200:
                     return True
             time.sleep(0.05)
-        raise UserError(f"llama-server loaded for {START_SECONDS:.0f} s without getting ready: {self._last_words()}")
+        raise UserError(
+            f"llama-server was not ready after {START_SECONDS:.0f} s ({self._last_words()}): use a faster disk or a smaller file"
+        )
 
     def _stop(self) -> None:
         if self._process is not None:
@@ -178,7 +182,7 @@ class LlamaServer:
         said = [line.strip() for line in Path(self._log.name).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         errors = [line for line in said if any(word in line.lower() for word in ("error", "failed", "couldn't", "unknown"))]
         words = " | ".join((errors or said)[-lines:]) or "it said nothing"
-        return f"{words} (the log is {self._log_file})" if self._log_file else words
+        return f"{words}; the log is {self._log_file}" if self._log_file else words
 
 
 def data_url(image: Path) -> str:

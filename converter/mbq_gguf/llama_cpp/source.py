@@ -66,7 +66,7 @@ def _pip_download(pin: Pin, folder: Path) -> Path:
     if other:
         raise _wrong_checksum(requirement, other[0], pin)
     reason = next((line for line in said if line.startswith("ERROR:")), said[-1] if said else "pip said nothing")
-    raise UserError(f"pip could not fetch {requirement}: check the network, or pass a llama.cpp tree with --source ({reason})")
+    raise UserError(f"pip could not fetch {requirement} ({reason}): check the network, or give a llama.cpp tree with --source")
 
 
 def file_sha256(path: Path) -> str:

@@ -153,7 +153,7 @@ def _failure(log: Path, start: int) -> UserError:
     if "Killed signal terminated program" in text or "Killed (program" in text:
         return UserError(f"the compiler ran out of memory: build again with fewer at once, for example `--jobs 1` (the log is {log})")
     reason = first_error(text) or (text.strip().splitlines() or ["no output"])[-1]
-    return UserError(f"the build of llama.cpp failed: {reason} (the whole log is {log})")
+    return UserError(f"the build of llama.cpp failed ({reason}): see the whole log in {log}")
 
 
 def disk_full(folder: Path) -> UserError:

@@ -16,16 +16,16 @@ from mbq_gguf.errors import UsageError, UserError
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a Hugging Face model directory; a UsageError where there is none."""
     if not directory.is_dir():
-        raise UsageError(f"{directory} is not a directory; give the directory of a Hugging Face model.")
+        raise UsageError(f"{directory} is not a directory: give the directory of a Hugging Face model")
     path = directory / "config.json"
     if not path.is_file():
-        raise UsageError(f"{directory} is no Hugging Face model directory: it has no config.json.")
+        raise UsageError(f"{directory} has no config.json: give the directory of a Hugging Face model")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as JSON ({error}); fetch the model again.") from error
+        raise UsageError(f"{path} cannot be read as JSON ({error}): fetch the model again") from error
     if not isinstance(config, dict):
-        raise UsageError(f"{path} is no model configuration; fetch the model again.")
+        raise UsageError(f"{path} is no model configuration: fetch the model again")
     return config
 
 
@@ -36,20 +36,20 @@ def weight_files(directory: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} cannot be read ({error}); fetch the model again.") from error
+            raise UserError(f"{index} cannot be read ({error}): fetch the model again") from error
         files = [directory / name for name in names]
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{directory} has no *.safetensors files; fetch the model's weights, or save them as safetensors.")
+        raise UserError(f"{directory} has no *.safetensors files: fetch the model's weights, or save them as safetensors")
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file} is missing, though the index names it; fetch the model again.")
+            raise UserError(f"{file} is missing, though the index names it: fetch the model again")
         try:
             with safe_open(str(file), framework="pt") as opened:
                 opened.keys()
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is truncated or damaged ({error}); fetch it again.") from error
+            raise UserError(f"{file} is truncated or damaged ({error}): fetch it again") from error
     return files
 
 
@@ -58,4 +58,4 @@ def check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         # The sum is finite unless an entry is not (float32 sums of bf16 weights do not overflow), and costs no mask in memory.
         if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
-            raise UserError(f"The weight {name} holds NaN or infinite values; fetch the model again, or mend it before converting.")
+            raise UserError(f"the weight {name} holds NaN or infinite values: fetch the model again, or mend it before converting")

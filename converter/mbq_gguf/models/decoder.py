@@ -104,7 +104,7 @@ def check_standard(decoder: Decoder, architecture: str, supported: str) -> None:
     for index, layer in enumerate(decoder.layers):
         fault = layer_fault(layer)
         if fault:
-            raise UsageError(f"{architecture} is not supported: decoder layer {index} {fault}; supported are {supported}.")
+            raise UsageError(f"{architecture} is not supported, decoder layer {index} {fault}: use a model of {supported}")
 
 
 def layer_fault(layer: nn.Module) -> str | None:

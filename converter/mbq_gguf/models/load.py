@@ -38,7 +38,7 @@ def load(model_dir: Path, device: str | torch.device = "cpu", dtype: torch.dtype
     check_finite(model)
     decoder = find_decoder(model)
     if decoder is None:
-        raise UsageError(f"{architecture} is not supported: its decoder layers were not found; supported are {SUPPORTED}.")
+        raise UsageError(f"{architecture} is not supported, its decoder layers were not found: use a model of {SUPPORTED}")
     check_standard(decoder, architecture, SUPPORTED)
     model.requires_grad_(False)
     device = torch.device(device)
@@ -55,11 +55,11 @@ def check_architecture(config: dict[str, Any]) -> str:
     names = config.get("architectures") or []
     architecture = str(names[0]) if names else str(config.get("model_type", "unknown"))
     if "vision_config" not in config:
-        raise UsageError(f"{architecture} is a text-only model; mbq-gguf converts vision-language models: {SUPPORTED}.")
+        raise UsageError(f"{architecture} is a text-only model: give a vision-language model of {SUPPORTED}")
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as known
 
     if config.get("model_type") not in known:
-        raise UsageError(f"{architecture} is not supported; supported are {SUPPORTED}.")
+        raise UsageError(f"{architecture} is not supported: use a model of {SUPPORTED}")
     return architecture
 
 
@@ -71,10 +71,10 @@ def _load_weights(model_dir: Path, architecture: str) -> Any:
             str(model_dir), dtype="auto", local_files_only=True, output_loading_info=True, attn_implementation="sdpa"
         )
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{model_dir} cannot be loaded as {architecture} ({str(error).splitlines()[0]}); fetch the model again.") from error
+        raise UserError(f"{model_dir} cannot be loaded as {architecture} ({str(error).splitlines()[0]}): fetch the model again") from error
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
-        raise UserError(f"{model_dir} lacks {len(info['missing_keys'])} weights, {first} first; fetch the model again.")
+        raise UserError(f"{model_dir} lacks {len(info['missing_keys'])} weights, {first} first: fetch the model again")
     return model.eval()
 
 
@@ -83,7 +83,7 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
 
     path = str(model_dir)
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{model_dir} has no tokenizer ({', '.join(TOKENIZER_FILES)}); fetch the model again.")
+        raise UserError(f"{model_dir} has no tokenizer ({', '.join(TOKENIZER_FILES)}): fetch the model again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         image_token_id = _image_token_id(model.config)
@@ -97,10 +97,12 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
             image_prompt = ProcessorImagePrompt(template)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(
-            f"The tokenizer or image processor in {model_dir} cannot be loaded ({str(error).strip().splitlines()[0]})."
+            f"the tokenizer or image processor in {model_dir} cannot be loaded ({str(error).strip().splitlines()[0]}): fetch them again"
         ) from error
     if not getattr(template, "chat_template", None):
-        raise UserError(f"{model_dir} has no chat template; calibration needs one to ask the model about images.")
+        raise UserError(
+            f"{model_dir} has no chat template, which calibration asks about images with: fetch the model again with chat_template.json"
+        )
     return Prompts(template, tokenizer, image_prompt, image_token_id, _end_ids(model, tokenizer))
 
 

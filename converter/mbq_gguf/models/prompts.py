@@ -168,7 +168,9 @@ class Prompts:
         before = self._render(turns[:index], turns[index][0]) + turns[index][1]
         whole = self._render(turns[: index + 1], turns[index + 1][0] if index + 1 < len(turns) else None)
         if not whole.startswith(before):
-            raise UserError("The model's chat template rewrites answers, so calibration cannot tell which tokens are the answer's.")
+            raise UserError(
+                "the model's chat template rewrites answers, so their tokens cannot be told: give the model one that keeps them"
+            )
         return whole[len(before) :]
 
     def _render(self, done: TextTurns, question: str | None, opened: bool = True) -> str:
@@ -192,4 +194,4 @@ def open_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"The image {path} cannot be read ({error}); mend it or leave it out.") from error
+        raise UserError(f"the image {path} cannot be read ({error}): mend it or leave it out") from error

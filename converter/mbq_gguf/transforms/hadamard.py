@@ -75,7 +75,7 @@ def hadamard(n: int) -> torch.Tensor:
     """The orthogonal matrix H / sqrt(n), float64 [n, n], H a Hadamard matrix; UserError where no construction reaches ``n``."""
     orders = factors(n)
     if orders is None:
-        raise UserError(f"no Hadamard matrix of order {n} is known here; use --rotate none")
+        raise UserError(f"no Hadamard matrix of order {n} is known here: use --rotate none")
     matrix = torch.ones(1, 1, dtype=torch.float64)
     for order in orders:
         factor = _elementary(order)

@@ -38,8 +38,8 @@ class FunctionCheck:
             change = float((ours.hidden - wanted).norm() / wanted.norm())
             if not change <= BOUND:
                 raise UserError(
-                    f"The transforms change the output of decoder layer {index} by {change:.1e} of its norm: "
-                    f"this model's layers are not the standard kind, so use --method rtn --rotate none."
+                    f"the transforms change the output of decoder layer {index} by {change:.1e} of its norm, "
+                    "so this model's layers are not the standard kind: use --method rtn --rotate none"
                 )
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class FunctionCheck:
             change = float((found - expected).abs().max() / expected.abs().max())
             if not change <= BOUND:
                 raise UserError(
-                    f"The transforms change the model's logits by {change:.1e} of their maximum; use --method rtn --rotate none."
+                    f"the transforms change the model's logits by {change:.1e} of their maximum: use --method rtn --rotate none"
                 )
 
     def _transformed_logits(self, hidden: torch.Tensor, ends: Mapping[str, torch.Tensor]) -> torch.Tensor:

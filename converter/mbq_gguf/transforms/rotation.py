@@ -50,7 +50,7 @@ class Rotation:
 def check_rotatable(loaded: LoadedModel) -> None:
     """UsageError where it is not known which linear brings image features into the stream."""
     if loaded.architecture not in PROJECTORS:
-        raise UsageError(f"rotation is not known for {loaded.architecture}, only for {', '.join(PROJECTORS)}; use --rotate none")
+        raise UsageError(f"rotation is not known for {loaded.architecture}, only for {', '.join(PROJECTORS)}: use --rotate none")
 
 
 def draw(decoder: Decoder, rotate: Literal["offline", "full"], seed: int) -> Rotation:
@@ -58,12 +58,12 @@ def draw(decoder: Decoder, rotate: Literal["offline", "full"], seed: int) -> Rot
     generator = torch.Generator().manual_seed(seed)
     for norm in (decoder.norm, *(layer.get_submodule(name) for layer in decoder.layers for name in NORMS)):
         if isinstance(norm, nn.LayerNorm) or getattr(norm, "bias", None) is not None:
-            raise UsageError(f"{type(norm).__name__} does not let a rotation pass; use --rotate none")
+            raise UsageError(f"{type(norm).__name__} does not let a rotation pass: use --rotate none")
     first = decoder.layers[0]
     width, ffn = decoder.embed_tokens.embedding_dim, linear(first, "mlp.down_proj").in_features
     block = block_size(ffn) if rotate == "full" else 0
     if block == 1:
-        raise UsageError(f"a feed-forward width of {ffn} has no power of two for the online Hadamard transform; use --rotate offline")
+        raise UsageError(f"a feed-forward width of {ffn} has no power of two for the online Hadamard transform: use --rotate offline")
     count = len(decoder.layers)
     return Rotation(
         residual=random_rotation(width, generator),
