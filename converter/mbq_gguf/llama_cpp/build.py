@@ -122,7 +122,7 @@ def make_plan(backend: str, tree: Path | None, cuda_architectures: str | None) -
         f"{pin.sha256} {pin.subdirectory}" if origin is None else source.tree_hash(origin),
         patch,
         *options,
-        *(f"{wanted.name} {wanted.definitions} {wanted.flags}" for wanted in prove.instruction_sets()),
+        *(f"{wanted.name} {wanted.definitions}" for wanted in prove.instruction_sets()),
         *PROGRAMS,
         *toolchain.versions(),
         *(f"{name}={os.environ[name]}" for name in _FLAG_VARIABLES if name in os.environ),
@@ -174,8 +174,6 @@ def _compile(plan: Plan, jobs: int, log: TextIO, console: Console) -> prove.Inst
 def _configure(plan: Plan, chosen: prove.InstructionSet, log: TextIO, console: Console) -> None:
     tools = plan.toolchain
     definitions = [*plan.options, *chosen.definitions]
-    for language, variable in (("C", "CFLAGS"), ("CXX", "CXXFLAGS")):
-        definitions.append(f"CMAKE_{language}_FLAGS={' '.join([os.environ.get(variable, ''), *chosen.flags]).strip()}")
     if tools.nvcc is not None:
         definitions.append(f"CMAKE_CUDA_COMPILER={tools.nvcc}")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools.ninja}"] if tools.ninja else ["-G", "Unix Makefiles"]
