@@ -43,6 +43,8 @@ def main() -> None:
     \b
     mbq-gguf build                                   fetch, patch and build llama.cpp (once)
     mbq-gguf convert MODEL_DIR out.gguf --type MBQ3  calibrate with pictures, write GGUF and mmproj
+    mbq-gguf ask out.gguf picture.png "What is it?"  one answer; several pictures may be given
+    mbq-gguf serve out.gguf                          a web page and an OpenAI-compatible API
     mbq-gguf inspect out.gguf                        what is in a file
     mbq-gguf eval bf16.gguf out.gguf --mmproj M      how much it lost, on questions about pictures
     mbq-gguf imatrix MODEL_DIR imatrix.gguf          for llama-quantize: which channels pictures need
@@ -76,6 +78,54 @@ def path(name: str) -> None:
     from mbq_gguf.llama_cpp.paths import find
 
     click.echo(find(name))
+
+
+@main.command()
+@click.argument("file", type=FILE)
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+@click.option("--mmproj", type=FILE, help="The vision file (default: mmproj-FILE beside FILE).")
+@click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True, help="Where it listens, on 127.0.0.1.")
+def serve(file: Path, options: tuple[str, ...], mmproj: Path | None, port: int) -> None:
+    """Serve the GGUF file FILE in the patched llama-server, with its web page and an OpenAI-compatible API, until Ctrl-C.
+
+    OPTIONS after `--` are llama-server's own. The server is closed but for this machine and whoever has the key that is printed:
+
+    \b
+    -- --host 0.0.0.0                listen to the network
+    -- --api-key KEY                 a key of your own; --api-key "" asks for none
+    -- --slots --metrics --props     lists of running requests, counters, changes of properties
+    -- --cors-origins '*'            let pages of other sites ask it (with the key)
+
+    Pictures are sent by the page or as data: URLs; nothing is fetched from http:// URLs. LLAMA_* variables do not reach the server.
+    """
+    from mbq_gguf.llama_cpp.serve import serve as serve_file
+
+    serve_file(file, mmproj, port, options, Console())
+
+
+@main.command()
+@click.argument("file", type=FILE)
+@click.argument("pictures", nargs=-1, type=FILE)
+@click.argument("question")
+@click.option("--mmproj", type=FILE, help="The vision file (default: mmproj-FILE beside FILE).")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="The longest answer.")
+@click.option(
+    "--ctx", type=click.IntRange(min=64), default=8192, show_default=True, help="Tokens of context: pictures, question and answer."
+)
+@click.option("--gpu-layers", type=click.IntRange(min=0), default=0, show_default=True, help="Layers on the GPU, with a CUDA build.")
+def ask(file: Path, pictures: tuple[Path, ...], question: str, **options: Any) -> None:
+    """Ask the GGUF file FILE one QUESTION about PICTURES, in the order given, and print the answer.
+
+    \b
+    mbq-gguf ask out.gguf receipt.png "What is the total?"
+    mbq-gguf ask out.gguf before.jpg after.jpg "What has changed?"
+    """
+    from mbq_gguf.llama_cpp.serve import ask as ask_file
+
+    answer = ask_file(file, pictures=pictures, question=question, console=Console(stderr=True), **options)
+    click.echo(answer.text.strip())
+    if answer.finish_reason == "length":
+        Console(stderr=True).print(f"cut after {answer.completion_tokens} tokens: --max-tokens allows more", highlight=False)
 
 
 @main.command("demo-model")

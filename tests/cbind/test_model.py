@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import requests
 from mbq_cbind.model import Model
 from mbq_cbind.types import Floats
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.evaluate.exact_match import Question
 from mbq_gguf.export.injection import PackedTensor
+from mbq_gguf.llama_cpp import closed
 from mbq_gguf.llama_cpp.server import LlamaServer, data_url
 from reference_models import Files, HuggingFace
 
@@ -48,11 +48,11 @@ def test_tokens_are_hugging_faces(bf16: Model, hugging_face: Callable[..., Huggi
 def test_prompts_are_the_servers(bf16: Model, bf16_files: Files, questions: list[Question]) -> None:
     """What llama-server renders from an OpenAI-style message; it invents a media marker each time it starts."""
     with LlamaServer(bf16_files.text, bf16_files.mmproj, threads=2, ctx=512, parallel=1) as server:
-        marker = requests.get(f"{server.url}/props", timeout=30).json()["media_marker"]
+        marker = closed.request("GET", f"{server.url}/props", server.key, timeout=30).json()["media_marker"]
         for question in questions[:FEW]:
             image = {"type": "image_url", "image_url": {"url": data_url(question.image)}}
             message = {"role": "user", "content": [image, {"type": "text", "text": question.question}]}
-            reply = requests.post(f"{server.url}/apply-template", json={"messages": [message]}, timeout=30)
+            reply = closed.request("POST", f"{server.url}/apply-template", server.key, timeout=30, body={"messages": [message]})
             assert reply.json()["prompt"].replace(marker, bf16.vision.marker) == bf16.prompt(question.question)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from mbq_gguf.llama_cpp import pin, prove
 from rich.console import Console
+from tiny_pair import Pair, write_pair
 from workshop_tree import FILES, Workshop
 
 
@@ -33,3 +34,8 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
 def built(built_llama: Path) -> Path:
     """The folder with the real build's programs and libraries."""
     return built_llama / "build" / "bin"
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(built_llama: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return write_pair(tiny_dir, tmp_path_factory.mktemp("tiny-gguf"))

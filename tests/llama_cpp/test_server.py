@@ -10,12 +10,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from mbq_gguf.errors import UsageError, UserError
-from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
 from mbq_gguf.llama_cpp.server import LlamaServer
+from tiny_pair import Pair, write_pair
 
 EVAL = Path(__file__).parents[2] / "converter" / "mbq_gguf" / "demo" / "data" / "eval"
 PICTURE = EVAL / "images" / "0000.png"
@@ -30,24 +29,6 @@ with LlamaServer(Path(sys.argv[1]), None, threads=1) as server:
     print(server.pid, flush=True)
     time.sleep(600)
 """
-
-
-class Pair(NamedTuple):
-    model: Path
-    mmproj: Path
-
-
-def write_pair(source: Path, folder: Path) -> Pair:
-    pair = Pair(folder / "model.gguf", folder / "mmproj.gguf")
-    write_text_gguf(source, pair.model, packed={}, replaced={}, base_type="BF16", embedding_type="BF16", metadata={}, file_type=None)
-    write_mmproj_gguf(source, pair.mmproj, mmproj_type="BF16")
-    return pair
-
-
-@pytest.fixture(scope="module")
-def tiny_pair(built_llama: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """Random weights: it says nonsense, but takes the same path as any model."""
-    return write_pair(tiny_dir, tmp_path_factory.mktemp("tiny-gguf"))
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +62,14 @@ def test_an_answer_says_what_it_took(server: LlamaServer) -> None:
     assert answer.seconds > 0
     text_only = server.ask(None, "What is this?", 3)
     assert answer.prompt_tokens - text_only.prompt_tokens == VISION_TOKENS + 2  # and the marks of its start and end
+
+
+def test_several_pictures_in_their_order(server: LlamaServer) -> None:
+    other = EVAL / "images" / "0001.png"
+    one, two, turned = (server.ask(pictures, "What is this?", 8) for pictures in ([PICTURE], [PICTURE, other], [other, PICTURE]))
+    assert two.prompt_tokens - one.prompt_tokens == VISION_TOKENS + 2
+    assert two.prompt_tokens == turned.prompt_tokens
+    assert two.text != turned.text
 
 
 def test_the_same_question_gets_the_same_answer(server: LlamaServer) -> None:

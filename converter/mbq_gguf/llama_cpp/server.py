@@ -1,15 +1,20 @@
-"""Run the patched ``llama-server`` on a model and ask it questions about pictures through its OpenAI-compatible API."""
+"""Run the patched ``llama-server`` on a model, closed to everybody else, and ask it about pictures through its OpenAI-compatible API."""
 
 from __future__ import annotations
 
 import base64
 import mimetypes
+import os
 import socket
 import subprocess
+import sys
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -17,6 +22,7 @@ from typing import IO, Any
 import requests
 
 from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.llama_cpp import closed, tethered
 from mbq_gguf.llama_cpp.locks import termination_as_exit
 from mbq_gguf.llama_cpp.paths import find_program
 from mbq_gguf.llama_cpp.steps import end_group
@@ -40,6 +46,7 @@ class Answer:
 class LlamaServer:
     """Context manager: ``llama-server`` on a free port of 127.0.0.1, ready to answer inside the ``with`` block, always stopped after it.
 
+    Only who knows its `key` is answered (`closed` says what else is shut), and it ends with this process, however that ends.
     `threads`: CPU threads, the server's own choice where None. `ctx`: tokens of context for each of the `parallel` slots; that many
     questions are answered at once, and `ask` may be called from as many threads. `gpu_layers`: layers on the GPU, for a CUDA build.
     `log_file` keeps the server's log; without it the log is gone when the server stops.
@@ -58,40 +65,52 @@ class LlamaServer:
         gpu_layers: int = 0,
         log_file: Path | None = None,
     ) -> None:
+        options = ["--no-ui", "--ctx-size", str(ctx * parallel), "--parallel", str(parallel), "--gpu-layers", str(gpu_layers)]
+        if threads is not None:
+            options += ["--threads", str(threads)]
+        self._prepare(model, mmproj, options, log_file)
+
+    @classmethod
+    def with_options(cls, model: Path, mmproj: Path | None, options: Sequence[str], port: int) -> LlamaServer:
+        """A server for people, with its web page where the build has one: llama-server's own defaults but for what is closed, on `port`.
+
+        `options`, llama-server's own, come last and may open what is closed; with a key among them none is made here.
+        """
+        server = cls.__new__(cls)
+        server._prepare(model, mmproj, ["--port", str(port), *options], None)
+        server._port = int(_last_value(options, "--port") or port)
+        server._host = _last_value(options, "--host") or server._host
+        if closed.brings_own_key(options):
+            server.key = None
+        return server
+
+    def _prepare(self, model: Path, mmproj: Path | None, options: Sequence[str], log_file: Path | None) -> None:
         for file in (model, mmproj):
             if file is not None and not file.is_file():
                 raise UsageError(f"there is no file {file}: give the path of a GGUF file")
-        command: list[str | Path] = [
-            find_program("llama-server"),
-            "--model",
-            model.absolute(),
-            "--host",
-            "127.0.0.1",
-            "--offline",
-            "--no-webui",
-        ]
-        command += ["--ctx-size", str(ctx * parallel), "--parallel", str(parallel), "--gpu-layers", str(gpu_layers)]
+        self._command: list[str] = [str(find_program("llama-server")), "--model", str(model.absolute()), "--host", "127.0.0.1"]
         if mmproj is not None:
-            command += ["--mmproj", mmproj.absolute()]
-        if threads is not None:
-            command += ["--threads", str(threads)]
-        self._command = command
+            self._command += ["--mmproj", str(mmproj.absolute())]
+        self._command += [*closed.OPTIONS, *options]
+        self._host, self._port = "127.0.0.1", 0  # port 0: a free one
         self._log_file = log_file
         self._exit = ExitStack()
         self._process: subprocess.Popen[str] | None = None
         self._log: IO[str] | None = None
+        self.key: str | None = closed.new_key()
         self.url = ""
 
     def __enter__(self) -> LlamaServer:
         with ExitStack() as undo:
             undo.enter_context(termination_as_exit())
             undo.callback(self._stop)
+            no_configuration = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="llama-server-")))
             if self._log_file is None:
                 self._log = undo.enter_context(tempfile.NamedTemporaryFile("w+", prefix="llama-server-", suffix=".log"))
             else:
                 self._log_file.parent.mkdir(parents=True, exist_ok=True)
                 self._log = undo.enter_context(self._log_file.open("w+", encoding="utf-8"))
-            self._start()
+            self._start(closed.environment(self.key, no_configuration))
             self._exit = undo.pop_all()
         return self
 
@@ -105,16 +124,22 @@ class LlamaServer:
             raise RuntimeError("the server runs only inside the with block")
         return self._process.pid
 
-    def ask(self, image: Path | None, question: str, max_tokens: int = 64, *, temperature: float = 0.0, seed: int = 0) -> Answer:
-        """One question, about one picture where given: the picture comes first, then the question; greedy by default.
+    def wait(self) -> int:
+        """Wait until the server ends by itself; its exit code."""
+        assert self._process is not None
+        return self._process.wait()
 
-        Raises UsageError where the picture cannot be read, UserError where the server refuses or dies.
+    def ask(
+        self, images: Path | Sequence[Path] | None, question: str, max_tokens: int = 64, *, temperature: float = 0.0, seed: int = 0
+    ) -> Answer:
+        """One question, about one or several pictures where given: they come first, in their order, then the question; greedy by default.
+
+        Raises UsageError where a picture cannot be read, UserError where the server refuses or dies.
         """
-        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-        if image is not None:
-            content.insert(0, {"type": "image_url", "image_url": {"url": data_url(image)}})
+        pictures = [images] if isinstance(images, Path) else list(images or ())
+        content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
         body: dict[str, Any] = {
-            "messages": [{"role": "user", "content": content}],
+            "messages": [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
             "max_tokens": max_tokens,
             "temperature": temperature,
             "seed": seed,
@@ -122,7 +147,7 @@ class LlamaServer:
         }
         begin = time.monotonic()
         try:
-            response = requests.post(f"{self.url}/v1/chat/completions", json=body, timeout=ANSWER_SECONDS)
+            response = closed.request("POST", f"{self.url}/v1/chat/completions", self.key, ANSWER_SECONDS, body)
         except requests.Timeout as error:
             raise UserError(
                 f"llama-server gave no answer within {ANSWER_SECONDS:.0f} s: ask for fewer tokens or use more threads"
@@ -130,29 +155,36 @@ class LlamaServer:
         except requests.RequestException as error:
             raise UserError(f"llama-server stopped while answering ({self._last_words()}): try a smaller context or more memory") from error
         if response.status_code != 200:
-            raise UserError(
-                f"llama-server refused the question{f' about {image}' if image else ''} ({_reason(response)}): change the question"
-            )
+            about = f" about {', '.join(map(str, pictures))}" if pictures else ""
+            raise UserError(f"llama-server refused the question{about} ({_reason(response)}): change the question")
         return _answer(response.json(), time.monotonic() - begin)
 
-    def _start(self) -> None:
+    def _start(self, environment: dict[str, str]) -> None:
         assert self._log is not None
+        command = self._command
+        # The kernel's signal follows the thread that started the server: only the main one lasts as long as this process.
+        if threading.current_thread() is threading.main_thread():
+            command = [sys.executable, "-I", "-S", tethered.__file__, str(os.getpid()), *command]
+        if self._port and _taken(self._port):
+            raise UserError(f"port {self._port} is taken by another program: choose another one with --port")
         for _ in range(START_TRIES):
-            port = _free_port()
-            self.url = f"http://127.0.0.1:{port}"
+            port = self._port or _free_port()
+            everywhere = self._host in ("0.0.0.0", "::")
+            self.url = f"http://{'127.0.0.1' if everywhere else self._host}:{port}"
             # A session of its own: Ctrl-C reaches this process alone, which then stops the server.
             self._process = subprocess.Popen(
-                [*self._command, "--port", str(port)],
+                command if self._port else [*command, "--port", str(port)],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
                 text=True,
+                env=environment,
                 start_new_session=True,
             )
             if self._wait_until_ready():
                 return
             words = self._last_words()
-            if "bind" not in words:
+            if "bind" not in words or self._port:
                 break
         raise UserError(f"llama-server did not start ({words}): check the files and the free memory")
 
@@ -160,11 +192,12 @@ class LlamaServer:
         """True as soon as the model is loaded, False where the process ends before that."""
         assert self._process is not None
         deadline = time.monotonic() + START_SECONDS
+        path = "/v1/models" if self.key else "/health"  # only our own server knows the key: another's /health on this port answers as well
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 return False
             with suppress(requests.RequestException):
-                if requests.get(f"{self.url}/health", timeout=5).status_code == 200:
+                if closed.request("GET", self.url + path, self.key, timeout=5).status_code == 200:
                     return True
             time.sleep(0.05)
         raise UserError(
@@ -206,6 +239,22 @@ def _reason(response: requests.Response) -> str:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return f"HTTP status {response.status_code}"
+
+
+def _last_value(options: Sequence[str], name: str) -> str | None:
+    """What follows the last `name` among `options`, which is what llama-server takes; None where it is not there."""
+    values = [value for option, value in pairwise(options) if option == name]
+    return values[-1] if values else None
+
+
+def _taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the rests of ended connections do not count
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+        return False
 
 
 def _free_port() -> int:

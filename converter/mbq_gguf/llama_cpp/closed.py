@@ -1,0 +1,48 @@
+"""What keeps a llama-server to whoever started it: its options, its environment, its key, and requests that go nowhere else.
+
+Closed are the network (``--offline``: nothing is fetched, pictures by ``http://`` included), the lists of slots with other people's
+prompts, changes of properties and metrics (llama-server's own default), tools and proxies for agents, pages of other origins, and every
+request without the key. llama-server takes the last of two equal options: one given after these opens what it names.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import requests
+
+OPTIONS = ("--offline", "--no-slots", "--no-agent", "--cors-origins", "localhost")
+# llama-server reads options from LLAMA_*, and under AIP_MODE its port and routes from AIP_*.
+FOREIGN = ("LLAMA_", "AIP_")
+KEY_OPTIONS = ("--api-key", "--api-key-file")
+
+
+def new_key() -> str:
+    """A key that nobody can guess: 128 random bits."""
+    return secrets.token_hex(16)
+
+
+def environment(key: str | None, empty: Path) -> dict[str, str]:
+    """This process's environment for a server: without other people's options, with `key` where given (arguments can be read by all users).
+
+    `empty`: an empty folder that stands for the user's configuration, where llama-server would look for llama.cpp/config.ini.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    return {**kept, "XDG_CONFIG_HOME": str(empty)} | ({"LLAMA_API_KEY": key} if key else {})
+
+
+def brings_own_key(options: Sequence[str]) -> bool:
+    """Whether llama-server's own `options` name a key (an empty one: none is asked for)."""
+    return any(option in KEY_OPTIONS for option in options)
+
+
+def request(method: str, url: str, key: str | None, timeout: float, body: dict[str, Any] | None = None) -> requests.Response:
+    """One request to a server of ours; proxies and .netrc of the environment do not see it. Raises requests.RequestException."""
+    with requests.Session() as session:
+        session.trust_env = False
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return session.request(method, url, json=body, timeout=timeout, headers=headers)

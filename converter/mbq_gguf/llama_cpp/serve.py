@@ -1,0 +1,57 @@
+"""``mbq-gguf serve`` and ``mbq-gguf ask``: a converted file with the vision file beside it, in the patched llama-server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.llama_cpp.server import Answer, LlamaServer
+from mbq_gguf.llama_cpp.steps import say
+
+
+def serve(file: Path, mmproj: Path | None, port: int, options: Sequence[str], console: Console) -> None:
+    """Serve `file` on 127.0.0.1 until Ctrl-C; the address, and the key where one is asked for, are printed when it answers.
+
+    `mmproj`: by default the one beside `file`, and none where there is none. `options`: llama-server's own, which may open what is closed.
+    Raises UserError where the server does not start or ends by itself.
+    """
+    server = LlamaServer.with_options(file, mmproj or _beside(file), options, port)
+    with ExitStack() as stack:
+        with console.status(f"loading {file.name}"):
+            stack.enter_context(server)
+        say(console, f"{server.url}")
+        if server.key:
+            say(console, f"key: {server.key} (the page asks for it; programs send it as `Authorization: Bearer KEY`)")
+        say(console, "Ctrl-C stops it")
+        code = server.wait()
+    raise UserError(f"llama-server ended by itself with exit code {code}: start it again, with `-- --log-file FILE` to see why")
+
+
+def ask(
+    file: Path, mmproj: Path | None, pictures: Sequence[Path], question: str, max_tokens: int, ctx: int, gpu_layers: int, console: Console
+) -> Answer:
+    """The answer of `file` to one question about `pictures`, in their order. `ctx`: tokens of context, those of the pictures included.
+
+    Raises UsageError where a file is missing, UserError where the server does not start or refuses, as it does where `ctx` is too small.
+    """
+    vision = mmproj or _beside(file)
+    if pictures and vision is None:
+        raise UsageError(f"there is no vision file {_name_beside(file)}: put it there, or name it with --mmproj")
+    server = LlamaServer(file, vision if pictures else None, ctx=ctx, gpu_layers=gpu_layers)
+    with console.status(f"loading {file.name}") as status, server:
+        status.update("reading the pictures and answering" if pictures else "answering")
+        return server.ask(pictures, question, max_tokens)
+
+
+def _name_beside(file: Path) -> Path:
+    return file.with_name(f"mmproj-{file.name}")
+
+
+def _beside(file: Path) -> Path | None:
+    """The vision file that ``convert`` wrote with `file`, None where it is not there."""
+    path = _name_beside(file)
+    return path if path.is_file() else None

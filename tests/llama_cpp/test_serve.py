@@ -1,0 +1,90 @@
+"""``mbq-gguf serve`` and ``mbq-gguf ask`` as a user calls them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mbq_gguf.llama_cpp import closed
+from test_server import PICTURE, alive
+from tiny_pair import Pair
+
+COMMAND = [sys.executable, "-m", "mbq_gguf"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_serve_prints_address_and_key_and_ends_with_ctrl_c(tiny_pair: Pair) -> None:
+    port = free_port()
+    command = [*COMMAND, "serve", str(tiny_pair.model), "--port", str(port), "--", "--threads", "1", "--ctx-size", "512"]
+    user = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    )
+    assert user.stdout is not None
+    assert user.stdout.readline() == f"http://127.0.0.1:{port}\n"
+    key = re.match(r"key: (\w{32}) ", user.stdout.readline())
+    assert key is not None
+    reply = closed.request("GET", f"http://127.0.0.1:{port}/props", key[1], 30).json()
+    assert reply["modalities"]["vision"], "the vision file beside it was found"
+    [server] = map(int, Path(f"/proc/{user.pid}/task/{user.pid}/children").read_text().split())
+    user.send_signal(signal.SIGINT)
+    user.communicate(timeout=30)
+    assert user.returncode == 130
+    assert not alive(server)
+
+
+def test_ask_prints_one_answer(tiny_pair: Pair) -> None:
+    done = run("ask", tiny_pair.model, PICTURE, PICTURE, "What is this?", "--max-tokens", 4, "--ctx", 512)
+    assert done.returncode == 0, done.stderr
+    assert "cut after 4 tokens: --max-tokens allows more" in done.stderr
+    assert run("ask", tiny_pair.model, "What is this?", "--max-tokens", 4).stdout != done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["ask", "missing.gguf", "Hello?"], "there is no file missing.gguf"),
+        (["ask", "alone.gguf", PICTURE, "What?"], "there is no vision file mmproj-alone.gguf: put it there, or name it with --mmproj"),
+        (["ask", "model.gguf", "missing.png", "What?"], "the picture missing.png cannot be read"),
+        (["serve", "missing.gguf"], "there is no file missing.gguf"),
+        (["serve", "model.gguf", "--slots"], "No such option"),
+    ],
+)
+def test_wrong_calls_are_one_sentence(
+    tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[object], says: str
+) -> None:
+    for file in tiny_pair:
+        (tmp_path / file.name).symlink_to(file)
+    shutil.copy(tiny_pair.model, tmp_path / "alone.gguf")
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_option_that_llama_server_does_not_know(tiny_pair: Pair) -> None:
+    done = run("serve", tiny_pair.model, "--port", free_port(), "--", "--no-such-option")
+    assert done.returncode == 1
+    assert "llama-server did not start (error: invalid argument: --no-such-option" in done.stderr
+
+
+def test_a_context_that_is_too_small_is_said(tiny_pair: Pair) -> None:
+    done = run("ask", tiny_pair.model, *[PICTURE] * 6, "What is this?", "--ctx", 256)
+    assert done.returncode == 1
+    assert "llama-server refused the question about" in done.stderr
+    assert "context" in done.stderr
