@@ -1,8 +1,8 @@
 """Which instruction sets to build for: tried in order, the first whose kernels run correctly on this machine wins.
 
 That a CPU lists an instruction set does not make the kernels for it run: hypervisors may mask what they list, and compilers err. GCC 12
-declares only 8 of the 64 bytes of an AMX tile configuration as read and drops the stores of the others, so that every AMX kernel of ggml died
-at ``ldtilecfg`` or ``tilezero``; a patch of ours keeps those stores (0009), and AMX is expected to pass. Only a run of the built kernels can tell.
+declares only 8 of the 64 bytes of an AMX tile configuration as read and drops the stores of the others, so that every AMX kernel of ggml
+died at ``ldtilecfg`` or ``tilezero``; patch 0009 keeps those stores, and AMX is expected to pass. Only a run of the built kernels can tell.
 """
 
 from __future__ import annotations
