@@ -56,7 +56,7 @@ def stock(name: str, folder: Path, model: Path, *options: str) -> Path:
         kind, _, with_imatrix = name.partition("+")
         matrix = folder / "imatrix.gguf"
         if with_imatrix and not matrix.is_file():
-            run_measured(["mbq-gguf", "imatrix", str(model), str(matrix)], matrix.with_suffix(".log"))
+            run_measured(["mbq-gguf", "imatrix", str(model), str(matrix), "--samples", "128"], matrix.with_suffix(".log"))
         options = (*options, "--imatrix", str(matrix)) if with_imatrix else options
         command = ["llama-quantize", *options, str(folder / f"{REFERENCE}.gguf"), str(path), kind, str(THREADS)]
         run_measured(command, path.with_suffix(".log"))

@@ -24,7 +24,6 @@ import torch
 from mbq_gguf.calibration.dataset import Sample, load_samples, read_jsonl
 from mbq_gguf.calibration.generate import greedy_answer
 from mbq_gguf.calibration.stream import Streamed, advance, capture, capture_encoded, logits, working_layer
-from mbq_gguf.convert import DEFAULT_SAMPLES
 from mbq_gguf.evaluate.exact_match import MAX_TOKENS, SHIPPED
 from mbq_gguf.formats.registry import container
 from mbq_gguf.models import LoadedModel, load
@@ -32,7 +31,7 @@ from mbq_gguf.models.decoder import linear
 from mbq_gguf.models.prompts import open_image
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise import ROTATION_SEED, quantise
-from mbq_gguf.settings import QuantiseSettings
+from mbq_gguf.settings import SAMPLES, QuantiseSettings
 from mbq_gguf.transforms.rotation import Rotate, Rotation, draw, rotate_layer
 from rich.console import Console
 from rich.progress import track
@@ -62,7 +61,7 @@ def parsed(name: str) -> Variant:
             found[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             continue
-    samples, seed = found.pop("samples", DEFAULT_SAMPLES), found.pop("seed", 0)
+    samples, seed = found.pop("samples", SAMPLES), found.pop("seed", 0)
     return Variant(name or "default", samples, seed, QuantiseSettings(**found))
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 
-from mbq_gguf import __version__
-from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf import __version__, settings
+from mbq_gguf.convert_command import convert
+from mbq_gguf.errors import UserError
 from mbq_gguf.evaluate.command import eval_command
 
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
@@ -42,7 +41,7 @@ def main() -> None:
 
     \b
     mbq-gguf build                                   fetch, patch and build llama.cpp (once)
-    mbq-gguf convert MODEL_DIR out.gguf --type MBQ3  calibrate with pictures, write GGUF and mmproj
+    mbq-gguf convert MODEL_DIR out.gguf              calibrate with pictures, write GGUF and mmproj
     mbq-gguf ask out.gguf picture.png "What is it?"  one answer; several pictures may be given
     mbq-gguf serve out.gguf                          a web page and an OpenAI-compatible API
     mbq-gguf inspect out.gguf                        what is in a file
@@ -140,7 +139,7 @@ def demo_model(directory: Path) -> None:
 @main.command()
 @click.option("--directory", type=DIRECTORY, default=Path("build/demo"), show_default=True, help="Where the demonstration keeps its files.")
 def demo(directory: Path) -> None:
-    """The whole path once: build, reference VLM, MBQ3, and three questions about pictures to the patched llama-server."""
+    """The whole path once: build, reference VLM, 3 bits, and three questions about pictures to the patched llama-server."""
     from mbq_gguf.demo.run import run_demo
 
     run_demo(Console(), directory)
@@ -158,133 +157,10 @@ def inspect(file: Path) -> None:
 @main.command()
 @click.argument("model_dir", type=DIRECTORY)
 @click.argument("out", type=FILE)
-@click.option(
-    "--type",
-    "type_",
-    default="MBQ3S",
-    show_default=True,
-    help="MBQ3S (small groups) or MBQ3 (the papers' grid), 3.25 to 3.5 bits; a stock ggml type such as Q4_0; BF16 or F16.",
-)
-@click.option(
-    "--target-bpw",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Instead of --type: a type for each tensor, at most this many bits a weight of the decoder's matrices in all.",
-)
-@click.option(
-    "--method",
-    type=click.Choice(["rtn", "awq", "mbq"]),
-    default="rtn",
-    show_default=True,
-    help="Equalisation of channels before rounding: none, by all tokens alike, or by modality (takes many times as long).",
-)
-@click.option("--rounding", type=click.Choice(["nearest", "gptq"]), default="gptq", show_default=True, help="How weights become codes.")
-@click.option("--calib", type=click.Path(path_type=Path), help="A JSONL of pictures, questions and answers, or a folder of pictures.")
-@click.option("--samples", type=click.IntRange(min=1), default=96, show_default=True, help="Calibration samples.")
-@click.option(
-    "--synthetic",
-    type=click.IntRange(min=0),
-    default=80,
-    show_default=True,
-    help="Texts that the model writes itself, and half as many procedural pictures, beside the samples: what they do not show is kept.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Which samples are drawn.")
-@click.option(
-    "--turns",
-    type=click.Choice(["all", "last"]),
-    default="all",
-    show_default=True,
-    help="Of each conversation: all turns, or the last one alone with the picture.",
-)
-@click.option("--device", default="cpu", show_default=True, help="Where layers are computed: cpu, cuda, cuda:1.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")
-@click.option("--embedding-type", default="Q8_0", show_default=True, help="The type of embeddings and output head.")
-@click.option("--mmproj-type", default="F16", show_default=True, help="The type of vision tower and projector: F16, BF16, F32 or Q8_0.")
-@click.option("--floor/--no-floor", default=True, show_default=True, help="Raise each layer's modality ratio to the median over layers.")
-@click.option(
-    "--answer-mask",
-    type=click.Choice(["header", "predicting", "answer"]),
-    default="header",
-    show_default=True,
-    help="Which tokens stand for the answer: with the header that opens it (MBQ's authors), those that predict it, or the answer alone.",
-)
-@click.option(
-    "--token-weights",
-    type=click.Choice(["uniform", "modality", "gradient", "token"]),
-    default="uniform",
-    show_default=True,
-    help="How GPTQ weighs tokens: alike, answers 1 and pictures as MBQ has it, by each class's gradient, or by each token's.",
-)
-@click.option("--prompt-weight", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Of a prompt token under modality.")
-@click.option(
-    "--rotate",
-    type=click.Choice(["none", "offline", "full"]),
-    default="none",
-    show_default=True,
-    help="Spread outliers by rotations: offline folds into weights, full adds a transform that the patched llama.cpp computes.",
-)
-@click.option("--search-samples", type=click.IntRange(min=1), help="AWQ, MBQ: compare factors on so many samples (default: all).")
-@click.option(
-    "--search-loss",
-    type=click.Choice(["mae", "mse"]),
-    help="AWQ, MBQ: compare factors by absolute or squared errors (default: mae for MBQ, mse for AWQ).",
-)
-@click.option(
-    "--grouped-o/--no-grouped-o",
-    default=True,
-    show_default=True,
-    help="AWQ, MBQ: factors for o_proj also where query heads share a value head (MBQ's authors have none there).",
-)
-@click.option("--clip/--no-clip", default=True, show_default=True, help="GPTQ: search the range of each block (stock types always).")
-@click.option("--distort/--no-distort", default=True, show_default=True, help="Calibrate on the inputs that rounded layers give.")
-@click.option(
-    "--correction",
-    type=click.FloatRange(0, 1),
-    default=0.5,
-    show_default=True,
-    help="With --distort: share of earlier errors to make good.",
-)
-@click.option(
-    "--refits",
-    type=click.IntRange(min=0),
-    default=2,
-    show_default=True,
-    help="GPTQ: turns of refitting scales, with codes descending in between.",
-)
-@click.option(
-    "--refine",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="With --distort: passes over the samples in which each layer's scales are learned together.",
-)
-@click.option("--work-dir", type=DIRECTORY, help="Where finished layers are kept (default: beside OUT until it is whole).")
-@click.pass_context
-def convert(context: click.Context, /, type_: str, **options: Any) -> None:
-    """Turn the Hugging Face VLM in MODEL_DIR into the GGUF file OUT and the vision file mmproj-OUT beside it.
-
-    Calibrates with pictures and answers: GPTQ rounds on the container's own grid, layer by layer, from what the rounded layers before give;
-    MBQ (--method mbq, arXiv 2412.19509) weighs each modality by how much the answer depends on it. A run that is stopped goes on after its
-    last finished layer when the same command is given again.
-    """
-    if options["target_bpw"] and context.get_parameter_source("type_") is not ParameterSource.DEFAULT:
-        raise UsageError("give --type or --target-bpw: a target size chooses the types itself")
-    # Before torch is loaded. OpenMP threads that spin while they wait take the cores from whatever else runs: beside another conversion on
-    # two cores the texts took seven minutes instead of half a minute. llama.cpp, whose waits are short, is left to spin.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from mbq_gguf.convert import ConvertOptions
-    from mbq_gguf.convert import convert as convert_model
-
-    console = Console()
-    console.print(convert_model(ConvertOptions(type=type_, **options), console).render())
-
-
-@main.command()
-@click.argument("model_dir", type=DIRECTORY)
-@click.argument("out", type=FILE)
 @click.option("--calib", type=click.Path(path_type=Path), help="A JSONL set or a folder of pictures (default: shipped drawn scenes).")
-@click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Calibration samples.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Which samples are drawn.")
-@click.option("--device", default="cpu", show_default=True, help="Where layers are computed: cpu, cuda, cuda:1.")
+@click.option("--samples", type=click.IntRange(min=1), default=settings.SAMPLES, show_default=True, help="Calibration samples.")
+@click.option("--seed", type=int, default=settings.SEED, show_default=True, help="Which samples are drawn.")
+@click.option("--device", default=settings.DEVICE, show_default=True, help="Where layers are computed: cpu, cuda, cuda:1.")
 def imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, seed: int, device: str) -> None:
     """Write llama.cpp's importance matrix of the Hugging Face VLM in MODEL_DIR to OUT, computed on pictures and their questions.
 
@@ -303,4 +179,5 @@ def imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, seed: 
     console.print(make_imatrix(model_dir, out, calib, samples, seed, device, console), highlight=False, soft_wrap=True)
 
 
+main.add_command(convert)
 main.add_command(eval_command)

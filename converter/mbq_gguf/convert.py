@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import mbq_gguf
+from mbq_gguf import settings as defaults
 from mbq_gguf.allocation.plan import plan_table
 from mbq_gguf.calibration.dataset import Sample, Turns, fingerprint, load_samples
 from mbq_gguf.calibration.token_weights import Kind
@@ -41,7 +42,6 @@ from mbq_gguf.workdir import WorkDir, open_workdir
 
 REFERENCE_TYPES = ("BF16", "F16", "F32")  # --type without quantisation: what upstream's converter would write
 BASE_TYPE = "BF16"  # matrices of a quantised file that no method touches; checkpoints are BF16 today, so nothing is lost
-DEFAULT_SAMPLES = 96  # 64 left one seed of two above 0.012 nats on scenes, 96 none of three (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,18 @@ class ConvertOptions:
 
     model_dir: Path
     out: Path
-    type: str = "MBQ3S"
+    type: str = QuantiseSettings.container
     target_bpw: float | None = None  # a container for each tensor instead of type, to this many bits a weight of the decoder's matrices
     method: Method = QuantiseSettings.method
     rounding: Rounding = QuantiseSettings.rounding
     calib: Path | None = None  # a JSONL set or a folder of images; None: the set that ships with the demonstration
-    samples: int = DEFAULT_SAMPLES
-    seed: int = 0
-    turns: Turns = "all"
-    device: str = "cpu"
+    samples: int = defaults.SAMPLES
+    seed: int = defaults.SEED
+    turns: Turns = defaults.TURNS
+    device: str = defaults.DEVICE
     threads: int | None = None
-    embedding_type: str = "Q8_0"  # of embeddings and output head
-    mmproj_type: str = "F16"
+    embedding_type: str = defaults.EMBEDDING_TYPE  # of embeddings and output head
+    mmproj_type: str = defaults.MMPROJ_TYPE
     synthetic: int = QuantiseSettings.synthetic
     floor: bool = QuantiseSettings.floor  # no layer's ratio below the median over layers
     answer_mask: AnswerMask = QuantiseSettings.answer_mask

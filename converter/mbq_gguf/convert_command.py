@@ -1,0 +1,165 @@
+"""``mbq-gguf convert``: its options under headings, with the defaults of :mod:`mbq_gguf.settings`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from rich.console import Console
+
+from mbq_gguf import settings
+from mbq_gguf.errors import UsageError
+from mbq_gguf.option_groups import GroupedCommand, option_group
+from mbq_gguf.settings import QuantiseSettings
+
+DIRECTORY = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+everyday = option_group("Everyday")
+calibration = option_group("Calibration")
+rounding = option_group("Rounding")
+research = option_group("Research (what each does to the figures: docs/results.md)")
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("model_dir", type=DIRECTORY)
+@click.argument("out", type=FILE)
+@everyday(
+    "--type",
+    "type_",
+    default=QuantiseSettings.container,
+    help="MBQ3S (small groups) or MBQ3 (the papers' grid), 3.25 to 3.5 bits; a stock ggml type such as Q4_0 or Q3_K; BF16 or F16.",
+)
+@everyday("--calib", type=click.Path(path_type=Path), help="A JSONL of pictures, questions and answers, or a folder of pictures.")
+@everyday("--device", default=settings.DEVICE, help="Where layers are computed: cpu, cuda, cuda:1.")
+@everyday("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")
+@everyday("--work-dir", type=DIRECTORY, help="Where finished layers are kept (default: beside OUT until it is whole).")
+@everyday("--embedding-type", default=settings.EMBEDDING_TYPE, help="The type of embeddings and output head.")
+@everyday("--mmproj-type", default=settings.MMPROJ_TYPE, help="The type of vision tower and projector: F16, BF16, F32 or Q8_0.")
+@calibration("--samples", type=click.IntRange(min=1), default=settings.SAMPLES, help="How many samples of --calib are used.")
+@calibration("--seed", type=int, default=settings.SEED, help="Which samples are drawn.")
+@calibration(
+    "--synthetic",
+    type=click.IntRange(min=0),
+    default=QuantiseSettings.synthetic,
+    help="Texts that the model writes itself, and half as many procedural pictures, beside the samples: what they do not show is kept.",
+)
+@calibration(
+    "--turns",
+    type=click.Choice(["all", "last"]),
+    default=settings.TURNS,
+    help="Of each conversation: all turns, or the last one alone with the picture.",
+)
+@rounding(
+    "--rounding",
+    type=click.Choice(["nearest", "gptq"]),
+    default=QuantiseSettings.rounding,
+    help="How weights become codes. The options below are GPTQ's.",
+)
+@rounding("--clip/--no-clip", default=QuantiseSettings.clip, help="Search the range of each block (stock types always).")
+@rounding(
+    "--propagate-error/--no-propagate-error",
+    "distort",
+    former=["--distort/--no-distort"],
+    default=QuantiseSettings.distort,
+    help="Calibrate each layer on the inputs that the rounded layers before it give, not on the original's (also for AWQ and MBQ).",
+)
+@rounding(
+    "--error-correction",
+    "correction",
+    former=["--correction"],
+    type=click.FloatRange(0, 1),
+    default=QuantiseSettings.correction,
+    help="With --propagate-error: the share of earlier layers' error that a layer makes good.",
+)
+@rounding(
+    "--refits",
+    type=click.IntRange(min=0),
+    default=QuantiseSettings.refits,
+    help="How often scales are fitted again to the codes, with codes descending in between.",
+)
+@research(
+    "--target-bpw",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Instead of --type: a type for each tensor, at most this many bits a weight of the decoder's matrices in all.",
+)
+@research(
+    "--rotate",
+    type=click.Choice(["none", "offline", "full"]),
+    default=QuantiseSettings.rotate,
+    help="Spread outliers by rotations: offline folds into weights, full adds a transform that the patched llama.cpp computes.",
+)
+@research(
+    "--learn-scales",
+    "refine",
+    former=["--refine"],
+    type=click.IntRange(min=0),
+    default=QuantiseSettings.refine,
+    help="With --propagate-error: passes over the samples in which each layer's scales are learned together by gradients.",
+)
+@research(
+    "--token-weights",
+    type=click.Choice(["uniform", "modality", "gradient", "token"]),
+    default=QuantiseSettings.token_weights,
+    help="What a token counts in GPTQ: all the same, MBQ's ratio of vision to language, its class's gradient, or its own gradient.",
+)
+@research(
+    "--prompt-weight",
+    type=click.FloatRange(min=0),
+    default=QuantiseSettings.prompt_weight,
+    help="With --token-weights modality: what a token of the question counts, where one of the answer counts 1.",
+)
+@research(
+    "--method",
+    type=click.Choice(["rtn", "awq", "mbq"]),
+    default=QuantiseSettings.method,
+    help="Equalisation of channels before rounding: none, by all tokens alike, or by modality (takes many times as long).",
+)
+@research(
+    "--floor/--no-floor",
+    default=QuantiseSettings.floor,
+    help="MBQ: raise each layer's ratio of vision to language to the median over layers.",
+)
+@research(
+    "--answer-mask",
+    type=click.Choice(["header", "predicting", "answer"]),
+    default=QuantiseSettings.answer_mask,
+    help="Which tokens stand for the answer: with the header that opens it (MBQ's authors), those that predict it, or the answer alone.",
+)
+@research("--search-samples", type=click.IntRange(min=1), help="AWQ, MBQ: compare factors on so many samples (default: all).")
+@research(
+    "--search-loss",
+    type=click.Choice(["mae", "mse"]),
+    help="AWQ, MBQ: compare factors by absolute or squared errors (default: mae for MBQ, mse for AWQ).",
+)
+@research(
+    "--grouped-o/--no-grouped-o",
+    default=QuantiseSettings.grouped_o,
+    help="AWQ, MBQ: factors for o_proj also where query heads share a value head (MBQ's authors have none there).",
+)
+@click.pass_context
+def convert(context: click.Context, /, type_: str, **options: Any) -> None:
+    """Turn the Hugging Face VLM in MODEL_DIR into the GGUF file OUT and the vision file mmproj-OUT beside it.
+
+    \b
+    mbq-gguf convert MODEL_DIR out.gguf                              3 bits, for the patched llama.cpp
+    mbq-gguf convert MODEL_DIR out.gguf --type Q4_0                  a stock type, for any llama.cpp
+    mbq-gguf convert MODEL_DIR out.gguf --calib my-pictures.jsonl    calibrated on what you will ask about
+
+    Calibrates with pictures and answers: GPTQ rounds on the type's own grid, layer by layer, from what the rounded layers before give;
+    MBQ (--method mbq, arXiv 2412.19509) weighs each modality by how much the answer depends on it. A run that is stopped goes on after its
+    last finished layer when the same command is given again.
+    """
+    if options["target_bpw"] and context.get_parameter_source("type_") is not ParameterSource.DEFAULT:
+        raise UsageError("give --type or --target-bpw: a target size chooses the types itself")
+    # Before torch is loaded. OpenMP threads that spin while they wait take the cores from whatever else runs: beside another conversion on
+    # two cores the texts took seven minutes instead of half a minute. llama.cpp, whose waits are short, is left to spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from mbq_gguf.convert import ConvertOptions
+    from mbq_gguf.convert import convert as convert_model
+
+    console = Console()
+    console.print(convert_model(ConvertOptions(type=type_, **options), console).render())

@@ -1,0 +1,53 @@
+"""Options of a command under headings, in ``--help``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+OTHER = "Other"
+Decorate = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class GroupedOption(click.Option):
+    """An option under ``heading``. ``former`` names are taken like the others, so that old commands go on working, and are not shown."""
+
+    def __init__(self, names: Sequence[str], *, heading: str, former: Sequence[str] = (), **attributes: Any) -> None:
+        super().__init__([*names, *former], **attributes)
+        self.heading = heading
+        self.former = frozenset(part for name in former for part in name.split("/"))
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """The line of ``--help``, without former names."""
+        shown = copy.copy(self)
+        shown.opts = [name for name in self.opts if name not in self.former]
+        shown.secondary_opts = [name for name in self.secondary_opts if name not in self.former]
+        return super(GroupedOption, shown).get_help_record(ctx)
+
+
+class GroupedCommand(click.Command):
+    """A command whose ``--help`` lists its options by heading, in the order in which headings and options were written."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options; those without a heading (``--help``) come last."""
+        records: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                records.setdefault(getattr(parameter, "heading", OTHER), []).append(record)
+        rest = records.pop(OTHER, [])
+        for heading, rows in {**records, OTHER: rest}.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+def option_group(heading: str) -> Callable[..., Decorate]:
+    """``click.option`` for one heading; defaults are shown."""
+
+    def option(*names: str, **attributes: Any) -> Decorate:
+        return click.option(*names, cls=GroupedOption, heading=heading, **{"show_default": True, **attributes})
+
+    return option
