@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +44,24 @@ def test_rotated_files_give_the_plain_logits(tiny_dir: Path, tmp_path: Path) -> 
         fields = import_gguf().GGUFReader(turned.out).fields
         assert fields["mbq.rotate"].contents() == rotate
         assert ("mbq.hadamard.ffn_down" in fields) == (rotate == "full")
+
+
+LOAD = "import sys; from pathlib import Path; from mbq_cbind.model import Model; Model(Path(sys.argv[1]), context=64)"
+
+
+@pytest.mark.usefixtures("built_llama")
+def test_no_block_size_aborts_the_process(tiny_dir: Path, tmp_path: Path) -> None:
+    written = write(tiny_dir, tmp_path, "turned", type="Q8_0", rotate="full").out
+    whole = written.read_bytes()
+    key = b"mbq.hadamard.ffn_down"
+    place = whole.index(key) + len(key) + 4  # behind the key lie the value's type and then its four bytes
+    block = int.from_bytes(whole[place : place + 4], "little")
+    reader = import_gguf().GGUFReader(written)
+    width = next(int(tensor.shape[0]) for tensor in reader.tensors if "ffn_down" in tensor.name)
+    assert width % block == 0
+    for wrong in (0, 1, 3, 2**31, 2**15, 512 if width % 512 else 1024, 0xFFFFFFFF):
+        file = tmp_path / "wrong.gguf"
+        file.write_bytes(whole[:place] + wrong.to_bytes(4, "little") + whole[place + 4 :])
+        done = subprocess.run([sys.executable, "-c", LOAD, file], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1, f"a block of {wrong}: {done.returncode}\n{done.stderr}"  # an exception; an abort would be negative
+        assert "mbq.hadamard.ffn_down is" in done.stderr

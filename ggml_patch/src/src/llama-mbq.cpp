@@ -16,11 +16,20 @@
 
 namespace {
 
-// the matrix itself: read only by backends that do not take the GGML_HINT_SRC0_IS_HADAMARD fast path
+// ggml-cuda's fast transform ends at 512, and mbq-gguf writes no larger block
+constexpr uint32_t HADAMARD_MAX = 512;
+
+// the matrix itself, read only by backends that do not take the GGML_HINT_SRC0_IS_HADAMARD fast path: made when one wants it
 class llm_graph_input_mbq_hadamard : public llm_graph_input_i {
 public:
-    explicit llm_graph_input_mbq_hadamard(ggml_tensor * rot) : rot(rot), data(rot->ne[0]*rot->ne[1]) {
+    explicit llm_graph_input_mbq_hadamard(ggml_tensor * rot) : rot(rot) {}
+
+    void set_input(const llama_ubatch * /*ubatch*/) override {
+        if (rot->buffer == nullptr) { // not allocated when no backend reads it
+            return;
+        }
         const int64_t n = rot->ne[0];
+        std::vector<float> data(n*n);
 
         // Sylvester's doubling, as the fast path computes it
         data[0] = 1.0f/sqrtf(float(n));
@@ -35,33 +44,34 @@ public:
                 }
             }
         }
-    }
-
-    void set_input(const llama_ubatch * /*ubatch*/) override {
-        if (rot->buffer) { // not allocated when no backend reads it
-            ggml_backend_tensor_set(rot, data.data(), 0, ggml_nbytes(rot));
-        }
+        ggml_backend_tensor_set(rot, data.data(), 0, ggml_nbytes(rot));
     }
 
     bool can_reuse(const llm_graph_params & /*params*/) override { return true; }
 
     ggml_tensor * rot;
-
-private:
-    std::vector<float> data;
 };
 
 } // namespace
 
-uint32_t llama_mbq_hadamard_ffn_down(const gguf_context * metadata) {
+void llama_mbq_load_hparams(const gguf_context * metadata, llama_hparams & hparams) {
     const int64_t key = gguf_find_key(metadata, "mbq.hadamard.ffn_down");
     if (key < 0) {
-        return 0;
+        return;
     }
     if (gguf_get_kv_type(metadata, key) != GGUF_TYPE_UINT32) {
         throw std::runtime_error("mbq.hadamard.ffn_down must be a u32");
     }
-    return gguf_get_val_u32(metadata, key);
+    const uint32_t n = gguf_get_val_u32(metadata, key);
+    if (n < 2 || n > HADAMARD_MAX || (n & (n - 1)) != 0) {
+        throw std::runtime_error(format("mbq.hadamard.ffn_down is %u: it must be a power of two from 2 to %u", n, HADAMARD_MAX));
+    }
+    for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
+        if (hparams.n_ff(il) % n != 0) {
+            throw std::runtime_error(format("mbq.hadamard.ffn_down is %u: it must divide the FFN width %u of layer %u", n, hparams.n_ff(il), il));
+        }
+    }
+    hparams.mbq_hadamard_ffn_down = n;
 }
 
 ggml_tensor * llm_graph_context::build_mbq_hadamard(ggml_tensor * cur) const {
@@ -69,7 +79,9 @@ ggml_tensor * llm_graph_context::build_mbq_hadamard(ggml_tensor * cur) const {
     if (n == 0) {
         return cur;
     }
-    GGML_ASSERT((n & (n - 1)) == 0 && cur->ne[0] % n == 0 && "mbq.hadamard.ffn_down must be a power of two that divides the FFN width");
+    if (cur->ne[0] % n != 0) { // a branch with a width of its own, such as a shared expert
+        throw std::runtime_error(format("mbq.hadamard.ffn_down is %d: it must divide the FFN width %d", int(n), int(cur->ne[0])));
+    }
 
     // one matrix for all layers
     ggml_tensor * rot = nullptr;

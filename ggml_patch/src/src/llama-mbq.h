@@ -1,8 +1,8 @@
 #pragma once
 
-#include <cstdint>
-
 struct gguf_context;
+struct llama_hparams;
 
-// block of the online Hadamard transform before ffn_down (key mbq.hadamard.ffn_down), 0 if the file asks for none
-uint32_t llama_mbq_hadamard_ffn_down(const gguf_context * metadata);
+// mbq.hadamard.ffn_down, the block of the online Hadamard transform before ffn_down: read and checked once the FFN widths are known
+// throws std::runtime_error for a value that the graph could not use
+void llama_mbq_load_hparams(const gguf_context * metadata, llama_hparams & hparams);
