@@ -3,9 +3,9 @@
     python tools/photographs.py photographs
     python tools/trial_quality.py MODEL_DIR "" seed=1 samples=32,synthetic=0 container=Q4_0 rotate=full --photographs photographs
 
-Each argument is one variant: ``samples``, ``seed`` and fields of QuantiseSettings, "" the default. Quantises the language model's linears,
-puts the values that the container gives back into the Hugging Face model, and compares it with the original, forced along the expected
-answers of the demo's eval set, along the original's own words about photographs, and along a text. KL divergence in nats.
+Each argument is one variant: ``samples``, ``seed``, ``turns`` and fields of QuantiseSettings, "" the default. Quantises the language
+model's linears, puts the values that the container gives back into the Hugging Face model, and compares it with the original, forced along
+the expected answers of the demo's eval set, along the original's own words about photographs, and along a text. KL divergence in nats.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 import torch
-from mbq_gguf.calibration.dataset import Sample, load_samples, read_jsonl
+from mbq_gguf.calibration.dataset import Sample, Turns, load_samples, read_jsonl
 from mbq_gguf.calibration.generate import greedy_answer
 from mbq_gguf.calibration.stream import Streamed, advance, capture, capture_encoded, logits, working_layer
 from mbq_gguf.evaluate.exact_match import MAX_TOKENS, SHIPPED
@@ -50,6 +50,8 @@ class Variant:
     name: str
     samples: int
     seed: int
+    turns: Turns
+    calib: str  # a set that trial_rows.py knows by name
     settings: QuantiseSettings
 
 
@@ -61,8 +63,14 @@ def parsed(name: str) -> Variant:
             found[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             continue
-    samples, seed = found.pop("samples", SAMPLES), found.pop("seed", 0)
-    return Variant(name or "default", samples, seed, QuantiseSettings(**found))
+    return Variant(
+        name or "default",
+        samples=found.pop("samples", SAMPLES),
+        seed=found.pop("seed", 0),
+        turns=found.pop("turns", "all"),
+        calib=found.pop("calib", ""),
+        settings=QuantiseSettings(**found),
+    )
 
 
 @torch.no_grad()
@@ -166,7 +174,7 @@ def main(
     table.add_row("original", "16", score(reference["scenes"], reference["scenes"], sets["scenes"])[1], *("0" for _ in sets), "")
     for variant in track([parsed(name) for name in variants], description="variants"):
         start = time.perf_counter()
-        result = quantise(loaded, load_samples(calib, loaded, variant.samples, variant.seed), variant.settings)
+        result = quantise(loaded, load_samples(calib, loaded, variant.samples, variant.seed, variant.turns), variant.settings)
         seconds = time.perf_counter() - start
         scored = {n: score(reference[n], answer_logits(loaded, s, result, variant.settings.rotate), s) for n, s in sets.items()}
         table.add_row(variant.name, f"{bits(result):.3f}", scored["scenes"][1], *(kld for kld, _ in scored.values()), f"{seconds:.0f}")

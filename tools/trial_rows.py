@@ -1,0 +1,195 @@
+#!/usr/bin/env python3
+"""Many trials of trial_quality.py at once, for a machine with a GPU: MBQ and AWQ beside plain rounding, token weights under the default.
+
+    python tools/trial_rows.py MODEL_DIR rows.jsonl --device cuda --jobs 12 --seconds 420 --photographs photographs --text README.md
+
+Each row is a line of the output as soon as it is done, in the order of ROWS; those that OUT holds already are left out, and what is under
+way when the time is up is dropped. Exact match is forced: every answer token is the most likely one after the expected ones before it.
+Small kernels of several processes share the card under CUDA's MPS alone: start nvidia-cuda-mps-control -d before.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import trial_quality as trial
+from mbq_gguf import quantise as walk
+from mbq_gguf.calibration.dataset import SHIPPED as CALIBRATION
+from mbq_gguf.calibration.dataset import Sample, load_samples, read_jsonl
+from mbq_gguf.calibration.stream import capture
+from mbq_gguf.evaluate.exact_match import SHIPPED, load_questions, stratified
+from mbq_gguf.models import LoadedModel, load
+from mbq_gguf.quantise import quantise
+
+NEAREST = "container=MBQ3,rounding=nearest,synthetic=0,distort=False,samples=128,turns=last"
+PLAIN = "container=MBQ3,synthetic=0,distort=False,samples=128,turns=last,clip=False,refits=0"
+MASKS = tuple(f",answer_mask={mask}" for mask in ("predicting", "answer"))
+WEIGHTS = tuple(f"token_weights={kind}" for kind in ("modality", "gradient", "token"))
+
+
+def seeds(*variants: str, calib: str = "") -> list[str]:
+    """Each variant with two seeds, on the scenes' questions or with captions as answers."""
+    return [",".join(part for part in (variant, calib, f"seed={seed}") if part) for variant in variants for seed in (0, 1)]
+
+
+def methods(base: str, *more: str) -> list[str]:
+    return [f"{base},method={method}" for method in ("awq", "mbq", *more)]
+
+
+ROWS = [
+    f"{NEAREST},method=rtn",
+    *seeds(*methods(NEAREST), *(f"{NEAREST},method=mbq{mask}" for mask in MASKS)),
+    *seeds("", *WEIGHTS, "method=mbq", "method=awq"),
+    *seeds(PLAIN, *methods(PLAIN)),
+    *seeds(*methods(NEAREST), f"{NEAREST},method=mbq,answer_mask=answer", calib="calib=captions"),
+    *seeds("", *WEIGHTS, "method=mbq", calib="calib=captions"),
+    *seeds(PLAIN, *methods(PLAIN), calib="calib=captions"),
+    *seeds(*(f"{NEAREST},method=mbq,{change}" for change in ("search_loss=mse", "grouped_o=False", "distort=True"))),
+    *seeds("turns=last", *(f"{weights},answer_mask=answer" for weights in WEIGHTS[:2])),
+    *seeds(f"{PLAIN},method=mbq,answer_mask=answer", f"{NEAREST},method=awq,grouped_o=False"),
+    *seeds(*methods(NEAREST.replace("turns=last", "turns=all"))),
+]
+
+
+def captions(folder: Path) -> Path:
+    """The shipped calibration set's descriptions alone, one a picture, as a set of its own in ``folder``."""
+    lines = []
+    for line in CALIBRATION.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        turns = [turn for turn in entry["turns"] if turn["task"] == "describe"]
+        if turns:
+            lines.append(json.dumps({"image": str(CALIBRATION.parent / entry["image"]), "turns": turns}))
+    path = folder / "captions.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def described(loaded: LoadedModel, count: int) -> trial.Streams:
+    """``count`` descriptions of the eval set at the door of the first layer."""
+    samples = [sample for sample in read_jsonl(SHIPPED) if "from left to right" in sample.turns[0][0]]
+    return list(capture(loaded, [Sample(s.image, s.turns[:1]) for s in random.Random(0).sample(samples, min(count, len(samples)))]))
+
+
+def asked(loaded: LoadedModel, count: int) -> trial.Streams:
+    """``count`` questions of the eval set, the same number of every task, as make_results.py asks them."""
+    questions = stratified(load_questions(SHIPPED), count)
+    return list(capture(loaded, [Sample(q.image, ((q.question, q.expected),)) for q in questions]))
+
+
+def figures(reference: list[torch.Tensor], candidate: list[torch.Tensor], streams: trial.Streams) -> dict[str, float]:
+    """KLD with its standard error, exact match, and how many were asked."""
+    kld = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(reference, candidate, strict=True)])
+    exact = [bool((q.argmax(-1) == s.ids[s.labels]).all()) for q, s in zip(candidate, streams, strict=True)]
+    return {
+        "kld": float(kld.mean()),
+        "error": float(kld.std()) / len(kld) ** 0.5,
+        "median": float(kld.median()),
+        "exact": sum(exact) / len(exact),
+        "asked": len(exact),
+    }
+
+
+def medians(ratios: dict[str, list[float]]) -> dict[str, float]:
+    return {block: float(torch.tensor(values).quantile(0.5)) for block, values in ratios.items()}
+
+
+def work(options: dict[str, Any], rows: list[str], number: Synchronized[int]) -> None:
+    """Make one row after another until none is left; a row that fails says so in its line."""
+    torch.set_num_threads(1)
+    loaded = load(options["model_dir"], options["device"])
+    sets = {"scenes": asked(loaded, options["questions"]), "captions": described(loaded, options["questions"])}
+    if options["photographs"]:
+        sets["photographs"] = trial.photographs(loaded, options["photographs"])
+    if options["text"]:
+        sets["text"] = trial.text(loaded, options["text"])
+    reference = {name: trial.answer_logits(loaded, streams, None, "none") for name, streams in sets.items()}
+    keep_texts()
+    while True:
+        with number.get_lock():
+            place = number.value
+            number.value += 1
+        if place >= len(rows):
+            return
+        start = time.perf_counter()
+        row: dict[str, Any] = {"row": rows[place], "device": device_name(options["device"])}
+        try:
+            variant = trial.parsed(rows[place])
+            calib = options["captions"] if variant.calib == "captions" else None
+            samples = load_samples(calib, loaded, variant.samples, variant.seed, variant.turns)
+            result = quantise(loaded, samples, variant.settings)
+            row |= {"seconds": time.perf_counter() - start, "samples": len(samples), "bits": trial.bits(result), "stages": result.seconds}
+            row |= {"ratios": medians(result.ratios), "exponents": result.exponents}
+            for name, streams in sets.items():
+                row[name] = figures(reference[name], trial.answer_logits(loaded, streams, result, variant.settings.rotate), streams)
+        except Exception:  # the other rows go on; this one's line says why there are no figures
+            row["failed"] = traceback.format_exc()
+        with number.get_lock(), options["out"].open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = {name: (round(row[name]["exact"], 3), round(row[name]["kld"], 4)) for name in sets if name in row}
+        print(f"{time.perf_counter() - start:6.1f} s  {rows[place] or 'default'}  {shown or row.get('failed', '')[-300:]}", flush=True)
+
+
+def keep_texts() -> None:
+    """Let the model write its texts once: they are the same for every row."""
+    texts: dict[int, torch.Tensor] = {}
+    write = walk.written  # type: ignore[attr-defined]
+
+    def written(loaded: LoadedModel, count: int, progress: Callable[[int, int], None]) -> torch.Tensor:
+        if count not in texts:
+            texts[count] = write(loaded, count, progress)
+        return texts[count]
+
+    walk.written = written  # type: ignore[attr-defined]
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device.startswith("cuda") else device
+
+
+def finished(out: Path) -> set[str]:
+    """The rows that ``out`` holds already."""
+    lines = out.read_text(encoding="utf-8").splitlines() if out.is_file() else []
+    return {row["row"] for row in map(json.loads, lines) if "failed" not in row}
+
+
+@click.command()
+@click.argument("model_dir", type=click.Path(exists=True, path_type=Path))
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option("--seconds", type=click.IntRange(min=1), default=420, show_default=True, help="Stop then.")
+@click.option("--questions", default=204, show_default=True, help="About scenes, of the demo's 612.")
+@click.option("--photographs", type=click.Path(exists=True, path_type=Path), help="What photographs.py wrote.")
+@click.option("--text", type=click.Path(exists=True, path_type=Path), help="A plain text.")
+@click.option("--only", multiple=True, help="These rows instead, in trial_quality.py's words.")
+def main(out: Path, jobs: int, seconds: int, only: tuple[str, ...], **options: Any) -> None:
+    """Quantise MODEL_DIR in PyTorch in every row, score the answers, and write OUT line by line."""
+    end = time.monotonic() + seconds
+    done = finished(out)
+    rows = [row for row in (only or ROWS) if row not in done]
+    options |= {"out": out, "captions": captions(out.parent)}
+    context = multiprocessing.get_context("spawn")
+    number = context.Value("i", 0)
+    workers = [context.Process(target=work, args=(options, rows, number)) for _ in range(min(jobs, len(rows)))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(max(0.0, end - time.monotonic()))
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+
+
+if __name__ == "__main__":
+    main()
