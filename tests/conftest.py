@@ -74,9 +74,11 @@ def reference_dir() -> Path:
 @pytest.fixture(scope="session")
 def built_llama() -> Path:
     """The tree of the built llama.cpp; the test is skipped where nothing is built."""
+    from mbq_gguf.llama_cpp.bindings import bind
     from mbq_gguf.llama_cpp.paths import source_dir
 
     try:
+        bind()
         return source_dir()
     except UserError as error:
         pytest.skip(str(error))

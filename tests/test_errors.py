@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("converter/mbq_gguf", "cbind/mbq_cbind", "tools")
-NAMES = ("UserError", "UsageError")
+NAMES = ("UserError", "UsageError", "BindingError", "CallError")
 
 
 def literal(node: ast.expr) -> str:

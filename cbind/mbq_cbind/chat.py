@@ -9,7 +9,8 @@ from typing import Any
 import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from mbq_gguf.errors import UserError
+
+from mbq_cbind.errors import BindingError
 
 QUESTION, ANSWER = "Which word?", "Thisword"  # to be found again in what a template writes
 
@@ -26,7 +27,7 @@ class ChatTemplate:
         """One user turn with ``images`` markers before ``question``, and the opening of the assistant's turn.
 
         llama-server joins a message's parts to one string before it renders them, without white space around markers, and hands templates
-        that only take typed content a single text part; so does this. Raises UserError where the template cannot be rendered.
+        that only take typed content a single text part; so does this. Raises BindingError where the template cannot be rendered.
         """
         return self._render([("user", marker * images + question)], opened=True).removeprefix(self.bos)  # the tokeniser adds BOS again
 
@@ -46,8 +47,10 @@ class ChatTemplate:
                 if all(words in text for _, words in turns):
                     return text
         except jinja2.TemplateError as error:
-            raise UserError(f"the model's chat template cannot be rendered ({error}): convert the model again with a template") from error
-        raise UserError("the model's chat template drops the user's words: convert the model again with a template that keeps them")
+            raise BindingError(
+                f"the model's chat template cannot be rendered ({error}): convert the model again with a template"
+            ) from error
+        raise BindingError("the model's chat template drops the user's words: convert the model again with a template that keeps them")
 
 
 def _environment() -> jinja2.Environment:

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import cffi
-from mbq_gguf.errors import UserError
-from mbq_gguf.llama_cpp.cache import cache_root
 from pycparser import c_ast, c_generator, c_parser
+
+from mbq_cbind.errors import BindingError
 
 HEADERS = ("ggml.h", "ggml-alloc.h", "ggml-backend.h", "ggml-cpu.h", "llama.h", "mtmd.h", "mtmd-helper.h")
 INCLUDE_DIRS = ("ggml/include", "include", "tools/mtmd")
 
 FUNCTION_NAMES = """
-    ggml_version ggml_tensor_overhead ggml_graph_overhead ggml_type_name ggml_row_size ggml_get_type_traits
+    ggml_version ggml_log_set ggml_tensor_overhead ggml_graph_overhead ggml_type_name ggml_row_size ggml_get_type_traits
     ggml_quantize_chunk ggml_quantize_requires_imatrix ggml_validate_row_data ggml_cpu_init ggml_get_type_traits_cpu
     ggml_init ggml_free ggml_new_tensor_2d ggml_mul_mat ggml_new_graph ggml_build_forward_expand
     ggml_backend_load_all ggml_backend_dev_count ggml_backend_dev_get ggml_backend_dev_name ggml_backend_dev_by_name ggml_backend_dev_type
@@ -63,12 +63,12 @@ class Declarations:
     layout: dict[str, int]
 
 
-def declarations(tree: Path) -> Declarations:
-    """The declarations of the llama.cpp in ``tree``, from the cache where its headers were read before.
+def declarations(tree: Path, cache: Path) -> Declarations:
+    """The declarations of the llama.cpp in ``tree``, from the folder ``cache`` where its headers were read before.
 
-    Raises UserError where the headers are missing, cannot be read, lack a function, or no C compiler is found.
+    Raises BindingError where the headers are missing, cannot be read, lack a function, or no C compiler is found.
     """
-    cached = cache_root() / "cbind" / f"{_fingerprint(tree)}.json"
+    cached = cache / f"{_fingerprint(tree)}.json"
     if cached.is_file():
         return Declarations(**json.loads(cached.read_text()))
     cdef = _cdef(_parse(_preprocess(tree), tree), tree)
@@ -112,7 +112,7 @@ def _fingerprint(tree: Path) -> str:
     headers = [path for folder in INCLUDE_DIRS for path in sorted((tree / folder).glob("*.h"))]
     missing = [name for name in HEADERS if name not in {path.name for path in headers}]
     if missing:
-        raise UserError(f"{tree} lacks the header {missing[0]}: run `mbq-gguf build` again, or let MBQ_GGUF_LLAMA_CPP name a whole tree")
+        raise BindingError(f"{tree} lacks the header {missing[0]}: run `mbq-gguf build` again, or let MBQ_GGUF_LLAMA_CPP name a whole tree")
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for path in headers:
         digest.update(path.name.encode() + path.read_bytes())
@@ -123,14 +123,14 @@ def _compiler() -> str:
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
         if name and shutil.which(name.split()[0]):
             return name
-    raise UserError("no C compiler was found: install one (for example the package gcc), or set CC")
+    raise BindingError("no C compiler was found: install one (for example the package gcc), or set CC")
 
 
 def _run(command: list[str], **options: Any) -> str:
     done: subprocess.CompletedProcess[str] = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no message"])[0]
-        raise UserError(f"the C compiler could not read llama.cpp's headers ({reason}): run `mbq-gguf build` again")
+        raise BindingError(f"the C compiler could not read llama.cpp's headers ({reason}): run `mbq-gguf build` again")
     return done.stdout
 
 
@@ -159,7 +159,7 @@ def _parse(text: str, tree: Path) -> list[Any]:
     try:
         return list(c_parser.CParser().parse(prelude + text).ext[len(known) :])
     except c_parser.ParseError as error:
-        raise UserError(f"llama.cpp's headers in {tree} cannot be read ({error}): use the pinned llama.cpp") from error
+        raise BindingError(f"llama.cpp's headers in {tree} cannot be read ({error}): use the pinned llama.cpp") from error
 
 
 def _cdef(items: list[Any], tree: Path) -> str:
@@ -170,7 +170,7 @@ def _cdef(items: list[Any], tree: Path) -> str:
             home.setdefault(name, index)  # the headers repeat some typedefs
     missing = sorted(name for name in FUNCTIONS if name not in home)
     if missing:
-        raise UserError(f"llama.cpp in {tree} has no function {missing[0]}: use the pinned llama.cpp (`mbq-gguf build`)")
+        raise BindingError(f"llama.cpp in {tree} has no function {missing[0]}: use the pinned llama.cpp (`mbq-gguf build`)")
     kept: set[int] = set()
     wanted = set(FUNCTIONS)
     while wanted:

@@ -4,41 +4,57 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from mbq_gguf.errors import UserError
-from mbq_gguf.llama_cpp.paths import find_library, source_dir
+from typing import Any, NamedTuple
 
 from mbq_cbind.declarations import declarations, layout, new_ffi
+from mbq_cbind.errors import BindingError
 
-LIBRARIES = ("ggml-base", "ggml-cpu", "ggml", "llama", "mtmd")  # each needs only those before it
+BASE = ("ggml-base", "ggml-cpu")  # types and their kernels: nothing of a GPU
+WHOLE = ("ggml", "llama", "mtmd")  # ggml brings every backend of the build along
+SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 OBJECT_HEADER = 32  # bytes of ggml_object (two sizes, a pointer, an enum), which ggml_tensor_overhead counts beside the tensor
 LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}  # ggml_log_level; its INFO is chatter to us
 KEPT_ERRORS = 4
 
 log = logging.getLogger("mbq_cbind")
 _last_errors: deque[str] = deque(maxlen=KEPT_ERRORS)
+_build: Build | None = None
+
+
+class Build(NamedTuple):
+    """A built llama.cpp tree (libraries in ``tree/build/bin``), and the folder where what is read from its headers is kept."""
+
+    tree: Path
+    cache: Path
+
+
+def use(tree: Path, cache: Path) -> None:
+    """Name the build. Libraries stay open until the process ends, so the build that was named when the first one was opened counts."""
+    global _build
+    _build = Build(tree, cache)
 
 
 class Functions:
     """Every declared C function as an attribute, whichever library holds it."""
 
     def __init__(self, handles: list[Any]) -> None:
-        self._handles = handles
+        self.handles = handles
 
     def __getattr__(self, name: str) -> Any:
-        for handle in self._handles:
+        for handle in self.handles:
             try:
                 function = getattr(handle, name)
             except AttributeError:
                 continue
             setattr(self, name, function)
             return function
-        raise UserError(f"the built llama.cpp has no function {name}, so headers and libraries do not match: run `mbq-gguf build` again")
+        raise BindingError(f"the built llama.cpp has no function {name}, so headers and libraries do not match: run `mbq-gguf build` again")
 
 
 @dataclass(frozen=True)
@@ -54,52 +70,69 @@ class Binding:
         """A C string as str; "" for NULL."""
         return "" if pointer == self.ffi.NULL else self.ffi.string(pointer).decode("utf-8", errors="replace")
 
-    def versions(self) -> dict[str, str]:
-        """Versions that the libraries report, by "ggml" and "llama"."""
-        return {"ggml": self.text(self.c.ggml_version()), "llama": self.text(self.c.llama_version())}
-
 
 @cache
 def load() -> Binding:
-    """The libraries of the build in use. Raises UserError where none is built, or headers and libraries disagree."""
-    tree = source_dir()
-    declared = declarations(tree)
+    """ggml's types and CPU kernels. Raises BindingError where no build was named, or headers and libraries disagree.
+
+    No other library is opened: a CUDA backend in the process of torch's own CUDA libraries has made cuDNN crash.
+    """
+    if _build is None:
+        raise BindingError("no llama.cpp was named: call mbq_cbind.library.use with a built tree first")
+    declared = declarations(*_build)
     ffi = new_ffi(declared.cdef)
     check_layout(layout(ffi, declared.cdef), declared.layout)
     callback = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda level, text, _: _log_line(level, ffi.string(text)))
-    binding = Binding(ffi, Functions([_open(ffi, name) for name in LIBRARIES]), tree, callback)
-    binding.c.llama_log_set(callback, ffi.NULL)
-    binding.c.mtmd_helper_log_set(callback, ffi.NULL)
+    binding = Binding(ffi, Functions(_open(ffi, _build.tree, BASE)), _build.tree, callback)
+    binding.c.ggml_log_set(callback, ffi.NULL)
     check_libraries(binding)
     binding.c.ggml_cpu_init()
+    return binding
+
+
+@cache
+def load_whole() -> Binding:
+    """:func:`load` with every backend of the build, libllama and libmtmd: whole models, and products on a named device."""
+    base = load()
+    binding = replace(base, c=Functions([*base.c.handles, *_open(base.ffi, base.tree, WHOLE)]))
+    binding.c.llama_log_set(base.log_callback, base.ffi.NULL)
+    binding.c.mtmd_helper_log_set(base.log_callback, base.ffi.NULL)
+    check_whole(binding)
     binding.c.ggml_backend_load_all()
     binding.c.llama_backend_init()
     return binding
 
 
 def check_layout(seen: dict[str, int], compiled: dict[str, int]) -> None:
-    """Raises UserError unless cffi's sizes, offsets and constants are the C compiler's."""
+    """Raises BindingError unless cffi's sizes, offsets and constants are the C compiler's."""
     for key in seen.keys() | compiled.keys():
         if seen.get(key) != compiled.get(key):
-            raise UserError(
+            raise BindingError(
                 f"{key} is {seen.get(key)} to the bindings and {compiled.get(key)} to the C compiler: "
                 "remove the folder cbind in the cache of mbq-gguf and try again"
             )
 
 
 def check_libraries(binding: Binding) -> None:
-    """Raises UserError where the libraries were not made from these headers: versions, tensor size, and default parameters as probes."""
+    """Raises BindingError where ggml's libraries were not made from these headers: its version and the size of a tensor."""
     ffi, c = binding.ffi, binding.c
-    model, media = c.llama_context_default_params(), c.mtmd_context_params_default()
-    agree = (
-        binding.versions()["ggml"].startswith(_cmake_version(binding.tree / "ggml" / "CMakeLists.txt", "GGML"))
-        and binding.versions()["llama"].startswith(_cmake_version(binding.tree / "CMakeLists.txt", "LLAMA"))
-        and c.ggml_tensor_overhead() == ffi.sizeof("struct ggml_tensor") + OBJECT_HEADER
-        and (model.type_k, model.type_v) == (c.GGML_TYPE_F16, c.GGML_TYPE_F16)
-        and media.media_marker == c.mtmd_default_marker()
+    _agree(
+        binding,
+        _is_version(binding, c.ggml_version(), "ggml/CMakeLists.txt", "GGML")
+        and c.ggml_tensor_overhead() == ffi.sizeof("struct ggml_tensor") + OBJECT_HEADER,
     )
-    if not agree:
-        raise UserError(f"the libraries in {binding.tree / 'build' / 'bin'} were not built from that tree's headers: build it again")
+
+
+def check_whole(binding: Binding) -> None:
+    """Raises BindingError where libllama and libmtmd were not made from these headers: version, and default parameters as probes."""
+    c = binding.c
+    model, media = c.llama_context_default_params(), c.mtmd_context_params_default()
+    _agree(
+        binding,
+        _is_version(binding, c.llama_version(), "CMakeLists.txt", "LLAMA")
+        and (model.type_k, model.type_v) == (c.GGML_TYPE_F16, c.GGML_TYPE_F16)
+        and media.media_marker == c.mtmd_default_marker(),
+    )
 
 
 def take_error(default: str) -> str:
@@ -115,21 +148,32 @@ def _log_line(level: int, text: bytes) -> None:
         return
     if LEVELS.get(level) == logging.ERROR:
         _last_errors.append(line)
-    # An error becomes a UserError where it matters, so that the user reads one sentence and not two.
+    # An error becomes a BindingError where it matters, so that the user reads one sentence and not two.
     log.log(min(LEVELS.get(level, logging.DEBUG), logging.INFO), "%s", line)
 
 
-def _open(ffi: Any, name: str) -> Any:
-    path = find_library(name)
-    try:
-        return ffi.dlopen(str(path), ffi.RTLD_NOW | ffi.RTLD_GLOBAL)
-    except OSError as error:
-        raise UserError(f"{path} cannot be opened ({error}): run `mbq-gguf build` again") from error
+def _open(ffi: Any, tree: Path, names: Sequence[str]) -> list[Any]:
+    """Handles of the libraries, each of which needs only those before it. Their names stay their own: nothing else may bind to them."""
+    handles = []
+    for name in names:
+        path = tree / "build" / "bin" / f"lib{name}{SUFFIX}"
+        try:
+            handles.append(ffi.dlopen(str(path), ffi.RTLD_NOW | ffi.RTLD_LOCAL))
+        except OSError as error:
+            raise BindingError(f"{path} cannot be opened ({error}): run `mbq-gguf build` again") from error
+    return handles
 
 
-def _cmake_version(path: Path, project: str) -> str:
+def _agree(binding: Binding, agree: bool) -> None:
+    if not agree:
+        raise BindingError(f"the libraries in {binding.tree / 'build' / 'bin'} were not built from that tree's headers: build it again")
+
+
+def _is_version(binding: Binding, reported: Any, file: str, project: str) -> bool:
+    """Whether the version that a library reports starts with the one that ``file`` sets for ``project``."""
+    path = binding.tree / file
     try:
         parts = dict(re.findall(rf"set\({project}_VERSION_(MAJOR|MINOR|PATCH)\s+(\d+)\)", path.read_text()))
-        return ".".join(parts[part] for part in ("MAJOR", "MINOR", "PATCH"))
+        return binding.text(reported).startswith(".".join(parts[part] for part in ("MAJOR", "MINOR", "PATCH")))
     except (OSError, KeyError) as error:
-        raise UserError(f"{path} does not say which version of {project.lower()} it is: use the pinned llama.cpp") from error
+        raise BindingError(f"{path} does not say which version of {project.lower()} it is: use the pinned llama.cpp") from error

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mbq_gguf.errors import UserError
 
 from mbq_cbind.chat import ChatTemplate
-from mbq_cbind.library import load, take_error
+from mbq_cbind.errors import BindingError
+from mbq_cbind.library import load_whole, take_error
 from mbq_cbind.types import Floats
 from mbq_cbind.vision import Chunk, EncodedImage, Vision, require_gguf
 
@@ -36,7 +36,7 @@ class Model:
         context: int = 4096,
         batch: int = 512,
     ) -> None:
-        self._binding = load()
+        self._binding = load_whole()
         ffi, c = self._binding.ffi, self._binding.c
         self.path, self._batch = gguf, batch
         self._model = self._context = ffi.NULL
@@ -75,9 +75,9 @@ class Model:
 
     @property
     def vision(self) -> Vision:
-        """The vision part. Raises UserError where the model was opened without one."""
+        """The vision part. Raises BindingError where the model was opened without one."""
         if self._vision is None:
-            raise UserError(f"{self.path} was opened without its vision part: give the mmproj file too")
+            raise BindingError(f"{self.path} was opened without its vision part: give the mmproj file too")
         return self._vision
 
     @property
@@ -105,7 +105,7 @@ class Model:
         c = self._binding.c
         source = self._binding.text(c.llama_model_chat_template(self._model, self._binding.ffi.NULL))
         if not source:
-            raise UserError(f"{self.path} has no chat template: convert the model again from a directory that has one")
+            raise BindingError(f"{self.path} has no chat template: convert the model again from a directory that has one")
         bos, eos = (self._piece(token(self._vocabulary)) for token in (c.llama_vocab_bos, c.llama_vocab_eos))
         return ChatTemplate(source, bos if c.llama_vocab_get_add_bos(self._vocabulary) else "", eos)
 
@@ -173,7 +173,7 @@ class Model:
             parameters.devices = no_devices
         model = c.llama_model_load_from_file(os.fsencode(self.path), parameters)
         if model == ffi.NULL:
-            raise UserError(f"llama.cpp cannot load {self.path} ({take_error('unknown reason')}): fetch or convert it again")
+            raise BindingError(f"llama.cpp cannot load {self.path} ({take_error('unknown reason')}): fetch or convert it again")
         return model
 
     def _open_context(self, threads: int, context: int) -> Any:
@@ -184,7 +184,7 @@ class Model:
         parameters.n_threads = parameters.n_threads_batch = threads
         opened = c.llama_init_from_model(self._model, parameters)
         if opened == ffi.NULL:
-            raise UserError(f"no context of {context} tokens for {self.path} ({take_error('unknown reason')}): try a smaller one")
+            raise BindingError(f"no context of {context} tokens for {self.path} ({take_error('unknown reason')}): try a smaller one")
         return opened
 
     def _piece(self, token: int) -> str:
@@ -198,7 +198,7 @@ class Model:
             return
         with self.vision.chunks(prompt, images) as chunks:
             if not chunks[-1].tokens:
-                raise UserError("a prompt must end in text: put the pictures before the question")
+                raise BindingError("a prompt must end in text: put the pictures before the question")
             yield chunks
 
     def _fill(self, chunks: list[Chunk]) -> int:
@@ -229,7 +229,7 @@ class Model:
         size = self._binding.c.llama_n_ctx(self._context)
         self._cells += count
         if self._cells > size:
-            raise UserError(f"{self._cells} tokens do not fit the context of {size}: open the model with a larger one")
+            raise BindingError(f"{self._cells} tokens do not fit the context of {size}: open the model with a larger one")
 
     def _decode(self, tokens: Sequence[int], position: int, *, outputs: int) -> Floats:
         """Run text ``tokens`` from ``position``; logits of the last ``outputs`` of them, float32 [outputs, vocabulary]."""
@@ -248,7 +248,9 @@ class Model:
             c.llama_batch_free(batch)
         if status != 0:
             self._done = []
-            raise UserError(f"llama.cpp failed on a prompt of {self._cells} tokens ({take_error('unknown reason')}): try a larger context")
+            raise BindingError(
+                f"llama.cpp failed on a prompt of {self._cells} tokens ({take_error('unknown reason')}): try a larger context"
+            )
         logits = np.empty((outputs, c.llama_vocab_n_tokens(self._vocabulary)), np.float32)
         for row, i in enumerate(range(count - outputs, count)):
             ffi.memmove(ffi.from_buffer(logits[row]), c.llama_get_logits_ith(self._context, i), logits[row].nbytes)

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-from mbq_gguf.errors import UsageError, UserError
 
-from mbq_cbind.library import load
+from mbq_cbind.errors import BindingError, CallError
+from mbq_cbind.library import load_whole
 from mbq_cbind.types import Bytes, Floats, row_bytes, type_id, type_info
 
 TENSORS = 8  # room for a weight, an input and a product
@@ -17,7 +17,7 @@ TENSORS = 8  # room for a weight, an input and a product
 
 def devices() -> list[str]:
     """The names of the backend devices of the build on this machine, for example ["CUDA0", "CPU"]."""
-    binding = load()
+    binding = load_whole()
     count = binding.c.ggml_backend_dev_count()
     return [binding.text(binding.c.ggml_backend_dev_name(binding.c.ggml_backend_dev_get(i))) for i in range(count)]
 
@@ -25,16 +25,16 @@ def devices() -> list[str]:
 def mul_mat(kind: str | int, data: Bytes, columns: int, x: Floats, *, device: str = "CPU", threads: int | None = None) -> Floats:
     """Weights, blocks [rows, row_bytes] of type ``kind``, times activations ``x`` [n, columns]: float32 [n, rows].
 
-    ``threads`` matters on the CPU only (all cores where None). Raises UsageError for shapes or a device that do not exist, UserError where
-    the device cannot multiply this type or runs out of memory.
+    ``threads`` matters on the CPU only (all cores where None). Raises CallError for shapes or a device that do not exist, BindingError
+    where the device cannot multiply this type or runs out of memory.
     """
     x = np.ascontiguousarray(x, np.float32)
     data = np.ascontiguousarray(data, np.uint8)
     if x.ndim != 2 or x.shape[1] != columns or data.ndim != 2 or data.shape[1] != row_bytes(kind, columns):
-        raise UsageError(
+        raise CallError(
             f"weights {data.shape} of {type_info(kind).name} and activations {x.shape} do not belong to {columns} columns: give others"
         )
-    binding = load()
+    binding = load_whole()
     ffi, c = binding.ffi, binding.c
     with ExitStack() as stack:
         backend = _backend(device, threads, stack)
@@ -45,25 +45,25 @@ def mul_mat(kind: str | int, data: Bytes, columns: int, x: Floats, *, device: st
         activations = c.ggml_new_tensor_2d(context, c.GGML_TYPE_F32, columns, len(x))
         product = c.ggml_mul_mat(context, weight, activations)
         if not c.ggml_backend_supports_op(backend, product):
-            raise UserError(f"{device} has no kernel for {type_info(kind).name}: choose another device or type")
+            raise BindingError(f"{device} has no kernel for {type_info(kind).name}: choose another device or type")
         _present(c.ggml_backend_alloc_ctx_tensors(context, backend), f"{device} has too little memory", stack, c.ggml_backend_buffer_free)
         c.ggml_backend_tensor_set(weight, ffi.from_buffer(data), 0, data.nbytes)
         c.ggml_backend_tensor_set(activations, ffi.from_buffer(x), 0, x.nbytes)
         graph = c.ggml_new_graph(context)
         c.ggml_build_forward_expand(graph, product)
         if c.ggml_backend_graph_compute(backend, graph) != c.GGML_STATUS_SUCCESS:
-            raise UserError(f"the product failed on {device}: try fewer rows or another device")
+            raise BindingError(f"the product failed on {device}: try fewer rows or another device")
         result = np.empty((len(x), len(data)), np.float32)
         c.ggml_backend_tensor_get(product, ffi.from_buffer(result), 0, result.nbytes)
         return result
 
 
 def _backend(device: str, threads: int | None, stack: ExitStack) -> Any:
-    binding = load()
+    binding = load_whole()
     ffi, c = binding.ffi, binding.c
     handle = c.ggml_backend_dev_by_name(device.encode())
     if handle == ffi.NULL:
-        raise UsageError(f"there is no device {device}: choose one of {', '.join(devices())}")
+        raise CallError(f"there is no device {device}: choose one of {', '.join(devices())}")
     backend = c.ggml_backend_dev_init(handle, ffi.NULL)
     _present(backend, f"{device} could not be started", stack, c.ggml_backend_free)
     setter = c.ggml_backend_reg_get_proc_address(c.ggml_backend_dev_backend_reg(handle), b"ggml_backend_set_n_threads")
@@ -73,6 +73,6 @@ def _backend(device: str, threads: int | None, stack: ExitStack) -> Any:
 
 
 def _present(pointer: Any, complaint: str, stack: ExitStack, free: Any) -> None:
-    if pointer == load().ffi.NULL:
-        raise UserError(f"{complaint}: free some memory and try again")
+    if pointer == load_whole().ffi.NULL:
+        raise BindingError(f"{complaint}: free some memory and try again")
     stack.callback(free, pointer)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from mbq_gguf.errors import UsageError, UserError
 
+from mbq_cbind.errors import BindingError, CallError
 from mbq_cbind.library import load
 
 Floats = npt.NDArray[np.float32]
@@ -42,13 +42,13 @@ def type_names() -> list[str]:
 
 
 def type_id(kind: str | int) -> int:
-    """The ggml_type of a name in any case, or of an id. Raises UsageError for one that the built ggml does not know."""
+    """The ggml_type of a name in any case, or of an id. Raises CallError for one that the built ggml does not know."""
     ids = _type_ids()
     if isinstance(kind, str) and kind.casefold() in ids:
         return ids[kind.casefold()]
     if not isinstance(kind, str) and kind in ids.values():
         return int(kind)
-    raise UsageError(f"ggml has no type {kind!r}: choose one of {', '.join(sorted(ids))}")
+    raise CallError(f"ggml has no type {kind!r}: choose one of {', '.join(sorted(ids))}")
 
 
 def type_info(kind: str | int) -> TypeInfo:
@@ -59,10 +59,10 @@ def type_info(kind: str | int) -> TypeInfo:
 
 
 def row_bytes(kind: str | int, columns: int) -> int:
-    """Bytes of a row of ``columns`` weights. Raises UsageError where the row is no whole number of blocks."""
+    """Bytes of a row of ``columns`` weights. Raises CallError where the row is no whole number of blocks."""
     info = type_info(kind)
     if columns <= 0 or columns % info.block_size:
-        raise UsageError(f"{info.name} keeps {info.block_size} weights a block and rows of {columns} do not fit: choose another type")
+        raise CallError(f"{info.name} keeps {info.block_size} weights a block and rows of {columns} do not fit: choose another type")
     return columns // info.block_size * info.type_size
 
 
@@ -70,19 +70,19 @@ def quantize(kind: str | int, weights: Floats, imatrix: Floats | None = None) ->
     """Weights [rows, columns] to blocks [rows, row_bytes] by ``ggml_quantize_chunk``, as llama-quantize does.
 
     ``imatrix`` [columns] is the importance of each input channel (mean squared activation). Rows are shared out to all cores; the bytes do
-    not depend on how. Raises UsageError where rows do not fit the type, UserError where the type needs an importance matrix.
+    not depend on how. Raises CallError where rows do not fit the type, BindingError where the type needs an importance matrix.
     """
     binding, number = load(), type_id(kind)
     weights = np.ascontiguousarray(weights, np.float32)
     rows, columns = weights.shape
     packed = np.empty((rows, row_bytes(kind, columns)), np.uint8)
     if imatrix is None and binding.c.ggml_quantize_requires_imatrix(number):
-        raise UserError(f"{type_info(kind).name} cannot be made without an importance matrix: give one, or choose another type")
+        raise BindingError(f"{type_info(kind).name} cannot be made without an importance matrix: give one, or choose another type")
     importance = binding.ffi.NULL
     if imatrix is not None:
         imatrix = np.ascontiguousarray(imatrix, np.float32)
         if imatrix.shape != (columns,):
-            raise UsageError(f"the importance matrix has shape {imatrix.shape}: give one number for each of {columns} columns")
+            raise CallError(f"the importance matrix has shape {imatrix.shape}: give one number for each of {columns} columns")
         importance = binding.ffi.from_buffer("float[]", imatrix)
 
     def chunk(first: int) -> int:
@@ -92,7 +92,7 @@ def quantize(kind: str | int, weights: Floats, imatrix: Floats | None = None) ->
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         written = sum(pool.map(chunk, range(0, rows, ROWS_AT_ONCE)))
     if written != packed.size:
-        raise UserError(f"ggml wrote {written} bytes where {packed.size} were expected: run `mbq-gguf build` again")
+        raise BindingError(f"ggml wrote {written} bytes where {packed.size} were expected: run `mbq-gguf build` again")
     return packed
 
 
@@ -105,7 +105,7 @@ def dequantize(kind: str | int, data: Bytes, columns: int) -> Floats:
         return data.view(np.float32).reshape(weights.shape).copy()
     to_float = binding.c.ggml_get_type_traits(type_id(kind)).to_float
     if to_float == binding.ffi.NULL:
-        raise UsageError(f"ggml does not turn {info.name} back into floats: choose a type for weights")
+        raise CallError(f"ggml does not turn {info.name} back into floats: choose a type for weights")
     to_float(_bytes(data), _floats(weights), weights.size)
     return weights
 
@@ -153,7 +153,7 @@ def _checked_rows(kind: str | int, data: Bytes, columns: int) -> Bytes:
     data = np.ascontiguousarray(data, np.uint8)
     size = row_bytes(kind, columns)
     if data.ndim != 2 or data.shape[1] != size:
-        raise UsageError(
+        raise CallError(
             f"rows of {columns} weights in {type_info(kind).name} are {size} bytes and the data is {data.shape}: give it as rows"
         )
     return data

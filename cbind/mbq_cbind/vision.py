@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mbq_gguf.errors import UsageError, UserError
 
-from mbq_cbind.library import load, take_error
+from mbq_cbind.errors import BindingError, CallError
+from mbq_cbind.library import load_whole, take_error
 from mbq_cbind.types import Floats
 
 
@@ -49,7 +49,7 @@ class Vision:
     """An mmproj file opened beside a language model; a context manager."""
 
     def __init__(self, mmproj: Path, model: Any, *, threads: int, use_gpu: bool) -> None:
-        self._binding = load()
+        self._binding = load_whole()
         ffi, c = self._binding.ffi, self._binding.c
         require_gguf(mmproj)
         parameters = c.mtmd_context_params_default()
@@ -57,12 +57,12 @@ class Vision:
         parameters.print_timings = parameters.warmup = False
         self._context = c.mtmd_init_from_file(os.fsencode(mmproj), model, parameters)
         if self._context == ffi.NULL:
-            raise UserError(
+            raise BindingError(
                 f"{mmproj} cannot be used as the vision part of this model ({take_error('unknown reason')}): give the mmproj made with it"
             )
         if not c.mtmd_support_vision(self._context):
             self.close()
-            raise UserError(f"{mmproj} holds no vision tower: give the mmproj file that was made with the model")
+            raise BindingError(f"{mmproj} holds no vision tower: give the mmproj file that was made with the model")
         self.marker: str = self._binding.text(c.mtmd_default_marker())
         self._width: int = c.llama_model_n_embd_inp(model)
 
@@ -73,20 +73,20 @@ class Vision:
             self._context = self._binding.ffi.NULL
 
     def encode(self, path: Path) -> EncodedImage:
-        """The picture through vision tower and projector. Raises UsageError where there is no such picture."""
+        """The picture through vision tower and projector. Raises CallError where there is no such picture."""
         ffi, c = self._binding.ffi, self._binding.c
         if not path.is_file():
-            raise UsageError(f"there is no picture {path}: give the path of a PNG, JPEG, BMP or GIF file")
+            raise CallError(f"there is no picture {path}: give the path of a PNG, JPEG, BMP or GIF file")
         loaded = c.mtmd_helper_bitmap_init_from_file(self._context, os.fsencode(path), False, c.mtmd_helper_init_opt_default())
         if loaded.bitmap == ffi.NULL:
-            raise UserError(f"{path} cannot be read as a picture: give a PNG, JPEG, BMP or GIF file")
+            raise BindingError(f"{path} cannot be read as a picture: give a PNG, JPEG, BMP or GIF file")
         bitmap = ffi.gc(loaded.bitmap, c.mtmd_bitmap_free)
         embeddings = []
         with self._tokenized(self.marker, [bitmap]) as chunks:
             for handle in chunks:
                 if c.mtmd_input_chunk_get_type(handle) == c.MTMD_INPUT_CHUNK_TYPE_IMAGE:
                     if c.mtmd_encode_chunk(self._context, handle) != 0:
-                        raise UserError(f"the vision tower failed on {path} ({take_error('unknown reason')}): try a smaller picture")
+                        raise BindingError(f"the vision tower failed on {path} ({take_error('unknown reason')}): try a smaller picture")
                     size = c.mtmd_input_chunk_get_n_tokens(handle) * self._width
                     output = ffi.buffer(c.mtmd_get_output_embd(self._context), 4 * size)
                     embeddings.append(np.frombuffer(output, np.float32).reshape(-1, self._width).copy())
@@ -110,7 +110,7 @@ class Vision:
                 else:
                     embedding = next(embeddings, None)
                     if embedding is None or len(embedding) != c.mtmd_input_chunk_get_n_tokens(handle):
-                        raise UsageError("a picture was encoded by another mmproj file than the one it is used with: encode it again")
+                        raise CallError("a picture was encoded by another mmproj file than the one it is used with: encode it again")
                     cut.append(Chunk(embedding=embedding, positions=positions, handle=handle))
             yield cut
 
@@ -120,7 +120,7 @@ class Vision:
         data = ffi.from_buffer("float[]", np.ascontiguousarray(chunk.embedding))
         end = ffi.new("llama_pos *", position)
         if c.mtmd_helper_decode_image_chunk(self._context, context, chunk.handle, data, position, 0, batch, end, ffi.NULL, ffi.NULL) != 0:
-            raise UserError(f"an image did not go into the model ({take_error('unknown reason')}): try a larger context")
+            raise BindingError(f"an image did not go into the model ({take_error('unknown reason')}): try a larger context")
 
     @contextmanager
     def _tokenized(self, prompt: str, bitmaps: Sequence[Any]) -> Iterator[list[Any]]:
@@ -131,7 +131,7 @@ class Vision:
         chunks = c.mtmd_input_chunks_init()
         try:
             if c.mtmd_tokenize(self._context, chunks, request, ffi.new("mtmd_bitmap *[]", list(bitmaps)), len(bitmaps)) != 0:
-                raise UserError(
+                raise BindingError(
                     f"the prompt and its pictures cannot be cut into tokens ({take_error('unknown reason')}): try other pictures"
                 )
             yield [c.mtmd_input_chunks_get(chunks, i) for i in range(c.mtmd_input_chunks_size(chunks))]
@@ -140,11 +140,11 @@ class Vision:
 
 
 def require_gguf(path: Path) -> None:
-    """Raises UsageError unless ``path`` is a file that starts as GGUF does."""
+    """Raises CallError unless ``path`` is a file that starts as GGUF does."""
     try:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise UsageError(f"{path} cannot be opened ({error.strerror}): give a GGUF file") from error
+        raise CallError(f"{path} cannot be opened ({error.strerror}): give a GGUF file") from error
     if magic != b"GGUF":
-        raise UsageError(f"{path} is not a GGUF file: give one that `mbq-gguf convert` or llama.cpp made")
+        raise CallError(f"{path} is not a GGUF file: give one that `mbq-gguf convert` or llama.cpp made")

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from mbq_gguf import __version__, settings
 from mbq_gguf.convert_command import convert
-from mbq_gguf.errors import UserError
+from mbq_gguf.errors import SHOWN
 from mbq_gguf.evaluate.command import eval_command
 
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
@@ -20,13 +20,13 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 class Commands(click.Group):
-    """A group that prints a :class:`UserError` as its sentence and ends with its exit code."""
+    """A group that prints one of :data:`SHOWN` as its sentence and ends with its exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; 1 means it failed, 2 that the call was wrong, 130 that Ctrl-C ended it."""
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except SHOWN as error:
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:

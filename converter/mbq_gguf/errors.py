@@ -1,6 +1,8 @@
-"""The one exception that a user may see: a sentence that says what to do, and the exit code that goes with it."""
+"""The exceptions that a user may see: a sentence that says what to do, and the exit code that goes with it."""
 
 from __future__ import annotations
+
+from mbq_cbind.errors import BindingError
 
 
 class UserError(Exception):
@@ -19,3 +21,6 @@ class UsageError(UserError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, exit_code=2)
+
+
+SHOWN = (UserError, BindingError)  # what a command line prints as a sentence, with no traceback

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from mbq_cbind.chat import ChatTemplate
-from mbq_gguf.errors import UserError
+from mbq_cbind.errors import BindingError
 
 STRING = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 PART = "{% if c.type == 'text' %}[{{ c.text }}]{% endif %}"
@@ -30,12 +30,12 @@ def test_block_lines_leave_no_white_space() -> None:
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('never') }}", "{% if %}", "{{ messages[0].content.nothing.at_all }}"])
 def test_templates_that_fail(template: str) -> None:
-    with pytest.raises(UserError, match="cannot be rendered"):
+    with pytest.raises(BindingError, match="cannot be rendered"):
         ChatTemplate(template).prompt("What?")
 
 
 def test_templates_that_drop_the_question() -> None:
-    with pytest.raises(UserError, match="drops the user's words"):
+    with pytest.raises(BindingError, match="drops the user's words"):
         ChatTemplate("hello").prompt("What?")
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mbq_cbind.errors import BindingError, CallError
 from mbq_cbind.model import Model
 from mbq_cbind.types import Floats
-from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.evaluate.exact_match import Question
 from mbq_gguf.export.injection import PackedTensor
 from mbq_gguf.llama_cpp import closed
@@ -145,7 +145,7 @@ def test_text_alone(bf16: Model) -> None:
 
 
 def test_a_prompt_too_long_for_the_context(bf16: Model) -> None:
-    with pytest.raises(UserError, match="600 tokens do not fit the context of 512"):
+    with pytest.raises(BindingError, match="600 tokens do not fit the context of 512"):
         bf16.text_logits([1] * 600, outputs=1)
     assert bf16.text_logits([1, 2], outputs=2).shape[0] == 2  # and the model goes on
 
@@ -154,35 +154,35 @@ def test_a_prompt_too_long_for_the_context(bf16: Model) -> None:
 def test_files_that_are_no_model(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"model\.gguf"):
+    with pytest.raises(BindingError, match=r"model\.gguf"):
         Model(path)
 
 
 def test_a_missing_model_is_a_wrong_call(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"absent\.gguf cannot be opened"):
+    with pytest.raises(CallError, match=r"absent\.gguf cannot be opened"):
         Model(tmp_path / "absent.gguf")
 
 
 def test_a_truncated_model(tmp_path: Path, bf16_files: Files) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(bf16_files.text.read_bytes()[:20_000_000])
-    with pytest.raises(UserError, match=r"llama\.cpp cannot load .*cut\.gguf \(.*\): "):
+    with pytest.raises(BindingError, match=r"llama\.cpp cannot load .*cut\.gguf \(.*\): "):
         Model(path)
 
 
 def test_the_language_model_is_no_vision_part(bf16_files: Files) -> None:
-    with pytest.raises(UserError, match="cannot be used as the vision part"):
+    with pytest.raises(BindingError, match="cannot be used as the vision part"):
         Model(bf16_files.text, bf16_files.text, context=512)
 
 
 def test_pictures_that_cannot_be_read(bf16: Model, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no picture"):
+    with pytest.raises(CallError, match="there is no picture"):
         bf16.vision.encode(tmp_path / "absent.png")
     (tmp_path / "text.png").write_text("not a picture")
-    with pytest.raises(UserError, match="cannot be read as a picture"):
+    with pytest.raises(BindingError, match="cannot be read as a picture"):
         bf16.vision.encode(tmp_path / "text.png")
 
 
 def test_a_model_without_vision_says_so(bf16_files: Files) -> None:
-    with Model(bf16_files.text, context=512) as model, pytest.raises(UserError, match="without its vision part"):
+    with Model(bf16_files.text, context=512) as model, pytest.raises(BindingError, match="without its vision part"):
         model.prompt("What is this?")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from mbq_cbind import types
+from mbq_cbind.errors import CallError
 from mbq_cbind.mul_mat import devices, mul_mat
-from mbq_gguf.errors import UsageError
 from mbq_gguf.formats.container import Floats
 
 HALF_STEP = 0.5  # an int8 activation is off by half a step at most ...
@@ -80,11 +80,11 @@ def test_threads_do_not_change_the_product() -> None:
 
 
 def test_unknown_device_is_named() -> None:
-    with pytest.raises(UsageError, match=r"no device QUANTUM0: choose one of .*CPU"):
+    with pytest.raises(CallError, match=r"no device QUANTUM0: choose one of .*CPU"):
         mul_mat("F32", np.zeros((1, 128), np.uint8), 32, np.zeros((1, 32), np.float32), device="QUANTUM0")
     assert "CPU" in devices()
 
 
 def test_shapes_must_belong_together() -> None:
-    with pytest.raises(UsageError, match="do not belong to 64 columns"):
+    with pytest.raises(CallError, match="do not belong to 64 columns"):
         mul_mat("F32", np.zeros((1, 256), np.uint8), 64, np.zeros((1, 32), np.float32))

@@ -7,7 +7,7 @@ import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as gguf_dequantize
 from mbq_cbind import types
-from mbq_gguf.errors import UsageError, UserError
+from mbq_cbind.errors import BindingError, CallError
 
 WEIGHTS = np.random.default_rng(0).normal(size=(70, 512)).astype(np.float32)
 STOCK = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_S")
@@ -38,24 +38,24 @@ def test_importance_lowers_the_error_where_it_is_high() -> None:
 
 
 def test_a_type_that_needs_importance_says_so() -> None:
-    with pytest.raises(UserError, match="importance matrix"):
+    with pytest.raises(BindingError, match="importance matrix"):
         types.quantize("IQ2_XXS", WEIGHTS)
 
 
 def test_unknown_type_lists_the_known() -> None:
-    with pytest.raises(UsageError, match=r"no type 'Q9_X'.*q4_0"):
+    with pytest.raises(CallError, match=r"no type 'Q9_X'.*q4_0"):
         types.type_info("Q9_X")
-    with pytest.raises(UsageError, match="no type 4:"):  # an id that ggml has retired
+    with pytest.raises(CallError, match="no type 4:"):  # an id that ggml has retired
         types.type_info(4)
 
 
 def test_rows_must_fit_blocks() -> None:
-    with pytest.raises(UsageError, match="rows of 96 do not fit"):
+    with pytest.raises(CallError, match="rows of 96 do not fit"):
         types.quantize("MBQ3", WEIGHTS[:, :96])
 
 
 def test_data_must_have_the_size_of_its_rows() -> None:
-    with pytest.raises(UsageError, match="are 144 bytes"):
+    with pytest.raises(CallError, match="are 144 bytes"):
         types.dequantize("Q4_0", np.zeros((2, 100), np.uint8), 256)
 
 

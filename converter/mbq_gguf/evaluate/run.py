@@ -20,6 +20,7 @@ from mbq_gguf.evaluate.layers import WeightFile, layer_bits, layers
 from mbq_gguf.evaluate.measure import TEXT_CHUNKS, Examiner
 from mbq_gguf.evaluate.results import Asked, Evaluation, FileResult, Layers, short_names
 from mbq_gguf.export.gguf_header import read_header
+from mbq_gguf.llama_cpp.bindings import bind
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation
     if options.count is not None:
         questions = stratified(questions, options.count)
     files = [options.reference, *options.candidates]
+    bind()
     names = short_names([path.absolute() for path in files])
     weights = [WeightFile(path, read_header(path)) for path in files]  # a damaged file is found before hours of work
     text = _read(options.text) if options.text else None

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from mbq_gguf.errors import UserError
+from mbq_gguf.errors import SHOWN, UserError
 from mbq_gguf.formats.container import Bytes, Container, Floats
 from mbq_gguf.formats.gguf_types import import_gguf
+from mbq_gguf.llama_cpp.bindings import bind
 
 # What to take where a row is no whole number of blocks: llama-quantize's own choices (tensor_type_fallback), F16 last.
 FALLBACKS = {
@@ -56,8 +57,9 @@ def _by_ggml(name: str, block: int, size: int) -> Functions | None:
     from mbq_cbind import types
 
     try:
+        bind()
         types.type_info(name)
-    except UserError:
+    except SHOWN:
         return None
     return lambda weights: types.quantize(name, weights), lambda data: types.dequantize(name, data, data.shape[1] // size * block)
 

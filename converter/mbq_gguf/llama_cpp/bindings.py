@@ -1,0 +1,16 @@
+"""Hands the build in use to the bindings, which know nothing of pins and caches."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from mbq_cbind.library import use
+
+from mbq_gguf.llama_cpp.cache import cache_root
+from mbq_gguf.llama_cpp.paths import source_dir
+
+
+@cache
+def bind() -> None:
+    """To be called before anything of ``mbq_cbind``. Raises UserError where nothing is built."""
+    use(source_dir(), cache_root() / "cbind")
