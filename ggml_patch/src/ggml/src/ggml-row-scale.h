@@ -1,0 +1,34 @@
+#pragma once
+
+// Weights whose blocks (Q4_0, Q8_0) repeat one scale over the whole row: their products sum integers over all of K.
+//
+// The file names such tensors (mbq.row_scale); the loader sets the flag on them. It is a promise about the bytes that nothing checks
+// again: where it does not hold, products are wrong numbers and nothing worse, since a kernel reads the scale of a row's first block
+// and the codes of all. Without the flag, or in a program that does not know it, the tensor is a plain Q4_0 or Q8_0.
+//
+// The product of a flagged weight with a row x of float activations; every backend gives these bits, however a batch is cut:
+//
+//   amax  the largest |x[k]| of the row; below GGML_ROW_SCALE_AMAX_MIN it counts as 0
+//   q[k]  x[k] * (127.0f / amax), rounded half to even, as int8; 0 where amax is 0
+//   s_x   amax / 127.0f
+//   acc   the sum over all k of code[k] * q[k], int32; the code of Q4_0 is its nibble - 8. |acc| < 2^31 up to K = 132000
+//   d_w   the scale of the row's first block
+//   y     ((float) acc * d_w) * s_x
+//
+// Each float operation is rounded by itself, to nearest: true divisions, no fused multiplication, no denormals flushed where they could
+// be met (d_w may be one of fp16, which is none of float). Activations that are not finite give any number.
+
+#include "ggml.h"
+
+// upstream uses bits 0 to 4 of ggml_tensor::flags
+#define GGML_TENSOR_FLAG_ROW_SCALE (1 << 16)
+
+// 127.0f / amax stays finite, and neither it nor amax / 127.0f is denormal
+#define GGML_ROW_SCALE_AMAX_MIN 0x1p-100f
+
+// Whether dst is a product of such a weight with float activations (GGML_OP_MUL_MAT alone: experts take the ordinary way).
+static inline bool ggml_is_row_scale_mul_mat(const struct ggml_tensor * dst) {
+    const struct ggml_tensor * src0 = dst->src[0];
+    return dst->op == GGML_OP_MUL_MAT && (src0->flags & GGML_TENSOR_FLAG_ROW_SCALE) != 0 &&
+        (src0->type == GGML_TYPE_Q4_0 || src0->type == GGML_TYPE_Q8_0) && dst->src[1]->type == GGML_TYPE_F32;
+}
