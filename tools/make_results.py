@@ -168,7 +168,7 @@ def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
 
 
 def render(rows: dict[str, Row]) -> str:
-    """The section between the markers: how it was measured, the table, the tasks, the commands."""
+    """The section between the markers: how it was measured, and the table."""
     done = [row for row in ordered(rows) if row.scores]
     reference = rows.get(REFERENCE)
     main = [
@@ -186,9 +186,6 @@ def render(rows: dict[str, Row]) -> str:
         for row in done
     ]
     titles = ["file", "questions", "exact match", "of BF16", "bits a weight, layers", "all tensors", "MB", "CPU seconds to make", "peak GB"]
-    tasks = sorted({task for row in done for task in row.scores})
-    by_task = [[task, *(f"{row.scores[task][0]}/{row.scores[task][1]}" for row in done)] for task in tasks]
-    commands = [[row.name, f"`{row.command}`", row.commit, row.date] for row in done]
     parts = [
         f"Measured on {machine()}, with `python tools/make_results.py --questions {min(row.total.asked for row in done)}`:",
         f"Questions, the same number of every task, through the patched `llama-server`, {THREADS} threads, one at a time.",
@@ -196,13 +193,7 @@ def render(rows: dict[str, Row]) -> str:
         "",
         table(titles, main),
         "",
-        "Right answers by task:",
-        "",
-        table(["task", *(row.name for row in done)], by_task),
-        "",
-        "How each file was made (`reference-vlm` is what `mbq-gguf demo-model` writes):",
-        "",
-        table(["file", "command", "commit", "date"], commands).replace("---:", "---"),
+        f"Right answers by task, every answer, and the command, commit and date of each file: [{TABLE.name}](results/{TABLE.name}).",
     ]
     return "\n".join(parts)
 

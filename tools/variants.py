@@ -31,7 +31,7 @@ class Variant:
 
 
 # The papers' methods alone: what goes beyond them is on by default.
-PLAIN = ("--samples", "64", "--synthetic", "0", "--no-clip", "--no-distort", "--refits", "0")
+PLAIN = ("--samples", "64", "--synthetic", "0", "--no-clip", "--no-propagate-error", "--refits", "0")
 
 
 def plain(method: str, rounding: str) -> Variant:
@@ -52,10 +52,10 @@ STEPS = (
     step("--samples", "256", "--seed", "1"),
     step("--synthetic", "0"),
     step("--no-clip"),
-    step("--no-distort"),
-    step("--correction", "0"),
+    step("--no-propagate-error"),
+    step("--error-correction", "0"),
     step("--refits", "0"),
-    step("--refine", "4"),
+    step("--learn-scales", "4"),
     *(step("--token-weights", weights) for weights in ("modality", "gradient", "token")),
     *(step("--rotate", rotate) for rotate in ("offline", "full")),
     *(step("--method", method) for method in ("awq", "mbq")),

@@ -37,3 +37,32 @@ def test_every_divergence_is_of_the_file_that_its_row_tells_of() -> None:
     assert {"MBQ3", "MBQ3S", "MBQ3 --seed 1"} <= made.keys()
     for name in made:
         assert made[name] == make_divergence.made_at(finished[name]), name
+
+
+README_ROWS = {
+    ("Q4_0", "mbq-gguf"): "Q4_0 by mbq-gguf",
+    ("Q4_0", "llama-quantize, our imatrix"): "Q4_0+imatrix",
+    ("Q3_K", "mbq-gguf"): "Q3_K by mbq-gguf",
+    ("IQ3_S", "llama-quantize, our imatrix"): "IQ3_S+imatrix",
+    ("Q4_K_M", "llama-quantize, our imatrix"): "Q4_K_M+imatrix",
+    ("MBQ3S", "mbq-gguf"): "MBQ3S",
+    ("MBQ3", "rounding to nearest"): "MBQ3 rtn nearest",
+}
+
+
+def test_the_readme_shows_stored_rows() -> None:
+    rows = json.loads(make_divergence.STORE.read_text(encoding="utf-8"))["rows"]
+    page = (make_results.PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    shown = {(cells[0].replace("*", "").split(" ")[0], cells[1]): cells[2:] for cells in lines}
+    assert README_ROWS.keys() <= shown.keys()
+    for key, name in README_ROWS.items():
+        scenes, photographs = rows[name]["scenes"], rows[name]["photographs"]
+        assert shown[key] == [
+            f"{scenes['layer_bits_per_weight']:.2f}",
+            f"{scenes['file_bytes'] / 1e6:.1f}",
+            f"{scenes['exact_match']:.3f}",
+            f"{scenes['divergence']['mean']:.4f}",
+            f"{photographs['divergence']['mean']:.2f}",
+            f"{scenes['text']['divergence']['mean']:.2f}",
+        ], key
