@@ -13,6 +13,7 @@ from mbq_gguf.errors import UserError
 from mbq_gguf.export.atomic import check_space, staged
 from mbq_gguf.export.conversion import FILE_TYPES, conversion_errors, decoder_names, open_model, quiet
 from mbq_gguf.export.injection import Injection, PackedTensor, TensorRecord
+from mbq_gguf.export.picture_size import picture_limits
 
 MMPROJ_TYPES = tuple(FILE_TYPES)
 BASE_TYPES = ("BF16", "F16")
@@ -102,7 +103,8 @@ def write_mmproj(
     model = open_model(model_dir, part, file_type=mmproj_type, mmproj=True)
     ends = {end: name for end in replaced for name in model.model_tensors if name.endswith(end)}
     named = {_find(ends, end): tensor for end, tensor in replaced.items()}
-    return _write(model, Injection(model, {}, named, None), metadata, None, model_dir, advance)
+    limits = picture_limits(model_dir, model.preprocessor_config)
+    return _write(model, Injection(model, {}, named, None), {**metadata, **limits}, None, model_dir, advance)
 
 
 def rehearse(model_dir: Path, mmproj_type: str) -> None:
@@ -130,8 +132,10 @@ def _write(
     injection.check_used()
     with quiet(), torch.inference_mode():
         writer = model.gguf_writer
+        written = {key for shard in writer.kv_data for key in shard}
         for key, value in metadata.items():
-            add_metadata(writer, key, value)
+            if key not in written:  # of some families the package has written the limits of pictures itself
+                add_metadata(writer, key, value)
         if file_type is not None:
             writer.remove_key("general.file_type")
             writer.add_file_type(file_type)

@@ -1,0 +1,46 @@
+"""How large a picture may be for a model, as its vision file says it to llama.cpp.
+
+Families of dynamic size shrink or enlarge a picture to an area between two limits. llama.cpp has limits for a family; where a model's are
+others, a picture takes more tokens, or fewer, than the model has ever seen.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LEAST, MOST = "clip.vision.image_min_pixels", "clip.vision.image_max_pixels"
+
+
+def picture_limits(model_dir: Path, preprocessor_config: Mapping[str, Any]) -> dict[str, int]:
+    """GGUF keys of the limits in pixels by which transformers resizes a picture for ``model_dir``; none where sizes have another rule.
+
+    Where transformers cannot open the image processor here, the limits that ``preprocessor_config`` names itself count.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(str(model_dir), local_files_only=True, backend="pil")
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):
+        found = (preprocessor_config.get("min_pixels"), preprocessor_config.get("max_pixels"))
+    else:
+        found = area_limits(processor)
+    least, most = found
+    if not isinstance(least, int) or not isinstance(most, int) or not 0 < least <= most:
+        return {}
+    return {LEAST: least, MOST: most}
+
+
+def area_limits(processor: Any) -> tuple[int | None, int | None]:
+    """The least and most pixels of one picture, (None, None) for an image processor that does not bound the area."""
+    resize = getattr(inspect.getmodule(type(processor)), "smart_resize", None)
+    parameters = inspect.signature(resize).parameters if resize else {}
+    # GLM 5 has a rule of its own under this name, with limits in tokens; llama.cpp writes and reads those.
+    if not {"min_pixels", "max_pixels"} <= parameters.keys() or hasattr(processor, "min_image_tokens"):
+        return None, None
+    # GLM-4V counts the pixels of a picture once for each frame of a temporal patch.
+    frames = processor.temporal_patch_size if "num_frames" in parameters else 1
+    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
+    return (-(-least // frames), most // frames) if least and most else (None, None)
