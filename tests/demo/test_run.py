@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
 import pytest
 from mbq_gguf.demo.assemble import WEIGHTS
-from mbq_gguf.demo.run import TASKS, converted, demo_questions, fingerprint
+from mbq_gguf.demo.run import TASKS, answers, comparison, converted, demo_questions, fingerprint
 from rich.console import Console
 
 
@@ -44,3 +45,16 @@ def test_a_file_is_converted_once_and_again_when_the_model_changes(
         file.write(b"\x00\x3f")
     converted(model, out, "BF16", console)
     assert out.stat().st_mtime_ns > before
+
+
+def test_the_originals_answers_stand_beside_the_small_ones(tiny_dir: Path, tmp_path: Path, built_llama: Path) -> None:
+    questions = demo_questions()
+    files = converted(tiny_dir, tmp_path / "tiny-BF16.gguf", "BF16", Console(file=io.StringIO()))
+    said = answers(files, questions, Console(file=io.StringIO()))
+    assert len(said) == 3
+    right = [question.expected for question in questions]
+    console = Console(file=io.StringIO(), width=200)
+    console.print(comparison(questions, {"BF16": right, "MBQ3S": [f"[{right[0]}]", *right[1:]]}))
+    printed = console.file.getvalue()
+    assert printed.count("(wrong)") == 1
+    assert f"[{right[0]}] (wrong)" in printed

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import mbq_gguf
@@ -49,7 +50,9 @@ def run_demo(console: Console, directory: Path) -> None:
     before = converted(model, directory / "reference-vlm-BF16.gguf", "BF16", console)
     after = converted(model, directory / f"reference-vlm-{ConvertOptions.type}.gguf", ConvertOptions.type, console)
     console.rule("4 of 4: questions about pictures, through the OpenAI-compatible API")
-    console.print(answers(after, demo_questions(), console))
+    questions = demo_questions()
+    given = {name: answers(files, questions, console) for name, files in (("BF16", before), (ConvertOptions.type, after))}
+    console.print(comparison(questions, given))
     console.print(sizes(model, before, after))
 
 
@@ -92,14 +95,24 @@ def demo_questions() -> list[Question]:
     return [next(question for question in shipped if question.task == task) for task in TASKS]
 
 
-def answers(files: Converted, questions: list[Question], console: Console) -> Table:
-    """Ask ``questions``, each printed as its answer comes, and put them into a table; the server is stopped again."""
-    table = Table("picture", "question", "answer", "expected", title="what the model sees")
-    with console.status("starting llama-server") as status, LlamaServer(files.text, files.mmproj, ctx=CONTEXT) as server:
+def answers(files: Converted, questions: list[Question], console: Console) -> list[str]:
+    """What `files` answer to `questions`; the server is stopped again."""
+    given = []
+    starting = f"starting llama-server with {files.text.name}"
+    with console.status(starting) as status, LlamaServer(files.text, files.mmproj, ctx=CONTEXT) as server:
         for question in questions:
-            status.update(f"{question.image.name}: {question.question}")
-            given = server.ask(question.image, question.question, MAX_TOKENS).text.strip()
-            table.add_row(question.image.name, question.question, given, question.expected)
+            status.update(f"{files.text.name}, {question.image.name}: {question.question}")
+            given.append(server.ask(question.image, question.question, MAX_TOKENS).text.strip())
+    return given
+
+
+def comparison(questions: list[Question], given: dict[str, list[str]]) -> Table:
+    """A table of each question, what is right, and what each file says, by its name; what is wrong is marked."""
+    table = Table("picture", "question", "expected", *given, title="what the model sees, before and after")
+    for number, question in enumerate(questions):
+        said = [answers[number] for answers in given.values()]
+        marked = [escape(answer) if answer == question.expected else f"[red]{escape(answer)} (wrong)[/]" for answer in said]
+        table.add_row(question.image.name, question.question, question.expected, *marked)
     return table
 
 
