@@ -58,7 +58,14 @@ def main() -> None:
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Compilers at a time (default: all cores).")
 @click.option("--cuda-architectures", help="What CMAKE_CUDA_ARCHITECTURES takes, such as 90-real (default: this machine's card).")
-def build(backend: str, source: Path | None, jobs: int | None, cuda_architectures: str | None) -> None:
+@click.option(
+    "--page",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="llama-server's web page, built with npm: where node is there, or not at all.",
+)
+def build(backend: str, source: Path | None, jobs: int | None, cuda_architectures: str | None, page: str) -> None:
     """Fetch the pinned llama.cpp, patch it, build it and prove that the result runs on this machine.
 
     A finished build is kept in the user's cache and found again by its content, so a second call returns at once.
@@ -66,7 +73,7 @@ def build(backend: str, source: Path | None, jobs: int | None, cuda_architecture
     from mbq_gguf.llama_cpp.build import build as build_llama_cpp
 
     console = Console()
-    tree = build_llama_cpp(backend, source=source, jobs=jobs, cuda_architectures=cuda_architectures, console=console)
+    tree = build_llama_cpp(backend, source=source, jobs=jobs, cuda_architectures=cuda_architectures, page=page, console=console)
     console.print(f"llama.cpp is ready in {tree}", highlight=False, soft_wrap=True)
 
 

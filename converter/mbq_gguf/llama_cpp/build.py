@@ -8,14 +8,15 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 
 from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.llama_cpp import page as pages
 from mbq_gguf.llama_cpp import pin as pins
 from mbq_gguf.llama_cpp import prove, source
 from mbq_gguf.llama_cpp.cache import MARKER, BuildRecord, cache_root, read_record, write_record
@@ -47,7 +48,7 @@ _COMMON: tuple[str, ...] = (
     "LLAMA_BUILD_TESTS=ON",
     "LLAMA_BUILD_EXAMPLES=OFF",
     "LLAMA_BUILD_APP=OFF",
-    "LLAMA_BUILD_UI=OFF",
+    "LLAMA_BUILD_UI=OFF",  # the page is built before, and lies in its place where there is one
     "LLAMA_USE_PREBUILT_UI=OFF",  # would be downloaded while building
     "LLAMA_OPENSSL=OFF",
     "LLAMA_ALL_WARNINGS=OFF",  # GCC 12 writes 35000 lines of them for the AMX kernels alone
@@ -66,6 +67,13 @@ class Plan:
     toolchain: Toolchain
     options: tuple[str, ...]
     key: str
+    page: Path | None = None  # the finished web page, None for a server without one
+
+    def with_page(self, page: Path | None) -> Plan:
+        """This plan with the web page in `page`: another build."""
+        if page is None:
+            return self
+        return replace(self, page=page, key=hashlib.sha256(f"{self.key} {page.name}".encode()).hexdigest()[:16])
 
     @property
     def name(self) -> str:
@@ -81,20 +89,24 @@ def build(
     source: Path | None = None,
     jobs: int | None = None,
     cuda_architectures: str | None = None,
+    page: str = "auto",
     console: Console | None = None,
 ) -> Path:
     """Build the patched llama.cpp unless that very build is in the cache already.
 
     `source`: another llama.cpp tree than the pinned package (copied, never edited). `jobs`: compilers at once, by default as many as CPUs
     and memory allow. `cuda_architectures`: CMake's list, for example ``90``; by default those of the GPUs that are visible.
+    `page`: ``on``, ``off``, or ``auto``: llama-server's web page where npm can build it.
     Returns the patched tree, programs and libraries in ``build/bin``. Raises UserError (one sentence); nothing half-built is then left.
     """
     console = console or Console(stderr=True)
     if jobs is not None and jobs < 1:
         raise UsageError(f"--jobs is {jobs}: it must be at least 1")
     try:
-        plan = make_plan(backend, source, cuda_architectures)
-        with termination_as_exit(), _locked(plan.name, console):
+        with termination_as_exit(), ExitStack() as locked:
+            plan = make_plan(backend, source, cuda_architectures)
+            plan = plan.with_page(pages.find_page(page, plan.origin, plan.pin, console))
+            locked.enter_context(_locked(plan.name, console))
             if read_record(plan.tree):
                 (plan.tree / MARKER).touch()  # the build that was asked for last is the one in use
                 say(console, f"llama.cpp for {backend} is built already: {plan.tree}")
@@ -143,6 +155,8 @@ def _build_whole(plan: Plan, jobs: int, console: Console) -> None:
         else:
             source.copy_tree(plan.origin, plan.tree)
         apply_patch(plan.tree, plan.toolchain.git)
+        if plan.page is not None:
+            shutil.copytree(plan.page, plan.tree / pages.RESULT)
         with log_path.open("w", encoding="utf-8") as log:
             proved = _compile(plan, jobs, log, console)
         _check_result(plan.backend, plan.tree / "build" / "bin")

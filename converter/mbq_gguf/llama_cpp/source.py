@@ -90,7 +90,14 @@ def _wrong_checksum(what: str, found: str, pin: Pin) -> UserError:
 
 def unpack(archive: Path, pin: Pin, tree: Path) -> None:
     """Unpack only ``pin.subdirectory`` of the source package as `tree`. Raises UserError where the package has no such folder."""
-    prefix = PurePosixPath(pin.subdirectory).parts
+    unpack_folder(archive, pin, ".", tree)
+    if not _is_llama_cpp(tree):
+        raise UserError(f"{archive.name} holds no llama.cpp in {pin.subdirectory}: correct the subdirectory in ggml_patch/PIN")
+
+
+def unpack_folder(archive: Path, pin: Pin, folder: str, target: Path) -> None:
+    """Unpack one folder of the pinned llama.cpp as `target`; nothing where there is no such folder."""
+    prefix = PurePosixPath(pin.subdirectory, folder).parts
     try:
         with tarfile.open(archive) as package:
             for member in package:
@@ -98,11 +105,9 @@ def unpack(archive: Path, pin: Pin, tree: Path) -> None:
                 if parts[: len(prefix)] != prefix or len(parts) == len(prefix) or parts[-1] == ".git":
                     continue  # the package carries its submodule's .git file, which points nowhere
                 member.name = str(PurePosixPath(*parts[len(prefix) :]))
-                package.extract(member, tree, filter="data")
+                package.extract(member, target, filter="data")
     except tarfile.TarError as error:
         raise UserError(f"{archive.name} cannot be unpacked ({error}): delete {archive} and build again") from error
-    if not _is_llama_cpp(tree):
-        raise UserError(f"{archive.name} holds no llama.cpp in {pin.subdirectory}: correct the subdirectory in ggml_patch/PIN")
 
 
 def copy_tree(source: Path, tree: Path) -> None:

@@ -1,0 +1,118 @@
+"""llama-server's web page: llama.cpp's tools/ui, built with npm from the tree's own package lock and kept under a hash of its sources.
+
+npm fetches about a thousand packages, each with its checksum in that lock, and none of their install scripts is run. On two cores the page
+takes a minute to fetch and three to build, and 700 MB of disk meanwhile; so it is built once for a pin, not with every build of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from mbq_gguf.errors import UserError
+from mbq_gguf.llama_cpp import source
+from mbq_gguf.llama_cpp.cache import cache_root
+from mbq_gguf.llama_cpp.locks import file_lock
+from mbq_gguf.llama_cpp.machine import find_tool
+from mbq_gguf.llama_cpp.pin import Pin
+from mbq_gguf.llama_cpp.steps import run_step, say
+
+CHOICES = ("auto", "on", "off")
+FOLDER = "tools/ui"
+RESULT = f"{FOLDER}/dist"  # where llama.cpp's build looks for a finished page before anything else
+NODE = (20, 19)  # the oldest that the page's bundler (vite 7) takes
+RETRY_SECONDS = 24 * 3600.0  # how long `auto` leaves a page alone that could not be built
+# Quick where there is no network: npm's own patience is five minutes a request.
+_NPM_CI = ("ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-timeout=60000", "--fetch-retry-maxtimeout=10000")
+_REASONS = (
+    re.compile(r"^\w*Error: .+$", re.MULTILINE),
+    re.compile(r"^npm (?:error|ERR!) (?!code |errno |syscall |type |A complete log)(?:network )?(.+)$", re.MULTILINE),
+)
+
+
+def find_page(choice: str, origin: Path | None, pin: Pin, console: Console) -> Path | None:
+    """The folder of the finished page of `origin`, or of the pinned source where None; built where it is not in the cache.
+
+    None where `choice` is ``off``, and where it is ``auto`` and the page cannot be built, which is said in one sentence. Raises UserError
+    for that where it is ``on``.
+    """
+    if choice == "off" or (choice == "auto" and origin is not None and not _lock_file(origin / FOLDER).is_file()):
+        return None
+    try:
+        node = _node_version()
+        sources = f"{pin.sha256} {pin.subdirectory}" if origin is None else source.tree_hash(origin / FOLDER)
+        page = cache_root() / "pages" / hashlib.sha256(f"{sources} {node} {_NPM_CI}".encode()).hexdigest()[:16]
+        with file_lock(cache_root() / "locks" / f"page-{page.name}.lock", lambda: say(console, "another mbq-gguf is building the page")):
+            if not (page / "index.html").is_file():
+                _build(page, choice, origin, pin, console)
+        return page
+    except UserError as error:
+        if choice == "on":
+            raise
+        say(console, f"llama-server gets no web page: {error}")
+        return None
+
+
+def _node_version() -> str:
+    """What ``node --version`` says. Raises UserError where node or npm is missing or too old."""
+    node, wanted = find_tool("node"), ".".join(map(str, NODE))
+    if node is None or find_tool("npm") is None:
+        raise UserError(f"node and npm were not found: install node {wanted} or newer and run `mbq-gguf build --page on`")
+    said = subprocess.run([node, "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    version = tuple(int(part) for part in re.findall(r"\d+", said)[:2])
+    if version < NODE:
+        raise UserError(f"node {said} is too old: install node {wanted} or newer and run `mbq-gguf build --page on`")
+    return said
+
+
+def _build(page: Path, choice: str, origin: Path | None, pin: Pin, console: Console) -> None:
+    failed = page.with_suffix(".failed")
+    if choice == "auto" and failed.is_file() and time.time() - failed.stat().st_mtime < RETRY_SECONDS:
+        raise UserError(failed.read_text(encoding="utf-8"))
+    page.parent.mkdir(parents=True, exist_ok=True)
+    log_path = cache_root() / "logs" / f"page-{page.name}.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    npm = find_tool("npm")
+    assert npm is not None
+    for left in page.parent.glob(f".{page.name}-*"):  # what a killed process left; nobody else works on this page
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=f".{page.name}-", dir=page.parent) as work, log_path.open("w", encoding="utf-8") as log:
+        inside = Path(work, "ui")
+        if origin is None:
+            source.unpack_folder(source.fetch(pin, console), pin, FOLDER, inside)
+        else:
+            shutil.copytree(origin / FOLDER, inside, ignore=shutil.ignore_patterns("node_modules", "dist"))
+        if not _lock_file(inside).is_file():
+            raise UserError(f"this llama.cpp has no {_lock_file(Path(FOLDER))}: build with `--page off`")
+        extra = {"LLAMA_UI_OUT_DIR": str(Path(work, "dist")), "LLAMA_UI_VERSION": "b0", "LLAMA_BUILD_NUMBER": "0"}
+        try:
+            for title, step in (("fetching the web page's packages", _NPM_CI), ("building the web page", ("run", "build"))):
+                say(console, title)
+                with console.status(title):
+                    run_step([npm, "--prefix", inside, *step], log, lambda line: None, extra)
+            if not Path(work, "dist", "index.html").is_file():
+                raise UserError("it made no index.html")
+        except UserError as error:
+            sentence = f"npm could not build it ({_reason(log_path) or error}): run `mbq-gguf build --page on` to try again"
+            failed.write_text(sentence, encoding="utf-8")
+            raise UserError(sentence) from error
+        Path(work, "dist").replace(page)
+        failed.unlink(missing_ok=True)
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder / "package-lock.json"
+
+
+def _reason(log: Path) -> str | None:
+    """The first line of what npm or the bundler said that states an error, and where the rest is; None where none does."""
+    said = log.read_text(encoding="utf-8", errors="replace")
+    found = next((match for pattern in _REASONS if (match := pattern.search(said))), None)
+    return f"{found[found.lastindex or 0]}; the log is {log}" if found else None
