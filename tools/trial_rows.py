@@ -31,6 +31,7 @@ from mbq_gguf.evaluate.exact_match import SHIPPED, load_questions, stratified
 from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.quantise import quantise
 
+STORE = Path(__file__).resolve().parents[1] / "docs" / "results" / "balance.json"
 NEAREST = "container=MBQ3,rounding=nearest,synthetic=0,distort=False,samples=128,turns=last"
 PLAIN = "container=MBQ3,synthetic=0,distort=False,samples=128,turns=last,clip=False,refits=0"
 MASKS = tuple(f",answer_mask={mask}" for mask in ("predicting", "answer"))
@@ -150,6 +151,17 @@ def keep_texts() -> None:
         return texts[count]
 
     walk.written = written  # type: ignore[attr-defined]
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """The stored rows as the table of docs/results.md; what all rows to the nearest have in common is left out of their names."""
+    lines = ["| quantised with | exact match | KLD, scenes | captions | photographs | text |", "|---|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        name = row["row"].replace(NEAREST, "nearest").removesuffix(",").replace(",", ", ")
+        name = name if name.startswith("nearest") else ", ".join(part for part in ("the default of MBQ3S", name) if part)
+        scores = [f"{row[kind]['kld']:.2g} ± {row[kind]['error']:.1g}" for kind in ("scenes", "captions", "photographs", "text")]
+        lines.append(f"| {name} | {row['scenes']['exact']:.3f} | {' | '.join(scores)} |")
+    return "\n".join(lines)
 
 
 def device_name(device: str) -> str:
