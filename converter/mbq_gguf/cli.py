@@ -176,7 +176,7 @@ def imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, seed: 
     \b
     mbq-gguf convert MODEL_DIR bf16.gguf --type BF16
     mbq-gguf imatrix MODEL_DIR imatrix.gguf
-    llama-quantize --imatrix imatrix.gguf bf16.gguf q4_k_m.gguf Q4_K_M
+    $(mbq-gguf path llama-quantize) --imatrix imatrix.gguf bf16.gguf q4_k_m.gguf Q4_K_M
 
     `convert` needs no such file: it calibrates by itself, and its rounding keeps far more.
     """

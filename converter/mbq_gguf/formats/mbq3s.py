@@ -1,6 +1,6 @@
 """MBQ3S and MBQ3S_64: the codes and sizes of MBQ3 and MBQ3_64 with groups half as large (bit layout drawn in docs/format.md).
 
-Where MBQ3 keeps an fp16 scale and an fp16 minimum for a block, these keep one 16-bit head for each half of it: the scale d in the upper ten
+Where MBQ3 keeps an fp16 scale and an fp16 minimum for a block, these keep one 16-bit word for each half of it: the scale d in the upper ten
 bits (an fp16 number without its sign and its five lowest bits), in the lower six the zero point z in eighths of a step. Weight i is
 d * (code(i) - z / 8). At the same size the reference VLM loses a fifth less on text than with MBQ3 and MBQ3_64 (docs/results.md).
 """
@@ -17,14 +17,14 @@ from mbq_gguf.formats.mbq3 import F16_MAX, HEAD_BYTES, LEVELS, nearest_codes, pa
 
 HALVES = 2  # groups of a block
 DROPPED_BITS = 5  # of the scale's fp16 fraction
-LARGEST_SCALE = 0x7BFF >> DROPPED_BITS  # in the head's upper bits: beyond it fp16 has infinity
+LARGEST_SCALE = 0x7BFF >> DROPPED_BITS  # in the word's upper bits: beyond it fp16 has infinity
 ZERO_BITS = 6
 ZERO_STEPS = 8  # steps of the zero point in one of the weights'
 LARGEST_ZERO = (1 << ZERO_BITS) - 1
 
 
 def group_parameters(groups: Floats) -> tuple[Floats, Floats]:
-    """Scale and minimum that a head can hold for the range of each group [n, N] and zero (returned as float32 [n, 1])."""
+    """Scale and minimum that a scale word can hold for the range of each group [n, N] and zero (returned as float32 [n, 1])."""
     low = np.minimum(groups.min(axis=1, keepdims=True), np.float32(0)) + np.float32(0)
     high = np.maximum(groups.max(axis=1, keepdims=True), np.float32(0)) + np.float32(0)
     # Divide before subtracting: the range itself can overflow float32. ggml-mbq.c does the same operations in the same order.
@@ -33,7 +33,7 @@ def group_parameters(groups: Floats) -> tuple[Floats, Floats]:
 
 
 def nearest_parameters(scale: Floats, minimum: Floats) -> tuple[Floats, Floats]:
-    """The scale that a head can hold nearest to each of ``scale``, and beside it the nearest to each of ``minimum``."""
+    """The scale that a scale word can hold nearest to each of ``scale``, and beside it the nearest to each of ``minimum``."""
     bits = scale.astype(np.float16).view(np.uint16)
     upper = (bits + (bits >> DROPPED_BITS & 1) + 15) >> DROPPED_BITS  # ties to even
     held = _scale(np.minimum(upper, LARGEST_SCALE))
@@ -44,19 +44,19 @@ def nearest_parameters(scale: Floats, minimum: Floats) -> tuple[Floats, Floats]:
 
 
 def pack_blocks(codes: Bytes, scale: Floats, minimum: Floats) -> Bytes:
-    """Codes [n, N] with scale and minimum [n, 2] as heads hold them to packed blocks [n, 4 + 3 N / 8]."""
+    """Codes [n, N] with scale and minimum [n, 2] as scale words hold them to packed blocks [n, 4 + 3 N / 8]."""
     upper = scale.astype(np.float16).view(np.uint16) >> DROPPED_BITS
     with np.errstate(divide="ignore", invalid="ignore"):
         zero = np.where(scale > 0, np.rint(minimum * np.float32(-ZERO_STEPS) / scale), 0).astype(np.uint16)
-    head = (upper << ZERO_BITS | zero).astype("<u2").view(np.uint8)
-    return np.concatenate([head, pack_planes(codes)], axis=1)
+    words = (upper << ZERO_BITS | zero).astype("<u2").view(np.uint8)
+    return np.concatenate([words, pack_planes(codes)], axis=1)
 
 
 def unpack_blocks(blocks: Bytes) -> tuple[Bytes, Floats, Floats]:
     """The inverse of :func:`pack_blocks`: codes [n, N], scale [n, 2], minimum [n, 2]."""
-    head = np.ascontiguousarray(blocks[:, :HEAD_BYTES]).view("<u2")
-    scale = _scale(head >> ZERO_BITS)
-    return unpack_planes(blocks[:, HEAD_BYTES:]), scale, _minimum(scale, (head & LARGEST_ZERO).astype(np.float32))
+    words = np.ascontiguousarray(blocks[:, :HEAD_BYTES]).view("<u2")
+    scale = _scale(words >> ZERO_BITS)
+    return unpack_planes(blocks[:, HEAD_BYTES:]), scale, _minimum(scale, (words & LARGEST_ZERO).astype(np.float32))
 
 
 def _scale(upper: npt.NDArray[Any]) -> Floats:
