@@ -98,8 +98,8 @@ def _build(page: Path, choice: str, origin: Path | None, pin: Pin, console: Cons
                 with console.status(title):
                     run_step([npm, "--prefix", inside, *step], log, lambda line: None, extra)
             if not Path(work, "dist", "index.html").is_file():
-                raise UserError("it made no index.html")
-        except UserError as error:
+                raise FileNotFoundError("it made no index.html")
+        except (UserError, FileNotFoundError) as error:
             sentence = f"npm could not build it ({_reason(log_path) or error}): run `mbq-gguf build --page on` to try again"
             failed.write_text(sentence, encoding="utf-8")
             raise UserError(sentence) from error
