@@ -99,6 +99,49 @@ def test_text_only_model(model: Path, out: Path) -> None:
     assert "Qwen2ForCausalLM is a text-only model" in refused("convert", model, out)
 
 
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_quantised_already(part: str | None, model: Path, out: Path) -> None:
+    settings = {"quant_method": "gptq", "bits": 4}
+
+    def change(config: dict[str, object]) -> None:
+        config.update({"quantization_config": settings} if part is None else {part: {"quantization_config": settings}})
+
+    configure(model, change)
+    assert "is quantised already (gptq): give the model that it was made from" in refused("convert", model, out)
+
+
+def test_an_adapter_beside_the_model(model: Path, out: Path) -> None:
+    (model / "adapter_config.json").write_text("{}")
+    assert "merge it into the model first" in refused("convert", model, out)
+
+
+@pytest.mark.parametrize("command", ["convert", "imatrix"])
+def test_without_the_settings_of_pictures(command: str, model: Path, out: Path) -> None:
+    (model / "preprocessor_config.json").unlink()
+    assert "has no preprocessor_config.json" in refused(command, model, out)
+
+
+NESTED = '{"a":' * 100_000 + "1" + "}" * 100_000
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "7", NESTED], ids=["cut", "list", "number", "nested"])
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "generation_config.json", "tokenizer_config.json"])
+def test_configuration_that_is_none(file: str, content: str, model: Path, out: Path) -> None:
+    (model / file).write_text(content)
+    sentence = refused("convert", model, out)
+    assert f"{file} cannot be read as JSON" in sentence or f"{file} is no model configuration" in sentence
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"architectures": "Qwen"}, {"architectures": {"a": 1}}, {"model_type": ["qwen2_vl"]}, {"vision_config": 3}, {"text_config": [1]}],
+    ids=str,
+)
+def test_odd_configuration(change: dict[str, object], model: Path, out: Path) -> None:
+    configure(model, lambda config: config.update(change))
+    refused("convert", model, out, *RTN, "--type", "Q9_9")  # whatever else, no traceback
+
+
 def test_weights_missing(model: Path, out: Path) -> None:
     (model / "model.safetensors").unlink()
     assert "has no *.safetensors files" in refused("convert", model, out)

@@ -25,14 +25,15 @@ from mbq_gguf.errors import UsageError
 from mbq_gguf.export import metadata
 from mbq_gguf.export.atomic import check_output, check_space, staged
 from mbq_gguf.export.checkpoint import check_finite_files, shapes
-from mbq_gguf.export.gguf_writer import MMPROJ_TYPES, TextFile, rehearse, write_mmproj, write_text
+from mbq_gguf.export.gguf_writer import MMPROJ_TYPES, TextFile, write_mmproj, write_text
 from mbq_gguf.export.injection import PackedTensor, TensorRecord
 from mbq_gguf.export.progress import Stages, progress_bars
+from mbq_gguf.export.rehearsal import rehearse
 from mbq_gguf.export.report import ConvertReport, fallback_sentences, nearest_sentences
 from mbq_gguf.formats.registry import container
 from mbq_gguf.models import load
-from mbq_gguf.models.checks import read_config, weight_files
-from mbq_gguf.models.load import check_architecture
+from mbq_gguf.models.checks import weight_files
+from mbq_gguf.models.load import check_source
 from mbq_gguf.models.prompts import AnswerMask
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise import quantise
@@ -144,13 +145,13 @@ def check_inputs(options: ConvertOptions) -> list[Path]:
     check_device(options.device)
     if options.samples < 1:
         raise UsageError("calibration needs at least one sample: give --samples 1 or more")
-    check_architecture(read_config(options.model_dir))
+    check_source(options.model_dir)
     files = weight_files(options.model_dir)
     check_output(options.out)
     check_output(options.mmproj)
     weights = sum(prod(shape) for shape in shapes(files))
     check_space(options.out.absolute().parent, int(weights * (options.target_bpw or chosen.bits_per_weight) / 8))
-    rehearse(options.model_dir, options.mmproj_type)
+    rehearse(options.model_dir, files, options.mmproj_type)
     return files
 
 

@@ -14,8 +14,7 @@ from mbq_gguf.export.atomic import check_output
 from mbq_gguf.export.imatrix import write_imatrix
 from mbq_gguf.export.progress import Stages, progress_bars
 from mbq_gguf.models import load
-from mbq_gguf.models.checks import read_config
-from mbq_gguf.models.load import check_architecture
+from mbq_gguf.models.load import check_source
 
 
 def make_imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, seed: int, device: str, console: Console) -> str:
@@ -24,7 +23,7 @@ def make_imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, s
     ``calib`` as in :func:`load_samples`. Raises UserError or UsageError for a directory, a set, a device or an output that will not do.
     """
     check_device(device)
-    check_architecture(read_config(model_dir))
+    check_source(model_dir)
     check_output(out)
     with progress_bars(console) as bars:
         stages = Stages(bars)

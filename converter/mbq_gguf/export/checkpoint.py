@@ -19,6 +19,15 @@ def shapes(files: Sequence[Path]) -> Iterator[list[int]]:
                 yield list(opened.get_slice(name).get_shape())
 
 
+def names_of(files: Sequence[Path]) -> list[str]:
+    """The names of all tensors in ``files``, from their headers alone."""
+    names: list[str] = []
+    for file in files:
+        with safe_open(str(file), framework="pt") as opened:
+            names += opened.keys()
+    return names
+
+
 def check_finite_files(files: Sequence[Path]) -> None:
     """Raise UserError that names the first tensor with a NaN or an infinity. Reads everything once, one tensor at a time."""
     for file in files:

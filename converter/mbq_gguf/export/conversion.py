@@ -24,6 +24,8 @@ DECODER_KEY = re.compile(r"(?:^|\.)(layers\.\d+\..+|norm\.(?:weight|bias)|embed_
 # Towers and extra heads whose layers carry the same names; the package has dropped most of them by the time we look.
 FOREIGN = re.compile(r"(?:^|\.)(?:visual|vision\w*|vit|vpm|audio\w*|mtp|resampler|projector|connector|merger|talker)\.")
 
+NEWER_PREFIX = "model."
+
 
 @dataclass(frozen=True)
 class Package:
@@ -99,8 +101,34 @@ def open_model(model_dir: Path, out: Path, *, file_type: str, mmproj: bool) -> A
     package = load_package()
     name = architecture(model_dir, mmproj=mmproj)
     with quiet(), conversion_errors(model_dir):
-        model_class = package.conversion.get_model_class(name, mmproj=mmproj)
+        model_class = either_layout(package.conversion.get_model_class(name, mmproj=mmproj))
         return model_class(model_dir, package.gguf.LlamaFileType[FILE_TYPES[file_type]], out)
+
+
+def either_layout(model_class: Any) -> Any:
+    """``model_class`` of the package, which also takes the names that newer releases of transformers save.
+
+    They put ``model.`` before the parts of a VLM (``model.visual.blocks.0...`` for ``visual.blocks.0...``). Where the package has no place
+    for such a name it is asked for the older one.
+    """
+
+    def filter_tensors(cls: Any, item: tuple[str, Any]) -> Any:
+        name, get = item
+        found = model_class.filter_tensors.__func__(cls, item)
+        if found is None and name.startswith(NEWER_PREFIX):
+            found = model_class.filter_tensors.__func__(cls, (name.removeprefix(NEWER_PREFIX), get))
+        return found
+
+    def map_tensor_name(self: Any, name: str, *suffixes: Any, **options: Any) -> str:
+        try:
+            return str(model_class.map_tensor_name(self, name, *suffixes, **options))
+        except ValueError:
+            if not name.startswith(NEWER_PREFIX):
+                raise
+            return str(model_class.map_tensor_name(self, name.removeprefix(NEWER_PREFIX), *suffixes, **options))
+
+    methods = {"filter_tensors": classmethod(filter_tensors), "map_tensor_name": map_tensor_name}
+    return type(model_class.__name__, (model_class,), {"model_arch": model_class.model_arch, **methods})  # each class has to name it
 
 
 def decoder_names(model_tensors: dict[str, Any]) -> dict[str, str]:

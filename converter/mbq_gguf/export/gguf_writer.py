@@ -107,16 +107,6 @@ def write_mmproj(
     return _write(model, Injection(model, {}, named, None), {**metadata, **limits}, None, model_dir, advance)
 
 
-def rehearse(model_dir: Path, mmproj_type: str) -> None:
-    """Convert ``model_dir`` without reading its weights or writing anything: what would fail after hours of calibration fails now.
-
-    Raises UserError where llama.cpp's conversion does not take the tensors, the tokenizer or the configuration.
-    """
-    for mmproj, file_type in ((False, BASE_TYPES[0]), (True, mmproj_type)):
-        model = open_model(model_dir, model_dir / "rehearsal.gguf", file_type=file_type, mmproj=mmproj)
-        _prepare(model, model_dir)
-
-
 def _find(names: Mapping[str, str], key: str) -> str:
     try:
         return names[key]
@@ -128,7 +118,7 @@ def _write(
     model: Any, injection: Injection, metadata: Mapping[str, Any], file_type: int | None, model_dir: Path, advance: Advance | None
 ) -> list[TensorRecord]:
     """Run the conversion of ``model`` with ``injection`` in it and write its file."""
-    _prepare(model, model_dir)
+    prepare(model, model_dir)
     injection.check_used()
     with quiet(), torch.inference_mode():
         writer = model.gguf_writer
@@ -152,7 +142,7 @@ def _write(
     return injection.records
 
 
-def _prepare(model: Any, model_dir: Path) -> None:
+def prepare(model: Any, model_dir: Path) -> None:
     """Let the package gather tensors (lazy ones: no weight is read) and metadata."""
     with quiet(), torch.inference_mode(), conversion_errors(model_dir):
         model.prepare_tensors()

@@ -12,6 +12,10 @@ from torch import nn
 
 from mbq_gguf.errors import UsageError, UserError
 
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# Read by transformers or llama.cpp's conversion, neither of which says which file was wrong.
+CONFIGURATIONS = (*PREPROCESSORS, "generation_config.json", "tokenizer_config.json", "chat_template.json", "special_tokens_map.json")
+
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a Hugging Face model directory; a UsageError where there is none."""
@@ -20,13 +24,44 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise UsageError(f"{directory} has no config.json: give the directory of a Hugging Face model")
+    for file in CONFIGURATIONS:
+        if (directory / file).is_file():
+            read_object(directory / file)
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; a UsageError where it is none, or one that no program wrote."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise UsageError(f"{path} cannot be read as JSON (it is nested too deeply): fetch the model again") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read as JSON ({error}): fetch the model again") from error
-    if not isinstance(config, dict):
+    if not isinstance(found, dict):
         raise UsageError(f"{path} is no model configuration: fetch the model again")
-    return config
+    return found
+
+
+def check_unquantised(directory: Path, config: dict[str, Any]) -> None:
+    """Raise UsageError where the checkpoint is quantised already."""
+    parts = (config, config.get("text_config"), config.get("vision_config"))
+    for part in parts:
+        settings = part.get("quantization_config") if isinstance(part, dict) else None
+        if settings:
+            method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+            raise UsageError(f"{directory} is quantised already ({method}): give the model that it was made from, in BF16, F16 or F32")
+
+
+def check_whole(directory: Path) -> None:
+    """Raise UserError where something that belongs to the model lies beside it or is missing: an adapter, the pictures' settings."""
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file() or list(directory.glob("adapter_model.*")):
+        raise UserError(
+            f"{directory} holds an adapter (LoRA), which would be left out: merge it into the model first, or remove the adapter_* files"
+        )
+    if not any((directory / name).is_file() for name in PREPROCESSORS):
+        raise UserError(f"{directory} has no {' or '.join(PREPROCESSORS)}: fetch the model again, or copy the file from its base model")
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -35,7 +70,7 @@ def weight_files(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise UserError(f"{index} cannot be read ({error}): fetch the model again") from error
         files = [directory / name for name in names]
     else:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from mbq_gguf.errors import UsageError, UserError
-from mbq_gguf.models.checks import check_finite, read_config, weight_files
+from mbq_gguf.models.checks import check_finite, check_unquantised, check_whole, read_config, read_object, weight_files
 from mbq_gguf.models.decoder import check_standard, find_decoder
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, QwenImagePrompt
@@ -17,6 +16,7 @@ from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, 
 # Families with tests here. Any other VLM of transformers with standard decoder layers goes through the same code.
 PROVED = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+REASON = 200  # characters of another library's message
 SUPPORTED = (
     f"{', '.join(PROVED)}, and other vision-language models of transformers whose decoder layers have q/k/v/o and gate/up/down projections"
 )
@@ -32,7 +32,7 @@ def load(model_dir: Path, device: str | torch.device = "cpu", dtype: torch.dtype
 
     transformers_logging.disable_progress_bar()
     model_dir = Path(model_dir)
-    architecture = check_architecture(read_config(model_dir))
+    architecture = check_source(model_dir)
     weight_files(model_dir)
     model = _load_weights(model_dir, architecture)
     check_finite(model)
@@ -50,15 +50,26 @@ def load(model_dir: Path, device: str | torch.device = "cpu", dtype: torch.dtype
     return LoadedModel(model_dir, architecture, model, decoder, prompts, device, dtype)
 
 
+def check_source(model_dir: Path) -> str:
+    """Everything about a model directory that can be refused before its weights are read; returns the architecture's name."""
+    config = read_config(model_dir)
+    architecture = check_architecture(config)
+    check_unquantised(model_dir, config)
+    check_whole(model_dir)
+    return architecture
+
+
 def check_architecture(config: dict[str, Any]) -> str:
     """The architecture's name; a UsageError unless it is a VLM that transformers knows."""
-    names = config.get("architectures") or []
-    architecture = str(names[0]) if names else str(config.get("model_type", "unknown"))
+    names = config.get("architectures")
+    architecture = str(names[0]) if isinstance(names, list) and names else str(config.get("model_type", "unknown"))
+    if not isinstance(config.get("vision_config", {}), dict):
+        raise UsageError(f"vision_config in the model's config.json is no JSON object: fetch the model again ({architecture})")
     if "vision_config" not in config:
         raise UsageError(f"{architecture} is a text-only model: give a vision-language model of {SUPPORTED}")
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as known
 
-    if config.get("model_type") not in known:
+    if str(config.get("model_type")) not in known:
         raise UsageError(f"{architecture} is not supported: use a model of {SUPPORTED}")
     return architecture
 
@@ -70,8 +81,10 @@ def _load_weights(model_dir: Path, architecture: str) -> Any:
         model, info = AutoModelForImageTextToText.from_pretrained(
             str(model_dir), dtype="auto", local_files_only=True, output_loading_info=True, attn_implementation="sdpa"
         )
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{model_dir} cannot be loaded as {architecture} ({str(error).splitlines()[0]}): fetch the model again") from error
+    except ImportError as error:
+        raise UserError(f"transformers wants another package for {architecture} ({reason(error)}): install it with pip") from error
+    except Exception as error:  # whatever a configuration makes a model class of transformers raise
+        raise UserError(f"{model_dir} cannot be loaded as {architecture} ({reason(error)}): fetch the model again") from error
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
         raise UserError(f"{model_dir} lacks {len(info['missing_keys'])} weights, {first} first: fetch the model again")
@@ -95,15 +108,23 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
         else:
             template = AutoProcessor.from_pretrained(path, local_files_only=True)
             image_prompt = ProcessorImagePrompt(template)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(
-            f"the tokenizer or image processor in {model_dir} cannot be loaded ({str(error).strip().splitlines()[0]}): fetch them again"
-        ) from error
+    except ImportError as error:
+        raise UserError(f"transformers wants another package for {architecture} ({reason(error)}): install it with pip") from error
+    except Exception as error:  # the tokenizer library raises bare ones
+        raise UserError(f"the tokenizer or image processor in {model_dir} cannot be loaded ({reason(error)}): fetch them again") from error
+    older = model_dir / "chat_template.json"  # where processors kept it before chat_template.jinja
+    if not getattr(template, "chat_template", None) and older.is_file():
+        template.chat_template = read_object(older).get("chat_template")
     if not getattr(template, "chat_template", None):
         raise UserError(
             f"{model_dir} has no chat template, which calibration asks about images with: fetch the model again with chat_template.json"
         )
     return Prompts(template, tokenizer, image_prompt, image_token_id, _end_ids(model, tokenizer))
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in one line; its name where it says nothing."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:REASON]
 
 
 def _image_token_id(config: Any) -> int:

@@ -1,0 +1,75 @@
+"""The conversion without its weights: what would fail, or go wrong in silence, after hours of calibration is found before them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mbq_gguf.errors import UserError
+from mbq_gguf.export.checkpoint import names_of
+from mbq_gguf.export.conversion import open_model
+from mbq_gguf.export.gguf_writer import BASE_TYPES, prepare
+
+# Parts that a file for pictures and text does without, and buffers that are computed anew.
+LEFT_OUT = re.compile(
+    r"(?:^|\.)(?:\w*audio\w*|mtp|nextn|talker|token2wav|code2wav|speech\w*|sound\w*)\.|(?:inv_freq|position_ids|masked_bias|_mask)$"
+)
+LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+def rehearse(model_dir: Path, files: Sequence[Path], mmproj_type: str) -> None:
+    """Convert ``model_dir``, whose weights lie in ``files``, without reading them or writing anything.
+
+    Raises UserError where llama.cpp's conversion does not take the tensors, the tokenizer or the configuration, where one of the two files
+    would hold no tensor, where a tensor has no place in either, and where the tokenizer has more tokens than the embeddings have rows.
+    """
+    parts = []
+    for mmproj, file_type in ((False, BASE_TYPES[0]), (True, mmproj_type)):
+        model = open_model(model_dir, model_dir / "rehearsal.gguf", file_type=file_type, mmproj=mmproj)
+        if not mmproj:
+            check_vocabulary(model_dir, model)
+        prepare(model, model_dir)
+        if not any(model.gguf_writer.tensors):
+            part = "vision tower" if mmproj else "language model"
+            raise UserError(
+                f"llama.cpp's conversion finds no tensor of the {part} in {model_dir}: use a checkpoint in transformers' layout"
+            )
+        parts.append(model)
+    lost = list(lost_names(parts, names_of(files)))
+    if lost:
+        raise UserError(
+            f"llama.cpp's conversion has no place for {len(lost)} tensors of {model_dir}, {lost[0]} first: "
+            "use a checkpoint that holds the model's own weights alone"
+        )
+
+
+def lost_names(parts: Sequence[Any], names: Sequence[str]) -> Iterator[str]:
+    """The tensors that no part of the conversion takes, without those that are left out on purpose."""
+    layers = parts[0].block_count
+    for name in names:
+        found = LAYER.search(name)
+        if LEFT_OUT.search(name) or (found and int(found[1]) >= layers):  # layers beyond the last predict further tokens
+            continue
+        if all(part.filter_tensors((name, lambda: None)) is None for part in parts):
+            yield name
+
+
+def check_vocabulary(model_dir: Path, model: Any) -> None:
+    """Raise UserError where tokenizer.json has a token for which the embeddings of ``model`` have no row."""
+    from tokenizers import Tokenizer
+
+    file = model_dir / "tokenizer.json"
+    rows = next((get().shape[0] for name, get in model.model_tensors.items() if name.endswith("embed_tokens.weight")), None)
+    if rows is None or not file.is_file():
+        return
+    try:
+        tokens = max(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    except Exception as error:  # tokenizers raises bare ones
+        raise UserError(f"{file} is no tokenizer ({str(error).splitlines()[0]}): fetch the tokenizer again") from error
+    if tokens > rows:
+        raise UserError(
+            f"the tokenizer of {model_dir} has {tokens} tokens and the embeddings {rows} rows: "
+            "fetch the tokenizer of this very model, or resize its embeddings"
+        )
