@@ -1,8 +1,8 @@
 """Puts our tensors into a model object of llama.cpp's conversion package while it prepares its file.
 
 Three of the object's own methods are wrapped, on the object and not on its class: ``modify_tensors`` (which names and rows become of a
-tensor), ``tensor_force_quant`` (its type) and the writer's ``add_tensor`` (its bytes). So rows that an architecture permutes or splits are permuted
-or split after quantisation too, without a list of architectures here.
+tensor), ``tensor_force_quant`` (its type) and the writer's ``add_tensor`` (its bytes). So rows that an architecture permutes
+or splits are permuted or split after quantisation too, without a list of architectures here.
 """
 
 from __future__ import annotations
