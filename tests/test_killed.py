@@ -49,3 +49,51 @@ def test_killed_runs_end_in_the_same_bytes(tiny_dir: Path, tmp_path: Path) -> No
     assert sorted(path.name for path in killed.iterdir()) == ["mmproj-out.gguf", "out.gguf"]
     for name in ("out.gguf", "mmproj-out.gguf"):
         assert (killed / name).read_bytes() == (calm / name).read_bytes()
+
+
+@pytest.mark.usefixtures("built_llama")
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda sign: sign.name)
+def test_a_signal_tidies_up(sign: signal.Signals, tiny_dir: Path, tmp_path: Path) -> None:
+    """What stays is the finished work; the lock and every temporary name are gone, and the exit code says which signal it was."""
+    process = subprocess.Popen(command(tiny_dir, tmp_path / "out.gguf"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + SECONDS
+    while not finished_layers(tmp_path):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(sign)
+    error = process.communicate(timeout=SECONDS)[1]
+    assert process.returncode == 128 + sign
+    assert error.startswith("stopped: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf.work"]
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+
+
+@pytest.mark.usefixtures("built_llama")
+def test_a_hang_up_that_is_ignored_stays_ignored(tiny_dir: Path, tmp_path: Path) -> None:
+    """As ``nohup`` has it: the run ends well although its terminal closed."""
+    process = subprocess.Popen(["nohup", *command(tiny_dir, tmp_path / "out.gguf")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + SECONDS
+    while not finished_layers(tmp_path):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(SECONDS) == 0
+
+
+@pytest.mark.usefixtures("built_llama")
+def test_the_second_run_to_one_file_is_refused(tiny_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    with subprocess.Popen(command(tiny_dir, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        deadline = time.monotonic() + SECONDS
+        while not finished_layers(tmp_path):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)  # or a slow start of the second would let it end
+        second = subprocess.run([*command(tiny_dir, out), "--type", "Q4_0"], capture_output=True, text=True, timeout=SECONDS, check=False)
+        first.send_signal(signal.SIGCONT)
+        assert first.wait(SECONDS) == 0
+    assert second.returncode == 2
+    assert f"another mbq-gguf is writing {out}" in second.stderr.replace("\n", " ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mmproj-out.gguf", "out.gguf"]

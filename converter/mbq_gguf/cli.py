@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mbq_gguf import __version__, settings
 from mbq_gguf.convert_command import convert
 from mbq_gguf.errors import SHOWN
 from mbq_gguf.evaluate.command import eval_command
+from mbq_gguf.llama_cpp.locks import termination_as_exit
 
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -23,15 +25,25 @@ class Commands(click.Group):
     """A group that prints one of :data:`SHOWN` as its sentence and ends with its exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; 1 means it failed, 2 that the call was wrong, 130 that Ctrl-C ended it."""
+        """Run the command; 1 means it failed, 2 that the call was wrong, 128 and its number that a signal ended it (Ctrl-C: 130)."""
         try:
-            return super().invoke(ctx)
+            with termination_as_exit():
+                return super().invoke(ctx)
         except SHOWN as error:
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            Console(stderr=True).print("stopped: nothing half-written is left; the same command goes on from here", highlight=False)
+            _say_stopped()
             sys.exit(130)
+        except SystemExit as end:
+            if end.code in (129, 143):
+                _say_stopped()
+            raise
+
+
+def _say_stopped() -> None:
+    with suppress(OSError):  # SIGHUP: the terminal is gone
+        Console(stderr=True).print("stopped: nothing half-written is left; the same command goes on from here", highlight=False)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from math import prod
@@ -23,7 +23,7 @@ from mbq_gguf.calibration.dataset import Sample, Turns, fingerprint, load_sample
 from mbq_gguf.calibration.token_weights import Kind
 from mbq_gguf.errors import UsageError
 from mbq_gguf.export import metadata
-from mbq_gguf.export.atomic import check_output, check_space, staged
+from mbq_gguf.export.atomic import check_output, check_space, claimed, staged
 from mbq_gguf.export.checkpoint import check_finite_files, shapes
 from mbq_gguf.export.gguf_writer import MMPROJ_TYPES, TextFile, write_mmproj, write_text
 from mbq_gguf.export.injection import PackedTensor, TensorRecord
@@ -111,6 +111,14 @@ def convert(options: ConvertOptions, console: Console) -> ConvertReport:
     Both files appear when both are whole; a run that was stopped goes on after its last finished layer. Raises UserError or UsageError
     for everything a user can mend: directory, architecture, weights, images, types, and output paths and disks.
     """
+    check_output(options.out)
+    check_output(options.mmproj)
+    shared = [] if options.work_dir is None else [options.work_dir]
+    with claimed(options.out, options.mmproj, *shared):
+        return _convert(options, console)
+
+
+def _convert(options: ConvertOptions, console: Console) -> ConvertReport:
     files = check_inputs(options)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -147,8 +155,6 @@ def check_inputs(options: ConvertOptions) -> list[Path]:
         raise UsageError("calibration needs at least one sample: give --samples 1 or more")
     check_source(options.model_dir)
     files = weight_files(options.model_dir)
-    check_output(options.out)
-    check_output(options.mmproj)
     weights = sum(prod(shape) for shape in shapes(files))
     check_space(options.out.absolute().parent, int(weights * (options.target_bpw or chosen.bits_per_weight) / 8))
     rehearse(options.model_dir, files, options.mmproj_type)
@@ -180,7 +186,7 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
         with timed(seconds, "samples"):
             samples = load_samples(options.calib, loaded, options.samples, options.seed, options.turns)
     calibration = fingerprint(samples) if samples else ""
-    work = open_work(options, calibration)
+    work = open_work(options, calibration, lambda sentence: console.print(sentence, style="yellow", highlight=False, soft_wrap=True))
     try:
         result = quantise(loaded, samples, options.settings, work, stages)
     finally:
@@ -190,12 +196,12 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
     return Quantised(result, calibration, len(samples))
 
 
-def open_work(options: ConvertOptions, calibration: str) -> WorkDir:
-    """The work directory of exactly this run: of this model, these samples and these settings."""
+def open_work(options: ConvertOptions, calibration: str, tell: Callable[[str], object]) -> WorkDir:
+    """The work directory of exactly this run: of this model, these samples and these settings; ``tell`` hears of damage in it."""
     marks = {"model": model_mark(options.model_dir), "data": calibration, "settings": settings_mark(options.settings)}
     if options.work_dir is not None:
-        return open_workdir(options.work_dir, marks)
-    return open_workdir(work_root(options) / hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16], marks)
+        return open_workdir(options.work_dir, marks, tell)
+    return open_workdir(work_root(options) / hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16], marks, tell)
 
 
 def work_root(options: ConvertOptions) -> Path:

@@ -1,14 +1,17 @@
 """Finished work on disk, so that a stopped run goes on where it was.
 
-A work directory belongs to one fingerprint of model, data and settings. Every item is one safetensors file with its JSON in the header,
-written under a temporary name and renamed when whole, so a run that is killed leaves only whole items.
+A work directory belongs to one fingerprint of model, data and settings. Every item is one safetensors file with its JSON and a checksum
+in the header, written under a temporary name and renamed when whole. A killed run leaves only whole items; an item that a disk, a crash
+or a hand has changed since is told and made again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.export.atomic import new_file
 
 FINGERPRINT = "fingerprint.json"
+TEMPORARY = ".mbq-gguf-"
 
 
 @dataclass(frozen=True)
@@ -27,50 +32,93 @@ class WorkDir:
     """An open work directory; see :func:`open_workdir`."""
 
     path: Path
+    fingerprint: str  # the JSON of what the work depends on; part of every checksum, so that no item serves another run
+    tell: Callable[[str], object] = lambda sentence: None  # hears of items that are damaged
 
     def load(self, name: str) -> tuple[dict[str, torch.Tensor], Any] | None:
-        """Tensors and JSON data of item ``name``, or None where it is not finished."""
+        """Tensors and JSON data of item ``name``, or None where it is not finished or not as it was saved."""
         file = self.path / f"{name}.safetensors"
-        if not file.is_file():
+        if not os.path.lexists(file):
             return None
         try:
             with safe_open(str(file), framework="pt") as opened:
-                data = json.loads(opened.metadata()["data"])
-                return {key: opened.get_tensor(key) for key in opened.keys()}, data  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise UserError(f"{file} is damaged ({error}): remove it, and the run makes it again") from error
+                written = opened.metadata()
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            if written["checksum"] != self._checksum(tensors, written["data"]):
+                raise ValueError("its checksum differs")
+            return tensors, json.loads(written["data"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            self.tell(f"{file} is damaged ({_cause(error)}): it will be made again")
+            return None
 
     def save(self, name: str, tensors: Mapping[str, torch.Tensor], data: Any) -> None:
         """Keep item ``name``: its tensors, and ``data`` as JSON. Raises UserError where it cannot be written (a full disk)."""
         file = self.path / f"{name}.safetensors"
-        temporary = file.with_suffix(".tmp")
+        whole = {key: value.contiguous() for key, value in tensors.items()}
+        text = json.dumps(data)
         try:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, str(temporary), metadata={"data": json.dumps(data)})
-            os.replace(temporary, file)
+            with new_file(self.path, TEMPORARY) as temporary:
+                save_file(whole, str(temporary), metadata={"data": text, "checksum": self._checksum(whole, text)})
+                _put(temporary, file)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
             raise UserError(f"{file} cannot be written ({error}): free some space or choose another work directory") from error
 
+    def _checksum(self, tensors: Mapping[str, torch.Tensor], data: str) -> str:
+        """SHA-256 of everything in an item, and of whose it is."""
+        layout = [(key, str(value.dtype), list(value.shape)) for key, value in sorted(tensors.items())]
+        found = hashlib.sha256(json.dumps([self.fingerprint, layout, data]).encode())
+        for _, value in sorted(tensors.items()):
+            found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
-def open_workdir(path: Path, fingerprint: Mapping[str, str]) -> WorkDir:
+
+def open_workdir(path: Path, fingerprint: Mapping[str, str], tell: Callable[[str], object] = lambda sentence: None) -> WorkDir:
     """Open or make the work directory at ``path`` for ``fingerprint``: what the work depends on, by name (model, data, settings).
 
-    Raises UsageError where the directory belongs to another fingerprint, holds other files, or cannot be made.
+    ``tell`` takes a sentence for each item that is found damaged. Raises UsageError where the directory belongs to another fingerprint,
+    holds other files, or cannot be made.
     """
     file = path / FINGERPRINT
+    text = json.dumps(dict(fingerprint), indent=1)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
+        found = _read_fingerprint(file)
+        if found is not None:
             others = [name for name, value in fingerprint.items() if found.get(name) != value]
             if others:
                 raise UsageError(f"the work directory {path} belongs to another {' and '.join(others)}: remove it or choose another")
-        elif any(path.iterdir()):
+        elif not os.path.lexists(file) and any(path.iterdir()):
             raise UsageError(f"{path} is not empty and no work directory: choose another")
         else:
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(dict(fingerprint), indent=1), encoding="utf-8")
-            os.replace(temporary, file)
-    except (OSError, ValueError) as error:
+            if os.path.lexists(file):
+                tell(f"{file} is damaged: it will be made again")
+            with new_file(path, TEMPORARY) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+                _put(temporary, file)
+    except OSError as error:
         raise UsageError(f"the work directory {path} cannot be used ({error}): choose another") from error
-    return WorkDir(path)
+    for left in path.glob(f"{TEMPORARY}*"):  # of a run that was killed while it wrote
+        left.unlink(missing_ok=True)
+    return WorkDir(path, text, tell)
+
+
+def _read_fingerprint(file: Path) -> dict[str, Any] | None:
+    """What ``file`` says, or None where it says nothing that can be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _put(temporary: Path, file: Path) -> None:
+    """Give ``temporary`` its final name, whatever bears it now."""
+    if file.is_dir() and not file.is_symlink():
+        shutil.rmtree(file)
+    temporary.replace(file)
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0]}"
+    return "it has no metadata" if isinstance(error, TypeError) else str(error)

@@ -1,26 +1,32 @@
-"""Files that appear under their final name only when they are whole."""
+"""Files that appear under their final name only when they are whole, and are written by one run at a time."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mbq_gguf.errors import UsageError, UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, or the largest file allowed
+PART = ".part"
 
 
 def check_output(path: Path) -> None:
     """Raise UsageError where no file can be made under ``path``: cheaper now than after the work."""
-    folder = path.absolute().parent
-    if path.is_dir():
+    final = target(path)
+    folder = final.parent
+    if final.is_dir():
         raise UsageError(f"{path} is a folder: name the GGUF file to write in it")
+    if final.exists() and not final.is_file():
+        raise UsageError(f"{path} is a device or a pipe: name a file to write")
     if not folder.is_dir():
         raise UsageError(f"the folder {folder} does not exist: create it, or choose another place for {path.name}")
     try:
@@ -40,35 +46,108 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def staged(*finals: Path) -> Iterator[list[Path]]:
-    """Temporary names beside ``finals``; all are renamed together when the block ends well and removed when it does not.
+def claimed(*finals: Path) -> Iterator[None]:
+    """Keep other runs away from ``finals`` during the block; what killed runs left beside them is removed.
 
-    Raises UserError where the disk is full or the files cannot be written.
+    Raises UsageError where another run has one of them.
     """
-    parts = [part_of(final) for final in finals]
+    with ExitStack() as held:
+        for final in finals:
+            held.enter_context(_claim(final))
+        for final in finals:
+            for left in target(final).parent.glob(f"{hidden(final)}-*{PART}"):
+                left.unlink(missing_ok=True)
+        yield
+
+
+@contextmanager
+def _claim(final: Path) -> Iterator[None]:
+    """A lock file beside ``final``, which the kernel frees however this process ends, and which is removed with the lock."""
+    path = target(final).parent / f"{hidden(final)}.lock"
+    descriptor = _opened(path, final)
+    while not _locked(descriptor, path, final):
+        os.close(descriptor)
+        descriptor = _opened(path, final)
     try:
-        yield parts
-        for part in parts:
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
-        for part, final in zip(parts, finals, strict=True):
-            os.replace(part, final)
-    except OSError as error:
-        names = " and ".join(str(final) for final in finals)
-        if error.errno in FULL:
-            raise UserError(f"the disk is full: free some space beside {finals[0]}, or choose another place, and run again") from error
-        raise UserError(f"cannot write {names} ({reason(error)}): check the path, its rights and the disk") from error
+        yield
     finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
-def part_of(final: Path) -> Path:
-    """The temporary name beside ``final``: the same in every run, so that the next one clears away what a killed one left.
+def _opened(path: Path, final: Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise UsageError(f"cannot write in {path.parent} ({reason(error)}): choose another place for {final.name}") from error
+
+
+def _locked(descriptor: int, path: Path, final: Path) -> bool:
+    """Lock ``descriptor``; False where ``path`` is another file by now, since the run that had the lock removed it meanwhile."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UsageError(f"another mbq-gguf is writing {final}: wait until it has ended, or choose another name") from None
+    except OSError:
+        return True  # a file system without locks: parts have names of their own, so whichever run ends last leaves whole files
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def staged(*finals: Path) -> Iterator[list[Path]]:
+    """New files beside ``finals`` to write into; all are renamed together when the block ends well and removed when it does not.
+
+    Where one of ``finals`` is a link, the file that it points to is replaced. Raises UserError where the disk is full or the files cannot
+    be written.
+    """
+    with ExitStack() as undo:
+        try:
+            parts = [undo.enter_context(new_file(target(final).parent, f"{hidden(final)}-", PART)) for final in finals]
+            yield parts
+            for part in parts:
+                with part.open("rb+") as file:
+                    os.fsync(file.fileno())
+                    if not os.fstat(file.fileno()).st_size:
+                        raise OSError(errno.ENODATA, "nothing was written")
+            for part, final in zip(parts, finals, strict=True):
+                os.replace(part, target(final))
+        except OSError as error:
+            names = " and ".join(str(final) for final in finals)
+            if error.errno in FULL:
+                raise UserError(f"the disk is full: free some space beside {finals[0]}, or choose another place, and run again") from error
+            raise UserError(f"cannot write {names} ({reason(error)}): check the path, its rights and the disk") from error
+
+
+@contextmanager
+def new_file(folder: Path, prefix: str, suffix: str = "") -> Iterator[Path]:
+    """An empty file in ``folder`` under a name that nobody can foresee; removed at the end if it still bears that name.
+
+    Made exclusively, so that a link that somebody planted there is never followed, and with the rights of any other new file.
+    """
+    path = folder / f"{prefix}{secrets.token_hex(8)}{suffix}"
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def target(path: Path) -> Path:
+    """The absolute path of the file that ``path`` means, through links."""
+    return Path(os.path.realpath(path))
+
+
+def hidden(final: Path) -> str:
+    """How the names of what lies beside ``final`` while it is made begin.
 
     A digest, since the conversion package reads braces in file names as templates.
     """
-    return final.absolute().parent / f".mbq-gguf-{hashlib.sha256(final.name.encode()).hexdigest()[:12]}.part"
+    return f".mbq-gguf-{hashlib.sha256(os.fsencode(target(final).name)).hexdigest()[:12]}"
 
 
 def reason(error: OSError) -> str:

@@ -32,7 +32,10 @@ def file_lock(path: Path, waiting: Callable[[], object] | None = None) -> Iterat
 
 @contextmanager
 def termination_as_exit() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into SystemExit, so that ``finally`` blocks run; only the main thread may and does change handlers."""
+    """Turn SIGTERM and SIGHUP into SystemExit, so that ``finally`` blocks run; only the main thread may and does change handlers.
+
+    A signal that the caller ignores stays ignored: ``nohup`` means that the run goes on when its terminal closes.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -40,7 +43,10 @@ def termination_as_exit() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, leave)
     try:
         yield
     finally:
