@@ -217,7 +217,7 @@ def test_calibration_set_missing(tiny_dir: Path, tmp_path: Path, out: Path) -> N
 @pytest.mark.parametrize("line", ["nonsense", '{"image": "a.png", "turns": []}'])
 def test_calibration_line_of_another_kind(line: str, tiny_dir: Path, tmp_path: Path, out: Path) -> None:
     (tmp_path / "set.jsonl").write_text(line)
-    assert "set.jsonl has a line" in refused("convert", tiny_dir, out, "--calib", tmp_path / "set.jsonl")
+    assert "set.jsonl, line 1" in refused("convert", tiny_dir, out, "--calib", tmp_path / "set.jsonl")
 
 
 @pytest.mark.parametrize(

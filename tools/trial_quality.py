@@ -28,8 +28,8 @@ from mbq_gguf.evaluate.exact_match import MAX_TOKENS, SHIPPED
 from mbq_gguf.formats.registry import container
 from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.decoder import linear
-from mbq_gguf.models.prompts import open_image
 from mbq_gguf.outcome import QuantiseResult
+from mbq_gguf.picture import open_picture
 from mbq_gguf.quantise import ROTATION_SEED, quantise
 from mbq_gguf.settings import SAMPLES, QuantiseSettings
 from mbq_gguf.transforms.rotation import Rotate, Rotation, draw, rotate_layer
@@ -137,7 +137,7 @@ def photographs(loaded: LoadedModel, folder: Path) -> Streams:
     for entry in map(json.loads, (folder / "photographs.jsonl").read_text(encoding="utf-8").splitlines()):
         path = folder / entry["image"]
         for question in (turn["question"] for turn in entry["turns"]):
-            samples.append(Sample(path, ((question, greedy_answer(loaded, open_image(path), question, MAX_TOKENS) or "."),)))
+            samples.append(Sample(path, ((question, greedy_answer(loaded, open_picture(path), question, MAX_TOKENS) or "."),)))
     return list(capture(loaded, samples))
 
 

@@ -46,7 +46,7 @@ class ChatTemplate:
                 )
                 if all(words in text for _, words in turns):
                     return text
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program and may raise anything
             raise BindingError(
                 f"the model's chat template cannot be rendered ({error}): convert the model again with a template"
             ) from error

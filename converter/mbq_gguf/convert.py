@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -184,7 +185,8 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
                 highlight=False,
             )
         with timed(seconds, "samples"):
-            samples = load_samples(options.calib, loaded, options.samples, options.seed, options.turns)
+            say = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
+            samples = load_samples(options.calib, loaded, options.samples, options.seed, options.turns, say)
     calibration = fingerprint(samples) if samples else ""
     work = open_work(options, calibration, lambda sentence: console.print(sentence, style="yellow", highlight=False, soft_wrap=True))
     try:

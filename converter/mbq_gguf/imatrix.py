@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -28,7 +29,8 @@ def make_imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, s
     with progress_bars(console) as bars:
         stages = Stages(bars)
         loaded = load(model_dir, device)
-        drawn = load_samples(calib, loaded, samples, seed)
+        say = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
+        drawn = load_samples(calib, loaded, samples, seed, say=say)
         captured = []
         for stream in capture(loaded, drawn):
             captured.append(stream)

@@ -37,7 +37,7 @@ def test_paths_are_relative_to_the_file(tiny: LoadedModel, tmp_path: Path) -> No
 
 
 def test_empty_set(tiny: LoadedModel, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"set\.jsonl is empty"):
+    with pytest.raises(UsageError, match=r"set\.jsonl is empty"):
         load_samples(write_set(tmp_path), tiny, 4, 0)
 
 
@@ -50,7 +50,7 @@ def test_missing_set(tiny: LoadedModel, tmp_path: Path) -> None:
     "line", [{"image": "a.png"}, {"image": "a.png", "turns": []}, [1], {**LINE, "turns": [{"question": "What?", "answer": ""}]}]
 )
 def test_line_of_another_shape(tiny: LoadedModel, tmp_path: Path, line: object) -> None:
-    with pytest.raises(UserError, match="has a line that is not"):
+    with pytest.raises(UserError, match=r"set\.jsonl, line 2"):
         load_samples(write_set(tmp_path, LINE, line), tiny, 4, 0)
 
 
@@ -84,3 +84,28 @@ def test_fingerprint_follows_images_and_words(tmp_path: Path) -> None:
     assert before != fingerprint([Sample(sample.image, (("What?", "red"),))])
     shutil.copy(IMAGES / "0001.png", tmp_path / "a.png")
     assert before != fingerprint([sample])
+
+
+def test_what_is_left_out_of_a_folder_is_told(tiny: LoadedModel, tmp_path: Path) -> None:
+    shutil.copy(IMAGES / "0001.png", tmp_path / "a.png")
+    (tmp_path / "notes.txt").write_text("cats")
+    (tmp_path / ".a.png").write_text("")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    said: list[str] = []
+    load_samples(tmp_path, tiny, 5, seed=0, say=said.append)
+    assert said[0].startswith(f"4 of 5 entries of {tmp_path} are left out: ")
+    for words in (".a.png (a hidden file)", "gone.png (a link to nothing)", "more (a folder)", "notes.txt (no picture by its ending)"):
+        assert words in said[0]
+
+
+def test_fewer_samples_than_asked_for_are_told(tiny: LoadedModel, tmp_path: Path) -> None:
+    said: list[str] = []
+    load_samples(write_set(tmp_path, LINE), tiny, 4, 0, say=said.append)
+    assert said == [f"calibrating with 1 samples, all that {tmp_path / 'set.jsonl'} holds; 4 were asked for"]
+
+
+def test_special_tokens_in_what_is_said(tiny: LoadedModel, tmp_path: Path) -> None:
+    line = {"image": "a.png", "turns": [{"question": "What is <|im_end|> here?", "answer": "blue"}]}
+    with pytest.raises(UserError, match=r"a\.png holds the model's special token <\|im_end\|>"):
+        load_samples(write_set(tmp_path, line), tiny, 4, 0)

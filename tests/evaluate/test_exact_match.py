@@ -37,7 +37,7 @@ def test_several_turns_become_several_questions(tmp_path: Path) -> None:
         ('{"image": "a.png", "turns": []}', "line 2: turns: List should have at least 1 item"),
         ('{"image": "a.png", "turns": [{"question": "Q", "answer": 7}]}', "line 2: turns.0.answer: Input should be a valid string"),
         ('{"image": "a.png", "turns": [{"question": "Q", "answer": "A", "tsak": "x"}]}', "line 2: turns.0.tsak: Extra inputs"),
-        ('{"image": "b.png", "turns": [{"question": "Q", "answer": "A"}]}', "line 2: there is no picture"),
+        ('{"image": "b.png", "turns": [{"question": "Q", "answer": "A"}]}', "line 2: the image "),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, sentence: str) -> None:

@@ -131,6 +131,23 @@ def test_missing_chat_template(copy: Path) -> None:
         load(copy)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if %}",
+        "{{ 1 / 0 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ raise_exception('no pictures') }}",
+        "{{ messages.x.y }}",
+    ],
+    ids=["syntax", "division", "recursion", "raises", "attribute"],
+)
+def test_a_chat_template_that_raises(template: str, copy: Path) -> None:
+    (copy / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match="the model's chat template cannot be rendered"):
+        load(copy)
+
+
 def test_layers_of_another_kind_are_told(tiny: LoadedModel) -> None:
     layer = tiny.decoder.layers[0]
     assert layer_fault(layer) is None

@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mbq_gguf.calibration.generate import greedy_answer
+from mbq_gguf.conversations import read_scenes
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.models.loaded import LoadedModel
-from mbq_gguf.models.prompts import open_image
+from mbq_gguf.picture import open_picture, suffixes
 
 SHIPPED = Path(__file__).parent.parent / "demo" / "data" / "calib" / "calib.jsonl"
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
-LINE_SHAPE = '{"image": ..., "turns": [{"question": ..., "answer": ...}]}'
+NAMED = 5  # of what is left out, by name
 FREE_QUESTION = "Describe this image."
 FREE_ANSWER_TOKENS = 128
+Say = Callable[[str], None]
 Turns = Literal["all", "last"]  # of each conversation; the picture's gradient grows with every further turn
 
 
@@ -31,64 +32,77 @@ class Sample:
     turns: tuple[tuple[str, str], ...]
 
 
-def load_samples(path: Path | None, loaded: LoadedModel, n: int, seed: int, turns: Turns = "all") -> list[Sample]:
+def load_samples(
+    path: Path | None, loaded: LoadedModel, n: int, seed: int, turns: Turns = "all", say: Say = lambda sentence: None
+) -> list[Sample]:
     """``n`` samples drawn by ``seed`` from ``path`` (all of them, in drawn order, where there are fewer), with all of their turns or with
     the last one alone.
 
-    ``path`` is a JSONL file of ``{"image", "turns": [{"question", "answer"}, ...]}`` with image paths relative to it, or a folder of
-    images, whose answers the model itself gives greedily to "Describe this image."; None takes the set that ships with the demo.
-    Raises UsageError for a path that is neither, UserError for an empty set, a bad line and an image that cannot be read.
+    ``path`` is a JSONL file (:mod:`mbq_gguf.conversations`) or a folder of images, whose answers the model itself gives greedily to
+    "Describe this image."; None takes the set that ships with the demo. ``say`` is told what is left out, in sentences.
+    Raises UsageError for a path that is neither, an empty set and a bad line, UserError for an image that cannot be read.
     """
     path = SHIPPED if path is None else Path(path)
     draw = random.Random(seed)
     if path.is_dir():
-        return _from_folder(path, loaded, n, draw)
+        return _from_folder(path, loaded, n, draw, say)
     if not path.is_file():
         raise UsageError(f"the calibration set {path} does not exist: give a JSONL file or a folder of images")
     samples = read_jsonl(path)
     drawn = draw.sample(samples, min(n, len(samples)))
+    if len(drawn) < n:
+        say(f"calibrating with {len(drawn)} samples, all that {path} holds; {n} were asked for")
+    tokenizer = loaded.prompts.tokenizer
+    special = {*tokenizer.all_special_tokens, *(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)}
     for sample in drawn:
-        open_image(sample.image)
+        check_words(sample, special)
+        open_picture(sample.image)
     return [replace(sample, turns=sample.turns[-1:]) for sample in drawn] if turns == "last" else drawn
 
 
 def read_jsonl(path: Path) -> list[Sample]:
     """Every conversation of a JSONL file, in the file's order."""
-    try:
-        samples = [_sample(entry, path.parent) for entry in _lines(path)]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} has a line that is not {LINE_SHAPE} ({error!r}): mend or remove it") from error
-    if not samples:
-        raise UserError(f"the calibration set {path} is empty: give at least one image with a question and an answer")
-    return samples
+    return [Sample(scene.image, tuple((turn.question, turn.answer or "") for turn in scene.turns)) for scene in read_scenes(path)]
 
 
-def _lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.strip():
-                yield json.loads(line)
+def check_words(sample: Sample, special: Collection[str]) -> None:
+    """Raise UserError where what is said names one of the tokens ``special``, which would end turns or stand for pictures."""
+    for words in (words for turn in sample.turns for words in turn):
+        found = next((token for token in special if token and token in words), None)
+        if found:
+            raise UserError(f"{words[:80]!r} about {sample.image} holds the model's special token {found}: take it out of the text")
 
 
-def _sample(entry: Any, root: Path) -> Sample:
-    turns = tuple((str(turn["question"]), str(turn["answer"])) for turn in entry["turns"])
-    if not turns or not all(answer for _, answer in turns):
-        raise ValueError("no turn, or an empty answer")
-    return Sample(root / entry["image"], turns)
-
-
-def _from_folder(folder: Path, loaded: LoadedModel, n: int, draw: random.Random) -> list[Sample]:
-    images = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+def _from_folder(folder: Path, loaded: LoadedModel, n: int, draw: random.Random, say: Say) -> list[Sample]:
+    known = suffixes()
+    files = sorted(folder.iterdir())
+    images = [file for file in files if file.suffix.lower() in known and file.is_file() and not file.name.startswith(".")]
     if not images:
-        raise UserError(f"the calibration folder {folder} has no image in it: give one with {', '.join(sorted(IMAGE_SUFFIXES))} files")
+        raise UserError(f"the calibration folder {folder} has no image in it: give one with PNG, JPEG, WebP or other picture files")
+    skipped = [f"{file.name} ({_why_skipped(file)})" for file in files if file not in set(images)]
+    if skipped:
+        more = f" and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
+        say(f"{len(skipped)} of {len(files)} entries of {folder} are left out: {', '.join(skipped[:NAMED])}{more}")
+    drawn = draw.sample(images, min(n, len(images)))
+    opened = [open_picture(image) for image in drawn]  # all of them, before the first answer
     samples = []
-    for image in draw.sample(images, min(n, len(images))):
-        answer = greedy_answer(loaded, open_image(image), FREE_QUESTION, FREE_ANSWER_TOKENS)
+    for image, picture in zip(drawn, opened, strict=True):
+        answer = greedy_answer(loaded, picture, FREE_QUESTION, FREE_ANSWER_TOKENS)
         if answer:
             samples.append(Sample(image, ((FREE_QUESTION, answer),)))
     if not samples:
         raise UserError(f"the model answers nothing to {FREE_QUESTION!r} on the images in {folder}: give a JSONL file with answers")
+    if len(samples) < len(drawn):
+        say(f"the model answers nothing about {len(drawn) - len(samples)} of {len(drawn)} pictures of {folder}, which are left out")
     return samples
+
+
+def _why_skipped(file: Path) -> str:
+    if file.is_symlink() and not file.exists():
+        return "a link to nothing"
+    if file.is_dir():
+        return "a folder"
+    return "a hidden file" if file.name.startswith(".") else "no picture by its ending"
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

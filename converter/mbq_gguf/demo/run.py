@@ -24,7 +24,20 @@ from mbq_gguf.llama_cpp.server import LlamaServer
 
 TASKS = ("digits", "leftmost", "chart_sum")  # the first question of each in the shipped set is asked
 # The parts of the package that decide what a converted file holds.
-MAKERS = ("calibration", "demo", "export", "formats", "models", "rounding", "transforms", "convert.py", "quantise.py", "settings.py")
+MAKERS = (
+    "calibration",
+    "demo",
+    "export",
+    "formats",
+    "models",
+    "rounding",
+    "transforms",
+    "conversations.py",
+    "convert.py",
+    "picture.py",
+    "quantise.py",
+    "settings.py",
+)
 
 
 @dataclass(frozen=True)

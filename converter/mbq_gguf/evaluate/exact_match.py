@@ -13,35 +13,16 @@ from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mbq_gguf.errors import UsageError
+from mbq_gguf.conversations import read_scenes
 from mbq_gguf.llama_cpp.server import LlamaServer
 
 SHIPPED = Path(__file__).parent.parent / "demo" / "data" / "eval" / "eval.jsonl"
 CONTEXT = 512  # tokens a question may take, vision tokens and answer included
 MAX_TOKENS = 48  # twice the longest expected answer of the shipped set (23 tokens)
-
-
-class Turn(BaseModel):
-    """One question about a picture, the expected answer where there is one, and the kind of question it is."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    question: str = Field(min_length=1)
-    answer: str | None = Field(default=None, min_length=1)
-    task: str = Field(default="all", min_length=1)
-
-
-class Scene(BaseModel):
-    """One line of a set: a picture, by its path relative to the JSONL file, and its questions."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    image: str = Field(min_length=1)
-    turns: list[Turn] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -120,33 +101,12 @@ _RESULT = TypeAdapter(ExactMatch)
 
 
 def load_questions(path: Path, *, unanswered: bool = False) -> list[Question]:
-    """All questions of the JSONL file ``path`` in its order; a UsageError names the file and the line that is wrong.
+    """All questions of the JSONL file ``path`` in its order (:mod:`mbq_gguf.conversations`); raises UsageError as its reader does.
 
     Questions without an answer are wrong unless ``unanswered``.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as a set of questions ({error}): give a JSONL file like the demo's eval.jsonl") from error
-    questions: list[Question] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            scene = Scene.model_validate_json(line)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise UsageError(f"{path}, line {number}: {where + ': ' if where else ''}{first['msg']}") from error
-        image = path.parent / scene.image
-        if not image.is_file():
-            raise UsageError(f"{path}, line {number}: there is no picture {image}")
-        if not unanswered and any(turn.answer is None for turn in scene.turns):
-            raise UsageError(f"{path}, line {number}: turns.answer: Field required")
-        questions += [Question(image, turn.question, turn.answer or "", turn.task) for turn in scene.turns]
-    if not questions:
-        raise UsageError(f"{path} holds no question: give a JSONL file with at least one")
-    return questions
+    scenes = read_scenes(path, unanswered=unanswered)
+    return [Question(scene.image, turn.question, turn.answer or "", turn.task) for scene in scenes for turn in scene.turns]
 
 
 def stratified(questions: Sequence[Question], count: int) -> list[Question]:

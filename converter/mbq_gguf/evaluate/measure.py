@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import numpy as np
 from mbq_cbind.model import Model
@@ -14,6 +16,7 @@ from mbq_gguf.evaluate.classes import token_classes
 from mbq_gguf.evaluate.exact_match import MAX_TOKENS, Question
 from mbq_gguf.evaluate.kld import Floats, Store, divergence, log_softmax
 from mbq_gguf.evaluate.results import Answer, TextResult, spread
+from mbq_gguf.picture import png
 
 TEXT_CHUNK = 512  # tokens that the text is cut into; the second half of each is scored, as llama-perplexity does it
 TEXT_CHUNKS = 8  # at most: 2048 scored tokens, whose reference takes 200 MB of disk for a vocabulary of 49152
@@ -110,7 +113,10 @@ class Examiner:
         key = f"{self.pictures}-{self._order.index(index)}"
         stored = self._store.image(key)
         if stored is None:
-            stored = model.vision.encode(self.questions[index].image)
+            with NamedTemporaryFile(suffix=".png") as seen:  # the pixels that everything here sees, not the file's own
+                seen.write(png(self.questions[index].image))
+                seen.flush()
+                stored = model.vision.encode(Path(seen.name))
             self._store.put_image(key, stored)
         return stored
 

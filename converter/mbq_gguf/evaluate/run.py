@@ -21,6 +21,7 @@ from mbq_gguf.evaluate.measure import TEXT_CHUNKS, Examiner
 from mbq_gguf.evaluate.results import Asked, Evaluation, FileResult, Layers, short_names
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.llama_cpp.bindings import bind
+from mbq_gguf.picture import open_picture
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation
     questions = load_questions(options.data, unanswered=True)
     if options.count is not None:
         questions = stratified(questions, options.count)
+    for image in sorted({question.image for question in questions}):
+        open_picture(image)  # one that cannot be read is found before hours of work
     files = [options.reference, *options.candidates]
     bind()
     names = short_names([path.absolute() for path in files])

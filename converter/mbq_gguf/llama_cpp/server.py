@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import mimetypes
 import os
 import socket
 import subprocess
@@ -26,6 +25,7 @@ from mbq_gguf.llama_cpp import closed, tethered
 from mbq_gguf.llama_cpp.locks import termination_as_exit
 from mbq_gguf.llama_cpp.paths import find_program
 from mbq_gguf.llama_cpp.steps import end_group
+from mbq_gguf.picture import png
 
 START_SECONDS = 600.0  # large models on slow disks load for minutes
 ANSWER_SECONDS = 600.0  # one answer, waiting for a free slot included
@@ -219,13 +219,8 @@ class LlamaServer:
 
 
 def data_url(image: Path) -> str:
-    """The picture's file as it is, in a ``data:`` URL. Raises UsageError where it cannot be read."""
-    try:
-        data = image.read_bytes()
-    except OSError as error:
-        raise UsageError(f"the picture {image} cannot be read ({error.strerror}): give the path of a PNG or JPEG file") from error
-    kind = mimetypes.guess_type(image.name)[0] or "image/png"
-    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+    """The picture as everything here sees it (:mod:`mbq_gguf.picture`): a PNG in a ``data:`` URL. Raises UserError where it is none."""
+    return f"data:image/png;base64,{base64.b64encode(png(image)).decode('ascii')}"
 
 
 def _answer(reply: dict[str, Any], seconds: float) -> Answer:

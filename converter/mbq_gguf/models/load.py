@@ -119,7 +119,9 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
         raise UserError(
             f"{model_dir} has no chat template, which calibration asks about images with: fetch the model again with chat_template.json"
         )
-    return Prompts(template, tokenizer, image_prompt, image_token_id, _end_ids(model, tokenizer))
+    prompts = Prompts(template, tokenizer, image_prompt, image_token_id, _end_ids(model, tokenizer))
+    prompts.check()
+    return prompts
 
 
 def reason(error: Exception) -> str:

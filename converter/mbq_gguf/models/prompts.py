@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from mbq_gguf.errors import UserError
+from mbq_gguf.picture import open_picture
 
 TextTurns = Sequence[tuple[str, str]]  # question, answer
 # Which tokens stand for the answer where modalities are weighed (Encoded.counted).
@@ -111,7 +112,7 @@ class Prompts:
 
     def encode(self, image: Path | Image.Image, turns: TextTurns) -> Encoded:
         """A conversation about ``image``. An empty last answer leaves the prompt open, for generation."""
-        opened = open_image(image) if isinstance(image, Path) else image
+        opened = open_picture(image) if isinstance(image, Path) else image
         inputs = self.image_prompt(self._render(turns[:0], turns[0][0]), opened)
         prefix = inputs["input_ids"].shape[1]
         more, answer, header = self._answers(turns)
@@ -124,6 +125,10 @@ class Prompts:
         ids = inputs["input_ids"][0]
         masks = ([False] * prefix + answer, [False] * (prefix - opening) + [True] * opening + header)
         return Encoded(inputs, ids == self.image_token_id, *(torch.tensor(mask, dtype=torch.bool) for mask in masks))
+
+    def check(self) -> None:
+        """Raise UserError where the chat template cannot be rendered."""
+        self._render([("What?", "This.")], "Where?")
 
     def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the model takes for token ids [texts, tokens] without any image."""
@@ -182,16 +187,11 @@ class Prompts:
             messages.append({"role": "user", "content": [*content, {"type": "text", "text": asked}]})
             if index < len(done):
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": done[index][1]}]})
-        return str(self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened and question is not None))
+        try:
+            return str(self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened and question is not None))
+        except Exception as error:  # a template is a program and may raise anything
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"the model's chat template cannot be rendered ({said}): give the model one that renders") from error
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def open_image(path: Path) -> Image.Image:
-    """The image as RGB; a UserError that names the file where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"the image {path} cannot be read ({error}): mend it or leave it out") from error
