@@ -12,7 +12,8 @@ from mbq_cbind.errors import BindingError, CallError
 from mbq_cbind.library import load_whole
 from mbq_cbind.types import Bytes, Floats, row_bytes, type_id, type_info
 
-TENSORS = 8  # room for a weight, an input and a product
+TENSORS = 8  # room for a weight, an input, its view and a product
+ROW_SCALE = 1 << 16  # GGML_TENSOR_FLAG_ROW_SCALE in ggml-row-scale.h
 
 
 def devices() -> list[str]:
@@ -22,40 +23,70 @@ def devices() -> list[str]:
     return [binding.text(binding.c.ggml_backend_dev_name(binding.c.ggml_backend_dev_get(i))) for i in range(count)]
 
 
-def mul_mat(kind: str | int, data: Bytes, columns: int, x: Floats, *, device: str = "CPU", threads: int | None = None) -> Floats:
-    """Weights, blocks [rows, row_bytes] of type ``kind``, times activations ``x`` [n, columns]: float32 [n, rows].
+def mul_mat(
+    kind: str | int,
+    data: Bytes,
+    columns: int,
+    x: Floats,
+    *,
+    device: str = "CPU",
+    threads: int | None = None,
+    row_scale: bool = False,
+    reference: bool = False,
+    spacing: int = 0,
+) -> Floats:
+    """Weights, blocks [..., rows, row_bytes] of type ``kind``, times activations ``x`` [..., n, columns]: float32 [..., n, rows].
 
-    ``threads`` matters on the CPU only (all cores where None). Raises CallError for shapes or a device that do not exist, BindingError
-    where the device cannot multiply this type or runs out of memory.
+    Both may have up to two dimensions more; those of ``x`` are whole multiples of the weights', which are repeated. ``threads`` matters on
+    the CPU only (all cores where None), and so does ``reference``, the plain path. ``row_scale`` flags the weights as having one scale a
+    row. ``spacing`` floats lie between the rows of ``x``. Raises CallError for shapes or a device that do not exist, BindingError where
+    the device cannot multiply this type or runs out of memory.
     """
     x = np.ascontiguousarray(x, np.float32)
     data = np.ascontiguousarray(data, np.uint8)
-    if x.ndim != 2 or x.shape[1] != columns or data.ndim != 2 or data.shape[1] != row_bytes(kind, columns):
+    if not (2 <= x.ndim <= 4 and 2 <= data.ndim <= 4) or x.shape[-1] != columns or data.shape[-1] != row_bytes(kind, columns):
         raise CallError(
-            f"weights {data.shape} of {type_info(kind).name} and activations {x.shape} do not belong to {columns} columns: give others"
+            f"weights {data.shape} of {type_info(kind).name} and activations {x.shape} do not belong to {columns} columns: give arrays "
+            f"[rows, {row_bytes(kind, columns)}] and [n, {columns}]"
         )
+    outer, weights_outer = _outer(x), _outer(data)
+    if any(many % few for many, few in zip(outer, weights_outer, strict=True)):
+        raise CallError(f"weights {data.shape} cannot be repeated over activations {x.shape}: give multiples of their outer dimensions")
+    spaced = np.zeros((*x.shape[:-1], columns + spacing), np.float32)
+    spaced[..., :columns] = x
     binding = load_whole()
     ffi, c = binding.ffi, binding.c
     with ExitStack() as stack:
         backend = _backend(device, threads, stack)
+        if reference:
+            c.ggml_backend_cpu_set_use_ref(backend, True)
         memory = TENSORS * c.ggml_tensor_overhead() + c.ggml_graph_overhead()
         context = c.ggml_init({"mem_size": memory, "mem_buffer": ffi.NULL, "no_alloc": True})
         _present(context, "no memory for a graph", stack, c.ggml_free)
-        weight = c.ggml_new_tensor_2d(context, type_id(kind), columns, len(data))
-        activations = c.ggml_new_tensor_2d(context, c.GGML_TYPE_F32, columns, len(x))
+        weight = c.ggml_new_tensor_4d(context, type_id(kind), columns, data.shape[-2], *weights_outer)
+        if row_scale:
+            weight.flags |= ROW_SCALE
+        rows = c.ggml_new_tensor_4d(context, c.GGML_TYPE_F32, columns + spacing, x.shape[-2], *outer)
+        activations = c.ggml_view_4d(context, rows, columns, x.shape[-2], *outer, rows.nb[1], rows.nb[2], rows.nb[3], 0)
         product = c.ggml_mul_mat(context, weight, activations)
         if not c.ggml_backend_supports_op(backend, product):
             raise BindingError(f"{device} has no kernel for {type_info(kind).name}: choose another device or type")
         _present(c.ggml_backend_alloc_ctx_tensors(context, backend), f"{device} has too little memory", stack, c.ggml_backend_buffer_free)
         c.ggml_backend_tensor_set(weight, ffi.from_buffer(data), 0, data.nbytes)
-        c.ggml_backend_tensor_set(activations, ffi.from_buffer(x), 0, x.nbytes)
+        c.ggml_backend_tensor_set(rows, ffi.from_buffer(spaced), 0, spaced.nbytes)
         graph = c.ggml_new_graph(context)
         c.ggml_build_forward_expand(graph, product)
         if c.ggml_backend_graph_compute(backend, graph) != c.GGML_STATUS_SUCCESS:
             raise BindingError(f"the product failed on {device}: try fewer rows or another device")
-        result = np.empty((len(x), len(data)), np.float32)
+        result = np.empty((*x.shape[:-1], data.shape[-2]), np.float32)
         c.ggml_backend_tensor_get(product, ffi.from_buffer(result), 0, result.nbytes)
         return result
+
+
+def _outer(array: Floats | Bytes) -> tuple[int, int]:
+    """ggml's dimensions 2 and 3 of an array of two to four dimensions."""
+    third, second = (1, 1, *array.shape[:-2])[-2:]
+    return second, third
 
 
 def _backend(device: str, threads: int | None, stack: ExitStack) -> Any:

@@ -1,8 +1,21 @@
 #pragma once
 
+#include "ggml-backend.h"
+#include "ggml-row-scale.h"
+
 struct gguf_context;
 struct llama_hparams;
+struct llama_model_loader;
 
 // mbq.hadamard.ffn_down, the block of the online Hadamard transform before ffn_down: read and checked once the FFN widths are known
 // throws std::runtime_error for a value that the graph could not use
 void llama_mbq_load_hparams(const gguf_context * metadata, llama_hparams & hparams);
+
+// mbq.row_scale: sets GGML_TENSOR_FLAG_ROW_SCALE on the weights that it names; throws std::runtime_error where they cannot have it
+void llama_mbq_set_row_scale(llama_model_loader & ml);
+
+// false where the CPU would repack such a weight (CPU_REPACK, AMX and the like): its product is another one than theirs
+bool llama_mbq_buft_allowed(const ggml_tensor * weight, ggml_op op, ggml_backend_buffer_type_t buft, ggml_backend_dev_t dev);
+
+// for a file whose weights are quantised anew
+void llama_mbq_remove_row_scale(gguf_context * metadata);

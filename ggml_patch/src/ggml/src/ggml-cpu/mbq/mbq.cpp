@@ -6,6 +6,7 @@
 
 #include "mbq.h"
 #include "mbq-simd.h"
+#include "row-scale.h"
 
 #include "ggml-cpu-impl.h"
 #include "ggml.h"
@@ -143,13 +144,16 @@ void mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst
 
 size_t ggml_mbq_work_size(int n_tasks, const struct ggml_tensor * dst) {
     if (!supported(dst)) {
-        return 0;
+        return ggml_row_scale_work_size(n_tasks, dst);
     }
     const struct ggml_tensor * src0 = dst->src[0];
     return ALIGNMENT + panels_bytes(src0, dst->src[1]) + n_tasks*chunk_slabs(src0, n_tasks)*slab_bytes(src0->ne[0], group_of(src0->type));
 }
 
 bool ggml_compute_forward_mul_mat_mbq(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    if (ggml_compute_forward_mul_mat_row_scale(params, dst)) {
+        return true;
+    }
     if (params->use_ref || !supported(dst)) {
         return false;
     }
@@ -164,15 +168,11 @@ bool ggml_compute_forward_mul_mat_mbq(const struct ggml_compute_params * params,
 #else
 
 size_t ggml_mbq_work_size(int n_tasks, const struct ggml_tensor * dst) {
-    GGML_UNUSED(n_tasks);
-    GGML_UNUSED(dst);
-    return 0;
+    return ggml_row_scale_work_size(n_tasks, dst);
 }
 
 bool ggml_compute_forward_mul_mat_mbq(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
-    GGML_UNUSED(params);
-    GGML_UNUSED(dst);
-    return false;
+    return ggml_compute_forward_mul_mat_row_scale(params, dst);
 }
 
 #endif

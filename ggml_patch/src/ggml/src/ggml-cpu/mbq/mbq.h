@@ -18,8 +18,8 @@ GGML_MBQ_DECLARE(mbq3_64)
 GGML_MBQ_DECLARE(mbq3s)
 GGML_MBQ_DECLARE(mbq3s_64)
 
-// Matrix product; false where the plain path (vec_dot) is to do it: a reference run, another type, no kernel for this instruction set or
-// for so few rows of activations.
+// Matrix product, of weights with one scale a row too (row-scale.h); false where the plain path (vec_dot) is to do it: a reference run,
+// another type, no kernel for this instruction set or for so few rows of activations.
 struct ggml_compute_params;
 bool   ggml_compute_forward_mul_mat_mbq(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 size_t ggml_mbq_work_size(int n_tasks, const struct ggml_tensor * dst);

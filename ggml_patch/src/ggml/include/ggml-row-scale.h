@@ -15,16 +15,16 @@
 //   d_w   the scale of the row's first block
 //   y     ((float) acc * d_w) * s_x
 //
-// Each float operation is rounded by itself, to nearest: true divisions, no fused multiplication, no denormals flushed where they could
-// be met (d_w may be one of fp16, which is none of float). Activations that are not finite give any number.
+// Each float operation is rounded by itself, to nearest: true divisions, no fused multiplication. Above GGML_ROW_SCALE_AMAX_MIN no
+// number that matters is a denormal of float, so code that flushes them agrees. Activations that are not finite give any number.
 
 #include "ggml.h"
 
 // upstream uses bits 0 to 4 of ggml_tensor::flags
 #define GGML_TENSOR_FLAG_ROW_SCALE (1 << 16)
 
-// 127.0f / amax stays finite, and neither it nor amax / 127.0f is denormal
-#define GGML_ROW_SCALE_AMAX_MIN 0x1p-100f
+// The least product is then 2^-24 (fp16's least denormal) * 2^-95 / 127 > 2^-126; and 127.0f / amax is finite.
+#define GGML_ROW_SCALE_AMAX_MIN 0x1p-95f
 
 // Whether dst is a product of such a weight with float activations (GGML_OP_MUL_MAT alone: experts take the ordinary way).
 static inline bool ggml_is_row_scale_mul_mat(const struct ggml_tensor * dst) {

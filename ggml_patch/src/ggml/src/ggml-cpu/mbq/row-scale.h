@@ -1,0 +1,19 @@
+#pragma once
+
+#include "ggml-row-scale.h"
+
+// Products on the CPU of weights with one scale a row (ggml-row-scale.h).
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct ggml_compute_params;
+
+// false where dst is no such product
+bool   ggml_compute_forward_mul_mat_row_scale(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+size_t ggml_row_scale_work_size(int n_tasks, const struct ggml_tensor * dst);
+
+#ifdef __cplusplus
+}
+#endif
