@@ -69,7 +69,8 @@ def test_product_is_the_contracts(kind: str, data: st.DataObject) -> None:
     rows, n = data.draw(st.integers(1, 40), "rows"), data.draw(st.integers(1, 30), "columns")
     codes, scales, x = case(kind, rows, columns, n, data.draw(st.integers(0, 2**32 - 1), "seed"))
     x *= np.float32(2.0) ** data.draw(st.integers(-110, 100), "exponent")
-    check(kind, codes, scales, x, threads=data.draw(st.integers(1, 3)), spacing=data.draw(st.integers(0, 3)))
+    options = {"threads": st.integers(1, 3), "spacing": st.integers(0, 3), "reference": st.booleans()}
+    check(kind, codes, scales, x, **{name: data.draw(values, name) for name, values in options.items()})
 
 
 @KINDS

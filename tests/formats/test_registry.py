@@ -41,7 +41,7 @@ def test_every_name_has_a_container_whose_chain_ends() -> None:
 
 def test_names_in_any_case_and_unknown_ones() -> None:
     assert container("mbq3_64") is container("MBQ3_64")
-    with pytest.raises(UsageError, match=r"no type Q3_X: choose one of MBQ3, MBQ3_64, MBQ3S, MBQ3S_64, F32"):
+    with pytest.raises(UsageError, match=r"no type Q3_X: choose one of MBQ3, MBQ3_64, MBQ3S, MBQ3S_64, W4A8, W8A8, F32"):
         container("Q3_X")
 
 

@@ -14,6 +14,7 @@ from mbq_gguf.export.atomic import check_space, staged
 from mbq_gguf.export.conversion import FILE_TYPES, conversion_errors, decoder_names, open_model, quiet
 from mbq_gguf.export.injection import Injection, PackedTensor, TensorRecord
 from mbq_gguf.export.picture_size import picture_limits
+from mbq_gguf.formats import row_scale
 
 MMPROJ_TYPES = tuple(FILE_TYPES)
 BASE_TYPES = ("BF16", "F16")
@@ -123,7 +124,7 @@ def _write(
     with quiet(), torch.inference_mode():
         writer = model.gguf_writer
         written = {key for shard in writer.kv_data for key in shard}
-        for key, value in metadata.items():
+        for key, value in {**metadata, **row_scale.metadata(injection.row_scales)}.items():
             if key not in written:  # of some families the package has written the limits of pictures itself
                 add_metadata(writer, key, value)
         if file_type is not None:

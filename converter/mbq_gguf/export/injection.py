@@ -21,6 +21,7 @@ from mbq_gguf.export.row_order import row_order
 from mbq_gguf.formats.container import Bytes, Container
 from mbq_gguf.formats.gguf_types import import_gguf
 from mbq_gguf.formats.registry import container, container_for
+from mbq_gguf.formats.row_scale import CONTAINERS, stored_as
 
 CHUNK_WEIGHTS = 1 << 24  # weights of an embedding that are quantised at a time: 64 MB as float32
 EMBEDDINGS = ("token_embd.weight", "output.weight")
@@ -69,12 +70,14 @@ class Deferred:
 
 
 class Injection:
-    """The changes to one model object; ``records`` lists its tensors once ``prepare_tensors`` has run."""
+    """The changes to one model object; ``records`` lists its tensors once ``prepare_tensors`` has run, ``row_scales`` the names of those
+    that have one scale a row."""
 
     def __init__(
         self, model: Any, packed: Mapping[str, PackedTensor], replaced: Mapping[str, torch.Tensor], embedding_type: str | None
     ) -> None:
         self.records: list[TensorRecord] = []
+        self.row_scales: list[str] = []
         self._gguf = import_gguf()
         self._embedding_type = embedding_type
         self._packed = packed
@@ -126,7 +129,9 @@ class Injection:
             packed, rows = self._rows[name]
             chosen = container(packed.container)
             deferred = Deferred(lambda: [packed.data[rows]], (len(rows), packed.data.shape[1]), np.uint8)
-            raw_dtype = self._gguf.GGMLQuantizationType[chosen.name]
+            raw_dtype = self._gguf.GGMLQuantizationType[stored_as(chosen.name)]
+            if chosen.name in CONTAINERS:
+                self.row_scales.append(name)
         elif self._embedding_type is not None and name in EMBEDDINGS:
             chosen = container_for(self._embedding_type, shape[-1])
             wanted = self._embedding_type if chosen.name != self._embedding_type else None

@@ -8,6 +8,7 @@ from typing import Any
 import mbq_gguf
 from mbq_gguf.allocation.plan import Plan
 from mbq_gguf.formats.gguf_types import FILE_TYPES, import_gguf
+from mbq_gguf.formats.row_scale import stored_as
 
 CONTAINER_VERSION = 1  # raised whenever a file of the old layout must not be read as one of the new
 PREFIX = "mbq."
@@ -19,7 +20,8 @@ STOCK_FILE_TYPES = {"Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "M
 
 def file_type(container: str) -> int | None:
     """``general.file_type`` of a file whose matrices are in ``container``; None where llama.cpp has no number for it."""
-    name = STOCK_FILE_TYPES.get(container, "ALL_F32" if container == "F32" else f"MOSTLY_{container}")
+    stored = stored_as(container)
+    name = STOCK_FILE_TYPES.get(stored, "ALL_F32" if stored == "F32" else f"MOSTLY_{stored}")
     if name in FILE_TYPES:
         return FILE_TYPES[name]
     known = import_gguf().LlamaFileType.__members__

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
-from mbq_gguf.formats import k_quants, legacy, mbq3, mbq3s
-from mbq_gguf.formats.container import Bytes, Container
+from mbq_gguf.formats import k_quants, legacy, mbq3, mbq3s, row_scale
+from mbq_gguf.formats.container import Bytes, Container, Floats
 
 F16_MAX = 65504.0
 Pair = tuple[torch.Tensor, torch.Tensor]  # scale and offset
@@ -128,6 +128,9 @@ def grid_of(container: Container) -> Grid | None:
             return Grid(size, size // mbq3s.HALVES, 0, mbq3.LEVELS, pack, fit=_fit_head, held_pair=_nearest_head)
         case "Q4_0":
             return Grid(size, size, -8, 7, _numpy(legacy.pack_q4_0), offset=zero)
+        case "W4A8" | "W8A8":  # of container_for: a block is a row
+            largest = row_scale.ROW_SCALES[container.name].largest
+            return Grid(size, size, -largest - 1, largest, _numpy(partial(_pack_rows, container.name)), offset=zero)
         case "Q4_1":
             return Grid(size, size, 0, 15, _numpy(legacy.pack_q4_1))
         case "Q5_0":
@@ -147,6 +150,10 @@ def grid_of(container: Container) -> Grid | None:
         case "Q6_K":
             return Grid(size, 16, -32, 31, _multiples(k_quants.pack_q6_k), Parameter(-128, 127), zero)
     return None
+
+
+def _pack_rows(name: str, codes: Bytes, scale: Floats, offset: Floats) -> Bytes:
+    return row_scale.pack(name, codes, scale)
 
 
 def _fit_range(groups: torch.Tensor) -> Pair:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import cache
 
 from mbq_gguf.errors import UsageError
-from mbq_gguf.formats import stock
+from mbq_gguf.formats import row_scale, stock
 from mbq_gguf.formats.container import Container
 from mbq_gguf.formats.own import OWN
 
 
 def names() -> list[str]:
     """Every name that :func:`container` takes."""
-    return [*OWN, *stock.NAMES]
+    return [*OWN, *row_scale.CONTAINERS, *stock.NAMES]
 
 
 @cache
@@ -21,14 +21,19 @@ def container(name: str) -> Container:
     upper = name.upper()
     if upper in OWN:
         return OWN[upper]
+    if upper in row_scale.CONTAINERS:
+        return row_scale.CONTAINERS[upper]
     if upper in stock.NAMES:
         return stock.stock_container(upper)
     raise UsageError(f"there is no type {name}: choose one of {', '.join(names())}")
 
 
 def container_for(name: str, columns: int) -> Container:
-    """The container called ``name``, or the first of its fallbacks that stores rows of ``columns`` weights."""
+    """The container called ``name``, or the first of its fallbacks that stores rows of ``columns`` weights.
+
+    One with a scale for the whole row has that row as its block.
+    """
     found = container(name)
     while not found.fits(columns):
         found = container(found.fallback or "F16")
-    return found
+    return row_scale.for_rows(found.name, columns) if found.name in row_scale.CONTAINERS else found

@@ -97,7 +97,8 @@ def code_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit |
     scales = torch.empty(columns // grid.group, rows, device=work.device)
     offsets = torch.empty_like(scales)
     steps = torch.zeros(columns // grid.block, rows, 2, device=work.device)
-    at_once = max(COLUMNS_AT_ONCE // grid.group, 1) * grid.group
+    whole_rows = grid.group == columns  # fitted once, before any update
+    at_once = COLUMNS_AT_ONCE if whole_rows else max(COLUMNS_AT_ONCE // grid.group, 1) * grid.group
     for start in range(0, columns, at_once):
         end = min(start + at_once, columns)
         errors = torch.empty(end - start, rows, device=work.device)

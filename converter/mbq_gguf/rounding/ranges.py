@@ -15,6 +15,8 @@ import torch
 from mbq_gguf.formats.grid import Grid, Pair
 
 TRIMS = (0.0, 0.7, 1.4, 2.1)  # by how many code steps a range is shrunken at an end
+LARGEST_GROUP = 256
+ROW_SHARES = tuple(0.95**step for step in range(24))  # of the range where a grid serves more weights: outliers are rarer and further out
 TURNS = 3  # of codes and least squares; more turns, 7 x 7 or 17 x 17 shrunken ranges instead of 4 x 4 give MBQ3 no more
 
 
@@ -45,7 +47,7 @@ def _ranges(grid: Grid, groups: torch.Tensor, steps: torch.Tensor | None) -> Ite
     if grid.fit is not None:
         yield grid.fit(groups)
     low, high = torch.aminmax(groups, dim=-1, keepdim=True)
-    shares = [1 - trim / (grid.high - grid.low) for trim in TRIMS]
+    shares = ROW_SHARES if grid.group > LARGEST_GROUP else [1 - trim / (grid.high - grid.low) for trim in TRIMS]
     if grid.low < 0:  # no offset: the extreme weight gets the lowest code, or the one opposite, which may be out of reach
         reach = torch.where(low.abs() > high.abs(), low, high) / grid.low
         for share in shares:
