@@ -31,9 +31,14 @@ research = option_group("Research (what each does to the figures: docs/results.m
     "--type",
     "type_",
     default=QuantiseSettings.container,
-    help="MBQ3S (small groups) or MBQ3 (the papers' grid), 3.25 to 3.5 bits; a stock ggml type such as Q4_0 or Q3_K; BF16 or F16.",
+    help="MBQ3S (small groups) or MBQ3 (the papers' grid), 3.25 to 3.5 bits; a stock ggml type such as Q4_0 or Q3_K, for any llama.cpp; "
+    "W4A8 or W8A8 (Q4_0 or Q8_0 with one scale a row); BF16 or F16.",
 )
-@everyday("--calib", type=click.Path(path_type=Path), help="A JSONL of pictures, questions and answers, or a folder of pictures.")
+@everyday(
+    "--calib",
+    type=click.Path(path_type=Path),
+    help="A JSONL of pictures, questions and answers (ours, LLaVA's or OpenAI's shape), or a folder of pictures (default: drawn scenes).",
+)
 @everyday("--device", default=settings.DEVICE, help="Where layers are computed: cpu, cuda, cuda:1.")
 @everyday("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")
 @everyday("--work-dir", type=DIRECTORY, help="Where finished layers are kept (default: beside OUT until it is whole).")
