@@ -92,6 +92,13 @@ class Vision:
                     embeddings.append(np.frombuffer(output, np.float32).reshape(-1, self._width).copy())
         return EncodedImage(c.mtmd_bitmap_get_nx(bitmap), c.mtmd_bitmap_get_ny(bitmap), tuple(embeddings))
 
+    def tokens(self, width: int, height: int) -> int:
+        """How many tokens a picture of so many pixels takes; nothing is encoded."""
+        c = self._binding.c
+        bitmap = self._binding.ffi.gc(c.mtmd_bitmap_init(width, height, self._binding.ffi.NULL), c.mtmd_bitmap_free)
+        with self._tokenized(self.marker, [bitmap]) as handles:
+            return sum(int(c.mtmd_input_chunk_get_n_tokens(handle)) for handle in handles)
+
     @contextmanager
     def chunks(self, prompt: str, images: Sequence[EncodedImage]) -> Iterator[list[Chunk]]:
         """``prompt`` cut at its markers, one for each of ``images``; the chunks live within the ``with`` block."""

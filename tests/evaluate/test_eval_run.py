@@ -215,3 +215,22 @@ def test_text_that_is_too_short(files: Files, tmp_path: Path) -> None:
     options = EvalOptions(files.reference, [], files.mmproj, files.data, tmp_path / "short.txt", threads=2, context=1024)
     with pytest.raises(UsageError, match="give a file with at least 512"):
         evaluate(options, Console(quiet=True))
+
+
+def test_a_picture_that_does_not_fit_is_found_first(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 tokens of picture, and a question of some 700 words in a context of 512."""
+    scene = json.loads(files.data.read_text().splitlines()[0])
+    line = {"image": scene["image"], "turns": [{"question": "What? " * 300, "answer": "one"}]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(line))
+    monkeypatch.setattr(Examiner, "answers", lambda *_: pytest.fail("a question was asked"))
+    options = replace(files.options(files.rounded), data=tmp_path / "long.jsonl", context=512)
+    with pytest.raises(UsageError, match=r"needs \d+ tokens of a context of 512: give --context 1024"):
+        evaluate(options, Console(quiet=True))
+
+
+def test_a_picture_that_cannot_be_read_is_found_first(files: Files, tmp_path: Path) -> None:
+    (tmp_path / "cut.png").write_bytes(b"no picture")
+    line = {"image": "cut.png", "turns": [{"question": "What?", "answer": "one"}]}
+    (tmp_path / "cut.jsonl").write_text(files.data.read_text() + json.dumps(line))
+    with pytest.raises(UserError, match=r"cut\.png cannot be read"):
+        evaluate(replace(files.options(files.rounded), data=tmp_path / "cut.jsonl"), Console(quiet=True))

@@ -80,7 +80,7 @@ def test_the_same_question_gets_the_same_answer(server: LlamaServer) -> None:
 
 def test_pictures_that_cannot_be_read(server: LlamaServer, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"^llama-server refused the question about .*broken\.png \(.+\): "):
+    with pytest.raises(UserError, match=r"^the image .*broken\.png cannot be read \(.+\): "):
         server.ask(tmp_path / "broken.png", "What is this?")
     with pytest.raises(UsageError, match=r"^the picture .*missing\.png cannot be read \(No such file"):
         server.ask(tmp_path / "missing.png", "What is this?")

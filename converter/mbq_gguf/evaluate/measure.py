@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -69,6 +69,18 @@ class Examiner:
         self._own: dict[int, list[int]] = {}  # tokens of the reference's answers to questions without an expected one
         # Questions about one picture follow each other, so that a model finds it in its context.
         self._order = sorted(range(len(questions)), key=lambda i: str(questions[i].image))
+
+    def check_room(self, model: Model, context: int, sizes: Mapping[Path, tuple[int, int]]) -> None:
+        """Raise UsageError where a picture of ``sizes`` (width, height) with its question and answer needs more than ``context`` tokens."""
+        pictures = {path: model.vision.tokens(*size) for path, size in sizes.items()}
+        for question in self.questions:
+            asked = len(model.tokenize(model.prompt(question.question), special=True))
+            need = pictures[question.image] + asked + max(MAX_TOKENS, len(model.tokenize(question.expected)) + 1)
+            if need > context:
+                raise UsageError(
+                    f"{question.image} with the question {question.question[:80]!r} needs {need} tokens of a context of {context}: "
+                    f"give --context {-(-need // 512) * 512}"
+                )
 
     def answers(self, model: Model, advance: Advance) -> list[Answer]:
         """The model's answers in the order of the questions."""

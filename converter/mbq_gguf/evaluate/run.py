@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,8 +48,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation
     questions = load_questions(options.data, unanswered=True)
     if options.count is not None:
         questions = stratified(questions, options.count)
-    for image in sorted({question.image for question in questions}):
-        open_picture(image)  # one that cannot be read is found before hours of work
+    sizes = {image: open_picture(image).size for image in {question.image for question in questions}}  # found before hours of work
     files = [options.reference, *options.candidates]
     bind()
     names = short_names([path.absolute() for path in files])
@@ -71,7 +70,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation
                 continue
             found = layers(file, None if reference else weights[0])
             examiner.pictures = f"part{parts.index(part)}"
-            results.append(_examine(examiner, options, name, file, part, found, progress, bar))
+            results.append(_examine(examiner, options, name, file, part, found, sizes, progress, bar))
             if not reference:
                 finished.save(file.path, part, results[-1])
     asked = [Asked(str(q.image), q.question, q.expected, q.task) for q in examiner.questions]
@@ -92,7 +91,15 @@ def vision_part(file: WeightFile, shared: Path) -> Path:
 
 
 def _examine(
-    examiner: Examiner, options: EvalOptions, name: str, file: WeightFile, mmproj: Path, found: Layers, progress: Progress, bar: TaskID
+    examiner: Examiner,
+    options: EvalOptions,
+    name: str,
+    file: WeightFile,
+    mmproj: Path,
+    found: Layers,
+    sizes: Mapping[Path, tuple[int, int]],
+    progress: Progress,
+    bar: TaskID,
 ) -> FileResult:
     started = time.monotonic()
     progress.start_task(bar)
@@ -101,6 +108,7 @@ def _examine(
         progress.advance(bar)
 
     with Model(file.path, mmproj, threads=options.threads, gpu_layers=options.gpu_layers, context=options.context) as model:
+        examiner.check_room(model, options.context, sizes)
         chunks = examiner.chunks(model)
         progress.update(bar, total=len(examiner.questions) + len(chunks))
         answers = examiner.answers(model, advance)
