@@ -39,7 +39,7 @@ def ask(
     Raises UsageError where a file is missing, UserError where the server does not start or refuses, as it does where `ctx` is too small.
     """
     vision = mmproj or _beside(file)
-    if pictures and vision is None:
+    if pictures and vision is None and file.is_file():  # a missing FILE is named first, below
         raise UsageError(f"there is no vision file {_name_beside(file)}: put it there, or name it with --mmproj")
     server = LlamaServer(file, vision if pictures else None, ctx=ctx, gpu_layers=gpu_layers)
     with console.status(f"loading {file.name}") as status, server:
