@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from mbq_gguf.errors import UserError
+from mbq_gguf.errors import UsageError, UserError
 
 LONGEST = 200  # times the shorter side: the image processors of dynamic size take no picture beyond that
 NO_PICTURES = frozenset({"EPS", "MPEG", "PDF", "PSD", "WMF"})  # programs, films and documents that pillow also opens, or only names
@@ -26,7 +26,10 @@ def suffixes() -> frozenset[str]:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """The picture in ``path`` as RGB; a UserError that names the file where it cannot be read or no image processor takes its shape."""
+    """The picture in ``path`` as RGB. A UserError names the file where it cannot be read or no image processor takes its shape, a
+    UsageError where there is none."""
+    if not path.is_file():
+        raise UsageError(f"the image {path} cannot be read (No such file): give the path of a picture")
     Image.init()
     try:
         with Image.open(path, formats=sorted(set(Image.OPEN) - NO_PICTURES)) as opened:

@@ -82,7 +82,7 @@ def test_pictures_that_cannot_be_read(server: LlamaServer, tmp_path: Path) -> No
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"^the image .*broken\.png cannot be read \(.+\): "):
         server.ask(tmp_path / "broken.png", "What is this?")
-    with pytest.raises(UsageError, match=r"^the picture .*missing\.png cannot be read \(No such file"):
+    with pytest.raises(UsageError, match=r"^the image .*missing\.png cannot be read \(No such file"):
         server.ask(tmp_path / "missing.png", "What is this?")
     assert server.ask(None, "Still there?", 1).completion_tokens == 1
 
