@@ -60,7 +60,7 @@ def test_ask_prints_one_answer(tiny_pair: Pair) -> None:
         (["ask", "missing.gguf", "Hello?"], "there is no file missing.gguf"),
         (["ask", "missing.gguf", PICTURE, "What?"], "there is no file missing.gguf"),
         (["ask", "alone.gguf", PICTURE, "What?"], "there is no vision file mmproj-alone.gguf: put it there, or name it with --mmproj"),
-        (["ask", "model.gguf", "missing.png", "What?"], "the picture missing.png cannot be read"),
+        (["ask", "model.gguf", "missing.png", "What?"], "the image missing.png cannot be read"),
         (["serve", "missing.gguf"], "there is no file missing.gguf"),
         (["serve", "model.gguf", "--slots"], "No such option"),
     ],
