@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mbq_gguf.export.gguf_writer import add_metadata
+from mbq_gguf.formats import row_scale
 from mbq_gguf.formats.gguf_types import import_gguf
 from numpy.typing import NDArray
 
@@ -55,7 +57,7 @@ def tensor_type(mixture: str, kind: str, layer: int, layers: int) -> str:
     if kind == "output":
         return "Q6_K"
     if kind == "token_embd":
-        return "Q8_0" if mixture.startswith("MBQ") else mixture.removesuffix("_M")
+        return "Q8_0" if mixture.startswith("MBQ") or mixture in row_scale.ROW_SCALES else mixture.removesuffix("_M")
     if mixture == "Q4_K_M":
         return "Q6_K" if kind in ("attn_v", "ffn_down") and more_bits(layer, layers) else "Q4_K"
     if mixture == "Q3_K_M":
@@ -64,7 +66,7 @@ def tensor_type(mixture: str, kind: str, layer: int, layers: int) -> str:
         if kind == "ffn_down":
             return "Q5_K" if layer < layers // 16 else "Q4_K"
         return "Q4_K" if kind == "attn_output" else "Q3_K"
-    return mixture
+    return row_scale.stored_as(mixture)
 
 
 def random_matrix(gguf: Any, type_name: str, rows: int, columns: int) -> NDArray[Any]:
@@ -96,6 +98,7 @@ def write_random_gguf(path: Path, shape: LanguageShape, mixture: str) -> None:
     writer.add_tokenizer_model("none")
 
     matrices: dict[tuple[str, int, int], NDArray[Any]] = {}  # equal ones are one array
+    of_layers: list[str] = []
     width = shape.embedding // shape.heads * shape.kv_heads
 
     def matrix(name: str, kind: str, layer: int, rows: int, columns: int) -> None:
@@ -124,8 +127,12 @@ def write_random_gguf(path: Path, shape: LanguageShape, mixture: str) -> None:
             matrix(f"blk.{i}.{kind}.weight", kind, i, rows, columns)
             if kind in ("attn_q", "attn_k", "attn_v"):
                 vector(f"blk.{i}.{kind}.bias", rows, 0.0)
+            of_layers.append(f"blk.{i}.{kind}.weight")
         vector(f"blk.{i}.attn_norm.weight", shape.embedding, 1.0)
         vector(f"blk.{i}.ffn_norm.weight", shape.embedding, 1.0)
+    if mixture in row_scale.ROW_SCALES:
+        for name, value in row_scale.metadata(of_layers).items():
+            add_metadata(writer, name, value)
     write: list[Callable[[], None]] = [
         writer.write_header_to_file,
         writer.write_kv_data_to_file,
