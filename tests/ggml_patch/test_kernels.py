@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from mbq_gguf.llama_cpp import paths
 # of |w * x|; the worst of 600 cases was 4.5e-7.
 ROUNDING = 2e-6
 
+TESTS = Path(__file__).parents[1]
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 SETS = {
     "as built": None,
@@ -22,7 +24,11 @@ SETS = {
     "avx2 with vnni": (*AVX2, "-mavxvnni"),
     "scalar": (),
 }
-FLAGS_NEEDED = {"avx2": {"avx2", "fma", "f16c"}, "avx2 with vnni": {"avx2", "fma", "f16c", "avx_vnni"}}
+FLAGS_NEEDED: dict[str, set[str]] = {
+    "scalar": set(),
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx2 with vnni": {"avx2", "fma", "f16c", "avx_vnni"},
+}
 
 
 def processor_flags() -> set[str]:
@@ -57,7 +63,9 @@ def kernels(tree: Path, flags: tuple[str, ...], folder: Path) -> Path:
     sources = tree / "ggml" / "src" / "ggml-cpu" / "mbq"
     library = folder / "kernels.so"
     command = [compiler("c++"), "-O2", "-fPIC", "-shared", "-std=gnu++17", "-D_GNU_SOURCE", "-w", *flags, *includes(tree)]
-    subprocess.run([*command, sources / "mbq-vec.cpp", sources / "mbq.cpp", "-o", library], check=True)
+    built = paths.find_library("ggml-cpu").parent
+    command += [*(sources / name for name in ("mbq-vec.cpp", "mbq.cpp", "row-scale.cpp")), "-o", library]
+    subprocess.run([*command, f"-L{built}", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{built}"], check=True)
     return library
 
 
@@ -74,3 +82,17 @@ def test_products_agree(products: Path, built_llama: Path, tmp_path: Path, name:
     product, dot = map(float, done.stdout.split())
     assert product <= ROUNDING
     assert dot <= ROUNDING
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the other instruction sets are those of x86")
+@pytest.mark.parametrize("name", FLAGS_NEEDED)
+def test_products_with_one_scale_a_row_are_the_contracts(built_llama: Path, tmp_path: Path, name: str) -> None:
+    """Their own tests once more, with the kernels of another instruction set."""
+    if missing := FLAGS_NEEDED[name] - processor_flags():
+        pytest.skip(f"this processor has no {' '.join(sorted(missing))}")
+    flags = SETS[name]
+    assert flags is not None
+    environment = os.environ | {"LD_PRELOAD": str(kernels(built_llama, flags, tmp_path))}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", TESTS / "cbind" / "test_row_scale_product.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
