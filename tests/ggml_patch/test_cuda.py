@@ -20,7 +20,7 @@ SOURCE = HERE.parents[1] / "ggml_patch" / "src" / "ggml" / "src" / "ggml-cuda" /
 # Architecture -> the most registers and bytes of spills that any kernel may take; none of these lies in the loop over weights. 65536
 # registers are shared by 16 warps of mbq_mmv, which makes 128 for a thread, and by 12 of mbq_gemm, 168.
 BOUNDS: dict[str, dict[str, int]] = json.loads((HERE / "cuda_resources.json").read_text())
-LARGEST_HEAD = 0x3DF << 6 | 63  # the largest finite scale and zero point
+LARGEST_WORD = 0x3DF << 6 | 63  # the largest finite scale and zero point
 OPERATIONS = ("MUL_MAT", "MUL_MAT_ID", "GET_ROWS", "CPY")
 FUNCTION = re.compile(
     r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+.*?Used (\d+) registers"
@@ -43,10 +43,10 @@ def nvcc(*arguments: str) -> str:
     return done.stderr
 
 
-def compile_kernels(architecture: str, work: Path) -> str:
+def compile_kernels(architecture: str, work: Path, source: Path = SOURCE) -> str:
     """What the assembler says of each kernel."""
     options = ["-O3", "-use_fast_math", "-Xptxas", "-v", f"-arch=sm_{architecture}"]
-    return nvcc(*options, "-cubin", "-o", str(work / "mbq.cubin"), str(SOURCE))
+    return nvcc(*options, "-cubin", "-o", str(work / "mbq.cubin"), str(source))
 
 
 @pytest.mark.parametrize("architecture", [pytest.param(name, marks=() if name == "90a" else pytest.mark.slow) for name in BOUNDS])
@@ -68,36 +68,36 @@ def host_program(source: str, work: Path) -> Path:
     return program
 
 
-def test_heads_of_half_a_block(tmp_path: Path) -> None:
-    """Scale and zero point of every head that quantisation can write (docs/format.md), exactly, in either half of a block's first word."""
-    said = subprocess.run([host_program("mbq_heads.cu", tmp_path)], capture_output=True, text=True, check=True).stdout
+def test_scale_words(tmp_path: Path) -> None:
+    """Scale and zero point of every scale word that quantisation can write (docs/format.md), exactly, in either half of 32 bits."""
+    said = subprocess.run([host_program("mbq_scale_words.cu", tmp_path)], capture_output=True, text=True, check=True).stdout
     found = np.array([[float.fromhex(word) for word in line.split()] for line in said.splitlines()])
-    heads = np.arange(LARGEST_HEAD + 1, dtype=np.uint16)
-    scale, zero = (heads >> 6 << 5).view(np.float16).astype(np.float64), (heads & 63) / 8
-    assert np.array_equal(found[: LARGEST_HEAD + 1], np.stack([scale, -zero, scale, -zero], axis=1))
+    words = np.arange(LARGEST_WORD + 1, dtype=np.uint16)
+    scale, zero = (words >> 6 << 5).view(np.float16).astype(np.float64), (words & 63) / 8
+    assert np.array_equal(found[: LARGEST_WORD + 1], np.stack([scale, -zero, scale, -zero], axis=1))
 
 
 @pytest.fixture(scope="module")
-def shares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stream_k(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program that prints how mbq_gemm's work is shared out."""
-    return host_program("mbq_shares.cu", tmp_path_factory.mktemp("shares"))
+    return host_program("mbq_stream_k.cu", tmp_path_factory.mktemp("stream_k"))
 
 
-def parts(shares: Path, *case: int) -> tuple[list[int], list[list[int]]]:
-    """The plan (mbq_gemm_plan: blocks, shares, shared, converters, early), and each part: share, tile, first step, last step + 1."""
-    lines = subprocess.run([shares, *map(str, case)], capture_output=True, text=True, check=True).stdout.splitlines()
+def parts(stream_k: Path, *case: int) -> tuple[list[int], list[list[int]]]:
+    """The plan (cluster, workers, streamk_tiles, converters, early), and each part: worker, tile, first step, last step + 1."""
+    lines = subprocess.run([stream_k, *map(str, case)], capture_output=True, text=True, check=True).stdout.splitlines()
     return [int(word) for word in lines[0].split()[1:]], [[int(word) for word in line.split()] for line in lines[1:]]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 260), st.integers(1, 16), st.integers(1, 240), st.sampled_from([4, 66, 114, 132]))
-def test_shares_cover_every_tile_once(shares: Path, rows: int, columns: int, steps: int, multiprocessors: int) -> None:
-    """Each step of each tile belongs to one part; only a share's first part may begin within a tile, for those sums are left early."""
-    (blocks, count, _, converters, early), found = parts(shares, rows, columns, 128 * steps, multiprocessors)
-    assert 1 <= count <= (multiprocessors - converters) // blocks
-    assert converters % blocks == 0
+def test_workers_cover_every_tile_once(stream_k: Path, rows: int, columns: int, steps: int, multiprocessors: int) -> None:
+    """Each step of each tile belongs to one part; only a worker's first part may begin within a tile, for those sums are left early."""
+    (cluster, count, _, converters, early), found = parts(stream_k, rows, columns, 128 * steps, multiprocessors)
+    assert 1 <= count <= (multiprocessors - converters) // cluster
+    assert converters % cluster == 0
     assert 0 < early < 2 * steps if converters else early == 2 * steps
-    tiles = -(-rows // blocks) * -(-columns // blocks)
+    tiles = -(-rows // cluster) * -(-columns // cluster)
     covered = sorted((tile, first, last) for _, tile, first, last in found)
     expected = 0
     for tile, first, last in covered:
@@ -106,9 +106,9 @@ def test_shares_cover_every_tile_once(shares: Path, rows: int, columns: int, ste
         expected = tile * steps + last
     assert expected == tiles * steps
     begun: set[int] = set()
-    for share, _, first, _ in found:
-        assert first == 0 or share not in begun
-        begun.add(share)
+    for worker, _, first, _ in found:
+        assert first == 0 or worker not in begun
+        begun.add(worker)
     assert begun == set(range(count))  # nobody is idle
 
 
@@ -121,8 +121,8 @@ def test_shares_cover_every_tile_once(shares: Path, rows: int, columns: int, ste
         ((12, 4, 8960), (1, 132, 48, 0, 140)),  # 1536 x 8960: 40 us, 47 in 66 clusters
     ],
 )
-def test_measured_plans(shares: Path, shape: tuple[int, int, int], plan: tuple[int, int, int]) -> None:
-    assert tuple(parts(shares, *shape, 132)[0]) == plan
+def test_measured_plans(stream_k: Path, shape: tuple[int, int, int], plan: tuple[int, int, int]) -> None:
+    assert tuple(parts(stream_k, *shape, 132)[0]) == plan
 
 
 def backend_ops(operation: str, *prefix: str) -> subprocess.CompletedProcess[str]:

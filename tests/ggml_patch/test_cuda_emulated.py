@@ -38,7 +38,7 @@ def test_kernels_on_the_cpu(tmp_path: Path) -> None:
     compiler = shutil.which("nvcc")
     if compiler is None:
         pytest.skip("nvcc is not installed")
-    sources = {name: read(name) for name in ("mbq-block.cuh", "mbq-columns.cuh", "mbq-plan.cuh", "mbq-tile.cuh", "mbq-gemv.cuh")}
+    sources = {name: read(name) for name in ("mbq-block.cuh", "mbq-activations-q8.cuh", "mbq-plan.cuh", "mbq-tile.cuh", "mbq-gemv.cuh")}
     sources["mbq-block.cuh"] = replaced(r"(?<=const int \(&b\)\[2\]\) )\{.*?\n\}\n", MMA, sources["mbq-block.cuh"])
     sources["mbq-tile.cuh"] = replaced(r'asm volatile\("bar\.sync[^;]*;[^;]*;', "wait_for(group + 1, KW*32);", sources["mbq-tile.cuh"])
     sources["registers.cuh"] = REGISTERS + between(read("mbq-wgmma.cuh"), "// 64 or 128 weights of a row", "#endif // MBQ_WGMMA")

@@ -33,11 +33,11 @@ template <typename L> static double weight(const uint8_t * block, int i) {
     const int plane = i/(L::QK/4), byte = i%(L::QK/4), high = byte/(L::QK/8);
     const uint8_t * ql = block + 4, * qh = ql + L::QK/4;
     const int code = (ql[byte] >> 2*plane & 3) | (qh[byte%(L::QK/8)] >> ((2*plane + 2) % 8 + high) & 1) << 2;
-    if (L::heads == 1) {
+    if (L::scales == 1) {
         return from_half(block[0] | block[1] << 8)*code + from_half(block[2] | block[3] << 8);
     }
-    const uint16_t head = block[plane/2*2] | block[plane/2*2 + 1] << 8;
-    return from_half(head >> 6 << 5)*(code - (head & 63)/8.0);
+    const uint16_t word = block[plane/2*2] | block[plane/2*2 + 1] << 8;
+    return from_half(word >> 6 << 5)*(code - (word & 63)/8.0);
 }
 
 static double random_scale() {
@@ -53,8 +53,8 @@ template <typename L> static std::vector<uint8_t> random_blocks(int n) {
     for (int i = 0; i < n; ++i) {
         const double d = random_scale();
         const uint16_t first[2] = { to_half(d), to_half(-3.3*d) };
-        const uint16_t heads[2] = { (uint16_t) (to_half(d) >> 5 << 6 | rng() % 64), (uint16_t) (to_half(random_scale()) >> 5 << 6 | rng() % 64) };
-        memcpy(blocks.data() + i*bytes, L::heads == 1 ? first : heads, 4);
+        const uint16_t words[2] = { (uint16_t) (to_half(d) >> 5 << 6 | rng() % 64), (uint16_t) (to_half(random_scale()) >> 5 << 6 | rng() % 64) };
+        memcpy(blocks.data() + i*bytes, L::scales == 1 ? first : words, 4);
     }
     return blocks;
 }
@@ -72,10 +72,10 @@ static std::vector<float> random_activations(int n) {
     return x;
 }
 
-static void check(bool good, const char * what, int QK, int heads, int columns, int rows, int k) {
+static void check(bool good, const char * what, int QK, int words, int columns, int rows, int k) {
     failures += !good;
     if (!good) {
-        printf("%s: QK %d, %d heads, %d columns, %d rows of %d\n", what, QK, heads, columns, rows, k);
+        printf("%s: QK %d, %d scale words, %d columns, %d rows of %d\n", what, QK, words, columns, rows, k);
     }
 }
 
@@ -90,18 +90,18 @@ template <typename L, int NT> static void check_product(int rows, int k, int col
     args.w = (const char *) w.data();
     args.x = NT == 0 ? (const void *) x.data() : records.data();
     args.dst = dst.data();
-    args.rows = args.dst_column = rows;
+    args.M = args.dst_column = rows;
     args.row_bytes = row_bytes;
     args.blocks = blocks;
-    args.columns = columns;
+    args.N = columns;
     args.channel_ratio = args.sample_ratio = 1;
     args.stage_row = mbq_stage_row<L>(aligned);
     if (NT > 0) {
-        launch({ (k + 255u)/256, NT, 1 }, { 256, 1, 1 }, [&]() { mbq_quantize_columns<L>(x.data(), records.data(), k, columns, k, 0, 0, 1, 0); });
+        launch({ (k + 255u)/256, NT, 1 }, { 256, 1, 1 }, [&]() { mbq_quantize_records<L>(x.data(), records.data(), k, columns, k, 0, 0, 1, 0); });
     }
     const mbq_mmv_plan plan = mbq_plan_mmv<L>(NT, false, aligned, rows, blocks, 3, sizeof(mbq_shared));
     memset(mbq_shared, 0x7F, sizeof(mbq_shared));
-    launch({ (unsigned) plan.blocks, 1, 1 }, { 32u*plan.kw, (unsigned) plan.groups, 1 }, [&]() { mbq_mmv<L, NT, false>(args, {}); });
+    launch({ (unsigned) plan.ctas, 1, 1 }, { 32u*plan.kw, (unsigned) plan.groups, 1 }, [&]() { mbq_mmv<L, NT, false>(args, {}); });
     bool good = true;
     for (int i = 0; i < rows*columns; ++i) {
         double sum = 0, size = 0;
@@ -112,7 +112,7 @@ template <typename L, int NT> static void check_product(int rows, int k, int col
         }
         good = good && std::fabs(dst[i] - sum) <= SUMS*size; // not for NaN
     }
-    check(good, "product", L::QK, L::heads, columns, rows, k);
+    check(good, "product", L::QK, L::scales, columns, rows, k);
 }
 
 // wgmma's A operand for 128 weights of a row: in each 16, lane t has weights 4t + 0, 4t + 2, then 4t + 1, 4t + 3.
@@ -130,7 +130,7 @@ template <typename L> static void check_registers() {
         const double exact = weight<L>(w.data() + i/L::QK*4*L::block_words, i % L::QK);
         good = good && std::fabs((i % 4/2 ? pair.y : pair.x) - exact) <= HALVES*0.02;
     }
-    check(good, "registers", L::QK, L::heads, 0, 1, 128);
+    check(good, "registers", L::QK, L::scales, 0, 1, 128);
 }
 
 template <typename L> static void check_dequantized() {
@@ -138,9 +138,9 @@ template <typename L> static void check_dequantized() {
     bool good = true;
     for (int i = 0; i < L::QK; ++i) {
         const float4 v = mbq_dequantize_4<L>((const uint32_t *) w.data(), i/4);
-        good = good && std::fabs((&v.x)[i % 4] - weight<L>(w.data(), i)) <= (L::heads == 1 ? 1e-7 : 0); // d*(code - z/8) is exact
+        good = good && std::fabs((&v.x)[i % 4] - weight<L>(w.data(), i)) <= (L::scales == 1 ? 1e-7 : 0); // d*(code - z/8) is exact
     }
-    check(good, "dequantised", L::QK, L::heads, 0, 1, L::QK);
+    check(good, "dequantised", L::QK, L::scales, 0, 1, L::QK);
 }
 
 template <typename L> static void check_type() {

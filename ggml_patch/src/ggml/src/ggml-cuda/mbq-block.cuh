@@ -7,14 +7,14 @@
 //   word    0        1 ...  8 | 4             9 ... 12 | 5, 6
 //         | d   m  | ql: byte i holds, at    | qh: byte i % (QK/8) holds, at bit
 //         | or     | bits 2j, the low bits   | (2j + 2) % 8 + i / (QK/8), the high
-//         | h0  h1 | of weight QK/4 * j + i  | bit of weight QK/4 * j + i            (j = 0..3: the plane)
+//         | s0  s1 | of weight QK/4 * j + i  | bit of weight QK/4 * j + i            (j = 0..3: the plane)
 //
 //   so (ql & 3 << 2j) | (qh & 4 << 2j) is 4^j times the code for planes 0 to 2, in bytes that fit int8.
 //
 //   MBQ3, MBQ3_64:   fp16 d and m for all planes, weight = d*code + m
-//   MBQ3S, MBQ3S_64: a head for planes 0 and 1, one for planes 2 and 3, weight = d*(code - z/8)
+//   MBQ3S, MBQ3S_64: a scale word for planes 0 and 1, one for planes 2 and 3, weight = d*(code - z/8)
 //
-//   head    15 ............ 6 | 5 ... 0
+//   bit     15 ............ 6 | 5 ... 0
 //         | fp16 d: bits 14-5 |    z   |    (its sign and lowest five bits are zeros)
 //
 // mma.m16n8k32 wants, in lane 4g + t, bytes 4t..4t+3 and 16+4t..16+4t+3 of rows g and g + 8 of a 32-weight group: for QK = 128 these are
@@ -34,10 +34,10 @@
 static constexpr int MBQ_PIECE = 512;        // weights of a row that are copied together: 208 bytes (QK = 128) or 224 (QK = 64), multiples of 16
 static constexpr int MBQ_MAGIC = 0x4B400000; // 1.5 * 2^23 as float: integers below 2^22 added to its bits are added to its value
 
-// Blocks of QK weights with one set of d and m, or with two heads
-template <int weights, int sets> struct mbq_layout {
+// Blocks of QK weights with one d and m, or with two scale words
+template <int weights, int scale_words> struct mbq_layout {
     static constexpr int QK           = weights;
-    static constexpr int heads        = sets;
+    static constexpr int scales       = scale_words;
     static constexpr int block_words  = 1 + 3*QK/32;
     static constexpr int piece_blocks = MBQ_PIECE/QK;
     static constexpr int piece_bytes  = 4*block_words*piece_blocks;
@@ -64,24 +64,24 @@ static __host__ __device__ __forceinline__ uint32_t mbq_and_or(const uint32_t a,
 #endif
 }
 
-// d and m, or d and -z/8 of a half, from a block's first word. z goes under the exponents of 2^20 and, where it lies, of 16, so that its
+// d and m, or d and -z/8 of one of two scale words, from a block's first 32 bits. z goes under the exponents of 2^20 and, where it lies, of 16, so that its
 // lowest bit is an eighth: no shift, no conversion, and taking the power of two off is exact.
 template <typename L>
-static __host__ __device__ __forceinline__ float2 mbq_scale(const uint32_t word, const int half) {
-    if constexpr (L::heads == 1) {
+static __host__ __device__ __forceinline__ float2 mbq_scale(const uint32_t word, const int which) {
+    if constexpr (L::scales == 1) {
         return __half22float2(*(const half2 *) &word);
     } else {
         const uint32_t scales  = (word & 0xFFC0FFC0u) >> 1;
-        const uint32_t eighths = half == 0 ? mbq_and_or<0x0000003Fu>(word, 0x49800000u) : mbq_and_or<0x003F0000u>(word, 0x41800000u);
+        const uint32_t eighths = which == 0 ? mbq_and_or<0x0000003Fu>(word, 0x49800000u) : mbq_and_or<0x003F0000u>(word, 0x41800000u);
         const float2   d = __half22float2(*(const half2 *) &scales);
-        return make_float2(half == 0 ? d.x : d.y, (half == 0 ? 1048576.0f : 16.0f) - *(const float *) &eighths);
+        return make_float2(which == 0 ? d.x : d.y, (which == 0 ? 1048576.0f : 16.0f) - *(const float *) &eighths);
     }
 }
 
 // sum += the products of weights and activations, from those of their codes, `part`, and the activations' sum
 template <typename L>
 static __device__ __forceinline__ void mbq_add(float & sum, const float2 scale, const float part, const float x) {
-    if constexpr (L::heads == 1) {
+    if constexpr (L::scales == 1) {
         sum += scale.x*part;
         sum += scale.y*x;
     } else {

@@ -2,107 +2,105 @@
 
 // Matrix times up to 32 columns for the MBQ types: codes stay codes until the int8 tensor cores have multiplied them.
 //
-//   block of warps (one a multiprocessor): tiles of 16 rows, blockIdx.x + group*gridDim.x, ...
-//     group of KW warps: one tile at a time
-//       warp kw: pieces kw, kw + KW, ... of 512 weights of all rows of the tile
+//   output rows   tile 0 (16 rows)   tile 1   tile 2   ...        CTA c, group of warps g: tiles c + g*gridDim.x, then every gridDim.x*groups
 //
-// Each warp streams its pieces through its own ring of shared-memory stages, with the tensor memory accelerator (one lane names a box of 8
-// rows) or cp.async: no barrier but __syncwarp in the main loop, and about 100 KB are on their way to each multiprocessor, first of all
-// while the kernel before still runs (programmatic dependent launch): weights do not depend on it. Then the block quantises the
+//   K of a tile   | piece 0 | piece 1 | piece 2 | piece 3 | ...   warp kw of the group's KW: pieces kw, kw + KW, ...
+//                   512 weights of each of the 16 rows
+//
+// One CTA a multiprocessor. Each warp streams its pieces through its own ring of shared-memory stages, with the tensor memory accelerator (one
+// lane names a box of 8 rows) or cp.async: no barrier but __syncwarp in the main loop, and about 100 KB are on their way to each multiprocessor,
+// first of all while the kernel before still runs (programmatic dependent launch): weights do not depend on it. Then the CTA quantises the
 // activations, and at the end of each tile the warps of a group add their sums in shared memory.
 
 #include "mbq-tile.cuh"
 
-// dst = w * x. NT = 0: one column of floats, quantised here, with bias and gate; else up to 8*NT columns of mbq_quantize_columns.
-// Block: (32*KW, groups). Grid: (blocks that share the tiles, channels or slots, samples or tokens).
-// tma: rows are multiples of 16 bytes and one behind the other, and the maps stand for them; pieces behind a row's end are zeros.
-template <typename L, int NT, bool tma>
-static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_mmv_args args, MBQ_MAPS maps) {
 #ifdef TURING_MMA_AVAILABLE
-#ifndef MBQ_TMA_AVAILABLE
-    if constexpr (tma) {
-        NO_DEVICE_CODE;
+
+// Who a thread works with, and its group's tiles
+struct mbq_mmv_thread {
+    int lane;
+    int kw, KW;         // warp of the KW that share a tile
+    int group;          // of these
+    int warp, warps;    // of the CTA
+    int tile_rows, tiles, tile_first, tile_step;
+
+    __device__ __forceinline__ mbq_mmv_thread(const mbq_mmv_args & args) {
+        lane  = threadIdx.x % 32;
+        kw    = threadIdx.x / 32;
+        KW    = blockDim.x / 32;
+        group = threadIdx.y;
+        warp  = group*KW + kw;
+        warps = blockDim.y*KW;
+        tile_rows  = args.gate ? 8 : 16;
+        tiles      = (args.M + tile_rows - 1)/tile_rows;
+        tile_first = blockIdx.x + group*gridDim.x;
+        tile_step  = gridDim.x*blockDim.y;
     }
-#endif
-    constexpr int piece_blocks = L::piece_blocks;
-    extern __shared__ __align__(128) char mbq_shared[];
-#ifdef MBQ_TMA_AVAILABLE
-    __shared__ uint64_t mbq_ready[MBQ_MAX_WARPS][MBQ_STAGES];
-#endif
-    ggml_cuda_pdl_lc();
+};
 
-    const int lane  = threadIdx.x % 32;
-    const int g     = lane / 4;
-    const int t     = lane % 4;
-    const int kw    = threadIdx.x / 32; // of KW
-    const int KW    = blockDim.x / 32;
-    const int group = threadIdx.y;
-    const int warp  = group*KW + kw;
-    const int warps = blockDim.y*KW;
+// Where the matrices of blockIdx.y and .z begin: w in bytes and in rows of a map, x in elements or records, the bias in elements
+struct mbq_mmv_offsets {
+    int64_t w = 0, x, bias;
+    int w_row = 0;
 
-    const int tile_rows   = args.gate ? 8 : 16;
-    const int tiles       = (args.rows + tile_rows - 1)/tile_rows;
-    const int tile_first  = blockIdx.x + group*gridDim.x;
-    const int tile_step   = gridDim.x*blockDim.y;
-    const int pieces      = (args.blocks + piece_blocks - 1)/piece_blocks;
-    const int length      = (args.blocks*L::QK + 255)/256;
-    const int stage_bytes = mbq_stage_bytes<L>(NT, args.stage_row);
-
-    const char * x   = (const char *) args.x;
-    float      * dst = args.dst + blockIdx.y*args.dst_channel + blockIdx.z*args.dst_sample;
-    int64_t w_offset = 0, x_offset, bias_offset;
-    int w_row = 0; // of a map
-    if (args.ids) { // y is the slot and z the token; the ids may come from the kernel before
-        ggml_cuda_pdl_sync();
-        const int expert = args.ids[blockIdx.y + blockIdx.z*args.ids_stride];
-        w_offset    = expert*args.w_channel;
-        w_row       = expert*args.rows;
-        x_offset    = blockIdx.y % args.x_channels*args.x_channel + blockIdx.z*args.x_sample;
-        bias_offset = expert*args.bias_channel;
-    } else {
-        if (gridDim.y*gridDim.z > 1) { // divisions are slow
-            const int channel = blockIdx.y/args.channel_ratio;
-            const int sample  = blockIdx.z/args.sample_ratio;
-            w_offset = channel*args.w_channel + sample*args.w_sample;
-            w_row    = (sample*args.w_channels + channel)*args.rows;
+    __device__ __forceinline__ mbq_mmv_offsets(const mbq_mmv_args & args) {
+        if (args.ids) { // y is the slot and z the token; the ids may come from the kernel before
+            ggml_cuda_pdl_sync();
+            const int expert = args.ids[blockIdx.y + blockIdx.z*args.ids_stride];
+            w     = expert*args.w_channel;
+            w_row = expert*args.M;
+            x     = blockIdx.y % args.x_channels*args.x_channel + blockIdx.z*args.x_sample;
+            bias  = expert*args.bias_channel;
+        } else {
+            if (gridDim.y*gridDim.z > 1) { // divisions are slow
+                const int channel = blockIdx.y/args.channel_ratio;
+                const int sample  = blockIdx.z/args.sample_ratio;
+                w     = channel*args.w_channel + sample*args.w_sample;
+                w_row = (sample*args.w_channels + channel)*args.M;
+            }
+            x    = blockIdx.y*args.x_channel + blockIdx.z*args.x_sample;
+            bias = blockIdx.y*args.dst_channel + blockIdx.z*args.dst_sample;
         }
-        x_offset    = blockIdx.y*args.x_channel + blockIdx.z*args.x_sample;
-        bias_offset = blockIdx.y*args.dst_channel + blockIdx.z*args.dst_sample;
     }
-    x += x_offset*(NT == 0 ? (int) sizeof(float) : mbq_record<L>::bytes);
-    const char * w    = args.w + w_offset;
-    const char * gate = args.gate ? args.gate + w_offset : nullptr;
+};
 
-    char  * ring = mbq_shared + warp*(MBQ_STAGES*stage_bytes);
-    char  * one  = mbq_shared + warps*(MBQ_STAGES*stage_bytes); // quantised column
-    float * sums = (float *) (one + (NT == 0 ? length*MBQ_ONE_BYTES : 0)) + group*KW*2*mbq_sum_floats(NT);
+// What a warp copies next into its ring: rows of weights and, for up to 8 columns, the records of their activations. Filled a stage at a time.
+template <typename L, int NT, bool tma> struct mbq_mmv_producer {
+    const mbq_mmv_args   & args;
+    const mbq_mmv_maps   & maps;
+    const mbq_mmv_thread & at;
+    const char * w, * gate, * x;
+    int w_row;              // of a map
+    char     * ring;
+    uint64_t * ready;       // a barrier for each stage
+    int stage_bytes, pieces;
+    int tile, piece;
 
-    // What is filled next. Weights never depend on the kernel before, so the first copies start while it still runs.
-    int fill_tile  = kw < pieces ? tile_first : tiles;
-    int fill_piece = kw;
-    const auto fill_next = [&]() {
-        fill_piece += KW;
-        if (fill_piece >= pieces) {
-            fill_piece = kw;
-            fill_tile += tile_step;
+    __device__ __forceinline__ void next() {
+        piece += at.KW;
+        if (piece >= pieces) {
+            piece = at.kw;
+            tile += at.tile_step;
         }
-    };
-    const auto record_bytes = [&]() {
-        return min(args.blocks*L::QK/128 - fill_piece*(MBQ_PIECE/128) + (args.blocks*L::QK%128 != 0), MBQ_PIECE/128)*mbq_record<L>::bytes;
-    };
-    const auto fill = [&](const int stage, const bool rows, const bool records) {
+    }
+
+    __device__ __forceinline__ int record_bytes() const {
+        return min(args.blocks*L::QK/128 - piece*(MBQ_PIECE/128) + (args.blocks*L::QK%128 != 0), MBQ_PIECE/128)*mbq_record<L>::bytes;
+    }
+
+    __device__ __forceinline__ void fill(const int stage, const bool rows, const bool records) const {
         char       * to   = ring + stage*stage_bytes;
-        const char * from = x + fill_piece*(MBQ_PIECE/128*mbq_record<L>::bytes);
+        const char * from = x + piece*(MBQ_PIECE/128*mbq_record<L>::bytes);
 #ifdef MBQ_TMA_AVAILABLE
         if constexpr (tma) {
-            if (lane == 0 && fill_tile < tiles) {
+            if (at.lane == 0 && tile < at.tiles) {
                 const uint32_t dst = __cvta_generic_to_shared(to);
-                const uint32_t barrier = __cvta_generic_to_shared(&mbq_ready[warp][stage]);
-                const int row = w_row + fill_tile*tile_rows;
+                const uint32_t barrier = __cvta_generic_to_shared(&ready[stage]);
+                const int row = w_row + tile*at.tile_rows;
                 mbq_barrier_expect(barrier, (rows ? 16*args.stage_row : 0) + (NT == 1 && records ? record_bytes() : 0), NT != 1 || records);
                 if (rows) {
-                    mbq_box_copy(dst, maps.w, fill_piece*L::piece_bytes, row, barrier);
-                    mbq_box_copy(dst + 8*args.stage_row, args.gate ? maps.gate : maps.w, fill_piece*L::piece_bytes,
+                    mbq_box_copy(dst, maps.w, piece*L::piece_bytes, row, barrier);
+                    mbq_box_copy(dst + 8*args.stage_row, args.gate ? maps.gate : maps.w, piece*L::piece_bytes,
                         args.gate ? row : row + 8, barrier);
                 }
                 if (NT == 1 && records) {
@@ -113,77 +111,142 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
             return;
         }
 #endif
-        // A half of the warp copies a row. Copies start at multiples of 16 bytes and may reach up to 12 bytes behind the row, never behind the
+        // Half of the warp's lanes copy a row. Copies start at multiples of 16 bytes and may reach up to 12 bytes behind the row, never behind the
         // tensor: rows of a multiple of 512 weights are multiples of 16 bytes, and after others the CUDA backend pads.
-        if (fill_tile < tiles) {
-            const int bytes = min(args.blocks - fill_piece*piece_blocks, piece_blocks)*L::block_words*4;
+        if (tile < at.tiles) {
+            const int bytes = min(args.blocks - piece*L::piece_blocks, L::piece_blocks)*L::block_words*4;
 #pragma unroll
             for (int i = 0; i < 16 && rows; i += 2) {
-                const char * row   = mbq_row(args, w, gate, fill_tile, i + lane/16) + fill_piece*L::piece_bytes;
+                const char * row   = mbq_row(args, w, gate, tile, i + at.lane/16) + piece*L::piece_bytes;
                 const int    shift = (int) (uintptr_t) row & 15;
-                if (lane%16*16 < bytes + shift) {
-                    mbq_copy_16(to + (i + lane/16)*args.stage_row + lane%16*16, row - shift + lane%16*16);
+                if (at.lane%16*16 < bytes + shift) {
+                    mbq_copy_16(to + (i + at.lane/16)*args.stage_row + at.lane%16*16, row - shift + at.lane%16*16);
                 }
             }
             if (NT == 1 && records) {
-                for (int i = lane*16; i < record_bytes(); i += 32*16) {
+                for (int i = at.lane*16; i < record_bytes(); i += 32*16) {
                     mbq_copy_16(to + 16*args.stage_row + i, from + i);
                 }
             }
         }
         mbq_copy_commit();
-    };
-#ifdef MBQ_TMA_AVAILABLE
+    }
+};
+
+// A warp's sums of a tile, for the warps of its group
+template <int NT>
+static __device__ __forceinline__ void mbq_leave_sums(float (&sum)[NT == 0 ? 1 : NT][NT == 0 ? 2 : 4], float * mine, const int lane) {
+    if constexpr (NT == 0) {
+        const int g = lane / 4;
+        const int t = lane % 4;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            sum[0][r] += __shfl_xor_sync(0xFFFFFFFF, sum[0][r], 1);
+            sum[0][r] += __shfl_xor_sync(0xFFFFFFFF, sum[0][r], 2);
+        }
+        if (t < 2) {
+            mine[g + 8*t] = t == 0 ? sum[0][0] : sum[0][1];
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < NT; ++i) {
+            ((float4 *) mine)[i*32 + lane] = make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+        }
+    }
+}
+
+#endif // TURING_MMA_AVAILABLE
+
+// dst = w * x. NT = 0: one column of floats, quantised here, with bias and gate; else up to 8*NT columns of mbq_quantize_records.
+// CTA: (32*KW, groups). Grid: (CTAs that share the tiles, channels or slots, samples or tokens).
+// tma: rows are multiples of 16 bytes and one behind the other, and the maps stand for them; pieces behind a row's end are zeros.
+template <typename L, int NT, bool tma>
+static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_mmv_args args, MBQ_MAPS maps) {
+#ifdef TURING_MMA_AVAILABLE
+#ifndef MBQ_TMA_AVAILABLE
     if constexpr (tma) {
-        if (lane == 0) {
+        NO_DEVICE_CODE;
+    }
+#endif
+    extern __shared__ __align__(128) char mbq_shared[];
+#ifdef MBQ_TMA_AVAILABLE
+    __shared__ uint64_t mbq_ready[MBQ_MAX_WARPS][MBQ_STAGES];
+#endif
+    ggml_cuda_pdl_lc();
+
+    const mbq_mmv_thread at(args);
+    const int g = at.lane / 4;
+    const int pieces      = (args.blocks + L::piece_blocks - 1)/L::piece_blocks;
+    const int length      = (args.blocks*L::QK + 255)/256;
+    const int stage_bytes = mbq_stage_bytes<L>(NT, args.stage_row);
+
+    float * dst = args.dst + blockIdx.y*args.dst_channel + blockIdx.z*args.dst_sample;
+    const mbq_mmv_offsets offsets(args);
+    const char * x    = (const char *) args.x + offsets.x*(NT == 0 ? (int) sizeof(float) : mbq_record<L>::bytes);
+    const char * w    = args.w + offsets.w;
+    const char * gate = args.gate ? args.gate + offsets.w : nullptr;
+
+    char  * ring = mbq_shared + at.warp*(MBQ_STAGES*stage_bytes);
+    char  * one  = mbq_shared + at.warps*(MBQ_STAGES*stage_bytes); // quantised column
+    float * sums = (float *) (one + (NT == 0 ? length*MBQ_ONE_BYTES : 0)) + at.group*at.KW*2*mbq_sum_floats(NT);
+
+    // Weights never depend on the kernel before, so the first copies start while it still runs.
+#ifdef MBQ_TMA_AVAILABLE
+    uint64_t * ready = mbq_ready[at.warp];
+    if constexpr (tma) {
+        if (at.lane == 0) {
             for (int i = 0; i < MBQ_STAGES; ++i) {
-                mbq_barrier_init(__cvta_generic_to_shared(&mbq_ready[warp][i]), 1);
+                mbq_barrier_init(__cvta_generic_to_shared(&ready[i]), 1);
             }
             asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
         }
         __syncwarp();
     }
+#else
+    uint64_t * ready = nullptr;
 #endif
-    fill(0, true, false);
+    mbq_mmv_producer<L, NT, tma> producer = { args, maps, at, w, gate, x, offsets.w_row, ring, ready, stage_bytes, pieces,
+        at.kw < pieces ? at.tile_first : at.tiles, at.kw };
+    producer.fill(0, true, false);
     if constexpr (NT != 1) {
-        fill_next();
+        producer.next();
 #pragma unroll
         for (int i = 1; i < MBQ_STAGES; ++i) {
-            fill(i, true, false);
-            fill_next();
+            producer.fill(i, true, false);
+            producer.next();
         }
     }
 
     ggml_cuda_pdl_sync();
     if constexpr (NT == 0) {
-        mbq_quantize_one<L>((const float *) x, args.blocks*L::QK, args.x_aligned, one, warp, warps);
+        mbq_quantize_one<L>((const float *) x, args.blocks*L::QK, args.x_aligned, one, at.warp, at.warps);
         __syncthreads();
         x = one;
     } else if constexpr (NT == 1) { // the first stage's records, then the second stage
 #pragma unroll
         for (int i = 0; i < MBQ_STAGES; ++i) {
-            fill(i, i > 0, true);
-            fill_next();
+            producer.fill(i, i > 0, true);
+            producer.next();
         }
     }
 
     int count  = 0; // of pieces
     int parity = 0;
-    for (int tile = tile_first; tile < tiles; tile += tile_step) {
+    for (int tile = at.tile_first; tile < at.tiles; tile += at.tile_step) {
         int base[2]; // of the lane's rows in a stage
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             base[r] = (8*r + g)*args.stage_row + (tma ? 0 : (int) (uintptr_t) mbq_row(args, w, gate, tile, g + 8*r) & 15);
         }
         float sum[NT == 0 ? 1 : NT][NT == 0 ? 2 : 4] = {};
-        for (int piece = kw; piece < pieces; piece += KW) {
+        for (int piece = at.kw; piece < pieces; piece += at.KW) {
             const int stage   = count % MBQ_STAGES;
             const char * here = ring + stage*stage_bytes;
-            const int first = piece*piece_blocks;
-            const int n     = min(args.blocks - first, piece_blocks);
+            const int first = piece*L::piece_blocks;
+            const int n     = min(args.blocks - first, L::piece_blocks);
 #ifdef MBQ_TMA_AVAILABLE
             if constexpr (tma) {
-                mbq_barrier_wait(__cvta_generic_to_shared(&mbq_ready[warp][stage]), count/MBQ_STAGES%2);
+                mbq_barrier_wait(__cvta_generic_to_shared(&ready[stage]), count/MBQ_STAGES%2);
             } else
 #endif
             {
@@ -196,35 +259,20 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
                 mbq_piece_many<L, NT>(here, base, x, here + 16*args.stage_row, first, n, sum);
             }
             __syncwarp(); // all lanes are done with the stage
-            fill(stage, true, true);
-            fill_next();
+            producer.fill(stage, true, true);
+            producer.next();
             count++;
         }
 
         // Two buffers of sums: a warp that is ahead writes the next tile's while this tile's are read.
         constexpr int n = mbq_sum_floats(NT);
-        float * all  = sums + parity*KW*n;
-        float * mine = all + kw*n;
-        if constexpr (NT == 0) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                sum[0][r] += __shfl_xor_sync(0xFFFFFFFF, sum[0][r], 1);
-                sum[0][r] += __shfl_xor_sync(0xFFFFFFFF, sum[0][r], 2);
-            }
-            if (t < 2) {
-                mine[g + 8*t] = t == 0 ? sum[0][0] : sum[0][1];
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < NT; ++i) {
-                ((float4 *) mine)[i*32 + lane] = make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
-            }
-        }
-        mbq_group_sync(group, KW);
+        float * all = sums + parity*at.KW*n;
+        mbq_leave_sums<NT>(sum, all + at.kw*n, at.lane);
+        mbq_group_sync(at.group, at.KW);
         if constexpr (NT > 0) {
-            mbq_store_many<NT>(args, all, tile, dst, KW);
-        } else if (kw == 0) {
-            mbq_store_one(args, all, tile, dst, bias_offset, KW);
+            mbq_store_many<NT>(args, all, tile, dst, at.KW);
+        } else if (at.kw == 0) {
+            mbq_store_one(args, all, tile, dst, offsets.bias, at.KW);
         }
         parity ^= 1;
     }

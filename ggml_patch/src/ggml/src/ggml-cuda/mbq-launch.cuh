@@ -22,23 +22,23 @@ static CUtensorMap mbq_map(const char * w, const int64_t row_bytes, const int64_
 }
 #endif
 
-// False: the activations of one block do not fit into shared memory.
+// False: the activations that a CTA needs do not fit into its shared memory.
 template <typename L, int NT>
 static bool mbq_launch_mmv(ggml_backend_cuda_context & ctx, mbq_mmv_args args, const int64_t channels, const int64_t samples) {
     const auto & device = ggml_cuda_info().devices[ctx.device];
     const bool aligned  = mbq_aligned(args.w, args.row_bytes, args.w_channel, args.w_sample) && (uintptr_t) args.gate % 16 == 0;
     const int64_t room  = device.smpbo - MBQ_MAX_WARPS*MBQ_STAGES*sizeof(uint64_t); // barriers
-    const mbq_mmv_plan plan = mbq_plan_mmv<L>(NT, args.gate, aligned, args.rows, args.blocks, device.nsm, room);
+    const mbq_mmv_plan plan = mbq_plan_mmv<L>(NT, args.gate, aligned, args.M, args.blocks, device.nsm, room);
     if (plan.kw == 0 || channels > UINT16_MAX || samples > UINT16_MAX) {
         return false;
     }
     args.stage_row = mbq_stage_row<L>(aligned);
-    const ggml_cuda_kernel_launch_params params(dim3(plan.blocks, channels, samples), dim3(32*plan.kw, plan.groups), (size_t) plan.shared, ctx.stream());
+    const ggml_cuda_kernel_launch_params params(dim3(plan.ctas, channels, samples), dim3(32*plan.kw, plan.groups), (size_t) plan.smem, ctx.stream());
     mbq_mmv_maps maps = {};
 #ifdef MBQ_USE_TMA
-    const bool dense = args.w_channel == (int64_t) args.rows*args.row_bytes && args.w_sample == args.w_channels*args.w_channel;
+    const bool dense = args.w_channel == (int64_t) args.M*args.row_bytes && args.w_sample == args.w_channels*args.w_channel;
     if (aligned && dense && ggml_cuda_highest_compiled_arch(device.cc) >= GGML_CUDA_CC_HOPPER) {
-        const int64_t rows = (int64_t) args.rows*args.w_channels*args.w_samples;
+        const int64_t rows = (int64_t) args.M*args.w_channels*args.w_samples;
         maps.w    = mbq_map(args.w, args.row_bytes, rows, args.stage_row);
         maps.gate = args.gate ? mbq_map(args.gate, args.row_bytes, rows, args.stage_row) : maps.w;
         CUDA_SET_SHARED_MEMORY_LIMIT((mbq_mmv<L, NT, true>), room);
@@ -61,7 +61,7 @@ static bool mbq_mul_mat_records(ggml_backend_cuda_context & ctx, mbq_mmv_args ar
     }
     ggml_cuda_pool_alloc<char> buffer(ctx.pool(), channels*samples*records*mbq_record<L>::bytes);
     const ggml_cuda_kernel_launch_params params(dim3((k + 255)/256, NT, channels*samples), dim3(256), 0, ctx.stream());
-    ggml_cuda_kernel_launch(mbq_quantize_columns<L>, params, (const float *) args.x, buffer.get(), (int) k, args.columns,
+    ggml_cuda_kernel_launch(mbq_quantize_records<L>, params, (const float *) args.x, buffer.get(), (int) k, args.N,
         args.x_column, args.x_channel, args.x_sample, (int) channels, args.x_aligned);
     args.x         = buffer.get();
     args.x_channel = records;
@@ -70,14 +70,14 @@ static bool mbq_mul_mat_records(ggml_backend_cuda_context & ctx, mbq_mmv_args ar
 }
 
 template <typename L>
-static bool mbq_mul_mat_columns(ggml_backend_cuda_context & ctx, const mbq_mmv_args & args, const int64_t channels, const int64_t samples) {
-    if (args.columns == 1 && mbq_launch_mmv<L, 0>(ctx, args, channels, samples)) {
+static bool mbq_mul_mat_mmv(ggml_backend_cuda_context & ctx, const mbq_mmv_args & args, const int64_t channels, const int64_t samples) {
+    if (args.N == 1 && mbq_launch_mmv<L, 0>(ctx, args, channels, samples)) {
         return true;
     }
-    if (args.columns <= 8) {
+    if (args.N <= 8) {
         return mbq_mul_mat_records<L, 1>(ctx, args, channels, samples);
     }
-    if (args.columns <= 16) {
+    if (args.N <= 16) {
         return mbq_mul_mat_records<L, 2>(ctx, args, channels, samples);
     }
     return mbq_mul_mat_records<L, 4>(ctx, args, channels, samples);
@@ -99,60 +99,59 @@ static bool mbq_gemm_available(const int id) {
 #endif
 }
 
-template <typename L, int N>
-static void mbq_launch_gemm(ggml_backend_cuda_context & ctx, const mbq_gemm_args & args, const int blocks) {
-    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_gemm<L, N>), MBQ_GEMM_SHARED);
-    const ggml_cuda_kernel_launch_params params(dim3(blocks), dim3(MBQ_GEMM_THREADS), MBQ_GEMM_SHARED, ctx.stream());
-    ggml_cuda_kernel_launch(mbq_gemm<L, N>, params, args);
+template <typename L, int BN>
+static void mbq_launch_gemm(ggml_backend_cuda_context & ctx, const mbq_gemm_args & args, const int ctas) {
+    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_gemm<L, BN>), MBQ_GEMM_SMEM);
+    const ggml_cuda_kernel_launch_params params(dim3(ctas), dim3(MBQ_GEMM_THREADS), MBQ_GEMM_SMEM, ctx.stream());
+    ggml_cuda_kernel_launch(mbq_gemm<L, BN>, params, args);
 }
 
 // False: not for this kernel. One matrix only, and rows of whole 128s.
 template <typename L>
 static bool mbq_mul_mat_gemm(ggml_backend_cuda_context & ctx, const mbq_mmv_args & mmv) {
-    const int k = mmv.blocks*L::QK;
-    if (k % 128 != 0 || !mbq_gemm_available(ctx.device)) {
+    const int K = mmv.blocks*L::QK;
+    if (K % 128 != 0 || !mbq_gemm_available(ctx.device)) {
         return false;
     }
-    const int row_tiles    = (mmv.rows    + MBQ_GEMM_ROWS    - 1)/MBQ_GEMM_ROWS;
-    const int column_tiles = (mmv.columns + MBQ_GEMM_COLUMNS - 1)/MBQ_GEMM_COLUMNS;
-    const mbq_gemm_plan plan = mbq_plan_gemm(row_tiles, column_tiles, k/128, ggml_cuda_info().devices[ctx.device].nsm);
-    const int chunks = k/MBQ_GEMM_CHUNK;
-    const int blocks = plan.shares*plan.blocks;
-    const int counts = column_tiles*chunks;
-    const int flags  = counts + (plan.shared > 0 ? 8*blocks : 0);
+    const int m_tiles = (mmv.M + MBQ_GEMM_TILE_M - 1)/MBQ_GEMM_TILE_M;
+    const int n_tiles = (mmv.N + MBQ_GEMM_TILE_N - 1)/MBQ_GEMM_TILE_N;
+    const mbq_gemm_plan plan = mbq_plan_gemm(m_tiles, n_tiles, K/128, ggml_cuda_info().devices[ctx.device].nsm);
+    const int ctas   = plan.workers*plan.cluster;
+    const int counts = n_tiles*(K/MBQ_GEMM_TILE_K);
+    const int flags  = counts + (plan.streamk_tiles > 0 ? 8*ctas : 0);
 
-    ggml_cuda_pool_alloc<half>  tiles(ctx.pool(), (size_t) column_tiles*MBQ_GEMM_COLUMNS*k);
+    ggml_cuda_pool_alloc<half>  x_tiles(ctx.pool(), (size_t) n_tiles*MBQ_GEMM_TILE_N*K);
     ggml_cuda_pool_alloc<int>   ready(ctx.pool(), flags);
     ggml_cuda_pool_alloc<float> parts(ctx.pool());
     mbq_gemm_args args = {};
-    args.w            = mmv.w;
-    args.x            = (const float *) mmv.x;
-    args.tiles        = tiles.get();
-    args.ready        = ready.get();
-    args.done         = ready.get() + counts;
-    args.dst          = mmv.dst;
-    args.x_column     = mmv.x_column;
-    args.dst_column   = mmv.dst_column;
-    args.x_aligned    = mmv.x_aligned;
-    args.rows         = mmv.rows;
-    args.row_bytes    = mmv.row_bytes;
-    args.columns      = mmv.columns;
-    args.k            = k;
-    args.converters   = plan.converters;
-    args.early        = plan.early;
-    args.row_tiles    = (row_tiles    + plan.blocks - 1)/plan.blocks;
-    args.column_tiles = (column_tiles + plan.blocks - 1)/plan.blocks;
-    args.shared       = plan.shared;
-    if (plan.shared > 0) {
-        args.parts = parts.alloc((size_t) blocks*MBQ_GEMM_ROWS*MBQ_GEMM_COLUMNS*plan.blocks);
+    args.w             = mmv.w;
+    args.x             = (const float *) mmv.x;
+    args.x_tiles       = x_tiles.get();
+    args.ready         = ready.get();
+    args.done          = ready.get() + counts;
+    args.dst           = mmv.dst;
+    args.x_column      = mmv.x_column;
+    args.dst_column    = mmv.dst_column;
+    args.x_aligned     = mmv.x_aligned;
+    args.M             = mmv.M;
+    args.N             = mmv.N;
+    args.K             = K;
+    args.row_bytes     = mmv.row_bytes;
+    args.converters    = plan.converters;
+    args.early         = plan.early;
+    args.m_tiles       = (m_tiles + plan.cluster - 1)/plan.cluster;
+    args.n_tiles       = (n_tiles + plan.cluster - 1)/plan.cluster;
+    args.streamk_tiles = plan.streamk_tiles;
+    if (plan.streamk_tiles > 0) {
+        args.parts = parts.alloc((size_t) ctas*MBQ_GEMM_TILE_M*MBQ_GEMM_TILE_N*plan.cluster);
     }
-    const ggml_cuda_kernel_launch_params halves(dim3(plan.early, 2*column_tiles), dim3(256), 0, ctx.stream());
-    ggml_cuda_kernel_launch(mbq_halves, halves, args, args.ready, flags);
+    const ggml_cuda_kernel_launch_params params(dim3(plan.early, 2*n_tiles), dim3(256), 0, ctx.stream());
+    ggml_cuda_kernel_launch(mbq_convert_early, params, args, args.ready, flags);
 
-    if (plan.blocks == 2) {
-        mbq_launch_gemm<L, 256>(ctx, args, blocks + plan.converters);
+    if (plan.cluster == 2) {
+        mbq_launch_gemm<L, 256>(ctx, args, ctas + plan.converters);
     } else {
-        mbq_launch_gemm<L, 128>(ctx, args, blocks + plan.converters);
+        mbq_launch_gemm<L, 128>(ctx, args, ctas + plan.converters);
     }
     return true;
 }

@@ -2,14 +2,14 @@
 
 // What mbq_mmv (mbq-gemv.cuh) is launched with: its arguments, and how warps, tiles and shared memory are shared out.
 
-#include "mbq-columns.cuh"
+#include "mbq-activations-q8.cuh"
 
 #include <algorithm>
 
 struct mbq_mmv_args {
     const char    * w;         // weights, and the gate's for a gated unit (else nullptr)
     const char    * gate;
-    const void    * x;         // a column of floats (NT = 0) or records of mbq_quantize_columns
+    const void    * x;         // a column of floats (NT = 0) or records of mbq_quantize_records
     float         * dst;
     const float   * bias;      // one value a row, shaped like dst, or nullptr
     const float   * gate_bias;
@@ -17,7 +17,7 @@ struct mbq_mmv_args {
     int64_t w_channel, w_sample;              // bytes
     int64_t x_column, x_channel, x_sample;    // elements, or records
     int64_t dst_column, dst_channel, dst_sample, bias_channel; // elements
-    int rows, row_bytes, blocks, columns;     // of one matrix: rows, bytes and blocks of a row; columns of dst
+    int M, row_bytes, blocks, N;              // of one matrix: rows, their bytes and quantised blocks; columns of dst
     int w_channels, w_samples;                // of the weights
     int channel_ratio, sample_ratio;          // broadcast of the weights over channels and samples
     int x_channels, ids_stride;               // only with ids
@@ -40,7 +40,7 @@ struct mbq_mmv_maps {
 #define MBQ_MAPS const mbq_mmv_maps
 #endif
 
-static constexpr int MBQ_MAX_WARPS  = 16; // of a block; more, with fewer registers each, were slower at every shape
+static constexpr int MBQ_MAX_WARPS  = 16; // of a CTA; more, with fewer registers each, were slower at every shape
 static constexpr int MBQ_MAX_GROUPS = 15; // barriers 1 to 15
 static constexpr int MBQ_STAGES     = 2;  // of a warp's ring: one is computed while the next arrives
 
@@ -62,20 +62,20 @@ static constexpr __host__ __device__ int mbq_sum_floats(const int NT) {
 }
 
 struct mbq_mmv_plan {
-    int     kw, groups, blocks; // warps that share a tile, such groups in a block, blocks that share the tiles; kw = 0: does not fit
-    int64_t shared;             // bytes of shared memory: activations, rings, two tiles' partial sums
+    int     kw, groups, ctas; // warps that share a tile, such groups in a CTA, CTAs that share the tiles; kw = 0: does not fit
+    int64_t smem;             // bytes of shared memory: activations, rings, two tiles' partial sums
 };
 
 // The fewest pieces one after the other; for up to 1 % more of them a warp more in a group (both fitted to all splits of nine shapes on
 // an H100); and half a piece more where a warp has one piece of a tile, so that nothing hides the tile's end.
 template <typename L>
-static mbq_mmv_plan mbq_plan_mmv(const int NT, const bool gate, const bool aligned, const int64_t rows, const int64_t blocks,
-        const int multiprocessors, const int64_t shared_limit) {
+static mbq_mmv_plan mbq_plan_mmv(const int NT, const bool gate, const bool aligned, const int64_t M, const int64_t blocks,
+        const int multiprocessors, const int64_t smem_limit) {
     const int64_t pieces   = (blocks*L::QK + MBQ_PIECE - 1)/MBQ_PIECE;
-    const int64_t tiles    = gate ? (rows + 7)/8 : (rows + 15)/16;
+    const int64_t tiles    = gate ? (M + 7)/8 : (M + 15)/16;
     const int64_t fixed    = NT == 0 ? (blocks*L::QK + 255)/256*MBQ_ONE_BYTES : 0;
     const int64_t per_warp = MBQ_STAGES*mbq_stage_bytes<L>(NT, mbq_stage_row<L>(aligned)) + 2*4*mbq_sum_floats(NT);
-    const int64_t warps    = std::min<int64_t>(MBQ_MAX_WARPS, (shared_limit - fixed)/per_warp);
+    const int64_t warps    = std::min<int64_t>(MBQ_MAX_WARPS, (smem_limit - fixed)/per_warp);
     mbq_mmv_plan best = { 0, 0, 0, 0 };
     int64_t best_cost = INT64_MAX;
     for (int64_t kw = 1; kw <= std::min(warps, pieces); ++kw) {

@@ -8,7 +8,7 @@
 
 // Row i of the 16 of a tile. A gated unit's tile is 8 rows of the weights above the same 8 rows of the gate. Rows behind the end repeat the last.
 static __device__ __forceinline__ const char * mbq_row(const mbq_mmv_args & args, const char * w, const char * gate, const int tile, const int i) {
-    const int row = min(gate ? tile*8 + i%8 : tile*16 + i, args.rows - 1);
+    const int row = min(gate ? tile*8 + i%8 : tile*16 + i, args.M - 1);
     return (gate && i >= 8 ? gate : w) + (int64_t) row*args.row_bytes;
 }
 
@@ -43,17 +43,17 @@ static __device__ __forceinline__ void mbq_piece_many(const char * stage, const 
     const auto one = [&](const int b) {
         const int at = b*L::block_words;
         const uint32_t * const p[2] = { (const uint32_t *) (stage + base[0]) + at, (const uint32_t *) (stage + base[1]) + at };
-        float2 scale[2][L::heads];
+        float2 scale[2][L::scales];
 #pragma unroll
-        for (int i = 0; i < 2*L::heads; ++i) {
-            scale[i/L::heads][i%L::heads] = mbq_scale<L>(*p[i/L::heads], i%L::heads);
+        for (int i = 0; i < 2*L::scales; ++i) {
+            scale[i/L::scales][i%L::scales] = mbq_scale<L>(*p[i/L::scales], i%L::scales);
         }
         int a[L::QK/32][4];
         mbq_unpack<L::QK>(p, lane % 4, a);
 #pragma unroll
         for (int i = 0; i < NT; ++i) {
             const char * record = NT == 1 ? records + b*L::QK/128*bytes : x + ((int64_t) (first + b)*L::QK/128*NT + i)*bytes;
-            mbq_dot<L>(a, scale, mbq_columns_record<L>(record, L::QK == 128 ? 0 : b % 2, lane), sum[i]);
+            mbq_dot<L>(a, scale, mbq_load_record<L>(record, L::QK == 128 ? 0 : b % 2, lane), sum[i]);
         }
     };
     if (n == L::piece_blocks) {
@@ -99,14 +99,14 @@ static __device__ __forceinline__ void mbq_store_one(const mbq_mmv_args & args, 
     if (args.gate) { // rows 8 to 15 are the gate's rows 0 to 7
         float gate    = __shfl_down_sync(0xFFFFFFFF, v, 8);
         const int row = tile*8 + lane;
-        if (lane < 8 && row < args.rows) {
+        if (lane < 8 && row < args.M) {
             v    += args.bias      ? args.bias     [bias_offset + row] : 0.0f;
             gate += args.gate_bias ? args.gate_bias[bias_offset + row] : 0.0f;
             dst[row] = mbq_glu(args, gate, v);
         }
     } else {
         const int row = tile*16 + lane;
-        if (lane < 16 && row < args.rows) {
+        if (lane < 16 && row < args.M) {
             dst[row] = v + (args.bias ? args.bias[bias_offset + row] : 0.0f);
         }
     }
@@ -124,7 +124,7 @@ static __device__ __forceinline__ void mbq_store_many(const mbq_mmv_args & args,
         const int lane = e/4 % 32;
         const int row  = tile*16 + lane/4 + e/2%2*8;
         const int col  = e/128*8 + lane%4*2 + e%2;
-        if (row < args.rows && col < args.columns) {
+        if (row < args.M && col < args.N) {
             dst[col*args.dst_column + row] = v;
         }
     }

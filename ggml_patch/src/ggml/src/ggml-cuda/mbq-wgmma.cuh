@@ -11,35 +11,35 @@
 #ifdef MBQ_WGMMA
 
 // Without a wider scope: a release to a cluster costs as much as the products of 64 weights.
-template <int blocks>
+template <int cluster>
 static __device__ __forceinline__ void mbq_barrier_arrive(const uint32_t barrier) {
-    if constexpr (blocks == 1) {
+    if constexpr (cluster == 1) {
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(barrier) : "memory");
     } else {
         asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" : : "r"(barrier) : "memory");
     }
 }
 
-// The same address in the block of the cluster with this rank
-template <int blocks>
-static __device__ __forceinline__ uint32_t mbq_in_block(const uint32_t address, const int rank) {
+// The same address in the CTA of the cluster with this rank
+template <int cluster>
+static __device__ __forceinline__ uint32_t mbq_in_cta(const uint32_t address, const int rank) {
     uint32_t there = address;
-    if constexpr (blocks > 1) {
+    if constexpr (cluster > 1) {
         asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     }
     return there;
 }
 
-template <int blocks>
+template <int cluster>
 static __device__ __forceinline__ void mbq_cluster_sync() {
-    if constexpr (blocks == 1) {
+    if constexpr (cluster == 1) {
         __syncthreads();
     } else {
         asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" : : : "memory");
     }
 }
 
-// To the same place in all blocks of the mask, with word to the barrier in the same place
+// To the same place in all CTAs of the mask, with word to the barrier in the same place
 static __device__ __forceinline__ void mbq_multicast(const uint32_t dst, const void * src, const int bytes, const uint32_t barrier, const uint16_t mask) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
         : : "r"(dst), "l"(src), "r"(bytes), "r"(barrier), "h"(mask) : "memory");
@@ -88,7 +88,7 @@ static __device__ __forceinline__ uint32_t mbq_load_shared(const uint32_t addres
     return v;
 }
 
-// d += 64 rows of 16 weights in registers times 128 or 256 columns in shared memory
+// d += A, 64 rows times 16 of K in registers, times B, 16 of K times 128 or 256 columns in shared memory
 #define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 static __device__ __forceinline__ void mbq_wgmma(float (&d)[64], const half2 (&a)[4], const uint64_t b) {
     const uint32_t * r = (const uint32_t *) a;
@@ -165,12 +165,12 @@ static __device__ __forceinline__ mbq_words<QK> mbq_load_words(const uint32_t p,
     return w;
 }
 
-// d and m of all weights of a block, or of a half: one of a pair, which HFMA2 takes twice by itself. With two heads m = -d*z/8 has up to 12 bits and
+// d and m of all weights of a block, or of those of one scale word: one of a pair, which HFMA2 takes twice by itself. With two scale words m = -d*z/8 has up to 12 bits and
 // is rounded to 11: 1.7e-4 of the weights in the mean, where fp16 activations are off by 2.8e-4. d*(code - z/8) would be exact, and an
 // instruction more for two weights.
 template <typename L>
-static __device__ __forceinline__ void mbq_scale_halves(const uint32_t word, const int half, half2 & d, half2 & m) {
-    if constexpr (L::heads == 1) {
+static __device__ __forceinline__ void mbq_scale_f16(const uint32_t word, const int which, half2 & d, half2 & m) {
+    if constexpr (L::scales == 1) {
         d = __low2half2 (*(const half2 *) &word);
         m = __high2half2(*(const half2 *) &word);
     } else {
@@ -178,19 +178,19 @@ static __device__ __forceinline__ void mbq_scale_halves(const uint32_t word, con
         const uint32_t eighths = mbq_and_or<0x003F003Fu>(word, 0x58005800u); // 128 + z/8
         const half2 scales = *(const half2 *) &bits;
         const half2 minima = __hmul2(scales, __hsub2(__float2half2_rn(128.0f), *(const half2 *) &eighths));
-        d = half == 0 ? __low2half2(scales) : __high2half2(scales);
-        m = half == 0 ? __low2half2(minima) : __high2half2(minima);
+        d = which == 0 ? __low2half2(scales) : __high2half2(scales);
+        m = which == 0 ? __low2half2(minima) : __high2half2(minima);
     }
 }
 
-// The A operands of 64 weights, the first (h = 0) or the second half of 128: steps of 16, registers of row r
+// The A operands of 64 weights, the first 64 (h = 0) or the last of 128: steps of 16, registers of row r
 template <typename L, int h>
 static __device__ __forceinline__ void mbq_dequantize_64(const mbq_words<L::QK> & w, const int r, half2 (&a)[4][4]) {
-    constexpr bool one = L::QK == 128; // block, of which this is a half
+    constexpr bool one = L::QK == 128; // block, of which these are the first or the last 64
     half2 d[2], m[2];                  // of a[0] and a[1], of a[2] and a[3]
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        mbq_scale_halves<L>(w.dm[one ? 0 : h], one ? h : i, d[i], m[i]);
+        mbq_scale_f16<L>(w.dm[one ? 0 : h], one ? h : i, d[i], m[i]);
     }
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {

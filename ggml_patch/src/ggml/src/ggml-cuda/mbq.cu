@@ -26,12 +26,12 @@ static __device__ __forceinline__ float4 mbq_dequantize_4(const uint32_t * block
     constexpr int QK = L::QK;
     const int    plane = r / (QK/16);
     const int    word  = r % (QK/16);
-    const float2 dm    = mbq_scale<L>(L::heads == 1 ? *block : ((const uint16_t *) block)[plane/2], 0);
+    const float2 dm    = mbq_scale<L>(L::scales == 1 ? *block : ((const uint16_t *) block)[plane/2], 0);
     const uint32_t ql  = block[1 + word] >> 2*plane & 0x03030303u;
     const uint32_t qh  = block[1 + QK/16 + word % (QK/32)] >> ((2*plane + 2)%8 + word/(QK/32)) & 0x01010101u;
     const uint32_t q   = ql | qh << 2;
     const float4   f   = make_float4(q & 0xFF, q >> 8 & 0xFF, q >> 16 & 0xFF, q >> 24);
-    if constexpr (L::heads == 1) {
+    if constexpr (L::scales == 1) {
         return make_float4(f.x*dm.x + dm.y, f.y*dm.x + dm.y, f.z*dm.x + dm.y, f.w*dm.x + dm.y);
     } else {
         return make_float4((f.x + dm.y)*dm.x, (f.y + dm.y)*dm.x, (f.z + dm.y)*dm.x, (f.w + dm.y)*dm.x);
@@ -144,7 +144,7 @@ static mbq_mmv_args mbq_args(const ggml_tensor * src0, const ggml_tensor * src1,
     args.row_bytes = src0->nb[1];
     args.w_channel = src0->nb[2];
     args.w_sample  = src0->nb[3];
-    args.rows      = src0->ne[1];
+    args.M         = src0->ne[1];
     args.blocks    = src0->ne[0]/ggml_blck_size(src0->type);
     args.w_channels = src0->ne[2];
     args.w_samples  = src0->ne[3];
@@ -171,7 +171,7 @@ bool ggml_cuda_mbq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * 
     args.dst_sample    = nb3/sizeof(float);
     args.channel_ratio = ne12/ne02;
     args.sample_ratio  = ne13/ne03;
-    args.columns       = ne11;
+    args.N       = ne11;
     if (many) {
         const auto gemm = mbq_with_layout(src0->type, [](auto layout) { return &mbq_mul_mat_gemm<decltype(layout)>; });
         return ne12*ne13 == 1 && ggml_get_op_params_i32(dst, 0) != GGML_PREC_F32 && gemm(ctx, args);
@@ -179,8 +179,8 @@ bool ggml_cuda_mbq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * 
     for (int64_t i = 0; i < ne11; i += step) {
         args.x       = (const char *) src1->data + i*nb11;
         args.dst     = (float *) ((char *) dst->data + i*nb1);
-        args.columns = std::min(step, ne11 - i);
-        const auto product = mbq_with_layout(src0->type, [](auto layout) { return &mbq_mul_mat_columns<decltype(layout)>; });
+        args.N = std::min(step, ne11 - i);
+        const auto product = mbq_with_layout(src0->type, [](auto layout) { return &mbq_mul_mat_mmv<decltype(layout)>; });
         if (!product(ctx, args, ne12, ne13)) {
             GGML_ASSERT(i == 0);
             return false;
@@ -195,7 +195,7 @@ void ggml_cuda_mbq_mul_mat_vec(ggml_backend_cuda_context & ctx, const ggml_tenso
     GGML_ASSERT(!ids || (ids->type == GGML_TYPE_I32 && ids->nb[0] == sizeof(int32_t)));
     GGML_ASSERT(ids || ne11 == 1);
     mbq_mmv_args args = mbq_args(src0, src1, dst);
-    args.columns = 1;
+    args.N = 1;
     if (ids) { // a channel is a slot, a sample a token
         args.ids         = (const int32_t *) ids->data;
         args.ids_stride  = ids->nb[1]/sizeof(int32_t);

@@ -3,7 +3,7 @@
 #include "common.cuh"
 #include "convert.cuh"
 
-// The MBQ types on CUDA: what ggml-cuda.cu, mmvq.cu, convert.cu and getrows.cu call.
+// The MBQ types on CUDA: what ggml-cuda.cu, mmvq.cu and convert.cu call.
 
 static inline bool ggml_cuda_mbq_type(const ggml_type type) {
     return type == GGML_TYPE_MBQ3 || type == GGML_TYPE_MBQ3_64 || type == GGML_TYPE_MBQ3S || type == GGML_TYPE_MBQ3S_64;

@@ -11,17 +11,17 @@
 // More columns are quantised by a kernel of its own, 8 columns and 128 activations a record:
 //
 //   1024 bytes: [group pair][lane 4*column + t][words t, t + 4 of the first group, then of the second]
-//    128 bytes: [t][group][columns 2t, 2t + 1] scales;  64 bytes: [t][half][columns 2t, 2t + 1] sums, or 128: [t][group][...] (MBQ3S_64)
+//    128 bytes: [t][group][columns 2t, 2t + 1] scales;  64 bytes: [t][64][columns 2t, 2t + 1] sums, or 128: [t][group][...] (MBQ3S_64)
 //
-// A scale includes the power of four that takes back the codes' (mbq_layout::unscale). A sum is that of the quantised activations, over
-// the record (MBQ3; both halves hold it), its half or the group: it multiplies the minimum. The true sum would make the error
-// larger: what is left over of an activation then meets d * code instead of the smaller d * code + m.
+// A scale includes the power of four that takes back the codes' (mbq_layout::unscale). A sum, which multiplies the minimum, is that of the rounded
+// activations over the record (MBQ3: stored twice), over 64 of it or over the group. With the sum of the activations as they were, the rounding of one
+// would be multiplied by d * code alone; so it is multiplied by the weight, d * code + m, which is smaller.
 
 #include "mbq-block.cuh"
 
 // Records of 8 columns
 template <typename L> struct mbq_record {
-    static constexpr int span  = L::QK/L::heads;             // weights with the same minimum
+    static constexpr int span  = L::QK/L::scales;             // weights with the same minimum
     static constexpr int sums  = span == 32 ? 4 : 2;         // of a column
     static constexpr int bytes = 1024 + 128 + 8*4*sums;
 };
@@ -122,7 +122,7 @@ static __device__ __forceinline__ void mbq_quantize_one(const float * x, const i
 
 // Records of 8 columns each in global memory. One block of 8 warps writes two of them: grid (pairs, columns/8, channels*samples).
 template <typename L>
-static __global__ void mbq_quantize_columns(const float * x, char * records, const int k, const int columns, const int64_t x_column,
+static __global__ void mbq_quantize_records(const float * x, char * records, const int k, const int columns, const int64_t x_column,
         const int64_t x_channel, const int64_t x_sample, const int channels, const int aligned) {
 #ifdef TURING_MMA_AVAILABLE
     ggml_cuda_pdl_lc();
@@ -197,45 +197,45 @@ static __device__ __forceinline__ void mbq_dot_one(const uint32_t * const (&p)[2
             mbq_add<L>(sum[r], mbq_scale<L>(*block, 0), f0*s.x, s.z);
             mbq_add<L>(sum[r], mbq_scale<L>(*block, 1), f1*s.y, s.w);
         } else { // both groups have the same minimum
-            const uint32_t word = L::heads == 1 ? *block : ((const uint16_t *) block)[t % 2];
+            const uint32_t word = L::scales == 1 ? *block : ((const uint16_t *) block)[t % 2];
             mbq_add<L>(sum[r], mbq_scale<L>(word, 0), f0*s.x + f1*s.y, s.z);
         }
     }
 }
 
 // What a lane needs of 8 columns for one block of weights: B operands, scales and sums of the columns of its C operand.
-template <typename L> struct mbq_columns {
+template <typename L> struct mbq_b_operand {
     int    b[L::QK/32][2];
     float2 s[L::QK/32];
-    struct __align__(8*L::heads) {
-        float2 of[L::heads];
+    struct __align__(8*L::scales) {
+        float2 of[L::scales];
     } m;
 };
 
-// From a record of mbq_quantize_columns; half: of the record, for QK = 64
+// From a record of mbq_quantize_records; for QK = 64, its first or second 64
 template <typename L>
-static __device__ __forceinline__ mbq_columns<L> mbq_columns_record(const char * record, const int half, const int lane) {
+static __device__ __forceinline__ mbq_b_operand<L> mbq_load_record(const char * record, const int which, const int lane) {
     const int t = lane % 4;
-    mbq_columns<L> c;
+    mbq_b_operand<L> c;
 #pragma unroll
     for (int j = 0; j < L::QK/64; ++j) {
-        const int4   v = ((const int4 *) record)[(j + half)*32 + lane];
-        const float4 s = ((const float4 *) (record + 1024))[t*2 + j + half];
+        const int4   v = ((const int4 *) record)[(j + which)*32 + lane];
+        const float4 s = ((const float4 *) (record + 1024))[t*2 + j + which];
         c.b[2*j][0] = v.x; c.b[2*j][1] = v.y; c.b[2*j + 1][0] = v.z; c.b[2*j + 1][1] = v.w;
         c.s[2*j] = make_float2(s.x, s.y);
         c.s[2*j + 1] = make_float2(s.z, s.w);
     }
-    c.m = ((const decltype(c.m) *) (record + 1152))[t*mbq_record<L>::sums/L::heads + half];
+    c.m = ((const decltype(c.m) *) (record + 1152))[t*mbq_record<L>::sums/L::scales + which];
     return c;
 }
 
 // sum += rows g, g + 8 of one block times 8 columns. sum[r*2 + c]: row g + 8r, column 2t + c.
 template <typename L>
-static __device__ __forceinline__ void mbq_dot(const int (&a)[L::QK/32][4], const float2 (&scale)[2][L::heads], const mbq_columns<L> & x,
+static __device__ __forceinline__ void mbq_dot(const int (&a)[L::QK/32][4], const float2 (&scale)[2][L::scales], const mbq_b_operand<L> & x,
         float (&sum)[4]) {
-    constexpr int groups = L::QK/32/L::heads;
+    constexpr int groups = L::QK/32/L::scales;
 #pragma unroll
-    for (int h = 0; h < L::heads; ++h) {
+    for (int h = 0; h < L::scales; ++h) {
         float part[4] = {};
 #pragma unroll
         for (int j = h*groups; j < (h + 1)*groups; ++j) {
