@@ -66,7 +66,13 @@ static double read_bandwidth() { // TB/s, best of 10
     return bytes/(best*1e-3)*1e-12;
 }
 
+// W4A8 and W8A8: blocks of these types with one scale a row, and the flag that says so (ggml-row-scale.h)
+static constexpr int ROW_SCALE = 1 << 16;
+
 static ggml_type type_of(const std::string & name) {
+    if (name == "W4A8" || name == "W8A8") {
+        return name == "W4A8" ? GGML_TYPE_Q4_0 : GGML_TYPE_Q8_0;
+    }
     for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
         const char * other = ggml_type_name((ggml_type) i);
         if (other && ggml_blck_size((ggml_type) i) > 0 && std::equal(name.begin(), name.end(), other, other + std::string(other).size(),
@@ -148,6 +154,7 @@ int main() {
         std::vector<ggml_tensor *> weights;
         for (size_t i = 0; i < copies; ++i) {
             weights.push_back(ggml_new_tensor_2d(ctx, type, k, m));
+            weights.back()->flags |= name[0] == 'W' ? ROW_SCALE : 0; // the scale of a row's first block is used: the others do not matter here
         }
         ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);
         ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);

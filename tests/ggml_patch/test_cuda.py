@@ -17,6 +17,7 @@ from mbq_gguf.llama_cpp import paths
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "ggml_patch" / "src" / "ggml" / "src" / "ggml-cuda" / "mbq.cu"
+ROW_SCALE = SOURCE.with_name("mbq-w4a8.cu")
 # Architecture -> the most registers and bytes of spills that any kernel may take; none of these lies in the loop over weights. 65536
 # registers are shared by 16 warps of mbq_mmv, which makes 128 for a thread, and by 12 of mbq_gemm, 168.
 BOUNDS: dict[str, dict[str, int]] = json.loads((HERE / "cuda_resources.json").read_text())
@@ -58,6 +59,17 @@ def test_kernels_keep_within_registers(architecture: str, tmp_path: Path) -> Non
     assert len(products) == 32, "four types times one and up to 8, 16 and 32 columns, with and without the tensor memory accelerator"
     for name, stores, loads, registers in kernels:
         assert int(registers) <= BOUNDS[architecture]["gemm_registers" if "mbq_gemm" in name else "registers"], name
+        assert int(stores) + int(loads) <= BOUNDS[architecture]["spill_bytes"], name
+
+
+@pytest.mark.parametrize("architecture", [pytest.param(name, marks=() if name == "90a" else pytest.mark.slow) for name in BOUNDS])
+def test_row_scale_kernels_keep_within_registers(architecture: str, tmp_path: Path) -> None:
+    said = compile_kernels(architecture, tmp_path, ROW_SCALE)
+    assert "serialized" not in said, "wgmma waits for registers after every instruction"
+    kernels = FUNCTION.findall(said)
+    assert sum("mbq_w4a8_gemm" in kernel[0] for kernel in kernels) == 4, "4 and 8 bits, 128 and 256 columns"
+    for name, stores, loads, registers in kernels:
+        assert int(registers) <= BOUNDS[architecture]["gemm_registers" if "mbq_w4a8_gemm" in name else "registers"], name
         assert int(stores) + int(loads) <= BOUNDS[architecture]["spill_bytes"], name
 
 
@@ -149,4 +161,33 @@ def test_sanitizer(operation: str, tool: str) -> None:
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     done = backend_ops(operation, sanitizer, "--tool", tool, "--error-exitcode", "9")
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+@pytest.fixture(scope="module")
+def row_scale_products(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that compares products of weights with one scale a row with integer sums."""
+    program = tmp_path_factory.mktemp("row_scale") / "row_scale_products"
+    folder = paths.find_program("test-backend-ops").parent
+    libraries = [f"-L{folder}", "-lggml", "-lggml-base", "-lggml-cuda", "-Xlinker", f"-rpath={folder}"]
+    nvcc("-O2", "-Xcompiler", "-fopenmp", str(HERE / "row_scale_products.cu"), *libraries, "-o", str(program))
+    return program
+
+
+@pytest.mark.gpu
+def test_row_scale_products_are_exact(row_scale_products: Path) -> None:
+    """K from 64 to 29568, 1 to 1024 columns, 4 and 8 bits, extreme codes, activations of nothing: 578 products, no bit differs."""
+    done = subprocess.run([row_scale_products], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert done.stdout.count("ok ") > 500
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_row_scale_sanitizer(row_scale_products: Path, tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", str(row_scale_products), "small"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]

@@ -1,4 +1,5 @@
 #include "mbq.cuh"
+#include "mbq-w4a8.cuh"
 #include "unary.cuh"
 #include "mbq-launch.cuh"
 #include "ggml-mbq-common.h"
@@ -128,6 +129,9 @@ bool ggml_cuda_mbq_supports(const ggml_tensor * op, const int cc) {
 }
 
 bool ggml_cuda_mbq_can_fuse(const ggml_tensor * mul_mat, const int cc) {
+    if (ggml_is_row_scale_mul_mat(mul_mat)) {
+        return false; // its product is not that of mul_mat_vec_q
+    }
     // One column of 32768 activations and the rings of two warps fit into every card's shared memory (Turing: 64 KiB).
     return turing_mma_available(cc) && mul_mat->src[0]->ne[0] <= 32768 && std::max({ mul_mat->ne[1], mul_mat->ne[2], mul_mat->ne[3] }) <= UINT16_MAX;
 }
@@ -156,6 +160,9 @@ static mbq_mmv_args mbq_args(const ggml_tensor * src0, const ggml_tensor * src1,
 }
 
 bool ggml_cuda_mbq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst) {
+    if (ggml_is_row_scale_mul_mat(dst)) {
+        return ggml_cuda_w4a8_mul_mat(ctx, src0, src1, dst);
+    }
     GGML_TENSOR_BINARY_OP_LOCALS
     constexpr int64_t step = 32; // columns of one pass over the weights
     const bool many = ne11 > MBQ_MMV_MAX_COLUMNS && ggml_is_contiguously_allocated(src0); // the conversion knows no strides

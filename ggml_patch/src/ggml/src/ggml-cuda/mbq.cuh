@@ -2,11 +2,17 @@
 
 #include "common.cuh"
 #include "convert.cuh"
+#include "ggml-row-scale.h"
 
 // The MBQ types on CUDA: what ggml-cuda.cu, mmvq.cu and convert.cu call.
 
 static inline bool ggml_cuda_mbq_type(const ggml_type type) {
     return type == GGML_TYPE_MBQ3 || type == GGML_TYPE_MBQ3_64 || type == GGML_TYPE_MBQ3S || type == GGML_TYPE_MBQ3S_64;
+}
+
+// A product that is ours: of a weight of these types, or of one with one scale a row
+static inline bool ggml_cuda_mbq_product(const ggml_tensor * dst) {
+    return ggml_cuda_mbq_type(dst->src[0]->type) || ggml_is_row_scale_mul_mat(dst);
 }
 
 // MUL_MAT, MUL_MAT_ID and GET_ROWS of a weight of these types. Without int8 tensor cores only MUL_MAT (cuBLAS) and GET_ROWS.
