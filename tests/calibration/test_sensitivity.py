@@ -87,9 +87,16 @@ def test_saved_and_restored(tiny: LoadedModel, samples: list[Sample]) -> None:
 
 
 @pytest.mark.parametrize(("name", "index"), [("self_attn.v_proj", 1), ("mlp.up_proj", 0), ("mlp.down_proj", 2)])
-def test_fisher_predicts_the_divergence_that_noise_costs(tiny: LoadedModel, samples: list[Sample], name: str, index: int) -> None:
+def test_fisher_predicts_the_divergence_that_noise_costs(
+    tiny: LoadedModel, samples: list[Sample], name: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sides are means of random draws: one probe is 10 % off and one noise 15 % (standard deviations of v_proj, the widest)."""
     streams = list(capture(tiny, samples))
-    fisher = float(measure(tiny, streams, fisher=True).fisher[name][index])
+    probes = []
+    for seed in range(4):
+        monkeypatch.setattr(sensitivity, "PROBE_SEED", seed)
+        probes.append(float(measure(tiny, streams, fisher=True).fisher[name][index]))
+    fisher = sum(probes) / len(probes)
     original = answers(tiny, streams)
     size = 0.05
 
@@ -97,12 +104,14 @@ def test_fisher_predicts_the_divergence_that_noise_costs(tiny: LoadedModel, samp
         return output + size * torch.randn(output.shape, generator=draw)
 
     found = []
-    for seed in range(4):
+    for seed in range(8):
         draw = torch.Generator().manual_seed(seed)
         noisy = answers(tiny, streams, index, lambda layer: layer.get_submodule(name).register_forward_hook(noise))
         found += [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(original, noisy, strict=True)]
     channels = linear(tiny.decoder.layers[index], name).out_features
-    assert sum(found) / len(found) == pytest.approx(fisher * channels * size**2, rel=0.1)  # measured within 0.03
+    assert sum(found) / len(found) == pytest.approx(
+        fisher * channels * size**2, rel=0.22
+    )  # 3 standard errors: 3 * hypot(0.10 / 2, 0.15 / 8**0.5)
 
 
 @torch.no_grad()
@@ -116,7 +125,7 @@ def answers(
         if index == changed:
             change(layer)
         advance(layer, index, running)
-    return [logits(tiny, stream.hidden[0, :-1][stream.labels[1:]]).log_softmax(-1) for stream in running]
+    return [logits(tiny, stream.hidden[0, :-1][stream.labels[1:]]).double().log_softmax(-1) for stream in running]
 
 
 def test_parts_change_nothing(tiny: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
