@@ -16,7 +16,8 @@ from mbq_gguf.calibration.token_weights import KINDS, Kind
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.formats.registry import container
 from mbq_gguf.models import LoadedModel
-from mbq_gguf.models.decoder import LINEARS, linear
+from mbq_gguf.models.layer import Layer
+from mbq_gguf.models.layout import STANDARD
 from mbq_gguf.quantise import QuantiseResult, quantise
 from mbq_gguf.settings import QuantiseSettings
 from mbq_gguf.workdir import WorkDir, open_workdir
@@ -76,19 +77,19 @@ def test_weights_in_the_result_make_the_model(tiny: LoadedModel, samples: list[S
         (stream,) = capture(tiny, samples[:1])
         for index in range(3):
             layer = working_layer(tiny, index)
-            parameters = dict(layer.named_parameters())
-            for name in LINEARS:
+            parameters = dict(layer.module.named_parameters())
+            for name in STANDARD.readers:
                 packed = result.packed[f"layers.{index}.{name}.weight"]
-                linear(layer, name).weight.copy_(torch.from_numpy(container(packed.container).dequantize(packed.data)))
+                layer.linear(name).weight.copy_(torch.from_numpy(container(packed.container).dequantize(packed.data)))
             for name, value in result.replaced.items() if replaced else ():
                 if name.startswith(f"layers.{index}."):
                     parameters[name.removeprefix(f"layers.{index}.")].copy_(value)
-            advance(layer, index, [stream])
+            advance(layer, [stream])
         return logits(tiny, stream.hidden)
 
     (original,) = capture(tiny, samples[:1])
     for index in range(3):
-        advance(working_layer(tiny, index), index, [original])
+        advance(working_layer(tiny, index), [original])
     expected = logits(tiny, original.hidden)
     error = (run(True) - expected).norm() / expected.norm()
     assert error < 0.35  # measured 0.16
@@ -103,7 +104,7 @@ def test_same_bytes_every_time(tiny: LoadedModel, samples: list[Sample], method:
 
 def test_rtn_nearest_is_the_containers_own_rounding(tiny: LoadedModel) -> None:
     result = quantise(tiny, [], replace(FAST, method="rtn", rounding="nearest"))
-    weight = linear(tiny.decoder.layers[1], "mlp.up_proj").weight.float().numpy()
+    weight = tiny.decoder.layers[1].get_submodule("mlp.up_proj").weight.float().numpy()
     np.testing.assert_array_equal(result.packed["layers.1.mlp.up_proj.weight"].data, container("MBQ3").quantize(weight))
     assert not result.replaced
 
@@ -129,7 +130,7 @@ def test_goes_on_with_the_same_bytes(tiny: LoadedModel, samples: list[Sample], r
 
     work = open_workdir(tmp_path / "work", {"model": "a"})
     with pytest.raises(Stopped):
-        quantise(tiny, samples, FAST, Breaking(work.path))
+        quantise(tiny, samples, FAST, Breaking(work.path, work.fingerprint))
     saved = sorted(file.name for file in work.path.iterdir())
     assert saved == sorted(["fingerprint.json", "sensitivity.safetensors", *(f"layer-{i:04d}.safetensors" for i in range(layers))])
     assert same(quantise(tiny, samples, FAST, work), result)
@@ -148,8 +149,8 @@ def test_unknown_container(tiny: LoadedModel) -> None:
 
 
 def test_fold_that_changes_the_function_is_refused(tiny: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(layer: torch.nn.Module, factors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        linear(layer, "mlp.up_proj").weight.data.mul_(1.1)
+    def wrong(layer: Layer, factors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        layer.linear("mlp.up_proj").weight.data.mul_(1.1)
         return {}
 
     monkeypatch.setattr(quantise_module, "fold_layer", wrong)

@@ -23,11 +23,12 @@ import click
 import torch
 from mbq_gguf.calibration.dataset import Sample, Turns, load_samples, read_jsonl
 from mbq_gguf.calibration.generate import greedy_answer
-from mbq_gguf.calibration.stream import Streamed, advance, capture, capture_encoded, logits, working_layer
+from mbq_gguf.calibration.stream import advance, capture, capture_encoded, logits, working_layer
+from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.evaluate.exact_match import MAX_TOKENS, SHIPPED
 from mbq_gguf.formats.registry import container
 from mbq_gguf.models import LoadedModel, load
-from mbq_gguf.models.decoder import linear
+from mbq_gguf.models.layer import Layer
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.picture import open_picture
 from mbq_gguf.quantise import ROTATION_SEED, quantise
@@ -81,10 +82,10 @@ def answer_logits(loaded: LoadedModel, streams: Sequence[Streamed], result: Quan
     for index in range(len(loaded.decoder.layers)):
         layer = working_layer(loaded, index)
         if rotation:
-            rotate_layer(layer, rotation, index)
+            rotate_layer(layer, rotation)
         if result is not None:
             put(layer, index, result)
-        advance(layer, index, running)
+        advance(layer, running)
     out = []
     for stream in running:
         hidden = turned(stream.hidden, rotation, back=True)
@@ -99,14 +100,14 @@ def turned(hidden: torch.Tensor, rotation: Rotation | None, back: bool = False) 
     return (hidden.double() @ (rotation.residual.t() if back else rotation.residual)).to(hidden)
 
 
-def put(layer: torch.nn.Module, index: int, result: QuantiseResult) -> None:
+def put(layer: Layer, index: int, result: QuantiseResult) -> None:
     """Overwrite the parameters of ``layer`` with those of ``result``, packed ones as their container gives them back."""
     prefix = f"layers.{index}."
     for name, packed in result.packed.items():
         if name.startswith(prefix):
-            weight = linear(layer, name.removeprefix(prefix).removesuffix(".weight")).weight
+            weight = layer.linear(name.removeprefix(prefix).removesuffix(".weight")).weight
             weight.copy_(torch.from_numpy(container(packed.container).dequantize(packed.data)))
-    parameters = dict(layer.named_parameters())
+    parameters = dict(layer.module.named_parameters())
     for name, value in result.replaced.items():
         if name.startswith(prefix):
             parameters[name.removeprefix(prefix)].copy_(value)

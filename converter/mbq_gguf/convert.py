@@ -17,11 +17,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-import mbq_gguf
 from mbq_gguf import settings as defaults
 from mbq_gguf.allocation.plan import plan_table
 from mbq_gguf.calibration.dataset import Sample, Turns, fingerprint, load_samples
 from mbq_gguf.calibration.token_weights import Kind
+from mbq_gguf.code_hash import code_hash
 from mbq_gguf.errors import UsageError
 from mbq_gguf.export import metadata
 from mbq_gguf.export.atomic import check_output, check_space, claimed, staged
@@ -199,11 +199,16 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
 
 
 def open_work(options: ConvertOptions, calibration: str, tell: Callable[[str], object]) -> WorkDir:
-    """The work directory of exactly this run: of this model, these samples and these settings; ``tell`` hears of damage in it."""
-    marks = {"model": model_mark(options.model_dir), "data": calibration, "settings": settings_mark(options.settings)}
+    """The work directory of this model, these samples, these settings and this code; ``tell`` hears of damage in it."""
+    fingerprints = {
+        "model": model_fingerprint(options.model_dir),
+        "data": calibration,
+        "settings": json.dumps(asdict(options.settings), sort_keys=True),
+        "code": code_hash("quantise"),
+    }
     if options.work_dir is not None:
-        return open_workdir(options.work_dir, marks, tell)
-    return open_workdir(work_root(options) / hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16], marks, tell)
+        return open_workdir(options.work_dir, fingerprints, tell)
+    return open_workdir(work_root(options) / hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()[:16], fingerprints, tell)
 
 
 def work_root(options: ConvertOptions) -> Path:
@@ -211,15 +216,10 @@ def work_root(options: ConvertOptions) -> Path:
     return options.out.with_name(f"{options.out.name}.work")
 
 
-def model_mark(model_dir: Path) -> str:
-    """A mark that changes when a file of the model does: names, sizes and times, since hashing the weights would take minutes."""
+def model_fingerprint(model_dir: Path) -> str:
+    """A hash that changes when a file of the model does: names, sizes and times, since hashing the weights would take minutes."""
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(model_dir.iterdir()) if path.is_file()]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-
-
-def settings_mark(settings: QuantiseSettings) -> str:
-    """A mark of everything else that decides the outcome."""
-    return json.dumps({"version": mbq_gguf.__version__, **asdict(settings)}, sort_keys=True)
 
 
 def write_files(options: ConvertOptions, quantised: Quantised | None, bars: Progress) -> tuple[list[TensorRecord], list[TensorRecord]]:

@@ -8,23 +8,24 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import torch
-from torch import nn
 
 from mbq_gguf.allocation.allocate import allocate, total_weight
 from mbq_gguf.allocation.plan import Plan
 from mbq_gguf.allocation.predict import Inputs, measured_costs
 from mbq_gguf.calibration.calls import Entering
 from mbq_gguf.calibration.dataset import Sample
-from mbq_gguf.calibration.moments import Moments, Passage
+from mbq_gguf.calibration.moments import Moments, Replay
 from mbq_gguf.calibration.observe import Observed, TokenWeights, observe
 from mbq_gguf.calibration.precision import bf16_products
 from mbq_gguf.calibration.sensitivity import Sensitivity, measure
-from mbq_gguf.calibration.stream import Streamed, advance, capture, working_layer
+from mbq_gguf.calibration.stream import advance, capture, working_layer
+from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.synthetic import synthetic_streams, written
 from mbq_gguf.calibration.token_weights import hessian_weights, modality, uniform
 from mbq_gguf.errors import UsageError
 from mbq_gguf.formats.registry import container
-from mbq_gguf.models.decoder import GROUPS, LINEARS, Group, linear
+from mbq_gguf.models.layer import Layer
+from mbq_gguf.models.layout import Site
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.outcome import LayerWork, Packed, QuantiseResult, restored_layer, saved_layer
 from mbq_gguf.rounding.learned import learn
@@ -59,6 +60,9 @@ def quantise(
         raise UsageError(f"method {settings.method} with {settings.rounding} rounding needs samples: give at least one")
     if settings.refine and not (settings.distort and settings.rounding == "gptq"):
         raise UsageError("learning scales follows the rounded layers' inputs: give --learn-scales with --propagate-error and GPTQ")
+    reason = loaded.decoder.layout.no_equalisation()
+    if settings.method != "rtn" and reason:
+        raise UsageError(f"{loaded.architecture} cannot be equalised, {reason}: use --method rtn")
     walk = _Walk(loaded, settings, work, progress)
     walk.calibrate(samples)
     for index in range(len(loaded.decoder.layers)):
@@ -154,53 +158,57 @@ class _Walk:
 
     def _token_weights(self, index: int) -> TokenWeights:
         settings = self.settings
-        return hessian_weights(settings.token_weights, index, self.sensitivity, settings.prompt_weight, settings.floor)
+        return hessian_weights(
+            settings.token_weights, self.loaded.decoder.layout, index, self.sensitivity, settings.prompt_weight, settings.floor
+        )
 
     def _containers(self, index: int) -> dict[str, str]:
         """The container wanted for each linear of layer ``index``."""
         plan = self.result.plan
-        return {name: plan.containers[f"layers.{index}.{name}.weight"] if plan else self.settings.container for name in LINEARS}
+        return {
+            name: plan.containers[f"layers.{index}.{name}.weight"] if plan else self.settings.container
+            for name in self.loaded.decoder.layout.readers
+        }
 
-    def _rotated_layer(self, index: int) -> nn.Module:
+    def _rotated_layer(self, index: int) -> Layer:
         layer = working_layer(self.loaded, index)
         if self.rotation:
-            rotate_layer(layer, self.rotation, index)
+            rotate_layer(layer, self.rotation)
         return layer
 
     def layer(self, index: int) -> None:
         """Quantise layer ``index``, or take it from the work directory, and move the streams past it."""
         layer = self._rotated_layer(index)
-        passage = Passage(layer, index, self.prefix)
+        replay = Replay(layer, self.prefix)
         name = f"layer-{index:04d}"
         done = restored_layer(self.work.load(name)) if self.work else None
         if done is None:
-            done = self._quantise_layer(layer, index, passage)
+            done = self._quantise_layer(layer, replay)
             if self.work:
                 self.work.save(name, *saved_layer(done))
         else:
             with self._timed("observe"), bf16_products():
-                advance(layer, index, self.streams)
+                advance(layer, self.streams)
             fold_layer(layer, done.factors)
-            self._check(layer, index)
+            self._check(layer)
             for key, packed in done.packed.items():
                 weight = torch.from_numpy(container(packed.container).dequantize(packed.data))
-                linear(layer, key.removesuffix(".weight")).weight.data.copy_(weight)
+                layer.linear(key.removesuffix(".weight")).weight.data.copy_(weight)
         with self._timed("moments"), bf16_products():
-            passage.advance()
+            replay.advance()
         self._collect(index, done)
 
-    def _quantise_layer(self, layer: nn.Module, index: int, passage: Passage) -> LayerWork:
-        settings = self.settings
+    def _quantise_layer(self, layer: Layer, replay: Replay) -> LayerWork:
+        settings, index = self.settings, layer.index
         weights, containers = self._token_weights(index), self._containers(index)
         refinement = Refinement(settings.damping, settings.clip, settings.correction if settings.distort else 0.0, settings.refits)
         gptq = refinement if settings.rounding == "gptq" else None
         of_originals = self.result.plan is not None or (gptq and (settings.method != "rtn" or not settings.follows_prefix))
-        entering = Entering(layer, index, [replace(stream) for stream in self.streams])
+        entering = Entering(layer, [replace(stream) for stream in self.streams])
         corrected = gptq is not None and refinement.correction > 0
         with self._timed("observe"), bf16_products():
             observed = observe(
                 layer,
-                index,
                 self.streams,
                 hessian_weights=weights if of_originals else None,
                 keep_inputs=corrected,
@@ -208,57 +216,61 @@ class _Walk:
         done = LayerWork({}, {}, {}, {})
         if settings.method != "rtn":
             with self._timed("search"):
-                prefix = Entering(layer, index, self.prefix) if settings.follows_prefix else None
+                prefix = Entering(layer, self.prefix) if settings.follows_prefix else None
                 judge = Judge(self._search_weights(index), settings.power, settings.search_samples, gptq, observed.hessians)
                 choices = search_layer(entering, prefix, containers, judge, self._foldable(layer))
             done.factors = {name: choice.factors for name, choice in choices.items()}
             done.exponents = {name: choice.exponent for name, choice in choices.items()}
             fold_layer(layer, done.factors)
         done.replaced = changed_parameters(layer, working_layer(self.loaded, index))
-        self._check(layer, index)
+        self._check(layer)
 
-        def moments_of(group: Group) -> Moments | None:
+        def moments_of(site: Site) -> Moments | None:
             if settings.rounding == "nearest":
                 return None
             if settings.follows_prefix:
-                originals = folded_inputs(layer, group, observed, done.factors) if corrected else None
+                originals = folded_inputs(layer, site, observed, done.factors) if corrected else None
                 with self._timed("moments"), bf16_products():
-                    return passage.moments(group, weights, originals)
-            return folded_moments(layer, group, observed, done.factors)
+                    return replay.moments(site, weights, originals)
+            return folded_moments(layer, site, observed, done.factors)
 
         with self._timed("rounding"):
-            before = {name: linear(layer, name).weight.detach().clone() for name in LINEARS} if self.result.plan else {}
+            before = (
+                {name: layer.linear(name).weight.detach().clone() for name in self.loaded.decoder.layout.readers}
+                if self.result.plan
+                else {}
+            )
             matrices = round_in_order(layer, containers, moments_of, refinement)
         if settings.refine:
             with self._timed("refine"), bf16_products():
-                matrices = self._learned(layer, index, matrices)
-            passage.restart()
+                matrices = self._learned(layer, matrices)
+            replay.restart()
         for name, matrix in matrices.items():
             done.packed[f"{name}.weight"] = Packed(matrix.container, matrix.rounded.data, matrix.rounded.weight.shape[1])
         if self.result.plan:
-            done.losses = self._losses(layer, index, before, observed, done.factors)
+            done.losses = self._losses(layer, before, observed, done.factors)
         return done
 
-    def _learned(self, layer: nn.Module, index: int, matrices: dict[str, Matrix]) -> dict[str, Matrix]:
+    def _learned(self, layer: Layer, matrices: dict[str, Matrix]) -> dict[str, Matrix]:
         """``matrices`` with the parameters that learning found better, put into ``layer``."""
         coded = {name: (matrix.grid, matrix.coded) for name, matrix in matrices.items() if matrix.grid and matrix.coded}
         targets = [stream.hidden for stream in self.streams]  # they have passed the original layer already
-        found = learn(layer, index, self.prefix, targets, self._token_weights(index), coded, self.settings.refine)
+        found = learn(layer, self.prefix, targets, self._token_weights(layer.index), coded, self.settings.refine)
         for name, better in found.items():
             grid = coded[name][0]
             matrices[name] = Matrix(matrices[name].container, better.rounded(grid), grid, better)
-            linear(layer, name).weight.data.copy_(matrices[name].rounded.weight)
+            layer.linear(name).weight.data.copy_(matrices[name].rounded.weight)
         return matrices
 
     def _losses(
-        self, layer: nn.Module, index: int, before: dict[str, torch.Tensor], observed: Observed, factors: dict[str, torch.Tensor]
+        self, layer: Layer, before: dict[str, torch.Tensor], observed: Observed, factors: dict[str, torch.Tensor]
     ) -> dict[str, float]:
-        """What rounding layer ``index`` has cost by the measure that chose its containers, by parameter name."""
+        """What rounding ``layer`` has cost by the measure that chose its containers, by parameter name."""
         assert self.sensitivity is not None
-        weights, inputs = self._token_weights(index), {}
-        for group in GROUPS:
-            inputs[group.name] = Inputs(folded_moments(layer, group, observed, factors).hessian, total_weight(self.streams, weights, group))
-        fisher = {name: float(values[index]) for name, values in self.sensitivity.fisher.items()}
+        weights, inputs = self._token_weights(layer.index), {}
+        for site in layer.sites:
+            inputs[site.name] = Inputs(folded_moments(layer, site, observed, factors).hessian, total_weight(self.streams, weights, site))
+        fisher = {name: float(values[layer.index]) for name, values in self.sensitivity.fisher.items()}
         return {f"{name}.weight": cost for name, cost in measured_costs(layer, before, inputs, fisher, factors).items()}
 
     def _search_weights(self, index: int) -> TokenWeights:
@@ -273,17 +285,17 @@ class _Walk:
             ratios = {block: [share * ratio for ratio in of_layers] for block, of_layers in ratios.items()}
         return modality(ratios, index)
 
-    def _foldable(self, layer: nn.Module) -> tuple[Group, ...]:
+    def _foldable(self, layer: Layer) -> tuple[Site, ...]:
         """Groups that take channel factors: not down_proj where a Hadamard transform lies between it and up_proj, nor o_proj under grouped
         queries where the settings leave it alone."""
         left = {"down"} if self.result.hadamard else set()
         if not self.settings.grouped_o:
-            left |= {group.name for group in GROUPS if repeats(layer, group) > 1}
-        return tuple(group for group in GROUPS if group.name not in left)
+            left |= {site.name for site in layer.sites if repeats(layer, site) > 1}
+        return tuple(site for site in layer.sites if site.name not in left)
 
-    def _check(self, layer: nn.Module, index: int) -> None:
+    def _check(self, layer: Layer) -> None:
         if self.check:
-            self.check.layer(layer, index)
+            self.check.layer(layer)
 
     def finish(self) -> QuantiseResult:
         """Check the logits, and add what lies at the ends of the decoder."""

@@ -16,7 +16,8 @@ from mbq_gguf.errors import UsageError
 from mbq_gguf.formats.grid import grid_of
 from mbq_gguf.formats.registry import container
 from mbq_gguf.models import LoadedModel
-from mbq_gguf.models.decoder import GROUPS, LINEARS, linear
+from mbq_gguf.models.layer import Layer
+from mbq_gguf.models.layout import STANDARD
 from mbq_gguf.rounding.gptq import inverse_factor, objective, round_gptq
 from mbq_gguf.rounding.nearest import round_nearest
 from mbq_gguf.rounding.ranges import search_range
@@ -25,14 +26,14 @@ from rich.console import Console
 DAMPING = 0.01
 
 
-def inputs_of(layer: torch.nn.Module, seed: int) -> dict[str, Inputs]:
-    """Second moments of inputs that share a few directions, for every group."""
+def inputs_of(layer: Layer, seed: int) -> dict[str, Inputs]:
+    """Second moments of inputs that share a few directions, for every site."""
     draw = torch.Generator().manual_seed(seed)
     out = {}
-    for group in GROUPS:
-        columns = linear(layer, group.linears[0]).in_features
+    for site in STANDARD.sites:
+        columns = layer.linear(site.readers[0]).in_features
         x = torch.randn(500, 16, generator=draw) @ torch.randn(16, columns, generator=draw) + torch.randn(500, columns, generator=draw)
-        out[group.name] = Inputs(x.t() @ x, 500.0)
+        out[site.name] = Inputs(x.t() @ x, 500.0)
     return out
 
 
@@ -51,8 +52,8 @@ def test_candidates_follow_the_row_length() -> None:
 def test_sizes_and_nearest_costs_are_the_containers(tiny: LoadedModel) -> None:
     layer = working_layer(tiny, 0)
     inputs = inputs_of(layer, 0)
-    options = layer_options(layer, inputs, dict.fromkeys(LINEARS, 2.0), None, False)
-    weight = linear(layer, "self_attn.k_proj").weight.detach()
+    options = layer_options(layer, inputs, dict.fromkeys(STANDARD.readers, 2.0), None, False)
+    weight = layer.linear("self_attn.k_proj").weight.detach()
     rounded = round_nearest(weight, container("Q4_1"))
     assert options["self_attn.k_proj"]["Q4_1"].size == rounded.data.size
     assert options["self_attn.k_proj"]["Q4_1"].loss == pytest.approx(2 * objective(weight, rounded.weight, inputs["qkv"].hessian) / 500)
@@ -74,20 +75,21 @@ def test_gptqs_cost_is_foreseen_without_running_it(kind: str, clip: bool) -> Non
 
 def test_options_are_scaled_up_from_some_rows(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = working_layer(tiny, 1)
-    few = layer_options(layer, inputs_of(layer, 1), dict.fromkeys(LINEARS, 1.0), DAMPING, False)
+    few = layer_options(layer, inputs_of(layer, 1), dict.fromkeys(STANDARD.readers, 1.0), DAMPING, False)
     monkeypatch.setattr(predict, "ROWS", 10**6)
-    every = layer_options(layer, inputs_of(layer, 1), dict.fromkeys(LINEARS, 1.0), DAMPING, False)
+    every = layer_options(layer, inputs_of(layer, 1), dict.fromkeys(STANDARD.readers, 1.0), DAMPING, False)
     for kind, option in every["mlp.gate_proj"].items():  # 192 rows
         assert few["mlp.gate_proj"][kind].size == option.size
         assert few["mlp.gate_proj"][kind].loss == pytest.approx(option.loss, rel=0.1)
 
 
-def test_output_scale_is_the_following_groups() -> None:
+def test_output_scale_is_the_following_sites(tiny: LoadedModel) -> None:
+    layer = working_layer(tiny, 0)
     factors = {"qkv": torch.ones(1), "o": torch.full((2,), 2.0), "down": torch.full((3,), 3.0)}
     for name, expected in {"self_attn.v_proj": factors["o"], "mlp.up_proj": factors["down"]}.items():
-        assert torch.equal(output_scale(factors, name), expected)  # type: ignore[arg-type]
-    assert output_scale(factors, "self_attn.q_proj") is None
-    assert output_scale({}, "mlp.up_proj") is None
+        assert torch.equal(output_scale(layer, factors, name), expected)  # type: ignore[arg-type]
+    assert output_scale(layer, factors, "self_attn.q_proj") is None
+    assert output_scale(layer, {}, "mlp.up_proj") is None
 
 
 OPTIONS = {

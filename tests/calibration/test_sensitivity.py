@@ -9,10 +9,12 @@ import pytest
 import torch
 from mbq_gguf.calibration import sensitivity
 from mbq_gguf.calibration.dataset import Sample
-from mbq_gguf.calibration.sensitivity import CLASSES, WATCHED, Sensitivity, measure
-from mbq_gguf.calibration.stream import Streamed, advance, capture, logits, working_layer
+from mbq_gguf.calibration.sensitivity import CLASSES, Sensitivity, measure
+from mbq_gguf.calibration.stream import advance, capture, logits, working_layer
+from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models import LoadedModel
-from mbq_gguf.models.decoder import GROUPS, LINEARS, linear
+from mbq_gguf.models.layer import Layer
+from mbq_gguf.models.layout import STANDARD
 
 BOUND = 1e-5  # relative; both are float32, in another order of operations
 
@@ -25,7 +27,7 @@ def full_autograd(tiny: LoadedModel, sample: Sample) -> dict[tuple[str, int], to
     seen: dict[tuple[str, int], torch.Tensor] = {}
     handles = []
     for index, layer in enumerate(tiny.decoder.layers):
-        for name in LINEARS:
+        for name in STANDARD.readers:
 
             def hook(_m: object, _i: object, grads: tuple[torch.Tensor], key: tuple[str, int] = (name, index)) -> None:
                 seen[key] = grads[0][0]
@@ -46,7 +48,7 @@ def test_equals_full_autograd(tiny: LoadedModel, samples: list[Sample]) -> None:
     found = measure(tiny, streams)
     expected = [full_autograd(tiny, sample) for sample in samples[:3]]
     layers = range(len(tiny.decoder.layers))
-    for block, watched in WATCHED.items():
+    for block, watched in ((branch.name, branch.writer) for branch in STANDARD.branches):
         for name in CLASSES:
             masks = [getattr(stream, name) for stream in streams]
             means = [[e[watched, i].abs().mean(1)[m].mean() for i in layers] for e, m in zip(expected, masks, strict=True)]
@@ -55,8 +57,8 @@ def test_equals_full_autograd(tiny: LoadedModel, samples: list[Sample]) -> None:
 
 def test_salience_shares_the_fisher_out(tiny: LoadedModel, samples: list[Sample]) -> None:
     found = measure(tiny, list(capture(tiny, samples[:3])), fisher=True)
-    for place, group in enumerate(GROUPS):
-        sizes = {name: linear(tiny.decoder.layers[0], name).out_features for name in group.linears}
+    for place, site in enumerate(STANDARD.sites):
+        sizes = {name: tiny.decoder.layers[0].get_submodule(name).out_features for name in site.readers}
         whole = sum(found.fisher[name] * size for name, size in sizes.items()) / sum(sizes.values())
         shares = torch.stack([salience[:, place].sum(dim=1) / 2 for salience in found.salience]).mean(0)
         torch.testing.assert_close(shares.double(), whole, rtol=BOUND, atol=0)
@@ -106,17 +108,16 @@ def test_fisher_predicts_the_divergence_that_noise_costs(
     found = []
     for seed in range(8):
         draw = torch.Generator().manual_seed(seed)
-        noisy = answers(tiny, streams, index, lambda layer: layer.get_submodule(name).register_forward_hook(noise))
+        noisy = answers(tiny, streams, index, lambda layer: layer.part(name).register_forward_hook(noise))
         found += [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(original, noisy, strict=True)]
-    channels = linear(tiny.decoder.layers[index], name).out_features
-    assert sum(found) / len(found) == pytest.approx(
-        fisher * channels * size**2, rel=0.22
-    )  # 3 standard errors: 3 * hypot(0.10 / 2, 0.15 / 8**0.5)
+    channels = tiny.decoder.layers[index].get_submodule(name).out_features
+    # 3 standard errors: 3 * hypot(0.10 / 2, 0.15 / 8**0.5)
+    assert sum(found) / len(found) == pytest.approx(fisher * channels * size**2, rel=0.22)
 
 
 @torch.no_grad()
 def answers(
-    tiny: LoadedModel, streams: list[Streamed], changed: int = -1, change: Callable[[torch.nn.Module], object] = lambda layer: None
+    tiny: LoadedModel, streams: list[Streamed], changed: int = -1, change: Callable[[Layer], object] = lambda layer: None
 ) -> list[torch.Tensor]:
     """Log-probabilities of each stream's answer tokens, ``change`` made to layer number ``changed``."""
     running = [replace(stream) for stream in streams]
@@ -124,7 +125,7 @@ def answers(
         layer = working_layer(tiny, index)
         if index == changed:
             change(layer)
-        advance(layer, index, running)
+        advance(layer, running)
     return [logits(tiny, stream.hidden[0, :-1][stream.labels[1:]]).double().log_softmax(-1) for stream in running]
 
 
@@ -133,7 +134,7 @@ def test_parts_change_nothing(tiny: LoadedModel, samples: list[Sample], monkeypa
     whole = measure(tiny, streams, fisher=True)
     monkeypatch.setattr(sensitivity, "HOST_BYTES", 1)
     parts = measure(tiny, streams, fisher=True)
-    for block in WATCHED:
+    for block in whole.mean:
         for name in CLASSES:
             torch.testing.assert_close(parts.mean[block][name], whole.mean[block][name], rtol=1e-12, atol=0)
     assert all(torch.equal(a, b) for a, b in zip(parts.salience, whole.salience, strict=True))

@@ -8,14 +8,14 @@ from mbq_gguf.calibration.observe import observe
 from mbq_gguf.calibration.stream import advance, capture, logits, working_layer
 from mbq_gguf.calibration.token_weights import modality, uniform
 from mbq_gguf.models import LoadedModel
-from mbq_gguf.models.decoder import GROUPS
+from mbq_gguf.models.layout import STANDARD
 
 
 @torch.no_grad()
 def test_streamed_logits_equal_the_models(tiny: LoadedModel, samples: list[Sample]) -> None:
     streams = list(capture(tiny, samples[:2]))
     for index in range(len(tiny.decoder.layers)):
-        advance(working_layer(tiny, index), index, streams)
+        advance(working_layer(tiny, index), streams)
     tiny.decoder.layers.float()
     for stream, sample in zip(streams, samples, strict=False):
         whole = tiny.model(**tiny.encode(sample.image, list(sample.turns)).inputs, use_cache=False).logits
@@ -39,7 +39,7 @@ def test_masks_part_the_tokens(tiny: LoadedModel, samples: list[Sample]) -> None
 
 def test_token_weights_by_hand(tiny: LoadedModel, samples: list[Sample]) -> None:
     (stream,) = capture(tiny, samples[:1])
-    attention, mlp = GROUPS[0], GROUPS[2]
+    attention, mlp = STANDARD.sites[0], STANDARD.sites[2]
     weigh = modality({"attention": [9.0, 0.25], "mlp": [9.0, 4.0]}, 1)
     assert set(weigh(stream, attention)[stream.vision].tolist()) == {0.25}
     assert set(weigh(stream, mlp)[stream.vision].tolist()) == {4.0}
@@ -52,16 +52,16 @@ def test_statistics_equal_those_of_all_tokens_at_once(tiny: LoadedModel, samples
     streams = list(capture(tiny, samples[:3]))
     layer = working_layer(tiny, 0)
     with torch.no_grad():
-        x = torch.cat([layer.input_layernorm(stream.hidden)[0] for stream in streams])
+        x = torch.cat([layer.module.input_layernorm(stream.hidden)[0] for stream in streams])
     weights = modality({"attention": [0.5], "mlp": [0.5]}, 0)
-    weight = torch.cat([weights(stream, GROUPS[0]) for stream in streams])
-    found = observe(layer, 0, streams, hessian_weights=weights).hessians["qkv"]
+    weight = torch.cat([weights(stream, STANDARD.sites[0]) for stream in streams])
+    found = observe(layer, streams, hessian_weights=weights).hessians["qkv"]
     torch.testing.assert_close(found, x.t() @ (x * weight[:, None]), rtol=1e-4, atol=1e-3)
 
 
 def test_observing_moves_the_streams_on(tiny: LoadedModel, samples: list[Sample]) -> None:
     plain, observed = list(capture(tiny, samples[:1])), list(capture(tiny, samples[:1]))
-    advance(working_layer(tiny, 0), 0, plain)
-    found = observe(working_layer(tiny, 0), 0, observed, hessian_weights=None)
+    advance(working_layer(tiny, 0), plain)
+    found = observe(working_layer(tiny, 0), observed, hessian_weights=None)
     assert torch.equal(plain[0].hidden, observed[0].hidden)
     assert not found.hessians

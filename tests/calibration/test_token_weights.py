@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mbq_gguf.calibration.sensitivity import Sensitivity
-from mbq_gguf.calibration.stream import Streamed
+from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights import FLOOR, KINDS, gradient, hessian_weights, modality, token, uniform
 from mbq_gguf.calibration.token_weights.token import importance
-from mbq_gguf.models.decoder import GROUPS
+from mbq_gguf.models.layout import STANDARD
 
-QKV, OUT, GATE_UP, DOWN = GROUPS
+QKV, OUT, GATE_UP, DOWN = STANDARD.sites
 VISION, ANSWER, PROMPT = [False, True, True, False, False], [False, False, False, False, True], [True, False, False, True, False]
 LAYERS = 2
 
@@ -67,11 +67,11 @@ def test_gradient_is_bounded_and_needs_no_gradient() -> None:
 
 @pytest.mark.parametrize("samples", [None, 2])
 def test_token(samples: int | None) -> None:
-    salience = torch.zeros(LAYERS, len(GROUPS), 5)
+    salience = torch.zeros(LAYERS, len(STANDARD.sites), 5)
     salience[1, 2] = torch.tensor([1.0, 4.0, 9.0, 16.0, 0.0])  # roots 1, 2, 3, 4, 0 have the mean 2
     if samples is not None:
         salience = salience.expand(samples, -1, -1, -1)
-    found = token(1)(stream(samples, salience), GATE_UP)
+    found = token(STANDARD, 1)(stream(samples, salience), GATE_UP)
     torch.testing.assert_close(found.reshape(-1, 5), torch.tensor([[0.5, 1, 1.5, 2, FLOOR]]).expand(samples or 1, -1))
 
 
@@ -91,9 +91,9 @@ def test_importance_is_bounded_and_ignores_the_loss_unit(squares: list[float]) -
 def test_every_kind_gives_a_hessian_of_full_rank(kind: str) -> None:
     """Two vision, two prompt and one answer token span five channels; no kind may lose one, whatever the sensitivities."""
     extreme = measured(vision=[0.0, 0.0], answer=[1.0, 1.0], prompt=[0.0, 0.0])
-    salience = torch.zeros(LAYERS, len(GROUPS), 5)
+    salience = torch.zeros(LAYERS, len(STANDARD.sites), 5)
     salience[..., 4] = 1e6
-    weigh = hessian_weights(kind, 0, extreme, prompt=0.0, floor=False)  # type: ignore[arg-type]
+    weigh = hessian_weights(kind, STANDARD, 0, extreme, prompt=0.0, floor=False)  # type: ignore[arg-type]
     weights = weigh(stream(salience=salience), QKV)
     assert weights.min() >= FLOOR
     inputs = torch.eye(5)
@@ -101,5 +101,5 @@ def test_every_kind_gives_a_hessian_of_full_rank(kind: str) -> None:
 
 
 def test_modality_of_a_hessian_takes_the_ratios_floor() -> None:
-    weigh = hessian_weights("modality", 0, SENSITIVITY, prompt=1.0, floor=True)
+    weigh = hessian_weights("modality", STANDARD, 0, SENSITIVITY, prompt=1.0, floor=True)
     assert weigh(stream(), QKV).tolist() == [1, 0.5, 0.5, 1, 1]  # ratios 0.5 and 0.5, their median 0.5

@@ -17,7 +17,7 @@ from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.imatrix import gguf_names, write_imatrix
 from mbq_gguf.imatrix import make_imatrix
 from mbq_gguf.llama_cpp.paths import find_program
-from mbq_gguf.models.decoder import LINEARS
+from mbq_gguf.models.layout import STANDARD
 from rich.console import Console
 
 LAYERS = 3
@@ -62,7 +62,8 @@ def test_llama_quantize_divides_the_sums_by_the_tokens(files: Path) -> None:
 
 
 def test_values_are_those_that_were_given(built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:
-    sums = {f"layers.{i}.{name}.weight": torch.rand(192 if "down" in name else 128).double() for i in range(LAYERS) for name in LINEARS}
+    keys = [f"layers.{i}.{name}.weight" for i in range(LAYERS) for name in STANDARD.readers]
+    sums = {key: torch.rand(192 if "down" in key else 128).double() for key in keys}
     names = write_imatrix(tiny_dir, tmp_path / "imatrix.gguf", Importance(sums, 1000, 4), "pictures")
     entries = tensors(tmp_path / "imatrix.gguf")
     assert len(entries) == 2 * len(names) == 2 * len(sums)

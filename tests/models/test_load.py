@@ -10,7 +10,7 @@ import pytest
 import torch
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.models import LoadedModel, load
-from mbq_gguf.models.decoder import LINEARS, layer_fault
+from mbq_gguf.models.layout import STANDARD
 from safetensors.torch import load_file, save_file
 
 
@@ -44,7 +44,7 @@ def test_what_is_loaded(tiny: LoadedModel) -> None:
     assert tiny.decoder.path == "model.language_model"
     assert tiny.tied
     names = [name for name, _ in tiny.decoder.linears()]
-    assert len(names) == 3 * len(LINEARS)
+    assert len(names) == 3 * len(STANDARD.readers)
     assert names[0] == "layers.0.self_attn.q_proj"
     assert next(tiny.decoder.layers.parameters()).dtype == torch.bfloat16  # as stored
     assert tiny.decoder.norm.weight.dtype == torch.float32  # the rest computes in float32
@@ -150,8 +150,8 @@ def test_a_chat_template_that_raises(template: str, copy: Path) -> None:
 
 def test_layers_of_another_kind_are_told(tiny: LoadedModel) -> None:
     layer = tiny.decoder.layers[0]
-    assert layer_fault(layer) is None
+    assert STANDARD.fault(layer) is None
     layer.pre_feedforward_layernorm = torch.nn.LayerNorm(4)
-    assert layer_fault(layer) == "has a norm pre_feedforward_layernorm after its blocks"
+    assert STANDARD.fault(layer) == "has a norm pre_feedforward_layernorm that no layout knows"
     del layer.pre_feedforward_layernorm
-    assert layer_fault(torch.nn.Linear(2, 2)) == "has no linear self_attn.q_proj"
+    assert STANDARD.fault(torch.nn.Linear(2, 2)) == "has no linear self_attn.q_proj"

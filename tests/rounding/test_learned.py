@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from mbq_gguf.calibration.dataset import Sample
-from mbq_gguf.calibration.stream import Streamed, advance, capture, working_layer
+from mbq_gguf.calibration.stream import advance, capture, working_layer
+from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights import uniform
 from mbq_gguf.errors import UsageError
 from mbq_gguf.formats.grid import Grid, grid_of, to_f16
 from mbq_gguf.formats.mbq3 import MBQ3_64
 from mbq_gguf.models import LoadedModel
-from mbq_gguf.models.decoder import LINEARS, linear
+from mbq_gguf.models.layer import Layer
+from mbq_gguf.models.layout import STANDARD
 from mbq_gguf.quantise import quantise
 from mbq_gguf.rounding.gptq import Coded, code_gptq
 from mbq_gguf.rounding.learned import Line, learn
@@ -29,30 +31,30 @@ def grid() -> Grid:
     return found
 
 
-def miss(layer: torch.nn.Module, inputs: list[Streamed], wanted: list[Streamed]) -> float:
+def miss(layer: Layer, inputs: list[Streamed], wanted: list[Streamed]) -> float:
     """Squared error of the layer's outputs."""
     given = [replace(stream) for stream in inputs]
-    advance(layer, 0, given)
+    advance(layer, given)
     return sum(float((ours.hidden - theirs.hidden).square().sum()) for ours, theirs in zip(given, wanted, strict=True))
 
 
 def test_scales_that_are_five_per_cent_off_are_mended(tiny: LoadedModel, samples: list[Sample], grid: Grid) -> None:
     layer, streams = working_layer(tiny, 0), list(capture(tiny, samples))
     right: dict[str, Coded] = {}
-    for name in LINEARS:
-        weight = linear(layer, name).weight
+    for name in STANDARD.readers:
+        weight = layer.linear(name).weight
         right[name] = code_gptq(weight.detach(), torch.eye(weight.shape[1]), grid)
         weight.data.copy_(right[name].values(grid))
     inputs = [replace(stream) for stream in streams]
-    advance(layer, 0, streams)
+    advance(layer, streams)
     wrong = {name: (grid, replace(coded, scale=to_f16(coded.scale * 1.05))) for name, coded in right.items()}
     for name, (_, coded) in wrong.items():
-        linear(layer, name).weight.data.copy_(coded.values(grid))
-    found = learn(layer, 0, inputs, [stream.hidden for stream in streams], uniform, wrong, passes=90)
+        layer.linear(name).weight.data.copy_(coded.values(grid))
+    found = learn(layer, inputs, [stream.hidden for stream in streams], uniform, wrong, passes=90)
     assert found.keys() == wrong.keys()
     far = miss(layer, inputs, streams)
     for name, coded in found.items():
-        linear(layer, name).weight.data.copy_(coded.values(grid))
+        layer.linear(name).weight.data.copy_(coded.values(grid))
     left = miss(layer, inputs, streams) / far
     assert left < LEFT
     for name, coded in found.items():

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from mbq_gguf.calibration.dataset import Sample
-from mbq_gguf.calibration.stream import capture, run_layer, working_layer
+from mbq_gguf.calibration.stream import capture, working_layer
 from mbq_gguf.errors import UsageError
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.transforms.rotation import block_hadamard, draw, rotate_layer, rotate_output, rotated_ends
@@ -34,12 +34,14 @@ def test_a_rotated_layer_gives_the_rotated_output(tiny: LoadedModel, samples: li
     stream = next(capture(tiny, samples))
     for index in range(len(tiny.decoder.layers)):
         hidden, kwargs = stream.hidden.double(), doubled(stream.kwargs[index])
-        plain = run_layer(working_layer(tiny, index).double(), hidden, kwargs)
-        layer = working_layer(tiny, index).double()
-        rotate_layer(layer, rotation, index)
-        turned = run_layer(layer, hidden @ rotation.residual, kwargs)
+        plain_layer, layer = working_layer(tiny, index), working_layer(tiny, index)
+        plain_layer.module.double()
+        layer.module.double()
+        plain = plain_layer.run(hidden, kwargs)
+        rotate_layer(layer, rotation)
+        turned = layer.run(hidden @ rotation.residual, kwargs)
         assert float((turned @ rotation.residual.t() - plain).norm() / plain.norm()) < BOUND
-        assert float(layer.get_submodule("input_layernorm").weight.std()) == 0.0
+        assert float(layer.part("input_layernorm").weight.std()) == 0.0
 
 
 @torch.no_grad()

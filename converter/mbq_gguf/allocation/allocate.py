@@ -6,20 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from mbq_gguf.allocation.knapsack import Option
 from mbq_gguf.allocation.plan import Plan, make_plan
 from mbq_gguf.allocation.predict import Inputs, layer_options
 from mbq_gguf.calibration.observe import TokenWeights, observe
 from mbq_gguf.calibration.precision import bf16_products
-from mbq_gguf.calibration.stream import Streamed
-from mbq_gguf.models.decoder import GROUPS, Group, linear
+from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.models.layer import Layer
+from mbq_gguf.models.layout import Site
 
 
 def allocate(
     layers: int,
-    layer_of: Callable[[int], nn.Module],
+    layer_of: Callable[[int], Layer],
     streams: Sequence[Streamed],
     weights_of: Callable[[int], TokenWeights],
     fisher: Mapping[str, torch.Tensor],
@@ -31,7 +31,7 @@ def allocate(
 ) -> Plan:
     """The containers of least predicted cost at ``target`` bits a weight, by decoder-relative parameter name.
 
-    ``layer_of`` gives a layer as it is before equalisation, on the device; ``streams``, at the door of the first, are left as they are;
+    ``layer_of`` gives a layer as it is before equalisation, on the device; ``streams``, before the first layer, are left as they are;
     ``fisher`` [layers] is by linear; ``damping`` and ``clip`` are GPTQ's (see layer_options). Raises UsageError for a target out of reach.
     """
     running = [replace(stream) for stream in streams]
@@ -40,18 +40,18 @@ def allocate(
     for index in range(layers):
         layer, weights = layer_of(index), weights_of(index)
         with bf16_products():
-            hessians = observe(layer, index, running, hessian_weights=weights).hessians
+            hessians = observe(layer, running, hessian_weights=weights).hessians
         inputs = {}
-        for group in GROUPS:
-            inputs[group.name] = Inputs(hessians.pop(group.name), total_weight(streams, weights, group))
+        for site in layer.sites:
+            inputs[site.name] = Inputs(hessians.pop(site.name), total_weight(streams, weights, site))
         found = layer_options(layer, inputs, {name: float(values[index]) for name, values in fisher.items()}, damping, clip)
         for name, kinds in found.items():
             options[f"layers.{index}.{name}.weight"] = kinds
-            counts[f"layers.{index}.{name}.weight"] = linear(layer, name).weight.numel()
+            counts[f"layers.{index}.{name}.weight"] = layer.linear(name).weight.numel()
         progress(index + 1, layers)
     return make_plan(options, counts, target)
 
 
-def total_weight(streams: Sequence[Streamed], weights: TokenWeights, group: Group) -> float:
+def total_weight(streams: Sequence[Streamed], weights: TokenWeights, site: Site) -> float:
     """The sum of all tokens' weights."""
-    return float(sum(weights(stream, group).double().sum() for stream in streams))
+    return float(sum(weights(stream, site).double().sum() for stream in streams))

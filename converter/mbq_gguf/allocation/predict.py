@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from mbq_gguf.allocation.knapsack import Option
 from mbq_gguf.formats.container import Container
 from mbq_gguf.formats.grid import Grid, grid_of
 from mbq_gguf.formats.registry import container
-from mbq_gguf.models.decoder import GROUPS, Group, linear
+from mbq_gguf.models.layer import Layer
 from mbq_gguf.rounding.gptq import inverse_factor, objective
 from mbq_gguf.rounding.nearest import nearest_values
 from mbq_gguf.rounding.ranges import search_range, search_steps
@@ -32,7 +31,7 @@ ROWS = 128  # of a weight, evenly spread, that a prediction looks at
 
 @dataclass(frozen=True)
 class Inputs:
-    """Second moments of a group's inputs: ``hessian`` [columns, columns] and the sum of its tokens' weights."""
+    """Second moments of a site's inputs: ``hessian`` [columns, columns] and the sum of its tokens' weights."""
 
     hessian: torch.Tensor
     weight: float
@@ -49,19 +48,19 @@ def candidates(columns: int) -> list[Container]:
 
 @torch.no_grad()
 def layer_options(
-    layer: nn.Module, inputs: Mapping[str, Inputs], fisher: Mapping[str, float], damping: float | None, clip: bool
+    layer: Layer, inputs: Mapping[str, Inputs], fisher: Mapping[str, float], damping: float | None, clip: bool
 ) -> dict[str, dict[str, Option]]:
     """Bytes and predicted cost of each linear of ``layer`` in each candidate container, by the linear's name and the container's.
 
-    ``inputs`` are by group, ``fisher`` by linear; ``damping`` is GPTQ's, None for rounding to nearest; ``clip`` says whether GPTQ
+    ``inputs`` are by site, ``fisher`` by linear; ``damping`` is GPTQ's, None for rounding to nearest; ``clip`` says whether GPTQ
     searches ranges. Costs are those of at most ROWS rows, scaled up.
     """
     out: dict[str, dict[str, Option]] = {}
-    for group in GROUPS:
-        found = inputs[group.name]
+    for site in layer.sites:
+        found = inputs[site.name]
         costs = None if damping is None else inverse_factor(found.hessian, damping).diagonal().square().reciprocal()
-        for name in group.linears:
-            weight = linear(layer, name).weight.detach()
+        for name in site.readers:
+            weight = layer.linear(name).weight.detach()
             rows = weight[:: -(-len(weight) // ROWS)].float()
             out[name] = {}
             for kind in candidates(weight.shape[1]):
@@ -93,7 +92,7 @@ def foreseen(weight: torch.Tensor, costs: torch.Tensor, grid: Grid, clip: bool) 
 
 @torch.no_grad()
 def measured_costs(
-    layer: nn.Module,
+    layer: Layer,
     before: Mapping[str, torch.Tensor],
     inputs: Mapping[str, Inputs],
     fisher: Mapping[str, float],
@@ -101,18 +100,18 @@ def measured_costs(
 ) -> dict[str, float]:
     """What the rounding of each linear of ``layer`` has cost, by the linear's name.
 
-    ``before`` are its weights as they were rounded, ``inputs`` (by group) those of the layer with ``factors`` (by group) folded.
+    ``before`` are its weights as they were rounded, ``inputs`` (by site) those of the layer with ``factors`` (by site) folded.
     """
     out = {}
-    for group in GROUPS:
-        for name in group.linears:
-            change = linear(layer, name).weight - before[name]
-            scale = output_scale(factors, name)
-            out[name] = inputs[group.name].cost(change if scale is None else change * scale[:, None], fisher[name])
+    for site in layer.sites:
+        for name in site.readers:
+            change = layer.linear(name).weight - before[name]
+            scale = output_scale(layer, factors, name)
+            out[name] = inputs[site.name].cost(change if scale is None else change * scale[:, None], fisher[name])
     return out
 
 
-def output_scale(factors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
-    """What the outputs of linear ``name`` were divided by when ``factors`` (by group) were folded, one an output; None for nothing."""
-    following: list[Group] = [group for group in GROUPS if group.previous == name and group.name in factors]
+def output_scale(layer: Layer, factors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
+    """What the outputs of linear ``name`` were divided by when ``factors`` (by site) were folded, one an output; None for nothing."""
+    following = [site for site in layer.sites if site.absorber == name and site.name in factors]
     return factors[following[0].name] if following else None

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mbq_gguf.calibration.stream import Streamed, run_layer, to_device, working_layer
-from mbq_gguf.models.decoder import GROUPS
+from mbq_gguf.calibration.stream import to_device, working_layer
+from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
 
 
@@ -29,7 +30,7 @@ def importance(
 ) -> Importance:
     """Sums of squared inputs of every decoder linear, all tokens alike, one layer on the device at a time.
 
-    ``captured`` are samples at the door of layer 0; ``progress`` is called with layers done and their number.
+    ``captured`` are samples before layer 0; ``progress`` is called with layers done and their number.
     """
     streams = list(captured)
     sums: dict[str, torch.Tensor] = {}
@@ -38,22 +39,22 @@ def importance(
         layer = working_layer(loaded, index)
         squares = _Squares(layer)
         for stream in streams:
-            hidden = run_layer(layer, stream.hidden.to(loaded.device), to_device(stream.kwargs[index], loaded.device))
+            hidden = layer.run(stream.hidden.to(loaded.device), to_device(stream.kwargs[index], loaded.device))
             stream.hidden = hidden.to(stream.hidden.device)
-        for group in GROUPS:
-            for name in group.linears:
-                sums[f"layers.{index}.{name}.weight"] = squares.sums[group.name].cpu()
+        for site in layer.sites:
+            for name in site.readers:
+                sums[f"layers.{index}.{name}.weight"] = squares.sums[site.name].cpu()
         progress(index + 1, total)
     return Importance(sums, sum(len(stream.ids) for stream in streams), len(streams))
 
 
 class _Squares:
-    """Hooks on ``layer`` that add up the squared inputs of each group."""
+    """Hooks on ``layer`` that add up the squared inputs of each site."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Layer) -> None:
         self.sums: dict[str, torch.Tensor] = {}
-        for group in GROUPS:
-            layer.get_submodule(group.linears[0]).register_forward_pre_hook(self._hook(group.name))
+        for site in layer.sites:
+            layer.part(site.readers[0]).register_forward_pre_hook(self._hook(site.name))
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def add(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -8,19 +8,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from mbq_gguf.calibration.packs import packs
-from mbq_gguf.calibration.stream import Streamed, run_pack, unpack
-from mbq_gguf.models.decoder import GROUPS, Group
+from mbq_gguf.calibration.batches import batches
+from mbq_gguf.calibration.stream import run_batch, split_back
+from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.models.layer import Layer
+from mbq_gguf.models.layout import Site
 
 # Inputs are kept only to be compared with those of the rounded model, which differ by far more than this type rounds off.
 KEPT = torch.bfloat16
 
-TokenWeights = Callable[[Streamed, Group], torch.Tensor]  # one weight a token [tokens], float32
+TokenWeights = Callable[[Streamed, Site], torch.Tensor]  # one weight a token [tokens], float32
 
 
 @dataclass
 class Observed:
-    """By group name: the Hessian of its input x on the device [columns, columns], the sum over tokens of w_t x_t x_t^T, and all inputs
+    """By site name: the Hessian of its input x on the device [columns, columns], the sum over tokens of w_t x_t x_t^T, and all inputs
     where asked for, one [tokens, columns] a sample on the host."""
 
     hessians: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -29,38 +31,36 @@ class Observed:
 
 @torch.no_grad()
 def observe(
-    layer: nn.Module,
-    index: int,
+    layer: Layer,
     streams: Sequence[Streamed],
     *,
     hessian_weights: TokenWeights | None,
     keep_inputs: bool = False,
 ) -> Observed:
-    """Run ``streams`` through ``layer`` (number ``index``), in place, and keep what calibration needs; ``hessian_weights`` None means no
+    """Run ``streams`` through ``layer``, in place, and keep what calibration needs; ``hessian_weights`` None means no
     Hessians."""
-    device = next(layer.parameters()).device
-    observed = Observed(inputs={group.name: [] for group in GROUPS})
-    for pack in packs(streams, index):
+    observed = Observed(inputs={site.name: [] for site in layer.sites})
+    for batch in batches(streams, layer.index):
         with _Watch(layer) as watch:
-            hidden = run_pack(layer, index, pack)
-        for group in GROUPS:
-            x = watch.inputs[group.name][0].float()
+            hidden = run_batch(layer, batch)
+        for site in layer.sites:
+            x = watch.inputs[site.name][0].float()
             if keep_inputs:
-                observed.inputs[group.name] += torch.split(x.to(device="cpu", dtype=KEPT), [stream.hidden.shape[1] for stream in pack])
+                observed.inputs[site.name] += torch.split(x.to(device="cpu", dtype=KEPT), [stream.hidden.shape[1] for stream in batch])
             if hessian_weights is not None:
                 # Both sides alike, so that the sum is positive however the product is rounded.
-                rooted = x * torch.cat([hessian_weights(stream, group) for stream in pack]).to(device).sqrt()[:, None]
-                observed.hessians.setdefault(group.name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(rooted.t(), rooted)
-        unpack(pack, hidden)
+                rooted = x * torch.cat([hessian_weights(stream, site) for stream in batch]).to(layer.device).sqrt()[:, None]
+                observed.hessians.setdefault(site.name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(rooted.t(), rooted)
+        split_back(batch, hidden)
     return observed
 
 
 class _Watch:
-    """While open, keeps the latest input of each group's first linear."""
+    """While open, keeps the latest input of each site's first linear."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Layer) -> None:
         self.inputs: dict[str, torch.Tensor] = {}
-        self.handles = [layer.get_submodule(group.linears[0]).register_forward_pre_hook(self._input(group.name)) for group in GROUPS]
+        self.handles = [layer.part(site.readers[0]).register_forward_pre_hook(self._input(site.name)) for site in layer.sites]
 
     def __enter__(self) -> _Watch:
         return self

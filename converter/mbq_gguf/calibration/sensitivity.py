@@ -14,13 +14,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from mbq_gguf.calibration.stream import Streamed, advance, logits, run_layer, to_device, working_layer
-from mbq_gguf.models.decoder import GROUPS, LINEARS
+from mbq_gguf.calibration.stream import advance, logits, to_device, working_layer
+from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.models.layout import Layout
 from mbq_gguf.models.loaded import LoadedModel
 
 # Layer inputs kept on the host at a time; a larger calibration set goes through the layers in parts.
 HOST_BYTES = 4 << 30
-WATCHED = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 CLASSES = ("vision", "answer", "prompt")
 PROBE_SEED = 0
 
@@ -29,8 +29,8 @@ PROBE_SEED = 0
 class Sensitivity:
     """What the gradients at the linears' outputs say.
 
-    ``mean[block][token class]`` [layers], float64: |dL/dY| at the outputs of o_proj and down_proj, mean over channels and tokens of the
-    class, then over samples (MBQ, arXiv 2412.19509, section 3).
+    ``mean[branch][token class]`` [layers], float64: |dL/dY| at the outputs of the linears that end a branch (o_proj and down_proj), mean
+    over channels and tokens of the class, then over samples (MBQ, arXiv 2412.19509, section 3).
 
     ``fisher[linear]`` [layers], float64, nats: what a squared error of the linear's output, summed over channels and averaged over
     tokens, adds to the mean KL divergence of the answers' distributions. To second order an error e costs E[(e . u) ** 2] / 2 where the
@@ -38,8 +38,8 @@ class Sensitivity:
     fisher = sum over tokens of mean over channels of u ** 2 / 2, mean over samples: K-FAC's second factor (arXiv 1503.05671, section 3),
     its diagonal averaged.
 
-    ``salience``, one tensor a stream [..., layers, groups, tokens], float32, leading dimensions as the stream's ``ids``: u ** 2, mean over
-    the output channels of the group's linears. ``fisher`` and ``salience`` are empty where :func:`measure` was not asked for them.
+    ``salience``, one tensor a stream [..., layers, sites, tokens], float32, leading dimensions as the stream's ``ids``: u ** 2, mean over
+    the output channels of the site's linears. ``fisher`` and ``salience`` are empty where :func:`measure` was not asked for them.
     """
 
     mean: dict[str, dict[str, torch.Tensor]]
@@ -75,9 +75,11 @@ class Sensitivity:
     @staticmethod
     def restored(tensors: Mapping[str, torch.Tensor]) -> Sensitivity:
         """What :meth:`tensors` was taken from."""
-        mean = {block: {name: tensors[f"mean.{block}.{name}"] for name in CLASSES} for block in WATCHED}
+        names = [name.split(".", 1) for name in tensors]
+        blocks = dict.fromkeys(rest.split(".")[0] for part, rest in names if part == "mean")
+        mean = {block: {name: tensors[f"mean.{block}.{name}"] for name in CLASSES} for block in blocks}
         count = sum(name.startswith("salience.") for name in tensors)
-        fisher = {name: tensors[f"fisher.{name}"] for name in LINEARS if f"fisher.{name}" in tensors}
+        fisher = {rest: tensors[f"fisher.{rest}"] for part, rest in names if part == "fisher"}
         return Sensitivity(mean, fisher, [tensors[f"salience.{number}"] for number in range(count)])
 
 
@@ -88,12 +90,12 @@ def measure(
     *,
     fisher: bool = False,
 ) -> Sensitivity:
-    """Sensitivity of every layer from ``streams`` at the door of layer 0, which are left as they are.
+    """Sensitivity of every layer from ``streams`` before layer 0, which are left as they are.
 
     ``fisher`` asks for fisher and salience, which take a second backward pass. ``progress`` takes layer runs, done and total.
     """
     layers = len(loaded.decoder.layers)
-    sums = _Sums(layers, fisher)
+    sums = _Sums(loaded.decoder.layout, layers, fisher)
     draw = torch.Generator().manual_seed(PROBE_SEED)
     parts = _parts(streams, layers)
     for number, part in enumerate(parts):
@@ -131,7 +133,7 @@ def _forward(loaded: LoadedModel, part: list[Streamed], done: Callable[[int], No
     running = [replace(stream) for stream in part]
     inputs = [[stream.hidden for stream in running]]
     for index in range(len(loaded.decoder.layers)):
-        advance(working_layer(loaded, index), index, running)
+        advance(working_layer(loaded, index), running)
         inputs.append([stream.hidden for stream in running])
         done(index + 1)
     return inputs
@@ -175,12 +177,12 @@ def _backward(
     """Take the gradients of layer ``index``'s output to its input, and count those of its linears' outputs."""
     layer = working_layer(loaded, index)
     seen: dict[str, torch.Tensor] = {}
-    for name in LINEARS:
-        layer.get_submodule(name).register_full_backward_hook(_keep(seen, name))
+    for name in layer.layout.readers:
+        layer.part(name).register_full_backward_hook(_keep(seen, name))
     out: list[list[torch.Tensor]] = []
     for stream, hidden, ends, counts in zip(part, inputs, grads, counted, strict=True):
         hidden = hidden.to(loaded.device).requires_grad_()
-        output = run_layer(layer, hidden, to_device(stream.kwargs[index], loaded.device))
+        output = layer.run(hidden, to_device(stream.kwargs[index], loaded.device))
         out.append([])
         for end, count in zip(ends, (counts.loss, counts.fisher), strict=False):
             (gradient,) = torch.autograd.grad(output, hidden, end.to(loaded.device), retain_graph=end is not ends[-1])
@@ -199,10 +201,12 @@ def _keep(seen: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
 class _Sums:
     """Sums over samples, and each stream's salience."""
 
-    def __init__(self, layers: int, fisher: bool) -> None:
-        self.layers = layers
-        self.mean = {block: {c: torch.zeros(layers, dtype=torch.float64) for c in CLASSES} for block in WATCHED}
-        self.fisher = {name: torch.zeros(layers, dtype=torch.float64) for name in (LINEARS if fisher else ())}
+    def __init__(self, layout: Layout, layers: int, fisher: bool) -> None:
+        self.layout, self.layers = layout, layers
+        self.mean = {
+            block: {c: torch.zeros(layers, dtype=torch.float64) for c in CLASSES} for block in (branch.name for branch in layout.branches)
+        }
+        self.fisher = {name: torch.zeros(layers, dtype=torch.float64) for name in (layout.readers if fisher else ())}
         self.salience: list[torch.Tensor] = []
         self.having = dict.fromkeys(CLASSES, 0)  # samples that have tokens of the class
 
@@ -212,7 +216,7 @@ class _Sums:
         for name, mask in masks.items():
             self.having[name] += int(mask.any(dim=1).sum())
         samples, tokens = masks["answer"].shape
-        salience = torch.zeros(samples, self.layers, len(GROUPS), tokens)
+        salience = torch.zeros(samples, self.layers, len(self.layout.sites), tokens)
         if self.fisher:
             self.salience.append(salience.view(*stream.ids.shape[:-1], *salience.shape[1:]))
         return _Counted(self, masks, salience)
@@ -225,7 +229,7 @@ class _Sums:
 
 @dataclass
 class _Counted:
-    """Adds one stream's gradients to ``sums``; ``masks`` [samples, tokens], ``salience`` [samples, layers, groups, tokens]."""
+    """Adds one stream's gradients to ``sums``; ``masks`` [samples, tokens], ``salience`` [samples, layers, sites, tokens]."""
 
     sums: _Sums
     masks: dict[str, torch.Tensor]
@@ -233,18 +237,18 @@ class _Counted:
 
     def loss(self, index: int, gradients: Mapping[str, torch.Tensor]) -> None:
         """Add the loss's gradients [samples, tokens, channels] at the outputs of layer ``index``'s linears, by name."""
-        for block, name in WATCHED.items():
-            absolute = gradients[name].float().abs().mean(dim=2).double().cpu()
+        for branch in self.sums.layout.branches:
+            absolute = gradients[branch.writer].float().abs().mean(dim=2).double().cpu()
             for token_class, mask in self.masks.items():
                 having = mask.any(dim=1)
                 of_class = (absolute * mask).sum(dim=1)[having] / mask.sum(dim=1)[having]
-                self.sums.mean[block][token_class][index] += of_class.sum()
+                self.sums.mean[branch.name][token_class][index] += of_class.sum()
 
     def fisher(self, index: int, gradients: Mapping[str, torch.Tensor]) -> None:
         """Add u [samples, tokens, channels] at the outputs of layer ``index``'s linears, by name."""
-        for place, group in enumerate(GROUPS):
-            squares = {name: gradients[name].float().square().mean(dim=2).cpu() for name in group.linears}
+        for place, site in enumerate(self.sums.layout.sites):
+            squares = {name: gradients[name].float().square().mean(dim=2).cpu() for name in site.readers}
             for name, square in squares.items():
                 self.sums.fisher[name][index] += square.double().sum() / 2
-            sizes = {name: gradients[name].shape[2] for name in group.linears}
+            sizes = {name: gradients[name].shape[2] for name in site.readers}
             self.salience[:, index, place] = sum(squares[name] * (size / sum(sizes.values())) for name, size in sizes.items())

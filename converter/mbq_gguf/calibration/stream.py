@@ -5,67 +5,44 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from mbq_gguf.calibration.batches import Apart, batches, joined
 from mbq_gguf.calibration.dataset import Sample
-from mbq_gguf.calibration.packs import Apart, joined, packs
+from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import AnswerMask, Encoded
 
 
-@dataclass
-class Streamed:
-    """One sample on the host between two decoder layers.
-
-    ``hidden`` [1, tokens, width] is the input of the next layer, ``kwargs`` what the model hands to each layer beside it (rotary
-    embeddings, mask), ``ids`` [tokens]. Bool [tokens]: ``vision``; ``answer``, the tokens that stand for the answer (Encoded.counted);
-    ``labels``, the tokens that the loss is about: answers and their ends. ``salience`` [layers, groups, tokens] is there once the
-    sensitivity is measured (see Sensitivity).
-    """
-
-    hidden: torch.Tensor
-    kwargs: list[dict[str, Any]]
-    ids: torch.Tensor
-    vision: torch.Tensor
-    answer: torch.Tensor
-    labels: torch.Tensor
-    salience: torch.Tensor | None = None
-
-    @property
-    def prompt(self) -> torch.Tensor:
-        """Tokens that are neither vision nor answer."""
-        return ~(self.vision | self.answer)
-
-
 def capture(loaded: LoadedModel, samples: Iterable[Sample], answer_mask: AnswerMask = "header") -> Iterator[Streamed]:
-    """Run vision tower and embeddings for each sample, and stop at the door of decoder layer 0."""
+    """Run vision tower and embeddings for each sample, and stop before decoder layer 0."""
     for sample in samples:
         yield capture_encoded(loaded, loaded.encode(sample.image, list(sample.turns)), answer_mask)
 
 
 @torch.no_grad()
 def capture_encoded(loaded: LoadedModel, encoded: Encoded, answer_mask: AnswerMask = "header") -> Streamed:
-    """The state of one encoded conversation at the door of decoder layer 0."""
+    """The state of one encoded conversation before decoder layer 0."""
     decoder = loaded.decoder
-    doors = nn.ModuleList([_Door() for _ in decoder.layers])
-    decoder.module.layers = doors
+    catchers = nn.ModuleList([_Catcher() for _ in decoder.layers])
+    decoder.module.layers = catchers
     try:
         loaded.model(**encoded.inputs, use_cache=False, logits_to_keep=1)
     finally:
         decoder.module.layers = decoder.layers
     seen: dict[int, torch.Tensor] = {}
-    kwargs = [_to_host(door.kwargs, seen) for door in doors if isinstance(door, _Door)]
-    first = doors[0]
-    assert isinstance(first, _Door)
+    kwargs = [_to_host(catcher.kwargs, seen) for catcher in catchers if isinstance(catcher, _Catcher)]
+    first = catchers[0]
+    assert isinstance(first, _Catcher)
     assert first.hidden is not None
     return Streamed(first.hidden.cpu(), kwargs, encoded.ids.cpu(), encoded.vision, encoded.counted(answer_mask), encoded.answer)
 
 
-class _Door(nn.Module):
+class _Catcher(nn.Module):
     """Stands where a decoder layer was, keeps what it is given and lets the hidden states through."""
 
     def __init__(self) -> None:
@@ -100,39 +77,31 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
-def working_layer(loaded: LoadedModel, index: int) -> nn.Module:
+def working_layer(loaded: LoadedModel, index: int) -> Layer:
     """A copy of decoder layer ``index`` on the device in the computing dtype; the stored layer stays as it is."""
-    return copy.deepcopy(loaded.decoder.layers[index]).to(device=loaded.device, dtype=loaded.dtype)
+    module = copy.deepcopy(loaded.decoder.layers[index]).to(device=loaded.device, dtype=loaded.dtype)
+    return Layer(module, index, loaded.decoder.layout)
 
 
-def run_layer(layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    """Output [1, tokens, width] of a decoder layer; everything on the layer's device."""
-    out = layer(hidden, **kwargs)
-    result = out[0] if isinstance(out, tuple) else out
-    assert isinstance(result, torch.Tensor)
-    return result
+def run_batch(layer: Layer, batch: Sequence[Streamed]) -> torch.Tensor:
+    """Output [1, tokens, width] of ``layer``, on its device, for one of :func:`batches`."""
+    hidden, kwargs = joined(batch, layer.index)
+    with Apart([stream.hidden.shape[1] for stream in batch]) if len(batch) > 1 else nullcontext():
+        return layer.run(hidden.to(layer.device), to_device(kwargs, layer.device))
 
 
-def run_pack(layer: nn.Module, index: int, pack: Sequence[Streamed]) -> torch.Tensor:
-    """Output [1, tokens, width] of decoder layer ``index``, on its device, for one of :func:`packs`."""
-    device = next(layer.parameters()).device
-    hidden, kwargs = joined(pack, index)
-    with Apart([stream.hidden.shape[1] for stream in pack]) if len(pack) > 1 else nullcontext():
-        return run_layer(layer, hidden.to(device), to_device(kwargs, device))
-
-
-def unpack(pack: Sequence[Streamed], hidden: torch.Tensor) -> None:
-    """Give each stream of ``pack`` its part of ``hidden`` [1, tokens, width]."""
-    parts = torch.split(hidden.to(pack[0].hidden.device), [stream.hidden.shape[1] for stream in pack], dim=1)
-    for stream, part in zip(pack, parts, strict=True):
+def split_back(batch: Sequence[Streamed], hidden: torch.Tensor) -> None:
+    """Give each stream of ``batch`` its part of ``hidden`` [1, tokens, width]."""
+    parts = torch.split(hidden.to(batch[0].hidden.device), [stream.hidden.shape[1] for stream in batch], dim=1)
+    for stream, part in zip(batch, parts, strict=True):
         stream.hidden = part
 
 
 @torch.no_grad()
-def advance(layer: nn.Module, index: int, streams: Sequence[Streamed]) -> None:
-    """Send every stream through ``layer``, in place: ``hidden`` becomes the input of layer ``index + 1``."""
-    for pack in packs(streams, index):
-        unpack(pack, run_pack(layer, index, pack))
+def advance(layer: Layer, streams: Sequence[Streamed]) -> None:
+    """Send every stream through ``layer``, in place: ``hidden`` becomes the input of the next layer."""
+    for batch in batches(streams, layer.index):
+        split_back(batch, run_batch(layer, batch))
 
 
 def logits(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,8 @@ import torch
 from mbq_gguf.calibration.dataset import FREE_QUESTION, Sample
 from mbq_gguf.calibration.generate import written_texts
 from mbq_gguf.calibration.pictures import picture
-from mbq_gguf.calibration.stream import Streamed, capture_encoded
+from mbq_gguf.calibration.stream import capture_encoded
+from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.loaded import LoadedModel
 
 TEXT_TOKENS = 128  # what the six minutes allow that the reference VLM may take
@@ -30,7 +31,7 @@ def written(loaded: LoadedModel, count: int, progress: Callable[[int, int], None
 
 
 def synthetic_streams(loaded: LoadedModel, texts: torch.Tensor, samples: Sequence[Sample]) -> Iterator[Streamed]:
-    """Each of ``texts`` [count, tokens] and half as many pictures, at the door of layer 0. They have no answers."""
+    """Each of ``texts`` [count, tokens] and half as many pictures, before layer 0. They have no answers."""
     for ids in texts:
         yield capture_encoded(loaded, loaded.encode_text(ids))
     draw = np.random.default_rng(SEED)

@@ -15,6 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import mbq_gguf
+from mbq_gguf.calibration.dataset import SHIPPED as CALIBRATION
+from mbq_gguf.code_hash import code_hash
 from mbq_gguf.convert import ConvertOptions, convert
 from mbq_gguf.demo.assemble import WEIGHTS, assemble
 from mbq_gguf.evaluate.exact_match import CONTEXT, MAX_TOKENS, SHIPPED, Question, load_questions
@@ -23,21 +25,6 @@ from mbq_gguf.llama_cpp.paths import source_dir
 from mbq_gguf.llama_cpp.server import LlamaServer
 
 TASKS = ("digits", "leftmost", "chart_sum")  # the first question of each in the shipped set is asked
-# The parts of the package that decide what a converted file holds.
-MAKERS = (
-    "calibration",
-    "demo",
-    "export",
-    "formats",
-    "models",
-    "rounding",
-    "transforms",
-    "conversations.py",
-    "convert.py",
-    "picture.py",
-    "quantise.py",
-    "settings.py",
-)
 
 
 @dataclass(frozen=True)
@@ -85,13 +72,10 @@ def converted(model: Path, out: Path, container: str, console: Console) -> Conve
 
 def fingerprint(model: Path, container: str) -> str:
     """A hash of everything a converted file comes from: the model, the container, the calibration set, the converter's own code."""
-    package = Path(mbq_gguf.__file__).parent
-    digest = hashlib.sha256(f"{mbq_gguf.__version__} {container}".encode())
-    for name in MAKERS:
-        part = package / name
-        for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
-            if file.is_file() and file.suffix != ".pyc":
-                digest.update(f"{file.relative_to(package)} {file_hash(file)}".encode())
+    digest = hashlib.sha256(f"{mbq_gguf.__version__} {container} {code_hash('convert')}".encode())
+    folder = CALIBRATION.parent
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{file.relative_to(folder)} {file_hash(file)}".encode())
     digest.update(file_hash(model / WEIGHTS).encode())
     return digest.hexdigest()
 

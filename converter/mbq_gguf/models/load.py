@@ -9,7 +9,7 @@ import torch
 
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.models.checks import check_finite, check_unquantised, check_whole, read_config, read_object, weight_files
-from mbq_gguf.models.decoder import check_standard, find_decoder
+from mbq_gguf.models.decoder import check_layers, find_decoder
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, QwenImagePrompt
 
@@ -36,10 +36,10 @@ def load(model_dir: Path, device: str | torch.device = "cpu", dtype: torch.dtype
     weight_files(model_dir)
     model = _load_weights(model_dir, architecture)
     check_finite(model)
-    decoder = find_decoder(model)
+    decoder = find_decoder(model, architecture)
     if decoder is None:
         raise UsageError(f"{architecture} is not supported, its decoder layers were not found: use a model of {SUPPORTED}")
-    check_standard(decoder, architecture, SUPPORTED)
+    check_layers(decoder, architecture, SUPPORTED)
     model.requires_grad_(False)
     device = torch.device(device)
     layers = decoder.layers

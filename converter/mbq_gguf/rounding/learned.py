@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from mbq_gguf.calibration.observe import TokenWeights
-from mbq_gguf.calibration.stream import Streamed, to_device
+from mbq_gguf.calibration.stream import to_device
+from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.formats.grid import Grid
-from mbq_gguf.models.decoder import GROUPS
+from mbq_gguf.models.layer import Layer
 from mbq_gguf.rounding.gptq import Coded
 
 # Of Adam, in shares of a scale; falls to 0 in a straight line. On layers 0 to 3 of the reference VLM, 36 steps bring the error on samples
@@ -58,8 +58,7 @@ class Line:
 
 
 def learn(
-    layer: nn.Module,
-    index: int,
+    layer: Layer,
     prefix: Sequence[Streamed],
     targets: Sequence[torch.Tensor],
     weights: TokenWeights,
@@ -68,7 +67,7 @@ def learn(
 ) -> dict[str, Coded]:
     """Better parameters for the matrices ``rounded`` (by name in ``layer``, which is left as it is), or none where they do not pay.
 
-    ``prefix`` enters layer ``index``, ``targets`` [1, tokens, width] are to come out; ``passes`` is how often every sample is seen.
+    ``prefix`` enters ``layer``, ``targets`` [1, tokens, width] are to come out; ``passes`` is how often every sample is seen.
     """
     lines = {name: Line.of(grid, coded) for name, (grid, coded) in rounded.items() if grid.scale.free}
     if not lines:
@@ -77,12 +76,12 @@ def learn(
     optimiser = torch.optim.Adam(parameters, lr=RATE)
     steps = max(1, passes * len(prefix) // BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
-    before = _loss(layer, index, prefix, targets, weights, {})
+    before = _loss(layer, prefix, targets, weights, {})
     for step in range(steps):
         drawn = [(step * BATCH + number) % len(prefix) for number in range(BATCH)]
         with torch.enable_grad():
             matrices = {f"{name}.weight": line.weight() for name, line in lines.items()}
-            losses = [_error(layer, index, prefix[i], targets[i], weights, matrices) for i in drawn]
+            losses = [_error(layer, prefix[i], targets[i], weights, matrices) for i in drawn]
             gradients = torch.autograd.grad(torch.stack(losses).sum() / before, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -90,31 +89,28 @@ def learn(
         schedule.step()
     found = {name: line.result() for name, line in lines.items()}
     matrices = {f"{name}.weight": found[name].values(line.grid) for name, line in lines.items()}
-    return found if _loss(layer, index, prefix, targets, weights, matrices) < before else {}
+    return found if _loss(layer, prefix, targets, weights, matrices) < before else {}
 
 
 @torch.no_grad()
 def _loss(
-    layer: nn.Module,
-    index: int,
+    layer: Layer,
     prefix: Sequence[Streamed],
     targets: Sequence[torch.Tensor],
     weights: TokenWeights,
     matrices: dict[str, torch.Tensor],
 ) -> float:
-    return sum(float(_error(layer, index, *pair, weights, matrices)) for pair in zip(prefix, targets, strict=True))
+    return sum(float(_error(layer, *pair, weights, matrices)) for pair in zip(prefix, targets, strict=True))
 
 
-def _error(
-    layer: nn.Module, index: int, stream: Streamed, target: torch.Tensor, weights: TokenWeights, matrices: dict[str, torch.Tensor]
-) -> torch.Tensor:
+def _error(layer: Layer, stream: Streamed, target: torch.Tensor, weights: TokenWeights, matrices: dict[str, torch.Tensor]) -> torch.Tensor:
     """Weighted sum over one sample's tokens of the output's squared difference, with ``matrices`` in place of the layer's.
 
     Each token's is a share of its target's square, as the next norm divides by it: tokens that serve as sinks are 100 times as long.
     """
-    device = next(layer.parameters()).device
-    out = torch.func.functional_call(layer, matrices, (stream.hidden.to(device),), to_device(stream.kwargs[index], device))
+    device = layer.device
+    out = torch.func.functional_call(layer.module, matrices, (stream.hidden.to(device),), to_device(stream.kwargs[layer.index], device))
     hidden = out[0] if isinstance(out, tuple) else out
     wanted = target.to(device)
     per_token = (hidden - wanted).square().sum(dim=-1)[0] / wanted.square().sum(dim=-1)[0]
-    return torch.dot(per_token, weights(stream, GROUPS[-1]).to(per_token))
+    return torch.dot(per_token, weights(stream, layer.layout.last).to(per_token))

@@ -1,4 +1,4 @@
-"""Round one layer group by group, each group from the inputs that everything rounded before it gives.
+"""Round one layer site by site, each from the inputs that everything rounded before it gives.
 
 Errors of the prefix are thus seen, and partly made good: with x the rounded model's input and y the original one, the weight that is
 rounded is W + a W (sum (y - x)^T x) H^-1, which for a = 1 gives the original output from the rounded input as nearly as a linear map can
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
 
 from mbq_gguf.calibration.moments import Moments
 from mbq_gguf.formats.container import Container
 from mbq_gguf.formats.grid import Grid, grid_of
 from mbq_gguf.formats.registry import container_for
-from mbq_gguf.models.decoder import GROUPS, LINEARS, Group, linear
+from mbq_gguf.models.layer import Layer
+from mbq_gguf.models.layout import Site
 from mbq_gguf.rounding.descent import descend
 from mbq_gguf.rounding.gptq import Coded, code_gptq, inverse_factor
 from mbq_gguf.rounding.nearest import Rounded, round_nearest
@@ -47,24 +47,24 @@ class Matrix:
 
 
 def round_in_order(
-    layer: nn.Module, containers: Mapping[str, str], moments_of: Callable[[Group], Moments | None], refinement: Refinement
+    layer: Layer, containers: Mapping[str, str], moments_of: Callable[[Site], Moments | None], refinement: Refinement
 ) -> dict[str, Matrix]:
     """Round ``layer`` in place; every linear's matrix by its name in the layer, as are ``containers``.
 
-    ``moments_of`` is asked for a group's moments when every earlier group of the layer is rounded; None means nearest rounding, which a
+    ``moments_of`` is asked for a site's moments when every earlier site of the layer is rounded; None means nearest rounding, which a
     container without a grid (F16 and other fallbacks) always gets.
     """
     out = {}
-    for group in GROUPS:
-        kinds = {name: container_for(containers[name], linear(layer, name).in_features) for name in group.linears}
-        found = moments_of(group) if any(grid_of(kept) for kept in kinds.values()) else None
+    for site in layer.sites:
+        kinds = {name: container_for(containers[name], layer.linear(name).in_features) for name in site.readers}
+        found = moments_of(site) if any(grid_of(kept) for kept in kinds.values()) else None
         for kept in dict.fromkeys(kinds.values()):
-            names = [name for name in group.linears if kinds[name] == kept]
-            weights = [linear(layer, name).weight for name in names]
+            names = [name for name in site.readers if kinds[name] == kept]
+            weights = [layer.linear(name).weight for name in names]
             for name, weight, matrix in zip(names, weights, _rounded(weights, kept, found, refinement), strict=True):
                 weight.data.copy_(matrix.rounded.weight)
                 out[name] = matrix
-    return {name: out[name] for name in LINEARS}
+    return {name: out[name] for name in layer.layout.readers}
 
 
 def _rounded(weights: Sequence[torch.Tensor], kept: Container, found: Moments | None, refinement: Refinement) -> list[Matrix]:

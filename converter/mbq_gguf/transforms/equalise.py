@@ -19,7 +19,8 @@ from torch import nn
 
 from mbq_gguf.calibration.calls import Call
 from mbq_gguf.calibration.precision import bf16_products
-from mbq_gguf.models.decoder import Group, linear
+from mbq_gguf.models.layer import Layer
+from mbq_gguf.models.layout import Site
 from mbq_gguf.transforms.candidate import Rounder
 from mbq_gguf.transforms.fold import gather, repeats, spread
 
@@ -29,7 +30,7 @@ SMALLEST_FACTOR = 1e-4
 
 @dataclass(frozen=True)
 class Choice:
-    """What the search found for one group: the exponent, its factors (one an output of the group's previous operation), and the loss of
+    """What the search found for one site: the exponent, its factors (one an output of the site's absorber), and the loss of
     each exponent that was tried."""
 
     exponent: float
@@ -45,24 +46,24 @@ def channel_factors(mean_abs: torch.Tensor, exponent: float) -> torch.Tensor:
 
 @torch.no_grad()
 def search(
-    layer: nn.Module, group: Group, mean_abs: torch.Tensor, calls: Sequence[Call], power: int, rounder: Rounder, patience: int | None = None
+    layer: Layer, site: Site, mean_abs: torch.Tensor, calls: Sequence[Call], power: int, rounder: Rounder, patience: int | None = None
 ) -> Choice | None:
-    """The best of :data:`EXPONENTS` for ``group``; None where the layer's shapes do not allow the fold. ``layer`` is left as it was.
+    """The best of :data:`EXPONENTS` for ``site``; None where the layer's shapes do not allow the fold. ``layer`` is left as it was.
 
     ``mean_abs`` [columns] is over all tokens; ``power`` 1 or 2 is the norm of the loss; after ``patience`` exponents in a row that are no
     better than one before, the search ends.
     """
-    if repeats(layer, group) == 0:
+    if repeats(layer, site) == 0:
         return None
-    inspected = layer.get_submodule(group.inspected)
-    linears = [linear(layer, name) for name in group.linears]
+    inspected = layer.part(site.inspected)
+    linears = [layer.linear(name) for name in site.readers]
     original = [module.weight.detach().clone() for module in linears]
-    shared = gather(layer, group, mean_abs)
+    shared = gather(layer, site, mean_abs)
     losses: list[float] = []
     best = 0
     try:
         for number, exponent in enumerate(EXPONENTS):
-            factors = spread(layer, group, channel_factors(shared, exponent))
+            factors = spread(layer, site, channel_factors(shared, exponent))
             rounded = rounder([weight * factors for weight in original], factors)
             for module, values in zip(linears, rounded, strict=True):
                 module.weight.copy_(values / factors)

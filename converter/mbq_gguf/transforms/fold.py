@@ -9,51 +9,47 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mbq_gguf.models.decoder import Group, linear, norm_offset
+from mbq_gguf.models.layer import Layer, norm_offset
+from mbq_gguf.models.layout import Site
 
 
-def repeats(layer: nn.Module, group: Group) -> int:
-    """How many input channels of the group's linears share one factor: the query heads of a key/value head for o_proj, else 1.
+def repeats(layer: Layer, site: Site) -> int:
+    """How many input channels of the site's linears share one factor: the query heads of a key/value head for o_proj, else 1.
 
-    0 where the shapes do not allow the fold.
+    0 where nothing takes the factors, or the shapes do not allow the fold.
     """
-    previous = layer.get_submodule(group.previous)
+    if site.absorber is None:
+        return 0
+    previous = layer.absorber(site)
     if not isinstance(previous, nn.Linear):
         return 1
-    columns = linear(layer, group.linears[0]).in_features
+    columns = layer.linear(site.readers[0]).in_features
     return columns // previous.out_features if columns % previous.out_features == 0 else 0
 
 
-def spread(layer: nn.Module, group: Group, factors: torch.Tensor) -> torch.Tensor:
-    """One factor an output of ``group.previous`` to one an input channel of the group's linears.
+def spread(layer: Layer, site: Site, factors: torch.Tensor) -> torch.Tensor:
+    """One factor an output of ``site.absorber`` to one an input channel of the site's linears.
 
     With grouped queries, query head h reads value head h // repeats, so each value head's factors come ``repeats`` times in a row.
     """
-    times = repeats(layer, group)
+    times = repeats(layer, site)
     if times == 1:
         return factors
-    return factors.view(-1, head_dim(layer)).repeat_interleave(times, dim=0).reshape(-1)
+    return factors.view(-1, layer.head_dim).repeat_interleave(times, dim=0).reshape(-1)
 
 
-def gather(layer: nn.Module, group: Group, values: torch.Tensor) -> torch.Tensor:
+def gather(layer: Layer, site: Site, values: torch.Tensor) -> torch.Tensor:
     """The mean of ``values`` (one an input channel) over the channels that share a factor; the counterpart of :func:`spread`."""
-    times = repeats(layer, group)
+    times = repeats(layer, site)
     if times == 1:
         return values
-    return values.view(-1, times, head_dim(layer)).mean(dim=1).reshape(-1)
-
-
-def head_dim(layer: nn.Module) -> int:
-    """Channels of one attention head."""
-    value = layer.get_submodule("self_attn").head_dim
-    assert isinstance(value, int)
-    return value
+    return values.view(-1, times, layer.head_dim).mean(dim=1).reshape(-1)
 
 
 @torch.no_grad()
-def fold(layer: nn.Module, group: Group, factors: torch.Tensor) -> None:
-    """Fold ``factors`` (one an output of ``group.previous``) into ``layer``, in place and in its dtype."""
-    previous = layer.get_submodule(group.previous)
+def fold(layer: Layer, site: Site, factors: torch.Tensor) -> None:
+    """Fold ``factors`` (one an output of ``site.absorber``) into ``layer``, in place and in its dtype."""
+    previous = layer.absorber(site)
     bias = getattr(previous, "bias", None)
     weight = previous.weight
     assert isinstance(weight, torch.Tensor)
@@ -64,6 +60,6 @@ def fold(layer: nn.Module, group: Group, factors: torch.Tensor) -> None:
         weight.copy_((weight + offset) / factors - offset)
     if isinstance(bias, torch.Tensor):
         bias.div_(factors)
-    inputs = spread(layer, group, factors)
-    for name in group.linears:
-        linear(layer, name).weight.mul_(inputs)
+    inputs = spread(layer, site, factors)
+    for name in site.readers:
+        layer.linear(name).weight.mul_(inputs)

@@ -1,18 +1,17 @@
-"""Equalise one decoder layer: search group after group, then fold all choices."""
+"""Equalise one decoder layer: search site after site, then fold all choices."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from mbq_gguf.calibration.calls import Entering, observed_calls
 from mbq_gguf.calibration.observe import TokenWeights
 from mbq_gguf.formats.registry import container_for
-from mbq_gguf.models.decoder import GROUPS, LINEARS, Group, linear
+from mbq_gguf.models.layer import Layer
+from mbq_gguf.models.layout import Site
 from mbq_gguf.rounding.sequence import Refinement
 from mbq_gguf.transforms.candidate import Rounder, by_gptq, by_nearest
 from mbq_gguf.transforms.equalise import Choice, search
@@ -27,7 +26,7 @@ GPTQ_PATIENCE = 4
 class Judge:
     """How candidates are compared: the weight of each token and the power of the error, on the first ``samples`` (None: all).
 
-    ``gptq`` says how weights will be rounded (None: to nearest) and needs ``hessians``, by group name, of the original inputs.
+    ``gptq`` says how weights will be rounded (None: to nearest) and needs ``hessians``, by site name, of the original inputs.
     """
 
     weights: TokenWeights
@@ -36,62 +35,62 @@ class Judge:
     gptq: Refinement | None = None
     hessians: Mapping[str, torch.Tensor] | None = None
 
-    def rounder(self, layer: nn.Module, group: Group, containers: Mapping[str, str]) -> Rounder:
-        """How the linears of ``group`` are rounded; ``containers`` are by linear."""
-        kinds = [container_for(containers[name], linear(layer, name).in_features) for name in group.linears]
+    def rounder(self, layer: Layer, site: Site, containers: Mapping[str, str]) -> Rounder:
+        """How the linears of ``site`` are rounded; ``containers`` are by linear."""
+        kinds = [container_for(containers[name], layer.linear(name).in_features) for name in site.readers]
         if self.gptq is None:
             return by_nearest(kinds)
         assert self.hessians is not None
-        return by_gptq(kinds, self.hessians[group.name], self.gptq)
+        return by_gptq(kinds, self.hessians[site.name], self.gptq)
 
 
 def search_layer(
-    original: Entering, prefix: Entering | None, containers: Mapping[str, str], judge: Judge, groups: Sequence[Group] = GROUPS
+    original: Entering, prefix: Entering | None, containers: Mapping[str, str], judge: Judge, sites: Sequence[Site]
 ) -> dict[str, Choice]:
-    """The choice of each of ``groups`` that the layer's shapes allow to fold, by group name; both layers are left as they were.
+    """The choice of each of ``sites`` that the layer's shapes allow to fold, by site name; both layers are left as they were.
 
-    Each group is searched from its original inputs. With ``prefix``, the streams of the rounded model, inputs are what the layers before
-    and the groups before give once they are folded and rounded, and still compared with the original's outputs (the authors' `distort`).
+    Each site is searched from its original inputs. With ``prefix``, the streams of the rounded model, inputs are what the layers before
+    and the sites before give once they are folded and rounded, and still compared with the original's outputs (the authors' `distort`).
     """
     choices = {}
-    rounded = None if prefix is None else replace(prefix, layer=copy.deepcopy(prefix.layer))
-    for group in groups:
-        if repeats(original.layer, group) == 0:
+    rounded = None if prefix is None else replace(prefix, layer=prefix.layer.copy())
+    for site in sites:
+        if repeats(original.layer, site) == 0:
             continue
-        calls, mean_abs = observed_calls(original, rounded, group, judge.weights, judge.samples)
+        calls, mean_abs = observed_calls(original, rounded, site, judge.weights, judge.samples)
         layer = (rounded or original).layer
-        rounder = judge.rounder(layer, group, containers)
-        choice = search(layer, group, mean_abs, calls, judge.power, rounder, None if judge.gptq is None else GPTQ_PATIENCE)
+        rounder = judge.rounder(layer, site, containers)
+        choice = search(layer, site, mean_abs, calls, judge.power, rounder, None if judge.gptq is None else GPTQ_PATIENCE)
         assert choice is not None
-        choices[group.name] = choice
+        choices[site.name] = choice
         if rounded is not None:
-            _settle(rounded.layer, group, choice, rounder)
+            _settle(rounded.layer, site, choice, rounder)
     return choices
 
 
 @torch.no_grad()
-def _settle(layer: nn.Module, group: Group, choice: Choice, rounder: Rounder) -> None:
-    """Fold ``choice`` into ``layer`` and round the group's linears."""
-    fold(layer, group, choice.factors)
-    linears = [linear(layer, name) for name in group.linears]
-    inputs = spread(layer, group, choice.factors)
+def _settle(layer: Layer, site: Site, choice: Choice, rounder: Rounder) -> None:
+    """Fold ``choice`` into ``layer`` and round the site's linears."""
+    fold(layer, site, choice.factors)
+    linears = [layer.linear(name) for name in site.readers]
+    inputs = spread(layer, site, choice.factors)
     for module, values in zip(linears, rounder([module.weight.detach() for module in linears], inputs), strict=True):
         module.weight.copy_(values)
 
 
-def fold_layer(layer: nn.Module, factors: Mapping[str, torch.Tensor]) -> None:
-    """Fold the factors of each group (by name) into ``layer``."""
-    for group in GROUPS:
-        if group.name in factors:
-            fold(layer, group, factors[group.name].to(next(layer.parameters()).device))
+def fold_layer(layer: Layer, factors: Mapping[str, torch.Tensor]) -> None:
+    """Fold the factors of each site (by name) into ``layer``."""
+    for site in layer.sites:
+        if site.name in factors:
+            fold(layer, site, factors[site.name].to(layer.device))
 
 
-def changed_parameters(layer: nn.Module, stored: nn.Module) -> dict[str, torch.Tensor]:
+def changed_parameters(layer: Layer, stored: Layer) -> dict[str, torch.Tensor]:
     """Every parameter of ``layer`` that is no quantised linear's weight and differs from ``stored``'s: norms and biases."""
-    quantised = {f"{name}.weight" for name in LINEARS}
-    before = dict(stored.named_parameters())
+    quantised = {f"{name}.weight" for name in layer.layout.readers}
+    before = dict(stored.module.named_parameters())
     return {
         name: parameter.detach().clone()
-        for name, parameter in layer.named_parameters()
+        for name, parameter in layer.module.named_parameters()
         if name not in quantised and not torch.equal(parameter, before[name])
     }

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
 
-from mbq_gguf.calibration.stream import Streamed, advance, logits, working_layer
+from mbq_gguf.calibration.stream import advance, logits, working_layer
+from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.errors import UserError
+from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.transforms.rotation import Rotation
 
@@ -29,16 +30,16 @@ class FunctionCheck:
         for stream in self.transformed:
             stream.hidden = self._into_basis(stream.hidden)
 
-    def layer(self, transformed: nn.Module, index: int) -> None:
-        """Compare the outputs of layer ``index``; UserError where they differ by more than :data:`BOUND` of their norm."""
-        advance(working_layer(self.loaded, index), index, self.plain)
-        advance(transformed, index, self.transformed)
+    def layer(self, transformed: Layer) -> None:
+        """Compare what ``transformed`` and the stored layer give; UserError where they differ by more than :data:`BOUND` of its norm."""
+        advance(working_layer(self.loaded, transformed.index), self.plain)
+        advance(transformed, self.transformed)
         for ours, stored in zip(self.transformed, self.plain, strict=True):
             wanted = self._into_basis(stored.hidden)
             change = float((ours.hidden - wanted).norm() / wanted.norm())
             if not change <= BOUND:
                 raise UserError(
-                    f"the transforms change the output of decoder layer {index} by {change:.1e} of its norm, "
+                    f"the transforms change the output of decoder layer {transformed.index} by {change:.1e} of its norm, "
                     "so this model's layers are not the standard kind: use --method rtn --rotate none"
                 )
 

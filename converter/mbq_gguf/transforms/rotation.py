@@ -20,17 +20,13 @@ import torch
 from torch import nn
 
 from mbq_gguf.errors import UsageError
-from mbq_gguf.models.decoder import GROUPS, NORMS, Decoder, linear, norm_offset
+from mbq_gguf.models.decoder import Decoder
+from mbq_gguf.models.layer import Layer, norm_offset
+from mbq_gguf.models.layout import ROTATABLE
 from mbq_gguf.models.loaded import LoadedModel
-from mbq_gguf.transforms.fold import head_dim
 from mbq_gguf.transforms.hadamard import block_size, hadamard, random_rotation, random_signs
 
 Rotate = Literal["none", "offline", "full"]
-# The linear that writes image features into the residual stream, by the end of its name, for each architecture that has exactly one.
-PROJECTORS = {
-    "Qwen2VLForConditionalGeneration": "visual.merger.mlp.2",
-    "Qwen2_5_VLForConditionalGeneration": "visual.merger.mlp.2",
-}
 
 
 @dataclass(frozen=True)
@@ -48,26 +44,27 @@ class Rotation:
 
 
 def check_rotatable(loaded: LoadedModel) -> None:
-    """UsageError where it is not known which linear brings image features into the stream."""
-    if loaded.architecture not in PROJECTORS:
-        raise UsageError(f"rotation is not known for {loaded.architecture}, only for {', '.join(PROJECTORS)}: use --rotate none")
+    """UsageError, with the reason, where the model's layers do not let a rotation pass."""
+    reason = loaded.decoder.layout.no_rotation()
+    if reason:
+        raise UsageError(f"{loaded.architecture} cannot be rotated, {reason}: use --rotate none, or a model of {', '.join(ROTATABLE)}")
 
 
 def draw(decoder: Decoder, rotate: Literal["offline", "full"], seed: int) -> Rotation:
     """Draw the rotations of ``decoder``; the same seed gives the same ones. UsageError where a norm does not let a rotation pass."""
     generator = torch.Generator().manual_seed(seed)
-    for norm in (decoder.norm, *(layer.get_submodule(name) for layer in decoder.layers for name in NORMS)):
+    for norm in (decoder.norm, *(layer.get_submodule(name) for layer in decoder.layers for name in decoder.layout.norms)):
         if isinstance(norm, nn.LayerNorm) or getattr(norm, "bias", None) is not None:
             raise UsageError(f"{type(norm).__name__} does not let a rotation pass: use --rotate none")
-    first = decoder.layers[0]
-    width, ffn = decoder.embed_tokens.embedding_dim, linear(first, "mlp.down_proj").in_features
+    first = Layer(decoder.layers[0], 0, decoder.layout)
+    width, ffn = decoder.embed_tokens.embedding_dim, first.linear(decoder.layout.last.readers[0]).in_features
     block = block_size(ffn) if rotate == "full" else 0
     if block == 1:
         raise UsageError(f"a feed-forward width of {ffn} has no power of two for the online Hadamard transform: use --rotate offline")
     count = len(decoder.layers)
     return Rotation(
         residual=random_rotation(width, generator),
-        values=tuple(random_rotation(head_dim(first), generator) for _ in range(count)),
+        values=tuple(random_rotation(first.head_dim, generator) for _ in range(count)),
         signs=tuple(random_signs(ffn, generator) for _ in range(count)) if block else (),
         block=block,
     )
@@ -85,22 +82,22 @@ def _normalised(block: int, dtype: torch.dtype, device: torch.device) -> torch.T
 
 
 @torch.no_grad()
-def rotate_layer(layer: nn.Module, rotation: Rotation, index: int) -> None:
-    """Rotate decoder layer ``index`` in place, computed in float64 and stored in the layer's dtype; a hook does the online transform."""
-    residual = rotation.residual.to(next(layer.parameters()).device)
-    for group in GROUPS:
-        previous = layer.get_submodule(group.previous)
+def rotate_layer(layer: Layer, rotation: Rotation) -> None:
+    """Rotate ``layer`` in place, computed in float64 and stored in the layer's dtype; a hook does the online transform."""
+    residual = rotation.residual.to(layer.device)
+    for site in layer.sites:
+        previous = layer.absorber(site)
         if isinstance(previous, nn.Linear):
             continue
         gain = absorb_gain(previous)
-        for name in group.linears:
-            _set(linear(layer, name).weight, (linear(layer, name).weight.double() * gain) @ residual)
-    for name in ("self_attn.o_proj", "mlp.down_proj"):
-        rotate_output(linear(layer, name), residual)
-    _rotate_values(layer, rotation.values[index].to(residual.device))
+        for name in site.readers:
+            _set(layer.linear(name).weight, (layer.linear(name).weight.double() * gain) @ residual)
+    for branch in layer.layout.branches:
+        rotate_output(layer.linear(branch.writer), residual)
+    _rotate_values(layer, rotation.values[layer.index].to(residual.device))
     if rotation.block:
-        signs = rotation.signs[index].to(residual.device)
-        up, down = linear(layer, "mlp.up_proj"), linear(layer, "mlp.down_proj")
+        signs = rotation.signs[layer.index].to(residual.device)
+        up, down = _ends(layer, "down")
         _set(up.weight, up.weight.double() * signs[:, None])
         if up.bias is not None:
             _set(up.bias, up.bias.double() * signs)
@@ -146,7 +143,8 @@ def rotated_ends(decoder: Decoder, rotation: Rotation) -> dict[str, torch.Tensor
 
 def rotated_projector(loaded: LoadedModel, rotation: Rotation) -> dict[str, torch.Tensor]:
     """Weight and bias of the projector's last linear, so that image features arrive in the rotated basis, by the ends of their names."""
-    path = PROJECTORS[loaded.architecture]
+    path = loaded.decoder.layout.projector
+    assert path is not None
     found = next(module for name, module in loaded.model.named_modules() if name.endswith(path))
     assert isinstance(found, nn.Linear)
     module = copy.deepcopy(found).float()
@@ -154,14 +152,22 @@ def rotated_projector(loaded: LoadedModel, rotation: Rotation) -> dict[str, torc
     return {f"{path}.{name}": parameter.detach().cpu() for name, parameter in module.named_parameters()}
 
 
-def _rotate_values(layer: nn.Module, rotation: torch.Tensor) -> None:
+def _rotate_values(layer: Layer, rotation: torch.Tensor) -> None:
     """Values of every key/value head times ``rotation``; o_proj undoes it, once for each query head that reads them."""
     size = rotation.shape[0]
-    value, out = linear(layer, "self_attn.v_proj"), linear(layer, "self_attn.o_proj")
+    value, out = _ends(layer, "o")
     _set(value.weight, (rotation.t() @ value.weight.double().view(-1, size, value.in_features)).flatten(0, 1))
     if value.bias is not None:
         _set(value.bias, (value.bias.double().view(-1, size) @ rotation).flatten())
     _set(out.weight, (out.weight.double().view(out.out_features, -1, size) @ rotation).flatten(1))
+
+
+def _ends(layer: Layer, name: str) -> tuple[nn.Linear, nn.Linear]:
+    """The linears before and behind the site ``name`` (values and their output, up and down)."""
+    site = layer.layout.site(name)
+    before = layer.absorber(site)
+    assert isinstance(before, nn.Linear)
+    return before, layer.linear(site.readers[0])
 
 
 def _set(parameter: torch.Tensor, value: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""How much each token counts in a loss or a Hessian. A plug-in point: a function from samples and group to one weight a token.
+"""How much each token counts in a loss or a Hessian. A plug-in point: a function from samples and site to one weight a token.
 
 Each weighting is a module of its own; :func:`hessian_weights` finds it by name for the Hessians of GPTQ.
 """
@@ -14,6 +14,7 @@ from mbq_gguf.calibration.token_weights.gradient import gradient
 from mbq_gguf.calibration.token_weights.modality import modality
 from mbq_gguf.calibration.token_weights.token import token
 from mbq_gguf.calibration.token_weights.uniform import uniform
+from mbq_gguf.models.layout import Layout
 
 __all__ = ["FLOOR", "KINDS", "Kind", "gradient", "hessian_weights", "modality", "token", "uniform"]
 
@@ -21,8 +22,8 @@ Kind = Literal["uniform", "modality", "gradient", "token"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-def hessian_weights(kind: Kind, layer: int, sensitivity: Sensitivity | None, prompt: float, floor: bool) -> TokenWeights:
-    """The weighting called ``kind`` in layer number ``layer``, no token below :data:`FLOOR`.
+def hessian_weights(kind: Kind, layout: Layout, layer: int, sensitivity: Sensitivity | None, prompt: float, floor: bool) -> TokenWeights:
+    """The weighting called ``kind`` in layer number ``layer`` of a decoder of ``layout``, no token below :data:`FLOOR`.
 
     ``sensitivity`` is needed by all but uniform; ``prompt`` is modality's weight of a prompt token, ``floor`` raises its ratios to their
     median.
@@ -32,4 +33,4 @@ def hessian_weights(kind: Kind, layer: int, sensitivity: Sensitivity | None, pro
     assert sensitivity is not None
     if kind == "modality":
         return floored(modality(sensitivity.ratios(floor), layer, prompt))
-    return gradient(sensitivity, layer) if kind == "gradient" else token(layer)
+    return gradient(sensitivity, layer) if kind == "gradient" else token(layout, layer)

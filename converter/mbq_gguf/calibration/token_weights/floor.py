@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from mbq_gguf.calibration.observe import TokenWeights
-from mbq_gguf.calibration.stream import Streamed
-from mbq_gguf.models.decoder import Group
+from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.models.layout import Site
 
 # Directions that only light tokens excite would be free to change: with answers at 1, prompt text at 0.1 quadruples the reference VLM's
 # KL divergence under GPTQ. The ceiling, 1 / FLOOR, keeps a few heavy tokens from standing for all.
@@ -21,7 +21,7 @@ def bounded(weights: torch.Tensor) -> torch.Tensor:
 def floored(weigh: TokenWeights) -> TokenWeights:
     """``weigh``, bounded."""
 
-    def weights(stream: Streamed, group: Group) -> torch.Tensor:
-        return bounded(weigh(stream, group))
+    def weights(stream: Streamed, site: Site) -> torch.Tensor:
+        return bounded(weigh(stream, site))
 
     return weights

@@ -6,16 +6,16 @@ import torch
 
 from mbq_gguf.calibration.observe import TokenWeights
 from mbq_gguf.calibration.sensitivity import Sensitivity
-from mbq_gguf.calibration.stream import Streamed
+from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights.floor import bounded
-from mbq_gguf.models.decoder import Group
+from mbq_gguf.models.layout import Site
 
 
 def gradient(sensitivity: Sensitivity, layer: int) -> TokenWeights:
-    """In layer number ``layer`` each class's mean |dL/dY| in the group's block over the answer's, so answer tokens 1; bounded."""
+    """In layer number ``layer`` each class's mean |dL/dY| in the site's block over the answer's, so answer tokens 1; bounded."""
 
-    def weights(stream: Streamed, group: Group) -> torch.Tensor:
-        of_class = sensitivity.class_weights(group.block, layer)
+    def weights(stream: Streamed, site: Site) -> torch.Tensor:
+        of_class = sensitivity.class_weights(site.branch, layer)
         weighted = [weight * getattr(stream, name).float() for name, weight in of_class.items()]
         return bounded(torch.stack(weighted).sum(dim=0))
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from mbq_gguf.calibration.observe import TokenWeights
-from mbq_gguf.calibration.stream import Streamed
-from mbq_gguf.models.decoder import Group
+from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.models.layout import Site
 
 
 def modality(ratios: Mapping[str, Sequence[float]], layer: int, prompt: float = 0.0) -> TokenWeights:
-    """In layer number ``layer`` answer tokens 1, vision tokens the ratio of the group's block, prompt tokens ``prompt`` (the paper: 0)."""
+    """In layer number ``layer`` answer tokens 1, vision tokens the ratio of the site's block, prompt tokens ``prompt`` (the paper: 0)."""
 
-    def weights(stream: Streamed, group: Group) -> torch.Tensor:
-        return stream.answer.float() + ratios[group.block][layer] * stream.vision.float() + prompt * stream.prompt.float()
+    def weights(stream: Streamed, site: Site) -> torch.Tensor:
+        return stream.answer.float() + ratios[site.branch][layer] * stream.vision.float() + prompt * stream.prompt.float()
 
     return weights

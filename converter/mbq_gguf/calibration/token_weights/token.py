@@ -2,7 +2,7 @@
 
 VLMQ weighs a token by the mean |gradient| at the linear's output, of a loss of its own block; QIG (arXiv 2603.17809) clips such weights and
 gives every sample the same sum. Here the gradient is the answer loss's, which calibration has measured anyway, as root mean square over the
-output channels of the group's linears.
+output channels of the site's linears.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from __future__ import annotations
 import torch
 
 from mbq_gguf.calibration.observe import TokenWeights
-from mbq_gguf.calibration.stream import Streamed
+from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights.floor import bounded
-from mbq_gguf.models.decoder import GROUPS, Group
+from mbq_gguf.models.layout import Layout, Site
 
 
-def token(layer: int) -> TokenWeights:
+def token(layout: Layout, layer: int) -> TokenWeights:
     """In layer number ``layer`` each token's root mean square gradient over its sample's mean; bounded. Streams without salience
     (synthetic ones) weigh their tokens alike."""
 
-    def weights(stream: Streamed, group: Group) -> torch.Tensor:
+    def weights(stream: Streamed, site: Site) -> torch.Tensor:
         if stream.salience is None:
             return torch.ones(stream.ids.shape)
-        return importance(stream.salience[..., layer, GROUPS.index(group), :])
+        return importance(stream.salience[..., layer, layout.sites.index(site), :])
 
     return weights
 

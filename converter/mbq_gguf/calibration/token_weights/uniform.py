@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from mbq_gguf.calibration.stream import Streamed
-from mbq_gguf.models.decoder import Group
+from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.models.layout import Site
 
 
-def uniform(stream: Streamed, group: Group) -> torch.Tensor:
+def uniform(stream: Streamed, site: Site) -> torch.Tensor:
     """1 for every token (AWQ, GPTQ)."""
     return torch.ones(stream.ids.shape)

@@ -7,42 +7,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-if TYPE_CHECKING:
-    from mbq_gguf.calibration.stream import Streamed
+from mbq_gguf.calibration.streamed import Streamed
 
-TOKENS = 2048  # of a pack at most, unless one sample has more
+TOKENS = 2048  # of a batch at most, unless one sample has more
 # Where a layer's tensor arguments have their tokens, by the beginning of their names. Masks are not here: with one, a sample goes alone.
 TOKEN_AXES = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
 
 
-def packs(streams: Sequence[Streamed], index: int) -> Iterator[list[Streamed]]:
+def batches(streams: Sequence[Streamed], index: int) -> Iterator[list[Streamed]]:
     """``streams`` in their order, in lists that :func:`joined` takes for layer ``index``."""
-    pack: list[Streamed] = []
+    batch: list[Streamed] = []
     for stream in streams:
-        if pack and not (sum(len(each.ids) for each in (*pack, stream)) <= TOKENS and _alike(pack[0].kwargs[index], stream.kwargs[index])):
-            yield pack
-            pack = []
-        pack.append(stream)
-    if pack:
-        yield pack
+        if batch and not (
+            sum(len(each.ids) for each in (*batch, stream)) <= TOKENS and _alike(batch[0].kwargs[index], stream.kwargs[index])
+        ):
+            yield batch
+            batch = []
+        batch.append(stream)
+    if batch:
+        yield batch
 
 
-def joined(pack: Sequence[Streamed], index: int) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Hidden states [1, tokens, width] and keyword arguments with which layer ``index`` takes all of ``pack``, inside :class:`Apart`."""
-    if len(pack) == 1:
-        return pack[0].hidden, pack[0].kwargs[index]
-    kwargs = {name: _joined([stream.kwargs[index][name] for stream in pack], _axis(name)) for name in pack[0].kwargs[index]}
-    return torch.cat([stream.hidden for stream in pack], dim=1), kwargs
+def joined(batch: Sequence[Streamed], index: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Hidden states [1, tokens, width] and keyword arguments with which layer ``index`` takes all of ``batch``, inside :class:`Apart`."""
+    if len(batch) == 1:
+        return batch[0].hidden, batch[0].kwargs[index]
+    kwargs = {name: _joined([stream.kwargs[index][name] for stream in batch], _axis(name)) for name in batch[0].kwargs[index]}
+    return torch.cat([stream.hidden for stream in batch], dim=1), kwargs
 
 
 class Apart(TorchFunctionMode):
-    """While open, causal attention over a pack [1, heads, tokens, channels] is that of each sample alone; ``lengths`` are their tokens."""
+    """While open, causal attention over a batch [1, heads, tokens, channels] is that of each sample alone; ``lengths`` are their tokens."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         super().__init__()

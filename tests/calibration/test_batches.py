@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mbq_gguf.calibration import packs as module
+from mbq_gguf.calibration import batches as module
+from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.dataset import Sample
-from mbq_gguf.calibration.packs import packs
 from mbq_gguf.calibration.precision import bf16_products
-from mbq_gguf.calibration.stream import Streamed, advance, capture, capture_encoded, run_layer, working_layer
+from mbq_gguf.calibration.stream import advance, capture, capture_encoded, working_layer
+from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models import LoadedModel
 
 ROUNDING = 1e-5  # of the largest entry: float32 products of other sizes are summed in another order
@@ -34,12 +35,12 @@ def test_together_as_alone(tiny: LoadedModel, streams: list[Streamed], tokens: i
     monkeypatch.setattr(module, "TOKENS", tokens)
     layer, together = working_layer(tiny, 0), copies(streams)
     with torch.no_grad():
-        alone = [run_layer(layer, stream.hidden, stream.kwargs[0]) for stream in streams]
+        alone = [layer.run(stream.hidden, stream.kwargs[0]) for stream in streams]
     if low:
         with bf16_products():
-            advance(layer, 0, together)
+            advance(layer, together)
     else:
-        advance(layer, 0, together)
+        advance(layer, together)
     for found, expected in zip(together, alone, strict=True):
         assert found.hidden.shape == expected.shape
         assert float((found.hidden - expected).abs().max() / expected.abs().max()) < (BFLOAT16 if low else ROUNDING)
@@ -48,14 +49,14 @@ def test_together_as_alone(tiny: LoadedModel, streams: list[Streamed], tokens: i
 def test_packs_keep_order_and_size(streams: list[Streamed], monkeypatch: pytest.MonkeyPatch) -> None:
     limit = len(streams[0].ids) + len(streams[1].ids)
     monkeypatch.setattr(module, "TOKENS", limit)
-    found = list(packs(streams, 0))
-    assert [stream for pack in found for stream in pack] == streams
+    found = list(batches(streams, 0))
+    assert [stream for batch in found for stream in batch] == streams
     assert 1 < len(found) < len(streams)
-    assert all(sum(len(stream.ids) for stream in pack) <= limit for pack in found if len(pack) > 1)
+    assert all(sum(len(stream.ids) for stream in batch) <= limit for batch in found if len(batch) > 1)
 
 
 def test_a_sample_with_a_mask_or_other_arguments_goes_alone(streams: list[Streamed]) -> None:
     streams[1].kwargs[0] = streams[1].kwargs[0] | {"attention_mask": torch.ones(1, 1, 2, 2)}
     streams[4].kwargs[0] = streams[4].kwargs[0] | {"use_cache": True}
-    assert [len(pack) for pack in packs(streams, 0)] == [1, 1, 2, 1, 2]
-    assert [len(pack) for pack in packs(streams, 1)] == [7]
+    assert [len(batch) for batch in batches(streams, 0)] == [1, 1, 2, 1, 2]
+    assert [len(batch) for batch in batches(streams, 1)] == [7]

@@ -1,0 +1,117 @@
+"""One decoder layer as a value: its module, its number and its layout."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mbq_gguf.models.layout import Layout, Site
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _ReachedError(Exception):
+    """Ends a layer's run where what was wanted is there; the rest would be thrown away."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Decoder layer number ``index``, usually a copy on the device that is being changed; ``layout`` says what is where in ``module``."""
+
+    module: nn.Module
+    index: int
+    layout: Layout
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The activations that matrices read, in the order in which they are computed."""
+        return self.layout.sites
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return next(self.module.parameters()).device
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        value = self.part(self.layout.branches[0].module).head_dim
+        assert isinstance(value, int)
+        return value
+
+    def part(self, name: str) -> nn.Module:
+        """The module called ``name``."""
+        return self.module.get_submodule(name)
+
+    def linear(self, name: str) -> nn.Linear:
+        """The linear called ``name``."""
+        module = self.part(name)
+        assert isinstance(module, nn.Linear)
+        return module
+
+    def absorber(self, site: Site) -> nn.Module:
+        """What takes the inverse of the factors of a foldable ``site``."""
+        assert site.absorber is not None
+        return self.part(site.absorber)
+
+    def copy(self) -> Layer:
+        """The same layer in tensors of its own."""
+        return replace(self, module=copy.deepcopy(self.module))
+
+    def run(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Output [1, tokens, width]; everything on the layer's device."""
+        out = self.module(hidden, **kwargs)
+        result = out[0] if isinstance(out, tuple) else out
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    def input_of(self, name: str, run: Callable[[], object]) -> torch.Tensor:
+        """What the linear ``name`` is given while ``run`` runs the layer, which ends there."""
+        seen: list[torch.Tensor] = []
+
+        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise _ReachedError
+
+        # The last of the module's hooks, so that an online transform before it has run already.
+        _until(self.linear(name).register_forward_pre_hook(hook), run)
+        return seen[0]
+
+    def call_of(self, name: str, run: Callable[[], object]) -> tuple[Arguments, torch.Tensor]:
+        """Arguments and output [tokens, channels] of the module ``name`` while ``run`` runs the layer, which ends there."""
+        seen: list[tuple[Arguments, torch.Tensor]] = []
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            seen.append(((args, kwargs), (output[0] if isinstance(output, tuple) else output)[0]))
+            raise _ReachedError
+
+        _until(self.part(name).register_forward_hook(hook, with_kwargs=True), run)
+        return seen[0]
+
+
+def _until(handle: torch.utils.hooks.RemovableHandle, run: Callable[[], object]) -> None:
+    try:
+        run()
+    except _ReachedError:
+        pass
+    finally:
+        handle.remove()
+
+
+def norm_offset(norm: nn.Module) -> float:
+    """What the norm adds to its weight before it multiplies: 0 for most families, 1 for Gemma's. Found by running it with weight 0."""
+    weight = norm.weight
+    assert isinstance(weight, torch.Tensor)
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        probe = torch.linspace(-1, 2, weight.numel(), dtype=weight.dtype, device=weight.device)[None]
+        bias = getattr(norm, "bias", None)
+        weight.zero_()
+        out = norm(probe) - (bias if isinstance(bias, torch.Tensor) else 0)
+        weight.copy_(kept)
+    return 0.0 if float(out.abs().max()) == 0.0 else 1.0

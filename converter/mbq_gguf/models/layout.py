@@ -1,0 +1,140 @@
+"""Where the matrices of a decoder layer are and what reads what: one table a family, and the only place that knows it.
+
+A *site* is one activation that matrices read. It is the unit of Hessians, channel factors and token weights; what needs something for
+each activation (a static scale, say) adds it here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """An activation and its ``readers``, the linears that multiply it, by their names in the layer.
+
+    ``absorber`` is the norm or linear before it that can take the inverse of channel factors (None: factors cannot be folded here);
+    ``inspected`` is the module whose output tells what an error in the readers does; ``branch`` is the name of the site's branch.
+    """
+
+    name: str
+    readers: tuple[str, ...]
+    absorber: str | None
+    inspected: str
+    branch: str
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A part of a layer that ends by writing into the residual stream: ``module`` holds it, ``writer`` is its last linear.
+
+    ``pair``: the module gives a second value beside its output (attention's weights), which no layer reads.
+    """
+
+    name: str
+    module: str
+    writer: str
+    pair: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A kind of decoder layer. Sites are in the order in which they are computed.
+
+    ``norms`` stand before a branch; ``norms_after`` between a branch and the residual stream. ``projector`` is the linear that writes
+    image features into the residual stream, by the end of its name in the model (None where it is not known).
+    """
+
+    sites: tuple[Site, ...]
+    branches: tuple[Branch, ...]
+    norms: tuple[str, ...]
+    norms_after: tuple[str, ...] = ()
+    projector: str | None = None
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Every quantisable linear by its name in the layer."""
+        return tuple(name for site in self.sites for name in site.readers)
+
+    @property
+    def last(self) -> Site:
+        """The site that is computed last."""
+        return self.sites[-1]
+
+    def site(self, name: str) -> Site:
+        """The site called ``name``."""
+        return next(site for site in self.sites if site.name == name)
+
+    def no_equalisation(self) -> str | None:
+        """Why channels cannot be equalised, or None."""
+        return None if any(site.absorber for site in self.sites) else "nothing before its matrices takes channel factors"
+
+    def no_rotation(self) -> str | None:
+        """Why the residual stream cannot be rotated, or None. A norm after a branch has a gain of its own, which no linear can take."""
+        if self.norms_after:
+            return f"its layers have norms after their blocks ({', '.join(self.norms_after)})"
+        if self.projector is None:
+            return "it is not known which linear brings image features into the decoder"
+        return None
+
+    def fault(self, module: nn.Module) -> str | None:
+        """What keeps ``module`` from being a layer of this kind, or None."""
+        modules = dict(module.named_modules())
+        for name in self.readers:
+            if not isinstance(modules.get(name), nn.Linear):
+                return f"has no linear {name}"
+        norms = (*self.norms, *self.norms_after)
+        for name in norms:
+            if not _is_norm(modules.get(name)):
+                return f"has no norm {name}"
+        for name, child in module.named_children():
+            if _is_norm(child) and name not in norms:
+                return f"has a norm {name} that no layout knows"
+        return None
+
+
+def _is_norm(module: nn.Module | None) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.ndim == 1
+
+
+ATTENTION = Branch("attention", "self_attn", "self_attn.o_proj", pair=True)
+MLP = Branch("mlp", "mlp", "mlp.down_proj")
+
+
+def _gated(before_attention: str, before_mlp: str) -> tuple[Site, ...]:
+    """x + o(attention(q, k, v of norm(x))), then x + down(act(gate(y)) * up(y)) with y = norm(x)."""
+    return (
+        Site("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), before_attention, "self_attn", "attention"),
+        Site("o", ("self_attn.o_proj",), "self_attn.v_proj", "self_attn.o_proj", "attention"),
+        Site("gate_up", ("mlp.gate_proj", "mlp.up_proj"), before_mlp, "mlp", "mlp"),
+        Site("down", ("mlp.down_proj",), "mlp.up_proj", "mlp.down_proj", "mlp"),
+    )
+
+
+# Llama's layer, which most families have.
+STANDARD = Layout(
+    _gated("input_layernorm", "post_attention_layernorm"), (ATTENTION, MLP), norms=("input_layernorm", "post_attention_layernorm")
+)
+# Gemma 3's: a norm before and one after each branch, every one of them times 1 + weight (see norm_offset).
+SANDWICH = Layout(
+    _gated("input_layernorm", "pre_feedforward_layernorm"),
+    (ATTENTION, MLP),
+    norms=("input_layernorm", "pre_feedforward_layernorm"),
+    norms_after=("post_attention_layernorm", "post_feedforward_layernorm"),
+)
+
+LAYOUTS = {
+    "Qwen2VLForConditionalGeneration": replace(STANDARD, projector="visual.merger.mlp.2"),
+    "Qwen2_5_VLForConditionalGeneration": replace(STANDARD, projector="visual.merger.mlp.2"),
+    "Gemma3ForConditionalGeneration": SANDWICH,
+}
+ROTATABLE = tuple(name for name, layout in LAYOUTS.items() if layout.no_rotation() is None)
+
+
+def layout_of(architecture: str) -> Layout:
+    """The layout of an architecture's decoder layers; the standard one for a name that is not in the table."""
+    return LAYOUTS.get(architecture, STANDARD)
