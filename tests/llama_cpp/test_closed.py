@@ -17,7 +17,7 @@ import pytest
 import requests
 from mbq_gguf.errors import UserError
 from mbq_gguf.llama_cpp import closed
-from mbq_gguf.llama_cpp.server import LlamaServer
+from mbq_gguf.llama_cpp.server import LlamaServer, Server
 from test_server import HOLDER, PICTURE, alive
 from tiny_pair import Pair
 
@@ -145,11 +145,11 @@ def test_one_that_a_thread_started_lives_on_after_the_thread(tiny_pair: Pair) ->
 
 def test_options_of_the_user_come_last(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_API_KEY", "everybody")
-    opened = LlamaServer.with_options(*tiny_pair, ["--slots", "--api-key", "", "--port", "8193", "--threads", "1", "-c", "512"], 8192)
+    opened = Server(*tiny_pair, ["--slots", "--api-key", "", "--port", "8193", "--threads", "1", "-c", "512"], port=8192)
     with opened as server:
         assert (server.key, server.url) == (None, "http://127.0.0.1:8193")
         assert status(server, "GET", "/slots") == 200
-        with pytest.raises(UserError, match=r"^port 8193 is taken by another program: "), LlamaServer.with_options(*tiny_pair, [], 8193):
+        with pytest.raises(UserError, match=r"^port 8193 is taken by another program: "), Server(*tiny_pair, [], port=8193):
             pass
 
 

@@ -14,7 +14,7 @@ from mbq_gguf.errors import UserError
 from mbq_gguf.llama_cpp import closed, page, pin
 from mbq_gguf.llama_cpp.build import build
 from mbq_gguf.llama_cpp.machine import find_tool
-from mbq_gguf.llama_cpp.server import LlamaServer
+from mbq_gguf.llama_cpp.server import Server
 from test_server import EVAL
 from tiny_pair import write_pair
 from workshop_tree import Workshop
@@ -117,9 +117,9 @@ def test_without_a_node_that_is_new_enough(
 
 
 @pytest.fixture(scope="module")
-def served(built_llama: Path, reference_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaServer]:
+def served(built_llama: Path, reference_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     pair = write_pair(reference_dir, tmp_path_factory.mktemp("served"))
-    with LlamaServer.with_options(*pair, ["--threads", "2", "--ctx-size", "2048", "--temp", "0"], 8197) as server:
+    with Server(*pair, ["--threads", "2", "--ctx-size", "2048", "--temp", "0"], port=8197) as server:
         yield server
 
 
@@ -138,7 +138,7 @@ def browser() -> Iterator[Any]:
     driver.quit()
 
 
-def test_a_picture_is_dropped_and_asked_about(served: LlamaServer, browser: Any) -> None:
+def test_a_picture_is_dropped_and_asked_about(served: Server, browser: Any) -> None:
     if closed.request("GET", f"{served.url}/", served.key, 30).status_code != 200:
         pytest.skip("this llama.cpp was built without the page: mbq-gguf build --page on")
     from selenium.webdriver.common.by import By

@@ -2,7 +2,8 @@
 
 Closed are the network (``--offline``: nothing is fetched, pictures by ``http://`` included), the lists of slots with other people's
 prompts, changes of properties and metrics (llama-server's own default), tools and proxies for agents, pages of other origins, and every
-request without the key. llama-server takes the last of two equal options: one given after these opens what it names.
+request without the key. llama-server takes the last of two equal options: one given after these opens what it names. What an administrator
+wrote to /etc/llama.cpp/config.ini still counts.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mbq_gguf.errors import UsageError, UserError
-from mbq_gguf.llama_cpp.server import Answer, LlamaServer
+from mbq_gguf.llama_cpp.server import Answer, LlamaServer, Server
 from mbq_gguf.llama_cpp.steps import say
 
 
@@ -19,7 +19,7 @@ def serve(file: Path, mmproj: Path | None, port: int, options: Sequence[str], co
     `mmproj`: by default the one beside `file`, and none where there is none. `options`: llama-server's own, which may open what is closed.
     Raises UserError where the server does not start or ends by itself.
     """
-    server = LlamaServer.with_options(file, mmproj or _beside(file), options, port)
+    server = Server(file, mmproj or _beside(file), options, port=port)
     with ExitStack() as stack:
         with console.status(f"loading {file.name}"):
             stack.enter_context(server)

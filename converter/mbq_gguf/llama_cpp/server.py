@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import requests
 
@@ -43,64 +43,34 @@ class Answer:
     finish_reason: str  # "stop", or "length" where max_tokens cut the answer
 
 
-class LlamaServer:
-    """Context manager: ``llama-server`` on a free port of 127.0.0.1, ready to answer inside the ``with`` block, always stopped after it.
+class Server:
+    """Context manager: ``llama-server`` on 127.0.0.1, ready to answer inside the ``with`` block, always stopped after it.
 
     Only who knows its `key` is answered (`closed` says what else is shut), and it ends with this process, however that ends.
-    `threads`: CPU threads, the server's own choice where None. `ctx`: tokens of context for each of the `parallel` slots; that many
-    questions are answered at once, and `ask` may be called from as many threads. `gpu_layers`: layers on the GPU, for a CUDA build.
-    `log_file` keeps the server's log; without it the log is gone when the server stops.
+    `options`: llama-server's own; they come last, may open what is closed, and where they name a key, none is made here. `port`: 0 for a
+    free one. `log_file` keeps the server's log; without it the log is gone when the server stops.
 
     Raises UsageError where a file is missing and UserError, with the last lines of its log, where the server does not start.
     """
 
-    def __init__(
-        self,
-        model: Path,
-        mmproj: Path | None,
-        *,
-        threads: int | None = None,
-        ctx: int = 2048,
-        parallel: int = 1,
-        gpu_layers: int = 0,
-        log_file: Path | None = None,
-    ) -> None:
-        options = ["--no-ui", "--ctx-size", str(ctx * parallel), "--parallel", str(parallel), "--gpu-layers", str(gpu_layers)]
-        if threads is not None:
-            options += ["--threads", str(threads)]
-        self._prepare(model, mmproj, options, log_file)
-
-    @classmethod
-    def with_options(cls, model: Path, mmproj: Path | None, options: Sequence[str], port: int) -> LlamaServer:
-        """A server for people, with its web page where the build has one: llama-server's own defaults but for what is closed, on `port`.
-
-        `options`, llama-server's own, come last and may open what is closed; with a key among them none is made here.
-        """
-        server = cls.__new__(cls)
-        server._prepare(model, mmproj, ["--port", str(port), *options], None)
-        server._port = int(_last_value(options, "--port") or port)
-        server._host = _last_value(options, "--host") or server._host
-        if closed.brings_own_key(options):
-            server.key = None
-        return server
-
-    def _prepare(self, model: Path, mmproj: Path | None, options: Sequence[str], log_file: Path | None) -> None:
+    def __init__(self, model: Path, mmproj: Path | None, options: Sequence[str], *, port: int = 0, log_file: Path | None = None) -> None:
         for file in (model, mmproj):
             if file is not None and not file.is_file():
                 raise UsageError(f"there is no file {file}: give the path of a GGUF file")
-        self._command: list[str] = [str(find_program("llama-server")), "--model", str(model.absolute()), "--host", "127.0.0.1"]
+        self._command: list[str] = [str(find_program("llama-server")), "--model", str(model.absolute())]
         if mmproj is not None:
             self._command += ["--mmproj", str(mmproj.absolute())]
         self._command += [*closed.OPTIONS, *options]
-        self._host, self._port = "127.0.0.1", 0  # port 0: a free one
+        self._host = _last_value(options, "--host") or "127.0.0.1"
+        self._port = int(_last_value(options, "--port") or port)
         self._log_file = log_file
         self._exit = ExitStack()
         self._process: subprocess.Popen[str] | None = None
         self._log: IO[str] | None = None
-        self.key: str | None = closed.new_key()
+        self.key = None if closed.brings_own_key(options) else closed.new_key()
         self.url = ""
 
-    def __enter__(self) -> LlamaServer:
+    def __enter__(self) -> Self:
         with ExitStack() as undo:
             undo.enter_context(termination_as_exit())
             undo.callback(self._stop)
@@ -173,7 +143,7 @@ class LlamaServer:
             self.url = f"http://{'127.0.0.1' if everywhere else self._host}:{port}"
             # A session of its own: Ctrl-C reaches this process alone, which then stops the server.
             self._process = subprocess.Popen(
-                command if self._port else [*command, "--port", str(port)],
+                [*command, "--host", self._host, "--port", str(port)],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
@@ -216,6 +186,30 @@ class LlamaServer:
         errors = [line for line in said if any(word in line.lower() for word in ("error", "failed", "couldn't", "unknown"))]
         words = " | ".join((errors or said)[-lines:]) or "it said nothing"
         return f"{words}; the log is {self._log_file}" if self._log_file else words
+
+
+class LlamaServer(Server):
+    """A `Server` without web page for the programs of this project.
+
+    `threads`: CPU threads, the server's own choice where None. `ctx`: tokens of context for each of the `parallel` slots; that many
+    questions are answered at once, and `ask` may be called from as many threads. `gpu_layers`: layers on the GPU, for a CUDA build.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        mmproj: Path | None,
+        *,
+        threads: int | None = None,
+        ctx: int = 2048,
+        parallel: int = 1,
+        gpu_layers: int = 0,
+        log_file: Path | None = None,
+    ) -> None:
+        options = ["--no-ui", "--ctx-size", str(ctx * parallel), "--parallel", str(parallel), "--gpu-layers", str(gpu_layers)]
+        if threads is not None:
+            options += ["--threads", str(threads)]
+        super().__init__(model, mmproj, options, log_file=log_file)
 
 
 def data_url(image: Path) -> str:
