@@ -16,6 +16,7 @@ from mbq_gguf.errors import UserError
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
 from mbq_gguf.export.injection import PackedTensor
+from mbq_gguf.export.picture_size import LEAST, MOST
 from mbq_gguf.formats.registry import container
 from safetensors.torch import save_file
 
@@ -47,9 +48,13 @@ def test_reference_file_is_upstreams_byte_for_byte(upstream: dict[str, Path], ti
     assert (tmp_path / "out.gguf").read_bytes() == upstream["text"].read_bytes()
 
 
-def test_mmproj_is_upstreams_byte_for_byte(upstream: dict[str, Path], tiny_dir: Path, tmp_path: Path) -> None:
-    write_mmproj_gguf(tiny_dir, tmp_path / "out.gguf", mmproj_type="F16")
-    assert (tmp_path / "out.gguf").read_bytes() == upstream["mmproj"].read_bytes()
+def test_mmproj_is_upstreams_and_the_limits_of_a_picture(upstream: dict[str, Path], tiny_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    write_mmproj_gguf(tiny_dir, out, mmproj_type="F16")
+    ours, theirs = read_header(out), read_header(upstream["mmproj"])
+    assert ours.metadata == {**theirs.metadata, LEAST: 50176, MOST: 50176}  # the tiny VLM has the reference VLM's processor
+    assert ours.tensors == theirs.tensors
+    assert out.read_bytes()[ours.data_start :] == upstream["mmproj"].read_bytes()[theirs.data_start :]
 
 
 @pytest.mark.parametrize("model", ["tiny_dir", "llama_dir"])

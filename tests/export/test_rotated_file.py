@@ -46,7 +46,14 @@ def test_rotated_files_give_the_plain_logits(tiny_dir: Path, tmp_path: Path) -> 
         assert ("mbq.hadamard.ffn_down" in fields) == (rotate == "full")
 
 
-LOAD = "import sys; from pathlib import Path; from mbq_cbind.model import Model; Model(Path(sys.argv[1]), context=64)"
+LOAD = """
+import sys
+from pathlib import Path
+from mbq_cbind.model import Model
+from mbq_gguf.llama_cpp.bindings import bind
+bind()
+Model(Path(sys.argv[1]), context=64)
+"""
 
 
 @pytest.mark.usefixtures("built_llama")
