@@ -22,7 +22,7 @@ def picture_limits(model_dir: Path, preprocessor_config: Mapping[str, Any]) -> d
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(str(model_dir), local_files_only=True, backend="pil")
+        processor = AutoImageProcessor.from_pretrained(str(model_dir), local_files_only=True, backend="pil", trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):
         found = (preprocessor_config.get("min_pixels"), preprocessor_config.get("max_pixels"))
     else:

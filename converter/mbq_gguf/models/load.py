@@ -12,6 +12,7 @@ from mbq_gguf.models.checks import check_finite, check_unquantised, check_whole,
 from mbq_gguf.models.decoder import check_layers, find_decoder
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, QwenImagePrompt
+from mbq_gguf.models.remote_code import forbid_remote_code
 
 # Families with tests here. Any other VLM of transformers with standard decoder layers goes through the same code.
 PROVED = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
@@ -77,9 +78,15 @@ def check_architecture(config: dict[str, Any]) -> str:
 def _load_weights(model_dir: Path, architecture: str) -> Any:
     from transformers import AutoModelForImageTextToText
 
+    forbid_remote_code()
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
-            str(model_dir), dtype="auto", local_files_only=True, output_loading_info=True, attn_implementation="sdpa"
+            str(model_dir),
+            dtype="auto",
+            local_files_only=True,
+            output_loading_info=True,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
         )
     except ImportError as error:
         raise UserError(f"transformers wants another package for {architecture} ({reason(error)}): install it with pip") from error
@@ -98,15 +105,15 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{model_dir} has no tokenizer ({', '.join(TOKENIZER_FILES)}): fetch the model again")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         image_token_id = _image_token_id(model.config)
         image_prompt: ImagePrompt
         template: Any
         if architecture in PROVED:
-            images = AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil")
+            images = AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil", trust_remote_code=False)
             image_prompt, template = QwenImagePrompt(tokenizer, images, image_token_id), tokenizer
         else:
-            template = AutoProcessor.from_pretrained(path, local_files_only=True)
+            template = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             image_prompt = ProcessorImagePrompt(template)
     except ImportError as error:
         raise UserError(f"transformers wants another package for {architecture} ({reason(error)}): install it with pip") from error
