@@ -23,6 +23,7 @@ import torch
 from mbq_gguf.convert import ConvertOptions, convert
 from mbq_gguf.export.gguf_header import read_header
 from rich.console import Console
+from tiny_vlm import write_tiny_vlm
 
 FILE = Path(__file__).with_suffix(".json")
 PLAIN = {"synthetic": 0, "samples": 3}
@@ -62,7 +63,6 @@ def digests(model_dir: Path, out: Path, **options: Any) -> dict[str, Any]:
 
 def write_exact_vlm(directory: Path) -> Path:
     """The tests' tiny VLM with weights that are the same bits on every machine: sums of four whole numbers, about normal."""
-    from conftest import write_tiny_vlm
     from safetensors.torch import load_file, save_file
 
     path = write_tiny_vlm(directory) / "model.safetensors"

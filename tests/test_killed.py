@@ -55,7 +55,13 @@ def test_killed_runs_end_in_the_same_bytes(tiny_dir: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda sign: sign.name)
 def test_a_signal_tidies_up(sign: signal.Signals, tiny_dir: Path, tmp_path: Path) -> None:
     """What stays is the finished work; the lock and every temporary name are gone, and the exit code says which signal it was."""
-    process = subprocess.Popen(command(tiny_dir, tmp_path / "out.gguf"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(tiny_dir, tmp_path / "out.gguf"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(sign, signal.SIG_DFL),  # the suite may ignore it (nohup, a job)
+    )
     deadline = time.monotonic() + SECONDS
     while not finished_layers(tmp_path):
         assert time.monotonic() < deadline
