@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 
+import numpy as np
 import torch
 
 from mbq_gguf.allocation.allocate import allocate, total_weight
@@ -163,11 +164,11 @@ class _Walk:
         )
 
     def _containers(self, index: int) -> dict[str, str]:
-        """The container wanted for each linear of layer ``index``."""
-        plan = self.result.plan
+        """The container wanted for each reader of layer ``index``; those of one linear have the same."""
+        plan, layout = self.result.plan, self.loaded.decoder.layout
         return {
-            name: plan.containers[f"layers.{index}.{name}.weight"] if plan else self.settings.container
-            for name in self.loaded.decoder.layout.readers
+            name: plan.containers[f"layers.{index}.{layout.linear_of(name)}.weight"] if plan else self.settings.container
+            for name in layout.readers
         }
 
     def _rotated_layer(self, index: int) -> Layer:
@@ -245,8 +246,9 @@ class _Walk:
             with self._timed("refine"), bf16_products():
                 matrices = self._learned(layer, matrices)
             replay.restart()
-        for name, matrix in matrices.items():
-            done.packed[f"{name}.weight"] = Packed(matrix.container, matrix.rounded.data, matrix.rounded.weight.shape[1])
+        for name, parts in layer.layout.by_linear(matrices).items():
+            data = np.concatenate([part.rounded.data for part in parts])
+            done.packed[f"{name}.weight"] = Packed(parts[0].container, data, parts[0].rounded.weight.shape[1])
         if self.result.plan:
             done.losses = self._losses(layer, before, observed, done.factors)
         return done
@@ -271,7 +273,8 @@ class _Walk:
         for site in layer.sites:
             inputs[site.name] = Inputs(folded_moments(layer, site, observed, factors).hessian, total_weight(self.streams, weights, site))
         fisher = {name: float(values[layer.index]) for name, values in self.sensitivity.fisher.items()}
-        return {f"{name}.weight": cost for name, cost in measured_costs(layer, before, inputs, fisher, factors).items()}
+        costs = measured_costs(layer, before, inputs, fisher, factors)
+        return {f"{name}.weight": sum(parts) for name, parts in layer.layout.by_linear(costs).items()}
 
     def _search_weights(self, index: int) -> TokenWeights:
         """How much each token counts where candidates of layer ``index`` are compared."""
@@ -308,11 +311,12 @@ class _Walk:
         return self.result
 
     def _collect(self, index: int, done: LayerWork) -> None:
-        result, prefix, wanted = self.result, f"layers.{index}", self._containers(index)
+        result, prefix = self.result, f"layers.{index}"
+        wanted = {f"{self.loaded.decoder.layout.linear_of(name)}.weight": kind for name, kind in self._containers(index).items()}
         result.losses.update({f"{prefix}.{name}": loss for name, loss in done.losses.items()})
         for name, packed in done.packed.items():
             result.packed[f"{prefix}.{name}"] = packed
-            if packed.container != wanted[name.removesuffix(".weight")]:
+            if packed.container != wanted[name]:
                 result.fallbacks.append((f"{prefix}.{name}", packed.container))
         result.replaced.update({f"{prefix}.{name}": value.cpu() for name, value in done.replaced.items()})
         if done.exponents:

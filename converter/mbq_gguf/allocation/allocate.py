@@ -45,11 +45,16 @@ def allocate(
         for site in layer.sites:
             inputs[site.name] = Inputs(hessians.pop(site.name), total_weight(streams, weights, site))
         found = layer_options(layer, inputs, {name: float(values[index]) for name, values in fisher.items()}, damping, clip)
-        for name, kinds in found.items():
-            options[f"layers.{index}.{name}.weight"] = kinds
-            counts[f"layers.{index}.{name}.weight"] = layer.linear(name).weight.numel()
+        for name, parts in layer.layout.by_linear(found).items():
+            options[f"layers.{index}.{name}.weight"] = together(parts)
+            counts[f"layers.{index}.{name}.weight"] = layer.holder(name).weight.numel()
         progress(index + 1, layers)
     return make_plan(options, counts, target)
+
+
+def together(parts: Sequence[Mapping[str, Option]]) -> dict[str, Option]:
+    """The options of matrices that share one container, as rows of a fused linear do, from those of each."""
+    return {kind: Option(sum(part[kind].size for part in parts), sum(part[kind].loss for part in parts)) for kind in parts[0]}
 
 
 def total_weight(streams: Sequence[Streamed], weights: TokenWeights, site: Site) -> float:

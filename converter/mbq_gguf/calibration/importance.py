@@ -42,7 +42,7 @@ def importance(
             hidden = layer.run(stream.hidden.to(loaded.device), to_device(stream.kwargs[index], loaded.device))
             stream.hidden = hidden.to(stream.hidden.device)
         for site in layer.sites:
-            for name in site.readers:
+            for name in map(layer.layout.linear_of, site.readers):
                 sums[f"layers.{index}.{name}.weight"] = squares.sums[site.name].cpu()
         progress(index + 1, total)
     return Importance(sums, sum(len(stream.ids) for stream in streams), len(streams))
@@ -54,7 +54,7 @@ class _Squares:
     def __init__(self, layer: Layer) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         for site in layer.sites:
-            layer.part(site.readers[0]).register_forward_pre_hook(self._hook(site.name))
+            layer.holder(site.readers[0]).register_forward_pre_hook(self._hook(site.name))
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def add(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

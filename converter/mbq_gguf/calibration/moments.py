@@ -106,7 +106,7 @@ class Replay:
         try:
             for name, inputs in self.kept.items():
                 branch = self.branches[name]
-                replay = _Replay(self.layer.linear(name), inputs[number].to(self.layer.device), branch.pair)
+                replay = _Replay(self.layer.holder(name), inputs[number].to(self.layer.device), branch.pair)
                 setattr(self.layer.module, branch.module, replay)
             yield
         finally:

@@ -60,7 +60,7 @@ class _Watch:
 
     def __init__(self, layer: Layer) -> None:
         self.inputs: dict[str, torch.Tensor] = {}
-        self.handles = [layer.part(site.readers[0]).register_forward_pre_hook(self._input(site.name)) for site in layer.sites]
+        self.handles = [layer.holder(site.readers[0]).register_forward_pre_hook(self._input(site.name)) for site in layer.sites]
 
     def __enter__(self) -> _Watch:
         return self

@@ -16,6 +16,7 @@ from torch import nn
 
 from mbq_gguf.calibration.stream import advance, logits, to_device, working_layer
 from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Layout
 from mbq_gguf.models.loaded import LoadedModel
 
@@ -178,7 +179,7 @@ def _backward(
     layer = working_layer(loaded, index)
     seen: dict[str, torch.Tensor] = {}
     for name in layer.layout.readers:
-        layer.part(name).register_full_backward_hook(_keep(seen, name))
+        layer.holder(name).register_full_backward_hook(_keep(seen, name, layer))
     out: list[list[torch.Tensor]] = []
     for stream, hidden, ends, counts in zip(part, inputs, grads, counted, strict=True):
         hidden = hidden.to(loaded.device).requires_grad_()
@@ -191,9 +192,9 @@ def _backward(
     return out
 
 
-def _keep(seen: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
+def _keep(seen: dict[str, torch.Tensor], name: str, layer: Layer) -> Callable[..., None]:
     def hook(_module: nn.Module, _inputs: object, outputs: tuple[torch.Tensor, ...]) -> None:
-        seen[name] = outputs[0]
+        seen[name] = layer.outputs(name, outputs[0])
 
     return hook
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,15 +49,36 @@ class Layer:
         return self.module.get_submodule(name)
 
     def linear(self, name: str) -> nn.Linear:
-        """The linear called ``name``."""
-        module = self.part(name)
+        """The linear called ``name``, for its weight and bias.
+
+        A reader that is rows of a fused linear comes as a linear over the same memory: what is written into it is written into the layer.
+        It is not what the layer runs, so hooks go to :meth:`holder`.
+        """
+        module, fused = self.holder(name), self.layout.fused_of(name)
+        return _rows_of(module, fused.rows(self.module)[name]) if fused else module
+
+    def holder(self, name: str) -> nn.Linear:
+        """The linear that the layer runs for the reader ``name``: itself, or the fused one."""
+        module = self.part(self.layout.linear_of(name))
         assert isinstance(module, nn.Linear)
         return module
 
+    def outputs(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """The channels of the reader ``name`` in ``values`` [..., channels] at its holder's output."""
+        fused = self.layout.fused_of(name)
+        return values[..., fused.rows(self.module)[name]] if fused else values
+
+    def parameters_with(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The module's parameters, by name, in which readers have ``weights``; other rows of a fused linear as they are."""
+        all_weights = {name: weights[name] if name in weights else self.linear(name).weight for name in self.layout.readers}
+        changed = {self.layout.linear_of(name) for name in weights}
+        by_linear = self.layout.by_linear(all_weights)
+        return {f"{name}.weight": torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in by_linear.items() if name in changed}
+
     def absorber(self, site: Site) -> nn.Module:
-        """What takes the inverse of the factors of a foldable ``site``."""
+        """What takes the inverse of the factors of a foldable ``site``; a linear as :meth:`linear` gives it."""
         assert site.absorber is not None
-        return self.part(site.absorber)
+        return self.linear(site.absorber) if site.absorber in self.layout.readers else self.part(site.absorber)
 
     def copy(self) -> Layer:
         """The same layer in tensors of its own."""
@@ -71,7 +92,7 @@ class Layer:
         return result
 
     def input_of(self, name: str, run: Callable[[], object]) -> torch.Tensor:
-        """What the linear ``name`` is given while ``run`` runs the layer, which ends there."""
+        """What the reader ``name`` is given while ``run`` runs the layer, which ends there."""
         seen: list[torch.Tensor] = []
 
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -79,7 +100,7 @@ class Layer:
             raise _ReachedError
 
         # The last of the module's hooks, so that an online transform before it has run already.
-        _until(self.linear(name).register_forward_pre_hook(hook), run)
+        _until(self.holder(name).register_forward_pre_hook(hook), run)
         return seen[0]
 
     def call_of(self, name: str, run: Callable[[], object]) -> tuple[Arguments, torch.Tensor]:
@@ -101,6 +122,15 @@ def _until(handle: torch.utils.hooks.RemovableHandle, run: Callable[[], object])
         pass
     finally:
         handle.remove()
+
+
+def _rows_of(module: nn.Linear, rows: slice) -> nn.Linear:
+    """Some rows of ``module`` as a linear over the same memory."""
+    found = nn.Linear(module.in_features, rows.stop - rows.start, module.bias is not None, device="meta")
+    found.weight = nn.Parameter(module.weight.detach()[rows], requires_grad=False)
+    if module.bias is not None:
+        found.bias = nn.Parameter(module.bias.detach()[rows], requires_grad=False)
+    return found
 
 
 def norm_offset(norm: nn.Module) -> float:

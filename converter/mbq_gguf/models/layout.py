@@ -2,19 +2,29 @@
 
 A *site* is one activation that matrices read. It is the unit of Hessians, channel factors and token weights; what needs something for
 each activation (a static scale, say) adds it here.
+
+A *reader* of a site is a matrix that multiplies it: a linear, or rows of a fused one (:class:`Fused`). Readers have names that they would
+have as linears of their own, so that sites, absorbers and everything that calibrates and rounds are the same for both kinds. An expert of
+a stack would be a third kind: one slice [rows, columns] of a parameter [experts, rows, columns], declared as Fused is, with
+``Layer.linear`` giving that slice as a linear.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+Value = TypeVar("Value")
+
 
 @dataclass(frozen=True)
 class Site:
-    """An activation and its ``readers``, the linears that multiply it, by their names in the layer.
+    """An activation and its ``readers``, the matrices that multiply it, by their names in the layer.
 
     ``absorber`` is the norm or linear before it that can take the inverse of channel factors (None: factors cannot be folded here);
     ``inspected`` is the module whose output tells what an error in the readers does; ``branch`` is the name of the site's branch.
@@ -25,6 +35,30 @@ class Site:
     absorber: str | None
     inspected: str
     branch: str
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A linear whose output is cut into ``parts``, each a reader: the first part's rows come first, and so on.
+
+    The first part has as many rows as the linear ``first`` has columns (queries, as many as o_proj takes), the others share the rest
+    alike; with ``first`` None all parts are alike (gate and up).
+    """
+
+    linear: str
+    parts: tuple[str, ...]
+    first: str | None = None
+
+    def rows(self, module: nn.Module) -> dict[str, slice]:
+        """Where each part lies in the linear of the layer ``module``. ValueError where its rows cannot be shared out so."""
+        whole = _linear(module, self.linear).out_features
+        sizes = [_linear(module, self.first).in_features] if self.first else []
+        others = len(self.parts) - len(sizes)
+        each, left = divmod(whole - sum(sizes), others)
+        if left or each <= 0:
+            raise ValueError(f"{whole} rows are not {' + '.join(map(str, (*sizes, f'{others} alike')))}")
+        ends = list(accumulate((*sizes, *[each] * others)))
+        return {part: slice(start, end) for part, start, end in zip(self.parts, (0, *ends), ends, strict=False)}
 
 
 @dataclass(frozen=True)
@@ -45,7 +79,8 @@ class Layout:
     """A kind of decoder layer. Sites are in the order in which they are computed.
 
     ``norms`` stand before a branch; ``norms_after`` between a branch and the residual stream. ``projector`` is the linear that writes
-    image features into the residual stream, by the end of its name in the model (None where it is not known).
+    image features into the residual stream, by the end of its name in the model (None where it is not known). ``fused`` tells of readers
+    that are no linears of their own.
     """
 
     sites: tuple[Site, ...]
@@ -53,11 +88,31 @@ class Layout:
     norms: tuple[str, ...]
     norms_after: tuple[str, ...] = ()
     projector: str | None = None
+    fused: tuple[Fused, ...] = ()
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """Every quantisable linear by its name in the layer."""
+        """Every matrix that is quantised, by its name in the layer."""
         return tuple(name for site in self.sites for name in site.readers)
+
+    def fused_of(self, reader: str) -> Fused | None:
+        """The fused linear that holds ``reader``, or None."""
+        return next((fused for fused in self.fused if reader in fused.parts), None)
+
+    def linear_of(self, reader: str) -> str:
+        """The linear that holds ``reader``: itself, or the fused one."""
+        fused = self.fused_of(reader)
+        return fused.linear if fused else reader
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Every linear that is quantised, as the checkpoint has them."""
+        return tuple(dict.fromkeys(self.linear_of(name) for name in self.readers))
+
+    def by_linear(self, values: Mapping[str, Value]) -> dict[str, list[Value]]:
+        """``values`` by reader as lists by linear, in the order of its rows."""
+        parts = {fused.linear: fused.parts for fused in self.fused}
+        return {name: [values[part] for part in parts.get(name, (name,))] for name in self.linears}
 
     @property
     def last(self) -> Site:
@@ -83,9 +138,14 @@ class Layout:
     def fault(self, module: nn.Module) -> str | None:
         """What keeps ``module`` from being a layer of this kind, or None."""
         modules = dict(module.named_modules())
-        for name in self.readers:
+        for name in self.linears:
             if not isinstance(modules.get(name), nn.Linear):
                 return f"has no linear {name}"
+        for fused in self.fused:
+            try:
+                fused.rows(module)
+            except ValueError as error:
+                return f"has a linear {fused.linear} that is no {', '.join(fused.parts)} ({error})"
         norms = (*self.norms, *self.norms_after)
         for name in norms:
             if not _is_norm(modules.get(name)):
@@ -94,6 +154,12 @@ class Layout:
             if _is_norm(child) and name not in norms:
                 return f"has a norm {name} that no layout knows"
         return None
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    found = module.get_submodule(name)
+    assert isinstance(found, nn.Linear)
+    return found
 
 
 def _is_norm(module: nn.Module | None) -> bool:

@@ -80,7 +80,7 @@ def learn(
     for step in range(steps):
         drawn = [(step * BATCH + number) % len(prefix) for number in range(BATCH)]
         with torch.enable_grad():
-            matrices = {f"{name}.weight": line.weight() for name, line in lines.items()}
+            matrices = layer.parameters_with({name: line.weight() for name, line in lines.items()})
             losses = [_error(layer, prefix[i], targets[i], weights, matrices) for i in drawn]
             gradients = torch.autograd.grad(torch.stack(losses).sum() / before, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -88,7 +88,7 @@ def learn(
         optimiser.step()
         schedule.step()
     found = {name: line.result() for name, line in lines.items()}
-    matrices = {f"{name}.weight": found[name].values(line.grid) for name, line in lines.items()}
+    matrices = layer.parameters_with({name: found[name].values(line.grid) for name, line in lines.items()})
     return found if _loss(layer, prefix, targets, weights, matrices) < before else {}
 
 

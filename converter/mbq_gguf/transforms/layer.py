@@ -87,7 +87,7 @@ def fold_layer(layer: Layer, factors: Mapping[str, torch.Tensor]) -> None:
 
 def changed_parameters(layer: Layer, stored: Layer) -> dict[str, torch.Tensor]:
     """Every parameter of ``layer`` that is no quantised linear's weight and differs from ``stored``'s: norms and biases."""
-    quantised = {f"{name}.weight" for name in layer.layout.readers}
+    quantised = {f"{name}.weight" for name in layer.layout.linears}
     before = dict(stored.module.named_parameters())
     return {
         name: parameter.detach().clone()
