@@ -34,15 +34,15 @@ EXACT: dict[str, dict[str, Any]] = {
 }
 CALIBRATED: dict[str, dict[str, Any]] = {
     "gptq": {"synthetic": 2, "samples": 3},
-    "gptq from the original's inputs": {**PLAIN, "distort": False, "refits": 0, "clip": False, "type": "Q3_K"},
+    "gptq from the original's inputs": {**PLAIN, "propagate_error": False, "refits": 0, "clip": False, "type": "Q3_K"},
     "awq, nearest": {**PLAIN, "method": "awq", "rounding": "nearest"},
     "mbq": {**PLAIN, "method": "mbq"},
     "mbq, rotated": {**PLAIN, "method": "mbq", "rotate": "full"},
-    "rotated offline": {**PLAIN, "rotate": "offline", "correction": 0.0},
+    "rotated offline": {**PLAIN, "rotate": "offline", "error_correction": 0.0},
     "target size": {**PLAIN, "method": "awq", "target_bpw": 4.5},
     "token weights": {**PLAIN, "token_weights": "token"},
     "class weights": {**PLAIN, "token_weights": "modality", "prompt_weight": 0.3},
-    "learned scales": {**PLAIN, "refine": 1},
+    "learned scales": {**PLAIN, "learn_scales": 1},
 }
 UNSTABLE_KEYS = ("mbq.tool", "mbq.calibration.fingerprint")  # the version; the set's hash has tests of its own
 

@@ -14,7 +14,7 @@ from mbq_gguf.convert import ConvertOptions, ConvertReport, convert
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.metadata import file_type
 from mbq_gguf.export.report import duration, megabytes
-from mbq_gguf.formats.registry import container
+from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.quantise import QuantiseResult, quantise
 from rich.console import Console
 from safetensors.torch import load_file
@@ -34,7 +34,7 @@ def run(model_dir: Path, out: Path, **options: object) -> tuple[ConvertReport, s
 def test_the_commands_defaults_are_the_options() -> None:
     given = {"type" if option.name == "type_" else option.name: option.default for option in command.params}
     checked = {field.name for field in fields(ConvertOptions) if field.default is not None and field.default is not MISSING}
-    assert {"samples", "synthetic", "correction", "type"} <= checked
+    assert {"samples", "synthetic", "error_correction", "type"} <= checked
     for field in fields(ConvertOptions):
         if field.name in checked:
             assert given[field.name] == field.default, field.name
@@ -52,7 +52,7 @@ def test_both_files_and_nothing_else_are_there(rtn: tuple[ConvertReport, str]) -
     assert report.mmproj == report.out.with_name("mmproj-tiny.gguf")
 
 
-def test_linears_are_the_containers_own_rounding(rtn: tuple[ConvertReport, str], tiny_dir: Path) -> None:
+def test_linears_are_the_types_own_rounding(rtn: tuple[ConvertReport, str], tiny_dir: Path) -> None:
     report, _ = rtn
     header, content = read_header(report.out), report.out.read_bytes()
     weights = load_file(tiny_dir / "model.safetensors")
@@ -63,7 +63,7 @@ def test_linears_are_the_containers_own_rounding(rtn: tuple[ConvertReport, str],
     ):
         entry = next(tensor for tensor in header.tensors if tensor.name == name)
         assert entry.type_name == kind
-        expected = container(kind).quantize(weights[f"model.layers.0.{source}.weight"].float().numpy())
+        expected = quant_type(kind).quantize(weights[f"model.layers.0.{source}.weight"].float().numpy())
         assert content[header.data_start + entry.offset :][: entry.nbytes] == expected.tobytes()
 
 
@@ -96,7 +96,7 @@ def test_reference_type_calibrates_nothing(built_llama: Path, tiny_dir: Path, tm
 
 
 @pytest.mark.parametrize(("kind", "number"), [("Q4_0", 2), ("Q4_K", 14), ("MBQ3_64", 121)])
-def test_other_containers(kind: str, number: int, built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:
+def test_other_types(kind: str, number: int, built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:
     report, _ = run(tiny_dir, tmp_path / "tiny.gguf", type=kind.lower(), **RTN)
     header = read_header(report.out)
     assert header.metadata["general.file_type"] == number == file_type(kind)

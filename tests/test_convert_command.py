@@ -35,9 +35,9 @@ def test_headings_stand_in_order_with_every_option_below_one() -> None:
 @pytest.mark.parametrize(
     ("former", "now", "field", "value"),
     [
-        (["--no-distort"], ["--no-propagate-error"], "distort", False),
-        (["--correction", "0.25"], ["--error-correction", "0.25"], "correction", 0.25),
-        (["--refine", "4"], ["--learn-scales", "4"], "refine", 4),
+        (["--no-distort"], ["--no-propagate-error"], "propagate_error", False),
+        (["--correction", "0.25"], ["--error-correction", "0.25"], "error_correction", 0.25),
+        (["--refine", "4"], ["--learn-scales", "4"], "learn_scales", 4),
     ],
 )
 def test_former_names_mean_the_same_and_are_not_shown(former: list[str], now: list[str], field: str, value: object) -> None:

@@ -14,7 +14,7 @@ from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.stream import advance, capture, logits, working_layer
 from mbq_gguf.calibration.token_weights import KINDS, Kind
 from mbq_gguf.errors import UsageError, UserError
-from mbq_gguf.formats.registry import container
+from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import STANDARD
@@ -22,7 +22,7 @@ from mbq_gguf.quantise import QuantiseResult, quantise
 from mbq_gguf.settings import QuantiseSettings
 from mbq_gguf.workdir import WorkDir, open_workdir
 
-FAST = QuantiseSettings(container="MBQ3", method="mbq", synthetic=0, clip=False, distort=False, refits=0, search_samples=1)
+FAST = QuantiseSettings(type_name="MBQ3", method="mbq", synthetic=0, clip=False, propagate_error=False, refits=0, search_samples=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,7 +48,7 @@ def test_every_linear_is_packed(tiny: LoadedModel, result: QuantiseResult) -> No
     assert set(result.packed) == {f"{name}.weight" for name, _ in tiny.decoder.linears()}
     for name, module in tiny.decoder.linears():
         packed = result.packed[f"{name}.weight"]
-        kind = container(packed.container)
+        kind = quant_type(packed.type_name)
         assert packed.columns == module.in_features
         assert packed.data.shape == (module.out_features, kind.row_bytes(module.in_features))
         assert np.isfinite(kind.dequantize(packed.data)).all()
@@ -80,7 +80,7 @@ def test_weights_in_the_result_make_the_model(tiny: LoadedModel, samples: list[S
             parameters = dict(layer.module.named_parameters())
             for name in STANDARD.readers:
                 packed = result.packed[f"layers.{index}.{name}.weight"]
-                layer.linear(name).weight.copy_(torch.from_numpy(container(packed.container).dequantize(packed.data)))
+                layer.linear(name).weight.copy_(torch.from_numpy(quant_type(packed.type_name).dequantize(packed.data)))
             for name, value in result.replaced.items() if replaced else ():
                 if name.startswith(f"layers.{index}."):
                     parameters[name.removeprefix(f"layers.{index}.")].copy_(value)
@@ -102,10 +102,10 @@ def test_same_bytes_every_time(tiny: LoadedModel, samples: list[Sample], method:
     assert same(quantise(tiny, samples[:2], settings), quantise(tiny, samples[:2], settings))
 
 
-def test_rtn_nearest_is_the_containers_own_rounding(tiny: LoadedModel) -> None:
+def test_rtn_nearest_is_the_types_own_rounding(tiny: LoadedModel) -> None:
     result = quantise(tiny, [], replace(FAST, method="rtn", rounding="nearest"))
     weight = tiny.decoder.layers[1].get_submodule("mlp.up_proj").weight.float().numpy()
-    np.testing.assert_array_equal(result.packed["layers.1.mlp.up_proj.weight"].data, container("MBQ3").quantize(weight))
+    np.testing.assert_array_equal(result.packed["layers.1.mlp.up_proj.weight"].data, quant_type("MBQ3").quantize(weight))
     assert not result.replaced
 
 
@@ -143,9 +143,9 @@ def test_calibrated_methods_need_samples(tiny: LoadedModel) -> None:
             quantise(tiny, [], settings)
 
 
-def test_unknown_container(tiny: LoadedModel) -> None:
+def test_unknown_type(tiny: LoadedModel) -> None:
     with pytest.raises(UsageError, match="there is no type MBQ9"):
-        quantise(tiny, [], replace(FAST, container="MBQ9"))
+        quantise(tiny, [], replace(FAST, type_name="MBQ9"))
 
 
 def test_fold_that_changes_the_function_is_refused(tiny: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,14 +182,14 @@ def mixed(tiny: LoadedModel, samples: list[Sample]) -> QuantiseResult:
     return quantise(tiny, samples, MIXED)
 
 
-def test_mixed_containers_meet_the_size(tiny: LoadedModel, mixed: QuantiseResult) -> None:
+def test_mixed_types_meet_the_size(tiny: LoadedModel, mixed: QuantiseResult) -> None:
     plan = mixed.plan
     assert plan is not None
     weights = sum(module.weight.numel() for _, module in tiny.decoder.linears())
     assert 4.4 < 8 * sum(packed.data.size for packed in mixed.packed.values()) / weights <= 4.5
     assert plan.bits_per_weight == 8 * sum(packed.data.size for packed in mixed.packed.values()) / weights
-    assert {name: packed.container for name, packed in mixed.packed.items()} == plan.containers
-    assert len(set(plan.containers.values())) > 2
+    assert {name: packed.type_name for name, packed in mixed.packed.items()} == plan.type_names
+    assert len(set(plan.type_names.values())) > 2
     assert not mixed.fallbacks
 
 

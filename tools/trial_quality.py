@@ -1,10 +1,10 @@
 """What settings do to a VLM's answers, in PyTorch, before any file is written: the ablation of docs/results.md.
 
     python tools/photographs.py photographs
-    python tools/trial_quality.py MODEL_DIR "" seed=1 samples=32,synthetic=0 container=Q4_0 rotate=full --photographs photographs
+    python tools/trial_quality.py MODEL_DIR "" seed=1 samples=32,synthetic=0 type_name=Q4_0 rotate=full --photographs photographs
 
 Each argument is one variant: ``samples``, ``seed``, ``turns`` and fields of QuantiseSettings, "" the default. Quantises the language
-model's linears, puts the values that the container gives back into the Hugging Face model, and compares it with the original, forced along
+model's linears, puts the rounded values into the Hugging Face model, and compares it with the original, forced along
 the expected answers of the demo's eval set, along the original's own words about photographs, and along a text. KL divergence in nats.
 """
 
@@ -26,7 +26,7 @@ from mbq_gguf.calibration.generate import greedy_answer
 from mbq_gguf.calibration.stream import advance, capture, capture_encoded, logits, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.evaluate.exact_match import MAX_TOKENS, SHIPPED
-from mbq_gguf.formats.registry import container
+from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.outcome import QuantiseResult
@@ -101,12 +101,12 @@ def turned(hidden: torch.Tensor, rotation: Rotation | None, back: bool = False) 
 
 
 def put(layer: Layer, index: int, result: QuantiseResult) -> None:
-    """Overwrite the parameters of ``layer`` with those of ``result``, packed ones as their container gives them back."""
+    """Overwrite the parameters of ``layer`` with those of ``result``, quantised ones as their bytes give them back."""
     prefix = f"layers.{index}."
     for name, packed in result.packed.items():
         if name.startswith(prefix):
             weight = layer.linear(name.removeprefix(prefix).removesuffix(".weight")).weight
-            weight.copy_(torch.from_numpy(container(packed.container).dequantize(packed.data)))
+            weight.copy_(torch.from_numpy(quant_type(packed.type_name).dequantize(packed.data)))
     parameters = dict(layer.module.named_parameters())
     for name, value in result.replaced.items():
         if name.startswith(prefix):

@@ -32,8 +32,8 @@ from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.quantise import quantise
 
 STORE = Path(__file__).resolve().parents[1] / "docs" / "results" / "balance.json"
-NEAREST = "container=MBQ3,rounding=nearest,synthetic=0,distort=False,samples=128,turns=last"
-PLAIN = "container=MBQ3,synthetic=0,distort=False,samples=128,turns=last,clip=False,refits=0"
+NEAREST = "type_name=MBQ3,rounding=nearest,synthetic=0,propagate_error=False,samples=128,turns=last"
+PLAIN = "type_name=MBQ3,synthetic=0,propagate_error=False,samples=128,turns=last,clip=False,refits=0"
 MASKS = tuple(f",answer_mask={mask}" for mask in ("predicting", "answer"))
 WEIGHTS = tuple(f"token_weights={kind}" for kind in ("modality", "gradient", "token"))
 
@@ -55,7 +55,7 @@ ROWS = [
     *seeds(*methods(NEAREST), f"{NEAREST},method=mbq,answer_mask=answer", calib="calib=captions"),
     *seeds("", *WEIGHTS, "method=mbq", calib="calib=captions"),
     *seeds(PLAIN, *methods(PLAIN), calib="calib=captions"),
-    *seeds(*(f"{NEAREST},method=mbq,{change}" for change in ("search_loss=mse", "grouped_o=False", "distort=True"))),
+    *seeds(*(f"{NEAREST},method=mbq,{change}" for change in ("search_loss=mse", "grouped_o=False", "propagate_error=True"))),
     *seeds("turns=last", *(f"{weights},answer_mask=answer" for weights in WEIGHTS[:2])),
     *seeds(f"{PLAIN},method=mbq,answer_mask=answer", f"{NEAREST},method=awq,grouped_o=False"),
     *seeds(*methods(NEAREST.replace("turns=last", "turns=all"))),

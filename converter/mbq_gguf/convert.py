@@ -31,7 +31,7 @@ from mbq_gguf.export.injection import PackedTensor, TensorRecord
 from mbq_gguf.export.progress import Stages, progress_bars
 from mbq_gguf.export.rehearsal import rehearse
 from mbq_gguf.export.report import ConvertReport, fallback_sentences, nearest_sentences
-from mbq_gguf.formats.registry import container
+from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models import load
 from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.load import check_source
@@ -52,8 +52,8 @@ class ConvertOptions:
 
     model_dir: Path
     out: Path
-    type: str = QuantiseSettings.container
-    target_bpw: float | None = None  # a container for each tensor instead of type, to this many bits a weight of the decoder's matrices
+    type: str = QuantiseSettings.type_name
+    target_bpw: float | None = None  # a type chosen for each tensor instead, to this many bits a weight of the decoder's matrices
     method: Method = QuantiseSettings.method
     rounding: Rounding = QuantiseSettings.rounding
     calib: Path | None = None  # a JSONL set or a folder of images; None: the set that ships with the demonstration
@@ -74,10 +74,10 @@ class ConvertOptions:
     search_loss: SearchLoss | None = QuantiseSettings.search_loss
     grouped_o: bool = QuantiseSettings.grouped_o
     clip: bool = QuantiseSettings.clip
-    distort: bool = QuantiseSettings.distort
-    correction: float = QuantiseSettings.correction
+    propagate_error: bool = QuantiseSettings.propagate_error
+    error_correction: float = QuantiseSettings.error_correction
     refits: int = QuantiseSettings.refits
-    refine: int = QuantiseSettings.refine
+    learn_scales: int = QuantiseSettings.learn_scales
     work_dir: Path | None = None  # where finished layers are kept; None: beside out, until out is whole
 
     @property
@@ -89,12 +89,12 @@ class ConvertOptions:
     def settings(self) -> QuantiseSettings:
         """What the converter's core needs of this."""
         shared = {field.name for field in fields(QuantiseSettings)} & {field.name for field in fields(self)}
-        return QuantiseSettings(container=container(self.type).name, **{name: getattr(self, name) for name in shared})
+        return QuantiseSettings(type_name=quant_type(self.type).name, **{name: getattr(self, name) for name in shared})
 
     @property
     def unquantised(self) -> bool:
         """Whether the file is to be what upstream's converter would write."""
-        return self.target_bpw is None and container(self.type).name in REFERENCE_TYPES
+        return self.target_bpw is None and quant_type(self.type).name in REFERENCE_TYPES
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,9 @@ def _convert(options: ConvertOptions, console: Console) -> ConvertReport:
             quantised = run_quantisation(options, console, bars, seconds)
         with timed(seconds, "write"):
             text, vision = write_files(options, quantised, bars)
-    packed = {} if quantised is None else {name: (p.container, p.columns) for name, p in quantised.result.packed.items()}
+    packed = {} if quantised is None else {name: (p.type_name, p.columns) for name, p in quantised.result.packed.items()}
     plan = None if quantised is None else quantised.result.plan
-    sentences = fallback_sentences(container(options.type).name, {} if plan else packed, text)
+    sentences = fallback_sentences(quant_type(options.type).name, {} if plan else packed, text)
     if options.rounding == "gptq":
         sentences += nearest_sentences(name for name, _ in packed.values())
     allocation = plan_table(plan, quantised.result.losses) if quantised and plan else None
@@ -147,8 +147,8 @@ def _convert(options: ConvertOptions, console: Console) -> ConvertReport:
 
 def check_inputs(options: ConvertOptions) -> list[Path]:
     """Everything that can be refused before any work; returns the checkpoint's weight files."""
-    chosen = container(options.type)
-    container(options.embedding_type)
+    chosen = quant_type(options.type)
+    quant_type(options.embedding_type)
     if options.mmproj_type not in MMPROJ_TYPES:
         raise UsageError(f"there is no mmproj type {options.mmproj_type}: choose one of {', '.join(MMPROJ_TYPES)}")
     check_device(options.device)
@@ -240,12 +240,12 @@ def write_files(options: ConvertOptions, quantised: Quantised | None, bars: Prog
 
 def text_file(options: ConvertOptions, quantised: Quantised | None) -> TextFile:
     """What goes into the text GGUF."""
-    chosen = container(options.type)
+    chosen = quant_type(options.type)
     if quantised is None:
         return TextFile({}, {}, chosen.name, chosen.name, {}, None)
     result = quantised.result
     keys = metadata.describe(
-        container="mixed" if result.plan else chosen.name,
+        type_name="mixed" if result.plan else chosen.name,
         method=options.method,
         rounding=options.rounding,
         fingerprint=quantised.fingerprint,
@@ -257,17 +257,17 @@ def text_file(options: ConvertOptions, quantised: Quantised | None) -> TextFile:
     if options.rounding == "gptq":
         keys |= metadata.gptq(
             clip=options.clip,
-            distort=options.distort,
-            correction=options.correction,
+            propagate_error=options.propagate_error,
+            error_correction=options.error_correction,
             refits=options.refits,
-            refine=options.refine,
+            learn_scales=options.learn_scales,
         )
     if result.plan:
         keys |= metadata.allocated(result.plan, result.losses)
     keys |= metadata.rotated(options.rotate, result.hadamard)
     kind = result.plan.main if result.plan else chosen.name
-    packed = {name: PackedTensor(item.container, item.data, item.columns) for name, item in result.packed.items()}
-    return TextFile(packed, result.replaced, BASE_TYPE, container(options.embedding_type).name, keys, metadata.file_type(kind))
+    packed = {name: PackedTensor(item.type_name, item.data, item.columns) for name, item in result.packed.items()}
+    return TextFile(packed, result.replaced, BASE_TYPE, quant_type(options.embedding_type).name, keys, metadata.file_type(kind))
 
 
 @contextmanager

@@ -30,7 +30,7 @@ research = option_group("Research (what each does to the figures: docs/results.m
 @everyday(
     "--type",
     "type_",
-    default=QuantiseSettings.container,
+    default=QuantiseSettings.type_name,
     help="MBQ3S (small groups) or MBQ3 (the papers' grid), 3.25 to 3.5 bits; a stock ggml type such as Q4_0 or Q3_K, for any llama.cpp; "
     "W4A8 or W8A8 (Q4_0 or Q8_0 with one scale a row); BF16 or F16.",
 )
@@ -67,17 +67,15 @@ research = option_group("Research (what each does to the figures: docs/results.m
 @rounding("--clip/--no-clip", default=QuantiseSettings.clip, help="Search the range of each block (stock types always).")
 @rounding(
     "--propagate-error/--no-propagate-error",
-    "distort",
     former=["--distort/--no-distort"],
-    default=QuantiseSettings.distort,
+    default=QuantiseSettings.propagate_error,
     help="Calibrate each layer on the inputs that the rounded layers before it give, not on the original's (also for AWQ and MBQ).",
 )
 @rounding(
     "--error-correction",
-    "correction",
     former=["--correction"],
     type=click.FloatRange(0, 1),
-    default=QuantiseSettings.correction,
+    default=QuantiseSettings.error_correction,
     help="With --propagate-error: the share of earlier layers' error that a layer makes good.",
 )
 @rounding(
@@ -99,10 +97,9 @@ research = option_group("Research (what each does to the figures: docs/results.m
 )
 @research(
     "--learn-scales",
-    "refine",
     former=["--refine"],
     type=click.IntRange(min=0),
-    default=QuantiseSettings.refine,
+    default=QuantiseSettings.learn_scales,
     help="With --propagate-error: passes over the samples in which each layer's scales are learned together by gradients.",
 )
 @research(

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from mbq_gguf.allocation.plan import Plan
-from mbq_gguf.formats.container import Bytes
+from mbq_gguf.formats.quant_type import Bytes
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantised weight as the file stores it: ``data`` uint8 [rows, row_bytes] in ``container``, rows of ``columns`` weights."""
+    """A quantised weight as the file stores it: ``data`` uint8 [rows, row_bytes] of type ``type_name``, rows of ``columns`` weights."""
 
-    container: str
+    type_name: str
     data: Bytes
     columns: int
 
@@ -28,10 +28,10 @@ class QuantiseResult:
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)  # other parameters that equalisation changed, float32
     ratios: dict[str, list[float]] = field(default_factory=dict)  # "attention" and "mlp", one a layer
     exponents: dict[str, dict[str, float]] = field(default_factory=dict)  # by layer name, then group
-    fallbacks: list[tuple[str, str]] = field(default_factory=list)  # parameter name and the container it fell back to
+    fallbacks: list[tuple[str, str]] = field(default_factory=list)  # parameter name and the type it fell back to
     projector: dict[str, torch.Tensor] = field(default_factory=dict)  # rotated "weight" and "bias" of the projector's last linear
     hadamard: int = 0  # block of the online transform before down_proj, 0: none
-    plan: Plan | None = None  # the containers, where they were allocated
+    plan: Plan | None = None  # the types, where they were allocated
     losses: dict[str, float] = field(default_factory=dict)  # what they cost as measured (nats), by parameter name
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
 
@@ -44,7 +44,7 @@ class LayerWork:
     replaced: dict[str, torch.Tensor]
     factors: dict[str, torch.Tensor]
     exponents: dict[str, float]
-    losses: dict[str, float] = field(default_factory=dict)  # measured cost (nats) of each weight, where containers were allocated
+    losses: dict[str, float] = field(default_factory=dict)  # measured cost (nats) of each weight, where types were allocated
 
 
 def saved_layer(done: LayerWork) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -52,7 +52,7 @@ def saved_layer(done: LayerWork) -> tuple[dict[str, torch.Tensor], dict[str, Any
     tensors = {f"packed.{name}": torch.from_numpy(packed.data) for name, packed in done.packed.items()}
     tensors |= {f"replaced.{name}": value.cpu() for name, value in done.replaced.items()}
     tensors |= {f"factors.{name}": value.cpu() for name, value in done.factors.items()}
-    kinds = {name: [packed.container, packed.columns] for name, packed in done.packed.items()}
+    kinds = {name: [packed.type_name, packed.columns] for name, packed in done.packed.items()}
     return tensors, {"packed": kinds, "exponents": done.exponents, "losses": done.losses}
 
 

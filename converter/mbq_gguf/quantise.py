@@ -24,7 +24,7 @@ from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.synthetic import synthetic_streams, written
 from mbq_gguf.calibration.token_weights import hessian_weights, modality, uniform
 from mbq_gguf.errors import UsageError
-from mbq_gguf.formats.registry import container
+from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 from mbq_gguf.models.loaded import LoadedModel
@@ -53,13 +53,13 @@ def quantise(
     """Quantise every decoder linear of ``loaded``, which is left as it is.
 
     ``work`` takes each finished layer and gives back those of an earlier run; the bytes are the same either way. ``progress`` is called
-    with stage, done and total. Raises UsageError for an unknown container or a missing calibration set, UserError where a transform
+    with stage, done and total. Raises UsageError for an unknown type or a missing calibration set, UserError where a transform
     changes the model's function.
     """
-    container(settings.container)
+    quant_type(settings.type_name)
     if not samples and (settings.target_bpw or settings.method != "rtn" or settings.rounding != "nearest"):
         raise UsageError(f"method {settings.method} with {settings.rounding} rounding needs samples: give at least one")
-    if settings.refine and not (settings.distort and settings.rounding == "gptq"):
+    if settings.learn_scales and not (settings.propagate_error and settings.rounding == "gptq"):
         raise UsageError("learning scales follows the rounded layers' inputs: give --learn-scales with --propagate-error and GPTQ")
     reason = loaded.decoder.layout.no_equalisation()
     if settings.method != "rtn" and reason:
@@ -81,11 +81,11 @@ class _Walk:
         self.sensitivity: Sensitivity | None = None
         self.rotation: Rotation | None = None
         self.streams: list[Streamed] = []  # inputs of the next layer in the original model (in the rotated basis)
-        self.prefix: list[Streamed] = []  # the same in the rounded model, where distort asks for them
+        self.prefix: list[Streamed] = []  # the same in the rounded model, where propagate_error asks for them
         self.check: FunctionCheck | None = None
 
     def calibrate(self, samples: Sequence[Sample]) -> None:
-        """Capture the samples, measure sensitivities where they are asked for, rotate, and allocate containers."""
+        """Capture the samples, measure sensitivities where they are asked for, rotate, and allocate types."""
         with self._timed("capture"):
             for number, stream in enumerate(capture(self.loaded, samples, self.settings.answer_mask)):
                 self.streams.append(stream)
@@ -163,11 +163,11 @@ class _Walk:
             settings.token_weights, self.loaded.decoder.layout, index, self.sensitivity, settings.prompt_weight, settings.floor
         )
 
-    def _containers(self, index: int) -> dict[str, str]:
-        """The container wanted for each reader of layer ``index``; those of one linear have the same."""
+    def _type_names(self, index: int) -> dict[str, str]:
+        """The type wanted for each reader of layer ``index``; those of one linear have the same."""
         plan, layout = self.result.plan, self.loaded.decoder.layout
         return {
-            name: plan.containers[f"layers.{index}.{layout.linear_of(name)}.weight"] if plan else self.settings.container
+            name: plan.type_names[f"layers.{index}.{layout.linear_of(name)}.weight"] if plan else self.settings.type_name
             for name in layout.readers
         }
 
@@ -193,7 +193,7 @@ class _Walk:
             fold_layer(layer, done.factors)
             self._check(layer)
             for key, packed in done.packed.items():
-                weight = torch.from_numpy(container(packed.container).dequantize(packed.data))
+                weight = torch.from_numpy(quant_type(packed.type_name).dequantize(packed.data))
                 layer.linear(key.removesuffix(".weight")).weight.data.copy_(weight)
         with self._timed("moments"), bf16_products():
             replay.advance()
@@ -201,12 +201,13 @@ class _Walk:
 
     def _quantise_layer(self, layer: Layer, replay: Replay) -> LayerWork:
         settings, index = self.settings, layer.index
-        weights, containers = self._token_weights(index), self._containers(index)
-        refinement = Refinement(settings.damping, settings.clip, settings.correction if settings.distort else 0.0, settings.refits)
+        weights, type_names = self._token_weights(index), self._type_names(index)
+        share = settings.error_correction if settings.propagate_error else 0.0
+        refinement = Refinement(settings.damping, settings.clip, share, settings.refits)
         gptq = refinement if settings.rounding == "gptq" else None
         of_originals = self.result.plan is not None or (gptq and (settings.method != "rtn" or not settings.follows_prefix))
         entering = Entering(layer, [replace(stream) for stream in self.streams])
-        corrected = gptq is not None and refinement.correction > 0
+        corrected = gptq is not None and refinement.error_correction > 0
         with self._timed("observe"), bf16_products():
             observed = observe(
                 layer,
@@ -219,7 +220,7 @@ class _Walk:
             with self._timed("search"):
                 prefix = Entering(layer, self.prefix) if settings.follows_prefix else None
                 judge = Judge(self._search_weights(index), settings.power, settings.search_samples, gptq, observed.hessians)
-                choices = search_layer(entering, prefix, containers, judge, self._foldable(layer))
+                choices = search_layer(entering, prefix, type_names, judge, self._foldable(layer))
             done.factors = {name: choice.factors for name, choice in choices.items()}
             done.exponents = {name: choice.exponent for name, choice in choices.items()}
             fold_layer(layer, done.factors)
@@ -241,14 +242,14 @@ class _Walk:
                 if self.result.plan
                 else {}
             )
-            matrices = round_in_order(layer, containers, moments_of, refinement)
-        if settings.refine:
+            matrices = round_in_order(layer, type_names, moments_of, refinement)
+        if settings.learn_scales:
             with self._timed("refine"), bf16_products():
                 matrices = self._learned(layer, matrices)
             replay.restart()
         for name, parts in layer.layout.by_linear(matrices).items():
             data = np.concatenate([part.rounded.data for part in parts])
-            done.packed[f"{name}.weight"] = Packed(parts[0].container, data, parts[0].rounded.weight.shape[1])
+            done.packed[f"{name}.weight"] = Packed(parts[0].type_name, data, parts[0].rounded.weight.shape[1])
         if self.result.plan:
             done.losses = self._losses(layer, before, observed, done.factors)
         return done
@@ -257,17 +258,17 @@ class _Walk:
         """``matrices`` with the parameters that learning found better, put into ``layer``."""
         coded = {name: (matrix.grid, matrix.coded) for name, matrix in matrices.items() if matrix.grid and matrix.coded}
         targets = [stream.hidden for stream in self.streams]  # they have passed the original layer already
-        found = learn(layer, self.prefix, targets, self._token_weights(layer.index), coded, self.settings.refine)
+        found = learn(layer, self.prefix, targets, self._token_weights(layer.index), coded, self.settings.learn_scales)
         for name, better in found.items():
             grid = coded[name][0]
-            matrices[name] = Matrix(matrices[name].container, better.rounded(grid), grid, better)
+            matrices[name] = Matrix(matrices[name].type_name, better.rounded(grid), grid, better)
             layer.linear(name).weight.data.copy_(matrices[name].rounded.weight)
         return matrices
 
     def _losses(
         self, layer: Layer, before: dict[str, torch.Tensor], observed: Observed, factors: dict[str, torch.Tensor]
     ) -> dict[str, float]:
-        """What rounding ``layer`` has cost by the measure that chose its containers, by parameter name."""
+        """What rounding ``layer`` has cost by the measure that chose its types, by parameter name."""
         assert self.sensitivity is not None
         weights, inputs = self._token_weights(layer.index), {}
         for site in layer.sites:
@@ -312,12 +313,12 @@ class _Walk:
 
     def _collect(self, index: int, done: LayerWork) -> None:
         result, prefix = self.result, f"layers.{index}"
-        wanted = {f"{self.loaded.decoder.layout.linear_of(name)}.weight": kind for name, kind in self._containers(index).items()}
+        wanted = {f"{self.loaded.decoder.layout.linear_of(name)}.weight": kind for name, kind in self._type_names(index).items()}
         result.losses.update({f"{prefix}.{name}": loss for name, loss in done.losses.items()})
         for name, packed in done.packed.items():
             result.packed[f"{prefix}.{name}"] = packed
-            if packed.container != wanted[name]:
-                result.fallbacks.append((f"{prefix}.{name}", packed.container))
+            if packed.type_name != wanted[name]:
+                result.fallbacks.append((f"{prefix}.{name}", packed.type_name))
         result.replaced.update({f"{prefix}.{name}": value.cpu() for name, value in done.replaced.items()})
         if done.exponents:
             result.exponents[prefix] = done.exponents

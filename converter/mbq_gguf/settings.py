@@ -30,9 +30,9 @@ MMPROJ_TYPE = "F16"
 class QuantiseSettings:
     """The defaults are the combination that scores best (docs/results.md)."""
 
-    container: str = "MBQ3S"
+    type_name: str = "MBQ3S"
     synthetic: int = 80  # texts that the model writes itself beside the samples, and half as many procedural pictures
-    target_bpw: float | None = None  # one container a tensor instead, chosen to meet this size (bits a weight)
+    target_bpw: float | None = None  # a type chosen for each tensor instead, chosen to meet this size (bits a weight)
     method: Method = "rtn"  # equalisation of channels beforehand
     rounding: Rounding = "gptq"
     floor: bool = True  # no layer's modality ratio below the median over layers
@@ -44,18 +44,18 @@ class QuantiseSettings:
     search_samples: int | None = None  # on the first so many samples; None: on all
     search_loss: SearchLoss | None = None  # mean absolute or mean squared error; None: the method's own, mae for MBQ and mse for AWQ
     grouped_o: bool = True  # also o_proj where query heads share a value head, and so its factors; MBQ's authors leave it alone
-    distort: bool = True  # Hessians and the search from the inputs that the already rounded prefix gives
+    propagate_error: bool = True  # Hessians and the search from the inputs that the already rounded prefix gives
     # GPTQ's own; nearest rounding knows none of them
     clip: bool = True  # search each block's range
-    correction: float = 0.5  # share of the prefix's output error that a layer makes good, where distort is on
+    error_correction: float = 0.5  # share of the prefix's output error that a layer makes good, where propagate_error is on
     refits: int = 2  # turns of refitting scales and minima to the codes, which descend in between
-    refine: int = 0  # passes over the samples in which scales and minima are learned, all matrices of a layer together; needs distort
+    learn_scales: int = 0  # passes over the samples in which a layer's scales and minima are learned together; needs propagate_error
     damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
 
     @property
     def follows_prefix(self) -> bool:
         """Whether the rounded model's own inputs are needed beside the original's."""
-        return self.distort and (self.rounding == "gptq" or self.method != "rtn")
+        return self.propagate_error and (self.rounding == "gptq" or self.method != "rtn")
 
     @property
     def power(self) -> int:

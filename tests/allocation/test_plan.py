@@ -14,7 +14,7 @@ from mbq_gguf.allocation.predict import Inputs, candidates, foreseen, layer_opti
 from mbq_gguf.calibration.stream import working_layer
 from mbq_gguf.errors import UsageError
 from mbq_gguf.formats.grid import grid_of
-from mbq_gguf.formats.registry import container
+from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import STANDARD
@@ -49,12 +49,12 @@ def test_candidates_follow_the_row_length() -> None:
     assert [kind.name for kind in candidates(30)] == ["F16"]
 
 
-def test_sizes_and_nearest_costs_are_the_containers(tiny: LoadedModel) -> None:
+def test_sizes_and_nearest_costs_are_the_types(tiny: LoadedModel) -> None:
     layer = working_layer(tiny, 0)
     inputs = inputs_of(layer, 0)
     options = layer_options(layer, inputs, dict.fromkeys(STANDARD.readers, 2.0), None, False)
     weight = layer.linear("self_attn.k_proj").weight.detach()
-    rounded = round_nearest(weight, container("Q4_1"))
+    rounded = round_nearest(weight, quant_type("Q4_1"))
     assert options["self_attn.k_proj"]["Q4_1"].size == rounded.data.size
     assert options["self_attn.k_proj"]["Q4_1"].loss == pytest.approx(2 * objective(weight, rounded.weight, inputs["qkv"].hessian) / 500)
 
@@ -65,12 +65,12 @@ def test_gptqs_cost_is_foreseen_without_running_it(kind: str, clip: bool) -> Non
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(900, 32, generator=draw) @ torch.randn(32, 256, generator=draw) + torch.randn(900, 256, generator=draw)
     weight, hessian = torch.randn(96, 256, generator=draw), x.t() @ x
-    grid = grid_of(container(kind))
+    grid = grid_of(quant_type(kind))
     assert grid is not None
     factor = inverse_factor(hessian, DAMPING)
     actual = objective(weight, round_gptq(weight, factor, grid, partial(search_range, grid) if clip else None).weight, hessian)
     assert foreseen(weight, factor.diagonal().square().reciprocal(), grid, clip) == pytest.approx(actual, rel=0.25)
-    assert objective(weight, round_nearest(weight, container(kind)).weight, hessian) > 2 * actual  # what it is to be told apart from
+    assert objective(weight, round_nearest(weight, quant_type(kind)).weight, hessian) > 2 * actual  # what it is to be told apart from
 
 
 def test_options_are_scaled_up_from_some_rows(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ WEIGHTS = dict.fromkeys(OPTIONS, 64)
 
 def test_plan_spends_where_it_pays() -> None:
     plan = make_plan(OPTIONS, WEIGHTS, 8.0)  # 128 bytes for 128 weights: one of the two can have Q8_0
-    assert list(plan.containers.values()) == ["MBQ3", "Q8_0"]
+    assert list(plan.type_names.values()) == ["MBQ3", "Q8_0"]
     assert plan.bits_per_weight == 8.0
     assert plan.predicted == 1.25
 

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from mbq_gguf.calibration.dataset import Sample
-from mbq_gguf.formats.registry import container_for
+from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.prompts import AnswerMask
 from mbq_gguf.quantise import quantise
@@ -23,7 +23,7 @@ GROUPS = {
     "gate_up": (("mlp.gate_proj", "mlp.up_proj"), "mlp", "mlp"),
     "down": (("mlp.down_proj",), "mlp.down_proj", "mlp"),
 }
-PAPER = QuantiseSettings(container="MBQ3", method="mbq", rounding="nearest", synthetic=0, distort=False, grouped_o=False)
+PAPER = QuantiseSettings(type_name="MBQ3", method="mbq", rounding="nearest", synthetic=0, propagate_error=False, grouped_o=False)
 
 
 Key = tuple[str, int]  # block, layer
@@ -94,7 +94,7 @@ def plain_exponents(model: LoadedModel, samples: list[Sample], mask: AnswerMask,
                 s = (mean ** (k / 20)).clamp(min=1e-4)
                 s /= (s.max() * s.min()).sqrt()
                 for linear, weight in zip(linears, kept, strict=True):
-                    linear.weight.copy_(nearest_values(weight * s, container_for("MBQ3", weight.shape[1])) / s)
+                    linear.weight.copy_(nearest_values(weight * s, quant_type_for("MBQ3", weight.shape[1])) / s)
                 error = out() - reference
                 if loss == "mae":
                     losses.append(float(error[answer].abs().sum() + ratios[block][index] * error[vision].abs().sum()))

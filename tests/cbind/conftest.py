@@ -11,7 +11,7 @@ from mbq_gguf.evaluate.exact_match import SHIPPED, Question, load_questions, str
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
 from mbq_gguf.export.injection import PackedTensor
 from mbq_gguf.formats.own import OWN
-from mbq_gguf.formats.registry import container_for
+from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models import load
 from reference_models import Files, HuggingFace
 
@@ -38,7 +38,7 @@ def hugging_face(reference_dir: Path) -> Callable[[dict[str, PackedTensor]], Hug
         parameters = dict(loaded.decoder.module.named_parameters())
         with torch.no_grad():
             for key, tensor in packed.items():
-                parameters[key].copy_(torch.from_numpy(OWN[tensor.container].dequantize(tensor.data)))
+                parameters[key].copy_(torch.from_numpy(OWN[tensor.type_name].dequantize(tensor.data)))
         return HuggingFace(loaded)
 
     return make
@@ -59,8 +59,8 @@ def mbq3_weights(reference_dir: Path) -> dict[str, PackedTensor]:
     packed = {}
     for key, parameter in load(reference_dir).decoder.module.named_parameters():
         if key.startswith("layers.") and parameter.ndim == 2:
-            container = container_for("MBQ3S" if int(key.split(".")[1]) % 2 else "MBQ3", parameter.shape[1])
-            packed[key] = PackedTensor(container.name, container.quantize(parameter.float().numpy()), parameter.shape[1])
+            quant_type = quant_type_for("MBQ3S" if int(key.split(".")[1]) % 2 else "MBQ3", parameter.shape[1])
+            packed[key] = PackedTensor(quant_type.name, quant_type.quantize(parameter.float().numpy()), parameter.shape[1])
     return packed
 
 

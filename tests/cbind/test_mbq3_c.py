@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from mbq_cbind import types
 from mbq_gguf.formats import mbq3, mbq3s
-from mbq_gguf.formats.container import Bytes, Container, Floats
 from mbq_gguf.formats.own import OWN
+from mbq_gguf.formats.quant_type import Bytes, Floats, QuantType
 
-CONTAINERS = pytest.mark.parametrize("container", OWN.values(), ids=OWN)
+QUANT_TYPES = pytest.mark.parametrize("quant_type", OWN.values(), ids=OWN)
 COMPACT = ("MBQ3S", "MBQ3S_64")  # a head for each half of a block
 LARGEST_HEAD = 0x3DF << 6 | 63  # the scale 63488 and the zero point 63/8; above it fp16 has infinity
 COLUMNS = 256
@@ -45,22 +45,22 @@ def random_rows(rows: int, columns: int, seed: int = 0) -> Floats:
     return (np.random.default_rng(seed + 1).normal(size=(rows, columns)) * scale).astype(np.float32)
 
 
-@CONTAINERS
-def test_type_traits_match_the_container(container: Container) -> None:
-    info = types.type_info(container.name)
-    assert types.type_id(container.name) == container.type_id
-    assert (info.block_size, info.type_size, info.is_quantized) == (container.block_size, container.type_size, True)
+@QUANT_TYPES
+def test_type_traits_match_the_quant_type(quant_type: QuantType) -> None:
+    info = types.type_info(quant_type.name)
+    assert types.type_id(quant_type.name) == quant_type.type_id
+    assert (info.block_size, info.type_size, info.is_quantized) == (quant_type.block_size, quant_type.type_size, True)
 
 
-@CONTAINERS
-def test_golden_block(container: Container) -> None:
+@QUANT_TYPES
+def test_golden_block(quant_type: QuantType) -> None:
     """Codes at both ends of planes and halves, packed by C into bytes written out by hand (docs/format.md)."""
-    size = container.block_size
+    size = quant_type.block_size
     last = size // 4 - 1
     codes = np.zeros((4, size // 4), np.float32)  # [plane, byte]
     codes[0, 0], codes[1, last], codes[2, 0], codes[2, size // 8], codes[3, 2], codes[3, last] = 7, 5, 7, 6, 4, 3
     weights = codes.reshape(1, size)
-    if container.name in COMPACT:
+    if quant_type.name in COMPACT:
         weights[:, size // 2 :] = weights[:, size // 2 :] / 2 - 1
         head = "00 78 10 70"  # d = 1 (fp16 0x3C00, shifted 0x7800), z = 0; d = 0.5 (0x3800, 0x7000), z = 1 / 0.5 * 8 = 0x10
     else:
@@ -71,71 +71,71 @@ def test_golden_block(container: Container) -> None:
     # High bits in byte 0: plane 0 half 0 is bit 2, plane 2 bits 6 and 7; then plane 3 half 0, bit 0; plane 1 half 1, bit 5.
     qh = f"c4 00 01 {zeros[:-12]} 20"
     expected = np.frombuffer(bytes.fromhex(head + ql + qh), np.uint8)
-    assert np.array_equal(types.quantize(container.name, weights)[0], expected)
-    assert np.array_equal(types.dequantize(container.name, expected[None], size), weights)
+    assert np.array_equal(types.quantize(quant_type.name, weights)[0], expected)
+    assert np.array_equal(types.dequantize(quant_type.name, expected[None], size), weights)
 
 
-@CONTAINERS
+@QUANT_TYPES
 @pytest.mark.parametrize("rows", [1, 3, 130])
-def test_pack_equals_c_on_random_rows(container: Container, rows: int) -> None:
+def test_pack_equals_c_on_random_rows(quant_type: QuantType, rows: int) -> None:
     weights = random_rows(rows, 1536)
-    assert np.array_equal(container.quantize(weights), types.quantize(container.name, weights))
+    assert np.array_equal(quant_type.quantize(weights), types.quantize(quant_type.name, weights))
 
 
-@CONTAINERS
+@QUANT_TYPES
 @pytest.mark.parametrize("name", EDGE_ROWS)
-def test_pack_equals_c_on_edge_rows(container: Container, name: str) -> None:
+def test_pack_equals_c_on_edge_rows(quant_type: QuantType, name: str) -> None:
     weights = EDGE_ROWS[name][None].astype(np.float32)
-    packed = types.quantize(container.name, weights)
-    assert np.array_equal(container.quantize(weights), packed)
-    assert types.is_valid(container.name, packed)
+    packed = types.quantize(quant_type.name, weights)
+    assert np.array_equal(quant_type.quantize(weights), packed)
+    assert types.is_valid(quant_type.name, packed)
 
 
-@CONTAINERS
+@QUANT_TYPES
 @settings(max_examples=200, deadline=None)
 @given(weights=arrays(np.float32, (1, 128), elements=ANY_FLOAT))
-def test_pack_equals_c_on_any_row(container: Container, weights: Floats) -> None:
-    assert np.array_equal(container.quantize(weights), types.quantize(container.name, weights))
+def test_pack_equals_c_on_any_row(quant_type: QuantType, weights: Floats) -> None:
+    assert np.array_equal(quant_type.quantize(weights), types.quantize(quant_type.name, weights))
 
 
-@CONTAINERS
+@QUANT_TYPES
 @settings(max_examples=100, deadline=None)
 @given(payload=st.binary(min_size=104, max_size=104), scale=ANY_FLOAT, minimum=ANY_FLOAT)
-def test_unpack_equals_c_on_any_block(container: Container, payload: bytes, scale: float, minimum: float) -> None:
-    data = np.frombuffer(payload, np.uint8)[: container.row_bytes(128)].copy().reshape(-1, container.type_size)
-    if container.name in COMPACT:
+def test_unpack_equals_c_on_any_block(quant_type: QuantType, payload: bytes, scale: float, minimum: float) -> None:
+    data = np.frombuffer(payload, np.uint8)[: quant_type.row_bytes(128)].copy().reshape(-1, quant_type.type_size)
+    if quant_type.name in COMPACT:
         heads = data[:, :4].view("<u2")
         heads[:] = np.minimum(heads, LARGEST_HEAD)
     else:
         data[:, :4] = np.clip([scale, minimum], -65504, 65504).astype("<f2").view(np.uint8)
     rows = data.reshape(1, -1)
-    assert np.array_equal(container.dequantize(rows), types.dequantize(container.name, rows, 128))
+    assert np.array_equal(quant_type.dequantize(rows), types.dequantize(quant_type.name, rows, 128))
 
 
-@CONTAINERS
-def test_unpack_equals_c_on_random_rows(container: Container) -> None:
-    packed = container.quantize(random_rows(7, 1536))
-    assert np.array_equal(container.dequantize(packed), types.dequantize(container.name, packed, 1536))
+@QUANT_TYPES
+def test_unpack_equals_c_on_random_rows(quant_type: QuantType) -> None:
+    packed = quant_type.quantize(random_rows(7, 1536))
+    assert np.array_equal(quant_type.dequantize(packed), types.dequantize(quant_type.name, packed, 1536))
 
 
-@CONTAINERS
+@QUANT_TYPES
 @pytest.mark.parametrize("columns", [128, 256, 1536, 8960])
-def test_vec_dot_is_the_integer_product(container: Container, columns: int) -> None:
+def test_vec_dot_is_the_integer_product(quant_type: QuantType, columns: int) -> None:
     """The kernel multiplies exact integers: against float64 on the same Q8_1 activations only its float32 sums may differ.
 
     Each block's d*d8*isum and m*s are rounded once, and so is every addition of their running sum; 8 lanes at most add in another order.
     """
-    assert types.activation_type(container.name) == "q8_1"
+    assert types.activation_type(quant_type.name) == "q8_1"
     weights, x = random_rows(5, columns), random_rows(1, columns, seed=7)[0]
-    packed = container.quantize(weights)
-    scale, total, codes = unpack_q8_1(types.round_activations(container.name, x[None]))
-    w_codes, d, m = split(container, packed)
+    packed = quant_type.quantize(weights)
+    scale, total, codes = unpack_q8_1(types.round_activations(quant_type.name, x[None]))
+    w_codes, d, m = split(quant_type, packed)
     products = d * (w_codes * codes).sum(-1) * scale
     minima = m * total
     exact = (products + minima).sum(axis=-1)
     operations = 2 * (columns // 32) + 16
     float_sums = operations * 2.0**-24 * (np.abs(products) + np.abs(minima)).sum(axis=-1)
-    assert np.all(np.abs(types.vec_dot(container.name, packed, columns, x) - exact) <= float_sums)
+    assert np.all(np.abs(types.vec_dot(quant_type.name, packed, columns, x) - exact) <= float_sums)
 
 
 def unpack_q8_1(data: Bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -145,11 +145,11 @@ def unpack_q8_1(data: Bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return head[:, 0], head[:, 1], blocks[:, 4:].view(np.int8).astype(np.float64)
 
 
-def split(container: Container, packed: Bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def split(quant_type: QuantType, packed: Bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Packed rows as float64 pieces of 32 weights: codes [rows, pieces, 32], scale and minimum [rows, pieces]."""
-    unpack = mbq3s.unpack_blocks if container.name in COMPACT else mbq3.unpack_blocks
-    codes, d, m = unpack(packed.reshape(-1, container.type_size))
-    pieces = container.block_size // 32 // d.shape[1]
+    unpack = mbq3s.unpack_blocks if quant_type.name in COMPACT else mbq3.unpack_blocks
+    codes, d, m = unpack(packed.reshape(-1, quant_type.type_size))
+    pieces = quant_type.block_size // 32 // d.shape[1]
     rows = len(packed)
     return (
         codes.astype(np.float64).reshape(rows, -1, 32),

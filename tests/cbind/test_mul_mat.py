@@ -7,7 +7,7 @@ import pytest
 from mbq_cbind import types
 from mbq_cbind.errors import CallError
 from mbq_cbind.mul_mat import devices, mul_mat
-from mbq_gguf.formats.container import Floats
+from mbq_gguf.formats.quant_type import Floats
 
 HALF_STEP = 0.5  # an int8 activation is off by half a step at most ...
 FP16_STEP = 127 * 2.0**-11  # ... and by the rounding of the step to fp16, which 127 steps feel 127 times

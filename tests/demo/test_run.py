@@ -18,7 +18,7 @@ def test_the_three_questions_are_about_three_pictures() -> None:
     assert len({question.image for question in questions}) == 3
 
 
-def test_the_fingerprint_follows_model_and_container(tmp_path: Path) -> None:
+def test_the_fingerprint_follows_model_and_type(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes(b"one")
     first = fingerprint(tmp_path, "MBQ3")
     assert fingerprint(tmp_path, "MBQ3") == first

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from gguf_modules import loaded_gguf, restore_gguf
 from mbq_gguf.errors import UserError
-from mbq_gguf.formats.container import Container
 from mbq_gguf.formats.gguf_types import FILE_TYPES, import_from_tree, import_gguf
 from mbq_gguf.formats.own import OWN
+from mbq_gguf.formats.quant_type import QuantType
 
 
 @pytest.fixture(params=["tree", "installed"])
@@ -31,23 +31,23 @@ def gguf(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     sys.path[:] = path
 
 
-@pytest.mark.parametrize("container", list(OWN.values()), ids=lambda container: container.name)
-def test_type_is_known(gguf: object, container: Container) -> None:
-    kind = gguf.GGMLQuantizationType(container.type_id)
-    assert (kind.name, int(kind)) == (container.name, container.type_id)
-    assert gguf.GGMLQuantizationType[container.name] is kind
-    assert getattr(gguf.GGMLQuantizationType, container.name) is kind
+@pytest.mark.parametrize("quant_type", list(OWN.values()), ids=lambda quant_type: quant_type.name)
+def test_type_is_known(gguf: object, quant_type: QuantType) -> None:
+    kind = gguf.GGMLQuantizationType(quant_type.type_id)
+    assert (kind.name, int(kind)) == (quant_type.name, quant_type.type_id)
+    assert gguf.GGMLQuantizationType[quant_type.name] is kind
+    assert getattr(gguf.GGMLQuantizationType, quant_type.name) is kind
     assert kind in list(gguf.GGMLQuantizationType)
-    assert gguf.GGML_QUANT_SIZES[kind] == (container.block_size, container.type_size)
+    assert gguf.GGML_QUANT_SIZES[kind] == (quant_type.block_size, quant_type.type_size)
 
 
-@pytest.mark.parametrize("container", list(OWN.values()), ids=lambda container: container.name)
-def test_quantiser_is_the_container(gguf: object, container: Container) -> None:
-    weights = np.random.default_rng(0).standard_normal((37, 4 * container.block_size)).astype(np.float32)
-    kind = gguf.GGMLQuantizationType[container.name]
+@pytest.mark.parametrize("quant_type", list(OWN.values()), ids=lambda quant_type: quant_type.name)
+def test_quantiser_is_the_quant_type(gguf: object, quant_type: QuantType) -> None:
+    weights = np.random.default_rng(0).standard_normal((37, 4 * quant_type.block_size)).astype(np.float32)
+    kind = gguf.GGMLQuantizationType[quant_type.name]
     data = gguf.quants.quantize(weights, kind)
-    assert np.array_equal(data, container.quantize(weights))
-    assert np.array_equal(gguf.quants.dequantize(data, kind), container.dequantize(data))
+    assert np.array_equal(data, quant_type.quantize(weights))
+    assert np.array_equal(gguf.quants.dequantize(data, kind), quant_type.dequantize(data))
 
 
 def test_file_types_are_known(gguf: object) -> None:

@@ -17,7 +17,7 @@ from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
 from mbq_gguf.export.injection import PackedTensor
 from mbq_gguf.export.picture_size import LEAST, MOST
-from mbq_gguf.formats.registry import container
+from mbq_gguf.formats.registry import quant_type
 from safetensors.torch import save_file
 
 PLAIN = {"packed": {}, "replaced": {}, "base_type": "BF16", "embedding_type": "BF16", "metadata": {}, "file_type": None}
@@ -104,7 +104,7 @@ def read_tensor(path: Path, name: str) -> bytes:
 
 def test_mbq3_file_holds_the_bytes_and_its_type(built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:
     weight = decoder(tiny_dir)["layers.2.self_attn.o_proj.weight"].float().numpy()
-    data = container("MBQ3").quantize(weight)
+    data = quant_type("MBQ3").quantize(weight)
     content = {**PLAIN, "packed": {"layers.2.self_attn.o_proj.weight": PackedTensor("MBQ3", data, 128)}, "file_type": 120}
     records = write_text_gguf(tiny_dir, tmp_path / "out.gguf", **content)
     header = read_header(tmp_path / "out.gguf")
@@ -122,7 +122,7 @@ def test_embeddings_take_their_type_or_its_fallback(wanted: str, stored: str, bu
     record = next(record for record in records if record.name == "token_embd.weight")
     assert (record.type_name, record.wanted) == (stored, None if wanted == stored else wanted)
     weight = decoder(tiny_dir)["embed_tokens.weight"].float().numpy()
-    assert read_tensor(tmp_path / "out.gguf", "token_embd.weight") == container(stored).quantize(weight).tobytes()
+    assert read_tensor(tmp_path / "out.gguf", "token_embd.weight") == quant_type(stored).quantize(weight).tobytes()
 
 
 def test_metadata_keeps_its_types(built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:

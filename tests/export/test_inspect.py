@@ -30,7 +30,7 @@ def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer = gguf.GGUFWriter(str(path), "qwen2vl")
     ratios = {"attention": [1.0 + layer for layer in range(LAYERS)], "mlp": [0.5] * LAYERS}
     keys = describe(
-        container="MBQ3",
+        type_name="MBQ3",
         method="mbq",
         rounding="gptq",
         fingerprint="ab" * 32,

@@ -13,7 +13,7 @@ from mbq_gguf.export.gguf_header import Header, read_header
 from mbq_gguf.export.gguf_writer import write_text_gguf
 from mbq_gguf.export.injection import PackedTensor
 from mbq_gguf.formats import row_scale
-from mbq_gguf.formats.registry import container_for
+from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models import load
 
 KINDS = pytest.mark.parametrize("kind", list(row_scale.ROW_SCALES))
@@ -29,7 +29,7 @@ def write(tiny_dir: Path, out: Path, kind: str) -> Header:
     packed = {}
     for key, parameter in load(tiny_dir).decoder.module.named_parameters():
         if key.startswith("layers.") and parameter.ndim == 2:
-            chosen = container_for(kind, parameter.shape[1])
+            chosen = quant_type_for(kind, parameter.shape[1])
             packed[key] = PackedTensor(chosen.name, chosen.quantize(parameter.float().numpy()), parameter.shape[1])
     write_text_gguf(tiny_dir, out, packed=packed, replaced={}, base_type="BF16", embedding_type="BF16", metadata={}, file_type=None)
     return read_header(out)

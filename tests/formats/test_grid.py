@@ -1,4 +1,4 @@
-"""The torch grid against the numpy container: equal, not close."""
+"""The torch grid against the quant types' own numpy code: equal, not close."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from mbq_gguf.formats.container import Container, Floats
 from mbq_gguf.formats.grid import grid_of
 from mbq_gguf.formats.own import OWN
-from mbq_gguf.formats.registry import container
+from mbq_gguf.formats.quant_type import Floats, QuantType
+from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.rounding.nearest import nearest_values, round_nearest
 
 EACH = pytest.mark.parametrize("kind", list(OWN.values()), ids=lambda kind: kind.name)
 
 
-def check_equal(kind: Container, weights: Floats) -> None:
+def check_equal(kind: QuantType, weights: Floats) -> None:
     data = kind.quantize(weights)
     rounded = round_nearest(torch.from_numpy(weights), kind)
     np.testing.assert_array_equal(rounded.data, data)
@@ -32,19 +32,19 @@ def check_equal(kind: Container, weights: Floats) -> None:
     scale=st.sampled_from([1.0, 1e-3, 1e-7, 1e-38]),
 )
 @settings(max_examples=60, deadline=None)
-def test_equals_container_on_any_rows(kind: Container, weights: Floats, scale: float) -> None:
+def test_equals_the_type_on_any_rows(kind: QuantType, weights: Floats, scale: float) -> None:
     check_equal(kind, (weights * np.float32(scale)).astype(np.float32))
 
 
 @EACH
 @pytest.mark.parametrize("size", [1e-9, 1e-5, 0.02, 1.0, 3e4, 5e37])
-def test_equals_container_on_normal_rows(kind: Container, size: float) -> None:
+def test_equals_the_type_on_normal_rows(kind: QuantType, size: float) -> None:
     weights = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
     check_equal(kind, weights * np.float32(size))
 
 
 @EACH
-def test_codes_by_hand(kind: Container) -> None:
+def test_codes_by_hand(kind: QuantType) -> None:
     # Range 0 to 7, so scale 1 and minimum 0: 2.5 is a tie and goes to the even code 2, 3.5 to 4, 2.51 to 3.
     weights = torch.zeros(1, kind.block_size)
     weights[0, :5] = torch.tensor([7.0, 2.5, 3.5, 2.51, 6.4])
@@ -53,4 +53,4 @@ def test_codes_by_hand(kind: Container) -> None:
 
 def test_types_whose_weights_lie_on_no_line_have_no_grid() -> None:
     for name in ("F16", "BF16", "IQ3_S", "IQ4_NL"):
-        assert grid_of(container(name)) is None
+        assert grid_of(quant_type(name)) is None

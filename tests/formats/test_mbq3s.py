@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mbq_gguf.formats.container import Container
 from mbq_gguf.formats.mbq3 import MBQ3
 from mbq_gguf.formats.mbq3s import MBQ3S, MBQ3S_64, nearest_parameters, pack_blocks, unpack_blocks
+from mbq_gguf.formats.quant_type import QuantType
 
 BOTH = pytest.mark.parametrize("kind", [MBQ3S, MBQ3S_64], ids=lambda kind: kind.name)
 
@@ -34,7 +34,7 @@ def test_golden_block() -> None:
 
 @BOTH
 @given(head=st.integers(0, 0x3DF << 6 | 63), code=st.integers(0, 7))
-def test_every_head_goes_there_and_back(kind: Container, head: int, code: int) -> None:
+def test_every_head_goes_there_and_back(kind: QuantType, head: int, code: int) -> None:
     packed = np.zeros((1, kind.type_size), np.uint8)
     packed[0, :4] = np.array([head, head], "<u2").view(np.uint8)
     codes, scale, minimum = unpack_blocks(packed)
@@ -51,7 +51,7 @@ def test_every_head_goes_there_and_back(kind: Container, head: int, code: int) -
 
 
 @BOTH
-def test_half_as_large_groups_halve_nothing_but_the_error(kind: Container) -> None:
+def test_half_as_large_groups_halve_nothing_but_the_error(kind: QuantType) -> None:
     weights = np.random.default_rng(0).standard_normal((16, 512)).astype(np.float32)
     error = np.square(kind.dequantize(kind.quantize(weights)) - weights).mean()
     whole = np.square(MBQ3.dequantize(MBQ3.quantize(weights)) - weights).mean()
@@ -59,7 +59,7 @@ def test_half_as_large_groups_halve_nothing_but_the_error(kind: Container) -> No
 
 
 @BOTH
-def test_groups_that_do_not_reach_zero_lose_codes_but_not_weights(kind: Container) -> None:
+def test_groups_that_do_not_reach_zero_lose_codes_but_not_weights(kind: QuantType) -> None:
     weights = np.random.default_rng(1).uniform(3.0, 4.0, (4, 256)).astype(np.float32)
     step = 4.0 / 7
     assert (

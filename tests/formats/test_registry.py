@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from mbq_gguf.errors import UsageError
-from mbq_gguf.formats.registry import container, container_for, names
+from mbq_gguf.formats.registry import names, quant_type, quant_type_for
 
 
 @pytest.mark.parametrize(
@@ -29,20 +29,20 @@ from mbq_gguf.formats.registry import container, container_for, names
     ],
 )
 def test_fallback_until_the_row_fits(name: str, columns: int, expected: str) -> None:
-    assert container_for(name, columns).name == expected
+    assert quant_type_for(name, columns).name == expected
 
 
-def test_every_name_has_a_container_whose_chain_ends() -> None:
+def test_every_name_has_a_type_whose_chain_ends() -> None:
     for name in names():
-        kind = container(name)
+        kind = quant_type(name)
         assert kind.name == name
-        assert container_for(name, 8).block_size == 1
+        assert quant_type_for(name, 8).block_size == 1
 
 
 def test_names_in_any_case_and_unknown_ones() -> None:
-    assert container("mbq3_64") is container("MBQ3_64")
+    assert quant_type("mbq3_64") is quant_type("MBQ3_64")
     with pytest.raises(UsageError, match=r"no type Q3_X: choose one of MBQ3, MBQ3_64, MBQ3S, MBQ3S_64, W4A8, W8A8, F32"):
-        container("Q3_X")
+        quant_type("Q3_X")
 
 
 # Largest error of a weight over the largest weight of its block (or the type's rounding, for the float types).
@@ -60,7 +60,7 @@ BOUNDS = {
 @pytest.mark.parametrize("name", sorted(BOUNDS))
 def test_stock_types_keep_weights_within_their_step(name: str) -> None:
     weights = np.random.default_rng(1).uniform(-1, 1, (8, 64)).astype(np.float32)
-    kind = container(name)
+    kind = quant_type(name)
     data = kind.quantize(weights)
     assert data.shape == (8, kind.row_bytes(64))
     assert data.dtype == np.uint8

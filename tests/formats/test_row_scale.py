@@ -7,9 +7,9 @@ import pytest
 import torch
 from mbq_cbind import types
 from mbq_gguf.formats import row_scale
-from mbq_gguf.formats.container import Floats
 from mbq_gguf.formats.grid import Grid, grid_of
-from mbq_gguf.formats.registry import container, container_for
+from mbq_gguf.formats.quant_type import Floats
+from mbq_gguf.formats.registry import quant_type, quant_type_for
 from mbq_gguf.rounding.gptq import code_gptq, inverse_factor, objective, round_gptq
 from mbq_gguf.rounding.ranges import search_range
 
@@ -21,7 +21,7 @@ def weights(rows: int, columns: int, seed: int = 0) -> Floats:
 
 
 def grid(kind: str, columns: int) -> Grid:
-    found = grid_of(container_for(kind, columns))
+    found = grid_of(quant_type_for(kind, columns))
     assert found is not None
     return found
 
@@ -44,8 +44,8 @@ def test_golden_bytes() -> None:
 @KINDS
 @pytest.mark.usefixtures("built_llama")
 def test_ggml_reads_the_same_weights(kind: str) -> None:
-    data = container(kind).quantize(weights(7, 576))
-    back = container(kind).dequantize(data)
+    data = quant_type(kind).quantize(weights(7, 576))
+    back = quant_type(kind).dequantize(data)
     assert np.array_equal(types.dequantize(row_scale.stored_as(kind), data, 576), back)
     codes, scale = row_scale.unpack(kind, data)
     assert np.array_equal(row_scale.pack(kind, codes, scale), data)
@@ -56,7 +56,7 @@ def test_nearest_is_half_a_step_off_at_most(kind: str) -> None:
     """And the scale's own rounding to fp16, 2^-11 of the largest weight."""
     given = weights(9, 320)
     largest = np.abs(given).max(1, keepdims=True)
-    error = np.abs(container(kind).dequantize(container(kind).quantize(given)) - given)
+    error = np.abs(quant_type(kind).dequantize(quant_type(kind).quantize(given)) - given)
     assert np.all(error <= largest * (0.5 / row_scale.ROW_SCALES[kind].largest + 2.0**-10))
 
 
@@ -64,7 +64,7 @@ def test_nearest_is_half_a_step_off_at_most(kind: str) -> None:
 def test_zeros_and_huge_rows(kind: str) -> None:
     given = np.zeros((2, 64), np.float32)
     given[1] = 3e38
-    back = container(kind).dequantize(container(kind).quantize(given))
+    back = quant_type(kind).dequantize(quant_type(kind).quantize(given))
     assert not back[0].any()
     assert np.isfinite(back).all()
 
@@ -76,11 +76,11 @@ def test_gptq_keeps_one_scale_a_row(kind: str, columns: int) -> None:
     x = torch.randn(2000, columns, generator=draw) @ torch.randn(columns, columns, generator=draw)
     hessian, weight = x.t() @ x, torch.from_numpy(weights(24, columns))
     rounded = round_gptq(weight, inverse_factor(hessian, 0.01), grid(kind, columns))
-    assert rounded.data.shape == (24, container(kind).row_bytes(columns))
+    assert rounded.data.shape == (24, quant_type(kind).row_bytes(columns))
     scales = heads(kind, rounded.data)
     assert np.array_equal(scales, np.repeat(scales[:, :1], columns // 32, axis=1))
-    assert np.array_equal(container(kind).dequantize(rounded.data), rounded.weight.numpy())
-    nearest = torch.from_numpy(container(kind).dequantize(container(kind).quantize(weight.numpy())))
+    assert np.array_equal(quant_type(kind).dequantize(rounded.data), rounded.weight.numpy())
+    nearest = torch.from_numpy(quant_type(kind).dequantize(quant_type(kind).quantize(weight.numpy())))
     assert objective(weight, rounded.weight, hessian) < 0.7 * objective(weight, nearest, hessian)
 
 
@@ -111,5 +111,5 @@ def test_outliers_of_a_row_may_be_cut() -> None:
 
 
 def test_rows_that_fill_no_block_fall_to_f16() -> None:
-    assert container_for("W4A8", 48).name == "F16"
-    assert container_for("w4a8", 96).block_size == 96
+    assert quant_type_for("W4A8", 48).name == "F16"
+    assert quant_type_for("w4a8", 96).block_size == 96

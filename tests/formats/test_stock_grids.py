@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mbq_cbind import types
 from mbq_gguf.formats.grid import Grid, Parameter, grid_of
-from mbq_gguf.formats.registry import container
+from mbq_gguf.formats.registry import quant_type
 
 STOCK = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 ROWS, COLUMNS = 3, 512
 
 
 def found(name: str) -> Grid:
-    grid = grid_of(container(name))
+    grid = grid_of(quant_type(name))
     assert grid is not None
     return grid
 
@@ -48,7 +48,7 @@ def test_every_code_counts(name: str) -> None:
     grid = found(name)
     levels = {"Q2": 4, "Q3": 8, "Q4": 16, "Q5": 32, "Q6": 64, "Q8": 256}[name[:2]]
     assert grid.high - grid.low + 1 == levels
-    assert grid.block == container(name).block_size
+    assert grid.block == quant_type(name).block_size
 
 
 def test_a_step_gives_the_largest_value_the_largest_multiple() -> None:

@@ -46,14 +46,14 @@ SIZES |= {
 }
 TOKENS, VISION = 24, slice(2, 8)
 SAMPLES = [Sample(Path(str(number)), (("", ""),)) for number in range(4)]
-PLAIN = QuantiseSettings(container="MBQ3S_64", synthetic=0)
+PLAIN = QuantiseSettings(type_name="MBQ3S_64", synthetic=0)
 SETTINGS = {
     "nearest": replace(PLAIN, rounding="nearest"),
     "GPTQ": PLAIN,
-    "GPTQ from the original's inputs": replace(PLAIN, distort=False, correction=0.0),
+    "GPTQ from the original's inputs": replace(PLAIN, propagate_error=False, error_correction=0.0),
     "equalised, nearest": replace(PLAIN, method="awq", rounding="nearest"),
-    "equalised, GPTQ": replace(PLAIN, method="awq", container="Q4_0"),
-    "learned scales": replace(PLAIN, refine=2),
+    "equalised, GPTQ": replace(PLAIN, method="awq", type_name="Q4_0"),
+    "learned scales": replace(PLAIN, learn_scales=2),
 }
 SUMMED = 1e-5  # relative: one product over all rows of a fused linear and three products, added, in float32
 
@@ -161,7 +161,7 @@ def test_gradients_are_those_of_separate_linears(phi: LoadedModel, llama: Loaded
 def test_a_fused_linear_gets_one_type(phi: LoadedModel) -> None:
     result = quantise(phi, SAMPLES, replace(PLAIN, target_bpw=5.0))
     assert result.plan is not None
-    assert {name: packed.container for name, packed in result.packed.items()} == result.plan.containers
+    assert {name: packed.type_name for name, packed in result.packed.items()} == result.plan.type_names
     assert set(result.packed) == {f"layers.{i}.{name}.weight" for i in range(2) for name in FUSED.linears} == set(result.losses)
     assert result.plan.weights["layers.0.self_attn.qkv_proj.weight"] == 128 * 64
 

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 IMAGE, PATCHES, TOKENS = 90, 4, 24
 FOLDED = 2e-5  # relative change of a layer's output in float32; a few times its epsilon a factor of up to 30
-SETTINGS = QuantiseSettings(container="MBQ3_64", synthetic=0, refits=0, clip=False, search_samples=1)
+SETTINGS = QuantiseSettings(type_name="MBQ3_64", synthetic=0, refits=0, clip=False, search_samples=1)
 
 
 @dataclass
@@ -112,13 +112,13 @@ def test_gptq_takes_it(gemma: LoadedModel, method: Any) -> None:
 
 
 def _put(layer: Any, result: Any) -> None:
-    from mbq_gguf.formats.registry import container
+    from mbq_gguf.formats.registry import quant_type
 
     for name, parameter in layer.module.named_parameters():
         key = f"layers.{layer.index}.{name}"
         if key in result.packed:
             tensor = result.packed[key]
-            parameter.data.copy_(torch.from_numpy(container(tensor.container).dequantize(tensor.data)))
+            parameter.data.copy_(torch.from_numpy(quant_type(tensor.type_name).dequantize(tensor.data)))
         elif key in result.replaced:
             parameter.data.copy_(result.replaced[key])
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from mbq_gguf.formats.container import Container
 from mbq_gguf.formats.grid import Grid, grid_of
 from mbq_gguf.formats.mbq3 import MBQ3, MBQ3_64
+from mbq_gguf.formats.quant_type import QuantType
 from mbq_gguf.rounding.gptq import inverse_factor, objective, round_gptq
 from mbq_gguf.rounding.nearest import round_nearest
 
@@ -15,7 +15,7 @@ OWN = pytest.mark.parametrize("kind", [MBQ3, MBQ3_64], ids=lambda kind: kind.nam
 COLUMNS = 256
 
 
-def grid(kind: Container) -> Grid:
+def grid(kind: QuantType) -> Grid:
     found = grid_of(kind)
     assert found is not None
     return found
@@ -35,7 +35,7 @@ def weights(seed: int, rows: int = 48) -> torch.Tensor:
 
 
 @OWN
-def test_identity_hessian_is_round_to_nearest(kind: Container) -> None:
+def test_identity_hessian_is_round_to_nearest(kind: QuantType) -> None:
     weight = weights(0)
     rounded = round_gptq(weight, inverse_factor(torch.eye(COLUMNS), 0.01), grid(kind))
     np.testing.assert_array_equal(rounded.data, round_nearest(weight, kind).data)
@@ -43,7 +43,7 @@ def test_identity_hessian_is_round_to_nearest(kind: Container) -> None:
 
 @OWN
 @pytest.mark.parametrize("seed", range(5))
-def test_beats_nearest_on_its_own_objective(kind: Container, seed: int) -> None:
+def test_beats_nearest_on_its_own_objective(kind: QuantType, seed: int) -> None:
     x, weight = correlated_inputs(seed), weights(seed)
     hessian = x.t() @ x
     gptq = objective(weight, round_gptq(weight, inverse_factor(hessian, 0.01), grid(kind)).weight, hessian)
@@ -52,7 +52,7 @@ def test_beats_nearest_on_its_own_objective(kind: Container, seed: int) -> None:
 
 
 @OWN
-def test_bytes_give_the_weights_back(kind: Container) -> None:
+def test_bytes_give_the_weights_back(kind: QuantType) -> None:
     x = correlated_inputs(9)
     rounded = round_gptq(weights(9), inverse_factor(x.t() @ x, 0.01), grid(kind))
     np.testing.assert_array_equal(kind.dequantize(rounded.data), rounded.weight.numpy())

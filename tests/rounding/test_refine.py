@@ -8,10 +8,10 @@ from itertools import pairwise
 import pytest
 import torch
 from mbq_gguf.calibration.moments import Moments
-from mbq_gguf.formats.container import Container
 from mbq_gguf.formats.grid import Grid, grid_of
 from mbq_gguf.formats.mbq3 import MBQ3_64
 from mbq_gguf.formats.mbq3s import MBQ3S_64
+from mbq_gguf.formats.quant_type import QuantType
 from mbq_gguf.rounding.descent import descend
 from mbq_gguf.rounding.gptq import Coded, code_gptq, damped, inverse_factor, objective
 from mbq_gguf.rounding.ranges import search_range
@@ -100,7 +100,7 @@ def test_refit_lowers_gptqs_objective(grid: Grid, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [MBQ3_64, MBQ3S_64], ids=lambda kind: kind.name)
-def test_refit_bears_rows_and_inputs_that_say_nothing(kind: Container) -> None:
+def test_refit_bears_rows_and_inputs_that_say_nothing(kind: QuantType) -> None:
     line = grid_of(kind)
     assert line is not None
     weight = drawn(21, 6, COLUMNS)
@@ -108,9 +108,9 @@ def test_refit_bears_rows_and_inputs_that_say_nothing(kind: Container) -> None:
     x = drawn(22, 20, COLUMNS)  # fewer tokens than columns
     x[:, :32], x[:, 32:96] = 0.0, x[:, 32:33]  # dead channels, and some that are one
     found = Moments(1e6 * x.t() @ x)
-    coded = refined(weight, found, line, Refinement(0.01, clip=True, correction=0.0, refits=3))
+    coded = refined(weight, found, line, Refinement(0.01, clip=True, error_correction=0.0, refits=3))
     assert coded.values(line).isfinite().all()
-    plain = refined(weight, found, line, Refinement(0.01, clip=True, correction=0.0, refits=0))
+    plain = refined(weight, found, line, Refinement(0.01, clip=True, error_correction=0.0, refits=0))
     assert objective(weight, coded.values(line), found.hessian) <= objective(weight, plain.values(line), found.hessian)
 
 
@@ -133,15 +133,15 @@ def test_the_corrected_weight_gives_the_original_output() -> None:
 def test_everything_together_beats_plain_gptq(grid: Grid) -> None:
     x, weight = inputs(11), drawn(12, 64, COLUMNS)
     found = Moments(x.t() @ x, torch.zeros(COLUMNS, COLUMNS))
-    plain = refined(weight, found, grid, Refinement(0.01, clip=False, correction=0.0, refits=0)).rounded(grid)
-    better = refined(weight, found, grid, Refinement(0.01, clip=True, correction=0.5, refits=2)).rounded(grid)
+    plain = refined(weight, found, grid, Refinement(0.01, clip=False, error_correction=0.0, refits=0)).rounded(grid)
+    better = refined(weight, found, grid, Refinement(0.01, clip=True, error_correction=0.5, refits=2)).rounded(grid)
     assert objective(weight, better.weight, found.hessian) < 0.9 * objective(weight, plain.weight, found.hessian)
 
 
 def test_matrices_with_one_input_are_rounded_as_if_each_were_alone(grid: Grid) -> None:
     x, weight = inputs(13), drawn(14, 60, COLUMNS)
     found = Moments(x.t() @ x, 0.1 * drawn(15, COLUMNS, COLUMNS))
-    how = Refinement(0.01, clip=True, correction=0.5, refits=2)
+    how = Refinement(0.01, clip=True, error_correction=0.5, refits=2)
     together = refined(weight, found, grid, how).split([24, 36])
     for part, alone in zip(together, (refined(rows, found, grid, how) for rows in (weight[:24], weight[24:])), strict=True):
         same = (part.codes == alone.codes).float().mean()
@@ -155,7 +155,7 @@ def test_small_groups_lose_less_at_the_same_size(grid: Grid) -> None:
     assert small is not None
     x, weight = inputs(16), drawn(17, 64, COLUMNS)
     found = Moments(x.t() @ x)
-    how = Refinement(0.01, clip=True, correction=0.0, refits=2)
+    how = Refinement(0.01, clip=True, error_correction=0.0, refits=2)
     lost = [objective(weight, refined(weight, found, kind, how).rounded(kind).weight, found.hessian) for kind in (small, grid)]
     assert lost[0] < 0.9 * lost[1]  # measured 0.85; on two layers of the reference VLM 0.74 to 0.81
 
@@ -164,7 +164,7 @@ def test_refits_give_what_heads_can_hold() -> None:
     small = grid_of(MBQ3S_64)
     assert small is not None
     x, weight = inputs(18), drawn(19, 20, COLUMNS)
-    coded = refined(weight, Moments(x.t() @ x), small, Refinement(0.01, clip=True, correction=0.0, refits=2))
+    coded = refined(weight, Moments(x.t() @ x), small, Refinement(0.01, clip=True, error_correction=0.0, refits=2))
     held = small.held(coded.scale, coded.offset)
     assert held[0].equal(coded.scale)
     assert held[1].equal(coded.offset)

@@ -8,7 +8,7 @@ import torch
 from mbq_cbind import types
 from mbq_gguf.calibration.moments import Moments
 from mbq_gguf.formats.grid import Grid, grid_of
-from mbq_gguf.formats.registry import container
+from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.rounding.gptq import inverse_factor, objective, round_gptq
 from mbq_gguf.rounding.ranges import search_range, search_steps
 from mbq_gguf.rounding.sequence import Refinement, refined
@@ -19,7 +19,7 @@ COLUMNS = 512
 
 
 def grid(name: str) -> Grid:
-    found = grid_of(container(name))
+    found = grid_of(quant_type(name))
     assert found is not None
     return found
 
@@ -84,7 +84,7 @@ def test_searched_parameters_are_multiples_of_the_steps(name: str) -> None:
 def test_k_quants_keep_their_parameters_while_their_codes_descend() -> None:
     weight, hessian = layer(6)
     kind, found = grid("Q4_K"), Moments(hessian)
-    plain, descended = (refined(weight, found, kind, Refinement(0.01, clip=True, correction=0.0, refits=n)) for n in (0, 2))
+    plain, descended = (refined(weight, found, kind, Refinement(0.01, clip=True, error_correction=0.0, refits=n)) for n in (0, 2))
     for part in ("scale", "offset", "steps"):
         assert torch.equal(getattr(plain, part), getattr(descended, part))
     assert objective(weight, descended.values(kind), hessian) < 0.97 * objective(weight, plain.values(kind), hessian)

@@ -16,9 +16,9 @@ from mbq_gguf.transforms.rotation import draw, rotate_layer
 
 
 def test_variants_are_settings() -> None:
-    variant = trial.parsed("samples=32,seed=1,container=Q4_0,clip=False,correction=0.25")
+    variant = trial.parsed("samples=32,seed=1,type_name=Q4_0,clip=False,error_correction=0.25")
     assert (variant.samples, variant.seed) == (32, 1)
-    assert (variant.settings.container, variant.settings.clip, variant.settings.correction) == ("Q4_0", False, 0.25)
+    assert (variant.settings.type_name, variant.settings.clip, variant.settings.error_correction) == ("Q4_0", False, 0.25)
     assert trial.parsed("").name == "default"
 
 

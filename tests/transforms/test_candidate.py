@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mbq_gguf.formats.registry import container
+from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.rounding.sequence import Refinement
 from mbq_gguf.transforms.candidate import by_gptq, by_nearest
 
-PLAIN = Refinement(damping=1e-4, clip=False, correction=0.0, refits=0)
+PLAIN = Refinement(damping=1e-4, clip=False, error_correction=0.0, refits=0)
 
 
 def test_error_is_made_good_in_the_scaled_inputs_basis() -> None:
@@ -19,7 +19,7 @@ def test_error_is_made_good_in_the_scaled_inputs_basis() -> None:
     hessian, factors = torch.eye(128), torch.ones(128)
     hessian[0, 1] = hessian[1, 0] = 1.0
     factors[1] = 2.0
-    kept = [container("MBQ3_64")]
+    kept = [quant_type("MBQ3_64")]
     (found,) = by_gptq(kept, hessian, PLAIN)([scaled], factors)
     (unscaled,) = by_gptq(kept, hessian, PLAIN)([scaled], torch.ones(128))
     (nearest,) = by_nearest(kept)([scaled], factors)
@@ -34,7 +34,7 @@ def test_inputs_without_correlation_are_rounded_to_nearest(names: tuple[str, ...
     generator = torch.Generator().manual_seed(5)
     weights = [torch.randn(3 + number, 256, generator=generator) for number in range(len(names))]
     diagonal, factors = torch.rand(256, generator=generator) + 0.1, torch.rand(256, generator=generator) + 0.5
-    kept = [container(name) for name in names]
+    kept = [quant_type(name) for name in names]
     found = by_gptq(kept, diagonal.diag(), PLAIN)(weights, factors)
     for values, expected in zip(found, by_nearest(kept)(weights, factors), strict=True):
         torch.testing.assert_close(values, expected)

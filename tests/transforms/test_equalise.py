@@ -12,7 +12,7 @@ from mbq_gguf.calibration.moments import Moments
 from mbq_gguf.calibration.observe import observe
 from mbq_gguf.calibration.stream import capture, working_layer
 from mbq_gguf.calibration.token_weights import modality, uniform
-from mbq_gguf.formats.registry import container_for
+from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layout import STANDARD
 from mbq_gguf.rounding.sequence import Refinement, round_in_order
@@ -22,7 +22,7 @@ from mbq_gguf.transforms.fold import fold
 from mbq_gguf.transforms.layer import GPTQ_PATIENCE, Judge, search_layer
 from torch import nn
 
-PLAIN = Refinement(damping=0.01, clip=False, correction=0.0, refits=0)
+PLAIN = Refinement(damping=0.01, clip=False, error_correction=0.0, refits=0)
 PRODUCTS = 0.15  # of a loss: what products in bfloat16 add, measured 0.11
 
 
@@ -52,9 +52,9 @@ def test_loss_is_a_sum_over_tokens_of_both_modalities() -> None:
 
 @pytest.mark.parametrize("gptq", [None, PLAIN], ids=["nearest", "gptq"])
 @pytest.mark.parametrize("power", [1, 2])
-@pytest.mark.parametrize("distort", [False, True])
+@pytest.mark.parametrize("propagate_error", [False, True])
 def test_search_leaves_the_layer_and_takes_the_least_loss(
-    tiny: LoadedModel, samples: list[Sample], power: int, gptq: Refinement | None, distort: bool
+    tiny: LoadedModel, samples: list[Sample], power: int, gptq: Refinement | None, propagate_error: bool
 ) -> None:
     layer = working_layer(tiny, 1)
     before = {name: value.clone() for name, value in layer.module.state_dict().items()}
@@ -64,7 +64,7 @@ def test_search_leaves_the_layer_and_takes_the_least_loss(
     entering = Entering(layer, streams)
     choices = search_layer(
         entering,
-        entering if distort else None,
+        entering if propagate_error else None,
         dict.fromkeys(STANDARD.readers, "MBQ3"),
         Judge(weights, power, 2, gptq, hessians),
         layer.sites,
@@ -85,7 +85,7 @@ def test_search_finds_the_outlier_channel(tiny: LoadedModel) -> None:
     x = torch.randn(1, 64, module.in_features, generator=torch.Generator().manual_seed(0))
     x[..., 7] *= 100
     call = Call((x,), {}, module(x)[0].detach(), torch.ones(64))
-    kind = container_for("MBQ3", module.in_features)
+    kind = quant_type_for("MBQ3", module.in_features)
     choice = search(layer, site, x[0].abs().mean(0), [call], 2, by_nearest([kind]))
     assert choice is not None
     assert choice.exponent > 0
@@ -126,7 +126,7 @@ def test_choice_is_judged_by_the_rounding_that_follows(tiny: LoadedModel) -> Non
     x += 0.05 * torch.randn(x.shape, generator=generator)
     x[..., ::16] *= 10
     call, hessian = Call((x,), {}, module(x)[0].detach(), torch.ones(512)), x[0].t() @ x[0]
-    kinds = [container_for("MBQ3", module.in_features)]
+    kinds = [quant_type_for("MBQ3", module.in_features)]
     nearest = search(layer, site, x[0].abs().mean(0), [call], 2, by_nearest(kinds))
     gptq = search(layer, site, x[0].abs().mean(0), [call], 2, by_gptq(kinds, hessian, PLAIN))
     assert nearest is not None

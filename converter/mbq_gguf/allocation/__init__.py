@@ -1,1 +1,1 @@
-"""Which container each tensor gets, so that a size is met at the least predicted loss."""
+"""Which quant type each tensor gets, so that a size is met at the least predicted loss."""

@@ -29,7 +29,7 @@ def allocate(
     target: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
-    """The containers of least predicted cost at ``target`` bits a weight, by decoder-relative parameter name.
+    """The types of least predicted cost at ``target`` bits a weight, by decoder-relative parameter name.
 
     ``layer_of`` gives a layer as it is before equalisation, on the device; ``streams``, before the first layer, are left as they are;
     ``fisher`` [layers] is by linear; ``damping`` and ``clip`` are GPTQ's (see layer_options). Raises UsageError for a target out of reach.
@@ -53,7 +53,7 @@ def allocate(
 
 
 def together(parts: Sequence[Mapping[str, Option]]) -> dict[str, Option]:
-    """The options of matrices that share one container, as rows of a fused linear do, from those of each."""
+    """The options of matrices that share one type, as rows of a fused linear do, from those of each."""
     return {kind: Option(sum(part[kind].size for part in parts), sum(part[kind].loss for part in parts)) for kind in parts[0]}
 
 

@@ -1,4 +1,4 @@
-"""One container a tensor: the choice, and how it is told."""
+"""One quant type a tensor: the choice, and how it is told."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mbq_gguf.errors import UsageError
 
 @dataclass(frozen=True)
 class Plan:
-    """The container chosen for each tensor, and what it takes: by tensor name container, bytes, weights and predicted cost (nats)."""
+    """The type chosen for each tensor, and what it takes: by tensor name: type, bytes, weights and predicted cost (nats)."""
 
-    containers: dict[str, str]
+    type_names: dict[str, str]
     sizes: dict[str, int]
     weights: dict[str, int]
     losses: dict[str, float]
@@ -29,9 +29,9 @@ class Plan:
 
     @property
     def main(self) -> str:
-        """The container of most weights."""
+        """The type of most weights."""
         counts = Counter[str]()
-        for tensor, kind in self.containers.items():
+        for tensor, kind in self.type_names.items():
             counts[kind] += self.weights[tensor]
         return counts.most_common(1)[0][0]
 
@@ -42,9 +42,9 @@ class Plan:
 
 
 def make_plan(options: Mapping[str, Mapping[str, Option]], weights: Mapping[str, int], target: float) -> Plan:
-    """The least predicted cost at ``target`` bits a weight or less; ``options`` by tensor and container, ``weights`` counted by tensor.
+    """The least predicted cost at ``target`` bits a weight or less; ``options`` by tensor and type, ``weights`` counted by tensor.
 
-    Raises UsageError where even the smallest containers take more.
+    Raises UsageError where even the smallest types take more.
     """
     names = [(tensor, list(kinds)) for tensor, kinds in options.items()]
     limit = int(target * sum(weights.values()) / 8)
@@ -52,10 +52,10 @@ def make_plan(options: Mapping[str, Mapping[str, Option]], weights: Mapping[str,
     if chosen is None:
         least = sum(min(option.size for option in kinds.values()) for kinds in options.values())
         raise UsageError(f"the smallest types take {8 * least / sum(weights.values()):.3f} bits a weight: give a larger --target-bpw")
-    containers = {tensor: kinds[k] for (tensor, kinds), k in zip(names, chosen, strict=True)}
-    taken = {tensor: options[tensor][kind] for tensor, kind in containers.items()}
+    type_names = {tensor: kinds[k] for (tensor, kinds), k in zip(names, chosen, strict=True)}
+    taken = {tensor: options[tensor][kind] for tensor, kind in type_names.items()}
     return Plan(
-        containers,
+        type_names,
         {tensor: option.size for tensor, option in taken.items()},
         {tensor: weights[tensor] for tensor in taken},
         {tensor: option.loss for tensor, option in taken.items()},
@@ -63,22 +63,22 @@ def make_plan(options: Mapping[str, Mapping[str, Option]], weights: Mapping[str,
 
 
 def plan_table(plan: Plan, measured: Mapping[str, float]) -> Table:
-    """One line a kind of tensor (q_proj of all layers), the containers that it got, predicted and ``measured`` cost; and the sum."""
+    """One line a kind of tensor (q_proj of all layers), the types that it got, predicted and ``measured`` cost; and the sum."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("tensors")
-    table.add_column("containers")
+    table.add_column("types")
     for column in ("bits per weight", "predicted nats", "measured nats"):
         table.add_column(column, justify="right")
-    kinds = {name: name.split(".", 2)[2].removesuffix(".weight") for name in plan.containers}
+    kinds = {name: name.split(".", 2)[2].removesuffix(".weight") for name in plan.type_names}
     for kind in dict.fromkeys(kinds.values()):
-        table.add_row(kind, *_line(plan, measured, [name for name in plan.containers if kinds[name] == kind]))
+        table.add_row(kind, *_line(plan, measured, [name for name in plan.type_names if kinds[name] == kind]))
     table.add_section()
-    table.add_row("all", *_line(plan, measured, list(plan.containers)), style="bold")
+    table.add_row("all", *_line(plan, measured, list(plan.type_names)), style="bold")
     return table
 
 
 def _line(plan: Plan, measured: Mapping[str, float], names: list[str]) -> tuple[str, str, str, str]:
-    counts = Counter(plan.containers[name] for name in names)
+    counts = Counter(plan.type_names[name] for name in names)
     bits = 8 * sum(plan.sizes[name] for name in names) / sum(plan.weights[name] for name in names)
     told = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     return told, f"{bits:.3f}", f"{sum(plan.losses[name] for name in names):.3g}", f"{sum(measured[name] for name in names):.3g}"

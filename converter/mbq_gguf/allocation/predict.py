@@ -1,4 +1,4 @@
-"""What rounding a tensor to a container costs, in nats of the answers' mean KL divergence.
+"""What rounding a tensor to a quant type costs, in nats of the answers' mean KL divergence.
 
 To second order, and with errors of different tensors taken as independent, the cost of a change dW of a linear's weight is
 
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from mbq_gguf.allocation.knapsack import Option
-from mbq_gguf.formats.container import Container
 from mbq_gguf.formats.grid import Grid, grid_of
-from mbq_gguf.formats.registry import container
+from mbq_gguf.formats.quant_type import QuantType
+from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.rounding.gptq import inverse_factor, objective
 from mbq_gguf.rounding.nearest import nearest_values
@@ -41,16 +41,16 @@ class Inputs:
         return fisher * objective(change, torch.zeros_like(change), self.hessian) / self.weight
 
 
-def candidates(columns: int) -> list[Container]:
-    """The containers to choose from for rows of ``columns`` weights; F16 where no block divides them."""
-    return [kind for kind in map(container, CANDIDATES) if kind.fits(columns)] or [container("F16")]
+def candidates(columns: int) -> list[QuantType]:
+    """The types to choose from for rows of ``columns`` weights; F16 where no block divides them."""
+    return [kind for kind in map(quant_type, CANDIDATES) if kind.fits(columns)] or [quant_type("F16")]
 
 
 @torch.no_grad()
 def layer_options(
     layer: Layer, inputs: Mapping[str, Inputs], fisher: Mapping[str, float], damping: float | None, clip: bool
 ) -> dict[str, dict[str, Option]]:
-    """Bytes and predicted cost of each linear of ``layer`` in each candidate container, by the linear's name and the container's.
+    """Bytes and predicted cost of each linear of ``layer`` in each candidate type, by the linear's name and the type's.
 
     ``inputs`` are by site, ``fisher`` by linear; ``damping`` is GPTQ's, None for rounding to nearest; ``clip`` says whether GPTQ
     searches ranges. Costs are those of at most ROWS rows, scaled up.

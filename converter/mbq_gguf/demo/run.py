@@ -56,11 +56,11 @@ def run_demo(console: Console, directory: Path) -> None:
     console.print(sizes(model, before, after))
 
 
-def converted(model: Path, out: Path, container: str, console: Console) -> Converted:
-    """``model`` as ``out`` in ``container`` with its vision tower; files that an equal call made before are kept."""
-    options = ConvertOptions(model, out, type=container)
+def converted(model: Path, out: Path, type_name: str, console: Console) -> Converted:
+    """``model`` as ``out`` of type ``type_name`` with its vision tower; files that an equal call made before are kept."""
+    options = ConvertOptions(model, out, type=type_name)
     files = Converted(options.out, options.mmproj)
-    stamp, wanted = out.with_suffix(".made-by"), fingerprint(model, container)
+    stamp, wanted = out.with_suffix(".made-by"), fingerprint(model, type_name)
     if files.text.is_file() and files.mmproj.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         console.print(f"{out.name} is there already", highlight=False, soft_wrap=True)
         return files
@@ -70,9 +70,9 @@ def converted(model: Path, out: Path, container: str, console: Console) -> Conve
     return files
 
 
-def fingerprint(model: Path, container: str) -> str:
-    """A hash of everything a converted file comes from: the model, the container, the calibration set, the converter's own code."""
-    digest = hashlib.sha256(f"{mbq_gguf.__version__} {container} {code_hash('convert')}".encode())
+def fingerprint(model: Path, type_name: str) -> str:
+    """A hash of everything a converted file comes from: the model, the type, the calibration set, the converter's own code."""
+    digest = hashlib.sha256(f"{mbq_gguf.__version__} {type_name} {code_hash('convert')}".encode())
     folder = CALIBRATION.parent
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{file.relative_to(folder)} {file_hash(file)}".encode())

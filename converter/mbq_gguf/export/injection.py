@@ -18,10 +18,10 @@ import torch
 
 from mbq_gguf.errors import UserError
 from mbq_gguf.export.row_order import row_order
-from mbq_gguf.formats.container import Bytes, Container
 from mbq_gguf.formats.gguf_types import import_gguf
-from mbq_gguf.formats.registry import container, container_for
-from mbq_gguf.formats.row_scale import CONTAINERS, stored_as
+from mbq_gguf.formats.quant_type import Bytes, QuantType
+from mbq_gguf.formats.registry import quant_type, quant_type_for
+from mbq_gguf.formats.row_scale import QUANT_TYPES, stored_as
 
 CHUNK_WEIGHTS = 1 << 24  # weights of an embedding that are quantised at a time: 64 MB as float32
 EMBEDDINGS = ("token_embd.weight", "output.weight")
@@ -31,7 +31,7 @@ EMBEDDINGS = ("token_embd.weight", "output.weight")
 class PackedTensor:
     """A weight matrix as it will lie in the file, but with rows in Hugging Face's order."""
 
-    container: str
+    type_name: str
     data: Bytes  # [rows, row_bytes]
     columns: int
 
@@ -127,13 +127,13 @@ class Injection:
         wanted: str | None = None
         if name in self._rows:
             packed, rows = self._rows[name]
-            chosen = container(packed.container)
+            chosen = quant_type(packed.type_name)
             deferred = Deferred(lambda: [packed.data[rows]], (len(rows), packed.data.shape[1]), np.uint8)
             raw_dtype = self._gguf.GGMLQuantizationType[stored_as(chosen.name)]
-            if chosen.name in CONTAINERS:
+            if chosen.name in QUANT_TYPES:
                 self.row_scales.append(name)
         elif self._embedding_type is not None and name in EMBEDDINGS:
-            chosen = container_for(self._embedding_type, shape[-1])
+            chosen = quant_type_for(self._embedding_type, shape[-1])
             wanted = self._embedding_type if chosen.name != self._embedding_type else None
             deferred = Deferred(lambda: quantised(tensor, chosen), (*shape[:-1], chosen.row_bytes(shape[-1])), np.uint8)
             raw_dtype = self._gguf.GGMLQuantizationType[chosen.name]
@@ -152,8 +152,8 @@ def _replace(model: Any, name: str, tensor: torch.Tensor) -> None:
     model.model_tensors[name] = lambda: tensor.detach().cpu()
 
 
-def quantised(tensor: Any, chosen: Container) -> Iterable[Bytes]:
-    """``tensor`` (lazy, [rows, columns]) in the container ``chosen``, some rows at a time."""
+def quantised(tensor: Any, chosen: QuantType) -> Iterable[Bytes]:
+    """``tensor`` (lazy, [rows, columns]) in the type ``chosen``, some rows at a time."""
     values = eager(tensor)
     step = max(1, CHUNK_WEIGHTS // values.shape[-1])
     for start in range(0, values.shape[0], step):

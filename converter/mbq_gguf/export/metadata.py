@@ -10,7 +10,7 @@ from mbq_gguf.allocation.plan import Plan
 from mbq_gguf.formats.gguf_types import FILE_TYPES, import_gguf
 from mbq_gguf.formats.row_scale import stored_as
 
-CONTAINER_VERSION = 1  # raised whenever a file of the old layout must not be read as one of the new
+FORMAT_VERSION = 1  # raised whenever a file of the old layout must not be read as one of the new
 PREFIX = "mbq."
 RATIO = "mbq.ratio."  # + "attention" or "mlp"
 
@@ -18,9 +18,9 @@ RATIO = "mbq.ratio."  # + "attention" or "mlp"
 STOCK_FILE_TYPES = {"Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S", "Q2_K": "MOSTLY_Q2_K_S"}
 
 
-def file_type(container: str) -> int | None:
-    """``general.file_type`` of a file whose matrices are in ``container``; None where llama.cpp has no number for it."""
-    stored = stored_as(container)
+def file_type(type_name: str) -> int | None:
+    """``general.file_type`` of a file whose matrices are of type ``type_name``; None where llama.cpp has no number for it."""
+    stored = stored_as(type_name)
     name = STOCK_FILE_TYPES.get(stored, "ALL_F32" if stored == "F32" else f"MOSTLY_{stored}")
     if name in FILE_TYPES:
         return FILE_TYPES[name]
@@ -30,7 +30,7 @@ def file_type(container: str) -> int | None:
 
 def describe(
     *,
-    container: str,
+    type_name: str,
     method: str,
     rounding: str,
     fingerprint: str,
@@ -39,7 +39,7 @@ def describe(
     ratios: Mapping[str, Sequence[float]],
     token_weights: str,
 ) -> dict[str, Any]:
-    """The metadata of a quantised file, by key; ``container`` is "mixed" where each tensor has its own.
+    """The metadata of a quantised file, by key; ``type_name`` is "mixed" where each tensor has its own.
 
     ``fingerprint`` is the SHA-256 of the calibration set as it was used ("" where none was), ``samples`` its size and ``synthetic`` the
     number of texts that the model wrote beside it, with half as many pictures; ``ratios`` holds, per layer, vision over
@@ -47,9 +47,9 @@ def describe(
     """
     keys: dict[str, Any] = {
         "general.quantized_by": "mbq-gguf",
-        "mbq.version": CONTAINER_VERSION,
+        "mbq.version": FORMAT_VERSION,
         "mbq.tool": f"mbq-gguf {mbq_gguf.__version__}",
-        "mbq.type": container,
+        "mbq.type": type_name,
         "mbq.method": method,
         "mbq.rounding": rounding,
         "mbq.token_weights": token_weights,
@@ -60,14 +60,14 @@ def describe(
     return keys | {RATIO + part: [float(value) for value in values] for part, values in ratios.items()}
 
 
-def gptq(*, clip: bool, distort: bool, correction: float, refits: int, refine: int) -> dict[str, Any]:
-    """What GPTQ did beyond its paper: the options of ``convert`` of these names."""
-    found = {"clip": clip, "distort": distort, "correction": correction, "refits": refits, "refine": refine}
+def gptq(*, clip: bool, propagate_error: bool, error_correction: float, refits: int, learn_scales: int) -> dict[str, Any]:
+    """What GPTQ did beyond its paper: the settings of these names, under the keys that they had in the first files."""
+    found = {"clip": clip, "distort": propagate_error, "correction": error_correction, "refits": refits, "refine": learn_scales}
     return {f"mbq.gptq.{name}": value for name, value in found.items()}
 
 
 def allocated(plan: Plan, measured: Mapping[str, float]) -> dict[str, Any]:
-    """How large a file of chosen containers is (bits a weight of the decoder's matrices), and what rounding was to cost and has (nats)."""
+    """How large a file of chosen types is (bits a weight of the decoder's matrices), and what rounding was to cost and has (nats)."""
     return {
         "mbq.allocation.bits_per_weight": plan.bits_per_weight,
         "mbq.allocation.predicted_loss": plan.predicted,

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from mbq_gguf.export.injection import TensorRecord
 from mbq_gguf.formats.grid import grid_of
-from mbq_gguf.formats.registry import container
+from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.formats.stock import UNQUANTISED
 
 
@@ -29,7 +29,7 @@ class ConvertReport:
     size_before: int  # the checkpoint's safetensors
     fallbacks: Sequence[str]  # one sentence for each type that a row length ruled out
     seconds: Mapping[str, float] = field(default_factory=dict)
-    allocation: RenderableType | None = None  # the containers by kind of tensor, where they were chosen
+    allocation: RenderableType | None = None  # the types by kind of tensor, where they were chosen
 
     @property
     def size_after(self) -> int:
@@ -37,8 +37,8 @@ class ConvertReport:
         return self.out.stat().st_size + self.mmproj.stat().st_size
 
     def render(self) -> RenderableType:
-        """Tensors by container, sizes, times and fallbacks."""
-        parts: list[RenderableType] = [container_table(self)]
+        """Tensors by type, sizes, times and fallbacks."""
+        parts: list[RenderableType] = [type_table(self)]
         parts += [self.allocation] if self.allocation else []
         parts += [Text(f"note: {sentence}", style="yellow") for sentence in self.fallbacks]
         saved = self.size_before / self.size_after
@@ -48,11 +48,11 @@ class ConvertReport:
         return Group(*parts)
 
 
-def container_table(report: ConvertReport) -> Table:
-    """One line a file and container, one a file."""
+def type_table(report: ConvertReport) -> Table:
+    """One line a file and type, one a file."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("file")
-    table.add_column("container")
+    table.add_column("type")
     for column in ("tensors", "weights", "size", "bits per weight"):
         table.add_column(column, justify="right")
     for path, records in ((report.out, report.tensors), (report.mmproj, report.mmproj_tensors)):
@@ -67,9 +67,9 @@ def container_table(report: ConvertReport) -> Table:
 
 
 def fallback_sentences(wanted: str, packed: Mapping[str, tuple[str, int]], records: Sequence[TensorRecord]) -> list[str]:
-    """One sentence for each container that stands in for another, with the row length that ruled the other out.
+    """One sentence for each type that stands in for another, with the row length that ruled the other out.
 
-    ``packed`` maps tensor names to (container, columns) where ``wanted`` was asked for; ``records`` know their own wish.
+    ``packed`` maps tensor names to (type, columns) where ``wanted`` was asked for; ``records`` know their own wish.
     """
     counts: dict[tuple[str, str, int], int] = defaultdict(int)
     for name, columns in packed.values():
@@ -85,8 +85,8 @@ def fallback_sentences(wanted: str, packed: Mapping[str, tuple[str, int]], recor
 
 
 def nearest_sentences(packed: Iterable[str]) -> list[str]:
-    """One sentence for each container among ``packed`` (one name a tensor) that GPTQ was asked for and has no grid in."""
-    counts = Counter(name for name in packed if name not in UNQUANTISED and grid_of(container(name)) is None)
+    """One sentence for each type among ``packed`` (one name a tensor) that GPTQ was asked for and has no grid in."""
+    counts = Counter(name for name in packed if name not in UNQUANTISED and grid_of(quant_type(name)) is None)
     return [
         f"{count} tensor{'s' if count > 1 else ''} in {name}: rounded to nearest, since GPTQ fills only types whose weights lie on lines"
         for name, count in counts.items()

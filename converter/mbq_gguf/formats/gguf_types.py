@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from mbq_gguf.errors import UserError
-from mbq_gguf.formats.container import Bytes, Container, Floats
 from mbq_gguf.formats.own import OWN
+from mbq_gguf.formats.quant_type import Bytes, Floats, QuantType
 from mbq_gguf.llama_cpp import paths
 
 # llama_ftype, the value of general.file_type; for these types the same number as the ggml type's
-FILE_TYPES = {f"MOSTLY_{name}": container.type_id for name, container in OWN.items()}
+FILE_TYPES = {f"MOSTLY_{name}": quant_type.type_id for name, quant_type in OWN.items()}
 
 
 def import_gguf() -> ModuleType:
@@ -56,11 +56,11 @@ def import_from_tree(name: str, folder: Path) -> ModuleType:
 
 def register(gguf: Any) -> None:
     """Teach ``gguf`` the MBQ types (type enumeration, block sizes, numpy quantiser, file types); what it knows already is left alone."""
-    for container in OWN.values():
-        kind = _member(gguf.GGMLQuantizationType, container.name, container.type_id)
-        gguf.GGML_QUANT_SIZES.setdefault(kind, (container.block_size, container.type_size))
+    for quant_type in OWN.values():
+        kind = _member(gguf.GGMLQuantizationType, quant_type.name, quant_type.type_id)
+        gguf.GGML_QUANT_SIZES.setdefault(kind, (quant_type.block_size, quant_type.type_size))
         if kind not in gguf.quants._type_traits:
-            _quantiser(gguf.quants, kind, container)
+            _quantiser(gguf.quants, kind, quant_type)
     for name, value in FILE_TYPES.items():
         _member(gguf.LlamaFileType, name, value)
 
@@ -79,14 +79,14 @@ def _member(enumeration: type[IntEnum], name: str, value: int) -> IntEnum:
     return member
 
 
-def _quantiser(quants: Any, kind: IntEnum, container: Container) -> None:
+def _quantiser(quants: Any, kind: IntEnum, quant_type: QuantType) -> None:
     """Give ``gguf.quants`` a class for ``kind``; its base class enters it into the table of types when it is made."""
 
     def per_block(convert: Callable[[Any], Any]) -> classmethod[Any, ..., Any]:
         return classmethod(lambda _, blocks: convert(blocks))
 
     def quantise(blocks: Floats) -> Bytes:
-        return container.quantize(np.ascontiguousarray(blocks, np.float32))
+        return quant_type.quantize(np.ascontiguousarray(blocks, np.float32))
 
-    members = {"quantize_blocks": per_block(quantise), "dequantize_blocks": per_block(container.dequantize)}
-    type(container.name, (quants.__Quant,), members, qtype=kind)
+    members = {"quantize_blocks": per_block(quantise), "dequantize_blocks": per_block(quant_type.dequantize)}
+    type(quant_type.name, (quants.__Quant,), members, qtype=kind)

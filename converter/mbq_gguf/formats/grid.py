@@ -1,4 +1,4 @@
-"""The containers whose weights lie on lines, w = scale * code + offset a group, in PyTorch: for searches and column-by-column rounding.
+"""The types whose weights lie on lines, w = scale * code + offset a group, in PyTorch: for searches and column-by-column rounding.
 
 Scale and offset are what the file gives back, so a weight rounded here is the weight that ggml reads, bit for bit. In K-quants they are
 whole multiples of two fp16 steps that a super-block of 256 keeps; elsewhere each is an fp16 number of its own, or the offset is 0.
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mbq_gguf.formats import k_quants, legacy, mbq3, mbq3s, row_scale
-from mbq_gguf.formats.container import Bytes, Container, Floats
+from mbq_gguf.formats.quant_type import Bytes, Floats, QuantType
 
 F16_MAX = 65504.0
 Pair = tuple[torch.Tensor, torch.Tensor]  # scale and offset
@@ -61,8 +61,8 @@ class Grid:
     """``group`` weights share a scale and an offset, ``block`` weights (one ggml block) the steps of both; codes are ``low`` to ``high``.
 
     ``pack`` takes codes [blocks, block] (uint8, counted from ``low``), scale and offset [blocks, groups] and steps [blocks, 2] and gives
-    packed blocks. ``fit`` is the container's own choice of scale and offset [n, 1] for groups [n, group] where it is a plain rule, with
-    which rounding to nearest equals the container's; None where ggml searches. ``held_pair`` gives the nearest scale and offset that can be
+    packed blocks. ``fit`` is the type's own choice of scale and offset [n, 1] for groups [n, group] where it is a plain rule, with
+    which rounding to nearest equals ggml's; None where ggml searches. ``held_pair`` gives the nearest scale and offset that can be
     stored, where which offsets there are depends on the scale.
     """
 
@@ -115,12 +115,12 @@ def to_f16(values: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def grid_of(container: Container) -> Grid | None:
-    """The grid of ``container``, or None where its weights do not lie on lines (IQ types, floats)."""
+def grid_of(quant_type: QuantType) -> Grid | None:
+    """The grid of ``quant_type``, or None where its weights do not lie on lines (IQ types, floats)."""
     zero = Parameter(0, 0)
     sixes = Parameter(0, 63), Parameter(-63, 0)
-    size = container.block_size
-    match container.name:
+    size = quant_type.block_size
+    match quant_type.name:
         case "MBQ3" | "MBQ3_64":
             return Grid(size, size, 0, mbq3.LEVELS, _numpy(mbq3.pack_blocks), fit=_fit_range)
         case "MBQ3S" | "MBQ3S_64":
@@ -128,9 +128,9 @@ def grid_of(container: Container) -> Grid | None:
             return Grid(size, size // mbq3s.HALVES, 0, mbq3.LEVELS, pack, fit=_fit_head, held_pair=_nearest_head)
         case "Q4_0":
             return Grid(size, size, -8, 7, _numpy(legacy.pack_q4_0), offset=zero)
-        case "W4A8" | "W8A8":  # of container_for: a block is a row
-            largest = row_scale.ROW_SCALES[container.name].largest
-            return Grid(size, size, -largest - 1, largest, _numpy(partial(_pack_rows, container.name)), offset=zero)
+        case "W4A8" | "W8A8":  # from quant_type_for: a block is a row
+            largest = row_scale.ROW_SCALES[quant_type.name].largest
+            return Grid(size, size, -largest - 1, largest, _numpy(partial(_pack_rows, quant_type.name)), offset=zero)
         case "Q4_1":
             return Grid(size, size, 0, 15, _numpy(legacy.pack_q4_1))
         case "Q5_0":
@@ -159,7 +159,7 @@ def _pack_rows(name: str, codes: Bytes, scale: Floats, offset: Floats) -> Bytes:
 def _fit_range(groups: torch.Tensor) -> Pair:
     """Scale and minimum by the range of each group: mbq3.block_parameters, operation by operation."""
     low, high = torch.aminmax(groups, dim=-1, keepdim=True)
-    low, high = low + 0.0, high + 0.0  # -0 becomes +0, as in the container
+    low, high = low + 0.0, high + 0.0  # -0 becomes +0, as in the stored block
     return to_f16(_step(low, high)), to_f16(low)
 
 

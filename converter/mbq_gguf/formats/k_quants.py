@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mbq_gguf.formats.container import Bytes, Floats
 from mbq_gguf.formats.legacy import f16_bytes
+from mbq_gguf.formats.quant_type import Bytes, Floats
 
 Multiples = npt.NDArray[np.int64]
 

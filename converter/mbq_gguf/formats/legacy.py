@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mbq_gguf.formats.container import Bytes, Floats
+from mbq_gguf.formats.quant_type import Bytes, Floats
 
 
 def pack_q4_0(codes: Bytes, scale: Floats, minimum: Floats) -> Bytes:

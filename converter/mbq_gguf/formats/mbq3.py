@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mbq_gguf.formats.container import Bytes, Container, Floats
+from mbq_gguf.formats.quant_type import Bytes, Floats, QuantType
 
 LEVELS = 7  # the largest 3-bit code
 F16_MAX = np.float32(65504.0)
@@ -76,7 +76,7 @@ def unpack_planes(packed: Bytes) -> Bytes:
     return codes.reshape(n, size)
 
 
-def _container(name: str, type_id: int, size: int, fallback: str) -> Container:
+def _quant_type(name: str, type_id: int, size: int, fallback: str) -> QuantType:
     type_size = HEAD_BYTES + 3 * size // 8
 
     def quantize(weights: Floats) -> Bytes:
@@ -90,8 +90,8 @@ def _container(name: str, type_id: int, size: int, fallback: str) -> Container:
         # Product, then sum, each rounded to float32: what C does without contraction.
         return (codes.astype(np.float32) * scale + minimum).reshape(data.shape[0], -1)
 
-    return Container(name, type_id, size, type_size, quantize, dequantize, fallback=fallback)
+    return QuantType(name, type_id, size, type_size, quantize, dequantize, fallback=fallback)
 
 
-MBQ3 = _container("MBQ3", 120, 128, "MBQ3_64")
-MBQ3_64 = _container("MBQ3_64", 121, 64, "Q4_0")
+MBQ3 = _quant_type("MBQ3", 120, 128, "MBQ3_64")
+MBQ3_64 = _quant_type("MBQ3_64", 121, 64, "Q4_0")

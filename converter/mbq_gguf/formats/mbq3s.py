@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mbq_gguf.formats.container import Bytes, Container, Floats
 from mbq_gguf.formats.mbq3 import F16_MAX, HEAD_BYTES, LEVELS, nearest_codes, pack_planes, unpack_planes
+from mbq_gguf.formats.quant_type import Bytes, Floats, QuantType
 
 HALVES = 2  # groups of a block
 DROPPED_BITS = 5  # of the scale's fp16 fraction
@@ -68,7 +68,7 @@ def _minimum(scale: Floats, zero: Floats) -> Floats:
     return minimum
 
 
-def _container(name: str, type_id: int, size: int, fallback: str) -> Container:
+def _quant_type(name: str, type_id: int, size: int, fallback: str) -> QuantType:
     type_size = HEAD_BYTES + 3 * size // 8
     group = size // HALVES
 
@@ -85,8 +85,8 @@ def _container(name: str, type_id: int, size: int, fallback: str) -> Container:
         groups = codes.reshape(-1, group).astype(np.float32)
         return (groups * scale.reshape(-1, 1) + minimum.reshape(-1, 1)).reshape(data.shape[0], -1)
 
-    return Container(name, type_id, size, type_size, quantize, dequantize, fallback=fallback)
+    return QuantType(name, type_id, size, type_size, quantize, dequantize, fallback=fallback)
 
 
-MBQ3S = _container("MBQ3S", 122, 128, "MBQ3S_64")
-MBQ3S_64 = _container("MBQ3S_64", 123, 64, "Q4_0")
+MBQ3S = _quant_type("MBQ3S", 122, 128, "MBQ3S_64")
+MBQ3S_64 = _quant_type("MBQ3S_64", 123, 64, "Q4_0")

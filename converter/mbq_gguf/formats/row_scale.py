@@ -1,7 +1,7 @@
 """W4A8 and W8A8: Q4_0 and Q8_0 blocks that repeat one fp16 scale over the whole row (docs/format.md).
 
 Any llama.cpp reads them as what they are; the patched one, told by the file's metadata, multiplies them by sums of integers over the whole
-row. For searches and rounding a row is therefore one block: :func:`for_rows` gives the container of rows of one length.
+row. For searches and rounding a row is therefore one block: :func:`for_rows` gives the quant type of rows of one length.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 
 from mbq_gguf.formats import legacy
-from mbq_gguf.formats.container import Bytes, Container, Floats
+from mbq_gguf.formats.quant_type import Bytes, Floats, QuantType
 
 BLOCK = 32
 VERSION = 1  # mbq.row_scale.version
@@ -20,7 +20,7 @@ VERSION = 1  # mbq.row_scale.version
 
 @dataclass(frozen=True)
 class RowScale:
-    """The ggml type that holds a container's blocks, its id and bytes, and the largest code; codes begin at -(largest + 1)."""
+    """The ggml type of the blocks of such a quant type, its id and bytes, and the largest code; codes begin at -(largest + 1)."""
 
     stored: str
     type_id: int
@@ -32,7 +32,7 @@ ROW_SCALES = {"W4A8": RowScale("Q4_0", 2, 18, 7), "W8A8": RowScale("Q8_0", 8, 34
 
 
 def stored_as(name: str) -> str:
-    """The ggml type that a tensor in the container ``name`` has in a file: its own name, but for these two."""
+    """The ggml type that a tensor of type ``name`` has in a file: its own name, but for these two."""
     return ROW_SCALES[name].stored if name in ROW_SCALES else name
 
 
@@ -72,18 +72,18 @@ def _dequantize(name: str, data: Bytes) -> Floats:
     return (codes.astype(np.float32) - np.float32(ROW_SCALES[name].largest + 1)) * scale
 
 
-def _container(name: str) -> Container:
+def _quant_type(name: str) -> QuantType:
     of = ROW_SCALES[name]
-    return Container(
+    return QuantType(
         name, of.type_id, BLOCK, of.type_size, lambda weights: _quantize(name, weights), lambda data: _dequantize(name, data), "F16"
     )
 
 
-CONTAINERS = {name: _container(name) for name in ROW_SCALES}
+QUANT_TYPES = {name: _quant_type(name) for name in ROW_SCALES}
 
 
 @cache
-def for_rows(name: str, columns: int) -> Container:
-    """The container ``name`` for rows of ``columns`` weights, each row one block."""
-    base = CONTAINERS[name]
+def for_rows(name: str, columns: int) -> QuantType:
+    """The quant type ``name`` for rows of ``columns`` weights, each row one block."""
+    base = QUANT_TYPES[name]
     return replace(base, block_size=columns, type_size=base.row_bytes(columns))

@@ -1,4 +1,4 @@
-"""The ggml types that every llama.cpp reads, as containers.
+"""The ggml types that every llama.cpp reads, as quant types.
 
 Quantised by the built ggml itself where there is one (``ggml_quantize_chunk``), otherwise by the gguf package's numpy code, which knows
 fewer types and gives the same bytes for those it knows.
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from mbq_gguf.errors import SHOWN, UserError
-from mbq_gguf.formats.container import Bytes, Container, Floats
 from mbq_gguf.formats.gguf_types import import_gguf
+from mbq_gguf.formats.quant_type import Bytes, Floats, QuantType
 from mbq_gguf.llama_cpp.bindings import bind
 
 # What to take where a row is no whole number of blocks: llama-quantize's own choices (tensor_type_fallback), F16 last.
@@ -40,13 +40,13 @@ UNQUANTISED = ("F32", "F16", "BF16")
 NAMES = (*UNQUANTISED, *FALLBACKS)
 
 
-def stock_container(name: str) -> Container:
-    """The container of one of :data:`NAMES`."""
+def stock_type(name: str) -> QuantType:
+    """The quant type of one of :data:`NAMES`."""
     gguf = import_gguf()
     kind = gguf.GGMLQuantizationType[name]
     block, size = gguf.GGML_QUANT_SIZES[kind]
     quantize, dequantize = _by_ggml(name, block, size) or _by_gguf(gguf, name, kind)
-    return Container(name, int(kind), block, size, quantize, dequantize, FALLBACKS.get(name))
+    return QuantType(name, int(kind), block, size, quantize, dequantize, FALLBACKS.get(name))
 
 
 Functions = tuple[Callable[[Floats], Bytes], Callable[[Bytes], Floats]]

@@ -1,1 +1,1 @@
-"""Weights to codes on a container's own grid."""
+"""Weights to codes on the quant type's own grid."""

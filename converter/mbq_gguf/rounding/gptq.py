@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323) on a container's own grid: columns in order, each one's error made good by later ones.
+"""GPTQ (arXiv 2210.17323) on the quant type's own grid: columns in order, each one's error made good by later ones.
 
 With H = sum over tokens of w_t x_t x_t^T and U the upper Cholesky factor of (H + damping)^-1, column j is rounded to the grid, and its
 error over U[j, j] times U[j, j + 1:] is taken from the columns that follow. A group's scale and offset are fitted when its first column is
@@ -80,7 +80,7 @@ def round_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit 
 
 
 def own_fit(grid: Grid) -> Fit:
-    """The container's plain rule where it has one, else the range search."""
+    """The type's plain rule where it has one, else the range search."""
     rule = grid.fit
     return partial(search_range, grid) if rule is None else lambda groups, costs, steps: rule(groups)
 

@@ -6,29 +6,29 @@ from dataclasses import dataclass
 
 import torch
 
-from mbq_gguf.formats.container import Bytes, Container
 from mbq_gguf.formats.grid import grid_of
+from mbq_gguf.formats.quant_type import Bytes, QuantType
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A rounded weight: the container's ``data`` [rows, row_bytes], and ``weight`` [rows, columns] float32 as the file gives it back."""
+    """A rounded weight: ``data`` [rows, row_bytes], and ``weight`` [rows, columns] float32 as the file gives it back."""
 
     data: Bytes
     weight: torch.Tensor
 
 
-def round_nearest(weight: torch.Tensor, container: Container) -> Rounded:
-    """``weight`` [rows, columns] as ggml's own quantiser rounds it to ``container``."""
-    data = container.quantize(weight.float().cpu().numpy())
-    return Rounded(data, torch.from_numpy(container.dequantize(data)).to(weight.device))
+def round_nearest(weight: torch.Tensor, quant_type: QuantType) -> Rounded:
+    """``weight`` [rows, columns] as ggml's own quantiser rounds it to ``quant_type``."""
+    data = quant_type.quantize(weight.float().cpu().numpy())
+    return Rounded(data, torch.from_numpy(quant_type.dequantize(data)).to(weight.device))
 
 
-def nearest_values(weight: torch.Tensor, container: Container) -> torch.Tensor:
-    """Only the rounded values [rows, columns] float32, on the weight's device where the container's rule is a plain one: for searches."""
-    grid = grid_of(container)
+def nearest_values(weight: torch.Tensor, quant_type: QuantType) -> torch.Tensor:
+    """Only the rounded values [rows, columns] float32, on the weight's device where the rule is a plain one: for searches."""
+    grid = grid_of(quant_type)
     if grid is None or grid.fit is None:
-        return round_nearest(weight, container).weight
+        return round_nearest(weight, quant_type).weight
     groups = weight.float().reshape(-1, grid.group)
     scale, offset = grid.fit(groups)
     return (grid.codes(groups, scale, offset) * scale + offset).view_as(weight)

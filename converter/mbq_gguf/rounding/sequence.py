@@ -14,9 +14,9 @@ from functools import partial
 import torch
 
 from mbq_gguf.calibration.moments import Moments
-from mbq_gguf.formats.container import Container
 from mbq_gguf.formats.grid import Grid, grid_of
-from mbq_gguf.formats.registry import container_for
+from mbq_gguf.formats.quant_type import QuantType
+from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 from mbq_gguf.rounding.descent import descend
@@ -28,35 +28,35 @@ from mbq_gguf.rounding.refit import refit
 
 @dataclass(frozen=True)
 class Refinement:
-    """What is done beyond plain GPTQ. ``correction`` is a above, ``refits`` how often parameters are fitted, with descent in between."""
+    """What is done beyond plain GPTQ. ``error_correction`` is a above, ``refits`` how often scales are fitted, with descent in between."""
 
     damping: float
     clip: bool
-    correction: float
+    error_correction: float
     refits: int
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A rounded matrix: its container's name, bytes and values, and the ``grid`` and codes that GPTQ gave it (None where it did not)."""
+    """A rounded matrix: the type's name, bytes and values, and the ``grid`` and codes that GPTQ gave it (None where it did not)."""
 
-    container: str
+    type_name: str
     rounded: Rounded
     grid: Grid | None = None
     coded: Coded | None = None
 
 
 def round_in_order(
-    layer: Layer, containers: Mapping[str, str], moments_of: Callable[[Site], Moments | None], refinement: Refinement
+    layer: Layer, type_names: Mapping[str, str], moments_of: Callable[[Site], Moments | None], refinement: Refinement
 ) -> dict[str, Matrix]:
-    """Round ``layer`` in place; every linear's matrix by its name in the layer, as are ``containers``.
+    """Round ``layer`` in place; every linear's matrix by its name in the layer, as are ``type_names``.
 
     ``moments_of`` is asked for a site's moments when every earlier site of the layer is rounded; None means nearest rounding, which a
-    container without a grid (F16 and other fallbacks) always gets.
+    type without a grid (F16 and other fallbacks) always gets.
     """
     out = {}
     for site in layer.sites:
-        kinds = {name: container_for(containers[name], layer.linear(name).in_features) for name in site.readers}
+        kinds = {name: quant_type_for(type_names[name], layer.linear(name).in_features) for name in site.readers}
         found = moments_of(site) if any(grid_of(kept) for kept in kinds.values()) else None
         for kept in dict.fromkeys(kinds.values()):
             names = [name for name in site.readers if kinds[name] == kept]
@@ -67,8 +67,8 @@ def round_in_order(
     return {name: out[name] for name in layer.layout.readers}
 
 
-def _rounded(weights: Sequence[torch.Tensor], kept: Container, found: Moments | None, refinement: Refinement) -> list[Matrix]:
-    """Matrices with one input and one container. Rows are independent, so GPTQ takes all matrices as one."""
+def _rounded(weights: Sequence[torch.Tensor], kept: QuantType, found: Moments | None, refinement: Refinement) -> list[Matrix]:
+    """Matrices with one input and one quant type. Rows are independent, so GPTQ takes all matrices as one."""
     grid = grid_of(kept)
     if found is None or grid is None:
         return [Matrix(kept.name, round_nearest(weight.detach(), kept)) for weight in weights]
@@ -79,8 +79,8 @@ def _rounded(weights: Sequence[torch.Tensor], kept: Container, found: Moments | 
 def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refinement) -> Coded:
     """``weight`` [rows, columns] corrected, rounded by GPTQ, then parameters and codes in turn made better."""
     factor = inverse_factor(found.hessian, refinement.damping)
-    if refinement.correction:
-        weight = corrected(weight, found, factor, refinement.correction)
+    if refinement.error_correction:
+        weight = corrected(weight, found, factor, refinement.error_correction)
     fit = partial(search_range, grid) if refinement.clip else None
     coded = code_gptq(weight, factor, grid, fit)
     for turn in range(refinement.refits):

@@ -11,37 +11,37 @@ from dataclasses import replace
 import torch
 
 from mbq_gguf.calibration.moments import Moments
-from mbq_gguf.formats.container import Container
 from mbq_gguf.formats.grid import grid_of
+from mbq_gguf.formats.quant_type import QuantType
 from mbq_gguf.rounding.nearest import nearest_values
 from mbq_gguf.rounding.sequence import Refinement, refined
 
-# The scaled float32 weights [rows, columns] of a group's linears and their factors [columns], to each container's grid and back.
+# The scaled float32 weights [rows, columns] of a group's linears and their factors [columns], to each type's grid and back.
 Rounder = Callable[[Sequence[torch.Tensor], torch.Tensor], list[torch.Tensor]]
 
 
-def by_nearest(containers: Sequence[Container]) -> Rounder:
-    """Each linear to nearest in its own of ``containers``."""
+def by_nearest(quant_types: Sequence[QuantType]) -> Rounder:
+    """Each linear to nearest in its own of ``quant_types``."""
 
     def rounded(weights: Sequence[torch.Tensor], _factors: torch.Tensor) -> list[torch.Tensor]:
-        return [nearest_values(weight, kept) for weight, kept in zip(weights, containers, strict=True)]
+        return [nearest_values(weight, kept) for weight, kept in zip(weights, quant_types, strict=True)]
 
     return rounded
 
 
-def by_gptq(containers: Sequence[Container], hessian: torch.Tensor, refinement: Refinement) -> Rounder:
-    """GPTQ from the ``hessian`` [columns, columns] of the unscaled inputs; a container without a grid rounds to nearest.
+def by_gptq(quant_types: Sequence[QuantType], hessian: torch.Tensor, refinement: Refinement) -> Rounder:
+    """GPTQ from the ``hessian`` [columns, columns] of the unscaled inputs; a type without a grid rounds to nearest.
 
     Of ``refinement`` damping and range search alone. With the rounded prefix's inputs, half correction and two refits as well, candidates
     rank nearly the same on layers 2 and 11 of the reference VLM: correlation 0.95 in MBQ's loss, 0.82 in AWQ's, which one sink token rules.
     """
-    plain = replace(refinement, correction=0.0, refits=0)
+    plain = replace(refinement, error_correction=0.0, refits=0)
 
     def rounded(weights: Sequence[torch.Tensor], factors: torch.Tensor) -> list[torch.Tensor]:
         found = Moments(hessian / factors / factors[:, None])
         values = list(weights)
-        for kept in dict.fromkeys(containers):  # rows are independent, so linears of one container are one matrix
-            grid, alike = grid_of(kept), [number for number, own in enumerate(containers) if own is kept]
+        for kept in dict.fromkeys(quant_types):  # rows are independent, so linears of one type are one matrix
+            grid, alike = grid_of(kept), [number for number, own in enumerate(quant_types) if own is kept]
             matrix = torch.cat([weights[number] for number in alike])
             matrix = nearest_values(matrix, kept) if grid is None else refined(matrix, found, grid, plain).values(grid)
             for number, part in zip(alike, torch.split(matrix, [len(weights[number]) for number in alike]), strict=True):

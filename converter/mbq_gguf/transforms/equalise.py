@@ -1,7 +1,7 @@
 """Channel equalisation: the search for the factors s of y = Q(W diag(s)) (x / s) (AWQ, arXiv 2306.00978; MBQ, arXiv 2412.19509).
 
 s = mean|x|^t over all tokens, at least 1e-4, divided by sqrt(max s * min s); t is tried at 0, 0.05 ... 0.95. The t wins whose rounded
-weights change the inspected module's output least, on the container's own grid. MBQ compares by L1 with answer tokens counting 1, vision
+weights change the inspected module's output least, on the quant type's own grid. MBQ compares by L1 with answer tokens counting 1, vision
 tokens the layer's ratio, prompt tokens 0, summed over tokens (so that token counts matter, as in the paper's code), or by L2 with means
 over the tokens of each modality; AWQ by L2, or L1, with all tokens alike.
 

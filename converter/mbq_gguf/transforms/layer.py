@@ -9,7 +9,7 @@ import torch
 
 from mbq_gguf.calibration.calls import Entering, observed_calls
 from mbq_gguf.calibration.observe import TokenWeights
-from mbq_gguf.formats.registry import container_for
+from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 from mbq_gguf.rounding.sequence import Refinement
@@ -35,9 +35,9 @@ class Judge:
     gptq: Refinement | None = None
     hessians: Mapping[str, torch.Tensor] | None = None
 
-    def rounder(self, layer: Layer, site: Site, containers: Mapping[str, str]) -> Rounder:
-        """How the linears of ``site`` are rounded; ``containers`` are by linear."""
-        kinds = [container_for(containers[name], layer.linear(name).in_features) for name in site.readers]
+    def rounder(self, layer: Layer, site: Site, type_names: Mapping[str, str]) -> Rounder:
+        """How the linears of ``site`` are rounded; ``type_names`` are by linear."""
+        kinds = [quant_type_for(type_names[name], layer.linear(name).in_features) for name in site.readers]
         if self.gptq is None:
             return by_nearest(kinds)
         assert self.hessians is not None
@@ -45,7 +45,7 @@ class Judge:
 
 
 def search_layer(
-    original: Entering, prefix: Entering | None, containers: Mapping[str, str], judge: Judge, sites: Sequence[Site]
+    original: Entering, prefix: Entering | None, type_names: Mapping[str, str], judge: Judge, sites: Sequence[Site]
 ) -> dict[str, Choice]:
     """The choice of each of ``sites`` that the layer's shapes allow to fold, by site name; both layers are left as they were.
 
@@ -59,7 +59,7 @@ def search_layer(
             continue
         calls, mean_abs = observed_calls(original, rounded, site, judge.weights, judge.samples)
         layer = (rounded or original).layer
-        rounder = judge.rounder(layer, site, containers)
+        rounder = judge.rounder(layer, site, type_names)
         choice = search(layer, site, mean_abs, calls, judge.power, rounder, None if judge.gptq is None else GPTQ_PATIENCE)
         assert choice is not None
         choices[site.name] = choice

@@ -1,4 +1,4 @@
-"""A container is a ggml block format: how many weights share a block, how many bytes that takes, and which grid the codes live on."""
+"""A quant type is a ggml block format: how many weights share a block, how many bytes that takes, and which grid the codes live on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Container:
+class QuantType:
     """One ggml block type as the converter sees it.
 
     ``quantize`` maps float32 weights [rows, columns] to bytes [rows, row_bytes] exactly as ggml's ``from_float_ref`` does (nearest
@@ -26,7 +26,7 @@ class Container:
     type_size: int  # bytes a block
     quantize: Callable[[Floats], Bytes]
     dequantize: Callable[[Bytes], Floats]
-    fallback: str | None = None  # the container to try where a row is no multiple of block_size
+    fallback: str | None = None  # the type to try where a row is no multiple of block_size
 
     @property
     def bits_per_weight(self) -> float:
