@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,9 +141,21 @@ def test_items_serve_no_other_run(tmp_path: Path) -> None:
     assert open_workdir(tmp_path / "work", {**MARK, "model": "other"}).load("a") is None
 
 
+def test_an_item_under_anothers_name_is_told(tmp_path: Path) -> None:
+    """One layer's file copied over another's is whole, but not that layer's (tests/fuzz found it taken)."""
+    told: list[str] = []
+    work = open_workdir(tmp_path / "work", MARK, told.append)
+    work.save("a", {"x": torch.ones(100)}, {})
+    shutil.copy(work.path / "a.safetensors", work.path / "b.safetensors")
+    assert work.load("b") is None
+    assert told == [f"{work.path / 'b.safetensors'} is damaged (its checksum differs): it will be made again"]
+
+
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
     work = open_workdir(tmp_path / "work", MARK)
     (work.path / f"{TEMPORARY}0123").touch()
+    (work.path / f"{TEMPORARY}folder" / "inside").mkdir(parents=True)
+    (work.path / f"{TEMPORARY}link").symlink_to("nowhere")
     open_workdir(tmp_path / "work", MARK)
     assert [file.name for file in work.path.iterdir()] == ["fingerprint.json"]
 

@@ -44,7 +44,7 @@ class WorkDir:
             with safe_open(str(file), framework="pt") as opened:
                 written = opened.metadata()
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            if written["checksum"] != self._checksum(tensors, written["data"]):
+            if written["checksum"] != self._checksum(name, tensors, written["data"]):
                 raise ValueError("its checksum differs")
             return tensors, json.loads(written["data"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -58,15 +58,15 @@ class WorkDir:
         text = json.dumps(data)
         try:
             with new_file(self.path, TEMPORARY) as temporary:
-                save_file(whole, str(temporary), metadata={"data": text, "checksum": self._checksum(whole, text)})
+                save_file(whole, str(temporary), metadata={"data": text, "checksum": self._checksum(name, whole, text)})
                 _put(temporary, file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} cannot be written ({error}): free some space or choose another work directory") from error
 
-    def _checksum(self, tensors: Mapping[str, torch.Tensor], data: str) -> str:
-        """SHA-256 of everything in an item, and of whose it is."""
+    def _checksum(self, name: str, tensors: Mapping[str, torch.Tensor], data: str) -> str:
+        """SHA-256 of everything in an item, of its name, and of whose it is: one layer's file does not pass for another's."""
         layout = [(key, str(value.dtype), list(value.shape)) for key, value in sorted(tensors.items())]
-        found = hashlib.sha256(json.dumps([self.fingerprint, layout, data]).encode())
+        found = hashlib.sha256(json.dumps([self.fingerprint, name, layout, data]).encode())
         for _, value in sorted(tensors.items()):
             found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return found.hexdigest()
@@ -95,10 +95,10 @@ def open_workdir(path: Path, fingerprint: Mapping[str, str], tell: Callable[[str
             with new_file(path, TEMPORARY) as temporary:
                 temporary.write_text(text, encoding="utf-8")
                 _put(temporary, file)
+        for left in path.glob(f"{TEMPORARY}*"):  # of a run that was killed while it wrote
+            _remove(left)
     except OSError as error:
         raise UsageError(f"the work directory {path} cannot be used ({error}): choose another") from error
-    for left in path.glob(f"{TEMPORARY}*"):  # of a run that was killed while it wrote
-        left.unlink(missing_ok=True)
     return WorkDir(path, text, tell)
 
 
@@ -113,9 +113,17 @@ def _read_fingerprint(file: Path) -> dict[str, Any] | None:
 
 def _put(temporary: Path, file: Path) -> None:
     """Give ``temporary`` its final name, whatever bears it now."""
-    if file.is_dir() and not file.is_symlink():
-        shutil.rmtree(file)
+    if file.is_dir():
+        _remove(file)
     temporary.replace(file)
+
+
+def _remove(path: Path) -> None:
+    """What ``path`` names is gone afterwards, a folder too; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _cause(error: Exception) -> str:
