@@ -143,7 +143,7 @@ def take_error(default: str) -> str:
 
 
 def _log_line(level: int, text: bytes) -> None:
-    line = text.decode("utf-8", errors="replace").strip()
+    line = " ".join(text.decode("utf-8", errors="replace").split())  # some say two lines at once; an error of ours is one sentence
     if not line:
         return
     if LEVELS.get(level) == logging.ERROR:

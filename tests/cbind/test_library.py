@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mbq_cbind.library import _log_line, take_error
 
 # Converts, then prints the files that lie in the process's memory.
 PROGRAM = """
@@ -51,3 +52,10 @@ def test_without_a_build_it_says_so() -> None:
     program = "from mbq_cbind.library import load; load()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "BindingError: no llama.cpp was named" in done.stderr
+
+
+def test_two_lines_of_a_log_become_one() -> None:
+    """libmtmd says an error and a hint at once, and an error of ours is one sentence."""
+    take_error("")
+    _log_line(4, b"error: mismatch\nhint: another mmproj\n")
+    assert take_error("unknown") == "error: mismatch hint: another mmproj"
