@@ -15,6 +15,7 @@ import json
 import random
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,19 @@ from mbq_gguf.calibration.stream import advance, capture, capture_encoded, logit
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.evaluate.exact_match import MAX_TOKENS, SHIPPED
 from mbq_gguf.formats.registry import quant_type
+from mbq_gguf.formats.row_scale import QUANT_TYPES
 from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.picture import open_picture
 from mbq_gguf.quantise import ROTATION_SEED, quantise
 from mbq_gguf.settings import SAMPLES, QuantiseSettings
+from mbq_gguf.transforms.activations import int8_inputs
 from mbq_gguf.transforms.rotation import Rotate, Rotation, draw, rotate_layer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import nn
 
 TEXT_CHUNK = 256  # tokens; the second half of each is scored
 TEXT_CHUNKS = 8
@@ -75,8 +79,13 @@ def parsed(name: str) -> Variant:
 
 
 @torch.no_grad()
-def answer_logits(loaded: LoadedModel, streams: Sequence[Streamed], result: QuantiseResult | None, rotate: Rotate) -> list[torch.Tensor]:
-    """Log-probabilities [answer tokens, vocabulary] of each stream, with the weights of ``result``, in the basis of ``rotate``."""
+def answer_logits(
+    loaded: LoadedModel, streams: Sequence[Streamed], result: QuantiseResult | None, rotate: Rotate, int8: bool = False
+) -> list[torch.Tensor]:
+    """Log-probabilities [answer tokens, vocabulary] of each stream, with the weights of ``result``, in the basis of ``rotate``.
+
+    With ``int8`` its W4A8 and W8A8 linears take int8 activations, as their product does.
+    """
     rotation = draw(loaded.decoder, rotate, ROTATION_SEED) if result and rotate != "none" else None
     running = [replace(stream, hidden=turned(stream.hidden, rotation)) for stream in streams]
     for index in range(len(loaded.decoder.layers)):
@@ -85,7 +94,8 @@ def answer_logits(loaded: LoadedModel, streams: Sequence[Streamed], result: Quan
             rotate_layer(layer, rotation)
         if result is not None:
             put(layer, index, result)
-        advance(layer, running)
+        with int8_inputs(row_scaled(layer, index, result)) if int8 and result else nullcontext():
+            advance(layer, running)
     out = []
     for stream in running:
         hidden = turned(stream.hidden, rotation, back=True)
@@ -111,6 +121,13 @@ def put(layer: Layer, index: int, result: QuantiseResult) -> None:
     for name, value in result.replaced.items():
         if name.startswith(prefix):
             parameters[name.removeprefix(prefix)].copy_(value)
+
+
+def row_scaled(layer: Layer, index: int, result: QuantiseResult) -> list[nn.Linear]:
+    """The linears of ``layer`` that ``result`` holds with one scale a row."""
+    prefix = f"layers.{index}."
+    found = [name for name, packed in result.packed.items() if name.startswith(prefix) and packed.type_name in QUANT_TYPES]
+    return [layer.holder(name.removeprefix(prefix).removesuffix(".weight")) for name in found]
 
 
 def score(reference: list[torch.Tensor], candidate: list[torch.Tensor], streams: Sequence[Streamed]) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 
     python tools/trial_rows.py MODEL_DIR rows.jsonl --device cuda --jobs 12 --seconds 420 --photographs photographs --text README.md
 
-Each row is a line of the output as soon as it is done, in the order of ROWS; those that OUT holds already are left out, and what is under
+Each row is a line of the output as soon as it is done, in the order of its list; those that OUT holds are left out, and what is under
 way when the time is up is dropped. Exact match is forced: every answer token is the most likely one after the expected ones before it.
 Small kernels of several processes share the card under CUDA's MPS alone: start nvidia-cuda-mps-control -d before.
 """
@@ -23,13 +23,18 @@ from typing import Any
 import click
 import torch
 import trial_quality as trial
+import trial_w4a8
 from mbq_gguf import quantise as walk
 from mbq_gguf.calibration.dataset import SHIPPED as CALIBRATION
 from mbq_gguf.calibration.dataset import Sample, load_samples, read_jsonl
 from mbq_gguf.calibration.stream import capture
 from mbq_gguf.evaluate.exact_match import SHIPPED, load_questions, stratified
+from mbq_gguf.formats.row_scale import QUANT_TYPES
 from mbq_gguf.models import LoadedModel, load
+from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise import quantise
+from mbq_gguf.transforms.rotation import Rotate
+from trial_w4a8 import added
 
 STORE = Path(__file__).resolve().parents[1] / "docs" / "results" / "balance.json"
 NEAREST = "type_name=MBQ3,rounding=nearest,synthetic=0,propagate_error=False,samples=128,turns=last"
@@ -62,6 +67,9 @@ ROWS = [
 ]
 
 
+LISTS = {"balance": ROWS, "w4a8": trial_w4a8.ROWS}
+
+
 def captions(folder: Path) -> Path:
     """The shipped calibration set's descriptions alone, one a picture, as a set of its own in ``folder``."""
     lines = []
@@ -87,9 +95,14 @@ def asked(loaded: LoadedModel, count: int) -> trial.Streams:
     return list(capture(loaded, [Sample(q.image, ((q.question, q.expected),)) for q in questions]))
 
 
+def divergences(reference: list[torch.Tensor], candidate: list[torch.Tensor]) -> list[torch.Tensor]:
+    """KLD of every answer token, one [tokens] a stream."""
+    return [(p.exp() * (p - q)).sum(-1) for p, q in zip(reference, candidate, strict=True)]
+
+
 def figures(reference: list[torch.Tensor], candidate: list[torch.Tensor], streams: trial.Streams) -> dict[str, float]:
     """KLD with its standard error, exact match, and how many were asked."""
-    kld = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(reference, candidate, strict=True)])
+    kld = torch.cat(divergences(reference, candidate))
     exact = [bool((q.argmax(-1) == s.ids[s.labels]).all()) for q, s in zip(candidate, streams, strict=True)]
     return {
         "kld": float(kld.mean()),
@@ -100,6 +113,18 @@ def figures(reference: list[torch.Tensor], candidate: list[torch.Tensor], stream
     }
 
 
+def scored(
+    loaded: LoadedModel, reference: list[torch.Tensor], streams: trial.Streams, result: QuantiseResult, rotate: Rotate
+) -> dict[str, Any]:
+    """Figures with 16-bit activations and, where the type has one scale a row, with int8 ones and what those add."""
+    plain = trial.answer_logits(loaded, streams, result, rotate)
+    found: dict[str, Any] = figures(reference, plain, streams)
+    if any(packed.type_name in QUANT_TYPES for packed in result.packed.values()):
+        int8 = trial.answer_logits(loaded, streams, result, rotate, int8=True)
+        found["int8"] = figures(reference, int8, streams) | added(divergences(reference, plain), divergences(reference, int8))
+    return found
+
+
 def medians(ratios: dict[str, list[float]]) -> dict[str, float]:
     return {block: float(torch.tensor(values).quantile(0.5)) for block, values in ratios.items()}
 
@@ -107,6 +132,7 @@ def medians(ratios: dict[str, list[float]]) -> dict[str, float]:
 def work(options: dict[str, Any], rows: list[str], number: Synchronized[int]) -> None:
     """Make one row after another until none is left; a row that fails says so in its line."""
     torch.set_num_threads(1)
+    trial_w4a8.register()
     loaded = load(options["model_dir"], options["device"])
     sets = {"scenes": asked(loaded, options["questions"]), "captions": described(loaded, options["questions"])}
     if options["photographs"]:
@@ -131,13 +157,17 @@ def work(options: dict[str, Any], rows: list[str], number: Synchronized[int]) ->
             row |= {"seconds": time.perf_counter() - start, "samples": len(samples), "bits": trial.bits(result), "stages": result.seconds}
             row |= {"ratios": medians(result.ratios), "exponents": result.exponents}
             for name, streams in sets.items():
-                row[name] = figures(reference[name], trial.answer_logits(loaded, streams, result, variant.settings.rotate), streams)
+                row[name] = scored(loaded, reference[name], streams, result, variant.settings.rotate)
         except Exception:  # the other rows go on; this one's line says why there are no figures
             row["failed"] = traceback.format_exc()
         with number.get_lock(), options["out"].open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        shown = {name: (round(row[name]["exact"], 3), round(row[name]["kld"], 4)) for name in sets if name in row}
+        shown = {name: tuple(round(figure, 4) for figure in short(row[name])) for name in sets if name in row}
         print(f"{time.perf_counter() - start:6.1f} s  {rows[place] or 'default'}  {shown or row.get('failed', '')[-300:]}", flush=True)
+
+
+def short(found: dict[str, Any]) -> list[float]:
+    return [found["exact"], found["kld"], *([found["int8"]["kld"]] if "int8" in found else [])]
 
 
 def keep_texts() -> None:
@@ -183,12 +213,13 @@ def finished(out: Path) -> set[str]:
 @click.option("--questions", default=204, show_default=True, help="About scenes, of the demo's 612.")
 @click.option("--photographs", type=click.Path(exists=True, path_type=Path), help="What photographs.py wrote.")
 @click.option("--text", type=click.Path(exists=True, path_type=Path), help="A plain text.")
+@click.option("--list", "list_", type=click.Choice(list(LISTS)), default="balance", show_default=True, help="Which rows.")
 @click.option("--only", multiple=True, help="These rows instead, in trial_quality.py's words.")
-def main(out: Path, jobs: int, seconds: int, only: tuple[str, ...], **options: Any) -> None:
+def main(out: Path, jobs: int, seconds: int, list_: str, only: tuple[str, ...], **options: Any) -> None:
     """Quantise MODEL_DIR in PyTorch in every row, score the answers, and write OUT line by line."""
     end = time.monotonic() + seconds
     done = finished(out)
-    rows = [row for row in (only or ROWS) if row not in done]
+    rows = [row for row in (only or LISTS[list_]) if row not in done]
     options |= {"out": out, "captions": captions(out.parent)}
     context = multiprocessing.get_context("spawn")
     number = context.Value("i", 0)

@@ -116,9 +116,9 @@ research = option_group("Research (what each does to the figures: docs/results.m
 )
 @research(
     "--method",
-    type=click.Choice(["rtn", "awq", "mbq"]),
+    type=click.Choice(["rtn", "awq", "mbq", "smoothquant"]),
     default=QuantiseSettings.method,
-    help="Equalisation of channels before rounding: none, by all tokens alike, or by modality (takes many times as long).",
+    help="Equalisation of channels before rounding: none, by all tokens alike, by modality (these two take long), SmoothQuant's.",
 )
 @research(
     "--floor/--no-floor",

@@ -37,6 +37,7 @@ from mbq_gguf.transforms.folded import folded_inputs, folded_moments
 from mbq_gguf.transforms.layer import Judge, changed_parameters, fold_layer, search_layer
 from mbq_gguf.transforms.preserved import FunctionCheck
 from mbq_gguf.transforms.rotation import Rotation, check_rotatable, draw, rotate_layer, rotated_ends, rotated_projector
+from mbq_gguf.transforms.smooth import smooth_layer
 from mbq_gguf.workdir import WorkDir
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -216,7 +217,10 @@ class _Walk:
                 keep_inputs=corrected,
             )
         done = LayerWork({}, {}, {}, {})
-        if settings.method != "rtn":
+        if settings.method == "smoothquant":
+            done.factors = smooth_layer(entering, self._foldable(layer))
+            fold_layer(layer, done.factors)
+        elif settings.method != "rtn":
             with self._timed("search"):
                 prefix = Entering(layer, self.prefix) if settings.follows_prefix else None
                 judge = Judge(self._search_weights(index), settings.power, settings.search_samples, gptq, observed.hessians)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mbq_gguf.models.prompts import AnswerMask
     from mbq_gguf.transforms.rotation import Rotate
 
-Method = Literal["rtn", "awq", "mbq"]
+Method = Literal["rtn", "awq", "mbq", "smoothquant"]
 Rounding = Literal["nearest", "gptq"]
 SearchLoss = Literal["mae", "mse"]
 
@@ -60,5 +60,5 @@ class QuantiseSettings:
     @property
     def power(self) -> int:
         """Of the error that the search compares by."""
-        own: dict[Method, SearchLoss] = {"rtn": "mae", "awq": "mse", "mbq": "mae"}
-        return 1 if (self.search_loss or own[self.method]) == "mae" else 2
+        own: SearchLoss = "mse" if self.method == "awq" else "mae"
+        return 1 if (self.search_loss or own) == "mae" else 2

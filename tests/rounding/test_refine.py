@@ -12,10 +12,11 @@ from mbq_gguf.formats.grid import Grid, grid_of
 from mbq_gguf.formats.mbq3 import MBQ3_64
 from mbq_gguf.formats.mbq3s import MBQ3S_64
 from mbq_gguf.formats.quant_type import QuantType
+from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.rounding.descent import descend
 from mbq_gguf.rounding.gptq import Coded, code_gptq, damped, inverse_factor, objective
 from mbq_gguf.rounding.ranges import search_range
-from mbq_gguf.rounding.refit import refit
+from mbq_gguf.rounding.refit import refit, refit_row_scale
 from mbq_gguf.rounding.sequence import Refinement, corrected, refined
 
 COLUMNS = 128
@@ -197,3 +198,37 @@ def test_descent_by_hand(grid: Grid) -> None:
     found = descend(grid, weight, start, hessian, 0.0)
     # Column 0 first stands for both: 2.4 + 0.9 * 2.4 = 4.56, code 5. Then column 1: 2.4 + 0.9 * (2.4 - 5) = 0.06, code 0.
     assert found.codes[0, :3].tolist() == [5.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", ["W4A8", "W8A8"])
+def test_a_rows_refitted_scale_is_the_least_squares_one(kind: str) -> None:
+    grid = grid_of(quant_type_for(kind, COLUMNS))
+    assert grid is not None
+    weight, x = drawn(40, 24, COLUMNS), inputs(41)
+    coded = code_gptq(weight, inverse_factor(x.t() @ x, 0.01), grid, partial(search_range, grid))
+    found = refit_row_scale(weight, coded.codes, coded.scale, x.t() @ x)
+    assert torch.equal(found, found.half().float())
+    errors = []
+    for row in range(len(weight)):
+        made, wanted = (x.double() @ coded.codes[row].double()), x.double() @ weight[row].double()
+        best = float(made @ wanted / (made @ made))
+        assert float(found[row]) == pytest.approx(best, rel=2**-10)  # fp16, or what it had where that is no worse
+        errors.append([float((made * float(scale[row]) - wanted).square().sum()) for scale in (found, coded.scale)])
+    assert all(after <= before * (1 + 1e-5) for after, before in errors)  # float32 tells steps of less than that by chance
+    if kind == "W4A8":
+        assert sum(after for after, _ in errors) < 0.99 * sum(before for _, before in errors)
+
+
+def test_refits_lower_the_objective_of_one_scale_a_row() -> None:
+    grid = grid_of(quant_type_for("W4A8", COLUMNS))
+    assert grid is not None
+    weight, x = drawn(50, 24, COLUMNS), inputs(51)
+    hessian = x.t() @ x
+    found = [refined(weight, Moments(hessian), grid, Refinement(0.01, True, 0.0, refits)).values(grid) for refits in (0, 1, 2)]
+    first, second, third = (objective(weight, values, hessian) for values in found)
+    assert third < second < first
+
+
+def test_a_dead_row_keeps_its_scale() -> None:
+    scale = torch.tensor([[0.5], [0.0]])
+    assert torch.equal(refit_row_scale(torch.ones(2, 4), torch.zeros(2, 4), scale, torch.eye(4)), scale)

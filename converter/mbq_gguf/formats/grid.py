@@ -130,7 +130,8 @@ def grid_of(quant_type: QuantType) -> Grid | None:
             return Grid(size, size, -8, 7, _numpy(legacy.pack_q4_0), offset=zero)
         case "W4A8" | "W8A8":  # from quant_type_for: a block is a row
             largest = row_scale.ROW_SCALES[quant_type.name].largest
-            return Grid(size, size, -largest - 1, largest, _numpy(partial(_pack_rows, quant_type.name)), offset=zero)
+            pack = _numpy(partial(_pack_rows, quant_type.name))
+            return Grid(size, size, -largest - 1, largest, pack, offset=zero, fit=partial(_fit_largest, largest))
         case "Q4_1":
             return Grid(size, size, 0, 15, _numpy(legacy.pack_q4_1))
         case "Q5_0":
@@ -154,6 +155,12 @@ def grid_of(quant_type: QuantType) -> Grid | None:
 
 def _pack_rows(name: str, codes: Bytes, scale: Floats, offset: Floats) -> Bytes:
     return row_scale.pack(name, codes, scale)
+
+
+def _fit_largest(largest: int, groups: torch.Tensor) -> Pair:
+    """The scale that gives the largest weight the largest code, as row_scale does."""
+    amax = groups.abs().amax(dim=-1, keepdim=True)
+    return to_f16(amax / torch.tensor(float(largest), device=groups.device)), torch.zeros_like(amax)
 
 
 def _fit_range(groups: torch.Tensor) -> Pair:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from mbq_gguf.formats.grid import Grid, Pair
+from mbq_gguf.formats.grid import Grid, Pair, to_f16
 from mbq_gguf.rounding.gptq import upper_factor
 
 ROWS_AT_ONCE = 256
@@ -73,6 +73,20 @@ def _held_in_turn(grid: Grid, scale: torch.Tensor, offset: torch.Tensor, system:
         missed = (step[:, index] - (new - had)) / factor[:, index, index]
         step[:, index:] -= missed[:, None] * factor[:, index, index:]
     return new_scale, new_offset
+
+
+@torch.no_grad()
+def refit_row_scale(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Better ``scale`` [rows, 1], one fp16 number a row and no offset: q H w / q H q for ``codes`` and ``weight`` [rows, columns].
+
+    A row keeps what it had where fp16 makes its objective no better.
+    """
+    pull = codes @ hessian.float()
+    curvature = (pull * codes).sum(dim=1, keepdim=True)
+    slope = (pull * (weight.float() - codes * scale)).sum(dim=1, keepdim=True)
+    found = to_f16(scale + torch.where(curvature > 0, slope / curvature, 0.0))
+    step = found - scale
+    return torch.where(step * (2 * slope - step * curvature) > 0, found, scale)
 
 
 def _values(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ rounded is W + a W (sum (y - x)^T x) H^-1, which for a = 1 gives the original ou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ from mbq_gguf.rounding.descent import descend
 from mbq_gguf.rounding.gptq import Coded, code_gptq, inverse_factor
 from mbq_gguf.rounding.nearest import Rounded, round_nearest
 from mbq_gguf.rounding.ranges import search_range
-from mbq_gguf.rounding.refit import refit
+from mbq_gguf.rounding.refit import refit, refit_row_scale
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refine
             coded = descend(grid, weight, coded, found.hessian, refinement.damping)
         if grid.free:
             coded = Coded(coded.codes, *refit(grid, weight, coded.codes, coded.scale, coded.offset, found.hessian), coded.steps)
+        elif grid.scale.free and grid.group == weight.shape[1]:  # one scale a row and no offset
+            coded = replace(coded, scale=refit_row_scale(weight, coded.codes, coded.scale, found.hessian))
     return coded
 
 

@@ -7,6 +7,9 @@ over the tokens of each modality; AWQ by L2, or L1, with all tokens alike.
 
 Weights are rounded as they will be, to nearest (the papers) or by GPTQ: what suits the one suits the other badly, and GPTQ's own objective
 does not see what softmax and gate make of an error. Regrets of these judges are in docs/log.md.
+
+Where the product takes int8 activations (W4A8, W8A8), a candidate is Q(W diag(s)) applied to the int8 of x / s, as in MBQ's code: factors
+that suit the weights alone would leave the activations what is hard for them.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from mbq_gguf.calibration.calls import Call
 from mbq_gguf.calibration.precision import bf16_products
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
+from mbq_gguf.transforms.activations import int8_inputs
 from mbq_gguf.transforms.candidate import Rounder
 from mbq_gguf.transforms.fold import gather, repeats, spread
 
@@ -46,12 +50,19 @@ def channel_factors(mean_abs: torch.Tensor, exponent: float) -> torch.Tensor:
 
 @torch.no_grad()
 def search(
-    layer: Layer, site: Site, mean_abs: torch.Tensor, calls: Sequence[Call], power: int, rounder: Rounder, patience: int | None = None
+    layer: Layer,
+    site: Site,
+    mean_abs: torch.Tensor,
+    calls: Sequence[Call],
+    power: int,
+    rounder: Rounder,
+    patience: int | None = None,
+    int8: bool = False,
 ) -> Choice | None:
     """The best of :data:`EXPONENTS` for ``site``; None where the layer's shapes do not allow the fold. ``layer`` is left as it was.
 
     ``mean_abs`` [columns] is over all tokens; ``power`` 1 or 2 is the norm of the loss; after ``patience`` exponents in a row that are no
-    better than one before, the search ends.
+    better than one before, the search ends. With ``int8`` the site's linears take int8 activations.
     """
     if repeats(layer, site) == 0:
         return None
@@ -66,8 +77,9 @@ def search(
             factors = spread(layer, site, channel_factors(shared, exponent))
             rounded = rounder([weight * factors for weight in original], factors)
             for module, values in zip(linears, rounded, strict=True):
-                module.weight.copy_(values / factors)
-            with bf16_products():
+                module.weight.copy_(values if int8 else values / factors)
+            # bfloat16 keeps no more of an activation than int8 does
+            with int8_inputs((layer.holder(name) for name in site.readers), factors) if int8 else bf16_products():
                 losses.append(output_loss(inspected, calls, power))
             best = min(best, number, key=losses.__getitem__)
             if number - best == patience:

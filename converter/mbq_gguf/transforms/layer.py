@@ -9,7 +9,9 @@ import torch
 
 from mbq_gguf.calibration.calls import Entering, observed_calls
 from mbq_gguf.calibration.observe import TokenWeights
+from mbq_gguf.formats.quant_type import QuantType
 from mbq_gguf.formats.registry import quant_type_for
+from mbq_gguf.formats.row_scale import QUANT_TYPES as ROW_SCALED
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 from mbq_gguf.rounding.sequence import Refinement
@@ -35,9 +37,8 @@ class Judge:
     gptq: Refinement | None = None
     hessians: Mapping[str, torch.Tensor] | None = None
 
-    def rounder(self, layer: Layer, site: Site, type_names: Mapping[str, str]) -> Rounder:
-        """How the linears of ``site`` are rounded; ``type_names`` are by linear."""
-        kinds = [quant_type_for(type_names[name], layer.linear(name).in_features) for name in site.readers]
+    def rounder(self, site: Site, kinds: Sequence[QuantType]) -> Rounder:
+        """How the linears of ``site`` are rounded to their ``kinds``."""
         if self.gptq is None:
             return by_nearest(kinds)
         assert self.hessians is not None
@@ -59,8 +60,10 @@ def search_layer(
             continue
         calls, mean_abs = observed_calls(original, rounded, site, judge.weights, judge.samples)
         layer = (rounded or original).layer
-        rounder = judge.rounder(layer, site, type_names)
-        choice = search(layer, site, mean_abs, calls, judge.power, rounder, None if judge.gptq is None else GPTQ_PATIENCE)
+        kinds = [quant_type_for(type_names[name], layer.linear(name).in_features) for name in site.readers]
+        rounder, patience = judge.rounder(site, kinds), None if judge.gptq is None else GPTQ_PATIENCE
+        int8 = all(kind.name in ROW_SCALED for kind in kinds)
+        choice = search(layer, site, mean_abs, calls, judge.power, rounder, patience, int8)
         assert choice is not None
         choices[site.name] = choice
         if rounded is not None:
