@@ -26,7 +26,7 @@ SCALES = {
     "IQ3_XXS": [0],
     "MBQ3": [0, 2],
     "MBQ3_64": [0, 2],
-    "MBQ3S": [0, 2],  # heads: as fp16 scales they are finite, and small
+    "MBQ3S": [0, 2],  # scale words: as fp16 scales they are finite, and small
     "MBQ3S_64": [0, 2],
 }
 PATTERN_BLOCKS = 1 << 16  # random blocks that fill a matrix again and again

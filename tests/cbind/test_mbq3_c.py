@@ -13,8 +13,8 @@ from mbq_gguf.formats.own import OWN
 from mbq_gguf.formats.quant_type import Bytes, Floats, QuantType
 
 QUANT_TYPES = pytest.mark.parametrize("quant_type", OWN.values(), ids=OWN)
-COMPACT = ("MBQ3S", "MBQ3S_64")  # a head for each half of a block
-LARGEST_HEAD = 0x3DF << 6 | 63  # the scale 63488 and the zero point 63/8; above it fp16 has infinity
+COMPACT = ("MBQ3S", "MBQ3S_64")  # a scale word for each half of a block
+LARGEST_WORD = 0x3DF << 6 | 63  # the scale 63488 and the zero point 63/8; above it fp16 has infinity
 COLUMNS = 256
 F32_MAX = float(np.finfo(np.float32).max)
 
@@ -62,15 +62,15 @@ def test_golden_block(quant_type: QuantType) -> None:
     weights = codes.reshape(1, size)
     if quant_type.name in COMPACT:
         weights[:, size // 2 :] = weights[:, size // 2 :] / 2 - 1
-        head = "00 78 10 70"  # d = 1 (fp16 0x3C00, shifted 0x7800), z = 0; d = 0.5 (0x3800, 0x7000), z = 1 / 0.5 * 8 = 0x10
+        scales = "00 78 10 70"  # d = 1 (fp16 0x3C00, shifted 0x7800), z = 0; d = 0.5 (0x3800, 0x7000), z = 1 / 0.5 * 8 = 0x10
     else:
-        head = "00 3c 00 00"  # d = 1, m = 0
+        scales = "00 3c 00 00"  # d = 1, m = 0
     zeros = " 00" * (size // 8)
     # Low bits of planes 0 and 2: 11 and 11 << 4; of plane 2: 10 << 4; of planes 1 and 3: 01 << 2 and 11 << 6.
     ql = f"33 {zeros[:-3]} 20 {zeros[:-6]} c4"
     # High bits in byte 0: plane 0 half 0 is bit 2, plane 2 bits 6 and 7; then plane 3 half 0, bit 0; plane 1 half 1, bit 5.
     qh = f"c4 00 01 {zeros[:-12]} 20"
-    expected = np.frombuffer(bytes.fromhex(head + ql + qh), np.uint8)
+    expected = np.frombuffer(bytes.fromhex(scales + ql + qh), np.uint8)
     assert np.array_equal(types.quantize(quant_type.name, weights)[0], expected)
     assert np.array_equal(types.dequantize(quant_type.name, expected[None], size), weights)
 
@@ -104,8 +104,8 @@ def test_pack_equals_c_on_any_row(quant_type: QuantType, weights: Floats) -> Non
 def test_unpack_equals_c_on_any_block(quant_type: QuantType, payload: bytes, scale: float, minimum: float) -> None:
     data = np.frombuffer(payload, np.uint8)[: quant_type.row_bytes(128)].copy().reshape(-1, quant_type.type_size)
     if quant_type.name in COMPACT:
-        heads = data[:, :4].view("<u2")
-        heads[:] = np.minimum(heads, LARGEST_HEAD)
+        words = data[:, :4].view("<u2")
+        words[:] = np.minimum(words, LARGEST_WORD)
     else:
         data[:, :4] = np.clip([scale, minimum], -65504, 65504).astype("<f2").view(np.uint8)
     rows = data.reshape(1, -1)
@@ -141,8 +141,8 @@ def test_vec_dot_is_the_integer_product(quant_type: QuantType, columns: int) -> 
 def unpack_q8_1(data: Bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Q8_1 blocks (fp16 d, fp16 s = d * sum, 32 int8) as float64: d and s [blocks], codes [blocks, 32]."""
     blocks = data.reshape(-1, 36)
-    head = np.ascontiguousarray(blocks[:, :4]).view("<f2").astype(np.float64)
-    return head[:, 0], head[:, 1], blocks[:, 4:].view(np.int8).astype(np.float64)
+    pair = np.ascontiguousarray(blocks[:, :4]).view("<f2").astype(np.float64)
+    return pair[:, 0], pair[:, 1], blocks[:, 4:].view(np.int8).astype(np.float64)
 
 
 def split(quant_type: QuantType, packed: Bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -27,8 +27,8 @@ def blocks(kind: str, codes: np.ndarray, scales: np.ndarray) -> Bytes:
         payload = nibbles[..., :16] | nibbles[..., 16:] << 4
     else:
         payload = grouped.astype(np.int8).view(np.uint8)
-    heads = np.broadcast_to(scales.astype("<f2")[..., None, None], (*grouped.shape[:-1], 1)).copy().view(np.uint8)
-    return np.concatenate([heads, payload], axis=-1).reshape(*codes.shape[:-1], -1)
+    scale_bytes = np.broadcast_to(scales.astype("<f2")[..., None, None], (*grouped.shape[:-1], 1)).copy().view(np.uint8)
+    return np.concatenate([scale_bytes, payload], axis=-1).reshape(*codes.shape[:-1], -1)
 
 
 def expected(codes: np.ndarray, scales: np.ndarray, x: Floats) -> Floats:

@@ -70,8 +70,8 @@ def test_invalid_scales_are_found() -> None:
 def test_invalid_heads_are_found(kind: str) -> None:
     info = types.type_info(kind)
     packed = types.quantize(kind, WEIGHTS[:1])
-    for place in (0, 2, packed.shape[1] - info.type_size + 2):  # of a head: both of the first block, the last of the row
-        for head, valid in ((0x3DF << 6 | 63, True), (0x3E0 << 6, False), (0xFFFF, False)):  # 0x3E0: infinity
+    for place in (0, 2, packed.shape[1] - info.type_size + 2):  # of a scale word: both of the first block, the last of the row
+        for word, valid in ((0x3DF << 6 | 63, True), (0x3E0 << 6, False), (0xFFFF, False)):  # 0x3E0: infinity
             changed = packed.copy()
-            changed[0, place : place + 2] = np.array([head], "<u2").view(np.uint8)
+            changed[0, place : place + 2] = np.array([word], "<u2").view(np.uint8)
             assert types.is_valid(kind, changed) is valid

@@ -1,4 +1,4 @@
-"""Heads of MBQ3S: golden bytes, and what they can hold."""
+"""Scale words of MBQ3S: golden bytes, and what they can hold."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def test_golden_block() -> None:
     weights[0, 32:40] = np.arange(8) / 2 - 1.75
     data = MBQ3S_64.quantize(weights)
     # The tie 3.5 of the zeros in half 1 goes to code 4. Codes of planes 0 to 3, byte 0: 0, 0, 0, 4; the planes' high bits lie in qh.
-    head = (0x1E0 << 6, 0x1C0 << 6 | 28)
-    assert data[0, :4].tobytes() == np.array(head, "<u2").tobytes()
+    words = (0x1E0 << 6, 0x1C0 << 6 | 28)
+    assert data[0, :4].tobytes() == np.array(words, "<u2").tobytes()
     ql = [code & 3 | (code & 3) << 4 for code in range(8)] + [0] * 8
     assert data[0, 4:20].tolist() == ql
     # qh: plane 0 first half bit 2, plane 2 first half bit 6, second half bit 7; plane 3 first half bit 0, second half bit 1.
@@ -33,13 +33,13 @@ def test_golden_block() -> None:
 
 
 @BOTH
-@given(head=st.integers(0, 0x3DF << 6 | 63), code=st.integers(0, 7))
-def test_every_head_goes_there_and_back(kind: QuantType, head: int, code: int) -> None:
+@given(word=st.integers(0, 0x3DF << 6 | 63), code=st.integers(0, 7))
+def test_every_scale_word_goes_there_and_back(kind: QuantType, word: int, code: int) -> None:
     packed = np.zeros((1, kind.type_size), np.uint8)
-    packed[0, :4] = np.array([head, head], "<u2").view(np.uint8)
+    packed[0, :4] = np.array([word, word], "<u2").view(np.uint8)
     codes, scale, minimum = unpack_blocks(packed)
-    assert scale[0, 0] == np.array([head >> 6 << 5], np.uint16).view(np.float16)[0]
-    assert minimum[0, 0] == -scale[0, 0] * (head & 63) / 8
+    assert scale[0, 0] == np.array([word >> 6 << 5], np.uint16).view(np.float16)[0]
+    assert minimum[0, 0] == -scale[0, 0] * (word & 63) / 8
     codes[:] = code
     again = pack_blocks(codes, scale, minimum)
     if scale[0, 0] > 0:  # a zero point of nothing is not kept

@@ -26,7 +26,7 @@ def grid(kind: str, columns: int) -> Grid:
     return found
 
 
-def heads(kind: str, data: np.ndarray) -> np.ndarray:
+def stored_scales(kind: str, data: np.ndarray) -> np.ndarray:
     """The scales of all blocks [rows, blocks] as bits."""
     blocks = data.reshape(len(data), -1, row_scale.ROW_SCALES[kind].type_size)
     return np.ascontiguousarray(blocks[:, :, :2]).view("<u2")[..., 0]
@@ -77,7 +77,7 @@ def test_gptq_keeps_one_scale_a_row(kind: str, columns: int) -> None:
     hessian, weight = x.t() @ x, torch.from_numpy(weights(24, columns))
     rounded = round_gptq(weight, inverse_factor(hessian, 0.01), grid(kind, columns))
     assert rounded.data.shape == (24, quant_type(kind).row_bytes(columns))
-    scales = heads(kind, rounded.data)
+    scales = stored_scales(kind, rounded.data)
     assert np.array_equal(scales, np.repeat(scales[:, :1], columns // 32, axis=1))
     assert np.array_equal(quant_type(kind).dequantize(rounded.data), rounded.weight.numpy())
     nearest = torch.from_numpy(quant_type(kind).dequantize(quant_type(kind).quantize(weight.numpy())))

@@ -125,7 +125,7 @@ def grid_of(quant_type: QuantType) -> Grid | None:
             return Grid(size, size, 0, mbq3.LEVELS, _numpy(mbq3.pack_blocks), fit=_fit_range)
         case "MBQ3S" | "MBQ3S_64":
             pack = _numpy(mbq3s.pack_blocks)
-            return Grid(size, size // mbq3s.HALVES, 0, mbq3.LEVELS, pack, fit=_fit_head, held_pair=_nearest_head)
+            return Grid(size, size // mbq3s.HALVES, 0, mbq3.LEVELS, pack, fit=_fit_scale_word, held_pair=_nearest_scale_word)
         case "Q4_0":
             return Grid(size, size, -8, 7, _numpy(legacy.pack_q4_0), offset=zero)
         case "W4A8" | "W8A8":  # from quant_type_for: a block is a row
@@ -176,14 +176,14 @@ def _step(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     return high / divisor - low / divisor
 
 
-def _fit_head(groups: torch.Tensor) -> Pair:
+def _fit_scale_word(groups: torch.Tensor) -> Pair:
     """Scale and minimum by the range of each group and zero: mbq3s.group_parameters, operation by operation."""
     low, high = torch.aminmax(groups, dim=-1, keepdim=True)
     low, high = low.clamp(max=0.0) + 0.0, high.clamp(min=0.0) + 0.0
-    return _nearest_head(_step(low, high), low)
+    return _nearest_scale_word(_step(low, high), low)
 
 
-def _nearest_head(scale: torch.Tensor, minimum: torch.Tensor) -> Pair:
+def _nearest_scale_word(scale: torch.Tensor, minimum: torch.Tensor) -> Pair:
     """mbq3s.nearest_parameters, operation by operation; a scale below 0 becomes 0."""
     bits = scale.clamp(0.0, F16_MAX).half().view(torch.int16).int()
     bits = ((bits + 15 + (bits >> mbq3s.DROPPED_BITS & 1)) >> mbq3s.DROPPED_BITS).clamp(max=mbq3s.LARGEST_SCALE)

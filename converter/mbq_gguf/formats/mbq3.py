@@ -15,7 +15,7 @@ from mbq_gguf.formats.quant_type import Bytes, Floats, QuantType
 LEVELS = 7  # the largest 3-bit code
 F16_MAX = np.float32(65504.0)
 PLANES = 4
-HEAD_BYTES = 4  # of a block, before its codes
+SCALE_BYTES = 4  # of a block, before its codes: scale and minimum, or scale words
 
 
 def block_parameters(blocks: Floats) -> tuple[Floats, Floats]:
@@ -40,14 +40,14 @@ def nearest_codes(blocks: Floats, scale: Floats, minimum: Floats) -> Bytes:
 
 def pack_blocks(codes: Bytes, scale: Floats, minimum: Floats) -> Bytes:
     """Codes [n, N] with fp16-exact scale and minimum [n, 1] to packed blocks [n, 4 + 3 N / 8]."""
-    head = np.concatenate([scale, minimum], axis=1).astype("<f2").view(np.uint8)
-    return np.concatenate([head, pack_planes(codes)], axis=1)
+    pair = np.concatenate([scale, minimum], axis=1).astype("<f2").view(np.uint8)
+    return np.concatenate([pair, pack_planes(codes)], axis=1)
 
 
 def unpack_blocks(blocks: Bytes) -> tuple[Bytes, Floats, Floats]:
     """The inverse of :func:`pack_blocks`: codes [n, N], scale [n, 1], minimum [n, 1]."""
-    head = np.ascontiguousarray(blocks[:, :HEAD_BYTES]).view("<f2").astype(np.float32)
-    return unpack_planes(blocks[:, HEAD_BYTES:]), head[:, :1], head[:, 1:]
+    pair = np.ascontiguousarray(blocks[:, :SCALE_BYTES]).view("<f2").astype(np.float32)
+    return unpack_planes(blocks[:, SCALE_BYTES:]), pair[:, :1], pair[:, 1:]
 
 
 def pack_planes(codes: Bytes) -> Bytes:
@@ -77,7 +77,7 @@ def unpack_planes(packed: Bytes) -> Bytes:
 
 
 def _quant_type(name: str, type_id: int, size: int, fallback: str) -> QuantType:
-    type_size = HEAD_BYTES + 3 * size // 8
+    type_size = SCALE_BYTES + 3 * size // 8
 
     def quantize(weights: Floats) -> Bytes:
         rows, columns = weights.shape

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mbq_gguf.formats.mbq3 import F16_MAX, HEAD_BYTES, LEVELS, nearest_codes, pack_planes, unpack_planes
+from mbq_gguf.formats.mbq3 import F16_MAX, SCALE_BYTES, LEVELS, nearest_codes, pack_planes, unpack_planes
 from mbq_gguf.formats.quant_type import Bytes, Floats, QuantType
 
 HALVES = 2  # groups of a block
@@ -54,9 +54,9 @@ def pack_blocks(codes: Bytes, scale: Floats, minimum: Floats) -> Bytes:
 
 def unpack_blocks(blocks: Bytes) -> tuple[Bytes, Floats, Floats]:
     """The inverse of :func:`pack_blocks`: codes [n, N], scale [n, 2], minimum [n, 2]."""
-    words = np.ascontiguousarray(blocks[:, :HEAD_BYTES]).view("<u2")
+    words = np.ascontiguousarray(blocks[:, :SCALE_BYTES]).view("<u2")
     scale = _scale(words >> ZERO_BITS)
-    return unpack_planes(blocks[:, HEAD_BYTES:]), scale, _minimum(scale, (words & LARGEST_ZERO).astype(np.float32))
+    return unpack_planes(blocks[:, SCALE_BYTES:]), scale, _minimum(scale, (words & LARGEST_ZERO).astype(np.float32))
 
 
 def _scale(upper: npt.NDArray[Any]) -> Floats:
@@ -69,7 +69,7 @@ def _minimum(scale: Floats, zero: Floats) -> Floats:
 
 
 def _quant_type(name: str, type_id: int, size: int, fallback: str) -> QuantType:
-    type_size = HEAD_BYTES + 3 * size // 8
+    type_size = SCALE_BYTES + 3 * size // 8
     group = size // HALVES
 
     def quantize(weights: Floats) -> Bytes:

@@ -25,18 +25,18 @@ typedef struct {
 static_assert(sizeof(block_mbq3_64) == 2*sizeof(ggml_half) + QKMBQ3_64/4 + QKMBQ3_64/8, "wrong mbq3_64 block size/padding");
 
 // MBQ3S and MBQ3S_64: the same codes, with a scale and a zero point for each half of the block (planes 0 and 1, planes 2 and 3) in
-// place of d and m. A head holds bits 5 to 14 of an fp16 scale d in bits 6 to 15, and z, in eighths of a step, in bits 0 to 5:
-// d is fp16 with the bits head >> 6 << 5, m = -(d*z)/8.
+// place of d and m. A scale word holds bits 5 to 14 of an fp16 scale d in bits 6 to 15, and the zero point z, in eighths of a step, in
+// bits 0 to 5: d is fp16 with the bits scale_zp >> 6 << 5, m = -(d*z)/8.
 
 typedef struct {
-    uint16_t head[2];
+    uint16_t scale_zp[2]; // scale words
     uint8_t  ql[QKMBQ3 / 4];
     uint8_t  qh[QKMBQ3 / 8];
 } block_mbq3s;
 static_assert(sizeof(block_mbq3s) == sizeof(block_mbq3), "wrong mbq3s block size/padding");
 
 typedef struct {
-    uint16_t head[2];
+    uint16_t scale_zp[2]; // scale words
     uint8_t  ql[QKMBQ3_64 / 4];
     uint8_t  qh[QKMBQ3_64 / 8];
 } block_mbq3s_64;

@@ -12,10 +12,11 @@
 #define MBQ3S_ZERO_MAX 63
 
 // The functions below do the same float operations in the same order as converter/mbq_gguf/formats/, so that both write the same bytes.
-// Contraction to fma cannot change a result: (x - m)*id is no multiply-add, and d*code is exact in float, as is d*code + m of a head.
+// Contraction to fma cannot change a result: (x - m)*id is no multiply-add, and d*code is exact in float, as is d*code + m where d and m are
+// of a scale word.
 //
 // Blocks of every type are two 16-bit numbers, then the codes of n weights: n/4 bytes of low bits, n/8 bytes of high bits. The numbers
-// are fp16 d and m (halves = 1), or a head for each half of the block (halves = 2).
+// are fp16 d and m (halves = 1), or a scale word for each half of the block (halves = 2).
 
 // a group's weights are d*code + m
 struct mbq3_grid {
@@ -23,14 +24,14 @@ struct mbq3_grid {
     float m;
 };
 
-static struct mbq3_grid mbq3_f16_grid(const uint16_t head[2]) {
-    const struct mbq3_grid g = { GGML_FP16_TO_FP32(head[0]), GGML_FP16_TO_FP32(head[1]) };
+static struct mbq3_grid mbq3_f16_grid(const uint16_t words[2]) {
+    const struct mbq3_grid g = { GGML_FP16_TO_FP32(words[0]), GGML_FP16_TO_FP32(words[1]) };
     return g;
 }
 
-static struct mbq3_grid mbq3s_grid(uint16_t head) {
-    const float d = GGML_FP16_TO_FP32((head & 0xFFC0) >> 1);
-    const struct mbq3_grid g = { d, -(d*(head & MBQ3S_ZERO_MAX))/8 };
+static struct mbq3_grid mbq3s_grid(uint16_t word) {
+    const float d = GGML_FP16_TO_FP32((word & 0xFFC0) >> 1);
+    const struct mbq3_grid g = { d, -(d*(word & MBQ3S_ZERO_MAX))/8 };
     return g;
 }
 
@@ -76,8 +77,8 @@ static void mbq3s_range(const float * GGML_RESTRICT x, int n, float * lo, float 
     *hi = *hi > 0.0f ? *hi : 0.0f;
 }
 
-// Head of a group by its range, zero included.
-static uint16_t mbq3s_range_head(const float * GGML_RESTRICT x, int n) {
+// Scale word of a group by its range, zero included.
+static uint16_t mbq3s_range_word(const float * GGML_RESTRICT x, int n) {
     float lo, hi;
     mbq3s_range(x, n, &lo, &hi);
     const int h = GGML_FP32_TO_FP16(mbq3_step(lo, hi));
@@ -102,15 +103,15 @@ static double mbq3_weighted_error(const float * GGML_RESTRICT x, const float * G
     return error;
 }
 
-static void mbq3_f16_head(struct mbq3_grid g, uint16_t head[2]) {
-    head[0] = GGML_FP32_TO_FP16(g.d);
-    head[1] = GGML_FP32_TO_FP16(g.m);
+static void mbq3_f16_words(struct mbq3_grid g, uint16_t words[2]) {
+    words[0] = GGML_FP32_TO_FP16(g.d);
+    words[1] = GGML_FP32_TO_FP16(g.m);
 }
 
 static double mbq3_f16_error(const float * GGML_RESTRICT x, const float * GGML_RESTRICT w, int n, struct mbq3_grid g) {
-    uint16_t head[2];
-    mbq3_f16_head(g, head);
-    return mbq3_weighted_error(x, w, n, mbq3_f16_grid(head));
+    uint16_t words[2];
+    mbq3_f16_words(g, words);
+    return mbq3_weighted_error(x, w, n, mbq3_f16_grid(words));
 }
 
 // Scale and minimum with the least weighted squared error for the codes that id and m0 give; false where the codes are all equal.
@@ -158,21 +159,21 @@ static void mbq3s_try(const float * GGML_RESTRICT x, const float * GGML_RESTRICT
     if (scale < 1 || scale > MBQ3S_SCALE_MAX || zero < 0 || zero > MBQ3S_ZERO_MAX) {
         return;
     }
-    const uint16_t head = (uint16_t) (scale << 6 | zero);
-    const double error = mbq3_weighted_error(x, w, n, mbq3s_grid(head));
+    const uint16_t word = (uint16_t) (scale << 6 | zero);
+    const double error = mbq3_weighted_error(x, w, n, mbq3s_grid(word));
     if (error < *least) {
         *least = error;
-        *best = head;
+        *best = word;
     }
 }
 
-// The same for a head: a net of scales and, for each, of zero points between those that keep the lower and the upper end of the range;
-// from its best point to better neighbours until there is none. On normal and on heavy-tailed weights the error is within 5 % of that of
-// the best head near the range, found with about 70 trials instead of 2700.
+// The same for a scale word: a net of scales and, for each, of zero points between those that keep the lower and the upper end of the
+// range; from its best point to better neighbours until there is none. On normal and on heavy-tailed weights the error is within 5 % of
+// that of the best word near the range, found with about 70 trials instead of 2700.
 static uint16_t mbq3s_search(const float * GGML_RESTRICT x, const float * GGML_RESTRICT w, int n) {
     float lo, hi;
     mbq3s_range(x, n, &lo, &hi);
-    uint16_t best = mbq3s_range_head(x, n);
+    uint16_t best = mbq3s_range_word(x, n);
     double least = mbq3_weighted_error(x, w, n, mbq3s_grid(best));
     const int range = best >> 6;
     for (int scale = MAX(range - 24, 1); scale <= MIN(range + 6, MBQ3S_SCALE_MAX); scale += 3) { // 32 are a factor of 2
@@ -211,17 +212,17 @@ static void mbq3_quantize(const float * GGML_RESTRICT x, void * GGML_RESTRICT y,
     uint8_t * block = y;
     for (int64_t i = 0; i < k; i += n, x += n, block += 4 + 3*n/8) {
         const float * w = imatrix ? imatrix + i % n_per_row : NULL;
-        uint16_t * head = (uint16_t *) block;
+        uint16_t * words = (uint16_t *) block;
         uint8_t * ql = block + 4;
         uint8_t * qh = ql + n/4;
         memset(ql, 0, 3*n/8);
         if (halves == 1) {
-            mbq3_f16_head(w ? mbq3_search(x, w, n) : mbq3_range_grid(x, n), head);
-            mbq3_put_codes(x, 0, n, mbq3_f16_grid(head), n, ql, qh);
+            mbq3_f16_words(w ? mbq3_search(x, w, n) : mbq3_range_grid(x, n), words);
+            mbq3_put_codes(x, 0, n, mbq3_f16_grid(words), n, ql, qh);
         } else {
             for (int h = 0; h < 2; ++h) {
-                head[h] = w ? mbq3s_search(x + h*n/2, w + h*n/2, n/2) : mbq3s_range_head(x + h*n/2, n/2);
-                mbq3_put_codes(x, h*n/2, (h + 1)*n/2, mbq3s_grid(head[h]), n, ql, qh);
+                words[h] = w ? mbq3s_search(x + h*n/2, w + h*n/2, n/2) : mbq3s_range_word(x + h*n/2, n/2);
+                mbq3_put_codes(x, h*n/2, (h + 1)*n/2, mbq3s_grid(words[h]), n, ql, qh);
             }
         }
     }
@@ -231,11 +232,11 @@ static void mbq3_dequantize(const void * GGML_RESTRICT x, float * GGML_RESTRICT 
     assert(k % n == 0);
     const uint8_t * block = x;
     for (int64_t i = 0; i < k; i += n, block += 4 + 3*n/8) {
-        const uint16_t * head = (const uint16_t *) block;
+        const uint16_t * words = (const uint16_t *) block;
         const uint8_t * ql = block + 4;
         const uint8_t * qh = ql + n/4;
         for (int plane = 0; plane < 4; ++plane) {
-            const struct mbq3_grid g = halves == 1 ? mbq3_f16_grid(head) : mbq3s_grid(head[plane/2]);
+            const struct mbq3_grid g = halves == 1 ? mbq3_f16_grid(words) : mbq3s_grid(words[plane/2]);
             for (int byte = 0; byte < n/4; ++byte) {
                 const int low  = (ql[byte] >> (2*plane)) & 3;
                 const int high = (qh[byte % (n/8)] >> ((2*plane + 2)%8 + byte/(n/8))) & 1;
@@ -264,8 +265,8 @@ MBQ3_CONVERSIONS(mbq3s_64, QKMBQ3_64, 2)
 
 bool ggml_mbq3s_validate(const void * data, size_t nb, size_t size) {
     for (size_t i = 0; i < nb; ++i) {
-        const uint16_t * head = (const uint16_t *) ((const char *) data + i*size);
-        if (head[0] >> 6 > MBQ3S_SCALE_MAX || head[1] >> 6 > MBQ3S_SCALE_MAX) {
+        const uint16_t * words = (const uint16_t *) ((const char *) data + i*size);
+        if (words[0] >> 6 > MBQ3S_SCALE_MAX || words[1] >> 6 > MBQ3S_SCALE_MAX) {
             fprintf(stderr, "%s: found inf/nan scale in block %zu\n", __func__, i);
             return false;
         }

@@ -41,9 +41,9 @@ class MBQ3(__Quant, qtype=GGMLQuantizationType.MBQ3):
     def quantize_blocks(cls, blocks: np.ndarray) -> np.ndarray:
         low = blocks.min(axis=-1, keepdims=True) + np.float32(0)
         high = blocks.max(axis=-1, keepdims=True) + np.float32(0)
-        head = np.concatenate([step(low, high), np.clip(low, -F16_MAX, F16_MAX)], axis=-1).astype("<f2")
-        d, m = np.hsplit(head.astype(np.float32), 2)
-        return np.concatenate([head.view(np.uint8), pack(blocks, d, m, cls.block_size)], axis=-1)
+        pair = np.concatenate([step(low, high), np.clip(low, -F16_MAX, F16_MAX)], axis=-1).astype("<f2")
+        d, m = np.hsplit(pair.astype(np.float32), 2)
+        return np.concatenate([pair.view(np.uint8), pack(blocks, d, m, cls.block_size)], axis=-1)
 
     @classmethod
     def dequantize_blocks(cls, blocks: np.ndarray) -> np.ndarray:
@@ -55,9 +55,9 @@ class MBQ3_64(MBQ3, qtype=GGMLQuantizationType.MBQ3_64):
     pass
 
 
-def grids(heads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    d = (heads >> 6 << 5).astype("<u2").view("<f2").astype(np.float32)
-    return d, -(d * (heads & 63).astype(np.float32)) / np.float32(8)
+def grids(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    d = (words >> 6 << 5).astype("<u2").view("<f2").astype(np.float32)
+    return d, -(d * (words & 63).astype(np.float32)) / np.float32(8)
 
 
 class MBQ3S(__Quant, qtype=GGMLQuantizationType.MBQ3S):
@@ -70,9 +70,9 @@ class MBQ3S(__Quant, qtype=GGMLQuantizationType.MBQ3S):
         scale = np.minimum((bits + 15 + (bits >> 5 & 1)) >> 5, 0x3DF)  # ties to even
         with np.errstate(over="ignore"):
             zero = np.rint(np.clip(-low * np.float32(8) * inverse(grids(scale << 6)[0]), 0, 63))
-        heads = scale << 6 | zero.astype("<u2")
-        codes = pack(groups, *grids(heads), cls.block_size)
-        return np.concatenate([heads.reshape((-1, 2)).view(np.uint8), codes], axis=-1)
+        words = scale << 6 | zero.astype("<u2")
+        codes = pack(groups, *grids(words), cls.block_size)
+        return np.concatenate([words.reshape((-1, 2)).view(np.uint8), codes], axis=-1)
 
     @classmethod
     def dequantize_blocks(cls, blocks: np.ndarray) -> np.ndarray:

@@ -60,27 +60,27 @@ static __global__ void __launch_bounds__(256) mbq_convert_early(const mbq_gemm_a
 
 #ifdef MBQ_WGMMA
 
-// The other k tiles, by CTAs of mbq_gemm without an output tile, while the others multiply. Their warps take 32 columns of a tile in turns.
+// The other k tiles, by CTAs of mbq_gemm without an output tile, while the others multiply. Their warps take chunks, 32 columns of a tile, in turns.
 static __device__ __forceinline__ void mbq_convert_late(const mbq_gemm_args & args) {
     constexpr int warps = MBQ_GEMM_THREADS/32;
     constexpr int n = MBQ_CONVERT_N;
-    const int pieces  = (args.N + MBQ_GEMM_TILE_N - 1)/MBQ_GEMM_TILE_N*(MBQ_GEMM_TILE_N/n); // of a k tile
+    const int chunks  = (args.N + MBQ_GEMM_TILE_N - 1)/MBQ_GEMM_TILE_N*(MBQ_GEMM_TILE_N/n); // of a k tile
     const int k_tiles = args.K/MBQ_GEMM_TILE_K;
     const int step    = args.converters*warps;
-    int piece = args.early*pieces + blockIdx.x*warps + threadIdx.x/32;
-    if (piece >= k_tiles*pieces) {
+    int chunk = args.early*chunks + blockIdx.x*warps + threadIdx.x/32;
+    if (chunk >= k_tiles*chunks) {
         return;
     }
     ggml_cuda_pdl_sync();
     float4 v[n/2];
-    mbq_load_f32<n>(args, piece/pieces, piece%pieces*n, v);
-    while (piece < k_tiles*pieces) {
-        const int k_tile = piece/pieces;
-        const int first = piece%pieces*n;
+    mbq_load_f32<n>(args, chunk/chunks, chunk%chunks*n, v);
+    while (chunk < k_tiles*chunks) {
+        const int k_tile = chunk/chunks;
+        const int first = chunk%chunks*n;
         mbq_store_f16<n>(args, k_tile, first, v);
-        piece += step;
-        if (piece < k_tiles*pieces) {
-            mbq_load_f32<n>(args, piece/pieces, piece%pieces*n, v); // before the wait for the stores
+        chunk += step;
+        if (chunk < k_tiles*chunks) {
+            mbq_load_f32<n>(args, chunk/chunks, chunk%chunks*n, v); // before the wait for the stores
         }
         mbq_signal_copies(args.ready + first/MBQ_GEMM_TILE_N*k_tiles + k_tile);
     }

@@ -120,9 +120,9 @@ static __device__ __forceinline__ void mbq_quantize_one(const float * x, const i
 
 #endif // TURING_MMA_AVAILABLE
 
-// Records of 8 columns each in global memory. One block of 8 warps writes two of them: grid (pairs, columns/8, channels*samples).
+// Records of 8 columns each in global memory. One CTA of 8 warps writes two of them: grid (pairs, columns/8, channels*samples).
 template <typename L>
-static __global__ void mbq_quantize_records(const float * x, char * records, const int k, const int columns, const int64_t x_column,
+static __global__ void mbq_quantize_records(const float * x, char * records, const int k, const int N, const int64_t x_column,
         const int64_t x_channel, const int64_t x_sample, const int channels, const int aligned) {
 #ifdef TURING_MMA_AVAILABLE
     ggml_cuda_pdl_lc();
@@ -137,7 +137,7 @@ static __global__ void mbq_quantize_records(const float * x, char * records, con
     ggml_cuda_pdl_sync();
 
     float v[8], scale, sum;
-    mbq_load_8(v, x, col < columns ? k - first : 0, aligned);
+    mbq_load_8(v, x, col < N ? k - first : 0, aligned);
     const int2 words = mbq_quantize_8<mbq_record<L>::span>(v, scale, sum);
     if (rec >= n) {
         return;
@@ -152,7 +152,7 @@ static __global__ void mbq_quantize_records(const float * x, char * records, con
         ((float *) (record + 1152))[c/2*(2*sums) + group/(4/sums)*2 + c%2] = sum;
     }
 #else
-    GGML_UNUSED_VARS(x, records, k, columns, x_column, x_channel, x_sample, channels, aligned);
+    GGML_UNUSED_VARS(x, records, k, N, x_column, x_channel, x_sample, channels, aligned);
     NO_DEVICE_CODE;
 #endif // TURING_MMA_AVAILABLE
 }

@@ -19,7 +19,7 @@ struct mbq_gemm_args {
     const char  * w;
     const float * x;
     half        * x_tiles;  // x as fp16: see mbq_store_f16
-    int         * ready;    // [n tile][k tile]: pieces that mbq_convert_late has written
+    int         * ready;    // [n tile][k tile]: chunks that mbq_convert_late has written
     float       * dst;
     float       * parts;    // [CTA][BN/8][256 lanes][4]: sums of a part of a tile that is not its beginning
     int         * done;     // [CTA][warp]: whether they are there

@@ -66,8 +66,8 @@ static __global__ void mbq_dequantize(const uint32_t * x, T * y, const int64_t n
 
 template <typename L, typename T>
 static void mbq_dequantize_cuda(const void * x, T * y, const int64_t n, cudaStream_t stream) {
-    const int64_t blocks = std::min<int64_t>((n/4 + 255)/256, 1 << 16);
-    ggml_cuda_kernel_launch(mbq_dequantize<L, T>, ggml_cuda_kernel_launch_params(dim3(blocks), dim3(256), 0, stream), (const uint32_t *) x, y, n);
+    const int64_t ctas = std::min<int64_t>((n/4 + 255)/256, 1 << 16);
+    ggml_cuda_kernel_launch(mbq_dequantize<L, T>, ggml_cuda_kernel_launch_params(dim3(ctas), dim3(256), 0, stream), (const uint32_t *) x, y, n);
 }
 
 template <typename T> static to_t_cuda_t<T> mbq_to_t(const ggml_type type) {

@@ -24,8 +24,8 @@ static inline mbq_grid mbq_grid_of(const B & x, int group) {
         (void) group;
         return { GGML_CPU_FP16_TO_FP32(x.d), GGML_CPU_FP16_TO_FP32(x.m) };
     } else {
-        const float d = GGML_CPU_FP16_TO_FP32((x.head[group] & 0xFFC0) >> 1);
-        return { d, d*(x.head[group] & 0x3F)*(-1.0f/8) };
+        const float d = GGML_CPU_FP16_TO_FP32((x.scale_zp[group] & 0xFFC0) >> 1);
+        return { d, d*(x.scale_zp[group] & 0x3F)*(-1.0f/8) };
     }
 }
 
@@ -36,8 +36,8 @@ static inline void mbq_load_grids(const B & x, mbq_grid grid[2]) {
     grid[1] = mbq_grids<B> == 1 ? grid[0] : mbq_grid_of(x, 1);
 }
 
-// Vectors take both heads from 32 bits at once: d as fp16 has the bits (heads >> 1) & MBQ_HEAD_D, and heads & MBQ_HEAD_Z is z/2^24
-// as (denormal) fp16, so that m = d * (z/2^24) * MBQ_HEAD_M.
-#define MBQ_HEAD_D 0x7FE07FE0
-#define MBQ_HEAD_Z 0x003F003F
-#define MBQ_HEAD_M (-2097152.0f)
+// Vectors take both scale words from 32 bits at once: d as fp16 has the bits (words >> 1) & MBQ_SCALE_WORD_D, and
+// words & MBQ_SCALE_WORD_Z is z/2^24 as (denormal) fp16, so that m = d * (z/2^24) * MBQ_SCALE_WORD_M.
+#define MBQ_SCALE_WORD_D 0x7FE07FE0
+#define MBQ_SCALE_WORD_Z 0x003F003F
+#define MBQ_SCALE_WORD_M (-2097152.0f)

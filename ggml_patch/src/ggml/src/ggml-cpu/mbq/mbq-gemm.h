@@ -98,21 +98,21 @@ void unpack_word(mbq_simd::ivec low, mbq_simd::ivec high, uint8_t * out, size_t 
     mbq_simd::store(out + 3*plane_stride, codes_of<3, half>(low, high));
 }
 
-// Scales and minimums of ROWS blocks, one a row, whose first 4 bytes are in head.
+// Scales and minimums of ROWS blocks, one a row, whose first 4 bytes are in words.
 template <typename B>
-void unpack_scales(mbq_simd::ivec head, float * d, float * m) {
+void unpack_scales(mbq_simd::ivec words, float * d, float * m) {
     if constexpr (mbq_grids<B> == 1) {
-        mbq_simd::fstore(d, mbq_simd::half_low(head));
-        mbq_simd::fstore(m, mbq_simd::half_high(head));
+        mbq_simd::fstore(d, mbq_simd::half_low(words));
+        mbq_simd::fstore(m, mbq_simd::half_high(words));
     } else {
-        const mbq_simd::ivec scale = mbq_simd::masked(mbq_simd::srl<1>(head), MBQ_HEAD_D);
-        const mbq_simd::ivec zero  = mbq_simd::masked(head, MBQ_HEAD_Z);
+        const mbq_simd::ivec scale = mbq_simd::masked(mbq_simd::srl<1>(words), MBQ_SCALE_WORD_D);
+        const mbq_simd::ivec zero  = mbq_simd::masked(words, MBQ_SCALE_WORD_Z);
         const mbq_simd::fvec d0 = mbq_simd::half_low(scale);
         const mbq_simd::fvec d1 = mbq_simd::half_high(scale);
         mbq_simd::fstore(d,        d0);
         mbq_simd::fstore(d + ROWS, d1);
-        mbq_simd::fstore(m,        mbq_simd::fma(mbq_simd::mul(d0, mbq_simd::half_low(zero)),  MBQ_HEAD_M, mbq_simd::fzero()));
-        mbq_simd::fstore(m + ROWS, mbq_simd::fma(mbq_simd::mul(d1, mbq_simd::half_high(zero)), MBQ_HEAD_M, mbq_simd::fzero()));
+        mbq_simd::fstore(m,        mbq_simd::fma(mbq_simd::mul(d0, mbq_simd::half_low(zero)),  MBQ_SCALE_WORD_M, mbq_simd::fzero()));
+        mbq_simd::fstore(m + ROWS, mbq_simd::fma(mbq_simd::mul(d1, mbq_simd::half_high(zero)), MBQ_SCALE_WORD_M, mbq_simd::fzero()));
     }
 }
 

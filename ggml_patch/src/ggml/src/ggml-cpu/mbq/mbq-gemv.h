@@ -54,17 +54,17 @@ template <int rows> struct mbq_scales<2, rows> {
     __m256 d; // of both halves, row by row
     __m256 sum = _mm256_setzero_ps();
 
-    // the heads of all rows at once: one by one they take twice the instructions
+    // the scale words of all rows at once: one by one they take twice the instructions
     void next(const void * block, size_t stride, const float * s) {
-        int32_t head[4] = { 0, 0, 0, 0 };
+        int32_t word[4] = { 0, 0, 0, 0 };
         for (int r = 0; r < rows; ++r) {
-            memcpy(&head[r], (const char *) block + r*stride, 4);
+            memcpy(&word[r], (const char *) block + r*stride, 4);
         }
         double s2;
         memcpy(&s2, s, 8);
-        const __m128i heads = _mm_set_epi32(head[3], head[2], head[1], head[0]);
-        const __m256 z = _mm256_cvtph_ps(_mm_and_si128(heads, _mm_set1_epi32(MBQ_HEAD_Z)));
-        d   = _mm256_cvtph_ps(_mm_and_si128(_mm_srli_epi32(heads, 1), _mm_set1_epi32(MBQ_HEAD_D)));
+        const __m128i words = _mm_set_epi32(word[3], word[2], word[1], word[0]);
+        const __m256 z = _mm256_cvtph_ps(_mm_and_si128(words, _mm_set1_epi32(MBQ_SCALE_WORD_Z)));
+        d   = _mm256_cvtph_ps(_mm_and_si128(_mm_srli_epi32(words, 1), _mm_set1_epi32(MBQ_SCALE_WORD_D)));
         sum = _mm256_fmadd_ps(_mm256_mul_ps(d, z), _mm256_castpd_ps(_mm256_set1_pd(s2)), sum);
     }
 
@@ -73,7 +73,7 @@ template <int rows> struct mbq_scales<2, rows> {
     float minimums(int r) const {
         alignas(32) float sums[8];
         _mm256_store_ps(sums, sum);
-        return MBQ_HEAD_M*(sums[2*r] + sums[2*r + 1]);
+        return MBQ_SCALE_WORD_M*(sums[2*r] + sums[2*r + 1]);
     }
 };
 

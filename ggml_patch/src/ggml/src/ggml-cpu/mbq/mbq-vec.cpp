@@ -64,17 +64,18 @@ static inline float mbq_minimums(const mbq_grid grid[2], const block_q8_1 * y) {
 // d m of the grid of each block of activations, so of both where there are two (over again for blocks of 64 weights)
 template <typename B>
 static inline __m256 mbq_load_dm(const B * x) {
-    int32_t head;
-    memcpy(&head, x, 4);
-    const __m128i h = _mm_set1_epi32(head);
+    int32_t words;
+    memcpy(&words, x, 4);
+    const __m128i h = _mm_set1_epi32(words);
     if constexpr (mbq_grids<B> == 1) {
         return _mm256_cvtph_ps(h);
     } else {
-        // each head twice, for d and for m = d * factor
-        const __m128i heads = mbq_weights<B> == 128 ? _mm_unpacklo_epi32(_mm_unpacklo_epi16(h, h), _mm_unpacklo_epi16(h, h)) : _mm_unpacklo_epi16(h, h);
-        const __m128i d = _mm_and_si128(_mm_srli_epi32(heads, 1), _mm_set1_epi32(MBQ_HEAD_D));
-        const __m128i z = _mm_or_si128(_mm_and_si128(heads, _mm_set1_epi32(MBQ_HEAD_Z & 0xFFFF0000)), _mm_set1_epi32(0x3C00));
-        const __m256 factor = _mm256_mul_ps(_mm256_cvtph_ps(z), _mm256_set_ps(MBQ_HEAD_M, 1, MBQ_HEAD_M, 1, MBQ_HEAD_M, 1, MBQ_HEAD_M, 1));
+        // each scale word twice, for d and for m = d * factor
+        const __m128i twice = mbq_weights<B> == 128 ? _mm_unpacklo_epi32(_mm_unpacklo_epi16(h, h), _mm_unpacklo_epi16(h, h)) : _mm_unpacklo_epi16(h, h);
+        const __m128i d = _mm_and_si128(_mm_srli_epi32(twice, 1), _mm_set1_epi32(MBQ_SCALE_WORD_D));
+        const __m128i z = _mm_or_si128(_mm_and_si128(twice, _mm_set1_epi32(MBQ_SCALE_WORD_Z & 0xFFFF0000)), _mm_set1_epi32(0x3C00));
+        const float m = MBQ_SCALE_WORD_M;
+        const __m256 factor = _mm256_mul_ps(_mm256_cvtph_ps(z), _mm256_set_ps(m, 1, m, 1, m, 1, m, 1));
         return _mm256_mul_ps(_mm256_cvtph_ps(d), factor);
     }
 }
