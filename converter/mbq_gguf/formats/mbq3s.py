@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mbq_gguf.formats.mbq3 import F16_MAX, SCALE_BYTES, LEVELS, nearest_codes, pack_planes, unpack_planes
+from mbq_gguf.formats.mbq3 import F16_MAX, LEVELS, SCALE_BYTES, nearest_codes, pack_planes, unpack_planes
 from mbq_gguf.formats.quant_type import Bytes, Floats, QuantType
 
 HALVES = 2  # groups of a block
