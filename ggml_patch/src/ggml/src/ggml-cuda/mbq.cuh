@@ -10,9 +10,9 @@ static inline bool ggml_cuda_mbq_type(const ggml_type type) {
     return type == GGML_TYPE_MBQ3 || type == GGML_TYPE_MBQ3_64 || type == GGML_TYPE_MBQ3S || type == GGML_TYPE_MBQ3S_64;
 }
 
-// A product that is ours: of a weight of these types, or of one with one scale a row
-static inline bool ggml_cuda_mbq_product(const ggml_tensor * dst) {
-    return ggml_cuda_mbq_type(dst->src[0]->type) || ggml_is_row_scale_mul_mat(dst);
+// A product that is ours: of a weight of these types, or of one with one scale a row. MUL_MAT_ID's products of one expert name no sources.
+static inline bool ggml_cuda_mbq_product(const ggml_tensor * src0, const ggml_tensor * dst) {
+    return ggml_cuda_mbq_type(src0->type) || ggml_is_row_scale_mul_mat(dst);
 }
 
 // MUL_MAT, MUL_MAT_ID and GET_ROWS of a weight of these types. Without int8 tensor cores only MUL_MAT (cuBLAS) and GET_ROWS.
