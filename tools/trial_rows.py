@@ -183,14 +183,22 @@ def keep_texts() -> None:
     walk.written = written  # type: ignore[attr-defined]
 
 
+def shown(row: str) -> str:
+    """A row's name in the table: what all rows to the nearest, or all of plain GPTQ, have in common is left out."""
+    row = row.replace("turns=all", "turns=last,turns=all") if row.startswith("type_name=MBQ3,rounding=nearest") else row
+    for base, name in ((NEAREST, "nearest"), (PLAIN, "plain GPTQ"), ("", "the default of MBQ3S")):
+        if row.startswith(base):
+            return ", ".join([name, *filter(None, row.removeprefix(base).split(","))])
+    raise AssertionError("every row starts with nothing")
+
+
 def render(rows: list[dict[str, Any]]) -> str:
-    """The stored rows as the table of docs/results.md; what all rows to the nearest have in common is left out of their names."""
+    """The stored rows as the table of docs/results.md."""
     lines = ["| quantised with | exact match | KLD, scenes | captions | photographs | text |", "|---|---:|---:|---:|---:|---:|"]
     for row in rows:
-        name = row["row"].replace(NEAREST, "nearest").removesuffix(",").replace(",", ", ")
-        name = name if name.startswith("nearest") else ", ".join(part for part in ("the default of MBQ3S", name) if part)
         scores = [f"{row[kind]['kld']:.2g} ± {row[kind]['error']:.1g}" for kind in ("scenes", "captions", "photographs", "text")]
-        lines.append(f"| {name} | {row['scenes']['exact']:.3f} | {' | '.join(scores)} |")
+        scores[-1] += "" if row["text"]["of"] == "README.md" else " †"
+        lines.append(f"| {shown(row['row'])} | {row['scenes']['exact']:.3f} | {' | '.join(scores)} |")
     return "\n".join(lines)
 
 
