@@ -8,6 +8,7 @@ bits a weight mean nothing for them.
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from mbq_gguf.transforms import candidate
 NEAREST = "rounding=nearest,synthetic=0,propagate_error=False,samples=128,turns=last"
 GROUP = 64  # weights of one int4 scale in W4A8_TWO; divides the reference VLM's 576 and 1536
 RESAMPLES = 2000
+STORE = Path(__file__).resolve().parents[1] / "docs" / "results" / "w4a8.json"
+KINDS = {"scenes": ".4f", "photographs": ".3f", "text": ".3f"}  # and the places of their figures in the table
 
 VARIANTS = (
     *("type_name=W4A8", "type_name=W4A8,rotate=full", "type_name=W4A8,rotate=offline"),
@@ -78,3 +81,26 @@ def added(plain: list[torch.Tensor], int8: list[torch.Tensor]) -> dict[str, Any]
     shares = both[drawn].sum(dim=1)
     low, high = torch.quantile(shares[:, 1] / shares[:, 0] - 1, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {"added": float(both[:, 1].sum() / both[:, 0].sum() - 1), "from": low, "to": high}
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    """The stored rows as the table of docs/results.md: with 16-bit / with int8 activations (what int8 adds)."""
+    lines = ["| quantised with | exact match | KLD, scenes | photographs | text |", "|---|---:|---:|---:|---:|"]
+    for row in rows:
+        name = row["row"].replace(NEAREST, "nearest").removeprefix("type_name=").replace(",", ", ")
+        exact = _pair(row["scenes"], "exact", ".3f")
+        scores = [_pair(row[kind], "kld", places) + _share(row[kind]) for kind, places in KINDS.items()]
+        lines.append(f"| {name} | {exact} | {' | '.join(scores)} |")
+    return "\n".join(lines)
+
+
+def _pair(found: dict[str, Any], figure: str, places: str) -> str:
+    return " / ".join(format(part[figure], places) for part in (found, found.get("int8")) if part)
+
+
+def _share(found: dict[str, Any]) -> str:
+    """What int8 adds, with its interval; a multiple where the weights themselves lose next to nothing."""
+    int8 = found.get("int8")
+    if not int8:
+        return ""
+    return f" ({int8['added']:+.2f}: {int8['from']:+.2f} to {int8['to']:+.2f})" if int8["from"] < 10 else " (many times)"

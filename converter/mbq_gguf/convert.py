@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -30,16 +30,16 @@ from mbq_gguf.export.gguf_writer import MMPROJ_TYPES, TextFile, write_mmproj, wr
 from mbq_gguf.export.injection import PackedTensor, TensorRecord
 from mbq_gguf.export.progress import Stages, progress_bars
 from mbq_gguf.export.rehearsal import rehearse
-from mbq_gguf.export.report import ConvertReport, fallback_sentences, nearest_sentences
+from mbq_gguf.export.report import ConvertReport, fallback_sentences, nearest_sentences, transform_sentences
 from mbq_gguf.formats.registry import quant_type
-from mbq_gguf.models import load
+from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.load import check_source
 from mbq_gguf.models.prompts import AnswerMask
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise import quantise
 from mbq_gguf.settings import Method, QuantiseSettings, Rounding, SearchLoss
-from mbq_gguf.transforms.rotation import Rotate
+from mbq_gguf.transforms.rotation import Rotate, widest_rotation
 from mbq_gguf.workdir import WorkDir, open_workdir
 
 REFERENCE_TYPES = ("BF16", "F16", "F32")  # --type without quantisation: what upstream's converter would write
@@ -69,7 +69,7 @@ class ConvertOptions:
     answer_mask: AnswerMask = QuantiseSettings.answer_mask
     token_weights: Kind = QuantiseSettings.token_weights
     prompt_weight: float = QuantiseSettings.prompt_weight
-    rotate: Rotate = QuantiseSettings.rotate
+    rotate: Rotate | None = None  # None: all that the model allows for ROTATED_TYPES, else nothing
     search_samples: int | None = QuantiseSettings.search_samples
     search_loss: SearchLoss | None = QuantiseSettings.search_loss
     grouped_o: bool = QuantiseSettings.grouped_o
@@ -89,7 +89,15 @@ class ConvertOptions:
     def settings(self) -> QuantiseSettings:
         """What the converter's core needs of this."""
         shared = {field.name for field in fields(QuantiseSettings)} & {field.name for field in fields(self)}
-        return QuantiseSettings(type_name=quant_type(self.type).name, **{name: getattr(self, name) for name in shared})
+        chosen = {name: getattr(self, name) for name in shared} | {"rotate": self.rotate or QuantiseSettings.rotate}
+        return QuantiseSettings(type_name=quant_type(self.type).name, **chosen)
+
+    def with_rotation(self, loaded: LoadedModel) -> ConvertOptions:
+        """The same with the rotation that suits type and model where none was asked for."""
+        if self.rotate is not None:
+            return self
+        gains = quant_type(self.type).name in defaults.ROTATED_TYPES and self.rounding == "gptq" and self.method == "rtn"
+        return replace(self, rotate=widest_rotation(loaded) if gains and not self.target_bpw else "none")
 
     @property
     def unquantised(self) -> bool:
@@ -104,6 +112,7 @@ class Quantised:
     result: QuantiseResult
     fingerprint: str
     samples: int
+    rotate: Rotate
 
 
 def convert(options: ConvertOptions, console: Console) -> ConvertReport:
@@ -138,6 +147,8 @@ def _convert(options: ConvertOptions, console: Console) -> ConvertReport:
     sentences = fallback_sentences(quant_type(options.type).name, {} if plan else packed, text)
     if options.rounding == "gptq":
         sentences += nearest_sentences(name for name, _ in packed.values())
+    if quantised and quantised.result.hadamard:
+        sentences += transform_sentences(name for name, _ in packed.values())
     allocation = plan_table(plan, quantised.result.losses) if quantised and plan else None
     if options.work_dir is None:
         shutil.rmtree(work_root(options), ignore_errors=True)
@@ -176,6 +187,7 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
     stages = Stages(bars)
     with timed(seconds, "load"):
         loaded = load(options.model_dir, options.device)
+    options = options.with_rotation(loaded)
     samples: list[Sample] = []
     if options.target_bpw or options.method != "rtn" or options.rounding != "nearest":
         if options.calib is None:
@@ -195,7 +207,8 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
         if options.work_dir is None and not any(work.path.glob("*.safetensors")):
             shutil.rmtree(work_root(options), ignore_errors=True)  # nothing to go on from
     seconds.update(result.seconds)
-    return Quantised(result, calibration, len(samples))
+    assert options.rotate is not None
+    return Quantised(result, calibration, len(samples), options.rotate)
 
 
 def open_work(options: ConvertOptions, calibration: str, tell: Callable[[str], object]) -> WorkDir:
@@ -231,7 +244,7 @@ def write_files(options: ConvertOptions, quantised: Quantised | None, bars: Prog
             mmproj_part,
             options.mmproj_type,
             quantised.result.projector if quantised else {},
-            metadata.rotated(options.rotate) if quantised else {},
+            metadata.rotated(quantised.rotate) if quantised else {},
             stages.counter("write mmproj"),
         )
         text = write_text(options.model_dir, text_part, text_file(options, quantised), stages.counter("write GGUF"))
@@ -264,7 +277,7 @@ def text_file(options: ConvertOptions, quantised: Quantised | None) -> TextFile:
         )
     if result.plan:
         keys |= metadata.allocated(result.plan, result.losses)
-    keys |= metadata.rotated(options.rotate, result.hadamard)
+    keys |= metadata.rotated(quantised.rotate, result.hadamard)
     kind = result.plan.main if result.plan else chosen.name
     packed = {name: PackedTensor(item.type_name, item.data, item.columns) for name, item in result.packed.items()}
     return TextFile(packed, result.replaced, BASE_TYPE, quant_type(options.embedding_type).name, keys, metadata.file_type(kind))

@@ -92,8 +92,8 @@ research = option_group("Research (what each does to the figures: docs/results.m
 @research(
     "--rotate",
     type=click.Choice(["none", "offline", "full"]),
-    default=QuantiseSettings.rotate,
-    help="Spread outliers by rotations: offline folds into weights, full adds a transform that the patched llama.cpp computes.",
+    help="Spread outliers by rotations: offline folds into weights, full adds a transform that the patched llama.cpp computes "
+    "(default: full for W4A8 with GPTQ, else none).",
 )
 @research(
     "--learn-scales",

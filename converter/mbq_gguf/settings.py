@@ -22,6 +22,7 @@ SAMPLES = 96  # 64 left one seed of two above 0.012 nats on scenes, 96 none of t
 SEED = 0
 TURNS: Turns = "all"
 DEVICE = "cpu"
+ROTATED_TYPES = ("W4A8",)  # where rotation pays as measured, with GPTQ and no equalisation (docs/results.md)
 EMBEDDING_TYPE = "Q8_0"
 MMPROJ_TYPE = "F16"
 

@@ -46,6 +46,22 @@ def test_rotated_files_give_the_plain_logits(tiny_dir: Path, tmp_path: Path) -> 
         assert ("mbq.hadamard.ffn_down" in fields) == (rotate == "full")
 
 
+@pytest.mark.usefixtures("built_llama")
+def test_w4a8_is_rotated_unless_told_and_says_who_runs_it(tiny_dir: Path, tmp_path: Path) -> None:
+    expected = logits(write(tiny_dir, tmp_path, "plain", type="BF16"))
+    off = []
+    for name, chosen in (("none", {"rotate": "none"}), ("default", {})):
+        files = ConvertOptions(tiny_dir, tmp_path / f"{name}.gguf", type="W4A8", samples=2, synthetic=0, mmproj_type="F32", **chosen)
+        report = convert(files, Console(quiet=True))
+        off.append(float(np.abs(logits(files) - expected).max()))
+        assert any("--rotate offline suits all" in sentence for sentence in report.fallbacks) == (name == "default")
+    fields = import_gguf().GGUFReader(tmp_path / "default.gguf").fields
+    assert fields["mbq.rotate"].contents() == "full"
+    assert "mbq.hadamard.ffn_down" in fields
+    assert "mbq.rotate" not in import_gguf().GGUFReader(tmp_path / "none.gguf").fields
+    assert off[1] < TIMES * off[0] < TIMES * 0.5 * float(np.abs(expected).max())
+
+
 LOAD = """
 import sys
 from pathlib import Path

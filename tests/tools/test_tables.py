@@ -9,6 +9,7 @@ import make_results
 import make_wide
 import pytest
 import trial_rows
+import trial_w4a8
 
 
 def shown(which: str) -> list[str]:
@@ -18,7 +19,7 @@ def shown(which: str) -> list[str]:
     return [line for line in section.splitlines() if line.startswith("|")]
 
 
-@pytest.mark.parametrize("which", ["quality", "divergence", "steps", "wide", "balance"])
+@pytest.mark.parametrize("which", ["quality", "divergence", "steps", "wide", "balance", "w4a8"])
 def test_the_page_is_the_rows(which: str) -> None:
     divergence = json.loads(make_divergence.STORE.read_text(encoding="utf-8"))
     text = {
@@ -26,6 +27,7 @@ def test_the_page_is_the_rows(which: str) -> None:
         "divergence": lambda: make_divergence.render_files(divergence),
         "steps": lambda: make_divergence.render_steps(divergence),
         "wide": lambda: make_wide.render(json.loads(make_wide.STORE.read_text(encoding="utf-8"))),
+        "w4a8": lambda: trial_w4a8.render(json.loads(trial_w4a8.STORE.read_text(encoding="utf-8"))),
         "balance": lambda: trial_rows.render(json.loads(trial_rows.STORE.read_text(encoding="utf-8"))),
     }[which]()
     assert shown(which) == [line for line in text.splitlines() if line.startswith("|")]

@@ -10,7 +10,8 @@ from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.stream import capture, working_layer
 from mbq_gguf.errors import UsageError
 from mbq_gguf.models import LoadedModel
-from mbq_gguf.transforms.rotation import block_hadamard, draw, rotate_layer, rotate_output, rotated_ends
+from mbq_gguf.transforms import rotation
+from mbq_gguf.transforms.rotation import block_hadamard, draw, rotate_layer, rotate_output, rotated_ends, widest_rotation
 from torch import nn
 
 BOUND = 1e-6  # relative; measured 1e-7: transformers' RMSNorm computes in float32 whatever it is given, the rest here is float64
@@ -76,3 +77,11 @@ def test_norms_with_a_mean_do_not_let_a_rotation_pass(tiny: LoadedModel, monkeyp
     monkeypatch.setattr(tiny.decoder, "norm", nn.LayerNorm(128))
     with pytest.raises(UsageError, match="--rotate none"):
         draw(tiny.decoder, "offline", seed=0)
+    assert widest_rotation(tiny) == "none"
+
+
+def test_the_widest_rotation_is_what_the_widths_allow(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert widest_rotation(tiny) == "full"
+    monkeypatch.setattr(rotation, "block_size", lambda width: 1)  # an odd width
+    assert widest_rotation(tiny) == "offline"
+    draw(tiny.decoder, widest_rotation(tiny), seed=0)  # type: ignore[arg-type]

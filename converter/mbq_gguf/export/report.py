@@ -14,6 +14,7 @@ from rich.text import Text
 
 from mbq_gguf.export.injection import TensorRecord
 from mbq_gguf.formats.grid import grid_of
+from mbq_gguf.formats.own import OWN
 from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.formats.stock import UNQUANTISED
 
@@ -90,6 +91,16 @@ def nearest_sentences(packed: Iterable[str]) -> list[str]:
     return [
         f"{count} tensor{'s' if count > 1 else ''} in {name}: rounded to nearest, since GPTQ fills only types whose weights lie on lines"
         for name, count in counts.items()
+    ]
+
+
+def transform_sentences(packed: Iterable[str]) -> list[str]:
+    """What a file with an online transform needs, where its types (one name a tensor) let every llama.cpp load it."""
+    if any(name in OWN for name in packed):
+        return []
+    return [
+        "only mbq-gguf's llama.cpp computes the transform of --rotate full: others load this file and answer nonsense"
+        " (--rotate offline suits all)"
     ]
 
 

@@ -53,11 +53,11 @@ def check_rotatable(loaded: LoadedModel) -> None:
 def draw(decoder: Decoder, rotate: Literal["offline", "full"], seed: int) -> Rotation:
     """Draw the rotations of ``decoder``; the same seed gives the same ones. UsageError where a norm does not let a rotation pass."""
     generator = torch.Generator().manual_seed(seed)
-    for norm in (decoder.norm, *(layer.get_submodule(name) for layer in decoder.layers for name in decoder.layout.norms)):
-        if isinstance(norm, nn.LayerNorm) or getattr(norm, "bias", None) is not None:
-            raise UsageError(f"{type(norm).__name__} does not let a rotation pass: use --rotate none")
+    norm = _stopping_norm(decoder)
+    if norm is not None:
+        raise UsageError(f"{type(norm).__name__} does not let a rotation pass: use --rotate none")
     first = Layer(decoder.layers[0], 0, decoder.layout)
-    width, ffn = decoder.embed_tokens.embedding_dim, first.linear(decoder.layout.last.readers[0]).in_features
+    width, ffn = decoder.embed_tokens.embedding_dim, _ffn_width(decoder)
     block = block_size(ffn) if rotate == "full" else 0
     if block == 1:
         raise UsageError(f"a feed-forward width of {ffn} has no power of two for the online Hadamard transform: use --rotate offline")
@@ -68,6 +68,26 @@ def draw(decoder: Decoder, rotate: Literal["offline", "full"], seed: int) -> Rot
         signs=tuple(random_signs(ffn, generator) for _ in range(count)) if block else (),
         block=block,
     )
+
+
+def widest_rotation(loaded: LoadedModel) -> Rotate:
+    """The most that the model's layers allow."""
+    decoder = loaded.decoder
+    if decoder.layout.no_rotation() or _stopping_norm(decoder) is not None:
+        return "none"
+    return "full" if block_size(_ffn_width(decoder)) > 1 else "offline"
+
+
+def _stopping_norm(decoder: Decoder) -> nn.Module | None:
+    """A norm with a mean or a bias, which a rotation cannot pass, or None."""
+    for norm in (decoder.norm, *(layer.get_submodule(name) for layer in decoder.layers for name in decoder.layout.norms)):
+        if isinstance(norm, nn.LayerNorm) or getattr(norm, "bias", None) is not None:
+            return norm
+    return None
+
+
+def _ffn_width(decoder: Decoder) -> int:
+    return Layer(decoder.layers[0], 0, decoder.layout).linear(decoder.layout.last.readers[0]).in_features
 
 
 def block_hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
