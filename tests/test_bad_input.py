@@ -125,7 +125,9 @@ NESTED = '{"a":' * 100_000 + "1" + "}" * 100_000
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "7", NESTED], ids=["cut", "list", "number", "nested"])
-@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "preprocessor_config.json", "generation_config.json", "tokenizer_config.json", "added_tokens.json"]
+)
 def test_configuration_that_is_none(file: str, content: str, model: Path, out: Path) -> None:
     (model / file).write_text(content)
     sentence = refused("convert", model, out)
@@ -140,6 +142,29 @@ def test_configuration_that_is_none(file: str, content: str, model: Path, out: P
 def test_odd_configuration(change: dict[str, object], model: Path, out: Path) -> None:
     configure(model, lambda config: config.update(change))
     refused("convert", model, out, *RTN, "--type", "Q9_9")  # whatever else, no traceback
+
+
+ODD_SETTINGS: list[tuple[str, dict[str, object], str]] = [
+    ("preprocessor_config.json", {"merge_size": 0}, "image processor cannot take a picture"),
+    ("preprocessor_config.json", {"patch_size": "x"}, "image processor cannot take a picture"),
+    ("preprocessor_config.json", {"image_mean": [1]}, "preprocessor_config.json"),
+    ("generation_config.json", {"eos_token_id": "x"}, "cannot be used"),
+    ("generation_config.json", {"temperature": "hot"}, "general.sampling.temp cannot be 'hot'"),
+    ("tokenizer_config.json", {"model_max_length": "x"}, "tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("file", "change", "words"), ODD_SETTINGS, ids=str)
+def test_odd_settings(file: str, change: dict[str, object], words: str, model: Path, out: Path) -> None:
+    settings = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps({**settings, **change}))
+    assert words in refused("convert", model, out)
+
+
+def test_template_without_a_place_for_pictures(model: Path, out: Path) -> None:
+    said = "{% for m in messages %}{{ m.role }}: {{ m.content[-1].text }}<|im_end|>{% endfor %}"
+    (model / "chat_template.jinja").write_text(said + "{% if add_generation_prompt %}assistant: {% endif %}")
+    assert "has no place for pictures" in refused("convert", model, out)
 
 
 def test_weights_missing(model: Path, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,6 +56,10 @@ class Vision:
         parameters = c.mtmd_context_params_default()
         parameters.n_threads, parameters.use_gpu = threads, use_gpu
         parameters.print_timings = parameters.warmup = False
+        # As llama-server does: one that nobody foresees, so that mtmd's default marker in a question is text.
+        self.marker = f"<__media_{secrets.token_hex(16)}__>"
+        marker = ffi.new("char[]", self.marker.encode())
+        parameters.media_marker = marker
         self._context = c.mtmd_init_from_file(os.fsencode(mmproj), model, parameters)
         if self._context == ffi.NULL:
             raise BindingError(
@@ -63,7 +68,6 @@ class Vision:
         if not c.mtmd_support_vision(self._context):
             self.close()
             raise BindingError(f"{mmproj} holds no vision tower: give the mmproj file that was made with the model")
-        self.marker: str = self._binding.text(c.mtmd_default_marker())
         self._width: int = c.llama_model_n_embd_inp(model)
 
     def close(self) -> None:

@@ -109,6 +109,7 @@ class Scene:
 
     image: Path
     turns: tuple[Turn, ...]
+    place: str  # file and line
 
 
 def read_scenes(path: Path, *, unanswered: bool = False) -> list[Scene]:
@@ -126,7 +127,7 @@ def read_scenes(path: Path, *, unanswered: bool = False) -> list[Scene]:
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
         if line.strip():
             try:
-                scenes.append(_scene(line, path.parent, unanswered))
+                scenes.append(_scene(line, path.parent, unanswered, f"{path}, line {number}"))
             except ValidationError as error:
                 first = error.errors()[0]
                 where = ".".join(str(part) for part in first["loc"])
@@ -147,7 +148,7 @@ class _Shape(BaseModel):
     messages: list[object] | None = None
 
 
-def _scene(line: str, folder: Path, unanswered: bool) -> Scene:
+def _scene(line: str, folder: Path, unanswered: bool, place: str) -> Scene:
     shape = _Shape.model_validate_json(line)
     if shape.conversations is not None:
         talk = Conversation.model_validate_json(line)
@@ -164,7 +165,7 @@ def _scene(line: str, folder: Path, unanswered: bool) -> Scene:
         raise ValueError(f"the image {file} cannot be read (there is no such file)")
     if not unanswered and any(turn.answer is None for turn in turns):
         raise ValueError("a question has no answer")
-    return Scene(file, tuple(turns))
+    return Scene(file, tuple(turns), place)
 
 
 def _of_messages(line: Messages) -> tuple[list[str], list[Turn]]:

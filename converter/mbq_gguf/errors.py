@@ -23,4 +23,9 @@ class UsageError(UserError):
         super().__init__(message, exit_code=2)
 
 
+def said(error: BaseException, longest: int = 200) -> str:
+    """What another library's exception says, in one line of ``longest`` characters at most; its name where it says nothing."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:longest]
+
+
 SHOWN = (UserError, BindingError)  # what a command line prints as a sentence, with no traceback

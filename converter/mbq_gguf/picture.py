@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.errors import UsageError, UserError, said
 
 LONGEST = 200  # times the shorter side: the image processors of dynamic size take no picture beyond that
 NO_PICTURES = frozenset({"EPS", "MPEG", "PDF", "PSD", "WMF"})  # programs, films and documents that pillow also opens, or only names
@@ -38,8 +38,7 @@ def open_picture(path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UserError(f"the image {path} cannot be read (it has too many pixels to be opened safely): make it smaller") from error
     except Exception as error:  # pillow's readers raise whatever a damaged file makes them raise
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"the image {path} cannot be read ({said}): mend it or leave it out") from error
+        raise UserError(f"the image {path} cannot be read ({said(error)}): mend it or leave it out") from error
     if max(picture.size) > LONGEST * min(picture.size):
         width, height = picture.size
         raise UserError(f"the image {path} cannot be read ({width} x {height}, one side over {LONGEST} times the other): crop it")

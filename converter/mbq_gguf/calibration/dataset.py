@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ from mbq_gguf.conversations import read_scenes
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.picture import open_picture, suffixes
+from mbq_gguf.words import check_words, tokenizer_specials
 
 SHIPPED = Path(__file__).parent.parent / "demo" / "data" / "calib" / "calib.jsonl"
 NAMED = 5  # of what is left out, by name
@@ -30,6 +31,7 @@ class Sample:
 
     image: Path
     turns: tuple[tuple[str, str], ...]
+    place: str = field(default="", compare=False)  # file and line, for sentences
 
 
 def load_samples(
@@ -52,25 +54,18 @@ def load_samples(
     drawn = draw.sample(samples, min(n, len(samples)))
     if len(drawn) < n:
         say(f"calibrating with {len(drawn)} samples, all that {path} holds; {n} were asked for")
-    tokenizer = loaded.prompts.tokenizer
-    special = {*tokenizer.all_special_tokens, *(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)}
+    special = tokenizer_specials(loaded.prompts.tokenizer)
     for sample in drawn:
-        check_words(sample, special)
+        for words in (words for turn in sample.turns for words in turn):
+            check_words(words, special, sample.place)
         open_picture(sample.image)
     return [replace(sample, turns=sample.turns[-1:]) for sample in drawn] if turns == "last" else drawn
 
 
 def read_jsonl(path: Path) -> list[Sample]:
     """Every conversation of a JSONL file, in the file's order."""
-    return [Sample(scene.image, tuple((turn.question, turn.answer or "") for turn in scene.turns)) for scene in read_scenes(path)]
-
-
-def check_words(sample: Sample, special: Collection[str]) -> None:
-    """Raise UserError where what is said names one of the tokens ``special``, which would end turns or stand for pictures."""
-    for words in (words for turn in sample.turns for words in turn):
-        found = next((token for token in special if token and token in words), None)
-        if found:
-            raise UserError(f"{words[:80]!r} about {sample.image} holds the model's special token {found}: take it out of the text")
+    scenes = read_scenes(path)
+    return [Sample(scene.image, tuple((turn.question, turn.answer or "") for turn in scene.turns), scene.place) for scene in scenes]
 
 
 def _from_folder(folder: Path, loaded: LoadedModel, n: int, draw: random.Random, say: Say) -> list[Sample]:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mbq_gguf.conversations import read_scenes
 from mbq_gguf.llama_cpp.server import LlamaServer
+from mbq_gguf.words import check_words, file_specials
 
 SHIPPED = Path(__file__).parent.parent / "demo" / "data" / "eval" / "eval.jsonl"
 CONTEXT = 512  # tokens a question may take, vision tokens and answer included
@@ -33,6 +34,7 @@ class Question:
     question: str
     expected: str  # "" where no answer is known
     task: str
+    place: str = ""  # file and line, for sentences
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,15 @@ def load_questions(path: Path, *, unanswered: bool = False) -> list[Question]:
     Questions without an answer are wrong unless ``unanswered``.
     """
     scenes = read_scenes(path, unanswered=unanswered)
-    return [Question(scene.image, turn.question, turn.answer or "", turn.task) for scene in scenes for turn in scene.turns]
+    return [Question(scene.image, turn.question, turn.answer or "", turn.task, scene.place) for scene in scenes for turn in scene.turns]
+
+
+def check_questions(questions: Iterable[Question], file: Path) -> None:
+    """Raise UsageError where a question or its answer names a special token of the GGUF ``file`` (:mod:`mbq_gguf.words`)."""
+    special = file_specials(file)
+    for question in questions:
+        for words in (question.question, question.expected):
+            check_words(words, special, question.place or str(question.image))
 
 
 def stratified(questions: Sequence[Question], count: int) -> list[Question]:
@@ -132,8 +142,9 @@ def exact_match(
 
     ``parallel`` questions are in flight at once, each in its own slot; ``threads`` are the server's. On a CPU, slots save no work: 17
     questions took 14.1 s of processor time with 4 slots and 13.9 s with one, with the same answers. Raises UserError where the server
-    is missing, does not start or fails.
+    is missing, does not start or fails, UsageError as :func:`check_questions` does.
     """
+    check_questions(questions, model)
     with LlamaServer(model, mmproj, threads=threads, ctx=CONTEXT, parallel=parallel) as server:
         start = time.monotonic()
         answers = ask_all(server, questions, parallel=parallel, console=console, title=model.name)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mbq_gguf.errors import UsageError
-from mbq_gguf.evaluate.exact_match import load_questions, stratified
+from mbq_gguf.evaluate.exact_match import check_questions, load_questions, stratified
 from mbq_gguf.evaluate.finished import Finished, identity
 from mbq_gguf.evaluate.kld import Store
 from mbq_gguf.evaluate.layers import WeightFile, layer_bits, layers
@@ -53,6 +53,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation
     bind()
     names = short_names([path.absolute() for path in files])
     weights = [WeightFile(path, read_header(path)) for path in files]  # a damaged file is found before hours of work
+    check_questions(questions, options.reference)
     text = _read(options.text) if options.text else None
     parts = [vision_part(file, options.mmproj) for file in weights]
     asks = [(str(q.image), q.question, q.expected) for q in questions]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbq_gguf.errors import UserError
+from mbq_gguf.errors import UserError, said
 from mbq_gguf.formats.gguf_types import import_from_tree, import_gguf
 from mbq_gguf.llama_cpp import paths
 from mbq_gguf.models.remote_code import forbid_remote_code
@@ -66,9 +66,8 @@ def conversion_errors(model_dir: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # it has no exceptions of its own, and the tokenizer library below it raises bare ones
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"llama.cpp's conversion cannot read {model_dir} ({lines[0]}): check its config.json, tokenizer and weights"
+            f"llama.cpp's conversion cannot read {model_dir} ({said(error)}): check its config.json, tokenizer and weights"
         ) from error
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mbq_gguf.errors import UserError
+from mbq_gguf.errors import UserError, said
 from mbq_gguf.export.checkpoint import names_of
 from mbq_gguf.export.conversion import open_model
 from mbq_gguf.export.gguf_writer import BASE_TYPES, prepare
@@ -31,6 +31,7 @@ def rehearse(model_dir: Path, files: Sequence[Path], mmproj_type: str) -> None:
         if not mmproj:
             check_vocabulary(model_dir, model)
         prepare(model, model_dir)
+        check_metadata(model, model_dir)
         if not any(model.gguf_writer.tensors):
             part = "vision tower" if mmproj else "language model"
             raise UserError(
@@ -54,6 +55,19 @@ def lost_names(parts: Sequence[Any], names: Sequence[str]) -> Iterator[str]:
             continue
         if all(part.filter_tensors((name, lambda: None)) is None for part in parts):
             yield name
+
+
+def check_metadata(model: Any, model_dir: Path) -> None:
+    """Raise UserError where a value of a configuration file does not fit its GGUF type, which would fail at the end."""
+    writer = model.gguf_writer
+    for shard in writer.kv_data:
+        for key, value in shard.items():
+            try:
+                writer._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type)
+            except Exception as error:  # struct, numpy and str raise their own
+                raise UserError(
+                    f"{key} cannot be {str(value.value)[:80]!r} as the configuration of {model_dir} says ({said(error)}): fetch it again"
+                ) from error
 
 
 def check_vocabulary(model_dir: Path, model: Any) -> None:

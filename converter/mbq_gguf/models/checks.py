@@ -10,11 +10,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.errors import UsageError, UserError, said
 
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # Read by transformers or llama.cpp's conversion, neither of which says which file was wrong.
-CONFIGURATIONS = (*PREPROCESSORS, "generation_config.json", "tokenizer_config.json", "chat_template.json", "special_tokens_map.json")
+CONFIGURATIONS = (
+    *PREPROCESSORS,
+    "generation_config.json",
+    "tokenizer_config.json",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -37,7 +44,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise UsageError(f"{path} cannot be read as JSON (it is nested too deeply): fetch the model again") from error
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as JSON ({error}): fetch the model again") from error
+        raise UsageError(f"{path} cannot be read as JSON ({said(error)}): fetch the model again") from error
     if not isinstance(found, dict):
         raise UsageError(f"{path} is no model configuration: fetch the model again")
     return found
@@ -68,10 +75,10 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model, each with a readable header and its whole length; a UserError otherwise."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise UserError(f"{index} cannot be read ({error}): fetch the model again") from error
+        names = read_object(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise UserError(f"{index} has no weight_map of file names: fetch the model again")
+        names = sorted(set(names.values()))
         files = [directory / name for name in names]
     else:
         files = sorted(directory.glob("*.safetensors"))

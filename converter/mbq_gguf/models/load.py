@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.errors import UsageError, UserError, said
 from mbq_gguf.models.checks import check_finite, check_unquantised, check_whole, read_config, read_object, weight_files
 from mbq_gguf.models.decoder import check_layers, find_decoder
 from mbq_gguf.models.loaded import LoadedModel
@@ -17,7 +17,6 @@ from mbq_gguf.models.remote_code import forbid_remote_code
 # Families with tests here. Any other VLM of transformers with standard decoder layers goes through the same code.
 PROVED = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-REASON = 200  # characters of another library's message
 SUPPORTED = (
     f"{', '.join(PROVED)}, and other vision-language models of transformers whose decoder layers have q/k/v/o and gate/up/down projections"
 )
@@ -89,9 +88,9 @@ def _load_weights(model_dir: Path, architecture: str) -> Any:
             trust_remote_code=False,
         )
     except ImportError as error:
-        raise UserError(f"transformers wants another package for {architecture} ({reason(error)}): install it with pip") from error
+        raise UserError(f"transformers wants another package for {architecture} ({said(error)}): install it with pip") from error
     except Exception as error:  # whatever a configuration makes a model class of transformers raise
-        raise UserError(f"{model_dir} cannot be loaded as {architecture} ({reason(error)}): fetch the model again") from error
+        raise UserError(f"{model_dir} cannot be loaded as {architecture} ({said(error)}): fetch the model again") from error
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
         raise UserError(f"{model_dir} lacks {len(info['missing_keys'])} weights, {first} first: fetch the model again")
@@ -115,10 +114,13 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
         else:
             template = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             image_prompt = ProcessorImagePrompt(template)
+        end_ids = _end_ids(model, tokenizer)
     except ImportError as error:
-        raise UserError(f"transformers wants another package for {architecture} ({reason(error)}): install it with pip") from error
+        raise UserError(f"transformers wants another package for {architecture} ({said(error)}): install it with pip") from error
     except Exception as error:  # the tokenizer library raises bare ones
-        raise UserError(f"the tokenizer or image processor in {model_dir} cannot be loaded ({reason(error)}): fetch them again") from error
+        raise UserError(
+            f"the tokenizer, image processor or generation settings in {model_dir} cannot be used ({said(error)}): fetch them again"
+        ) from error
     older = model_dir / "chat_template.json"  # where processors kept it before chat_template.jinja
     if not getattr(template, "chat_template", None) and older.is_file():
         template.chat_template = read_object(older).get("chat_template")
@@ -126,14 +128,9 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
         raise UserError(
             f"{model_dir} has no chat template, which calibration asks about images with: fetch the model again with chat_template.json"
         )
-    prompts = Prompts(template, tokenizer, image_prompt, image_token_id, _end_ids(model, tokenizer))
+    prompts = Prompts(template, tokenizer, image_prompt, image_token_id, end_ids)
     prompts.check()
     return prompts
-
-
-def reason(error: Exception) -> str:
-    """What an exception says, in one line; its name where it says nothing."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:REASON]
 
 
 def _image_token_id(config: Any) -> int:

@@ -14,9 +14,10 @@ from typing import Any, Literal, Protocol
 import torch
 from PIL import Image
 
-from mbq_gguf.errors import UserError
+from mbq_gguf.errors import UserError, said
 from mbq_gguf.picture import open_picture
 
+CHECKED = (224, 224)  # pixels of a picture that every family takes
 TextTurns = Sequence[tuple[str, str]]  # question, answer
 # Which tokens stand for the answer where modalities are weighed (Encoded.counted).
 AnswerMask = Literal["header", "predicting", "answer"]
@@ -113,7 +114,14 @@ class Prompts:
     def encode(self, image: Path | Image.Image, turns: TextTurns) -> Encoded:
         """A conversation about ``image``. An empty last answer leaves the prompt open, for generation."""
         opened = open_picture(image) if isinstance(image, Path) else image
-        inputs = self.image_prompt(self._render(turns[:0], turns[0][0]), opened)
+        text = self._render(turns[:0], turns[0][0])
+        try:
+            inputs = self.image_prompt(text, opened)
+        except Exception as error:  # whatever the settings in a directory make an image processor raise
+            name = image if isinstance(image, Path) else "a picture"
+            raise UserError(
+                f"the model's image processor cannot take {name} ({said(error)}): check preprocessor_config.json and tokenizer_config.json"
+            ) from error
         prefix = inputs["input_ids"].shape[1]
         more, answer, header = self._answers(turns)
         opening = self._header(turns, 0, prefix)
@@ -127,8 +135,10 @@ class Prompts:
         return Encoded(inputs, ids == self.image_token_id, *(torch.tensor(mask, dtype=torch.bool) for mask in masks))
 
     def check(self) -> None:
-        """Raise UserError where the chat template cannot be rendered."""
-        self._render([("What?", "This.")], "Where?")
+        """Raise UserError where the chat template, the tokenizer or the image processor do not do for a small conversation."""
+        encoded = self.encode(Image.new("RGB", CHECKED), [("What?", "This."), ("Where?", "There.")])
+        if not encoded.vision.any():
+            raise UserError("the model's chat template has no place for pictures: give the model the template of its family")
 
     def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the model takes for token ids [texts, tokens] without any image."""
@@ -190,8 +200,7 @@ class Prompts:
         try:
             return str(self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened and question is not None))
         except Exception as error:  # a template is a program and may raise anything
-            said = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"the model's chat template cannot be rendered ({said}): give the model one that renders") from error
+            raise UserError(f"the model's chat template cannot be rendered ({said(error)}): give the model one that renders") from error
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

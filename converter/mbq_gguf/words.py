@@ -1,0 +1,46 @@
+"""What people say to a model is text: where it names one of the model's special tokens it is refused, everywhere alike.
+
+llama-server cuts a whole conversation into tokens at once, the words of its user included, and so does transformers: ``<|im_end|>`` in a
+question ends the turn, ``<|image_pad|>`` stands for a piece of a picture that is not there. Neither can be told to read it as text, so a
+set, a question or an answer that holds one is not calibrated, measured or asked. libmtmd's marker for pictures is no such token: each
+server, and each model opened through the bindings, draws one that nobody foresees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from mbq_gguf.errors import UsageError
+from mbq_gguf.export.gguf_header import read_header
+
+UNKNOWN, CONTROL = 2, 3  # llama.cpp's token types that are read as themselves only where special tokens are parsed
+LARGEST_VOCABULARY = 1 << 24
+SHOWN = 80  # characters of what was said
+
+
+def check_words(words: str, special: Collection[str], place: str) -> None:
+    """Raise UsageError, which begins with ``place``, where ``words`` name one of the tokens ``special`` or are no text at all."""
+    try:
+        words.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line or half a pair of surrogates
+        raise UsageError(f"{place}: {words[:SHOWN]!r} is no text in UTF-8: write it again in UTF-8") from error
+    found = max((token for token in special if token and token in words), key=len, default=None)
+    if found:
+        raise UsageError(f"{place}: {words[:SHOWN]!r} holds the model's special token {found}, which is not read as text: take it out")
+
+
+def tokenizer_specials(tokenizer: Any) -> frozenset[str]:
+    """The special tokens of a tokenizer of transformers."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return frozenset({*tokenizer.all_special_tokens, *added})
+
+
+def file_specials(path: Path) -> frozenset[str]:
+    """The special tokens of the GGUF file ``path``. Raises UserError where it cannot be read."""
+    metadata = read_header(path, longest_array=LARGEST_VOCABULARY).metadata
+    tokens, kinds = (metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    if not isinstance(tokens, list) or not isinstance(kinds, list):
+        return frozenset()
+    return frozenset(str(token) for token, kind in zip(tokens, kinds, strict=False) if kind in (UNKNOWN, CONTROL))
