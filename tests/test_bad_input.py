@@ -298,6 +298,11 @@ def test_disk_that_fills_while_writing(tiny_dir: Path, out: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("arguments", [("ask", "{}", "cat.png", "What?"), ("inspect", "{}"), ("convert", "{}", "out.gguf")], ids=" ".join)
+def test_a_path_that_no_file_system_takes(arguments: tuple[str, ...]) -> None:
+    assert "too long" in (said := refused(*(argument.format("a" * 300) for argument in arguments))) or "longer than" in said
+
+
 def test_inspect_of_another_file() -> None:
     assert "is no GGUF file" in refused("inspect", DATA / "tokenizer.json")
 

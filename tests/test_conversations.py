@@ -95,6 +95,7 @@ def test_line_ends(end: str, mark: bytes, folder: Path) -> None:
         ({"image": "cat.png", "turns": [{"question": "What?", "anwser": "A cat."}]}, "anwser: Extra inputs"),
         ({"image": "cat.png", "turns": [{"question": 3, "answer": "A cat."}]}, "question: Input should be a valid string"),
         (OURS | {"image": "dog.png"}, "dog.png cannot be read (there is no such file)"),
+        (OURS | {"image": "a" * 3000 + ".png"}, "cannot be read (file name too long)"),
         ({"conversations": LLAVA["conversations"]}, "it has 0 pictures"),
         (LLAVA | {"image": ["cat.png", "cat.png"]}, "it has 2 pictures"),
         (LLAVA | {"conversations": [{"from": "gpt", "value": "Hello"}]}, "'gpt' speaks where"),

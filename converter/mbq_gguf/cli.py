@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +33,11 @@ class Commands(click.Group):
         except SHOWN as error:
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             sys.exit(error.exit_code)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:  # pathlib's is_file() lets this one through, for every path of the command
+                raise
+            Console(stderr=True).print("[bold red]error:[/] a path is longer than the file system takes: shorten it", highlight=False)
+            sys.exit(2)
         except KeyboardInterrupt:
             _say_stopped()
             sys.exit(130)

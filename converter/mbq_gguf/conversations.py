@@ -33,6 +33,7 @@ from mbq_gguf.errors import UsageError
 from mbq_gguf.llama_cpp.cache import cache_root
 
 MARK = re.compile(r"\s*<image>\s*")
+LONGEST_NAME = 80  # characters of a picture's name in an error
 HUMAN, MODEL, SYSTEM = ("human", "user"), ("gpt", "assistant", "model", "chatgpt"), ("system",)
 
 
@@ -161,7 +162,11 @@ def _scene(line: str, folder: Path, unanswered: bool, place: str) -> Scene:
     if len(image) != 1:
         raise ValueError(f"it has {len(image)} pictures, where a conversation has one")
     file = _file(image[0], folder)
-    if not file.is_file():
+    try:
+        there = file.is_file()
+    except OSError as error:  # a name that no file system takes
+        raise ValueError(f"the image {image[0][:LONGEST_NAME]!r} cannot be read ({(error.strerror or str(error)).lower()})") from error
+    if not there:
         raise ValueError(f"the image {file} cannot be read (there is no such file)")
     if not unanswered and any(turn.answer is None for turn in turns):
         raise ValueError("a question has no answer")
