@@ -2,23 +2,35 @@
 
 #include "clip-impl.h"
 #include "clip-model.h"
+#include "gguf.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <stdexcept>
 
 // The picture sizes that the model was trained on, where its file holds them and its family takes sizes by their area. The command line's
-// limits come first and move the file's other limit where the two cross. T has get_u32(key, output, required), as clip_model_loader does.
+// limits come first and move the file's other limit where the two cross. T has ctx_gguf and get_u32(key, output, required), as
+// clip_model_loader does. What is no number of pixels is an error here: get_u32 and the preprocessors assert.
 template <typename T>
 static void clip_mbq_image_limits(const T & loader, clip_hparams & hparams) {
     if (hparams.image_min_pixels <= 0 || hparams.image_max_pixels <= 0) {
         return; // no family of dynamic size
+    }
+    for (const char * name : { KEY_IMAGE_MIN_PIXELS, KEY_IMAGE_MAX_PIXELS }) {
+        const int64_t key = gguf_find_key(loader.ctx_gguf.get(), name);
+        if (key >= 0 && gguf_get_kv_type(loader.ctx_gguf.get(), key) != GGUF_TYPE_UINT32) {
+            throw std::runtime_error(string_format("%s must be a u32", name));
+        }
     }
     if (hparams.custom_image_min_tokens <= 0) {
         loader.get_u32(KEY_IMAGE_MIN_PIXELS, hparams.image_min_pixels, false);
     }
     if (hparams.custom_image_max_tokens <= 0) {
         loader.get_u32(KEY_IMAGE_MAX_PIXELS, hparams.image_max_pixels, false);
+    }
+    if (hparams.image_min_pixels <= 0 || hparams.image_max_pixels <= 0) {
+        throw std::runtime_error(string_format("%s and %s must be 1 to 2147483647", KEY_IMAGE_MIN_PIXELS, KEY_IMAGE_MAX_PIXELS));
     }
     if (hparams.custom_image_min_tokens > 0 && hparams.custom_image_max_tokens <= 0) {
         hparams.image_max_pixels = std::max(hparams.image_max_pixels, hparams.image_min_pixels);
