@@ -1,0 +1,130 @@
+"""libllama and libmtmd of the patched build: a file is loaded and run, or refused; the process goes on."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from pathlib import Path
+from typing import Any
+
+from mbq_gguf.errors import SHOWN
+from mutators import gguf, picture
+
+from targets import TAKEN, refusal, seeds
+
+CONTEXT = 64  # tokens
+PICTURE_BYTES = Path(__file__).parents[1] / "seeds" / "picture" / "rgb.png"
+
+
+class Text:
+    """A language model: load, every row checked in half of the cases, a context, five tokens through the graph."""
+
+    def __init__(self) -> None:
+        self.seeds = seeds("text")
+
+    def make(self, draw: random.Random, folder: Path) -> str:
+        data, done = gguf.mutate(draw.choice(self.seeds), draw)
+        (folder / "model.gguf").write_bytes(data)
+        return done
+
+    def open(self) -> None:
+        from mbq_cbind import model
+
+        _bind()
+
+        class Checked(model.Model):
+            """With every row of the weights checked."""
+
+            def _open_model(self, gpu_layers: int) -> Any:
+                c, defaults = self._binding.c, self._binding.c.llama_model_default_params
+                c.llama_model_default_params = lambda: _checking(defaults())
+                try:
+                    return super()._open_model(gpu_layers)
+                finally:
+                    c.llama_model_default_params = defaults
+
+        self.kinds = (model.Model, Checked)
+
+    def read(self, folder: Path) -> str:
+        path = folder / "model.gguf"
+        kind = self.kinds[zlib.crc32(path.read_bytes()) % 2]
+        try:
+            with kind(path, threads=1, context=CONTEXT, batch=CONTEXT) as opened:
+                opened.text_logits([token % opened.vocabulary_size for token in (0, 20, 30, 7, 20)], outputs=1)
+        except SHOWN as error:
+            return refusal(error)
+        return TAKEN
+
+
+class Mmproj:
+    """A vision file beside a language model that is whole: load, a picture through the tower."""
+
+    def __init__(self) -> None:
+        self.seeds = seeds("mmproj")
+
+    def make(self, draw: random.Random, folder: Path) -> str:
+        data, done = gguf.mutate(draw.choice(self.seeds), draw)
+        (folder / "mmproj.gguf").write_bytes(data)
+        return done
+
+    def open(self) -> None:
+        _bind()
+        self.model = _whole_model()
+
+    def read(self, folder: Path) -> str:
+        from mbq_cbind.vision import Vision
+
+        try:
+            vision = Vision(folder / "mmproj.gguf", self.model._model, threads=1, use_gpu=False)
+            try:
+                vision.encode(PICTURE_BYTES)
+            finally:
+                vision.close()
+        except SHOWN as error:
+            return refusal(error)
+        return TAKEN
+
+
+class Decoder:
+    """A picture as llama-server gets it from a client: through libmtmd's decoder and the tower."""
+
+    def __init__(self) -> None:
+        self.seeds = seeds("picture")
+
+    def make(self, draw: random.Random, folder: Path) -> str:
+        data, done = picture.mutate(draw.choice(self.seeds), draw)
+        (folder / "picture").write_bytes(data)
+        return done
+
+    def open(self) -> None:
+        from mbq_cbind.vision import Vision
+
+        _bind()
+        self.model = _whole_model()
+        mmproj = Path(__file__).parents[1] / "seeds" / "mmproj" / "f16.gguf"
+        self.vision = Vision(mmproj, self.model._model, threads=1, use_gpu=False)
+
+    def read(self, folder: Path) -> str:
+        try:
+            self.vision.encode(folder / "picture")
+        except SHOWN as error:
+            return refusal(error)
+        return TAKEN
+
+
+def _bind() -> None:
+    from mbq_gguf.llama_cpp.bindings import bind
+
+    bind()
+
+
+def _whole_model() -> Any:
+    from mbq_cbind.model import Model
+
+    path = Path(__file__).parents[1] / "seeds" / "text" / "mbq3s.gguf"
+    return Model(path, threads=1, context=CONTEXT, batch=CONTEXT)
+
+
+def _checking(parameters: Any) -> Any:
+    parameters.check_tensors = True
+    return parameters

@@ -1,0 +1,90 @@
+"""A short run of every fuzzer, and what long runs found, file by file."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import upstream
+from mutators.gguf_document import STRING, Key, copy_of, string, u32, u64
+from targets.table import LLAMA, READERS
+
+HERE = Path(__file__).parent
+TOOL = HERE.parents[1] / "tools" / "fuzz.py"
+SECONDS = 300  # for a run of some 15, where much else runs beside it
+INPUTS = {"header": 300, "inspect": 40, "jsonl": 800, "safetensors": 500, "workdir": 80, "picture": 500}
+LOADS = {"text": 150, "mmproj": 60, "decoder": 200}
+
+
+def fuzz(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command, in a process of its own: children are forked, which torch's threads in this one would not survive."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS, env=environment)
+
+
+def test_every_target_has_its_share() -> None:
+    assert INPUTS.keys() == READERS.keys()
+    assert LOADS.keys() == LLAMA.keys()
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.usefixtures("built_llama")
+def test_readers(kind: str, tmp_path: Path) -> None:
+    done = fuzz(kind, "--count", str(INPUTS[kind]), "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{kind}: {INPUTS[kind]} inputs" in done.stdout
+    assert " 0 taken" not in done.stdout
+    assert " 0 refused" not in done.stdout
+
+
+@pytest.mark.parametrize("kind", LLAMA)
+@pytest.mark.usefixtures("built_llama")
+def test_loads(kind: str, tmp_path: Path) -> None:
+    done = fuzz(kind, "--count", str(LOADS[kind]), "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 taken" not in done.stdout
+    assert " 0 refused" not in done.stdout
+
+
+def test_a_run_goes_on_and_an_input_can_be_made_again(tmp_path: Path) -> None:
+    fuzz("jsonl", "--count", "20", "--out", tmp_path)
+    assert "jsonl: 30 inputs" in fuzz("jsonl", "--count", "30", "--out", tmp_path).stdout
+    shown = fuzz("jsonl", "--show", "7", "--out", tmp_path)
+    again = fuzz("jsonl", "--read", tmp_path / "faults" / "jsonl-0-7")
+    assert shown.stdout.split()[0] in ("taken", "refused")
+    assert again.stdout == shown.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", upstream.FAULTS, ids=lambda fault: f"{fault.kind}, {fault.name}")
+@pytest.mark.usefixtures("built_llama")
+def test_what_upstream_dies_of(fault: upstream.Fault, tmp_path: Path) -> None:
+    """Once one of them passes, upstream has mended it: strike it off the list."""
+    done = fuzz(fault.kind, "--read", upstream.write(fault, tmp_path))
+    assert done.stdout.startswith("fault")
+    assert re.search(fault.signatures[0], done.stdout)
+
+
+LIMITS = [
+    Key(b"clip.vision.image_min_pixels", 4, u32(0)),
+    Key(b"clip.vision.image_max_pixels", 4, u32(1 << 31)),
+    Key(b"clip.vision.image_max_pixels", 10, u64(4096)),
+    Key(b"clip.vision.image_min_pixels", STRING, string(b"256")),
+]
+
+
+@pytest.mark.parametrize("key", LIMITS, ids=["none", "negative", "u64", "text"])
+@pytest.mark.usefixtures("built_llama")
+def test_limits_of_pictures_that_are_none_are_refused(key: Key, tmp_path: Path) -> None:
+    """They aborted the process: the patch reads these keys for every family of dynamic size."""
+    document = copy_of((HERE / "seeds" / "mmproj" / "f16.gguf").read_bytes())
+    document.put(key)
+    (tmp_path / "mmproj.gguf").write_bytes(document.write())
+    done = fuzz("mmproj", "--read", tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("refused")

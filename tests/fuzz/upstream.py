@@ -1,0 +1,122 @@
+"""What ends the process in upstream's own code, each with the smallest fault that does it: counted by tools/fuzz.py, no failure of it.
+
+    python tests/fuzz/upstream.py DIR      write the files, NAME/model.gguf or NAME/mmproj.gguf, from seeds/
+
+All were found with b11434 and need a file made to do it (or by a faulty converter): libllama checks what tensors there are and of which
+shape, but few of the numbers in its metadata; libmtmd checks neither shapes nor, for biases, whether they are there, and reads keys with
+functions that assert their type. Mending them takes checks at some thirty places in clip.cpp, which the patch does not have room for.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mutators.gguf_document import ARRAY, STRING, Document, Key, copy_of, string, u32, u64
+
+SEEDS = Path(__file__).parent / "seeds"
+F32, I32, U32 = 6, 5, 4
+BF16, I32_TENSOR = 30, 26
+Edit = Callable[[Document], None]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``signatures``: regular expressions of what tools/fuzz.py tells of it; ``edit``: what makes the seed of ``kind`` show it."""
+
+    name: str
+    kind: str
+    signatures: tuple[str, ...]
+    edit: Edit
+
+
+def key(name: str, kind: int, payload: bytes) -> Edit:
+    """Another value for a key."""
+    return lambda document: document.put(Key(name.encode(), kind, payload))
+
+
+def without(*names: str) -> Edit:
+    """Tensors missing."""
+
+    def edit(document: Document) -> None:
+        document.tensors = [tensor for tensor in document.tensors if tensor.name.decode() not in names]
+
+    return edit
+
+
+def tensor(name: str, dims: tuple[int, ...] | None = None, kind: int | None = None) -> Edit:
+    """A tensor of another shape or type over the same bytes."""
+
+    def edit(document: Document) -> None:
+        for index, found in enumerate(document.tensors):
+            if found.name.decode() == name:
+                document.tensors[index] = found._replace(dims=dims or found.dims, kind=found.kind if kind is None else kind)
+
+    return edit
+
+
+def twice(document: Document) -> None:
+    """The vocabulary's last token is its first once more, the bytes of its text apart from that as they were."""
+    index = document.find(b"tokenizer.ggml.tokens")
+    assert index is not None
+    payload = document.keys[index].payload
+    length = struct.unpack_from("<Q", payload, 12)[0]
+    first, second = payload[12 : 20 + length], struct.unpack_from("<Q", payload, 20 + length)[0]
+    rest = payload[28 + length + second :]
+    document.keys[index] = document.keys[index]._replace(payload=payload[:12] + first + first + rest)
+
+
+def i32s(*values: int) -> bytes:
+    return u32(I32) + u64(len(values)) + struct.pack(f"<{len(values)}i", *values)
+
+
+NAN = struct.pack("<f", float("nan"))
+PATCH = "clip.vision.patch_size"
+SECTIONS = "qwen2vl.rope.dimension_sections"
+FAULTS = [
+    Fault("no layers", "text", (r"n_layer_all > 0",), key("qwen2vl.block_count", U32, u32(0))),
+    Fault("an epsilon that is no number", "text", (r"eps >= 0.0f",), key("qwen2vl.attention.layer_norm_rms_epsilon", F32, NAN)),
+    Fault("rope sections wider than a head", "text", (r"sect_dims <= ne0",), key(SECTIONS, ARRAY, i32s(99, 99, 99, 0))),
+    Fault("rope sections of nothing", "text", (r"sections\[0\] > 0",), key(SECTIONS, ARRAY, i32s(0, 0, 0, 0))),
+    Fault("a norm of another type", "text", (r"binary_op: unsupported types",), tensor("blk.0.attn_norm.weight", kind=BF16)),
+    Fault("a token twice", "text", (r"id_to_token.size\(\) == token_to_id.size\(\)",), twice),
+    Fault("a key of another type", "mmproj", (r"type_to_gguf_type<T>::value == type",), key(PATCH, STRING, string(b"8"))),
+    Fault("an array for a number", "mmproj", (r"get_ne\(\) == 1",), key(PATCH, ARRAY, i32s(8, 8))),
+    Fault("no layers in the tower", "mmproj", (r"Failed to get tensor positions",), key("clip.vision.block_count", U32, u32(0))),
+    Fault("a bias that is missing", "mmproj", (r"SIGSEGV \| ggml_is_empty < ggml_can_repeat",), without("v.blk.0.attn_q.bias")),
+    Fault("a matrix that is missing", "mmproj", (r"SIGSEGV \| ggml_\w+ < clip_graph",), without("v.blk.0.attn_q.weight")),
+    Fault("patches that are missing", "mmproj", (r"SIGSEGV \| ggml_conv_2d < clip_graph",), without("v.patch_embd.weight.1")),
+    Fault("a bias of another shape", "mmproj", (r"ggml_can_repeat\(b, a\)",), tensor("v.blk.0.attn_q.bias", dims=(12,))),
+    Fault("a matrix of another shape", "mmproj", (r"ggml_can_mul_mat\(a, b\)",), tensor("mm.0.weight", dims=(32, 128))),
+    Fault("patches of another shape", "mmproj", (r"a->ne\[2\] == b->ne\[2\]",), tensor("v.patch_embd.weight", dims=(8, 8, 1, 48))),
+    Fault("a width that the tensors have not", "mmproj", (r"ggml_nelements\(a\) ==",), key("clip.vision.embedding_length", U32, u32(64))),
+    Fault("a head of an odd width", "mmproj", (r"n_dims % 2 == 0",), key("clip.vision.attention.head_count", U32, u32(8))),
+    Fault("an epsilon of a norm", "mmproj", (r"eps >= 0.0f",), key("clip.vision.attention.layer_norm_epsilon", F32, NAN)),
+    Fault("a bias of another type", "mmproj", (r"binary_op: unsupported types",), tensor("mm.2.bias", kind=BF16)),
+    Fault("a type without products", "mmproj", (r"SIGSEGV \| \?\?", r"\*cur_backend_id != -1"), tensor("mm.2.weight", kind=I32_TENSOR)),
+    Fault("another family", "mmproj", (r"patch_bias != nullptr",), key("clip.projector_type", STRING, string(b"qwen3vl_merger"))),
+]
+
+
+def write(fault: Fault, folder: Path) -> Path:
+    """The smallest file that shows ``fault``, under the name that its target reads."""
+    seed, name = ("text/mbq3s.gguf", "model.gguf") if fault.kind == "text" else ("mmproj/f16.gguf", "mmproj.gguf")
+    document = copy_of((SEEDS / seed).read_bytes())
+    fault.edit(document)
+    document.pack()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(document.write())
+    return folder
+
+
+def main() -> None:
+    """Write all of them."""
+    for fault in FAULTS:
+        print(write(fault, Path(sys.argv[1]) / fault.name.replace(" ", "-")))
+
+
+if __name__ == "__main__":
+    main()

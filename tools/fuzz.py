@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Give spoilt files to the project's readers and to the patched libllama and libmtmd, and keep what breaks them.
+
+    python tools/fuzz.py header --count 100000           the header reader; the kinds are in tests/fuzz/targets/table.py
+    python tools/fuzz.py text mmproj --count 10000       loads, each in a child that may die
+    python tools/fuzz.py text --seed 3 --show 4711       one input again: kept in a folder, and read
+    python tools/fuzz.py mmproj --read FOLDER            what lies in such a folder, read again
+
+A run goes on where the last one of its kind and seed stopped. Faults are kept under --out, three files a signature; those that
+tests/fuzz/upstream.py lists are counted and do not fail. Exit code 1: there are others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "fuzz"))
+
+import click  # noqa: E402
+import harness  # noqa: E402
+import upstream  # noqa: E402
+from mbq_gguf.errors import SHOWN  # noqa: E402
+from mbq_gguf.llama_cpp.cache import cache_root  # noqa: E402
+from targets import Target  # noqa: E402
+from targets.table import TARGETS  # noqa: E402
+
+KEPT = 3  # files of one signature
+SAVE_SECONDS = 10.0
+SAY_SECONDS = 60.0
+
+
+@dataclass
+class State:
+    """How far a run of one kind and seed is."""
+
+    done: int = 0
+    seconds: float = 0.0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    faults: dict[str, list[int]] = field(default_factory=dict)  # numbers of inputs by signature
+    counts: Counter[str] = field(default_factory=Counter)  # faults by signature
+
+    def unknown(self, known: list[str]) -> list[str]:
+        """Signatures that are nobody's yet."""
+        return [signature for signature in self.counts if not any(re.search(part, signature) for part in known)]
+
+
+def known_faults() -> list[str]:
+    """Regular expressions of the signatures that are upstream's."""
+    return [part for fault in upstream.FAULTS for part in fault.signatures]
+
+
+def fuzz(kind: str, count: int, seed: int, out: Path) -> State:
+    """Run ``kind`` up to input ``count``, and keep state and faults in ``out``."""
+    file = out / f"{kind}-{seed}.json"
+    state = State()
+    if file.is_file():
+        kept = json.loads(file.read_text())
+        state = State(kept["done"], kept["seconds"], Counter(kept["outcomes"]), kept["faults"], Counter(kept["counts"]))
+    target, known = TARGETS[kind](), known_faults()
+    began, saved, said = time.monotonic() - state.seconds, time.monotonic(), time.monotonic()
+    try:
+        for outcome in harness.run(target, kind, seed, state.done, count):
+            state.done += 1
+            state.outcomes[outcome.what] += 1
+            now = time.monotonic()
+            state.seconds = now - began
+            if outcome.what == "fault":
+                state.counts[outcome.signature] += 1
+                numbers = state.faults.setdefault(outcome.signature, [])
+                if len(numbers) < KEPT:
+                    numbers.append(outcome.index)
+                    keep(kind, seed, outcome, out)
+            if now - saved > SAVE_SECONDS:
+                saved = now
+                save(state, file)
+            if now - said > SAY_SECONDS:
+                said = now
+                say(kind, state, known)
+    finally:
+        save(state, file)
+    say(kind, state, known)
+    for signature in state.unknown(known):
+        click.echo(f"  {state.counts[signature]} x {signature}: inputs {state.faults[signature]}")
+    return state
+
+
+def save(state: State, file: Path) -> None:
+    """Keep ``state``, whole at every moment."""
+    draft = file.with_suffix(".draft")
+    draft.write_text(json.dumps(vars(state), indent=1))
+    draft.replace(file)
+
+
+def say(kind: str, state: State, known: list[str]) -> None:
+    """One line on how far it is."""
+    new = sum(state.counts[signature] for signature in state.unknown(known))
+    faults = f"{state.outcomes['fault'] - new} faults of upstream's, {new} others"
+    rate = state.done / max(state.seconds, 1e-9)
+    click.echo(
+        f"{kind}: {state.done} inputs, {state.outcomes['taken']} taken, {state.outcomes['refused']} refused, {faults}; {rate:.0f} a second"
+    )
+
+
+def keep(kind: str, seed: int, outcome: harness.Outcome, out: Path) -> None:
+    """The input again, with what was said, in a folder of its own."""
+    folder = out / "faults" / f"{kind}-{seed}-{outcome.index}"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = TARGETS[kind]().make(harness.draw_for(kind, seed, outcome.index), harness.clean(folder))
+    (folder / "fault.txt").write_text(f"{outcome.signature}\n{done}\n\n{outcome.text[-20000:]}")
+
+
+def one(kind: str, seed: int, index: int, out: Path, folder: Path | None) -> int:
+    """Say what comes of one input, made here or lying in ``folder``; the exit code."""
+    target = Lying(TARGETS[kind](), folder) if folder else TARGETS[kind]()
+    (outcome,) = harness.run(target, kind, seed, index, index + 1)
+    if not folder:
+        keep(kind, seed, outcome, out)
+    click.echo(f"{outcome.what} {outcome.signature}\n{outcome.text}".strip())
+    return 1 if outcome.what == "fault" else 0
+
+
+@dataclass
+class Lying:
+    """A target whose input is there already."""
+
+    target: Target
+    folder: Path
+
+    def make(self, draw: random.Random, folder: Path) -> str:
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True, symlinks=True)
+        return "as it lies there"
+
+    def open(self) -> None:
+        self.target.open()
+
+    def read(self, folder: Path) -> str:
+        return self.target.read(folder)
+
+
+@click.command()
+@click.argument("kinds", nargs=-1, required=True, type=click.Choice(list(TARGETS)))
+@click.option(
+    "--count", default=1000, show_default=True, type=click.IntRange(min=1), help="Inputs of each kind in all, earlier runs included."
+)
+@click.option("--seed", default=0, show_default=True, help="Another number, other inputs.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Where state and faults are kept (default: fuzz in the cache)."
+)
+@click.option("--show", type=click.IntRange(min=0), help="Only this input: make it, read it, and say what comes of it.")
+@click.option("--read", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Only what lies in this folder.")
+def main(kinds: tuple[str, ...], count: int, seed: int, out: Path | None, show: int | None, folder: Path | None) -> None:
+    """Fuzz KINDS one after another."""
+    out = out or cache_root() / "fuzz"
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as pictures:
+        real = str(cache_root())
+        if not {"text", "mmproj", "decoder"} & set(kinds):
+            os.environ["MBQ_GGUF_CACHE"] = pictures  # pictures in data: URLs would fill the user's
+        try:
+            if show is not None or folder is not None:
+                sys.exit(one(kinds[0], seed, show or 0, out, folder))
+            states = [fuzz(kind, count, seed, out) for kind in kinds]
+        except SHOWN as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+        finally:
+            os.environ["MBQ_GGUF_CACHE"] = real
+    sys.exit(1 if any(state.unknown(known_faults()) for state in states) else 0)
+
+
+if __name__ == "__main__":
+    main()

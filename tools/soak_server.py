@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""Eight clients on one llama-server, with pictures, cancels and hostile input: are answers those of a server that is asked one at a time?
+
+    python tools/soak_server.py FILE.gguf                 500 requests; the table goes to the terminal
+    python tools/soak_server.py FILE.gguf --write         and into docs/results.md
+
+Fails (exit code 1) where an answer differs, hostile input is not refused, the server dies, or its memory grows by 1 % or more after
+the first third.
+"""
+
+from __future__ import annotations
+
+import platform
+import queue
+import random
+import statistics
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import requests
+from hostile_requests import HOSTILE, Hostile
+from mbq_gguf.errors import SHOWN
+from mbq_gguf.evaluate.exact_match import SHIPPED, Question, load_questions
+from mbq_gguf.llama_cpp import closed
+from mbq_gguf.llama_cpp.server import LlamaServer, data_url
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
+BEGIN, END = "<!-- soak table: tools/soak_server.py -->", "<!-- end of soak table -->"
+TOKENS = 16  # of an answer, at most
+CONTEXT = 1024  # of a slot: three pictures, question and answer
+SHARES = {"text": 0.25, "one picture": 0.25, "three pictures": 0.15, "cancelled": 0.15, "hostile": 0.2}
+PICTURES = {"text": 0, "one picture": 1, "three pictures": 3}
+DISTINCT = 8  # questions of each kind
+WARM_UP = 1 / 3  # of the requests
+GROWTH_LIMIT = 0.01
+Ask = tuple[str, tuple[Path, ...], str]  # kind, pictures, question
+
+
+@dataclass
+class Tally:
+    """What has been seen so far; threads add to it under the lock."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    statuses: Counter[str] = field(default_factory=Counter)
+    memory: list[int] = field(default_factory=list)  # bytes after each request
+    differing: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+def plan(questions: list[Question], requests_count: int, draw: random.Random) -> tuple[list[Ask], list[Ask | Hostile | str]]:
+    """The distinct asks, and every request in its order: an ask, the same to be cancelled, or something hostile."""
+    distinct: list[Ask] = []
+    for kind, pictures in PICTURES.items():
+        for index in range(DISTINCT):
+            chosen = questions[index * 3 : index * 3 + max(1, pictures)]
+            distinct.append((kind, tuple(question.image for question in chosen[:pictures]), chosen[0].question))
+    tasks: list[Ask | Hostile | str] = []
+    for kind, share in SHARES.items():
+        pool: list[Any] = HOSTILE if kind == "hostile" else ["cancelled"] if kind == "cancelled" else [a for a in distinct if a[0] == kind]
+        tasks += [pool[index % len(pool)] for index in range(round(share * requests_count))]
+    draw.shuffle(tasks)
+    return distinct, tasks
+
+
+def body(ask: Ask) -> dict[str, Any]:
+    """The request of an ask, as `LlamaServer.ask` sends it."""
+    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in ask[1]]
+    content.append({"type": "text", "text": ask[2]})
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": TOKENS, "temperature": 0.0, "cache_prompt": False}
+
+
+def cancel(server: LlamaServer, ask: Ask, seconds: float) -> None:
+    """Ask with a stream and hang up after ``seconds``, wherever the server is by then."""
+    with requests.Session() as session, suppress(requests.RequestException):
+        session.trust_env = False
+        headers = {"Authorization": f"Bearer {server.key}"}
+        url, data = f"{server.url}/v1/chat/completions", body(ask) | {"stream": True}
+        with session.post(url, json=data, headers=headers, stream=True, timeout=(60, seconds)) as response:
+            next(response.iter_lines(), None)
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that the server holds."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+def serve_one(
+    server: LlamaServer, task: Ask | Hostile | str, distinct: list[Ask], expected: dict[Ask, str], seed: int, tally: Tally
+) -> None:
+    """One request of one client."""
+    draw, began = random.Random(seed), time.monotonic()
+    kind, wrong, differing, status = "cancelled", "", "", ""
+    if isinstance(task, Hostile):
+        kind = "hostile"
+        status = task.send(server.url, server.key or "")
+        if status not in task.allowed:
+            wrong = f"{task.name}: {status} where {' or '.join(task.allowed)} was expected"
+    elif isinstance(task, str):
+        cancel(server, draw.choice(distinct), draw.uniform(0.01, 3))
+    else:
+        kind = task[0]
+        given = server.ask(task[1], task[2], TOKENS).text
+        if given != expected[task]:
+            differing = f"{task[2]!r} ({kind}): {expected[task]!r} alone, {given!r} among others"
+    seconds = time.monotonic() - began
+    with tally.lock:
+        tally.seconds[kind].append(seconds)
+        tally.memory.append(resident(server.pid))
+        tally.statuses[status] += bool(status)
+        tally.differing += [differing] if differing else []
+        tally.wrong += [wrong] if wrong else []
+        if len(tally.memory) % 50 == 0:
+            click.echo(f"{len(tally.memory)} requests, {len(tally.differing)} answers that differ, {tally.memory[-1] / 1e6:.0f} MB")
+
+
+def soak(server: LlamaServer, clients: int, distinct: list[Ask], tasks: list[Any], expected: dict[Ask, str]) -> Tally:
+    """All of ``tasks``, by ``clients`` at a time."""
+    tally, waiting = Tally(), queue.SimpleQueue[tuple[int, Any]]()
+    for item in enumerate(tasks):
+        waiting.put(item)
+
+    def client(_: int) -> None:
+        with suppress(queue.Empty):
+            while True:
+                index, task = waiting.get_nowait()
+                serve_one(server, task, distinct, expected, index, tally)
+
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(client, range(clients)))
+    return tally
+
+
+def growth(memory: list[int]) -> tuple[float, float]:
+    """Bytes after the warm-up and at the end, each the median over a tenth of the requests."""
+    span, first = max(1, len(memory) // 10), int(len(memory) * WARM_UP)
+    return statistics.median(memory[first : first + span]), statistics.median(memory[-span:])
+
+
+def table(tally: Tally, file: Path, asked_by: str) -> str:
+    """The result as it stands in docs/results.md."""
+    early, late = growth(tally.memory)
+    asked = sum(len(tally.seconds[kind]) for kind in PICTURES)
+    lines = [
+        f"{len(tally.memory)} requests by {asked_by}, `{file.name}` ({file.stat().st_size / 1e6:.0f} MB), {machine()},",
+        f"{datetime.now(UTC):%Y-%m-%d}; `python tools/soak_server.py FILE.gguf --write`.",
+        "",
+        "| requests | how many | as expected | seconds, median | 95th percentile |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for kind in SHARES:
+        seconds = sorted(tally.seconds[kind]) or [0.0]
+        failed = sum(f"({kind})" in words for words in tally.differing) if kind in PICTURES else len(tally.wrong) * (kind == "hostile")
+        right = "" if kind == "cancelled" else str(len(tally.seconds[kind]) - failed)
+        high = seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))]
+        lines.append(f"| {kind} | {len(tally.seconds[kind])} | {right} | {statistics.median(seconds):.2f} | {high:.2f} |")
+    lines += [
+        "",
+        f"{asked - len(tally.differing)} of {asked} answers are those that the same server gave to one client. Hostile requests got",
+        f"{', '.join(f'{count} x {status}' for status, count in sorted(tally.statuses.items()) if count)}.",
+        f"Memory: {early / 1e6:.1f} MB after {int(len(tally.memory) * WARM_UP)} requests, {late / 1e6:.1f} MB at the end "
+        f"({100 * (late / early - 1):+.2f} %).",
+    ]
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """The processor."""
+    found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{len(found)} cores of {found[0].partition(':')[2].strip() if found else platform.processor()}"
+
+
+def write(text: str) -> None:
+    """Put the table between its marks in docs/results.md."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--mmproj", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The vision file (default: mmproj-FILE).")
+@click.option("--requests", "count", default=500, show_default=True, type=click.IntRange(min=20))
+@click.option("--clients", default=8, show_default=True, type=click.IntRange(min=1))
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1))
+@click.option("--seed", default=0, show_default=True, help="Another order.")
+@click.option("--write", "into_page", is_flag=True, help="Put the table into docs/results.md.")
+def main(file: Path, mmproj: Path | None, count: int, clients: int, threads: int, seed: int, into_page: bool) -> None:
+    """Soak a llama-server with FILE."""
+    distinct, tasks = plan(load_questions(SHIPPED), count, random.Random(seed))
+    try:
+        with LlamaServer(file, mmproj or file.with_name(f"mmproj-{file.name}"), threads=threads, ctx=CONTEXT, parallel=clients) as server:
+            click.echo(f"asking {len(distinct)} questions one at a time")
+            expected = {ask: server.ask(ask[1], ask[2], TOKENS).text for ask in distinct}
+            began = time.monotonic()
+            tally = soak(server, clients, distinct, tasks, expected)
+            wall = time.monotonic() - began
+            if closed.request("GET", f"{server.url}/v1/models", server.key, 60).status_code != 200:
+                raise click.ClickException("the server answers no more: see its log")
+    except SHOWN as error:
+        raise click.ClickException(str(error)) from error
+    for words in tally.differing + tally.wrong:
+        click.echo(words)
+    text = table(tally, file, f"{clients} clients in {wall:.0f} s, {threads} threads")
+    click.echo(text)
+    if into_page:
+        write(text)
+    early, late = growth(tally.memory)
+    sys.exit(1 if tally.differing or tally.wrong or late / early - 1 >= GROWTH_LIMIT else 0)
+
+
+if __name__ == "__main__":
+    main()
