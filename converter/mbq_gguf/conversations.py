@@ -23,7 +23,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -110,7 +110,7 @@ class Scene:
 
     image: Path
     turns: tuple[Turn, ...]
-    place: str  # file and line
+    place: str = field(default="", compare=False)  # file and line, for sentences
 
 
 def read_scenes(path: Path, *, unanswered: bool = False) -> list[Scene]:
