@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,13 +24,18 @@ def finished_layers(folder: Path) -> int:
     return len(list(folder.glob("out.gguf.work/*/layer-*.safetensors")))
 
 
-def stop_after(model: Path, folder: Path, layers: int, delay: float, sign: signal.Signals) -> None:
-    """Start the command and send ``sign`` ``delay`` seconds after ``layers`` layers are kept, unless it ends before."""
-    process = subprocess.Popen(command(model, folder / "out.gguf"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def await_layers(process: subprocess.Popen[Any], folder: Path, layers: int) -> None:
+    """Until ``layers`` layers are kept in ``folder``, or ``process`` has ended."""
     deadline = time.monotonic() + SECONDS
     while finished_layers(folder) < layers and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def stop_after(model: Path, folder: Path, layers: int, delay: float, sign: signal.Signals) -> None:
+    """Start the command and send ``sign`` ``delay`` seconds after ``layers`` layers are kept, unless it ends before."""
+    process = subprocess.Popen(command(model, folder / "out.gguf"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    await_layers(process, folder, layers)
     time.sleep(delay)
     process.send_signal(sign)
     process.wait(SECONDS)
@@ -62,11 +68,8 @@ def test_a_signal_tidies_up(sign: signal.Signals, tiny_dir: Path, tmp_path: Path
         text=True,
         preexec_fn=lambda: signal.signal(sign, signal.SIG_DFL),  # the suite may ignore it (nohup, a job)
     )
-    deadline = time.monotonic() + SECONDS
-    while not finished_layers(tmp_path):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
+    await_layers(process, tmp_path, 1)
+    assert process.poll() is None
     process.send_signal(sign)
     error = process.communicate(timeout=SECONDS)[1]
     assert process.returncode == 128 + sign
@@ -79,11 +82,8 @@ def test_a_signal_tidies_up(sign: signal.Signals, tiny_dir: Path, tmp_path: Path
 def test_a_hang_up_that_is_ignored_stays_ignored(tiny_dir: Path, tmp_path: Path) -> None:
     """As ``nohup`` has it: the run ends well although its terminal closed."""
     process = subprocess.Popen(["nohup", *command(tiny_dir, tmp_path / "out.gguf")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + SECONDS
-    while not finished_layers(tmp_path):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
+    await_layers(process, tmp_path, 1)
+    assert process.poll() is None
     process.send_signal(signal.SIGHUP)
     assert process.wait(SECONDS) == 0
 

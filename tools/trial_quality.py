@@ -144,7 +144,7 @@ def bits(result: QuantiseResult) -> float:
 
 
 def scenes(loaded: LoadedModel, count: int) -> Streams:
-    """``count`` questions of the demo's eval set at the door of the first layer."""
+    """``count`` questions of the demo's eval set as they enter the first layer."""
     samples = read_jsonl(SHIPPED)
     return list(capture(loaded, [Sample(s.image, s.turns[:1]) for s in random.Random(0).sample(samples, min(count, len(samples)))]))
 

@@ -84,7 +84,7 @@ def captions(folder: Path) -> Path:
 
 
 def described(loaded: LoadedModel, count: int) -> trial.Streams:
-    """``count`` descriptions of the eval set at the door of the first layer."""
+    """``count`` descriptions of the eval set as they enter the first layer."""
     samples = [sample for sample in read_jsonl(SHIPPED) if "from left to right" in sample.turns[0][0]]
     return list(capture(loaded, [Sample(s.image, s.turns[:1]) for s in random.Random(0).sample(samples, min(count, len(samples)))]))
 

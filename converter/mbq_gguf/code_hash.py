@@ -1,4 +1,4 @@
-"""A hash of the code behind a file: work that older code left is not taken for this code's."""
+"""A hash of the code that decides a file's bytes, so that what older code left behind is not used again."""
 
 from __future__ import annotations
 

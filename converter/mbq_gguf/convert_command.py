@@ -50,7 +50,7 @@ research = option_group("Research (what each does to the figures: docs/results.m
     "--synthetic",
     type=click.IntRange(min=0),
     default=QuantiseSettings.synthetic,
-    help="Texts that the model writes itself, and half as many procedural pictures, beside the samples: what they do not show is kept.",
+    help="Calibrate also on so many texts that the model writes itself and half as many procedural pictures: they keep what samples miss.",
 )
 @calibration(
     "--turns",
@@ -82,7 +82,7 @@ research = option_group("Research (what each does to the figures: docs/results.m
     "--refits",
     type=click.IntRange(min=0),
     default=QuantiseSettings.refits,
-    help="How often scales are fitted again to the codes, with codes descending in between.",
+    help="How often scales are fitted again to the codes; in between, codes are improved by coordinate descent.",
 )
 @research(
     "--target-bpw",
@@ -106,19 +106,19 @@ research = option_group("Research (what each does to the figures: docs/results.m
     "--token-weights",
     type=click.Choice(["uniform", "modality", "gradient", "token"]),
     default=QuantiseSettings.token_weights,
-    help="What a token counts in GPTQ: all the same, MBQ's ratio of vision to language, its class's gradient, or its own gradient.",
+    help="How GPTQ weighs tokens: all alike, by MBQ's ratio of vision to language, by the gradient of their class, or each by its own.",
 )
 @research(
     "--prompt-weight",
     type=click.FloatRange(min=0),
     default=QuantiseSettings.prompt_weight,
-    help="With --token-weights modality: what a token of the question counts, where one of the answer counts 1.",
+    help="With --token-weights modality: the weight of a token of the question; a token of the answer has weight 1.",
 )
 @research(
     "--method",
     type=click.Choice(["rtn", "awq", "mbq", "smoothquant"]),
     default=QuantiseSettings.method,
-    help="Equalisation of channels before rounding: none, by all tokens alike, by modality (these two take long), SmoothQuant's.",
+    help="How channels are scaled before rounding: not at all, by AWQ, by MBQ (these two take long), or by SmoothQuant.",
 )
 @research(
     "--floor/--no-floor",

@@ -32,24 +32,24 @@ class QuantiseSettings:
     """The defaults are the combination that scores best (docs/results.md)."""
 
     type_name: str = "MBQ3S"
-    synthetic: int = 80  # texts that the model writes itself beside the samples, and half as many procedural pictures
-    target_bpw: float | None = None  # a type chosen for each tensor instead, chosen to meet this size (bits a weight)
-    method: Method = "rtn"  # equalisation of channels beforehand
+    synthetic: int = 80  # so many texts that the model generates join the samples, and half as many procedural pictures
+    target_bpw: float | None = None  # instead of type_name: a type for each tensor, chosen to meet this size (bits a weight)
+    method: Method = "rtn"  # how channels are scaled before rounding; rtn: not at all
     rounding: Rounding = "gptq"
-    floor: bool = True  # no layer's modality ratio below the median over layers
+    floor: bool = True  # a layer's ratio of vision to language sensitivity is raised to the median over layers, where it is below
     answer_mask: AnswerMask = "header"  # the tokens that stand for the answer in ratios, search and token weights
     token_weights: Kind = "uniform"  # how GPTQ's Hessians weigh tokens
-    prompt_weight: float = 1.0  # of a prompt token where token_weights is modality
+    prompt_weight: float = 1.0  # of a token of the question where token_weights is modality; one of the answer weighs 1
     rotate: Rotate = "none"
     # the search for equalisation factors
-    search_samples: int | None = None  # on the first so many samples; None: on all
+    search_samples: int | None = None  # compares candidates on the first so many samples; None: on all
     search_loss: SearchLoss | None = None  # mean absolute or mean squared error; None: the method's own, mae for MBQ and mse for AWQ
     grouped_o: bool = True  # also o_proj where query heads share a value head, and so its factors; MBQ's authors leave it alone
-    propagate_error: bool = True  # Hessians and the search from the inputs that the already rounded prefix gives
-    # GPTQ's own; nearest rounding knows none of them
-    clip: bool = True  # search each block's range
-    error_correction: float = 0.5  # share of the prefix's output error that a layer makes good, where propagate_error is on
-    refits: int = 2  # turns of refitting scales and minima to the codes, which descend in between
+    propagate_error: bool = True  # a layer is calibrated on what the rounded layers before it (the prefix) give, not the original ones
+    # GPTQ's own, without meaning for rounding to nearest
+    clip: bool = True  # search each block's range instead of taking it from its smallest and largest weight
+    error_correction: float = 0.5  # the share of the prefix's error that a layer compensates; needs propagate_error
+    refits: int = 2  # how often scales and minima are fitted to the codes; codes are improved in between (rounding/descent.py)
     learn_scales: int = 0  # passes over the samples in which a layer's scales and minima are learned together; needs propagate_error
     damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
 
@@ -60,6 +60,6 @@ class QuantiseSettings:
 
     @property
     def power(self) -> int:
-        """Of the error that the search compares by."""
+        """The power of the errors that the search sums: 1 for mae, 2 for mse."""
         own: SearchLoss = "mse" if self.method == "awq" else "mae"
         return 1 if (self.search_loss or own) == "mae" else 2

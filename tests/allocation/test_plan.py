@@ -7,13 +7,13 @@ from io import StringIO
 
 import pytest
 import torch
+from grids import grid_for
 from mbq_gguf.allocation import predict
 from mbq_gguf.allocation.knapsack import Option
 from mbq_gguf.allocation.plan import make_plan, plan_table
 from mbq_gguf.allocation.predict import Inputs, candidates, foreseen, layer_options, output_scale
 from mbq_gguf.calibration.stream import working_layer
 from mbq_gguf.errors import UsageError
-from mbq_gguf.formats.grid import grid_of
 from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layer import Layer
@@ -65,8 +65,7 @@ def test_gptqs_cost_is_foreseen_without_running_it(kind: str, clip: bool) -> Non
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(900, 32, generator=draw) @ torch.randn(32, 256, generator=draw) + torch.randn(900, 256, generator=draw)
     weight, hessian = torch.randn(96, 256, generator=draw), x.t() @ x
-    grid = grid_of(quant_type(kind))
-    assert grid is not None
+    grid = grid_for(quant_type(kind))
     factor = inverse_factor(hessian, DAMPING)
     actual = objective(weight, round_gptq(weight, factor, grid, partial(search_range, grid) if clip else None).weight, hessian)
     assert foreseen(weight, factor.diagonal().square().reciprocal(), grid, clip) == pytest.approx(actual, rel=0.25)

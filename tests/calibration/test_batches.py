@@ -46,7 +46,7 @@ def test_together_as_alone(tiny: LoadedModel, streams: list[Streamed], tokens: i
         assert float((found.hidden - expected).abs().max() / expected.abs().max()) < (BFLOAT16 if low else ROUNDING)
 
 
-def test_packs_keep_order_and_size(streams: list[Streamed], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_keep_order_and_size(streams: list[Streamed], monkeypatch: pytest.MonkeyPatch) -> None:
     limit = len(streams[0].ids) + len(streams[1].ids)
     monkeypatch.setattr(module, "TOKENS", limit)
     found = list(batches(streams, 0))

@@ -69,7 +69,7 @@ def test_moments_equal_those_of_whole_runs(layer: Layer, streams: list[Streamed]
     assert all(torch.equal(ours.hidden, plain.hidden) for ours, plain in zip(replay.streams, streams, strict=True))
 
 
-def test_attention_and_wide_linears_run_once_a_pack(layer: Layer, streams: list[Streamed], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_and_wide_linears_run_once_a_batch(layer: Layer, streams: list[Streamed], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "TOKENS", len(streams[0].ids) + len(streams[1].ids))
     runs: Counter[str] = Counter()
 

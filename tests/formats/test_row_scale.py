@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from grids import grid_for
 from mbq_cbind import types
 from mbq_gguf.formats import row_scale
-from mbq_gguf.formats.grid import Grid, grid_of
+from mbq_gguf.formats.grid import Grid
 from mbq_gguf.formats.quant_type import Floats
 from mbq_gguf.formats.registry import quant_type, quant_type_for
 from mbq_gguf.rounding.gptq import code_gptq, inverse_factor, objective, round_gptq
@@ -21,9 +22,7 @@ def weights(rows: int, columns: int, seed: int = 0) -> Floats:
 
 
 def grid(kind: str, columns: int) -> Grid:
-    found = grid_of(quant_type_for(kind, columns))
-    assert found is not None
-    return found
+    return grid_for(quant_type_for(kind, columns))
 
 
 def stored_scales(kind: str, data: np.ndarray) -> np.ndarray:

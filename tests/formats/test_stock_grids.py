@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from grids import grid_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mbq_cbind import types
-from mbq_gguf.formats.grid import Grid, Parameter, grid_of
+from mbq_gguf.formats.grid import Parameter
 from mbq_gguf.formats.registry import quant_type
 
 STOCK = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 ROWS, COLUMNS = 3, 512
-
-
-def found(name: str) -> Grid:
-    grid = grid_of(quant_type(name))
-    assert grid is not None
-    return grid
 
 
 def drawn(parameter: Parameter, step: torch.Tensor, groups: int, draw: torch.Generator) -> torch.Tensor:
@@ -32,7 +27,7 @@ def drawn(parameter: Parameter, step: torch.Tensor, groups: int, draw: torch.Gen
 @given(seed=st.integers(0, 2**32), size=st.sampled_from([0.0, 1e-6, 0.01, 1.0, 500.0]))
 @settings(max_examples=25, deadline=None)
 def test_ggml_reads_what_was_packed(name: str, seed: int, size: float) -> None:
-    grid, draw = found(name), torch.Generator().manual_seed(seed)
+    grid, draw = grid_for(quant_type(name)), torch.Generator().manual_seed(seed)
     steps = (size * torch.randn(ROWS, COLUMNS // grid.block, 2, generator=draw)).half().float()
     scale = drawn(grid.scale, steps[..., 0], COLUMNS // grid.group, draw)
     offset = drawn(grid.offset, steps[..., 1], COLUMNS // grid.group, draw)
@@ -45,7 +40,7 @@ def test_ggml_reads_what_was_packed(name: str, seed: int, size: float) -> None:
 @pytest.mark.parametrize("name", STOCK)
 def test_every_code_counts(name: str) -> None:
     # The property above would not notice a code range that is too small.
-    grid = found(name)
+    grid = grid_for(quant_type(name))
     levels = {"Q2": 4, "Q3": 8, "Q4": 16, "Q5": 32, "Q6": 64, "Q8": 256}[name[:2]]
     assert grid.high - grid.low + 1 == levels
     assert grid.block == quant_type(name).block_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from mbq_gguf.formats.grid import Grid, grid_of
+from grids import grid_for
 from mbq_gguf.formats.mbq3 import MBQ3, MBQ3_64
 from mbq_gguf.formats.quant_type import QuantType
 from mbq_gguf.rounding.gptq import inverse_factor, objective, round_gptq
@@ -13,12 +13,6 @@ from mbq_gguf.rounding.nearest import round_nearest
 
 OWN = pytest.mark.parametrize("kind", [MBQ3, MBQ3_64], ids=lambda kind: kind.name)
 COLUMNS = 256
-
-
-def grid(kind: QuantType) -> Grid:
-    found = grid_of(kind)
-    assert found is not None
-    return found
 
 
 def correlated_inputs(seed: int, tokens: int = 400) -> torch.Tensor:
@@ -37,7 +31,7 @@ def weights(seed: int, rows: int = 48) -> torch.Tensor:
 @OWN
 def test_identity_hessian_is_round_to_nearest(kind: QuantType) -> None:
     weight = weights(0)
-    rounded = round_gptq(weight, inverse_factor(torch.eye(COLUMNS), 0.01), grid(kind))
+    rounded = round_gptq(weight, inverse_factor(torch.eye(COLUMNS), 0.01), grid_for(kind))
     np.testing.assert_array_equal(rounded.data, round_nearest(weight, kind).data)
 
 
@@ -46,7 +40,7 @@ def test_identity_hessian_is_round_to_nearest(kind: QuantType) -> None:
 def test_beats_nearest_on_its_own_objective(kind: QuantType, seed: int) -> None:
     x, weight = correlated_inputs(seed), weights(seed)
     hessian = x.t() @ x
-    gptq = objective(weight, round_gptq(weight, inverse_factor(hessian, 0.01), grid(kind)).weight, hessian)
+    gptq = objective(weight, round_gptq(weight, inverse_factor(hessian, 0.01), grid_for(kind)).weight, hessian)
     nearest = objective(weight, round_nearest(weight, kind).weight, hessian)
     assert gptq < 0.5 * nearest  # measured 0.06 to 0.15 on such inputs
 
@@ -54,7 +48,7 @@ def test_beats_nearest_on_its_own_objective(kind: QuantType, seed: int) -> None:
 @OWN
 def test_bytes_give_the_weights_back(kind: QuantType) -> None:
     x = correlated_inputs(9)
-    rounded = round_gptq(weights(9), inverse_factor(x.t() @ x, 0.01), grid(kind))
+    rounded = round_gptq(weights(9), inverse_factor(x.t() @ x, 0.01), grid_for(kind))
     np.testing.assert_array_equal(kind.dequantize(rounded.data), rounded.weight.numpy())
 
 
@@ -74,13 +68,13 @@ def test_two_columns_by_hand() -> None:
     weight[0, 0], weight[0, 1], weight[0, 63] = 2.4, 3.35, 7.0
     hessian = torch.eye(64)
     hessian[0, 1] = hessian[1, 0] = 0.5
-    rounded = round_gptq(weight, inverse_factor(hessian, 0.0), grid(MBQ3_64)).weight
+    rounded = round_gptq(weight, inverse_factor(hessian, 0.0), grid_for(MBQ3_64)).weight
     assert rounded[0, [0, 1, 63]].tolist() == [2.0, 4.0, 7.0]
 
 
 def test_dead_channels_are_rounded_to_nearest() -> None:
     x, weight = correlated_inputs(3), weights(3)
     x[:, 5] = 0
-    rounded = round_gptq(weight, inverse_factor(x.t() @ x, 0.01), grid(MBQ3_64))
+    rounded = round_gptq(weight, inverse_factor(x.t() @ x, 0.01), grid_for(MBQ3_64))
     assert torch.isfinite(rounded.weight).all()
     assert (rounded.weight[:, 5] - weight[:, 5]).abs().max() < 1.0  # half a step of a unit-normal block of 64 is below 0.5

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from grids import grid_for
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.stream import advance, capture, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights import uniform
 from mbq_gguf.errors import UsageError
-from mbq_gguf.formats.grid import Grid, grid_of, to_f16
+from mbq_gguf.formats.grid import Grid, to_f16
 from mbq_gguf.formats.mbq3 import MBQ3_64
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layer import Layer
@@ -26,9 +27,7 @@ LEFT = 0.1  # of the squared error that scales off by 5 % make; measured 0.02
 
 @pytest.fixture(scope="module")
 def grid() -> Grid:
-    found = grid_of(MBQ3_64)
-    assert found is not None
-    return found
+    return grid_for(MBQ3_64)
 
 
 def miss(layer: Layer, inputs: list[Streamed], wanted: list[Streamed]) -> float:

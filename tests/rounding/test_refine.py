@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from grids import grid_for
 from mbq_gguf.calibration.moments import Moments
-from mbq_gguf.formats.grid import Grid, grid_of
+from mbq_gguf.formats.grid import Grid
 from mbq_gguf.formats.mbq3 import MBQ3_64
 from mbq_gguf.formats.mbq3s import MBQ3S_64
 from mbq_gguf.formats.quant_type import QuantType
@@ -24,9 +25,7 @@ COLUMNS = 128
 
 @pytest.fixture(scope="module")
 def grid() -> Grid:
-    found = grid_of(MBQ3_64)
-    assert found is not None
-    return found
+    return grid_for(MBQ3_64)
 
 
 def drawn(seed: int, *shape: int) -> torch.Tensor:
@@ -102,8 +101,7 @@ def test_refit_lowers_gptqs_objective(grid: Grid, seed: int) -> None:
 
 @pytest.mark.parametrize("kind", [MBQ3_64, MBQ3S_64], ids=lambda kind: kind.name)
 def test_refit_bears_rows_and_inputs_that_say_nothing(kind: QuantType) -> None:
-    line = grid_of(kind)
-    assert line is not None
+    line = grid_for(kind)
     weight = drawn(21, 6, COLUMNS)
     weight[0], weight[1, :64], weight[2] = 0.0, 1e-9, 3.0
     x = drawn(22, 20, COLUMNS)  # fewer tokens than columns
@@ -152,8 +150,7 @@ def test_matrices_with_one_input_are_rounded_as_if_each_were_alone(grid: Grid) -
 
 def test_small_groups_lose_less_at_the_same_size(grid: Grid) -> None:
     assert MBQ3S_64.type_size == MBQ3_64.type_size
-    small = grid_of(MBQ3S_64)
-    assert small is not None
+    small = grid_for(MBQ3S_64)
     x, weight = inputs(16), drawn(17, 64, COLUMNS)
     found = Moments(x.t() @ x)
     how = Refinement(0.01, clip=True, error_correction=0.0, refits=2)
@@ -161,9 +158,8 @@ def test_small_groups_lose_less_at_the_same_size(grid: Grid) -> None:
     assert lost[0] < 0.9 * lost[1]  # measured 0.85; on two layers of the reference VLM 0.74 to 0.81
 
 
-def test_refits_give_what_heads_can_hold() -> None:
-    small = grid_of(MBQ3S_64)
-    assert small is not None
+def test_refits_give_what_scale_words_can_hold() -> None:
+    small = grid_for(MBQ3S_64)
     x, weight = inputs(18), drawn(19, 20, COLUMNS)
     coded = refined(weight, Moments(x.t() @ x), small, Refinement(0.01, clip=True, error_correction=0.0, refits=2))
     held = small.held(coded.scale, coded.offset)
@@ -202,8 +198,7 @@ def test_descent_by_hand(grid: Grid) -> None:
 
 @pytest.mark.parametrize("kind", ["W4A8", "W8A8"])
 def test_a_rows_refitted_scale_is_the_least_squares_one(kind: str) -> None:
-    grid = grid_of(quant_type_for(kind, COLUMNS))
-    assert grid is not None
+    grid = grid_for(quant_type_for(kind, COLUMNS))
     weight, x = drawn(40, 24, COLUMNS), inputs(41)
     coded = code_gptq(weight, inverse_factor(x.t() @ x, 0.01), grid, partial(search_range, grid))
     found = refit_row_scale(weight, coded.codes, coded.scale, x.t() @ x)
@@ -220,8 +215,7 @@ def test_a_rows_refitted_scale_is_the_least_squares_one(kind: str) -> None:
 
 
 def test_refits_lower_the_objective_of_one_scale_a_row() -> None:
-    grid = grid_of(quant_type_for("W4A8", COLUMNS))
-    assert grid is not None
+    grid = grid_for(quant_type_for("W4A8", COLUMNS))
     weight, x = drawn(50, 24, COLUMNS), inputs(51)
     hessian = x.t() @ x
     found = [refined(weight, Moments(hessian), grid, Refinement(0.01, True, 0.0, refits)).values(grid) for refits in (0, 1, 2)]

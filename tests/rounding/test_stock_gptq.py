@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from grids import grid_for
 from mbq_cbind import types
 from mbq_gguf.calibration.moments import Moments
-from mbq_gguf.formats.grid import Grid, grid_of
 from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.rounding.gptq import inverse_factor, objective, round_gptq
 from mbq_gguf.rounding.ranges import search_range, search_steps
@@ -16,12 +16,6 @@ from mbq_gguf.rounding.sequence import Refinement, refined
 STOCK = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 K_QUANTS = [name for name in STOCK if name.endswith("_K")]
 COLUMNS = 512
-
-
-def grid(name: str) -> Grid:
-    found = grid_of(quant_type(name))
-    assert found is not None
-    return found
 
 
 def layer(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +36,7 @@ def by_ggml(name: str, weight: torch.Tensor, hessian: torch.Tensor) -> torch.Ten
 @pytest.mark.parametrize("name", STOCK)
 def test_beats_ggml_with_importance_matrix_and_packs_what_it_says(name: str) -> None:
     weight, hessian = layer(1)
-    rounded = round_gptq(weight, inverse_factor(hessian, 0.01), grid(name))
+    rounded = round_gptq(weight, inverse_factor(hessian, 0.01), grid_for(quant_type(name)))
     np.testing.assert_array_equal(types.dequantize(name, rounded.data, COLUMNS), rounded.weight.numpy())
     assert types.is_valid(name, rounded.data)
     assert objective(weight, rounded.weight, hessian) < 0.4 * objective(weight, by_ggml(name, weight, hessian), hessian)
@@ -52,7 +46,7 @@ def test_beats_ggml_with_importance_matrix_and_packs_what_it_says(name: str) -> 
 @pytest.mark.parametrize("size", [0.0, 1e-9, 1e4])
 def test_any_size_of_weights(name: str, size: float) -> None:
     weight, hessian = layer(2)
-    rounded = round_gptq(weight[:4] * size, inverse_factor(hessian, 0.01), grid(name))
+    rounded = round_gptq(weight[:4] * size, inverse_factor(hessian, 0.01), grid_for(quant_type(name)))
     np.testing.assert_array_equal(types.dequantize(name, rounded.data, COLUMNS), rounded.weight.numpy())
     assert torch.isfinite(rounded.weight).all()
 
@@ -63,14 +57,14 @@ def test_the_search_alone_is_nearly_as_good_as_ggmls(name: str) -> None:
     # (measured 0.92 to 1.15, the most with 6 bits, where the error is smallest anyway).
     weight, _ = layer(3)
     hessian = torch.diag(torch.rand(COLUMNS, generator=torch.Generator().manual_seed(4)) + 0.1)
-    ours = round_gptq(weight, inverse_factor(hessian, 0.0), grid(name)).weight
+    ours = round_gptq(weight, inverse_factor(hessian, 0.0), grid_for(quant_type(name))).weight
     assert objective(weight, ours, hessian) < 1.2 * objective(weight, by_ggml(name, weight, hessian), hessian)
 
 
 @pytest.mark.parametrize("name", K_QUANTS)
 def test_searched_parameters_are_multiples_of_the_steps(name: str) -> None:
     weight, _ = layer(5)
-    kind, costs = grid(name), torch.ones(256)
+    kind, costs = grid_for(quant_type(name)), torch.ones(256)
     steps = search_steps(kind, weight[:, :256], costs)
     scale, offset = search_range(kind, weight[:, : kind.group], costs[: kind.group], steps)
     for value, step, parameter in ((scale, steps[:, :1], kind.scale), (offset, steps[:, 1:], kind.offset)):
@@ -83,7 +77,7 @@ def test_searched_parameters_are_multiples_of_the_steps(name: str) -> None:
 
 def test_k_quants_keep_their_parameters_while_their_codes_descend() -> None:
     weight, hessian = layer(6)
-    kind, found = grid("Q4_K"), Moments(hessian)
+    kind, found = grid_for(quant_type("Q4_K")), Moments(hessian)
     plain, descended = (refined(weight, found, kind, Refinement(0.01, clip=True, error_correction=0.0, refits=n)) for n in (0, 2))
     for part in ("scale", "offset", "steps"):
         assert torch.equal(getattr(plain, part), getattr(descended, part))

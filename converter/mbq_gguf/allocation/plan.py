@@ -1,4 +1,4 @@
-"""One quant type a tensor: the choice, and how it is told."""
+"""The plan of a file of several quant types: which type each tensor gets, and the table that reports it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mbq_gguf.errors import UsageError
 
 @dataclass(frozen=True)
 class Plan:
-    """The type chosen for each tensor, and what it takes: by tensor name: type, bytes, weights and predicted cost (nats)."""
+    """The type chosen for each tensor and what it takes, all by tensor name: type, bytes, number of weights, predicted cost (nats)."""
 
     type_names: dict[str, str]
     sizes: dict[str, int]

@@ -1,6 +1,6 @@
-"""Samples one behind another as one long one: norms and products take them together, attention keeps them apart.
+"""Samples concatenated into batches: norms and matrix products run over the whole batch at once, attention over each sample by itself.
 
-A sample has some 150 tokens, a matrix product is at its best from 1000 on, and every operation costs its call.
+A sample has about 150 tokens; a matrix product is at its best from 1000 on, and every operation has a cost a call.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a search compares on: the inputs of a site's linears, and what its inspected module makes of them in the original model."""
+"""What the search for equalisation factors compares candidates by: a site's inspected module, its inputs, and the original's outputs."""
 
 from __future__ import annotations
 

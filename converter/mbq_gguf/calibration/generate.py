@@ -1,4 +1,4 @@
-"""The model's own words: answers for images that come without one, and texts from nothing."""
+"""Text that the model generates: answers to questions about pictures that have none, and free texts for calibration (synthetic.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Second moments of a site's inputs where the model before it is rounded already, with the original model's inputs beside them."""
+"""Second moments of a site's inputs in the model whose earlier layers and sites are rounded, and the original's inputs beside them."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def _add_square(total: torch.Tensor, x: torch.Tensor) -> None:
 class Replay:
     """Streams on their way through one layer while it is rounded.
 
-    Groups are asked for in the layer's order, each when all before it are rounded. A run ends at the site's first linear. What a branch
-    gave its last linear does not change any more: it is kept on the host, and later runs begin that branch there. So attention and the
-    wide linears run once a sample, not four times.
+    Sites are asked for in the layer's order, each when all before it are rounded, and a run stops at the site's first linear. Once the last
+    site of a branch (attention, feed-forward) is reached, its input no longer changes: it is kept on the host, and later runs enter the
+    branch there. So attention and the wide linears run once a batch, not four times.
     """
 
     def __init__(self, layer: Layer, streams: Sequence[Streamed]) -> None:

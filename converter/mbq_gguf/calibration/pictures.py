@@ -1,4 +1,4 @@
-"""Pictures of nothing, with the statistics of photographs: noise of a 1/f spectrum, and leaves that fall over one another.
+"""Procedural pictures with the statistics of photographs: noise with a 1/f spectrum, and dead leaves (shapes that cover one another).
 
 Natural images have spectra near 1/f (Field 1987) and sizes of objects near a power law, which dead leaves reproduce (Lee, Mumford and Huang
 2001); networks trained on such pictures alone learn to see photographs (Baradad et al., arXiv 2106.05963).

@@ -1,8 +1,8 @@
-"""Samples made of nothing but the model: texts that it writes itself, and questions about pictures of nothing.
+"""Synthetic samples, for which no data is needed: texts that the model generates itself, and questions about procedural pictures.
 
-A calibration set covers what users will ask about; what else the model can do lies in directions that the set leaves to the damping. Texts
-that a model samples from a random first token (LLM-QAT, arXiv 2305.17888) and procedural pictures hold those directions, with no data: on
-the reference VLM, calibrated on drawn scenes, they halve the divergence on photographs and on text (docs/log.md).
+A calibration set covers what users will ask about. Input directions that it never excites are free for GPTQ to spoil, but for the damping,
+and the rest of what the model can do lies there. Texts sampled from a random first token (LLM-QAT, arXiv 2305.17888) and procedural
+pictures excite them: on the reference VLM, calibrated on drawn scenes, they halve the divergence on photographs and on text (docs/log.md).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mbq_gguf.calibration.stream import capture_encoded
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.loaded import LoadedModel
 
-TEXT_TOKENS = 128  # what the six minutes allow that the reference VLM may take
-TEMPERATURE = 1.6  # 1.0 writes too plainly: 0.60 to 0.64 nats on text, 0.53 to 0.57 with 1.3 to 2.0; photographs suffer from 2.0
+TEXT_TOKENS = 128  # as long as the reference VLM's six minutes allow
+TEMPERATURE = 1.6  # 1.0 gives too plain texts: 0.60 to 0.64 nats on text, 0.53 to 0.57 with 1.3 to 2.0; photographs suffer from 2.0
 FREE_SHARE = 0.4  # of the pictures are asked FREE_QUESTION, the others a question of the samples
 SEED = 0
 

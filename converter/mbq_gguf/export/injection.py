@@ -1,8 +1,9 @@
-"""Puts our tensors into a model object of llama.cpp's conversion package while it prepares its file.
+"""Makes llama.cpp's conversion package write our quantised tensors: it prepares the file as ever, and ours take the place of its own.
 
-Three of the object's own methods are wrapped, on the object and not on its class: ``modify_tensors`` (which names and rows become of a
-tensor), ``tensor_force_quant`` (its type) and the writer's ``add_tensor`` (its bytes). So rows that an architecture permutes
-or splits are permuted or split after quantisation too, without a list of architectures here.
+The package turns a checkpoint into a file by three methods of one model object: ``modify_tensors`` says which tensors of the file a
+checkpoint's tensor becomes, with which rows, ``tensor_force_quant`` their types, and the writer's ``add_tensor`` takes the bytes. Each
+is wrapped, on this object alone. Where an architecture permutes or splits rows, ours are permuted or split in the same way, since the
+original methods still run: no list of architectures is needed here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The conversion without its weights: what would fail, or go wrong in silence, after hours of calibration is found before them."""
+"""A dry run of the conversion without the weights: what would fail, or silently go wrong, after hours of calibration shows before them."""
 
 from __future__ import annotations
 

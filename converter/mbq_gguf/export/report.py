@@ -1,4 +1,4 @@
-"""What a conversion did, and how it is told on a terminal."""
+"""The report of a conversion, for a terminal."""
 
 from __future__ import annotations
 

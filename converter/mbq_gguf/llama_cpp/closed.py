@@ -1,4 +1,4 @@
-"""What keeps a llama-server to whoever started it: its options, its environment, its key, and requests that go nowhere else.
+"""Closes a llama-server to everybody but the process that started it: its options, environment and key, and requests past every proxy.
 
 Closed are the network (``--offline``: nothing is fetched, pictures by ``http://`` included), the lists of slots with other people's
 prompts, changes of properties and metrics (llama-server's own default), tools and proxies for agents, pages of other origins, and every

@@ -1,6 +1,6 @@
 """Run a program that the kernel ends when its parent dies, also by kill -9. Run by its path; imports the standard library alone.
 
-A file of its own, executed between fork and exec: code that a thread-ridden parent runs in its forked child may hang there.
+A file of its own, executed between fork and exec: what a parent with threads runs in its forked child before exec may hang.
 """
 
 from __future__ import annotations

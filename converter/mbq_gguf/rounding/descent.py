@@ -1,8 +1,9 @@
 """Coordinate descent over the codes: GPTQ never goes back to a column, this does.
 
-With the parameters held and G = (W - Q) H, the best code of column j beside all other codes is code_j + G_j / (H[j, j] scale_j), rounded.
-No step can raise GPTQ's objective (the greedy updates of QuIP, arXiv 2307.13304). On the reference VLM one pass between two refits brings
-the objective to 0.65 to 0.86 of what it is with GPTQ's own second pass there, on samples that were not seen to nearly the same.
+With scales and offsets held and G = (W - Q) H for weights W and their rounded values Q, the best code of column j, all others held, is
+code_j + G_j / (H[j, j] scale_j), rounded. No step can raise GPTQ's objective (the greedy updates of QuIP, arXiv 2307.13304). On the
+reference VLM one pass between two refits lowers the objective to 0.65 to 0.86 of what a second pass of GPTQ in its place gives, and to
+nearly the same share on samples that were not seen.
 """
 
 from __future__ import annotations

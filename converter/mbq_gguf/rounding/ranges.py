@@ -1,8 +1,8 @@
-"""Range search: a group's scale and offset where the weights' squared error, each weight by what its error costs, is least.
+"""Range search: the scale and offset of a group with the least squared error, each weight's error weighted by what it costs.
 
-First a few shrunken ranges, both ends alone (OCTAV, AWQ's clipping, with two ends), then codes and a weighted least-squares line through
+First a few shrunk ranges, each end by itself (OCTAV, AWQ's clipping, with two ends), then codes and a weighted least-squares line through
 them take turns. Under GPTQ an error in column j costs 1 / U[j, j] ** 2, since later columns make good the rest: with these costs GPTQ's
-objective on the reference VLM is 0.70 of plain GPTQ's, with equal costs 0.82, with both ends shrunken alike 0.85 (equal) and 0.77.
+objective on the reference VLM is 0.70 of plain GPTQ's, with equal costs 0.82, with both ends shrunk alike 0.85 (equal) and 0.77.
 The same search serves every grid; in the stock types it alone (no GPTQ, importance matrix as costs) comes within 0.92 to 1.13 of ggml's.
 """
 
@@ -14,10 +14,10 @@ import torch
 
 from mbq_gguf.formats.grid import Grid, Pair
 
-TRIMS = (0.0, 0.7, 1.4, 2.1)  # by how many code steps a range is shrunken at an end
+TRIMS = (0.0, 0.7, 1.4, 2.1)  # the code steps by which a range is shrunk at either end
 LARGEST_GROUP = 256
 ROW_SHARES = tuple(0.95**step for step in range(24))  # of the range where a grid serves more weights: outliers are rarer and further out
-TURNS = 3  # of codes and least squares; more turns, 7 x 7 or 17 x 17 shrunken ranges instead of 4 x 4 give MBQ3 no more
+TURNS = 3  # of codes and least squares; more turns, 7 x 7 or 17 x 17 shrunk ranges instead of 4 x 4 give MBQ3 no more
 
 
 def search_range(grid: Grid, groups: torch.Tensor, costs: torch.Tensor, steps: torch.Tensor | None = None) -> Pair:

@@ -1,8 +1,9 @@
-"""Given the codes, the best scales and offsets are a least-squares problem: one small linear system a row.
+"""Refit: the best scales and offsets for codes that stay as they are, by least squares, one small linear system a row.
 
-For a row w with codes q, block g contributes s_g q_g + o_g. With F the matrix whose rows are the blocks' codes and indicators, the output
-error (w - F^T p) H (w - F^T p)^T is least where F H F^T p = F H w. In turn with descent.py, which moves the codes, this lowers GPTQ's own
-objective step by step.
+A row w of weights with codes q is stored as v, v[i] = scale[g] * q[i] + offset[g] for each weight i of group g. GPTQ's objective
+(w - v) H (w - v)^T is a quadratic function of the row's scales and offsets, least where F H F^T p = F H w: p are all scales, then all
+offsets; row g of F holds group g's codes at the group's columns and zeros elsewhere, the row of its offset ones instead of the codes.
+In turn with descent.py, which changes the codes, this lowers the objective step by step.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from mbq_gguf.formats.grid import Grid, Pair, to_f16
 from mbq_gguf.rounding.gptq import upper_factor
 
 ROWS_AT_ONCE = 256
-RIDGE = 1e-4  # of each diagonal entry: blocks whose codes are all alike cannot tell scale from offset
+RIDGE = 1e-4  # of each diagonal entry: groups whose codes are all alike cannot tell scale from offset
 
 
 @torch.no_grad()
 def refit(grid: Grid, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, hessian: torch.Tensor) -> Pair:
-    """Better ``scale`` and ``offset`` [rows, blocks] (as ``grid`` holds them) for ``codes`` and ``weight`` [rows, columns].
+    """Better ``scale`` and ``offset`` [rows, groups] (as ``grid`` holds them) for ``codes`` and ``weight`` [rows, columns].
 
     A row keeps what it had where rounding the solution makes its objective worse, or a scale is not positive.
     """
@@ -32,44 +33,44 @@ def refit(grid: Grid, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Te
 def _refit_rows(
     grid: Grid, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, hessian: torch.Tensor
 ) -> Pair:
-    rows, blocks = scale.shape
-    split = codes.view(rows, blocks, -1)
-    tiles = hessian.view(blocks, split.shape[2], blocks, -1)
-    by_scale = torch.einsum("rgb,gbhc->grhc", split, tiles)  # F H, rows that belong to scales
-    ss = torch.einsum("grhc,rhc->rgh", by_scale, split)
+    rows, groups = scale.shape
+    split = codes.view(rows, groups, -1)
+    tiles = hessian.view(groups, split.shape[2], groups, -1)
+    by_scale = torch.einsum("rgi,gihj->grhj", split, tiles)  # the rows of F H that belong to scales
+    ss = torch.einsum("grhj,rhj->rgh", by_scale, split)
     so = by_scale.sum(dim=3).transpose(0, 1)
-    oo = tiles.sum(dim=(1, 3)).expand(rows, blocks, blocks)
+    oo = tiles.sum(dim=(1, 3)).expand(rows, groups, groups)
     system = torch.cat([torch.cat([ss, so], 2), torch.cat([so.transpose(1, 2), oo], 2)], 1).double()
-    pull = ((weight - _values(codes, scale, offset)) @ hessian).view_as(split)
+    pull = ((weight - _values(codes, scale, offset)) @ hessian).view_as(split)  # of the error as it is: the system is solved for changes
     right = torch.cat([(pull * split).sum(dim=2), pull.sum(dim=2)], 1).double()
     ridge = RIDGE * system.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
     new_scale, new_offset = _held_in_turn(grid, scale, offset, system + torch.diag_embed(ridge), right)
     change = torch.cat([new_scale - scale, new_offset - offset], 1).double()
-    gain = (change * (2 * right - torch.einsum("rij,rj->ri", system, change))).sum(dim=1)  # how much less the error is
+    gain = (change * (2 * right - torch.einsum("rij,rj->ri", system, change))).sum(dim=1)  # how much the objective falls
     better = (gain > 0) & (new_scale > 0).all(dim=1) & new_offset.isfinite().all(dim=1)
     return torch.where(better[:, None], new_scale, scale), torch.where(better[:, None], new_offset, offset)
 
 
 def _held_in_turn(grid: Grid, scale: torch.Tensor, offset: torch.Tensor, system: torch.Tensor, right: torch.Tensor) -> Pair:
-    """``scale`` and ``offset`` moved by the solution of ``system`` [rows, 2 blocks, 2 blocks], rounded one number after the other.
+    """``scale`` and ``offset`` plus the solution of ``system`` [rows, 2 groups, 2 groups], each as the file can hold it.
 
-    What rounding one misses is made good by those behind it, as in GPTQ: with heads of 16 bits 0.83 to 0.95 of the objective that rounding
-    all at once gives, with fp16 numbers the same.
+    They are rounded one after the other, and the numbers not yet rounded move to compensate the error, as columns do in GPTQ. Where a
+    group has a scale word (MBQ3S) this gives 0.83 to 0.95 of the objective that rounding all at once gives; with fp16 numbers the same.
     """
-    blocks = scale.shape[1]
-    order = torch.arange(2 * blocks, device=scale.device).view(2, blocks).t().reshape(-1)  # each scale before its offset
+    groups = scale.shape[1]
+    order = torch.arange(2 * groups, device=scale.device).view(2, groups).t().reshape(-1)  # each scale before its offset
     ordered = system[:, order][:, :, order]
     factor = upper_factor(ordered, check=False)  # a row without one gets nonsense, which its caller finds no better than what it had
     step = (factor.mT @ (factor @ right[:, order, None]))[..., 0]
     new_scale, new_offset = torch.empty_like(scale), torch.empty_like(offset)
-    for index in range(2 * blocks):
-        block = index // 2
+    for index in range(2 * groups):
+        group = index // 2
         if index % 2 == 0:
-            wanted, had = scale[:, block] + step[:, index], scale[:, block]
-            new = new_scale[:, block] = grid.held(wanted.float(), offset[:, block])[0]
+            wanted, had = scale[:, group] + step[:, index], scale[:, group]
+            new = new_scale[:, group] = grid.held(wanted.float(), offset[:, group])[0]
         else:
-            wanted, had = offset[:, block] + step[:, index], offset[:, block]
-            new = new_offset[:, block] = grid.held(new_scale[:, block], wanted.float())[1]
+            wanted, had = offset[:, group] + step[:, index], offset[:, group]
+            new = new_offset[:, group] = grid.held(new_scale[:, group], wanted.float())[1]
         missed = (step[:, index] - (new - had)) / factor[:, index, index]
         step[:, index:] -= missed[:, None] * factor[:, index, index:]
     return new_scale, new_offset

@@ -1,8 +1,8 @@
 """Round one layer site by site, each from the inputs that everything rounded before it gives.
 
-Errors of the prefix are thus seen, and partly made good: with x the rounded model's input and y the original one, the weight that is
-rounded is W + a W (sum (y - x)^T x) H^-1, which for a = 1 gives the original output from the rounded input as nearly as a linear map can
-(QEP, arXiv 2504.09629). In between lies what does not overfit the calibration set.
+So a site sees the errors of everything before it (the prefix) and makes part of them good: with x the rounded model's input and y the
+original one, the weight that is rounded is W + a W (sum (y - x)^T x) H^-1, which for a = 1 gives the original output from the
+rounded input as nearly as a linear map can (QEP, arXiv 2504.09629). A share a between 0 and 1 overfits the calibration set less.
 """
 
 from __future__ import annotations

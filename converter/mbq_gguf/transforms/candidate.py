@@ -1,4 +1,4 @@
-"""How a search rounds a candidate: to nearest, or by GPTQ as it will follow.
+"""How the search for equalisation factors rounds a candidate: to nearest, or by GPTQ as the layer will be.
 
 With factors s the linears take x / s, so a candidate's Hessian is S^-1 H S^-1: no candidate needs a pass over the samples.
 """

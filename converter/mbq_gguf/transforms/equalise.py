@@ -9,7 +9,7 @@ Weights are rounded as they will be, to nearest (the papers) or by GPTQ: what su
 does not see what softmax and gate make of an error. Regrets of these judges are in docs/log.md.
 
 Where the product takes int8 activations (W4A8, W8A8), a candidate is Q(W diag(s)) applied to the int8 of x / s, as in MBQ's code: factors
-that suit the weights alone would leave the activations what is hard for them.
+that suit the weights alone may leave the activations hard to round.
 """
 
 from __future__ import annotations

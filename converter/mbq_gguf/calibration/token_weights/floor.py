@@ -1,4 +1,4 @@
-"""The least and the most that a token counts in a Hessian."""
+"""Bounds of a token's weight in a Hessian."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One weight a token class, as measured: MBQ's balance with prompt text as a class of its own."""
+"""A weight for each class of tokens, measured: MBQ's balance of vision and answer, with the text of the prompt as a third class."""
 
 from __future__ import annotations
 

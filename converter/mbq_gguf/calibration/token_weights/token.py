@@ -1,4 +1,4 @@
-"""Each token by its own gradient, in the manner of VLMQ.
+"""A weight for each token from its own gradient, in the manner of VLMQ.
 
 VLMQ weighs a token by the mean |gradient| at the linear's output, of a loss of its own block; QIG (arXiv 2603.17809) clips such weights and
 gives every sample the same sum. Here the gradient is the answer loss's, which calibration has measured anyway, as root mean square over the

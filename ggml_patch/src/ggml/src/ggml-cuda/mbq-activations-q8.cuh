@@ -13,9 +13,9 @@
 //   1024 bytes: [group pair][lane 4*column + t][words t, t + 4 of the first group, then of the second]
 //    128 bytes: [t][group][columns 2t, 2t + 1] scales;  64 bytes: [t][64][columns 2t, 2t + 1] sums, or 128: [t][group][...] (MBQ3S_64)
 //
-// A scale includes the power of four that takes back the codes' (mbq_layout::unscale). A sum, which multiplies the minimum, is that of the rounded
-// activations over the record (MBQ3: stored twice), over 64 of it or over the group. With the sum of the activations as they were, the rounding of one
-// would be multiplied by d * code alone; so it is multiplied by the weight, d * code + m, which is smaller.
+// A scale includes the power of four that takes back the codes' (mbq_layout::unscale). A group's minimum m is multiplied by a sum of activations: over
+// the record (MBQ3: stored twice), over 64 of it or over 32. They are summed as rounded, not as given, so that the error that rounding makes in an
+// activation is multiplied by the whole weight, d*code + m. With the exact sum it would be multiplied by d*code alone, which is larger.
 
 #include "mbq-block.cuh"
 
