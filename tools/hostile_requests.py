@@ -23,7 +23,7 @@ LATER = ("200", *REFUSED)  # nonsense that a server may as well overlook
 
 @dataclass(frozen=True)
 class Hostile:
-    """One request; ``send`` gives the status, or "closed" where the server hangs up."""
+    """One request; ``send`` gives the status, "closed" where the server hangs up, or "no answer" after :data:`SECONDS`."""
 
     name: str
     allowed: tuple[str, ...]
@@ -38,6 +38,8 @@ def _post(data: bytes | Any, key: str | None = None, path: str = CHAT, **headers
             head = {"Authorization": f"Bearer {own if key is None else key}", "Content-Type": "application/json"} | headers
             try:
                 return str(session.post(url + path, data=content, headers=head, timeout=SECONDS).status_code)
+            except requests.Timeout:
+                return "no answer"
             except requests.ConnectionError:
                 return "closed"
 
@@ -52,8 +54,12 @@ def _raw(data: bytes) -> Callable[[str, str], str]:
         with socket.create_connection((place.hostname, place.port), timeout=SECONDS) as connection:
             connection.sendall(data.replace(b"KEY", own.encode()))
             connection.shutdown(socket.SHUT_WR)
-            connection.settimeout(SECONDS)
-            answer = connection.recv(64)
+            try:
+                answer = connection.recv(64)
+            except TimeoutError:
+                return "no answer"
+            except ConnectionError:
+                return "closed"
         return answer.split()[1].decode() if answer.startswith(b"HTTP/") else "closed"
 
     return send
