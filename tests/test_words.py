@@ -12,11 +12,12 @@ from click.testing import CliRunner
 from mbq_cbind.model import Model
 from mbq_gguf.cli import main
 from mbq_gguf.evaluate.exact_match import SHIPPED, load_questions
+from mbq_gguf.export.gguf_specials import file_specials
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
 from mbq_gguf.llama_cpp import closed
 from mbq_gguf.llama_cpp.server import LlamaServer, data_url
 from mbq_gguf.models import LoadedModel
-from mbq_gguf.words import file_specials, tokenizer_specials
+from mbq_gguf.words import tokenizer_specials
 
 PICTURE = load_questions(SHIPPED)[0].image
 SPECIAL = ["<|im_end|>", "<|image_pad|>", "<|vision_start|>"]

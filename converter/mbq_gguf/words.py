@@ -9,14 +9,10 @@ server, and each model opened through the bindings, draws one that nobody forese
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 from mbq_gguf.errors import UsageError
-from mbq_gguf.export.gguf_header import read_header
 
-UNKNOWN, CONTROL = 2, 3  # llama.cpp's token types that are read as themselves only where special tokens are parsed
-LARGEST_VOCABULARY = 1 << 24
 SHOWN = 80  # characters of what was said
 
 
@@ -35,12 +31,3 @@ def tokenizer_specials(tokenizer: Any) -> frozenset[str]:
     """The special tokens of a tokenizer of transformers."""
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     return frozenset({*tokenizer.all_special_tokens, *added})
-
-
-def file_specials(path: Path) -> frozenset[str]:
-    """The special tokens of the GGUF file ``path``. Raises UserError where it cannot be read."""
-    metadata = read_header(path, longest_array=LARGEST_VOCABULARY).metadata
-    tokens, kinds = (metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
-    if not isinstance(tokens, list) or not isinstance(kinds, list):
-        return frozenset()
-    return frozenset(str(token) for token, kind in zip(tokens, kinds, strict=False) if kind in (UNKNOWN, CONTROL))

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mbq_gguf.conversations import read_scenes
+from mbq_gguf.export.gguf_specials import file_specials
 from mbq_gguf.llama_cpp.server import LlamaServer
-from mbq_gguf.words import check_words, file_specials
+from mbq_gguf.words import check_words
 
 SHIPPED = Path(__file__).parent.parent / "demo" / "data" / "eval" / "eval.jsonl"
 CONTEXT = 512  # tokens a question may take, vision tokens and answer included

@@ -9,10 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.export.gguf_specials import file_specials
 from mbq_gguf.llama_cpp.server import Answer, LlamaServer, Server
 from mbq_gguf.llama_cpp.steps import say
 from mbq_gguf.picture import open_picture
-from mbq_gguf.words import check_words, file_specials
+from mbq_gguf.words import check_words
 
 
 def serve(file: Path, mmproj: Path | None, port: int, options: Sequence[str], console: Console) -> None:

@@ -1,0 +1,19 @@
+"""The special tokens of a GGUF file. A module of its own: calibration, which words.py serves, reads no GGUF files (code_hash.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mbq_gguf.export.gguf_header import read_header
+
+UNKNOWN, CONTROL = 2, 3  # llama.cpp's token types that are read as themselves only where special tokens are parsed
+LARGEST_VOCABULARY = 1 << 24
+
+
+def file_specials(path: Path) -> frozenset[str]:
+    """The special tokens of the GGUF file ``path``. Raises UserError where it cannot be read."""
+    metadata = read_header(path, longest_array=LARGEST_VOCABULARY).metadata
+    tokens, kinds = (metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    if not isinstance(tokens, list) or not isinstance(kinds, list):
+        return frozenset()
+    return frozenset(str(token) for token, kind in zip(tokens, kinds, strict=False) if kind in (UNKNOWN, CONTROL))
