@@ -186,7 +186,8 @@ def inspect(file: Path) -> None:
 @click.option("--samples", type=click.IntRange(min=1), default=settings.SAMPLES, show_default=True, help="Calibration samples.")
 @click.option("--seed", type=int, default=settings.SEED, show_default=True, help="Which samples are drawn.")
 @click.option("--device", default=settings.DEVICE, show_default=True, help="Where layers are computed: cpu, cuda, cuda:1.")
-def imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, seed: int, device: str) -> None:
+@click.option(settings.TRUST, "trust_remote_code", is_flag=True, help=settings.TRUST_HELP)
+def imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, seed: int, device: str, trust_remote_code: bool) -> None:
     """Write llama.cpp's importance matrix of the Hugging Face VLM in MODEL_DIR to OUT, computed on pictures and their questions.
 
     llama-imatrix sees text alone; here the image tokens count as well. For files that llama-quantize makes:
@@ -201,7 +202,7 @@ def imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, seed: 
     from mbq_gguf.imatrix import make_imatrix
 
     console = Console()
-    console.print(make_imatrix(model_dir, out, calib, samples, seed, device, console), highlight=False, soft_wrap=True)
+    console.print(make_imatrix(model_dir, out, calib, samples, seed, device, console, trust_remote_code), highlight=False, soft_wrap=True)
 
 
 main.add_command(convert)

@@ -6,11 +6,10 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 
 import torch
@@ -24,18 +23,20 @@ from mbq_gguf.calibration.token_weights import Kind
 from mbq_gguf.code_hash import code_hash
 from mbq_gguf.errors import UsageError
 from mbq_gguf.export import metadata
-from mbq_gguf.export.atomic import check_output, check_space, claimed, staged
-from mbq_gguf.export.checkpoint import check_finite_files, shapes
+from mbq_gguf.export.atomic import check_output, claimed, staged, target
+from mbq_gguf.export.checkpoint import check_finite_files, names_of, shapes
 from mbq_gguf.export.gguf_writer import MMPROJ_TYPES, TextFile, write_mmproj, write_text
 from mbq_gguf.export.injection import PackedTensor, TensorRecord
 from mbq_gguf.export.progress import Stages, progress_bars
 from mbq_gguf.export.rehearsal import rehearse
 from mbq_gguf.export.report import ConvertReport, fallback_sentences, nearest_sentences, transform_sentences
+from mbq_gguf.export.space import Need, check_room, predict, taken
 from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.load import check_source
 from mbq_gguf.models.prompts import AnswerMask
+from mbq_gguf.models.remote_code import remote_code
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise import quantise
 from mbq_gguf.settings import Method, QuantiseSettings, Rounding, SearchLoss
@@ -78,6 +79,7 @@ class ConvertOptions:
     error_correction: float = QuantiseSettings.error_correction
     refits: int = QuantiseSettings.refits
     learn_scales: int = QuantiseSettings.learn_scales
+    trust_remote_code: bool = False  # whether Python code in model_dir may run
     work_dir: Path | None = None  # where finished layers are kept; None: beside out, until out is whole
 
     @property
@@ -124,7 +126,7 @@ def convert(options: ConvertOptions, console: Console) -> ConvertReport:
     check_output(options.out)
     check_output(options.mmproj)
     shared = [] if options.work_dir is None else [options.work_dir]
-    with claimed(options.out, options.mmproj, *shared):
+    with claimed(options.out, options.mmproj, *shared), remote_code(options.trust_remote_code):
         return _convert(options, console)
 
 
@@ -153,12 +155,21 @@ def _convert(options: ConvertOptions, console: Console) -> ConvertReport:
     if options.work_dir is None:
         shutil.rmtree(work_root(options), ignore_errors=True)
     before = sum(file.stat().st_size for file in files)
-    return ConvertReport(options.out, options.mmproj, text, vision, before, sentences, seconds, allocation)
+    return ConvertReport(options.out, options.mmproj, text, vision, before, sentences, seconds, allocation, calibrated(options, quantised))
+
+
+def calibrated(options: ConvertOptions, quantised: Quantised | None) -> str:
+    """How much a file was calibrated on, in a sentence; "" where it was not."""
+    if quantised is None or not quantised.samples:
+        return ""
+    beside = f", {options.synthetic} texts of the model's own and {options.synthetic // 2} made pictures" if options.synthetic else ""
+    asked = f" ({options.samples} were asked for)" if quantised.samples < options.samples else ""
+    return f"calibrated on {quantised.samples} samples{asked} of {options.calib or 'the drawn scenes of mbq-gguf'}{beside}"
 
 
 def check_inputs(options: ConvertOptions) -> list[Path]:
     """Everything that can be refused before any work; returns the checkpoint's weight files."""
-    chosen = quant_type(options.type)
+    quant_type(options.type)
     quant_type(options.embedding_type)
     if options.mmproj_type not in MMPROJ_TYPES:
         raise UsageError(f"there is no mmproj type {options.mmproj_type}: choose one of {', '.join(MMPROJ_TYPES)}")
@@ -167,10 +178,23 @@ def check_inputs(options: ConvertOptions) -> list[Path]:
         raise UsageError("calibration needs at least one sample: give --samples 1 or more")
     check_source(options.model_dir)
     files = weight_files(options.model_dir)
-    weights = sum(prod(shape) for shape in shapes(files))
-    check_space(options.out.absolute().parent, int(weights * (options.target_bpw or chosen.bits_per_weight) / 8))
+    check_room(needed(options, files))
     rehearse(options.model_dir, files, options.mmproj_type)
     return files
+
+
+def needed(options: ConvertOptions, files: Sequence[Path]) -> list[Need]:
+    """The bytes that the two files and the finished layers will take, and where; layers that an earlier run finished are there already."""
+    layer_bits = options.target_bpw or quant_type(options.type).bits_per_weight
+    embedding_bits = quant_type(options.type if options.unquantised else options.embedding_type).bits_per_weight
+    named = dict(zip(names_of(files), shapes(files), strict=True))
+    sizes = predict(named, layer_bits, embedding_bits, quant_type(options.mmproj_type).bits_per_weight)
+    needs = [Need(target(options.out).parent, options.out.name, sizes.text)]
+    needs.append(Need(target(options.mmproj).parent, options.mmproj.name, sizes.mmproj))
+    if not options.unquantised:
+        work = options.work_dir or work_root(options)
+        needs.append(Need(work.absolute(), "finished layers", max(sizes.layers - taken(work), 0)))
+    return needs
 
 
 def check_device(name: str) -> None:

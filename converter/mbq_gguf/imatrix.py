@@ -14,18 +14,37 @@ from mbq_gguf.convert import check_device
 from mbq_gguf.export.atomic import check_output
 from mbq_gguf.export.imatrix import write_imatrix
 from mbq_gguf.export.progress import Stages, progress_bars
+from mbq_gguf.export.rehearsal import rehearse
 from mbq_gguf.models import load
+from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.load import check_source
+from mbq_gguf.models.remote_code import remote_code
+from mbq_gguf.settings import MMPROJ_TYPE
 
 
-def make_imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, seed: int, device: str, console: Console) -> str:
+def make_imatrix(
+    model_dir: Path,
+    out: Path,
+    calib: Path | None,
+    samples: int,
+    seed: int,
+    device: str,
+    console: Console,
+    trust_remote_code: bool = False,
+) -> str:
     """Write the importance matrix of the VLM in ``model_dir`` to ``out``; returns a sentence about it.
 
     ``calib`` as in :func:`load_samples`. Raises UserError or UsageError for a directory, a set, a device or an output that will not do.
     """
     check_device(device)
-    check_source(model_dir)
     check_output(out)
+    with remote_code(trust_remote_code):
+        return _make_imatrix(model_dir, out, calib, samples, seed, device, console)
+
+
+def _make_imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, seed: int, device: str, console: Console) -> str:
+    check_source(model_dir)
+    rehearse(model_dir, weight_files(model_dir), MMPROJ_TYPE)
     with progress_bars(console) as bars:
         stages = Stages(bars)
         loaded = load(model_dir, device)

@@ -25,6 +25,8 @@ DEVICE = "cpu"
 ROTATED_TYPES = ("W4A8",)  # where rotation pays as measured, with GPTQ and no equalisation (docs/results.md)
 EMBEDDING_TYPE = "Q8_0"
 MMPROJ_TYPE = "F16"
+TRUST = "--trust-remote-code"
+TRUST_HELP = "Run Python code that lies in MODEL_DIR, where the model needs it. It can do whatever you can: read it first."
 
 
 @dataclass(frozen=True)

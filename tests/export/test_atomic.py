@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.export.atomic import check_output, check_space, claimed, hidden, staged
+from mbq_gguf.workdir import TEMPORARY, open_workdir
 
 
 def test_files_appear_together(tmp_path: Path) -> None:
@@ -194,3 +195,22 @@ def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot write in"), claimed(final):
         pass
     assert precious.read_bytes() == b"precious"
+
+
+def test_a_link_planted_at_a_temporary_name_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the name is known: neither a part, nor a lock, nor an item of a work directory writes through it."""
+    victim, final = tmp_path / "victim", tmp_path / "a.gguf"
+    victim.write_text("mine")
+    monkeypatch.setattr("secrets.token_hex", lambda size: "0" * 2 * size)
+    (tmp_path / f"{hidden(final)}-{'0' * 16}.part").symlink_to(victim)
+    with pytest.raises(UserError, match="cannot write"), staged(final) as (part,):
+        part.write_text("theirs")
+    (tmp_path / f"{hidden(final)}.lock").symlink_to(victim)
+    with pytest.raises(UsageError, match="cannot write"), claimed(final):
+        pass
+    work = open_workdir(tmp_path / "work", {"model": "a"})
+    (work.path / f"{TEMPORARY}{'0' * 16}").symlink_to(victim)
+    with pytest.raises(UserError, match="cannot be written"):
+        work.save("item", {}, None)
+    assert victim.read_text() == "mine"
+    assert not final.exists()

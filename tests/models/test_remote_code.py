@@ -1,8 +1,10 @@
-"""No code of a model directory runs, whatever answer a pipe has ready for transformers' question."""
+"""Code of a model directory runs where --trust-remote-code is given and nowhere else, whatever answer a pipe has for transformers."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mbq_gguf.errors import UserError
+from mbq_gguf.models.load import check_source
+from safetensors.torch import load_file, save_file
 
 HOSTILE: dict[str, dict[str, Any]] = {
     "preprocessor_config.json": {"image_processor_type": "Stranger", "auto_map": {"AutoImageProcessor": "stranger.Stranger"}},
@@ -32,3 +37,49 @@ def test_no_code_of_the_directory_runs(name: str, type_: str, tiny_dir: Path, tm
     assert not ran.exists()
     assert "Traceback" not in done.stderr
     assert done.returncode in (0, 1, 2)  # 0 where the file is not needed for what was asked
+
+
+STRANGER = """
+import pathlib
+from transformers import Qwen2VLForConditionalGeneration
+pathlib.Path({ran!r}).touch()
+class Qwen2VLStranger(Qwen2VLForConditionalGeneration):
+    pass
+"""
+
+
+@pytest.mark.usefixtures("built_llama")
+@pytest.mark.parametrize("command", ["convert", "imatrix"])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_class_of_the_directory_runs_where_it_is_trusted(trusted: bool, command: str, tiny_dir: Path, tmp_path: Path) -> None:
+    model, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(tiny_dir, model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoModelForImageTextToText": "stranger.Qwen2VLStranger"}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    # transformers renames old keys for its own classes alone: a class of the directory has its own.
+    tensors = load_file(model / "model.safetensors")
+    newer = {
+        re.sub(r"^model\.(?!visual)", "model.language_model.", re.sub(r"^visual", "model.visual", name)): t for name, t in tensors.items()
+    }
+    save_file(newer, model / "model.safetensors", metadata={"format": "pt"})
+    (model / "stranger.py").write_text(STRANGER.format(ran=str(ran)), encoding="utf-8")
+    line = [sys.executable, "-m", "mbq_gguf", command, str(model), str(tmp_path / "out.gguf"), "--samples", "1"]
+    line += ["--synthetic", "0", "--type", "Q4_0"] if command == "convert" else []
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        line + ["--trust-remote-code"] * trusted, input="y\n" * 9, capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert ran.exists() == trusted
+
+
+@pytest.mark.usefixtures("built_llama")
+def test_a_model_that_needs_code_names_the_option(tiny_dir: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_dir, model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "stranger", "architectures": ["Stranger"], "auto_map": {"AutoConfig": "stranger.Stranger"}}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match="Stranger needs code of its directory: give --trust-remote-code"):
+        check_source(model)

@@ -52,8 +52,7 @@ def load_samples(
         raise UsageError(f"the calibration set {path} does not exist: give a JSONL file or a folder of images")
     samples = read_jsonl(path)
     drawn = draw.sample(samples, min(n, len(samples)))
-    if len(drawn) < n:
-        say(f"calibrating with {len(drawn)} samples, all that {path} holds; {n} were asked for")
+    _say_fewer(len(drawn), n, path, say)
     special = tokenizer_specials(loaded.prompts.tokenizer)
     for sample in drawn:
         for words in (words for turn in sample.turns for words in turn):
@@ -79,6 +78,7 @@ def _from_folder(folder: Path, loaded: LoadedModel, n: int, draw: random.Random,
         more = f" and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
         say(f"{len(skipped)} of {len(files)} entries of {folder} are left out: {', '.join(skipped[:NAMED])}{more}")
     drawn = draw.sample(images, min(n, len(images)))
+    _say_fewer(len(drawn), n, folder, say)
     opened = [open_picture(image) for image in drawn]  # all of them, before the first answer
     samples = []
     for image, picture in zip(drawn, opened, strict=True):
@@ -90,6 +90,11 @@ def _from_folder(folder: Path, loaded: LoadedModel, n: int, draw: random.Random,
     if len(samples) < len(drawn):
         say(f"the model answers nothing about {len(drawn) - len(samples)} of {len(drawn)} pictures of {folder}, which are left out")
     return samples
+
+
+def _say_fewer(drawn: int, asked: int, path: Path, say: Say) -> None:
+    if drawn < asked:
+        say(f"calibrating with {drawn} samples, all that {path} holds; {asked} were asked for")
 
 
 def _why_skipped(file: Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from mbq_gguf.errors import UserError, said
 from mbq_gguf.formats.gguf_types import import_from_tree, import_gguf
 from mbq_gguf.llama_cpp import paths
-from mbq_gguf.models.remote_code import forbid_remote_code
+from mbq_gguf.models.remote_code import runs_remote_code
 
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
 # What a decoder's own tensors are called, whatever the model puts before it ("model.", "language_model.model.", ...).
@@ -38,7 +38,7 @@ class Package:
 
 def load_package() -> Package:
     """Import the conversion package of the llama.cpp tree in use. Raises UserError where nothing is built."""
-    forbid_remote_code()
+    runs_remote_code()  # closes what is not allowed
     tree = paths.source_dir()
     gguf = import_gguf()
     return Package(import_from_tree("conversion", tree), gguf)

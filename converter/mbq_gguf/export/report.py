@@ -31,6 +31,7 @@ class ConvertReport:
     fallbacks: Sequence[str]  # one sentence for each type that a row length ruled out
     seconds: Mapping[str, float] = field(default_factory=dict)
     allocation: RenderableType | None = None  # the types by kind of tensor, where they were chosen
+    calibration: str = ""  # how many samples were used, in a sentence
 
     @property
     def size_after(self) -> int:
@@ -42,6 +43,7 @@ class ConvertReport:
         parts: list[RenderableType] = [type_table(self)]
         parts += [self.allocation] if self.allocation else []
         parts += [Text(f"note: {sentence}", style="yellow") for sentence in self.fallbacks]
+        parts += [Text(self.calibration)] if self.calibration else []
         saved = self.size_before / self.size_after
         parts.append(Text(f"{megabytes(self.size_before)} before, {megabytes(self.size_after)} after: {saved:.2f} times smaller"))
         if self.seconds:

@@ -12,7 +12,8 @@ from mbq_gguf.models.checks import check_finite, check_unquantised, check_whole,
 from mbq_gguf.models.decoder import check_layers, find_decoder
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, QwenImagePrompt
-from mbq_gguf.models.remote_code import forbid_remote_code
+from mbq_gguf.models.remote_code import runs_remote_code
+from mbq_gguf.settings import TRUST
 
 # Families with tests here. Any other VLM of transformers with standard decoder layers goes through the same code.
 PROVED = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
@@ -69,7 +70,10 @@ def check_architecture(config: dict[str, Any]) -> str:
         raise UsageError(f"{architecture} is a text-only model: give a vision-language model of {SUPPORTED}")
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as known
 
-    if str(config.get("model_type")) not in known:
+    if "auto_map" in config and str(config.get("model_type")) not in known:
+        if not runs_remote_code():
+            raise UsageError(f"{architecture} needs code of its directory: give {TRUST} if you trust whoever wrote it, or another model")
+    elif str(config.get("model_type")) not in known:
         raise UsageError(f"{architecture} is not supported: use a model of {SUPPORTED}")
     return architecture
 
@@ -77,7 +81,6 @@ def check_architecture(config: dict[str, Any]) -> str:
 def _load_weights(model_dir: Path, architecture: str) -> Any:
     from transformers import AutoModelForImageTextToText
 
-    forbid_remote_code()
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             str(model_dir),
@@ -85,8 +88,10 @@ def _load_weights(model_dir: Path, architecture: str) -> Any:
             local_files_only=True,
             output_loading_info=True,
             attn_implementation="sdpa",
-            trust_remote_code=False,
+            trust_remote_code=runs_remote_code(),
         )
+    except UserError:  # code of the directory, refused
+        raise
     except ImportError as error:
         raise UserError(f"transformers wants another package for {architecture} ({said(error)}): install it with pip") from error
     except Exception as error:  # whatever a configuration makes a model class of transformers raise
@@ -104,17 +109,19 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{model_dir} has no tokenizer ({', '.join(TOKENIZER_FILES)}): fetch the model again")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=runs_remote_code())
         image_token_id = _image_token_id(model.config)
         image_prompt: ImagePrompt
         template: Any
         if architecture in PROVED:
-            images = AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil", trust_remote_code=False)
+            images = AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil", trust_remote_code=runs_remote_code())
             image_prompt, template = QwenImagePrompt(tokenizer, images, image_token_id), tokenizer
         else:
-            template = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            template = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=runs_remote_code())
             image_prompt = ProcessorImagePrompt(template)
         end_ids = _end_ids(model, tokenizer)
+    except UserError:  # code of the directory, refused
+        raise
     except ImportError as error:
         raise UserError(f"transformers wants another package for {architecture} ({said(error)}): install it with pip") from error
     except Exception as error:  # the tokenizer library raises bare ones

@@ -1,0 +1,57 @@
+"""Room is asked for before the work, for every part and on each file system once."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from mbq_gguf.convert import ConvertOptions, check_inputs, convert, needed
+from mbq_gguf.errors import UserError
+from mbq_gguf.export.space import Need, check_room
+from mbq_gguf.models.checks import weight_files
+from rich.console import Console
+
+MB = 1 << 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB; only root may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a small file system here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_parts_on_one_disk_are_added(disk: Path, tmp_path: Path) -> None:
+    three, elsewhere = Need(disk / "not" / "there", "finished layers", 3 * MB), Need(tmp_path, "model.gguf", 3 * MB)
+    check_room([three, elsewhere])
+    with pytest.raises(UserError, match=r"disk has 4\.2 MB free and 6\.3 MB are needed \(finished layers 3\.1 MB, model\.gguf 3\.1 MB\)"):
+        check_room([three, Need(disk, "model.gguf", 3 * MB)])
+
+
+@pytest.mark.usefixtures("built_llama")
+def test_each_place_is_looked_at(disk: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    """OUT through a link, and the work directory: the tiny model takes 7 MB of embeddings, 0.6 MB of layers in BF16."""
+    (tmp_path / "linked.gguf").symlink_to(disk / "real.gguf")
+    with pytest.raises(UserError, match=r"disk has 4\.2 MB free .*linked\.gguf"):
+        check_inputs(ConvertOptions(tiny_dir, tmp_path / "linked.gguf"))
+    (disk / "full").write_bytes(bytes(4 * MB - 65536))
+    with pytest.raises(UserError, match=r"disk has 0\.1 MB free .*\(finished layers"):
+        check_inputs(ConvertOptions(tiny_dir, tmp_path / "model.gguf", work_dir=disk / "work"))
+    assert {path.name for path in disk.iterdir()} == {"full"}
+
+
+@pytest.mark.usefixtures("built_llama")
+def test_what_is_predicted_is_written(tiny_dir: Path, tmp_path: Path) -> None:
+    """The mmproj within 1 %, the text file less its vocabulary (2 MB) and padding."""
+    options = ConvertOptions(tiny_dir, tmp_path / "model.gguf", type="BF16")
+    text, mmproj = needed(options, weight_files(tiny_dir))
+    report = convert(options, Console(file=StringIO()))
+    for need, records, tolerance in ((text, report.tensors, 0.01), (mmproj, report.mmproj_tensors, 0.01)):
+        assert need.size == pytest.approx(sum(record.nbytes for record in records), rel=tolerance)
