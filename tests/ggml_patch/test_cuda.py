@@ -67,7 +67,7 @@ def test_row_scale_kernels_keep_within_registers(architecture: str, tmp_path: Pa
     said = compile_kernels(architecture, tmp_path, ROW_SCALE)
     assert "serialized" not in said, "wgmma waits for registers after every instruction"
     kernels = FUNCTION.findall(said)
-    assert sum("mbq_w4a8_gemm" in kernel[0] for kernel in kernels) == 4, "4 and 8 bits, 128 and 256 columns"
+    assert sum("mbq_w4a8_gemm" in kernel[0] for kernel in kernels) == 8, "4 and 8 bits; 64, 128, 256 columns, and rows of any alignment"
     for name, stores, loads, registers in kernels:
         assert int(registers) <= BOUNDS[architecture]["gemm_registers" if "mbq_w4a8_gemm" in name else "registers"], name
         assert int(stores) + int(loads) <= BOUNDS[architecture]["spill_bytes"], name
@@ -135,6 +135,63 @@ def test_workers_cover_every_tile_once(stream_k: Path, rows: int, columns: int, 
 )
 def test_measured_plans(stream_k: Path, shape: tuple[int, int, int], plan: tuple[int, int, int]) -> None:
     assert tuple(parts(stream_k, *shape, 132)[0]) == plan
+
+
+@pytest.fixture(scope="module")
+def w4a8_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that prints how the products of weights with one scale a row are shared out."""
+    return host_program("mbq_w4a8_plan.cu", tmp_path_factory.mktemp("w4a8_plan"))
+
+
+def plan_of(program: Path, kind: str, *case: int) -> list[int]:
+    """What the program prints for a case."""
+    return [
+        int(word) for word in subprocess.run([program, kind, *map(str, case)], capture_output=True, text=True, check=True).stdout.split()
+    ]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 30000), st.integers(1, 5000), st.integers(1, 128), st.sampled_from([4, 66, 114, 132]), st.booleans())
+def test_row_scale_plans_cover_all_tiles(w4a8_plan: Path, rows: int, columns: int, steps: int, multiprocessors: int, dense: bool) -> None:
+    """Tiles cover rows and columns; a cut tile has all its workers at once, and never more parts than steps."""
+    shape, width, cluster, m_tiles, n_tiles, workers, parts = plan_of(w4a8_plan, "gemm", rows, columns, steps, multiprocessors, int(dense))
+    assert (shape == 3) == (not dense)
+    assert (m_tiles - 1) * 128 * cluster < rows <= m_tiles * 128 * cluster
+    assert (n_tiles - 1) * width < columns <= n_tiles * width
+    assert 1 <= parts <= steps
+    assert workers * cluster <= multiprocessors
+    assert workers == parts * m_tiles * n_tiles if parts > 1 else 1 <= workers <= m_tiles * n_tiles
+
+
+@pytest.mark.parametrize(
+    ("case", "plan"),
+    [
+        ((4096, 512, 56), (1, 64, 1)),  # 4096 x 14336: 59 us with the quantising, 62 with 256 columns in two parts
+        ((18944, 512, 14), (1, 60, 1)),  # 71 us, 72 with 256 columns
+        ((512, 512, 14), (0, 64, 2)),  # 12 us, 14 with 128 columns in two parts
+        ((4096, 4096, 56), (2, 64, 1)),  # 428 us, 488 with 128 columns
+        ((18944, 4096, 14), (2, 66, 1)),  # 462 us, 547 with 128 columns
+    ],
+)
+def test_measured_row_scale_plans(w4a8_plan: Path, case: tuple[int, int, int], plan: tuple[int, int, int]) -> None:
+    found = plan_of(w4a8_plan, "gemm", *case, 132, 1)
+    assert (found[0], *found[5:]) == plan
+
+
+@pytest.mark.parametrize(
+    ("case", "plan"),
+    [
+        ((4096, 56), (8, 2)),  # 14.0 us, 14.1 with 16 warps a tile
+        ((3584, 74), (16, 1)),  # 16.3 us, 17.7 with 8
+        ((18944, 14), (5, 3)),  # 15.7 us, 16.2 with 8, 18.3 with 14
+    ],
+)
+def test_measured_row_scale_plans_of_one_column(w4a8_plan: Path, case: tuple[int, int], plan: tuple[int, int]) -> None:
+    rows, pieces = case
+    kw, groups, ctas, stages = plan_of(w4a8_plan, "mmv", rows, pieces, 16 * pieces, 4, 16 * 144, 132, 231296)
+    assert (kw, groups) == plan
+    assert ctas <= 132
+    assert kw * groups * (1024 + stages * 16 * 144) + 256 * pieces <= 231296
 
 
 def backend_ops(operation: str, *prefix: str) -> subprocess.CompletedProcess[str]:

@@ -120,6 +120,12 @@ static __device__ __forceinline__ void mbq_box_copy(const uint32_t dst, const CU
         : : "r"(dst), "l"(&map), "r"(x), "r"(y), "r"(barrier) : "memory");
 }
 
+static __device__ __forceinline__ uint32_t mbq_load_shared(const uint32_t address) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
+
 #endif // MBQ_TMA_AVAILABLE
 
 #ifdef TURING_MMA_AVAILABLE

@@ -55,9 +55,8 @@ static void mbq_plan_converters(mbq_gemm_plan & plan, const int64_t n_tiles, con
 // The least time, in 10 ns. On an H100 a step of 128 weights takes 0.8 to 0.9 us with 128 columns and 1.45 us with a cluster's 256, where workers are
 // at the same weights of their rows, and 0.92 and 1.6 us in other shares, where they find each other's activations in the L2 cache less
 // often. The ends of a part of a tile take about two steps, as leaving sums and adding those of another worker do, and converting 0.03 us a step
-// and 128 columns. W4A8 (not convert) is planned with the same ratios, its activations being there before.
-static mbq_gemm_plan mbq_plan_gemm(const int64_t m_tiles, const int64_t n_tiles, const int64_t steps, const int64_t multiprocessors,
-        const bool convert = true) {
+// and 128 columns.
+static mbq_gemm_plan mbq_plan_gemm(const int64_t m_tiles, const int64_t n_tiles, const int64_t steps, const int64_t multiprocessors) {
     mbq_gemm_plan best = {};
     int64_t best_cost = INT64_MAX;
     for (int64_t cluster = 1; cluster <= 2; ++cluster) {
@@ -70,9 +69,7 @@ static mbq_gemm_plan mbq_plan_gemm(const int64_t m_tiles, const int64_t n_tiles,
             const int64_t length = whole ? rounds*(steps + 2) :
                 (tiles*steps + workers - 1)/workers + 2*(rounds + 1) + 2*((workers + streamk - 1)/streamk);
             mbq_gemm_plan plan = { (int) cluster, (int) workers, (int) streamk, 0, 0 };
-            if (convert) {
-                mbq_plan_converters(plan, n_tiles, whole ? 0 : same ? 2*(steps - steps*tiles/workers) : 2*steps, 2*steps, multiprocessors);
-            }
+            mbq_plan_converters(plan, n_tiles, whole ? 0 : same ? 2*(steps - steps*tiles/workers) : 2*steps, 2*steps, multiprocessors);
             const int64_t step = cluster == 1 ? (same ? 83 : 92) : (same ? 145 : 160);
             const int64_t cost = length*step + 3*n_tiles*plan.early/2 + (plan.converters > 0 ? 60 : 0);
             if (cost <= best_cost) {

@@ -1,175 +1,120 @@
 #include "mbq-w4a8.cuh"
 #include "mbq-w4a8-gemm.cuh"
+#include "mbq-w4a8-gemv.cuh"
+#include "mbq-w4a8-plan.cuh"
+#include "mbq-w4a8-vec.cuh"
 
 #include <climits>
 
-static constexpr int W4A8_VEC_COLUMNS = 8; // more: mbq_w4a8_gemm, or so many at a time where the card has no wgmma
+static constexpr int W4A8_FEW_COLUMNS = 8; // more: mbq_w4a8_gemm, or so many at a time where the card has no wgmma
+static constexpr int W4A8_LONGEST     = 2*1024*16; // activations of a column that a CTA of mbq_w4a8_quantize holds
 
-// Activations: one CTA a column, which reads them once (R float4 a thread) and writes, with its scale,
-//   tiled:  tiles for mbq_w4a8_gemm, [n tile][k tile][column][16-byte words in wgmma's 128-byte swizzle], 128 columns and 128 of K, zeros behind K
-//   else:   [column][block of 32][t]: words t and t + 4 of the block, for mbq_w4a8_vec
-template <int R, bool tiled>
-static __global__ void __launch_bounds__(512) mbq_w4a8_quantize(const float * x, int * q, float * scale, const int K, const int padded, const int64_t x_column,
-        const int aligned, int * flags, const int n_flags) {
-    ggml_cuda_pdl_lc();
-    ggml_cuda_pdl_sync();
-    const int column = blockIdx.x;
-    for (int i = blockIdx.x*512 + threadIdx.x; i < n_flags; i += gridDim.x*512) {
-        flags[i] = 0;
-    }
-    x += column*x_column;
-    float4 v[R];
-    int    amax = 0; // bits of the largest |x|: floats without a sign are in the order of their bits
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-        const int i = 4*(r*512 + threadIdx.x);
-        v[r] = i >= K ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : aligned ? *(const float4 *) (x + i) : make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
-        const int4 bits = *(const int4 *) &v[r];
-        amax = max(max(amax, bits.x & INT_MAX), max(bits.y & INT_MAX, max(bits.z & INT_MAX, bits.w & INT_MAX)));
-    }
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) {
-        amax = max(amax, __shfl_xor_sync(0xFFFFFFFF, amax, i));
-    }
-    __shared__ int largest[16];
-    if (threadIdx.x % 32 == 0) {
-        largest[threadIdx.x/32] = amax;
-    }
-    __syncthreads();
-    amax = largest[threadIdx.x % 16];
-#pragma unroll
-    for (int i = 8; i > 0; i /= 2) {
-        amax = max(amax, __shfl_xor_sync(0xFFFFFFFF, amax, i));
-    }
-    const float most    = amax < __float_as_int(GGML_ROW_SCALE_AMAX_MIN) ? 0.0f : __int_as_float(amax);
-    const float inverse = most == 0.0f ? 0.0f : mbq_div_rn(127.0f, most);
-    if (threadIdx.x == 0) {
-        scale[column] = mbq_div_rn(most, 127.0f);
-    }
-    const auto code = [&](const float value) {
-        return __float2int_rn(mbq_mul_rn(value, inverse)) & 0xFF;
-    };
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-        const int i = r*512 + threadIdx.x; // word of 4 activations
-        if (4*i < padded) {
-            const int word = code(v[r].x) | code(v[r].y) << 8 | code(v[r].z) << 16 | code(v[r].w) << 24;
-            if (tiled) {
-                const int     k_tile = i/32, chunk = i%32/4; // 16 bytes are a chunk
-                const int64_t tile   = (int64_t) (column/128)*(padded/128) + k_tile;
-                q[(tile*128 + column%128)*32 + (chunk ^ column%8)*4 + i%4] = word;
-            } else {
-                q[(int64_t) column*(padded/4) + i/8*8 + i%4*2 + i%8/4] = word;
-            }
-        }
-    }
-}
-
-// Few columns: four warps share two rows; each takes 8 blocks of both at a time, four lanes a block. A CTA has two such groups.
-static constexpr int MBQ_W4A8_SPLIT = 4;
-
-struct mbq_w4a8_vec_args {
+struct mbq_w4a8_matrix {
     const char * w;
-    const int2 * q;       // [column][block][t]
-    const float * scale;
+    const float * x;
     float * dst;
-    int64_t dst_column;
-    int M, row_bytes, blocks, padded; // padded: activations of a column in q
+    int64_t M, N, K, row_bytes, x_column, dst_column;
+
+    int64_t padded() const { return (K + 255)/256*256; }
+    bool    dense()  const { return ((uintptr_t) w | row_bytes) % 16 == 0; } // then K is a multiple of 256
+    bool    aligned() const { return ((uintptr_t) x | x_column*sizeof(float)) % 16 == 0; }
 };
 
-template <int words>
-static __device__ __forceinline__ void mbq_w4a8_load_words(const char * p, uint32_t (&word)[words]) {
-#pragma unroll
-    for (int j = 0; j < words; ++j) { // at multiples of 2 bytes
-        const uint16_t * h = (const uint16_t *) (p + 16*j);
-        word[j] = (uint32_t) h[0] | (uint32_t) h[1] << 16;
-    }
+template <bool tiled>
+static void mbq_w4a8_launch_quantize(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, int4 * q, float * scale, int * flags, const int n_flags) {
+    const mbq_w4a8_quantize_args args = { m.x, q, scale, m.x_column, (int) m.K, (int) m.padded(), m.aligned(), flags, n_flags };
+    const int units = m.padded()/16;
+    const int R     = units <= 1024 ? 1 : 2;
+    const ggml_cuda_kernel_launch_params params(dim3(m.N), dim3((units + 32*R - 1)/(32*R)*32), 0, ctx.stream());
+    const auto kernel = R == 1 ? &mbq_w4a8_quantize<tiled, 1, 1024, 2> : units <= 2*640 ? &mbq_w4a8_quantize<tiled, 2, 640, 2> : &mbq_w4a8_quantize<tiled, 2, 1024, 1>;
+    ggml_cuda_kernel_launch(kernel, params, args);
 }
 
-template <int bits, int N>
-static __global__ void __launch_bounds__(256) mbq_w4a8_vec(const mbq_w4a8_vec_args args) {
-    using L = mbq_w4a8_layout<bits>;
-    constexpr int ahead = 4;
-    ggml_cuda_pdl_lc();
-    const int warp = threadIdx.x / 32;
-    const int lane = threadIdx.x % 32;
-    const int row  = (blockIdx.x*(8/MBQ_W4A8_SPLIT) + warp/MBQ_W4A8_SPLIT)*2;
-    const int part = warp % MBQ_W4A8_SPLIT;
-#ifdef MBQ_TMA_AVAILABLE
-    if (part == 0 && lane < 2) { // weights do not depend on the kernel before: they are on their way to L2 while it runs
-        const uintptr_t begin = (uintptr_t) args.w + (uintptr_t) min(row + lane, args.M - 1)*args.row_bytes;
-        const int bytes = (int) ((begin & 15) + args.row_bytes) & ~15;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"((const char *) (begin & ~(uintptr_t) 15)), "r"(bytes) : "memory");
+#ifdef MBQ_USE_TMA
+// Weights as [parity of the row][half of the rows][words]: a box has the even rows and behind them the odd ones. halves = 1: as [row][words]
+template <int bits>
+static mbq_w4a8_map mbq_w4a8_make_map(const mbq_w4a8_matrix & m, const int halves, const int rows) {
+    mbq_w4a8_map map;
+    const cuuint64_t size[3]   = { (cuuint64_t) m.row_bytes/4, (cuuint64_t) m.M/halves, (cuuint64_t) halves };
+    const cuuint64_t stride[2] = { (cuuint64_t) m.row_bytes*halves, (cuuint64_t) m.row_bytes };
+    const cuuint32_t box[3]    = { mbq_w4a8_layout<bits>::group_bytes/4, (cuuint32_t) rows, (cuuint32_t) halves };
+    const cuuint32_t step[3]   = { 1, 1, 1 };
+    CU_CHECK(cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_UINT32, halves == 1 ? 2 : 3, (void *) m.w, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+    return map;
+}
+#endif
+
+// The tiles of MBQ_W4A8_SHAPES, in as many stages as fit
+template <int bits, int shape>
+using mbq_w4a8_tile_of = mbq_w4a8_tile<bits, MBQ_W4A8_SHAPES[shape].BN, MBQ_W4A8_SHAPES[shape].CL,
+    shape == 0 ? 12 : shape == 2 ? (bits == 4 ? 5 : 4) : bits == 4 ? 8 : 6,
+    shape == 0 ? (bits == 4 ? 6 : 3) : shape == 2 ? (bits == 4 ? 3 : 2) : bits == 4 ? 4 : 3, shape != 3>;
+
+// Whether this device runs mbq_w4a8_gemm: see mbq_gemm_available
+template <int bits>
+static bool mbq_w4a8_gemm_available(const int id) {
+#ifdef MBQ_USE_TMA
+    static int available[GGML_CUDA_MAX_DEVICES] = {}; // 1: no, 2: yes
+    if (available[id] == 0) {
+        cudaFuncAttributes attributes;
+        CUDA_CHECK(cudaFuncGetAttributes(&attributes, (mbq_w4a8_gemm<mbq_w4a8_tile_of<bits, 0>>)));
+        available[id] = attributes.sharedSizeBytes > 0 ? 2 : 1;
+    }
+    return available[id] == 2;
+#else
+    GGML_UNUSED(id);
+    return false;
+#endif
+}
+
+template <int bits, int shape>
+static void mbq_w4a8_launch_gemm(ggml_backend_cuda_context & ctx, const mbq_w4a8_args & args, const mbq_w4a8_map & map, const int workers) {
+    using T = mbq_w4a8_tile_of<bits, shape>;
+    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_gemm<T>), T::BYTES);
+    const ggml_cuda_kernel_launch_params params(dim3(workers*T::CL), dim3(MBQ_GEMM_THREADS), (size_t) T::BYTES, ctx.stream());
+    ggml_cuda_kernel_launch(mbq_w4a8_gemm<T>, params, args, map);
+}
+
+template <int bits>
+static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m) {
+    const bool dense = m.dense() && m.M % 2 == 0;
+    const mbq_w4a8_gemm_plan plan = mbq_w4a8_plan_gemm(m.M, m.N, m.padded()/256, ggml_cuda_info().devices[ctx.device].nsm, dense);
+    const mbq_w4a8_shape & shape  = MBQ_W4A8_SHAPES[plan.shape];
+    const int ctas = plan.workers*shape.CL;
+    const int64_t columns = (m.N + 255)/256*256; // those behind the last are multiplied too, and dropped
+    ggml_cuda_pool_alloc<int8_t> tiles(ctx.pool(), columns*m.padded());
+    ggml_cuda_pool_alloc<float>  scale(ctx.pool(), m.N);
+    ggml_cuda_pool_alloc<int>    done(ctx.pool(), 8*ctas);
+    ggml_cuda_pool_alloc<float>  parts(ctx.pool());
+    mbq_w4a8_args args = {};
+    args.scale              = scale.get();
+    args.blocks             = m.K/32;
+    args.gemm.w             = m.w;
+    args.gemm.x_tiles       = (half *) tiles.get();
+    args.gemm.done          = done.get();
+    args.gemm.dst           = m.dst;
+    args.gemm.dst_column    = m.dst_column;
+    args.gemm.M             = m.M;
+    args.gemm.N             = m.N;
+    args.gemm.K             = m.padded()/2;
+    args.gemm.row_bytes     = m.row_bytes;
+    args.gemm.m_tiles       = plan.m_tiles;
+    args.gemm.n_tiles       = plan.n_tiles;
+    args.gemm.streamk_tiles = plan.parts > 1 ? plan.m_tiles*plan.n_tiles : 0;
+    if (plan.parts > 1) {
+        args.gemm.parts = parts.alloc((size_t) ctas*MBQ_GEMM_TILE_M*shape.BN);
+    }
+    mbq_w4a8_map map = {};
+#ifdef MBQ_USE_TMA
+    if (dense) {
+        map = mbq_w4a8_make_map<bits>(m, 2, MBQ_GEMM_TILE_M/2);
     }
 #endif
-    ggml_cuda_pdl_sync();
-    const char * w[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        w[r] = args.w + (int64_t) min(row + r, args.M - 1)*args.row_bytes;
-    }
-    int sum[N][2] = {};
-    for (int b0 = part*8 + lane/4; b0 < args.blocks; b0 += 8*MBQ_W4A8_SPLIT*ahead) {
-        uint32_t word[ahead][2][L::words];
-#pragma unroll
-        for (int u = 0; u < ahead; ++u) {
-            const int b = min(b0 + 8*MBQ_W4A8_SPLIT*u, args.blocks - 1); // what is behind the end meets zeros below
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                mbq_w4a8_load_words(w[r] + b*L::block_bytes + 2 + 4*(lane % 4), word[u][r]);
-            }
-        }
-#pragma unroll
-        for (int u = 0; u < ahead; ++u) {
-            const int b = b0 + 8*MBQ_W4A8_SPLIT*u;
-            uint32_t a[2][2];
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                mbq_w4a8_unpack<bits>(word[u][r], a[r][0], a[r][1]);
-                a[r][0] = b < args.blocks ? a[r][0] : 0;
-                a[r][1] = b < args.blocks ? a[r][1] : 0;
-            }
-#pragma unroll
-            for (int n = 0; n < N; ++n) {
-                const int2 q = args.q[(int64_t) n*(args.padded/8) + min(b, args.blocks - 1)*4 + lane % 4];
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    sum[n][r] = ggml_cuda_dp4a(a[r][0], q.x, ggml_cuda_dp4a(a[r][1], q.y, sum[n][r]));
-                }
-            }
-        }
-    }
-    __shared__ int sums[8][N][2];
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int all = warp_reduce_sum(sum[n][r]);
-            if (lane == 0) {
-                sums[warp][n][r] = all;
-            }
-        }
-    }
-    __syncthreads();
-    if (part == 0 && lane < 2*N && row + lane%2 < args.M) {
-        int all = 0;
-#pragma unroll
-        for (int i = 0; i < MBQ_W4A8_SPLIT; ++i) {
-            all += sums[warp + i][lane/2][lane%2];
-        }
-        const float d = __half2float(*(const half *) (args.w + (int64_t) (row + lane%2)*args.row_bytes));
-        args.dst[lane/2*args.dst_column + row + lane%2] = mbq_w4a8_scale(all >> L::shift, d, args.scale[lane/2]);
-    }
-}
-
-template <bool tiled>
-static void mbq_w4a8_launch_quantize(ggml_backend_cuda_context & ctx, const float * x, int * q, float * scale, const int64_t K, const int64_t padded,
-        const int64_t columns, const int64_t x_column, int * flags, const int n_flags) {
-    const ggml_cuda_kernel_launch_params params(dim3(columns), dim3(512), 0, ctx.stream());
-    const int  aligned = ((uintptr_t) x | x_column*sizeof(float)) % 16 == 0;
-    const auto kernel  = padded <= 2*2048 ? &mbq_w4a8_quantize<2, tiled> : padded <= 4*2048 ? &mbq_w4a8_quantize<4, tiled> :
-        padded <= 8*2048 ? &mbq_w4a8_quantize<8, tiled> : &mbq_w4a8_quantize<16, tiled>;
-    ggml_cuda_kernel_launch(kernel, params, x, q, scale, (int) K, (int) padded, x_column, aligned, flags, n_flags);
+    mbq_w4a8_launch_quantize<true>(ctx, m, (int4 *) tiles.get(), scale.get(), done.get(), 8*ctas);
+    const auto launch = plan.shape == 0 ? &mbq_w4a8_launch_gemm<bits, 0> : plan.shape == 1 ? &mbq_w4a8_launch_gemm<bits, 1> :
+        plan.shape == 2 ? &mbq_w4a8_launch_gemm<bits, 2> : &mbq_w4a8_launch_gemm<bits, 3>;
+    launch(ctx, args, map, plan.workers);
 }
 
 template <int bits, int N>
@@ -184,101 +129,69 @@ static void mbq_w4a8_launch_vec(ggml_backend_cuda_context & ctx, const mbq_w4a8_
     ggml_cuda_kernel_launch(mbq_w4a8_vec<bits, N>, params, args);
 }
 
-// Whether this device runs mbq_w4a8_gemm: see mbq_gemm_available
+// records: of mbq_w4a8_quantize, unless there is one column
 template <int bits>
-static bool mbq_w4a8_gemm_available(const int id) {
+static void mbq_w4a8_launch_mmv(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_mmv_plan & plan, const char * records, const float * scale) {
 #ifdef MBQ_USE_TMA
-    static int available[GGML_CUDA_MAX_DEVICES] = {}; // 1: no, 2: yes
-    if (available[id] == 0) {
-        cudaFuncAttributes attributes;
-        CUDA_CHECK(cudaFuncGetAttributes(&attributes, (mbq_w4a8_gemm<bits, 128>)));
-        available[id] = attributes.sharedSizeBytes > 0 ? 2 : 1;
+    const mbq_w4a8_mmv_args args = { m.w, m.x, records, scale, m.dst, m.dst_column, (int) m.M, (int) m.row_bytes, (int) m.K, (int) m.N, m.aligned(), plan.stages };
+    const size_t smem = plan.kw*plan.groups*(1024 + plan.stages*mbq_w4a8_stage_bytes<bits>(m.N)) + (m.N == 1 ? m.K : 0);
+    const size_t room = ggml_cuda_info().devices[ctx.device].smpbo - MBQ_W4A8_STATIC_BYTES;
+    const ggml_cuda_kernel_launch_params params(dim3(plan.ctas), dim3(32*plan.kw, plan.groups), smem, ctx.stream());
+    const mbq_w4a8_map map = mbq_w4a8_make_map<bits>(m, 1, 16);
+    if (m.N == 1) {
+        CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_mmv<bits, true>), room);
+        ggml_cuda_kernel_launch(mbq_w4a8_mmv<bits, true>, params, args, map);
+    } else {
+        CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_mmv<bits, false>), room);
+        ggml_cuda_kernel_launch(mbq_w4a8_mmv<bits, false>, params, args, map);
     }
-    return available[id] == 2;
 #else
-    GGML_UNUSED(id);
-    return false;
+    GGML_UNUSED_VARS(ctx, m, plan, records, scale);
 #endif
 }
 
-template <int bits, int BN>
-static void mbq_w4a8_launch_gemm(ggml_backend_cuda_context & ctx, const mbq_w4a8_args & args, const int ctas) {
-    constexpr int bytes = mbq_w4a8_smem<bits, BN>::BYTES;
-    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_gemm<bits, BN>), bytes);
-    const ggml_cuda_kernel_launch_params params(dim3(ctas), dim3(MBQ_GEMM_THREADS), (size_t) bytes, ctx.stream());
-    ggml_cuda_kernel_launch(mbq_w4a8_gemm<bits, BN>, params, args);
-}
-
-struct mbq_w4a8_matrix {
-    const char * w;
-    const float * x;
-    float * dst;
-    int64_t M, N, K, row_bytes, x_column, dst_column;
-};
-
 template <int bits>
-static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m) {
-    const int64_t padded  = (m.K + 255)/256*256;
-    const int     m_tiles = (m.M + MBQ_GEMM_TILE_M - 1)/MBQ_GEMM_TILE_M;
-    const int     n_tiles = (m.N + MBQ_GEMM_TILE_N - 1)/MBQ_GEMM_TILE_N;
-    const mbq_gemm_plan plan = mbq_plan_gemm(m_tiles, n_tiles, padded/256, ggml_cuda_info().devices[ctx.device].nsm, false);
-    const int ctas = plan.workers*plan.cluster;
-    ggml_cuda_pool_alloc<int8_t> tiles(ctx.pool(), (size_t) n_tiles*MBQ_GEMM_TILE_N*padded);
-    ggml_cuda_pool_alloc<float>  scale(ctx.pool(), m.N);
-    ggml_cuda_pool_alloc<int>    done(ctx.pool(), 8*ctas);
-    ggml_cuda_pool_alloc<float>  parts(ctx.pool());
-    mbq_w4a8_args args = {};
-    args.scale              = scale.get();
-    args.blocks             = m.K/32;
-    args.gemm.w             = m.w;
-    args.gemm.x_tiles       = (half *) tiles.get();
-    args.gemm.done          = done.get();
-    args.gemm.dst           = m.dst;
-    args.gemm.dst_column    = m.dst_column;
-    args.gemm.M             = m.M;
-    args.gemm.N             = m.N;
-    args.gemm.K             = padded/2;
-    args.gemm.row_bytes     = m.row_bytes;
-    args.gemm.m_tiles       = (m_tiles + plan.cluster - 1)/plan.cluster;
-    args.gemm.n_tiles       = (n_tiles + plan.cluster - 1)/plan.cluster;
-    args.gemm.streamk_tiles = plan.streamk_tiles;
-    if (plan.streamk_tiles > 0) {
-        args.gemm.parts = parts.alloc((size_t) ctas*MBQ_GEMM_TILE_M*MBQ_GEMM_TILE_N*plan.cluster);
+static void mbq_w4a8_few(ggml_backend_cuda_context & ctx, mbq_w4a8_matrix m) {
+    const auto & device = ggml_cuda_info().devices[ctx.device];
+    mbq_w4a8_mmv_plan plan = {};
+#ifdef MBQ_USE_TMA
+    if (m.dense() && ggml_cuda_highest_compiled_arch(device.cc) >= GGML_CUDA_CC_HOPPER) {
+        plan = mbq_w4a8_plan_mmv(m.M, m.K/256, m.N == 1 ? m.K/16 : 0, MBQ_W4A8_UNITS, mbq_w4a8_stage_bytes<bits>(m.N), device.nsm, device.smpbo - MBQ_W4A8_STATIC_BYTES);
     }
-    mbq_w4a8_launch_quantize<true>(ctx, m.x, (int *) tiles.get(), scale.get(), m.K, padded, m.N, m.x_column, done.get(), 8*ctas);
-    if (plan.cluster == 2) {
-        mbq_w4a8_launch_gemm<bits, 256>(ctx, args, ctas);
+#endif
+    if (plan.kw > 0 && m.N == 1) {
+        mbq_w4a8_launch_mmv<bits>(ctx, m, plan, nullptr, nullptr);
+        return;
+    }
+    ggml_cuda_pool_alloc<char>  records(ctx.pool(), m.N*m.padded());
+    ggml_cuda_pool_alloc<float> scale(ctx.pool(), m.N);
+    mbq_w4a8_launch_quantize<false>(ctx, m, (int4 *) records.get(), scale.get(), nullptr, 0);
+    if (plan.kw > 0) {
+        mbq_w4a8_launch_mmv<bits>(ctx, m, plan, records.get(), scale.get());
     } else {
-        mbq_w4a8_launch_gemm<bits, 128>(ctx, args, ctas);
-    }
-}
-
-template <int bits>
-static void mbq_w4a8_few(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m) {
-    ggml_cuda_pool_alloc<int>   q(ctx.pool(), (size_t) W4A8_VEC_COLUMNS*m.K/4);
-    ggml_cuda_pool_alloc<float> scale(ctx.pool(), W4A8_VEC_COLUMNS);
-    for (int64_t i = 0; i < m.N; i += W4A8_VEC_COLUMNS) {
-        const int columns = std::min<int64_t>(m.N - i, W4A8_VEC_COLUMNS);
-        mbq_w4a8_launch_quantize<false>(ctx, m.x + i*m.x_column, q.get(), scale.get(), m.K, m.K, columns, m.x_column, nullptr, 0);
-        const mbq_w4a8_vec_args args = { m.w, (const int2 *) q.get(), scale.get(), m.dst + i*m.dst_column, m.dst_column,
-            (int) m.M, (int) m.row_bytes, (int) (m.K/32), (int) m.K };
-        mbq_w4a8_launch_vec<bits, W4A8_VEC_COLUMNS>(ctx, args, columns);
+        const mbq_w4a8_vec_args args = { m.w, (const int2 *) records.get(), scale.get(), m.dst, m.dst_column, (int) m.M, (int) m.row_bytes, (int) (m.K/32) };
+        mbq_w4a8_launch_vec<bits, W4A8_FEW_COLUMNS>(ctx, args, m.N);
     }
 }
 
 template <int bits>
 static void mbq_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m) {
-    if (m.N > W4A8_VEC_COLUMNS && mbq_w4a8_gemm_available<bits>(ctx.device)) {
+    if (m.N > W4A8_FEW_COLUMNS && mbq_w4a8_gemm_available<bits>(ctx.device)) {
         mbq_w4a8_many<bits>(ctx, m);
-    } else {
-        mbq_w4a8_few<bits>(ctx, m);
+        return;
+    }
+    for (int64_t i = 0; i < m.N; i += W4A8_FEW_COLUMNS) {
+        mbq_w4a8_matrix part = m;
+        part.x   += i*m.x_column;
+        part.dst += i*m.dst_column;
+        part.N    = std::min<int64_t>(m.N - i, W4A8_FEW_COLUMNS);
+        mbq_w4a8_few<bits>(ctx, part);
     }
 }
 
 bool ggml_cuda_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst) {
     GGML_TENSOR_BINARY_OP_LOCALS
-    constexpr int64_t longest = 16*2048; // activations of a column that a CTA of mbq_w4a8_quantize holds
-    if (!ggml_is_row_scale_mul_mat(dst) || ne00 > longest || ne01 > INT_MAX/2 || ne11 > INT_MAX/2) {
+    if (!ggml_is_row_scale_mul_mat(dst) || ne00 > W4A8_LONGEST || ne01 > INT_MAX/2 || ne11 > INT_MAX/2) {
         return false;
     }
     GGML_ASSERT(nb00 == ggml_type_size(src0->type) && nb10 == sizeof(float) && nb0 == sizeof(float));

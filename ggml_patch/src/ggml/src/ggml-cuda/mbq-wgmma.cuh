@@ -82,12 +82,6 @@ static __device__ __forceinline__ int mbq_await_counts(const int * counts, const
     return there == 0xFFFFFFFF ? 32 : __ffs(~there) - 1;
 }
 
-static __device__ __forceinline__ uint32_t mbq_load_shared(const uint32_t address) {
-    uint32_t v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
-    return v;
-}
-
 // d += A, 64 rows times 16 of K in registers, times B, 16 of K times 128 or 256 columns in shared memory
 #define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 static __device__ __forceinline__ void mbq_wgmma(float (&d)[64], const half2 (&a)[4], const uint64_t b) {

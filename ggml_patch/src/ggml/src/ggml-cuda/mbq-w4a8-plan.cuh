@@ -1,0 +1,77 @@
+#pragma once
+
+// How mbq_w4a8_gemm and mbq_w4a8_mmv share out their work.
+
+#include <algorithm>
+#include <cstdint>
+
+// Tiles of mbq_w4a8_gemm: 128 rows times BN columns a CTA, CL CTAs a worker; and what they take on an H100, in 10 ns: a step of 256 of K, the end of a
+// tile, a product's beginning and end, and a tile cut in two and each further part (leaving sums and adding them). Fitted to products of Qwen2-VL-7B's shapes
+// by 16 to 4096 columns.
+struct mbq_w4a8_shape {
+    int BN, CL, step, end, fixed, two, more;
+};
+
+static constexpr mbq_w4a8_shape MBQ_W4A8_SHAPES[] = {
+    {  64, 1,  60, 120, 120, 190, 130 },
+    { 128, 2,  70, 250, 400, 275, 155 },
+    { 256, 2, 117, 550, 400, 400, 200 },
+    { 128, 1,  95, 250, 400, 275, 155 }, // rows that are no multiples of 16 bytes; see mbq_w4a8_plan_gemm
+};
+
+struct mbq_w4a8_gemm_plan {
+    int shape, m_tiles, n_tiles; // tiles of workers
+    int workers, parts;          // parts of a tile, each of its own worker
+};
+
+// Whole tiles, or each tile cut into equal parts where that occupies more multiprocessors. Shares of other lengths (stream-K as in mbq_plan_gemm) were slower
+// almost everywhere, since workers at different places of K find less of the other's data in L2: 3584 x 18944 by 512 66 us instead of 56.
+static mbq_w4a8_gemm_plan mbq_w4a8_plan_gemm(const int64_t M, const int64_t N, const int64_t steps, const int64_t multiprocessors, const bool dense) {
+    mbq_w4a8_gemm_plan best = {};
+    int64_t best_cost = INT64_MAX;
+    for (int i = dense ? 0 : 3; i < (dense ? 3 : 4); ++i) {
+        const mbq_w4a8_shape & s = MBQ_W4A8_SHAPES[i];
+        const int64_t m_tiles = (M + 128*s.CL - 1)/(128*s.CL);
+        const int64_t n_tiles = (N + s.BN - 1)/s.BN;
+        const int64_t tiles   = m_tiles*n_tiles;
+        const int64_t most    = std::max<int64_t>(multiprocessors/s.CL, 1);
+        const int64_t rounds  = (tiles + most - 1)/most;
+        for (int64_t parts = 1; parts == 1 || (tiles*parts <= most && parts <= std::min<int64_t>(steps, 8)); ++parts) {
+            const int64_t cost = s.fixed + rounds*((steps + parts - 1)/parts*s.step + s.end) + (parts > 1 ? s.two + (parts - 2)*s.more : 0);
+            if (cost < best_cost) {
+                best_cost = cost;
+                best = { i, (int) m_tiles, (int) n_tiles, (int) (parts > 1 ? tiles*parts : (tiles + rounds - 1)/rounds), (int) parts };
+            }
+        }
+    }
+    return best;
+}
+
+struct mbq_w4a8_mmv_plan {
+    int kw, groups, ctas, stages; // kw = 0: does not fit
+};
+
+// Warps that share a tile of 16 rows, and such groups in a CTA: the fewest pieces one after the other, the end of a tile counting as one more. units: of 16
+// activations that the CTA must quantise, `units_thread` at most by each thread. Fitted to eleven splits of five shapes by 1 to 8 columns.
+static mbq_w4a8_mmv_plan mbq_w4a8_plan_mmv(const int64_t M, const int64_t pieces, const int64_t units, const int64_t units_thread, const int64_t stage_bytes,
+        const int64_t multiprocessors, const int64_t smem) {
+    const int64_t tiles = (M + 15)/16;
+    mbq_w4a8_mmv_plan best = {};
+    int64_t best_cost = INT64_MAX;
+    for (int64_t kw = 1; kw <= std::min<int64_t>(16, pieces); ++kw) {
+        const int64_t groups = std::min({ 16/kw, (tiles + multiprocessors - 1)/multiprocessors, (int64_t) 15 });
+        const int64_t fixed  = kw*groups*1024 + 16*units;
+        const int64_t stages = std::min<int64_t>((smem - fixed)/(kw*groups*stage_bytes), 8);
+        if (stages < 2 || units > units_thread*kw*groups*32) {
+            continue;
+        }
+        const int64_t rounds = (tiles + multiprocessors*groups - 1)/(multiprocessors*groups);
+        const int64_t turns  = (pieces + kw - 1)/kw;
+        const int64_t cost   = rounds*(turns + 1) + (turns > 8 ? 2 : 0); // many turns: 17.7 us with 8 warps at 3584 x 18944, 16.3 with 16
+        if (cost <= best_cost) {
+            best_cost = cost;
+            best = { (int) kw, (int) groups, (int) std::min(multiprocessors, tiles), (int) stages };
+        }
+    }
+    return best;
+}

@@ -1,0 +1,137 @@
+#pragma once
+
+// Activations as int8 with one scale a column, in the order of mbq-w4a8-block.cuh. A thread makes units of 16: one 16-byte word.
+//
+//   tiles (mbq_w4a8_gemm)     [n tile][k tile][column][words in wgmma's 128-byte swizzle], 128 columns and 128 of K: half a group, steps 4(k tile % 2) ...
+//                             word 2j + h of a column: k = 16h ... 16h + 15 of step j's B operand
+//   records (mbq_w4a8_mmv)    [group][step pair][column][t]: registers 0, 1 of the B operand of lane t, of one step and the next
+//
+// Both are padded with zeros to whole groups of 256.
+
+#include "mbq-w4a8-block.cuh"
+
+#include <climits>
+
+template <bool tiled>
+static __device__ __forceinline__ int mbq_w4a8_unit_k(const int unit, const int i) { // first of 4 activations, i of 4
+    const int group = unit/16*256;
+    if (tiled) {
+        return group + 64*i + unit/8%2*32 + unit%2*16 + unit/2%4*4;
+    }
+    return group + unit%4*64 + unit/8%2*32 + unit/4%2*8 + i%2*16 + i/2*4;
+}
+
+template <bool tiled>
+static __device__ __forceinline__ int64_t mbq_w4a8_unit_at(const int unit, const int column, const int columns, const int padded) { // 16-byte words
+    if (tiled) {
+        const int64_t tile = (int64_t) (column/128)*(padded/128) + unit/8;
+        return (tile*128 + column%128)*8 + (unit%8 ^ column%8);
+    }
+    return ((int64_t) unit/4*columns + column)*4 + unit%4;
+}
+
+struct mbq_w4a8_unit {
+    float4 v[4];
+
+    template <bool tiled>
+    __device__ __forceinline__ void load(const float * x, const int unit, const int K, const bool aligned) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int k = mbq_w4a8_unit_k<tiled>(unit, i);
+            v[i] = k >= K ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : aligned ? *(const float4 *) (x + k) : make_float4(x[k], x[k + 1], x[k + 2], x[k + 3]);
+        }
+    }
+
+    // Bits of the largest |x|: floats without a sign are in the order of their bits
+    __device__ __forceinline__ int amax(int most) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int4 bits = *(const int4 *) &v[i];
+            most = max(max(most, bits.x & INT_MAX), max(bits.y & INT_MAX, max(bits.z & INT_MAX, bits.w & INT_MAX)));
+        }
+        return most;
+    }
+
+    __device__ __forceinline__ int4 codes(const float inverse) const {
+        const auto code = [&](const float value) { return __float2int_rn(mbq_mul_rn(value, inverse)) & 0xFF; };
+        int word[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            word[i] = code(v[i].x) | code(v[i].y) << 8 | code(v[i].z) << 16 | code(v[i].w) << 24;
+        }
+        return make_int4(word[0], word[1], word[2], word[3]);
+    }
+};
+
+// The largest of a CTA; largest: 32 words of shared memory. All threads call it.
+static __device__ __forceinline__ int mbq_w4a8_largest(int amax, int * largest, const int thread, const int threads) {
+    const auto of_warp = [](int v) {
+#pragma unroll
+        for (int i = 16; i > 0; i /= 2) {
+            v = max(v, __shfl_xor_sync(0xFFFFFFFF, v, i));
+        }
+        return v;
+    };
+    amax = of_warp(amax);
+    if (thread % 32 == 0) {
+        largest[thread/32] = amax;
+    }
+    __syncthreads();
+    return of_warp(thread%32*32 < threads ? largest[thread % 32] : 0);
+}
+
+// 127 / amax, and the scale of the column
+static __device__ __forceinline__ float2 mbq_w4a8_column_scale(const int amax) {
+    const float most = amax < __float_as_int(GGML_ROW_SCALE_AMAX_MIN) ? 0.0f : __int_as_float(amax);
+    return make_float2(most == 0.0f ? 0.0f : mbq_div_rn(127.0f, most), mbq_div_rn(most, 127.0f));
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < GGML_CUDA_CC_AMPERE
+#define MBQ_W4A8_CTAS(n) 1 // of 1024 threads at most on a multiprocessor
+#else
+#define MBQ_W4A8_CTAS(n) n
+#endif
+
+struct mbq_w4a8_quantize_args {
+    const float * x;
+    int4        * q;
+    float       * scale;
+    int64_t x_column;    // elements
+    int K, padded, aligned;
+    int * flags;         // to be set to 0
+    int n_flags;
+};
+
+// One CTA a column, which reads it once, R units a thread. As many threads as one unit each, two CTAs a multiprocessor: 7.9 us for 512 columns of 14336 and 97
+// for 4096, what reading and writing them takes. Columns through shared memory, by bulk copies: 10.6 and 102 us.
+template <bool tiled, int R, int threads, int ctas>
+static __global__ void __launch_bounds__(threads, MBQ_W4A8_CTAS(ctas)) mbq_w4a8_quantize(const mbq_w4a8_quantize_args args) {
+    ggml_cuda_pdl_lc();
+    ggml_cuda_pdl_sync();
+    const int column = blockIdx.x;
+    for (int i = blockIdx.x*blockDim.x + threadIdx.x; i < args.n_flags; i += gridDim.x*blockDim.x) {
+        args.flags[i] = 0;
+    }
+    mbq_w4a8_unit unit[R];
+    int amax = 0;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        unit[r].template load<tiled>(args.x + column*args.x_column, r*blockDim.x + threadIdx.x, args.K, args.aligned);
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        amax = unit[r].amax(amax);
+    }
+    __shared__ int largest[32];
+    const float2 scale = mbq_w4a8_column_scale(mbq_w4a8_largest(amax, largest, threadIdx.x, blockDim.x));
+    if (threadIdx.x == 0) {
+        args.scale[column] = scale.y;
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        const int i = r*blockDim.x + threadIdx.x;
+        if (i < args.padded/16) {
+            args.q[mbq_w4a8_unit_at<tiled>(i, column, gridDim.x, args.padded)] = unit[r].codes(scale.x);
+        }
+    }
+}

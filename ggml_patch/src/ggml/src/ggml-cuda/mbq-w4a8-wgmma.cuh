@@ -1,0 +1,96 @@
+#pragma once
+
+// What mbq_w4a8_gemm (mbq-w4a8-gemm.cuh) is made of: the shape of its tiles, its shared memory, and int8 wgmma.
+
+#include "mbq-gemm.cuh"
+#include "mbq-w4a8-quantize.cuh"
+
+// BN columns a tile, CL CTAs a cluster, XS and WS stages of activations and weights. dense: see mbq_w4a8_pair
+template <int bits_, int BN_, int CL_, int XS_, int WS_, bool dense_> struct mbq_w4a8_tile {
+    static constexpr int  bits = bits_, BN = BN_, CL = CL_, XS = XS_, WS = WS_;
+    static constexpr bool dense = dense_;
+    static constexpr int  X_BYTES   = BN*128;
+    static constexpr int  ROW_BYTES = dense ? mbq_w4a8_layout<bits>::group_bytes : bits == 4 ? 176 : 304; // up to 15 bytes more; 4 or 12 banks from row to row
+    static constexpr int  W_BYTES   = MBQ_GEMM_TILE_M*ROW_BYTES;
+    static constexpr int  BYTES     = 1024 + XS*X_BYTES + WS*W_BYTES;
+    static constexpr int  BARRIERS  = 2*XS + 2*WS;
+};
+
+struct mbq_w4a8_args {
+    mbq_gemm_args gemm;   // x_tiles: int8; parts: integers; K in pairs of activations (2 bytes, as fp16 there), of rows padded to 256 activations
+    const float * scale;  // of each column
+    int blocks;           // of a row
+};
+
+#ifdef MBQ_WGMMA
+
+template <typename T> struct mbq_w4a8_smem {
+    uint32_t x, w, full_x, empty_x, full_w, empty_w; // addresses in shared memory
+
+    __device__ __forceinline__ mbq_w4a8_smem(const char * dynamic, const uint64_t * barriers) {
+        asm volatile("add.u32 %0, %1, 1023;\nand.b32 %0, %0, 0xFFFFFC00;" : "=r"(x) : "r"((uint32_t) __cvta_generic_to_shared(dynamic)));
+        w       = x + T::XS*T::X_BYTES;
+        full_x  = __cvta_generic_to_shared(barriers);
+        empty_x = full_x  + 8*T::XS;
+        full_w  = empty_x + 8*T::XS;
+        empty_w = full_w  + 8*T::WS;
+    }
+
+    __device__ __forceinline__ void init_barriers() const {
+        for (int i = 0; i < T::XS; ++i) {
+            mbq_barrier_init(full_x  + 8*i, 1);
+            mbq_barrier_init(empty_x + 8*i, 8*T::CL);
+        }
+        for (int i = 0; i < T::WS; ++i) {
+            mbq_barrier_init(full_w  + 8*i, T::dense ? 1 : 96);
+            mbq_barrier_init(empty_w + 8*i, 256);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
+    }
+};
+
+#define D8(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), "+r"(d[i + 7])
+static __device__ __forceinline__ void mbq_wgmma_s8(int (&d)[32], const uint32_t (&a)[4], const uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, 1;"
+        : D8(0), D8(8), D8(16), D8(24)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+static __device__ __forceinline__ void mbq_wgmma_s8(int (&d)[64], const uint32_t (&a)[4], const uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, 1;"
+        : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+static __device__ __forceinline__ void mbq_wgmma_s8(int (&d)[128], const uint32_t (&a)[4], const uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+        "{%128, %129, %130, %131}, %132, 1;"
+        : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56),
+          D8(64), D8(72), D8(80), D8(88), D8(96), D8(104), D8(112), D8(120)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+#undef D8
+
+// The box at (x, y, 0) of a map
+static __device__ __forceinline__ void mbq_box_copy_3d(const uint32_t dst, const CUtensorMap & map, const int x, const int y, const uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+        : : "r"(dst), "l"(&map), "r"(x), "r"(y), "r"(0), "r"(barrier) : "memory");
+}
+
+#endif // MBQ_WGMMA
