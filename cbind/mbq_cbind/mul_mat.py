@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mbq_cbind.errors import BindingError, CallError
 from mbq_cbind.library import load_whole
@@ -54,33 +55,83 @@ def mul_mat(
         raise CallError(f"weights {data.shape} cannot be repeated over activations {x.shape}: give multiples of their outer dimensions")
     spaced = np.zeros((*x.shape[:-1], columns + spacing), np.float32)
     spaced[..., :columns] = x
-    binding = load_whole()
-    ffi, c = binding.ffi, binding.c
     with ExitStack() as stack:
-        backend = _backend(device, threads, stack)
-        if reference:
-            c.ggml_backend_cpu_set_use_ref(backend, True)
-        memory = TENSORS * c.ggml_tensor_overhead() + c.ggml_graph_overhead()
-        context = c.ggml_init({"mem_size": memory, "mem_buffer": ffi.NULL, "no_alloc": True})
-        _present(context, "no memory for a graph", stack, c.ggml_free)
+        c, backend, context = _graph(device, threads, reference, stack)
         weight = c.ggml_new_tensor_4d(context, type_id(kind), columns, data.shape[-2], *weights_outer)
         if row_scale:
             weight.flags |= ROW_SCALE
         rows = c.ggml_new_tensor_4d(context, c.GGML_TYPE_F32, columns + spacing, x.shape[-2], *outer)
         activations = c.ggml_view_4d(context, rows, columns, x.shape[-2], *outer, rows.nb[1], rows.nb[2], rows.nb[3], 0)
         product = c.ggml_mul_mat(context, weight, activations)
-        if not c.ggml_backend_supports_op(backend, product):
-            raise BindingError(f"{device} has no kernel for {type_info(kind).name}: choose another device or type")
-        _present(c.ggml_backend_alloc_ctx_tensors(context, backend), f"{device} has too little memory", stack, c.ggml_backend_buffer_free)
-        c.ggml_backend_tensor_set(weight, ffi.from_buffer(data), 0, data.nbytes)
-        c.ggml_backend_tensor_set(rows, ffi.from_buffer(spaced), 0, spaced.nbytes)
-        graph = c.ggml_new_graph(context)
-        c.ggml_build_forward_expand(graph, product)
-        if c.ggml_backend_graph_compute(backend, graph) != c.GGML_STATUS_SUCCESS:
-            raise BindingError(f"the product failed on {device}: try fewer rows or another device")
-        result = np.empty((*x.shape[:-1], data.shape[-2]), np.float32)
-        c.ggml_backend_tensor_get(product, ffi.from_buffer(result), 0, result.nbytes)
-        return result
+        inputs = [(weight, data), (rows, spaced)]
+        return _run(product, inputs, kind, device, backend, context, stack).reshape(*x.shape[:-1], data.shape[-2])
+
+
+def mul_mat_id(
+    kind: str | int,
+    data: Bytes,
+    columns: int,
+    x: Floats,
+    experts: npt.NDArray[np.int32],
+    *,
+    device: str = "CPU",
+    threads: int | None = None,
+) -> Floats:
+    """The products of each token with the experts chosen for it: float32 [n, used, rows].
+
+    Weights are blocks [all, rows, row_bytes] of type ``kind``, activations ``x`` [n, 1 or used, columns], ``experts`` [n, used].
+    ``threads`` and errors as in :func:`mul_mat`.
+    """
+    x = np.ascontiguousarray(x, np.float32)
+    data = np.ascontiguousarray(data, np.uint8)
+    experts = np.ascontiguousarray(experts, np.int32)
+    n, used = experts.shape
+    if x.shape not in {(n, 1, columns), (n, used, columns)} or data.ndim != 3 or data.shape[-1] != row_bytes(kind, columns):
+        raise CallError(
+            f"weights {data.shape} of {type_info(kind).name}, activations {x.shape} and experts {experts.shape} do not belong to {columns} "
+            f"columns: give arrays [all, rows, {row_bytes(kind, columns)}], [n, used, {columns}] and [n, used]"
+        )
+    if experts.size and not (experts.min() >= 0 and experts.max() < len(data)):
+        raise CallError(f"experts {experts.min()} to {experts.max()} are chosen: there are {len(data)}, counted from 0")
+    with ExitStack() as stack:
+        c, backend, context = _graph(device, threads, False, stack)
+        weight = c.ggml_new_tensor_4d(context, type_id(kind), columns, data.shape[1], data.shape[0], 1)
+        activations = c.ggml_new_tensor_4d(context, c.GGML_TYPE_F32, columns, x.shape[1], n, 1)
+        chosen = c.ggml_new_tensor_4d(context, c.GGML_TYPE_I32, used, n, 1, 1)
+        product = c.ggml_mul_mat_id(context, weight, activations, chosen)
+        inputs = [(weight, data), (activations, x), (chosen, experts)]
+        return _run(product, inputs, kind, device, backend, context, stack).reshape(n, used, data.shape[1])
+
+
+def _graph(device: str, threads: int | None, reference: bool, stack: ExitStack) -> tuple[Any, Any, Any]:
+    """ggml's functions, a backend, and a context with room for a graph but not for data."""
+    binding = load_whole()
+    ffi, c = binding.ffi, binding.c
+    backend = _backend(device, threads, stack)
+    if reference:
+        c.ggml_backend_cpu_set_use_ref(backend, True)
+    memory = TENSORS * c.ggml_tensor_overhead() + c.ggml_graph_overhead()
+    context = c.ggml_init({"mem_size": memory, "mem_buffer": ffi.NULL, "no_alloc": True})
+    _present(context, "no memory for a graph", stack, c.ggml_free)
+    return c, backend, context
+
+
+def _run(product: Any, inputs: list[tuple[Any, Any]], kind: str | int, device: str, backend: Any, context: Any, stack: ExitStack) -> Floats:
+    """The numbers of ``product`` once ``inputs``, tensors and their arrays, are set."""
+    binding = load_whole()
+    ffi, c = binding.ffi, binding.c
+    if not c.ggml_backend_supports_op(backend, product):
+        raise BindingError(f"{device} has no kernel for {type_info(kind).name}: choose another device or type")
+    _present(c.ggml_backend_alloc_ctx_tensors(context, backend), f"{device} has too little memory", stack, c.ggml_backend_buffer_free)
+    for tensor, array in inputs:
+        c.ggml_backend_tensor_set(tensor, ffi.from_buffer(array), 0, array.nbytes)
+    graph = c.ggml_new_graph(context)
+    c.ggml_build_forward_expand(graph, product)
+    if c.ggml_backend_graph_compute(backend, graph) != c.GGML_STATUS_SUCCESS:
+        raise BindingError(f"the product failed on {device}: try fewer rows or another device")
+    result = np.empty(np.prod(list(product.ne)), np.float32)
+    c.ggml_backend_tensor_get(product, ffi.from_buffer(result), 0, result.nbytes)
+    return result
 
 
 def _outer(array: Floats | Bytes) -> tuple[int, int]:

@@ -88,11 +88,22 @@ def test_products_agree(products: Path, built_llama: Path, tmp_path: Path, name:
 @pytest.mark.parametrize("name", FLAGS_NEEDED)
 def test_products_with_one_scale_a_row_are_the_contracts(built_llama: Path, tmp_path: Path, name: str) -> None:
     """Their own tests once more, with the kernels of another instruction set."""
+    run_again("test_row_scale_product.py", name, built_llama, tmp_path)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the other instruction sets are those of x86")
+@pytest.mark.parametrize("name", FLAGS_NEEDED)
+def test_cuts_of_a_batch_change_nothing(built_llama: Path, tmp_path: Path, name: str) -> None:
+    run_again("test_batch_cuts.py", name, built_llama, tmp_path)
+
+
+def run_again(test: str, name: str, built_llama: Path, tmp_path: Path) -> None:
+    """A test file of the bindings with the kernels of another instruction set."""
     if missing := FLAGS_NEEDED[name] - processor_flags():
         pytest.skip(f"this processor has no {' '.join(sorted(missing))}")
     flags = SETS[name]
     assert flags is not None
     environment = os.environ | {"LD_PRELOAD": str(kernels(built_llama, flags, tmp_path))}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", TESTS / "cbind" / "test_row_scale_product.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", TESTS / "cbind" / test]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]

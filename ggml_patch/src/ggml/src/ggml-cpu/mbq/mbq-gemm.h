@@ -3,12 +3,7 @@
 // Parts of the matrix product of MBQ weights with several rows of activations: the layouts that both are brought into, and the kernel.
 // Included by mbq.cpp alone, where mbq-simd.h has vectors.
 
-#include "mbq-block.h"
-#include "mbq-simd.h"
-
-#include "ggml-cpu-impl.h"
-#include "quants.h"
-#include "simd-mappings.h"
+#include "mbq-panel.h"
 
 #include <algorithm>
 #include <cstddef>
@@ -16,50 +11,6 @@
 #include <cstring>
 
 namespace {
-
-constexpr int ROWS = mbq_simd::rows;
-constexpr int COLS = mbq_simd::cols;
-
-constexpr size_t ALIGNMENT = 64;
-
-// ---- panels of activations: the codes block by block and in a block row by row, so that the kernel reads one stream; then scales and sums
-
-struct panel {
-    const int8_t * q; // [k/QK8_1][cols][QK8_1]
-    const float  * d; // [k/QK8_1][cols]
-    const float  * s; // [k/group][cols], sum of d * q
-};
-
-size_t panel_row_bytes(int64_t k, int64_t group) {
-    return k + sizeof(float)*(k/QK8_1 + k/group);
-}
-
-panel panel_at(const uint8_t * base, int64_t k, int cols) {
-    const int8_t * q = (const int8_t *) base;
-    const float  * d = (const float *) (q + k*cols);
-    return { q, d, d + k/QK8_1*cols };
-}
-
-constexpr int CHUNK = 16; // blocks of activations that a thread quantises at a time
-
-// Blocks first to first + n (at most CHUNK, first a multiple of it) of a row of activations to row col of a panel of cols.
-template <int group>
-void quantize_to_panel(const float * x, int64_t k, int64_t first, int64_t n, uint8_t * base, int col, int cols) {
-    block_q8_1 tmp[CHUNK];
-    quantize_row_q8_1(x + first*QK8_1, tmp, n*QK8_1);
-
-    int8_t * q = (int8_t *) base;
-    float  * d = (float *) (q + k*cols);
-    float  * s = d + k/QK8_1*cols;
-    for (int64_t i = 0; i < n; ++i) {
-        const int64_t at = (first + i)*cols + col;
-        memcpy(q + at*QK8_1, tmp[i].qs, QK8_1);
-        d[at] = GGML_CPU_FP16_TO_FP32(tmp[i].d);
-        float & sum = s[(first + i)/(group/QK8_1)*cols + col];
-        sum = i % (group/QK8_1) == 0 ? 0.0f : sum;
-        sum += GGML_CPU_FP16_TO_FP32(tmp[i].s);
-    }
-}
 
 // ---- slabs of weights
 
@@ -98,24 +49,6 @@ void unpack_word(mbq_simd::ivec low, mbq_simd::ivec high, uint8_t * out, size_t 
     mbq_simd::store(out + 3*plane_stride, codes_of<3, half>(low, high));
 }
 
-// Scales and minimums of ROWS blocks, one a row, whose first 4 bytes are in words.
-template <typename B>
-void unpack_scales(mbq_simd::ivec words, float * d, float * m) {
-    if constexpr (mbq_grids<B> == 1) {
-        mbq_simd::fstore(d, mbq_simd::half_low(words));
-        mbq_simd::fstore(m, mbq_simd::half_high(words));
-    } else {
-        const mbq_simd::ivec scale = mbq_simd::masked(mbq_simd::srl<1>(words), MBQ_SCALE_WORD_D);
-        const mbq_simd::ivec zero  = mbq_simd::masked(words, MBQ_SCALE_WORD_Z);
-        const mbq_simd::fvec d0 = mbq_simd::half_low(scale);
-        const mbq_simd::fvec d1 = mbq_simd::half_high(scale);
-        mbq_simd::fstore(d,        d0);
-        mbq_simd::fstore(d + ROWS, d1);
-        mbq_simd::fstore(m,        mbq_simd::fma(mbq_simd::mul(d0, mbq_simd::half_low(zero)),  MBQ_SCALE_WORD_M, mbq_simd::fzero()));
-        mbq_simd::fstore(m + ROWS, mbq_simd::fma(mbq_simd::mul(d1, mbq_simd::half_high(zero)), MBQ_SCALE_WORD_M, mbq_simd::fzero()));
-    }
-}
-
 // ROWS rows of weights, row r at x + offset[r], to a slab.
 template <typename B>
 void unpack_slab(const uint8_t * x, const int32_t * offset, int64_t k, const slab & to) {
@@ -124,7 +57,11 @@ void unpack_slab(const uint8_t * x, const int32_t * offset, int64_t k, const sla
 
     uint8_t * out = to.codes;
     for (int64_t ib = 0; ib < k/mbq_weights<B>; ++ib, x += sizeof(B), out += mbq_weights<B>*ROWS) {
-        unpack_scales<B>(mbq_simd::gather(x, offset), to.d + ib*mbq_grids<B>*ROWS, to.m + ib*mbq_grids<B>*ROWS);
+        const lane_grids<B> grids(mbq_simd::gather(x, offset));
+        for (int i = 0; i < mbq_grids<B>; ++i) {
+            mbq_simd::fstore(to.d + (ib*mbq_grids<B> + i)*ROWS, grids.d[i]);
+            mbq_simd::fstore(to.m + (ib*mbq_grids<B> + i)*ROWS, grids.m[i]);
+        }
         for (int w = 0; w < words/2; ++w) {
             const mbq_simd::ivec high = mbq_simd::gather(x + offsetof(B, qh) + 4*w, offset);
             unpack_word<0>(mbq_simd::gather(x + offsetof(B, ql) + 4*w, offset), high, out + w*ROWS*4, plane_stride);
@@ -162,25 +99,19 @@ void multiply(const slab & x, const panel & y, int64_t k, float * dst, size_t st
                 }
             }
             for (int c = 0; c < cols; ++c) {
-                sum[c] = mbq_simd::fma(mbq_simd::mul(mbq_simd::to_float(acc[c]), dw), d[c], sum[c]);
+                sum[c] = add_block(sum[c], mbq_simd::to_float(acc[c]), dw, d[c]);
             }
             q += cols*QK8_1;
             d += cols;
         }
         for (int c = 0; c < cols; ++c) {
-            sum[c] = mbq_simd::fma(mw, s[c], sum[c]);
+            sum[c] = add_minimum(sum[c], mw, s[c]);
         }
         s += cols;
     }
 
     for (int c = 0; c < cols; ++c) {
-        if (nrows == ROWS) {
-            mbq_simd::fstore(dst + c*stride, sum[c]);
-        } else {
-            float tmp[ROWS];
-            mbq_simd::fstore(tmp, sum[c]);
-            memcpy(dst + c*stride, tmp, nrows*sizeof(float));
-        }
+        store_rows(dst + c*stride, sum[c], nrows);
     }
 }
 

@@ -1,233 +1,164 @@
 #pragma once
 
-// Products of several rows of MBQ weights with one row of activations (token generation): the lanes run along the row, as in
-// mbq-vec.cpp, but the activations are read from a panel of one row, where codes and float scales lie dense, and serve several rows of
-// weights at once. The next rows are fetched ahead: short rows end before the hardware has learnt where they go (Xeon with AMX, 2
-// cores: 1.5 times the tokens a second). MBQ_GEMV_ROWS stays undefined where there is no such kernel.
+// Products of ROWS rows of MBQ weights with one row of activations (token generation). The integer products run along the rows as they
+// lie, without unpacking a slab; their sums are then brought into one vector, a lane a row, and from there on the order is that of
+// mbq-panel.h. The next rows are fetched ahead: short rows end before the hardware has learnt where they go (Xeon with AMX, 2 cores: 1.5
+// times the tokens a second). MBQ_GEMV stays undefined where there is no such kernel.
 
-#include "mbq-block.h"
+#include "mbq-panel.h"
 #include "mbq-x86.h"
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-namespace {
-
 #if defined(MBQ_AVX512) || defined(MBQ_AVX2)
 
-// The scales of a block in each of rows rows (1 to 4), and for each row the sum of its minimums m times the sums of activations s.
-template <int grids, int rows> struct mbq_scales;
+#define MBQ_GEMV
 
-template <int rows> struct mbq_scales<1, rows> {
-    __m128 s;
-    __m128 sum[rows]; // in element 1
+namespace {
 
-    mbq_scales() {
-        for (int r = 0; r < rows; ++r) {
-            sum[r] = _mm_setzero_ps();
-        }
-    }
+using mbq_ivec = mbq_simd::ivec;
 
-    // the next block of each row, stride bytes apart, and the sums of the activations that belong to it
-    void next(const void *, size_t, const float * sums) { s = _mm_set1_ps(*sums); }
-
-    // d of row r's block: element 0
-    __m128 of(int r, const void * block) {
-        int64_t v;
-        memcpy(&v, block, 8);
-        const __m128 dm = _mm_cvtph_ps(_mm_cvtsi64_si128(v)); // d, m, and two numbers that do not matter
-        sum[r] = _mm_fmadd_ps(dm, s, sum[r]);
-        return dm;
-    }
-
-    float minimums(int r) const { return _mm_cvtss_f32(_mm_movehdup_ps(sum[r])); }
-};
-
-// d of both halves of a block: elements first and first + 1
-struct mbq_halves {
-    __m256 d;
-    int first;
-};
-
-template <int rows> struct mbq_scales<2, rows> {
-    __m256 d; // of both halves, row by row
-    __m256 sum = _mm256_setzero_ps();
-
-    // the scale words of all rows at once: one by one they take twice the instructions
-    void next(const void * block, size_t stride, const float * s) {
-        int32_t word[4] = { 0, 0, 0, 0 };
-        for (int r = 0; r < rows; ++r) {
-            memcpy(&word[r], (const char *) block + r*stride, 4);
-        }
-        double s2;
-        memcpy(&s2, s, 8);
-        const __m128i words = _mm_set_epi32(word[3], word[2], word[1], word[0]);
-        const __m256 z = _mm256_cvtph_ps(_mm_and_si128(words, _mm_set1_epi32(MBQ_SCALE_WORD_Z)));
-        d   = _mm256_cvtph_ps(_mm_and_si128(_mm_srli_epi32(words, 1), _mm_set1_epi32(MBQ_SCALE_WORD_D)));
-        sum = _mm256_fmadd_ps(_mm256_mul_ps(d, z), _mm256_castpd_ps(_mm256_set1_pd(s2)), sum);
-    }
-
-    mbq_halves of(int r, const void *) const { return { d, 2*r }; }
-
-    float minimums(int r) const {
-        alignas(32) float sums[8];
-        _mm256_store_ps(sums, sum);
-        return MBQ_SCALE_WORD_M*(sums[2*r] + sums[2*r + 1]);
-    }
-};
-
-#endif
+// vectors of codes that a block makes; each meets VECTOR_BLOCKS blocks of activations
+template <typename B> constexpr int mbq_vectors = mbq_weights<B>/(int) sizeof(mbq_ivec);
+constexpr int VECTOR_BLOCKS = sizeof(mbq_ivec)/QK8_1;
 
 #if defined(MBQ_AVX512)
 
-#define MBQ_GEMV_ROWS 4
+inline mbq_ivec mbq_load(const int8_t * q) { return _mm512_loadu_si512(q); }
 
-using mbq_fvec = __m512;
-inline mbq_fvec mbq_fzero(void) { return _mm512_setzero_ps(); }
-inline float    mbq_fsum(mbq_fvec v) { return _mm512_reduce_add_ps(v); }
-inline mbq_fvec mbq_first(__m128 v) { return _mm512_broadcastss_ps(v); }
-inline mbq_fvec mbq_pick(__m256 v, __m512i element) { return _mm512_permutexvar_ps(element, _mm512_castps256_ps512(v)); }
-inline mbq_fvec mbq_pick(__m256 v, int element) { return mbq_pick(v, _mm512_set1_epi32(element)); }
-inline mbq_fvec mbq_fma(mbq_fvec a, mbq_fvec b, mbq_fvec c) { return _mm512_fmadd_ps(a, b, c); }
-inline mbq_fvec mbq_mul(mbq_fvec a, mbq_fvec b) { return _mm512_mul_ps(a, b); }
+// Sums of the 4 numbers of each 16 bytes: where they were, the result has the sums of a, b, c, d.
+inline mbq_ivec mbq_sum4(mbq_ivec a, mbq_ivec b, mbq_ivec c, mbq_ivec d) {
+    const mbq_ivec ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const mbq_ivec cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
 
-// What one block of activations brings along for every row of weights; add() adds the product with one of its blocks.
-template <int weights> struct mbq_acts;
-
-template <> struct mbq_acts<128> {
-    __m512i q01, q23;
-    __m512  d01, d23;
-
-    mbq_acts(const int8_t * q, const float * d) {
-        const __m512 d4 = _mm512_broadcast_f32x4(_mm_loadu_ps(d));
-        q01 = _mm512_loadu_si512(q);
-        q23 = _mm512_loadu_si512(q + 64);
-        d01 = _mm512_mul_ps(_mm512_permutevar_ps(d4, mbq_lanes_epi32(0, 0, 1, 1)), mbq3_undo01());
-        d23 = _mm512_mul_ps(_mm512_permutevar_ps(d4, mbq_lanes_epi32(2, 2, 3, 3)), mbq3_undo23());
+// vector i of codes of a block, and how many bits too high each 16 bytes of it are
+template <typename B, int i> mbq_ivec mbq_codes(const B * x) {
+    if constexpr (mbq_weights<B> == 64) {
+        return mbq3_64_codes(x);
+    } else {
+        return i == 0 ? mbq3_codes01(x) : mbq3_codes23(x);
     }
-
-    template <typename B> mbq_fvec add(mbq_fvec acc, const B * x, __m128 scale) const {
-        return mbq_fma(mbq_fma(mbq_dot4(mbq3_codes23(x), q23), d23, mbq_mul(mbq_dot4(mbq3_codes01(x), q01), d01)), mbq_first(scale), acc);
+}
+template <typename B, int i> mbq_ivec mbq_excess() {
+    if constexpr (mbq_weights<B> == 64) {
+        return mbq_lanes_epi32(0, 2, 4, 0);
+    } else {
+        return i == 0 ? mbq_lanes_epi32(0, 0, 2, 2) : mbq_lanes_epi32(4, 4, 0, 0);
     }
-    template <typename B> mbq_fvec add(mbq_fvec acc, const B * x, mbq_halves scales) const {
-        acc = mbq_fma(mbq_dot4(mbq3_codes01(x), q01), mbq_mul(d01, mbq_pick(scales.d, scales.first)), acc);
-        return mbq_fma(mbq_dot4(mbq3_codes23(x), q23), mbq_mul(d23, mbq_pick(scales.d, scales.first + 1)), acc);
-    }
-};
+}
+inline mbq_ivec mbq_shift(mbq_ivec v, mbq_ivec n) { return _mm512_srav_epi32(v, n); }
 
-template <> struct mbq_acts<64> {
-    __m512i q0;
-    __m512  d0;
+// The sums of 16 bytes of 4 times 4 rows to those of 32 bytes, so of one block of activations, of 16 rows.
+inline void mbq_join(const mbq_ivec part[4], mbq_ivec dot[2]) {
+    const mbq_ivec ab = _mm512_add_epi32(_mm512_shuffle_i32x4(part[0], part[1], 0x88), _mm512_shuffle_i32x4(part[0], part[1], 0xDD));
+    const mbq_ivec cd = _mm512_add_epi32(_mm512_shuffle_i32x4(part[2], part[3], 0x88), _mm512_shuffle_i32x4(part[2], part[3], 0xDD));
+    dot[0] = _mm512_shuffle_i32x4(ab, cd, 0x88);
+    dot[1] = _mm512_shuffle_i32x4(ab, cd, 0xDD);
+}
 
-    mbq_acts(const int8_t * q, const float * d) {
-        double d2;
-        memcpy(&d2, d, 8);
-        q0 = _mm512_loadu_si512(q);
-        d0 = _mm512_mul_ps(_mm512_permutevar_ps(_mm512_castpd_ps(_mm512_set1_pd(d2)), mbq_lanes_epi32(0, 0, 1, 1)), mbq3_64_undo());
-    }
+#else
 
-    template <typename B> mbq_fvec add(mbq_fvec acc, const B * x, __m128 scale) const {
-        return mbq_fma(mbq_mul(mbq_dot4(mbq3_64_codes(x), q0), d0), mbq_first(scale), acc);
-    }
-    template <typename B> mbq_fvec add(mbq_fvec acc, const B * x, mbq_halves scales) const {
-        const int i = scales.first;
-        return mbq_fma(mbq_dot4(mbq3_64_codes(x), q0), mbq_mul(d0, mbq_pick(scales.d, mbq_lanes_epi32(i, i, i + 1, i + 1))), acc);
-    }
-};
+inline mbq_ivec mbq_load(const int8_t * q) { return _mm256_loadu_si256((const __m256i *) q); }
 
-#elif defined(MBQ_AVX2)
+inline mbq_ivec mbq_sum4(mbq_ivec a, mbq_ivec b, mbq_ivec c, mbq_ivec d) {
+    const mbq_ivec ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    const mbq_ivec cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+    return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+}
 
-#define MBQ_GEMV_ROWS 2
-
-using mbq_fvec = __m256;
-inline mbq_fvec mbq_fzero(void) { return _mm256_setzero_ps(); }
-inline float    mbq_fsum(mbq_fvec v) { return mbq_hsum(v); }
-inline mbq_fvec mbq_first(__m128 v) { return _mm256_broadcastss_ps(v); }
-inline mbq_fvec mbq_pick(__m256 v, int element) { return _mm256_permutevar8x32_ps(v, _mm256_set1_epi32(element)); }
-inline mbq_fvec mbq_fma(mbq_fvec a, mbq_fvec b, mbq_fvec c) { return _mm256_fmadd_ps(a, b, c); }
-inline mbq_fvec mbq_mul(mbq_fvec a, mbq_fvec b) { return _mm256_mul_ps(a, b); }
-
-template <int weights> struct mbq_acts;
-
-template <> struct mbq_acts<128> {
-    const int8_t * q;
-    __m256 d[4];
-
-    mbq_acts(const int8_t * q, const float * d) : q(q), d{ _mm256_set1_ps(d[0]), _mm256_set1_ps(d[1]/4), _mm256_set1_ps(d[2]/16), _mm256_set1_ps(d[3]) } {}
-
-    template <typename B> mbq_fvec add(mbq_fvec acc, const B * x, __m128 scale) const {
-        __m256 dot[4];
-        dots(x, dot);
-        return mbq_fma(mbq_fma(dot[3], d[3], mbq_fma(dot[2], d[2], mbq_fma(dot[1], d[1], mbq_mul(dot[0], d[0])))), mbq_first(scale), acc);
-    }
-    template <typename B> mbq_fvec add(mbq_fvec acc, const B * x, mbq_halves scales) const {
-        __m256 dot[4];
-        dots(x, dot);
-        acc = mbq_fma(mbq_fma(dot[1], d[1], mbq_mul(dot[0], d[0])), mbq_pick(scales.d, scales.first), acc);
-        return mbq_fma(mbq_fma(dot[3], d[3], mbq_mul(dot[2], d[2])), mbq_pick(scales.d, scales.first + 1), acc);
-    }
-
-private:
-    template <typename B> void dots(const B * x, __m256 dot[4]) const {
-        __m256i w[4];
+template <typename B, int i> mbq_ivec mbq_codes(const B * x) {
+    mbq_ivec w[mbq_vectors<B>]; // the compiler drops those that are not used
+    if constexpr (mbq_weights<B> == 64) {
+        mbq3_64_codes(x, w);
+    } else {
         mbq3_codes(x, w);
-        for (int i = 0; i < 4; ++i) {
-            dot[i] = mbq_dot4(w[i], _mm256_loadu_si256((const __m256i *) (q + 32*i)));
-        }
     }
-};
+    return w[i];
+}
+template <typename B, int i> mbq_ivec mbq_excess() {
+    if constexpr (mbq_weights<B> == 64) {
+        return i == 0 ? _mm256_set_epi32(2, 2, 2, 2, 0, 0, 0, 0) : _mm256_set_epi32(0, 0, 0, 0, 4, 4, 4, 4);
+    } else {
+        return _mm256_set1_epi32(i % 3 * 2);
+    }
+}
+inline mbq_ivec mbq_shift(mbq_ivec v, mbq_ivec n) { return _mm256_srav_epi32(v, n); }
 
-template <> struct mbq_acts<64> {
-    __m256i q01, q23;
-    __m256  d01, d23;
-
-    mbq_acts(const int8_t * q, const float * d) {
-        q01 = _mm256_loadu_si256((const __m256i *) q);
-        q23 = _mm256_loadu_si256((const __m256i *) (q + 32));
-        d01 = _mm256_mul_ps(_mm256_set1_ps(d[0]), mbq3_64_undo01());
-        d23 = _mm256_mul_ps(_mm256_set1_ps(d[1]), mbq3_64_undo23());
-    }
-
-    template <typename B> mbq_fvec add(mbq_fvec acc, const B * x, __m128 scale) const {
-        __m256i w[2];
-        mbq3_64_codes(x, w);
-        return mbq_fma(mbq_fma(mbq_dot4(w[1], q23), d23, mbq_mul(mbq_dot4(w[0], q01), d01)), mbq_first(scale), acc);
-    }
-    template <typename B> mbq_fvec add(mbq_fvec acc, const B * x, mbq_halves scales) const {
-        __m256i w[2];
-        mbq3_64_codes(x, w);
-        acc = mbq_fma(mbq_dot4(w[0], q01), mbq_mul(d01, mbq_pick(scales.d, scales.first)), acc);
-        return mbq_fma(mbq_dot4(w[1], q23), mbq_mul(d23, mbq_pick(scales.d, scales.first + 1)), acc);
-    }
-};
-
-#endif
-
-#if defined(MBQ_GEMV_ROWS)
-
-// rows rows of k weights, stride bytes apart, times the panel of one row q, d, s (see mbq.cpp)
-template <int rows, typename B>
-void mbq_gemv_rows(const B * x, size_t stride, int64_t k, const int8_t * q, const float * d, const float * s, float * dst) {
-    mbq_scales<mbq_grids<B>, rows> scales;
-    mbq_fvec acc[rows];
-    for (int r = 0; r < rows; ++r) {
-        acc[r] = mbq_fzero();
-    }
-    for (int64_t ib = 0; ib < k/mbq_weights<B>; ++ib) {
-        const mbq_acts<mbq_weights<B>> acts(q + ib*mbq_weights<B>, d + ib*(mbq_weights<B>/QK8_1));
-        scales.next(x + ib, stride, s + ib*mbq_grids<B>);
-        for (int r = 0; r < rows; ++r) {
-            const B * b = (const B *) ((const char *) x + r*stride) + ib;
-            _mm_prefetch((const char *) b + rows*stride, _MM_HINT_T0);
-            acc[r] = acts.add(acc[r], b, scales.of(r, b));
-        }
-    }
-    for (int r = 0; r < rows; ++r) {
-        dst[r] = mbq_fsum(acc[r]) + scales.minimums(r);
-    }
+inline void mbq_join(const mbq_ivec part[2], mbq_ivec dot[1]) {
+    dot[0] = _mm256_add_epi32(_mm256_permute2x128_si256(part[0], part[1], 0x20), _mm256_permute2x128_si256(part[0], part[1], 0x31));
 }
 
 #endif
 
+// Vector i of the codes of the 4 blocks at x + offset[] times that of their activations: sums over 16 bytes, a lane a row.
+template <typename B, int i>
+mbq_ivec mbq_four_rows(const uint8_t * x, const int32_t * offset, const int8_t * q) {
+    const mbq_ivec y = mbq_load(q + i*sizeof(mbq_ivec));
+    mbq_ivec v[4];
+    for (int r = 0; r < 4; ++r) {
+        v[r] = mbq_dot4_int(mbq_codes<B, i>((const B *) (x + offset[r])), y);
+    }
+    return mbq_shift(mbq_sum4(v[0], v[1], v[2], v[3]), mbq_excess<B, i>());
+}
+
+// The products of ROWS blocks with their activations, as integers: dot[b] with block b of these
+template <typename B>
+void mbq_lane_dots(const uint8_t * x, const int32_t * offset, const int8_t * q, mbq_ivec dot[mbq_weights<B>/QK8_1]) {
+    mbq_ivec part[mbq_vectors<B>][ROWS/4];
+    for (int r = 0; r < ROWS/4; ++r) {
+        part[0][r] = mbq_four_rows<B, 0>(x, offset + 4*r, q);
+        if constexpr (mbq_vectors<B> > 1) {
+            part[1][r] = mbq_four_rows<B, 1>(x, offset + 4*r, q);
+        }
+        if constexpr (mbq_vectors<B> > 2) {
+            part[2][r] = mbq_four_rows<B, 2>(x, offset + 4*r, q);
+            part[3][r] = mbq_four_rows<B, 3>(x, offset + 4*r, q);
+        }
+    }
+    for (int i = 0; i < mbq_vectors<B>; ++i) {
+        mbq_join(part[i], dot + i*VECTOR_BLOCKS);
+    }
+}
+
+// the first 4 bytes of each block: AVX2's gather takes longer
+inline mbq_ivec mbq_load_words(const uint8_t * x, const int32_t * offset) {
+    alignas(sizeof(mbq_ivec)) uint8_t words[4*ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+        memcpy(words + 4*r, x + offset[r], 4);
+    }
+    return mbq_simd::load(words);
+}
+
+// ROWS rows of k weights, row r at x + offset[r], times a panel of one row; nrows of them are stored. ahead: bytes to rows that come soon
+template <typename B>
+void mbq_gemv(const uint8_t * x, const int32_t * offset, size_t ahead, int64_t k, const panel & y, float * dst, int nrows) {
+    constexpr int blocks = mbq_group<B>/QK8_1;
+
+    mbq_simd::fvec sum = mbq_simd::fzero();
+    const int8_t * q = y.q;
+    const float  * d = y.d;
+    const float  * s = y.s;
+    for (int64_t ib = 0; ib < k/mbq_weights<B>; ++ib, x += sizeof(B), q += mbq_weights<B>, s += mbq_grids<B>) {
+        for (int r = 0; r < ROWS; ++r) {
+            _mm_prefetch((const char *) x + offset[r] + ahead, _MM_HINT_T0);
+        }
+        mbq_ivec dot[mbq_weights<B>/QK8_1];
+        mbq_lane_dots<B>(x, offset, q, dot);
+        const lane_grids<B> grids(mbq_load_words(x, offset));
+        for (int g = 0; g < mbq_grids<B>; ++g) {
+            for (int b = 0; b < blocks; ++b) {
+                sum = add_block(sum, mbq_simd::int_to_float(dot[g*blocks + b]), grids.d[g], *d++);
+            }
+            sum = add_minimum(sum, grids.m[g], s[g]);
+        }
+    }
+    store_rows(dst, sum, nrows);
+}
+
 } // namespace
+
+#endif

@@ -51,6 +51,7 @@ struct mbq_simd {
         return _mm512_dpbusd_epi32(a, w, _mm512_set1_epi32(q4));
     }
     static fvec to_float(acc a) { return _mm512_cvtepi32_ps(a); }
+    static fvec int_to_float(ivec a) { return _mm512_cvtepi32_ps(a); }
 
     static fvec fzero() { return _mm512_setzero_ps(); }
     static fvec fload(const float * p) { return _mm512_load_ps(p); }
@@ -106,6 +107,8 @@ struct mbq_simd {
         return _mm256_cvtepi32_ps(_mm256_madd_epi16(a, _mm256_set1_epi16(1)));
 #endif
     }
+
+    static fvec int_to_float(ivec a) { return _mm256_cvtepi32_ps(a); }
 
     static fvec fzero() { return _mm256_setzero_ps(); }
     static fvec fload(const float * p) { return _mm256_load_ps(p); }

@@ -8,6 +8,7 @@
 #include "mbq-x86.h"
 
 #include <assert.h>
+#include <math.h>
 #include <string.h>
 
 // ---- scalar
@@ -43,17 +44,6 @@ static float mbq_dot_scalar(const B * GGML_RESTRICT x, const block_q8_1 * GGML_R
         }
     }
     return sum;
-}
-
-// Sum of m * s over one block of weights.
-template <typename B>
-static inline float mbq_minimums(const mbq_grid grid[2], const block_q8_1 * y) {
-    constexpr int half = mbq_weights<B>/QK8_1/2;
-    float s8[2] = { 0.0f, 0.0f };
-    for (int i = 0; i < 2*half; ++i) {
-        s8[mbq_grids<B> == 1 ? 0 : i/half] += GGML_CPU_FP16_TO_FP32(y[i].s);
-    }
-    return mbq_grids<B> == 1 ? grid[0].m*s8[0] : grid[0].m*s8[0] + grid[1].m*s8[1];
 }
 
 // ---- SIMD: each section defines MBQ_SIMD and mbq3_dot, mbq3_64_dot: the dot product of nb blocks of 128, of 64 weights
@@ -137,6 +127,17 @@ static float mbq3_64_dot(const B * GGML_RESTRICT x, const block_q8_1 * GGML_REST
 #elif defined(MBQ_AVX2)
 #define MBQ_SIMD
 
+// Sum of m * s over one block of weights.
+template <typename B>
+static inline float mbq_minimums(const mbq_grid grid[2], const block_q8_1 * y) {
+    constexpr int half = mbq_weights<B>/QK8_1/2;
+    float s8[2] = { 0.0f, 0.0f };
+    for (int i = 0; i < 2*half; ++i) {
+        s8[mbq_grids<B> == 1 ? 0 : i/half] += GGML_CPU_FP16_TO_FP32(y[i].s);
+    }
+    return mbq_grids<B> == 1 ? grid[0].m*s8[0] : grid[0].m*s8[0] + grid[1].m*s8[1];
+}
+
 template <typename B>
 static float mbq3_dot(const B * GGML_RESTRICT x, const block_q8_1 * GGML_RESTRICT y, int nb) {
     static const float undo[4] = { 1.0f, 1.0f/4, 1.0f/16, 1.0f };
@@ -179,11 +180,22 @@ static float mbq3_64_dot(const B * GGML_RESTRICT x, const block_q8_1 * GGML_REST
 #elif defined(__ARM_NEON)
 #define MBQ_SIMD
 
-// d8 * sum of the products of one block of activations with 32 codes
-static inline float32x4_t mbq_dot_q8(float32x4_t acc, uint8x16_t w0, uint8x16_t w1, const block_q8_1 * y, float scale) {
-    int32x4_t sum = ggml_vdotq_s32(vdupq_n_s32(0), vreinterpretq_s8_u8(w0), vld1q_s8(y->qs));
-    sum = ggml_vdotq_s32(sum, vreinterpretq_s8_u8(w1), vld1q_s8(y->qs + 16));
-    return vmlaq_n_f32(acc, vcvtq_f32_s32(sum), scale*GGML_CPU_FP16_TO_FP32(y->d));
+// These are the products of one row of activations for mbq.cpp too, so their float additions are in the order of mbq-panel.h.
+
+// sum, and to it d * d8 * the products of one block of activations with 32 codes that are `excess` bits too high
+static inline float mbq_add_block(float sum, uint8x16_t w0, uint8x16_t w1, int excess, float d, const block_q8_1 * y) {
+    int32x4_t dot = ggml_vdotq_s32(vdupq_n_s32(0), vreinterpretq_s8_u8(w0), vld1q_s8(y->qs));
+    dot = ggml_vdotq_s32(dot, vreinterpretq_s8_u8(w1), vld1q_s8(y->qs + 16));
+    return fmaf((float) (vaddvq_s32(dot) >> excess)*d, GGML_CPU_FP16_TO_FP32(y->d), sum);
+}
+
+// sum, and to it m times the sum of n blocks of activations
+static inline float mbq_add_minimum(float sum, float m, const block_q8_1 * y, int n) {
+    float s8 = 0.0f;
+    for (int i = 0; i < n; ++i) {
+        s8 += GGML_CPU_FP16_TO_FP32(y[i].s);
+    }
+    return fmaf(m, s8, sum);
 }
 
 static inline uint8x16_t mbq_merge(uint8x16_t ql, uint8x16_t qh, uint8_t low, uint8_t high) {
@@ -192,8 +204,7 @@ static inline uint8x16_t mbq_merge(uint8x16_t ql, uint8x16_t qh, uint8_t low, ui
 
 template <typename B>
 static float mbq3_dot(const B * GGML_RESTRICT x, const block_q8_1 * GGML_RESTRICT y, int nb) {
-    float32x4_t acc = vdupq_n_f32(0.0f);
-    float sumf = 0.0f;
+    float sum = 0.0f;
     for (int ib = 0; ib < nb; ++ib, y += 4) {
         const uint8x16_t a = vld1q_u8(x[ib].ql);
         const uint8x16_t b = vld1q_u8(x[ib].ql + 16);
@@ -202,32 +213,33 @@ static float mbq3_dot(const B * GGML_RESTRICT x, const block_q8_1 * GGML_RESTRIC
 
         mbq_grid grid[2];
         mbq_load_grids(x[ib], grid);
-        acc = mbq_dot_q8(acc, mbq_merge(a, h, 0x03, 0x04), mbq_merge(b, g, 0x03, 0x04), &y[0], grid[0].d);
-        acc = mbq_dot_q8(acc, mbq_merge(a, h, 0x0C, 0x10), mbq_merge(b, g, 0x0C, 0x10), &y[1], grid[0].d*(1.0f/4));
-        acc = mbq_dot_q8(acc, mbq_merge(a, h, 0x30, 0x40), mbq_merge(b, g, 0x30, 0x40), &y[2], grid[1].d*(1.0f/16));
-        acc = mbq_dot_q8(acc, mbq_merge(vshrq_n_u8(a, 6), vshlq_n_u8(h, 2), 0x03, 0x04), mbq_merge(vshrq_n_u8(b, 6), vshlq_n_u8(g, 2), 0x03, 0x04), &y[3], grid[1].d);
-        sumf += mbq_minimums<B>(grid, y);
+        sum = mbq_add_block(sum, mbq_merge(a, h, 0x03, 0x04), mbq_merge(b, g, 0x03, 0x04), 0, grid[0].d, &y[0]);
+        sum = mbq_add_block(sum, mbq_merge(a, h, 0x0C, 0x10), mbq_merge(b, g, 0x0C, 0x10), 2, grid[0].d, &y[1]);
+        sum = mbq_grids<B> == 1 ? sum : mbq_add_minimum(sum, grid[0].m, y, 2);
+        sum = mbq_add_block(sum, mbq_merge(a, h, 0x30, 0x40), mbq_merge(b, g, 0x30, 0x40), 4, grid[1].d, &y[2]);
+        sum = mbq_add_block(sum, mbq_merge(vshrq_n_u8(a, 6), vshlq_n_u8(h, 2), 0x03, 0x04), mbq_merge(vshrq_n_u8(b, 6), vshlq_n_u8(g, 2), 0x03, 0x04), 0, grid[1].d, &y[3]);
+        sum = mbq_grids<B> == 1 ? mbq_add_minimum(sum, grid[0].m, y, 4) : mbq_add_minimum(sum, grid[1].m, y + 2, 2);
     }
-    return vaddvq_f32(acc) + sumf;
+    return sum;
 }
 
 template <typename B>
 static float mbq3_64_dot(const B * GGML_RESTRICT x, const block_q8_1 * GGML_RESTRICT y, int nb) {
-    float32x4_t acc = vdupq_n_f32(0.0f);
-    float sumf = 0.0f;
+    float sum = 0.0f;
     for (int ib = 0; ib < nb; ++ib, y += 2) {
         const uint8x16_t a = vld1q_u8(x[ib].ql);
         const uint8x8_t  l = vld1_u8(x[ib].qh);
         const uint8x16_t h = vcombine_u8(l, vshr_n_u8(l, 1));
 
-        // plane 1 back to one times the code, to share an accumulator with plane 0; likewise planes 2 and 3
+        // plane 1 back to one times the code, to share a block of activations with plane 0; likewise planes 2 and 3
         mbq_grid grid[2];
         mbq_load_grids(x[ib], grid);
-        acc = mbq_dot_q8(acc, mbq_merge(a, h, 0x03, 0x04), vshrq_n_u8(mbq_merge(a, h, 0x0C, 0x10), 2), &y[0], grid[0].d);
-        acc = mbq_dot_q8(acc, vshrq_n_u8(mbq_merge(a, h, 0x30, 0x40), 4), mbq_merge(vshrq_n_u8(a, 6), vshlq_n_u8(h, 2), 0x03, 0x04), &y[1], grid[1].d);
-        sumf += mbq_minimums<B>(grid, y);
+        sum = mbq_add_block(sum, mbq_merge(a, h, 0x03, 0x04), vshrq_n_u8(mbq_merge(a, h, 0x0C, 0x10), 2), 0, grid[0].d, &y[0]);
+        sum = mbq_grids<B> == 1 ? sum : mbq_add_minimum(sum, grid[0].m, y, 1);
+        sum = mbq_add_block(sum, vshrq_n_u8(mbq_merge(a, h, 0x30, 0x40), 4), mbq_merge(vshrq_n_u8(a, 6), vshlq_n_u8(h, 2), 0x03, 0x04), 0, grid[1].d, &y[1]);
+        sum = mbq_grids<B> == 1 ? mbq_add_minimum(sum, grid[0].m, y, 2) : mbq_add_minimum(sum, grid[1].m, y + 1, 1);
     }
-    return vaddvq_f32(acc) + sumf;
+    return sum;
 }
 
 #endif

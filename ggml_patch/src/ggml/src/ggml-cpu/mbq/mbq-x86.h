@@ -66,9 +66,13 @@ static inline __m512i mbq3_64_codes(const B * x) {
 
 static inline __m512 mbq3_64_undo(void) { return mbq_lanes_ps(1.0f, 1.0f/4, 1.0f/16, 1.0f); }
 
-// groups of 4 products summed, as float
+// groups of 4 products summed, as integers and as float
+static inline __m512i mbq_dot4_int(__m512i w, __m512i q) {
+    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, q);
+}
+
 static inline __m512 mbq_dot4(__m512i w, __m512i q) {
-    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), w, q));
+    return _mm512_cvtepi32_ps(mbq_dot4_int(w, q));
 }
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -112,13 +116,17 @@ static inline void mbq3_64_codes(const B * x, __m256i w[2]) {
 static inline __m256 mbq3_64_undo01(void) { return _mm256_set_ps(1.0f/4, 1.0f/4, 1.0f/4, 1.0f/4, 1.0f, 1.0f, 1.0f, 1.0f); }
 static inline __m256 mbq3_64_undo23(void) { return _mm256_set_ps(1.0f, 1.0f, 1.0f, 1.0f, 1.0f/16, 1.0f/16, 1.0f/16, 1.0f/16); }
 
-static inline __m256 mbq_dot4(__m256i w, __m256i q) {
+static inline __m256i mbq_dot4_int(__m256i w, __m256i q) {
 #if defined(__AVXVNNI__)
-    return _mm256_cvtepi32_ps(_mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), w, q));
+    return _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), w, q);
 #else
     // at most 2 * 112 * 127 = 28448: no saturation
-    return _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(w, q), _mm256_set1_epi16(1)));
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(w, q), _mm256_set1_epi16(1));
 #endif
+}
+
+static inline __m256 mbq_dot4(__m256i w, __m256i q) {
+    return _mm256_cvtepi32_ps(mbq_dot4_int(w, q));
 }
 
 static inline float mbq_hsum(__m256 v) {

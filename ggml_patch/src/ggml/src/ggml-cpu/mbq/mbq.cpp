@@ -2,7 +2,8 @@
 //
 // The activations become Q8_1 as in the plain path (same codes, same scales), laid out in panels of up to mbq_simd::cols rows. A slab of
 // mbq_simd::rows rows of weights is unpacked once, transposed so that each lane is a row of weights, and then multiplied with every
-// panel. A result differs from the plain path's only in the order in which its terms are added.
+// panel. A result does not depend on how many rows of activations there are (mbq-panel.h); from the plain path's it differs only in the
+// order in which its terms are added.
 
 #include "mbq.h"
 #include "mbq-simd.h"
@@ -24,10 +25,10 @@ namespace {
 
 constexpr size_t  SLABS_BYTES = 512*1024; // unpacked weights that a thread keeps: within its L2 cache
 constexpr int64_t SLABS_MAX   = 8;
-#ifdef MBQ_GEMV_ROWS
+#ifdef MBQ_GEMV
 constexpr int64_t MIN_COLUMNS = 1;
 #else
-constexpr int64_t MIN_COLUMNS = 2; // one row of activations does not pay for unpacking the weights
+constexpr int64_t MIN_COLUMNS = 2; // one row of activations does not pay for unpacking the weights; vec_dot adds in the same order
 #endif
 
 // weights on one grid; 0 for a type that is not one of ours
@@ -58,6 +59,13 @@ int64_t chunk_slabs(const struct ggml_tensor * src0, int nth) {
 
 size_t panels_bytes(const struct ggml_tensor * src0, const struct ggml_tensor * src1) {
     return GGML_PAD(panel_row_bytes(src0->ne[0], group_of(src0->type))*ggml_nrows(src1), ALIGNMENT);
+}
+
+// Where ROWS rows begin of which left are there: the last one stands for those behind it.
+void row_offsets(int32_t offset[ROWS], int64_t left, size_t nb01) {
+    for (int r = 0; r < ROWS; ++r) {
+        offset[r] = (int32_t) (std::min<int64_t>(r, left - 1)*nb01);
+    }
 }
 
 template <typename B>
@@ -106,25 +114,21 @@ void mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst
         const int64_t row1 = std::min(row0 + n_slabs*ROWS, ne01);
 
         const uint8_t * x = (const uint8_t *) src0->data + i13/(ne13/ne03)*nb03 + i12/(ne12/ne02)*nb02;
-#ifdef MBQ_GEMV_ROWS
+#ifdef MBQ_GEMV
         if (ne11 == 1) {
             const panel y = panel_at(panels + (i13*ne12 + i12)*row_bytes, k, 1);
             float * out = (float *) ((char *) dst->data + i13*nb3 + i12*nb2);
-            int64_t row = row0;
-            for (; row + MBQ_GEMV_ROWS <= row1; row += MBQ_GEMV_ROWS) {
-                mbq_gemv_rows<MBQ_GEMV_ROWS>((const B *) (x + row*nb01), nb01, k, y.q, y.d, y.s, out + row);
-            }
-            for (; row < row1; ++row) {
-                mbq_gemv_rows<1>((const B *) (x + row*nb01), nb01, k, y.q, y.d, y.s, out + row);
+            for (int64_t row = row0; row < row1; row += ROWS) {
+                int32_t offset[ROWS];
+                row_offsets(offset, row1 - row, nb01);
+                mbq_gemv<B>(x + row*nb01, offset, ROWS*nb01, k, y, out + row, (int) std::min<int64_t>(ROWS, row1 - row));
             }
             continue;
         }
 #endif
         for (int64_t row = row0; row < row1; row += ROWS) {
             int32_t offset[ROWS];
-            for (int r = 0; r < ROWS; ++r) {
-                offset[r] = (int32_t) (std::min<int64_t>(r, row1 - row - 1)*nb01);
-            }
+            row_offsets(offset, row1 - row, nb01);
             unpack_slab<B>(x + row*nb01, offset, k, slab_at(slabs + (row - row0)/ROWS*slab_bytes(k, group), k, group));
         }
 
