@@ -138,6 +138,22 @@ def test_vec_dot_is_the_integer_product(quant_type: QuantType, columns: int) -> 
     assert np.all(np.abs(types.vec_dot(quant_type.name, packed, columns, x) - exact) <= float_sums)
 
 
+@pytest.mark.parametrize("importance", [False, True])
+@QUANT_TYPES
+def test_nan_becomes_code_0_and_validation_says_so(quant_type: QuantType, importance: bool) -> None:
+    weights = np.random.default_rng(0).normal(size=(3, 512)).astype(np.float32)
+    imatrix = np.ones(512, np.float32) if importance else None
+    good = types.quantize(quant_type.name, weights, imatrix)
+    weights[1, 70] = np.nan
+    packed = types.quantize(quant_type.name, weights, imatrix)
+    assert types.is_valid(quant_type.name, good)
+    assert not types.is_valid(quant_type.name, packed)
+    blocks, before = (data.reshape(-1, quant_type.type_size) for data in (packed, good))
+    number = (512 + 70) // quant_type.block_size
+    assert np.array_equal(np.delete(blocks, number, axis=0), np.delete(before, number, axis=0))
+    assert mbq3.unpack_planes(blocks[number : number + 1, 4:])[0, 70 % quant_type.block_size] == 0
+
+
 def unpack_q8_1(data: Bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Q8_1 blocks (fp16 d, fp16 s = d * sum, 32 int8) as float64: d and s [blocks], codes [blocks, 32]."""
     blocks = data.reshape(-1, 36)

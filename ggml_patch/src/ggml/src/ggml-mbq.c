@@ -10,6 +10,7 @@
 #define MBQ3_F16_MAX 65504.0f
 #define MBQ3S_SCALE_MAX 0x3DF // bits 5 to 14 of the largest fp16
 #define MBQ3S_ZERO_MAX 63
+#define MBQ3S_NAN 0xFC00      // a scale of NaN, the zero point 0
 
 // The functions below do the same float operations in the same order as converter/mbq_gguf/formats/, so that both write the same bytes.
 // Contraction to fma cannot change a result: (x - m)*id is no multiply-add, and d*code is exact in float, as is d*code + m where d and m are
@@ -35,8 +36,9 @@ static struct mbq3_grid mbq3s_grid(uint16_t word) {
     return g;
 }
 
+// low for NaN
 static float mbq3_clamp(float x, float low, float high) {
-    return x < low ? low : x > high ? high : x;
+    return !(x > low) ? low : x > high ? high : x;
 }
 
 static float mbq3_inverse(float d) {
@@ -47,15 +49,19 @@ static int mbq3_code(float x, float m, float id) {
     return (int) rintf(mbq3_clamp((x - m)*id, 0.0f, MBQ3_LEVELS)); // ties to even
 }
 
-static void mbq3_range(const float * GGML_RESTRICT x, int n, float * lo, float * hi) {
+// False where there is a NaN. Its code is 0, and the group's scale becomes NaN, so that ggml_validate_row_data finds it.
+static bool mbq3_range(const float * GGML_RESTRICT x, int n, float * lo, float * hi) {
     *lo = x[0];
     *hi = x[0];
+    bool nan = isnan(x[0]);
     for (int i = 1; i < n; ++i) {
         *lo = x[i] < *lo ? x[i] : *lo;
         *hi = x[i] > *hi ? x[i] : *hi;
+        nan |= isnan(x[i]);
     }
     *lo += 0.0f; // -0 becomes +0: which of the two equal zeros a minimum returns depends on its order
     *hi += 0.0f;
+    return !nan;
 }
 
 static float mbq3_step(float lo, float hi) {
@@ -66,21 +72,26 @@ static float mbq3_step(float lo, float hi) {
 // Scale and minimum of a block by its range, before rounding to fp16.
 static struct mbq3_grid mbq3_range_grid(const float * GGML_RESTRICT x, int n) {
     float lo, hi;
-    mbq3_range(x, n, &lo, &hi);
+    if (!mbq3_range(x, n, &lo, &hi)) {
+        return (struct mbq3_grid) { NAN, 0.0f };
+    }
     const struct mbq3_grid g = { mbq3_step(lo, hi), mbq3_clamp(lo, -MBQ3_F16_MAX, MBQ3_F16_MAX) };
     return g;
 }
 
-static void mbq3s_range(const float * GGML_RESTRICT x, int n, float * lo, float * hi) {
-    mbq3_range(x, n, lo, hi);
+static bool mbq3s_range(const float * GGML_RESTRICT x, int n, float * lo, float * hi) {
+    const bool numbers = mbq3_range(x, n, lo, hi);
     *lo = *lo < 0.0f ? *lo : 0.0f;
     *hi = *hi > 0.0f ? *hi : 0.0f;
+    return numbers;
 }
 
 // Scale word of a group by its range, zero included.
 static uint16_t mbq3s_range_word(const float * GGML_RESTRICT x, int n) {
     float lo, hi;
-    mbq3s_range(x, n, &lo, &hi);
+    if (!mbq3s_range(x, n, &lo, &hi)) {
+        return MBQ3S_NAN;
+    }
     const int h = GGML_FP32_TO_FP16(mbq3_step(lo, hi));
     const int r = (h + 15 + (h >> 5 & 1)) >> 5; // ties to even
     const int scale = r < MBQ3S_SCALE_MAX ? r : MBQ3S_SCALE_MAX;
@@ -172,7 +183,9 @@ static void mbq3s_try(const float * GGML_RESTRICT x, const float * GGML_RESTRICT
 // that of the best word near the range, found with about 70 trials instead of 2700.
 static uint16_t mbq3s_search(const float * GGML_RESTRICT x, const float * GGML_RESTRICT w, int n) {
     float lo, hi;
-    mbq3s_range(x, n, &lo, &hi);
+    if (!mbq3s_range(x, n, &lo, &hi)) {
+        return MBQ3S_NAN;
+    }
     uint16_t best = mbq3s_range_word(x, n);
     double least = mbq3_weighted_error(x, w, n, mbq3s_grid(best));
     const int range = best >> 6;
