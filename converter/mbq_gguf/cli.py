@@ -16,6 +16,8 @@ from mbq_gguf import __version__, settings
 from mbq_gguf.convert_command import convert
 from mbq_gguf.errors import SHOWN
 from mbq_gguf.evaluate.command import eval_command
+from mbq_gguf.export.atomic import check_output
+from mbq_gguf.hub import model_directory
 from mbq_gguf.llama_cpp.locks import termination_as_exit
 
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
@@ -59,12 +61,12 @@ def main() -> None:
 
     \b
     mbq-gguf build                                   fetch, patch and build llama.cpp (once)
-    mbq-gguf convert MODEL_DIR out.gguf              calibrate with pictures, write GGUF and mmproj
+    mbq-gguf convert MODEL out.gguf                  calibrate with pictures, write GGUF and mmproj
     mbq-gguf ask out.gguf picture.png "What is it?"  one answer; several pictures may be given
     mbq-gguf serve out.gguf                          a web page and an OpenAI-compatible API
     mbq-gguf inspect out.gguf                        what is in a file
     mbq-gguf eval bf16.gguf out.gguf --mmproj M      how much it lost, on questions about pictures
-    mbq-gguf imatrix MODEL_DIR imatrix.gguf          for llama-quantize: which channels pictures need
+    mbq-gguf imatrix MODEL imatrix.gguf              for llama-quantize: which channels pictures need
     mbq-gguf path llama-server                       where a built program lies
     """
 
@@ -180,28 +182,35 @@ def inspect(file: Path) -> None:
 
 
 @main.command()
-@click.argument("model_dir", type=DIRECTORY)
+@click.argument("model")
 @click.argument("out", type=FILE)
+@click.option("--revision", help="Of a MODEL on a hub: a branch, a tag or a commit (default: main).")
 @click.option("--calib", type=click.Path(path_type=Path), help="A JSONL set or a folder of pictures (default: shipped drawn scenes).")
 @click.option("--samples", type=click.IntRange(min=1), default=settings.SAMPLES, show_default=True, help="Calibration samples.")
 @click.option("--seed", type=int, default=settings.SEED, show_default=True, help="Which samples are drawn.")
 @click.option("--device", default=settings.DEVICE, show_default=True, help="Where layers are computed: cpu, cuda, cuda:1.")
 @click.option(settings.TRUST, "trust_remote_code", is_flag=True, help=settings.TRUST_HELP)
-def imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, seed: int, device: str, trust_remote_code: bool) -> None:
-    """Write llama.cpp's importance matrix of the Hugging Face VLM in MODEL_DIR to OUT, computed on pictures and their questions.
+def imatrix(
+    model: str, out: Path, revision: str | None, calib: Path | None, samples: int, seed: int, device: str, trust_remote_code: bool
+) -> None:
+    """Write llama.cpp's importance matrix of the Hugging Face VLM MODEL to OUT, computed on pictures and their questions.
+
+    MODEL is a directory, or a name on the hub, as for `convert`.
 
     llama-imatrix sees text alone; here the image tokens count as well. For files that llama-quantize makes:
 
     \b
-    mbq-gguf convert MODEL_DIR bf16.gguf --type BF16
-    mbq-gguf imatrix MODEL_DIR imatrix.gguf
+    mbq-gguf convert MODEL bf16.gguf --type BF16
+    mbq-gguf imatrix MODEL imatrix.gguf
     $(mbq-gguf path llama-quantize) --imatrix imatrix.gguf bf16.gguf q4_k_m.gguf Q4_K_M
 
     `convert` needs no such file: it calibrates by itself, and its rounding keeps far more.
     """
+    console = Console()
+    check_output(out)  # before gigabytes are fetched
+    model_dir = model_directory(model, revision, console)
     from mbq_gguf.imatrix import make_imatrix
 
-    console = Console()
     console.print(make_imatrix(model_dir, out, calib, samples, seed, device, console, trust_remote_code), highlight=False, soft_wrap=True)
 
 

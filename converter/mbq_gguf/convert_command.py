@@ -12,6 +12,8 @@ from rich.console import Console
 
 from mbq_gguf import settings
 from mbq_gguf.errors import UsageError
+from mbq_gguf.export.atomic import check_output
+from mbq_gguf.hub import model_directory
 from mbq_gguf.option_groups import GroupedCommand, option_group
 from mbq_gguf.settings import QuantiseSettings
 
@@ -25,7 +27,7 @@ research = option_group("Research (what each does to the figures: docs/results.m
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("model_dir", type=DIRECTORY)
+@click.argument("model")
 @click.argument("out", type=FILE)
 @everyday(
     "--type",
@@ -39,6 +41,7 @@ research = option_group("Research (what each does to the figures: docs/results.m
     type=click.Path(path_type=Path),
     help="A JSONL of pictures, questions and answers (ours, LLaVA's or OpenAI's shape), or a folder of pictures (default: drawn scenes).",
 )
+@everyday("--revision", help="Of a MODEL on a hub: a branch, a tag or a commit (default: main).")
 @everyday("--device", default=settings.DEVICE, help="Where layers are computed: cpu, cuda, cuda:1.")
 @everyday("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")
 @everyday("--work-dir", type=DIRECTORY, help="Where finished layers are kept (default: beside OUT until it is whole).")
@@ -144,13 +147,16 @@ research = option_group("Research (what each does to the figures: docs/results.m
     help="AWQ, MBQ: factors for o_proj also where query heads share a value head (MBQ's authors have none there).",
 )
 @click.pass_context
-def convert(context: click.Context, /, type_: str, **options: Any) -> None:
-    """Turn the Hugging Face VLM in MODEL_DIR into the GGUF file OUT and the vision file mmproj-OUT beside it.
+def convert(context: click.Context, /, model: str, type_: str, revision: str | None, **options: Any) -> None:
+    """Turn the Hugging Face VLM MODEL into the GGUF file OUT and the vision file mmproj-OUT beside it.
 
     \b
-    mbq-gguf convert MODEL_DIR out.gguf                              3 bits, for the patched llama.cpp
-    mbq-gguf convert MODEL_DIR out.gguf --type Q4_0                  a stock type, for any llama.cpp
-    mbq-gguf convert MODEL_DIR out.gguf --calib my-pictures.jsonl    calibrated on what you will ask about
+    mbq-gguf convert MODEL out.gguf                              3 bits, for the patched llama.cpp
+    mbq-gguf convert MODEL out.gguf --type Q4_0                  a stock type, for any llama.cpp
+    mbq-gguf convert MODEL out.gguf --calib my-pictures.jsonl    calibrated on what you will ask about
+
+    MODEL is a directory, or a name on the hub such as Qwen/Qwen2-VL-2B-Instruct, which is fetched into huggingface_hub's cache
+    (HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE hold; no code is fetched). A directory of that name comes first.
 
     Calibrates with pictures and answers: GPTQ rounds on the type's own grid, layer by layer, from what the rounded layers before give;
     MBQ (--method mbq, arXiv 2412.19509) weighs each modality by how much the answer depends on it. A run that is stopped goes on after its
@@ -161,8 +167,10 @@ def convert(context: click.Context, /, type_: str, **options: Any) -> None:
     # Before torch is loaded. OpenMP threads that spin while they wait take the cores from whatever else runs: beside another conversion on
     # two cores the texts took seven minutes instead of half a minute. llama.cpp, whose waits are short, is left to spin.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    console = Console()
+    check_output(options["out"])  # before gigabytes are fetched
+    model_dir = model_directory(model, revision, console)
     from mbq_gguf.convert import ConvertOptions
     from mbq_gguf.convert import convert as convert_model
 
-    console = Console()
-    console.print(convert_model(ConvertOptions(type=type_, **options), console).render())
+    console.print(convert_model(ConvertOptions(model_dir, type=type_, **options), console).render())

@@ -15,6 +15,7 @@ from mbq_gguf.export.conversion import FILE_TYPES, conversion_errors, decoder_na
 from mbq_gguf.export.injection import Injection, PackedTensor, TensorRecord
 from mbq_gguf.export.picture_size import picture_limits
 from mbq_gguf.formats import row_scale
+from mbq_gguf.snapshot import bearing_name, source_keys
 
 MMPROJ_TYPES = tuple(FILE_TYPES)
 BASE_TYPES = ("BF16", "F16")
@@ -124,8 +125,8 @@ def _write(
     with quiet(), torch.inference_mode():
         writer = model.gguf_writer
         written = {key for shard in writer.kv_data for key in shard}
-        for key, value in {**metadata, **row_scale.metadata(injection.row_scales)}.items():
-            if key not in written:  # of some families the package has written the limits of pictures itself
+        for key, value in {**metadata, **source_keys(model_dir), **row_scale.metadata(injection.row_scales)}.items():
+            if key not in written:  # the package has written the limits of pictures of some families, and a source that a model card names
                 add_metadata(writer, key, value)
         if file_type is not None:
             writer.remove_key("general.file_type")
@@ -145,7 +146,7 @@ def _write(
 
 def prepare(model: Any, model_dir: Path) -> None:
     """Let the package gather tensors (lazy ones: no weight is read) and metadata."""
-    with quiet(), torch.inference_mode(), conversion_errors(model_dir):
+    with quiet(), torch.inference_mode(), conversion_errors(model_dir), bearing_name(model_dir) as model.dir_model_card:
         model.prepare_tensors()
         model.prepare_metadata(vocab_only=False)
 

@@ -1,0 +1,154 @@
+"""The model that a command is given: a directory, or the name of a model on a hub, which is fetched into huggingface_hub's cache.
+
+Cache, hub and token are huggingface_hub's own (HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, ``hf auth login``).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.export.progress import download_bars
+from mbq_gguf.snapshot import snapshot_of
+
+# Settings, tokenizer, chat templates and the model card, which names licence and languages; code of a repository is never fetched.
+SETTINGS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md")
+WEIGHTS = ("*.safetensors",)
+FOLDERS = ("*/*", "consolidated*.safetensors")  # other formats' copies of the same weights
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+REASON = 160  # characters of another library's message
+
+
+def model_directory(model: str | Path, revision: str | None, console: Console) -> Path:
+    """The directory of ``model``: itself where there is such a directory, else the copy of the hub's ``model`` (ORG/NAME) at ``revision``.
+
+    Raises UsageError where it is neither, UserError where the hub does not give it, each reason with its own way out.
+    """
+    path = Path(model)
+    if path.exists():
+        if revision is not None:
+            raise UsageError(f"--revision is for models of a hub and {model} is here on this machine: leave it out")
+        return path
+    if not NAME.fullmatch(str(model)) or ".." in str(model) or "--" in str(model):
+        raise UsageError(
+            f"{model} is not a directory, nor a name such as Qwen/Qwen2-VL-2B-Instruct: "
+            "give the directory of a Hugging Face model, or its name on the hub"
+        )
+    directory = fetch(str(model), revision, console)
+    console.print(f"{snapshot_of(directory)}", highlight=False, soft_wrap=True)
+    return directory
+
+
+def fetch(repo: str, revision: str | None, console: Console) -> Path:
+    """Fetch what a conversion of ``repo`` needs, or find it in the cache; what can be refused is, before the weights come."""
+    with hub_errors(repo, revision), quiet():
+        directory = download(repo, revision, SETTINGS, console)
+    from mbq_gguf.models.load import check_source  # transformers is heavy, and not needed where the hub refuses
+
+    check_source(directory)
+    with hub_errors(repo, revision), quiet():
+        return download(repo, directory.name, WEIGHTS, console)
+
+
+def download(repo: str, revision: str | None, patterns: Sequence[str], console: Console) -> Path:
+    """The files of ``repo`` that ``patterns`` name, in the cache; with a bar on ``console``."""
+    from huggingface_hub import snapshot_download
+
+    with download_bars(console) as bars:
+        found = snapshot_download(
+            repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(FOLDERS), tqdm_class=bar_class(bars, repo)
+        )
+    return Path(found)
+
+
+@contextmanager
+def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub raises about ``repo`` into one sentence with the way out."""
+    import httpx2
+    from huggingface_hub import constants, errors
+
+    hub = constants.ENDPOINT
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{repo} is gated: accept its terms on {hub}/{repo}, then log in with `hf auth login` or give a token in HF_TOKEN"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"there is no directory {repo} here and no model of that name on {hub}: check the name, "
+            "or log in with `hf auth login` where the model is private"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(
+            f"{repo} has no revision {revision}: give --revision a branch, a tag or a whole commit hash of {hub}/{repo}"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:  # offline, or the hub does not answer, and the cache has not everything
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(
+                f"{repo} is not whole in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids fetching it: "
+                "unset HF_HUB_OFFLINE once"
+            ) from error
+        raise UserError(f"{hub} cannot be reached for {repo} ({cause(error)}): check the network, or give a directory") from error
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403):
+            raise UserError(f"{hub} does not take the token for {repo}: log in again with `hf auth login`, or mend HF_TOKEN") from error
+        raise UserError(f"{hub} does not give {repo} ({cause(error)}): try again later, or give a directory") from error
+    except (OSError, httpx2.HTTPError, RuntimeError) as error:
+        raise UserError(
+            f"fetching {repo} into {constants.HF_HUB_CACHE} stopped ({cause(error)}): check network and disk and give the same command "
+            "again, which goes on from what is there"
+        ) from error
+
+
+def cause(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom of ``error``."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:")[:REASON]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep huggingface_hub's log lines off the terminal: what they warn of ends in an error, or is its bars'."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def bar_class(bars: Progress, repo: str) -> Any:
+    """A tqdm for huggingface_hub that shows the bytes of all files as one of ``bars``; its other counts are not shown."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            shown = options.get("name") == "huggingface_hub.snapshot_download"
+            self.task = bars.add_task(f"fetch {repo}", total=None) if shown else None
+            super().__init__(*arguments, **{**options, "gui": True, "disable": False})  # type: ignore[no-untyped-call]  # gui: tqdm itself prints nothing
+
+        def display(self, *_: Any, **__: Any) -> None:
+            if self.task is not None:
+                bars.update(self.task, total=self.total or None, completed=self.n)
+
+        def clear(self, *_: Any, **__: Any) -> None:
+            """Nothing is on the terminal."""
+
+        def close(self) -> None:
+            if not self.disable:
+                self.display()
+                self.disable = True
+
+    return Bar
