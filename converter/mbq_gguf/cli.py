@@ -214,5 +214,14 @@ def imatrix(
     console.print(make_imatrix(model_dir, out, calib, samples, seed, device, console, trust_remote_code), highlight=False, soft_wrap=True)
 
 
+@main.command()
+@click.argument("out", type=FILE)
+def card(out: Path) -> None:
+    """Write or renew README.md beside the GGUF file OUT: a model card, with what `eval --out` found if its JSON lies there."""
+    from mbq_gguf.card import write_card
+
+    Console().print(f"{write_card(out)} written", highlight=False, soft_wrap=True)
+
+
 main.add_command(convert)
 main.add_command(eval_command)

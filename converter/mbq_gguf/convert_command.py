@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mbq_gguf import settings
 from mbq_gguf.errors import UsageError
 from mbq_gguf.export.atomic import check_output
 from mbq_gguf.hub import model_directory
-from mbq_gguf.option_groups import GroupedCommand, option_group
+from mbq_gguf.option_groups import ARGUMENTS, GroupedCommand, option_group
 from mbq_gguf.settings import QuantiseSettings
 
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
@@ -41,6 +42,10 @@ research = option_group("Research (what each does to the figures: docs/results.m
     type=click.Path(path_type=Path),
     help="A JSONL of pictures, questions and answers (ours, LLaVA's or OpenAI's shape), or a folder of pictures (default: drawn scenes).",
 )
+@everyday(
+    "--dry-run", is_flag=True, help="Check everything that can be checked early, print sizes, memory and time to expect, write nothing."
+)
+@everyday("--card", is_flag=True, help="Also write README.md beside OUT, a model card; `mbq-gguf card OUT` renews it after `eval`.")
 @everyday("--revision", help="Of a MODEL on a hub: a branch, a tag or a commit (default: main).")
 @everyday("--device", default=settings.DEVICE, help="Where layers are computed: cpu, cuda, cuda:1.")
 @everyday("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")
@@ -147,7 +152,7 @@ research = option_group("Research (what each does to the figures: docs/results.m
     help="AWQ, MBQ: factors for o_proj also where query heads share a value head (MBQ's authors have none there).",
 )
 @click.pass_context
-def convert(context: click.Context, /, model: str, type_: str, revision: str | None, **options: Any) -> None:
+def convert(context: click.Context, /, model: str, type_: str, revision: str | None, dry_run: bool, card: bool, **options: Any) -> None:
     """Turn the Hugging Face VLM MODEL into the GGUF file OUT and the vision file mmproj-OUT beside it.
 
     \b
@@ -169,8 +174,23 @@ def convert(context: click.Context, /, model: str, type_: str, revision: str | N
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     console = Console()
     check_output(options["out"])  # before gigabytes are fetched
+    if card:
+        from mbq_gguf.card import check_card
+
+        check_card(options["out"])
     model_dir = model_directory(model, revision, console)
     from mbq_gguf.convert import ConvertOptions
     from mbq_gguf.convert import convert as convert_model
 
-    console.print(convert_model(ConvertOptions(model_dir, type=type_, **options), console).render())
+    chosen = ConvertOptions(model_dir, type=type_, **options)
+    if dry_run:
+        from mbq_gguf.dry_run import dry_run as rehearsed
+
+        console.print(rehearsed(chosen, console).render())
+        return
+    console.print(convert_model(chosen, console).render())
+    if card:
+        from mbq_gguf.card import write_card
+
+        command = shlex.join(["mbq-gguf", "convert", *context.meta[ARGUMENTS]])
+        console.print(f"{write_card(chosen.out, command)} written", highlight=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 OTHER = "Other"
+ARGUMENTS = "mbq_gguf.arguments"  # key of Context.meta
 Decorate = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -30,6 +31,11 @@ class GroupedOption(click.Option):
 
 class GroupedCommand(click.Command):
     """A command whose ``--help`` lists its options by heading, in the order in which headings and options were written."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse ``args``, which are kept as they were given in ``ctx.meta[ARGUMENTS]``."""
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options; those without a heading (``--help``) come last."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
+
 from mbq_gguf.calibration.generate import greedy_answer
 from mbq_gguf.conversations import read_scenes
 from mbq_gguf.errors import UsageError, UserError
@@ -67,7 +69,8 @@ def read_jsonl(path: Path) -> list[Sample]:
     return [Sample(scene.image, tuple((turn.question, turn.answer or "") for turn in scene.turns), scene.place) for scene in scenes]
 
 
-def _from_folder(folder: Path, loaded: LoadedModel, n: int, draw: random.Random, say: Say) -> list[Sample]:
+def draw_pictures(folder: Path, n: int, draw: random.Random, say: Say) -> list[tuple[Path, Image.Image]]:
+    """``n`` pictures of ``folder``, opened; raises UserError where it has none, or one that cannot be read."""
     known = suffixes()
     files = sorted(folder.iterdir())
     images = [file for file in files if file.suffix.lower() in known and file.is_file() and not file.name.startswith(".")]
@@ -79,9 +82,13 @@ def _from_folder(folder: Path, loaded: LoadedModel, n: int, draw: random.Random,
         say(f"{len(skipped)} of {len(files)} entries of {folder} are left out: {', '.join(skipped[:NAMED])}{more}")
     drawn = draw.sample(images, min(n, len(images)))
     _say_fewer(len(drawn), n, folder, say)
-    opened = [open_picture(image) for image in drawn]  # all of them, before the first answer
+    return [(image, open_picture(image)) for image in drawn]
+
+
+def _from_folder(folder: Path, loaded: LoadedModel, n: int, draw: random.Random, say: Say) -> list[Sample]:
+    drawn = draw_pictures(folder, n, draw, say)  # all of them, before the first answer
     samples = []
-    for image, picture in zip(drawn, opened, strict=True):
+    for image, picture in drawn:
         answer = greedy_answer(loaded, picture, FREE_QUESTION, FREE_ANSWER_TOKENS)
         if answer:
             samples.append(Sample(image, ((FREE_QUESTION, answer),)))

@@ -81,6 +81,23 @@ def write_mmproj_gguf(
 
 def write_text(model_dir: Path, part: Path, content: TextFile, advance: Advance | None) -> list[TensorRecord]:
     """:func:`write_text_gguf` into the file ``part``, for callers that stage several files at once."""
+    return _write(*_text(model_dir, part, content), model_dir, advance)
+
+
+def measure_text(model_dir: Path, scratch: Path, content: TextFile) -> tuple[list[TensorRecord], int]:
+    """The tensors of the text GGUF and its size in bytes, by which nothing but its header is written, into the folder ``scratch``.
+
+    Of ``packed`` and ``replaced`` the shapes alone matter.
+    """
+    return _measure(*_text(model_dir, scratch / "text.gguf", content), model_dir)
+
+
+def measure_mmproj(model_dir: Path, scratch: Path, mmproj_type: str, metadata: Mapping[str, Any]) -> tuple[list[TensorRecord], int]:
+    """The same of the mmproj GGUF."""
+    return _measure(*_mmproj(model_dir, scratch / "mmproj.gguf", mmproj_type, {}, metadata), model_dir)
+
+
+def _text(model_dir: Path, part: Path, content: TextFile) -> tuple[Any, Injection, Mapping[str, Any], int | None]:
     model = open_model(model_dir, part, file_type=content.base_type, mmproj=False)
     names = decoder_names(model.model_tensors)
     if HEAD in content.replaced and HEAD not in names:  # a rotation unties the head from the embedding
@@ -90,7 +107,7 @@ def write_text(model_dir: Path, part: Path, content: TextFile, advance: Advance 
     replaced = {_find(names, key): tensor for key, tensor in content.replaced.items()}
     embedding_type = None if content.embedding_type == content.base_type else content.embedding_type
     injection = Injection(model, packed, replaced, embedding_type)
-    return _write(model, injection, content.metadata, content.file_type, model_dir, advance)
+    return model, injection, content.metadata, content.file_type
 
 
 def write_mmproj(
@@ -102,11 +119,17 @@ def write_mmproj(
     advance: Advance | None,
 ) -> list[TensorRecord]:
     """:func:`write_mmproj_gguf` into the file ``part``."""
+    return _write(*_mmproj(model_dir, part, mmproj_type, replaced, metadata), model_dir, advance)
+
+
+def _mmproj(
+    model_dir: Path, part: Path, mmproj_type: str, replaced: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
+) -> tuple[Any, Injection, Mapping[str, Any], int | None]:
     model = open_model(model_dir, part, file_type=mmproj_type, mmproj=True)
     ends = {end: name for end in replaced for name in model.model_tensors if name.endswith(end)}
     named = {_find(ends, end): tensor for end, tensor in replaced.items()}
     limits = picture_limits(model_dir, model.preprocessor_config)
-    return _write(model, Injection(model, {}, named, None), {**metadata, **limits}, None, model_dir, advance)
+    return model, Injection(model, {}, named, None), {**metadata, **limits}, None
 
 
 def _find(names: Mapping[str, str], key: str) -> str:
@@ -120,6 +143,41 @@ def _write(
     model: Any, injection: Injection, metadata: Mapping[str, Any], file_type: int | None, model_dir: Path, advance: Advance | None
 ) -> list[TensorRecord]:
     """Run the conversion of ``model`` with ``injection`` in it and write its file."""
+    _complete(model, injection, metadata, file_type, model_dir)
+    writer = model.gguf_writer
+    total = sum(record.nbytes for record in injection.records)
+    check_space(model.fname_out.parent, total + SPARE_BYTES)
+    if advance is not None:
+        injection.report_to(lambda written: advance(written, total))
+    with quiet(), torch.inference_mode():
+        try:
+            writer.write_header_to_file(path=model.fname_out)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file(progress=False)
+        finally:
+            writer.close()
+    return injection.records
+
+
+def _measure(
+    model: Any, injection: Injection, metadata: Mapping[str, Any], file_type: int | None, model_dir: Path
+) -> tuple[list[TensorRecord], int]:
+    """The tensors of what :func:`_write` would write, and its size."""
+    _complete(model, injection, metadata, file_type, model_dir)
+    writer = model.gguf_writer
+    with quiet():
+        try:
+            writer.write_header_to_file(path=model.fname_out)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        finally:
+            writer.close()
+    parts = [model.fname_out.stat().st_size, *(record.nbytes for record in injection.records)]
+    return injection.records, sum(writer.ggml_pad(size, writer.data_alignment) for size in parts)
+
+
+def _complete(model: Any, injection: Injection, metadata: Mapping[str, Any], file_type: int | None, model_dir: Path) -> None:
+    """Gather tensors and metadata in the writer of ``model``."""
     prepare(model, model_dir)
     injection.check_used()
     with quiet(), torch.inference_mode():
@@ -131,17 +189,6 @@ def _write(
         if file_type is not None:
             writer.remove_key("general.file_type")
             writer.add_file_type(file_type)
-        total = sum(record.nbytes for record in injection.records)
-        check_space(model.fname_out.parent, total + SPARE_BYTES)
-        if advance is not None:
-            injection.report_to(lambda written: advance(written, total))
-        try:
-            writer.write_header_to_file(path=model.fname_out)
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file(progress=False)
-        finally:
-            writer.close()
-    return injection.records
 
 
 def prepare(model: Any, model_dir: Path) -> None:

@@ -51,6 +51,33 @@ def load(model_dir: Path, device: str | torch.device = "cpu", dtype: torch.dtype
     return LoadedModel(model_dir, architecture, model, decoder, prompts, device, dtype)
 
 
+def outline(model_dir: Path) -> LoadedModel:
+    """The model of a directory without its weights (on torch's meta device): layers, shapes, tokenizer and prompts, in seconds.
+
+    Raises UserError or UsageError as :func:`load` does, for everything but the weights.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    architecture = check_source(model_dir)
+    try:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=runs_remote_code())
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=runs_remote_code())
+    except UserError:  # code of the directory, refused
+        raise
+    except ImportError as error:
+        raise UserError(f"transformers wants another package for {architecture} ({said(error)}): install it with pip") from error
+    except Exception as error:  # whatever a configuration makes a model class of transformers raise
+        raise UserError(f"{model_dir} cannot be loaded as {architecture} ({said(error)}): fetch the model again") from error
+    decoder = find_decoder(model, architecture)
+    if decoder is None:
+        raise UsageError(f"{architecture} is not supported, its decoder layers were not found: use a model of {SUPPORTED}")
+    check_layers(decoder, architecture, SUPPORTED)
+    return LoadedModel(
+        model_dir, architecture, model, decoder, _load_prompts(model_dir, architecture, model), torch.device("meta"), torch.float32
+    )
+
+
 def check_source(model_dir: Path) -> str:
     """Everything about a model directory that can be refused before its weights are read; returns the architecture's name."""
     config = read_config(model_dir)
