@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,7 @@ def result(tiny: LoadedModel, samples: list[Sample]) -> QuantiseResult:
 def same(a: QuantiseResult, b: QuantiseResult) -> bool:
     packed = a.packed.keys() == b.packed.keys() and all(np.array_equal(a.packed[n].data, b.packed[n].data) for n in a.packed)
     replaced = a.replaced.keys() == b.replaced.keys() and all(torch.equal(a.replaced[n], b.replaced[n]) for n in a.replaced)
-    return packed and replaced and a.exponents == b.exponents and a.ratios == b.ratios and a.fallbacks == b.fallbacks
+    return packed and replaced and a.exponents == b.exponents and a.ratios == b.ratios
 
 
 def test_every_linear_is_packed(tiny: LoadedModel, result: QuantiseResult) -> None:
@@ -52,8 +53,8 @@ def test_every_linear_is_packed(tiny: LoadedModel, result: QuantiseResult) -> No
         assert packed.columns == module.in_features
         assert packed.data.shape == (module.out_features, kind.row_bytes(module.in_features))
         assert np.isfinite(kind.dequantize(packed.data)).all()
-    # Rows of 192 are one and a half blocks of 128.
-    assert result.fallbacks == [(f"layers.{i}.mlp.down_proj.weight", "MBQ3_64") for i in range(3)]
+    others = {name: packed.type_name for name, packed in result.packed.items() if packed.type_name != "MBQ3"}
+    assert others == {f"layers.{i}.mlp.down_proj.weight": "MBQ3_64" for i in range(3)}  # rows of 192 are one and a half blocks of 128
 
 
 def test_ratios_and_exponents_are_reported(result: QuantiseResult) -> None:
@@ -153,9 +154,26 @@ def test_fold_that_changes_the_function_is_refused(tiny: LoadedModel, samples: l
         layer.linear("mlp.up_proj").weight.data.mul_(1.1)
         return {}
 
-    monkeypatch.setattr(quantise_module, "fold_layer", wrong)
+    monkeypatch.setattr("mbq_gguf.walk.layer.fold_layer", wrong)
     with pytest.raises(UserError, match=r"changes? the output of decoder layer 0 by .*--method rtn"):
         quantise(tiny, samples[:1], FAST)
+
+
+@pytest.mark.parametrize(("steps", "first"), [("BEFORE", 1), ("BEFORE", 4), ("LAYER", 2), ("LAYER", 4), ("LAYER", 6)])
+def test_a_step_before_what_it_needs_fails_at_once(
+    tiny: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, steps: str, first: int
+) -> None:
+    order = list(getattr(quantise_module, steps))
+    monkeypatch.setattr(quantise_module, steps, [order.pop(first), *order])
+    with pytest.raises(AssertionError, match="a step of the walk comes before the one that it needs"):
+        quantise(tiny, samples[:1], FAST)
+
+
+def test_stages_add_up_to_no_more_than_the_wall(tiny: LoadedModel, samples: list[Sample]) -> None:
+    start = time.perf_counter()
+    found = quantise(tiny, samples, replace(FAST, propagate_error=True)).seconds
+    assert {"capture", "sensitivity", "observe", "search", "moments", "rounding"} == found.keys()
+    assert sum(found.values()) <= time.perf_counter() - start
 
 
 def test_progress_counts_to_the_end(tiny: LoadedModel, samples: list[Sample]) -> None:
@@ -190,7 +208,6 @@ def test_mixed_types_meet_the_size(tiny: LoadedModel, mixed: QuantiseResult) -> 
     assert plan.bits_per_weight == 8 * sum(packed.data.size for packed in mixed.packed.values()) / weights
     assert {name: packed.type_name for name, packed in mixed.packed.items()} == plan.type_names
     assert len(set(plan.type_names.values())) > 2
-    assert not mixed.fallbacks
 
 
 def test_predicted_loss_is_near_the_measured(mixed: QuantiseResult) -> None:

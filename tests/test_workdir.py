@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from mbq_gguf.errors import UsageError, UserError
-from mbq_gguf.workdir import TEMPORARY, open_workdir
+from mbq_gguf.workdir import TEMPORARY, Unkept, open_workdir
 from safetensors.torch import save_file
 
 MARK = {"model": "m1", "data": "d1", "settings": "s1"}
@@ -26,6 +26,21 @@ def test_items_come_back(tmp_path: Path) -> None:
     assert found is not None
     assert torch.equal(found[0]["x"], torch.arange(6, dtype=torch.uint8).view(2, 3).t())
     assert found[1] == {"kind": ["MBQ3", 3]}
+
+
+def test_an_item_is_made_once(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> tuple[dict[str, torch.Tensor], int]:
+        made.append(1)
+        return {"x": torch.ones(2)}, len(made)
+
+    work = open_workdir(tmp_path / "work", MARK)
+    for _ in range(3):
+        tensors, data = work.cached("a", make)
+        assert torch.equal(tensors["x"], torch.ones(2))
+        assert data == 1
+    assert [Unkept().cached("a", make)[1] for _ in range(2)] == [2, 3]
 
 
 @pytest.mark.parametrize("part", sorted(MARK))

@@ -27,16 +27,16 @@ from mbq_gguf.calibration.generate import greedy_answer
 from mbq_gguf.calibration.stream import advance, capture, capture_encoded, logits, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.evaluate.exact_match import MAX_TOKENS, SHIPPED
-from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.formats.row_scale import QUANT_TYPES
 from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.outcome import QuantiseResult
+from mbq_gguf.outcome import QuantiseResult, put_into
 from mbq_gguf.picture import open_picture
-from mbq_gguf.quantise import ROTATION_SEED, quantise
+from mbq_gguf.quantise import quantise
 from mbq_gguf.settings import SAMPLES, QuantiseSettings
 from mbq_gguf.transforms.activations import int8_inputs
 from mbq_gguf.transforms.rotation import Rotate, Rotation, draw, rotate_layer
+from mbq_gguf.walk.before import ROTATION_SEED
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -93,7 +93,7 @@ def answer_logits(
         if rotation:
             rotate_layer(layer, rotation)
         if result is not None:
-            put(layer, index, result)
+            put_into(layer, result.layer(index))
         with int8_inputs(row_scaled(layer, index, result)) if int8 and result else nullcontext():
             advance(layer, running)
     out = []
@@ -110,24 +110,10 @@ def turned(hidden: torch.Tensor, rotation: Rotation | None, back: bool = False) 
     return (hidden.double() @ (rotation.residual.t() if back else rotation.residual)).to(hidden)
 
 
-def put(layer: Layer, index: int, result: QuantiseResult) -> None:
-    """Overwrite the parameters of ``layer`` with those of ``result``, quantised ones as their bytes give them back."""
-    prefix = f"layers.{index}."
-    for name, packed in result.packed.items():
-        if name.startswith(prefix):
-            weight = layer.linear(name.removeprefix(prefix).removesuffix(".weight")).weight
-            weight.copy_(torch.from_numpy(quant_type(packed.type_name).dequantize(packed.data)))
-    parameters = dict(layer.module.named_parameters())
-    for name, value in result.replaced.items():
-        if name.startswith(prefix):
-            parameters[name.removeprefix(prefix)].copy_(value)
-
-
 def row_scaled(layer: Layer, index: int, result: QuantiseResult) -> list[nn.Linear]:
     """The linears of ``layer`` that ``result`` holds with one scale a row."""
-    prefix = f"layers.{index}."
-    found = [name for name, packed in result.packed.items() if name.startswith(prefix) and packed.type_name in QUANT_TYPES]
-    return [layer.holder(name.removeprefix(prefix).removesuffix(".weight")) for name in found]
+    found = [name for name, packed in result.layer(index).packed.items() if packed.type_name in QUANT_TYPES]
+    return [layer.holder(name.removesuffix(".weight")) for name in found]
 
 
 def score(reference: list[torch.Tensor], candidate: list[torch.Tensor], streams: Sequence[Streamed]) -> tuple[str, str]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +24,7 @@ from mbq_gguf.export import metadata
 from mbq_gguf.export.atomic import check_output, claimed, staged, target
 from mbq_gguf.export.checkpoint import check_finite_files, names_of, shapes
 from mbq_gguf.export.gguf_writer import MMPROJ_TYPES, TextFile, write_mmproj, write_text
-from mbq_gguf.export.injection import PackedTensor, TensorRecord
+from mbq_gguf.export.injection import TensorRecord
 from mbq_gguf.export.progress import Stages, progress_bars
 from mbq_gguf.export.rehearsal import rehearse
 from mbq_gguf.export.report import ConvertReport, fallback_sentences, nearest_sentences, transform_sentences
@@ -40,6 +38,7 @@ from mbq_gguf.models.remote_code import remote_code
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise import quantise
 from mbq_gguf.settings import Method, QuantiseSettings, Rounding, SearchLoss
+from mbq_gguf.timing import Timer
 from mbq_gguf.transforms.rotation import Rotate, widest_rotation
 from mbq_gguf.workdir import WorkDir, open_workdir
 
@@ -114,7 +113,6 @@ class Quantised:
     result: QuantiseResult
     fingerprint: str
     samples: int
-    rotate: Rotate
 
 
 def convert(options: ConvertOptions, console: Console) -> ConvertReport:
@@ -134,15 +132,15 @@ def _convert(options: ConvertOptions, console: Console) -> ConvertReport:
     files = check_inputs(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    seconds: dict[str, float] = {}
+    timer = Timer()
     with progress_bars(console) as bars:
         quantised: Quantised | None = None
         if options.unquantised:
-            with timed(seconds, "check"):
+            with timer.timed("check"):
                 check_finite_files(files)
         else:
-            quantised = run_quantisation(options, console, bars, seconds)
-        with timed(seconds, "write"):
+            quantised = run_quantisation(options, console, bars, timer)
+        with timer.timed("write"):
             text, vision = write_files(options, quantised, bars)
     packed = {} if quantised is None else {name: (p.type_name, p.columns) for name, p in quantised.result.packed.items()}
     plan = None if quantised is None else quantised.result.plan
@@ -155,7 +153,9 @@ def _convert(options: ConvertOptions, console: Console) -> ConvertReport:
     if options.work_dir is None:
         shutil.rmtree(work_root(options), ignore_errors=True)
     before = sum(file.stat().st_size for file in files)
-    return ConvertReport(options.out, options.mmproj, text, vision, before, sentences, seconds, allocation, calibrated(options, quantised))
+    return ConvertReport(
+        options.out, options.mmproj, text, vision, before, sentences, timer.seconds, allocation, calibrated(options, quantised)
+    )
 
 
 def calibrated(options: ConvertOptions, quantised: Quantised | None) -> str:
@@ -206,10 +206,10 @@ def check_device(name: str) -> None:
         raise UsageError(f"torch cannot compute on {name} ({reason}): give --device cpu, or install a torch for your card") from error
 
 
-def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, seconds: dict[str, float]) -> Quantised:
+def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, timer: Timer) -> Quantised:
     """Load the model, calibrate, equalise and round."""
     stages = Stages(bars)
-    with timed(seconds, "load"):
+    with timer.timed("load"):
         loaded = load(options.model_dir, options.device)
     options = options.with_rotation(loaded)
     samples: list[Sample] = []
@@ -220,7 +220,7 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
                 style="yellow",
                 highlight=False,
             )
-        with timed(seconds, "samples"):
+        with timer.timed("samples"):
             say = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
             samples = load_samples(options.calib, loaded, options.samples, options.seed, options.turns, say)
     calibration = fingerprint(samples) if samples else ""
@@ -230,9 +230,8 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
     finally:
         if options.work_dir is None and not any(work.path.glob("*.safetensors")):
             shutil.rmtree(work_root(options), ignore_errors=True)  # nothing to go on from
-    seconds.update(result.seconds)
-    assert options.rotate is not None
-    return Quantised(result, calibration, len(samples), options.rotate)
+    timer.seconds.update(result.seconds)
+    return Quantised(result, calibration, len(samples))
 
 
 def open_work(options: ConvertOptions, calibration: str, tell: Callable[[str], object]) -> WorkDir:
@@ -267,8 +266,8 @@ def write_files(options: ConvertOptions, quantised: Quantised | None, bars: Prog
             options.model_dir,
             mmproj_part,
             options.mmproj_type,
-            quantised.result.projector if quantised else {},
-            metadata.rotated(quantised.rotate) if quantised else {},
+            quantised.result.tensors_of("vision") if quantised else {},
+            quantised.result.facts_of("vision") if quantised else {},
             stages.counter("write mmproj"),
         )
         text = write_text(options.model_dir, text_part, text_file(options, quantised), stages.counter("write GGUF"))
@@ -301,15 +300,6 @@ def text_file(options: ConvertOptions, quantised: Quantised | None) -> TextFile:
         )
     if result.plan:
         keys |= metadata.allocated(result.plan, result.losses)
-    keys |= metadata.rotated(quantised.rotate, result.hadamard)
+    keys |= result.facts_of("metadata")
     kind = result.plan.main if result.plan else chosen.name
-    packed = {name: PackedTensor(item.type_name, item.data, item.columns) for name, item in result.packed.items()}
-    return TextFile(packed, result.replaced, BASE_TYPE, quant_type(options.embedding_type).name, keys, metadata.file_type(kind))
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the block's wall time to ``seconds[stage]``."""
-    start = time.perf_counter()
-    yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+    return TextFile(result.packed, result.replaced, BASE_TYPE, quant_type(options.embedding_type).name, keys, metadata.file_type(kind))

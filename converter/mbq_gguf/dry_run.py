@@ -19,11 +19,10 @@ from rich.text import Text
 
 from mbq_gguf.calibration.dataset import draw_pictures, load_samples
 from mbq_gguf.convert import ConvertOptions, Quantised, check_inputs, text_file
-from mbq_gguf.export import metadata
 from mbq_gguf.export.atomic import check_output, check_space
 from mbq_gguf.export.gguf_writer import HEAD, SPARE_BYTES, TextFile, measure_mmproj, measure_text
-from mbq_gguf.export.injection import PackedTensor
 from mbq_gguf.export.report import ConvertReport, duration, megabytes, type_table
+from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models.load import outline
 from mbq_gguf.models.loaded import LoadedModel
@@ -85,7 +84,7 @@ def _dry_run(options: ConvertOptions, console: Console) -> Expected:
     with TemporaryDirectory(prefix="mbq-gguf-") as folder:
         scratch = Path(folder)
         text, text_bytes = measure_text(options.model_dir, scratch, content)
-        turned = {} if options.unquantised else metadata.rotated(options.rotate or "none")
+        turned = {"mbq.rotate": options.rotate} if options.rotate not in (None, "none") and not options.unquantised else {}
         vision, mmproj_bytes = measure_mmproj(options.model_dir, scratch, options.mmproj_type, turned)
     if options.target_bpw is not None:  # types are chosen by what the samples say: the sum alone is known
         packed = sum(tensor.data.size for tensor in content.packed.values())
@@ -116,10 +115,13 @@ def expected_content(options: ConvertOptions, model: LoadedModel, samples: int) 
     for name, linear in model.decoder.linears():
         rows, columns = linear.weight.shape
         chosen = quant_type_for(options.type, columns)
-        packed[f"{name}.weight"] = PackedTensor(chosen.name, np.broadcast_to(np.uint8(0), (rows, chosen.row_bytes(columns))), columns)
+        packed[f"{name}.weight"] = QuantisedTensor(chosen.name, np.broadcast_to(np.uint8(0), (rows, chosen.row_bytes(columns))), columns)
     head = model.decoder.head.weight
     untied = {HEAD: torch.zeros(()).expand(head.shape)} if options.rotate != "none" else {}
-    content = text_file(options, Quantised(QuantiseResult(), "0" * 64 if samples else "", samples, options.rotate or "none"))
+    result = QuantiseResult()
+    if options.rotate not in (None, "none"):
+        result.put("metadata", "mbq.rotate", options.rotate)
+    content = text_file(options, Quantised(result, "0" * 64 if samples else "", samples))
     return replace(content, packed=packed, replaced=untied)
 
 

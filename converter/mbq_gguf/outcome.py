@@ -1,4 +1,16 @@
-"""What quantisation gives: of one layer, as the work directory keeps it, and of the whole decoder."""
+"""What quantisation gives: tensors and facts under names ``KIND/NAME``, of one layer or of the whole decoder.
+
+Keeping it in a work directory, taking it back, collecting layers and writing files go by the kind alone, so a stage adds what it has found
+and nothing else changes. Names are parameters of the layer (``self_attn.q_proj.weight``) or whatever the kind says:
+
+    packed/PARAMETER     a quantised weight: its bytes (tensor), its type and columns (fact)
+    replaced/PARAMETER   any other parameter that has changed, float32 (tensor)
+    factors/SITE         the channel factors that were folded (tensor), and exponent/SITE of them (fact)
+    loss/PARAMETER       nats that rounding it has cost as measured, where types were allocated (fact)
+    ratio/BRANCH         vision over language sensitivity, one a layer (fact of the decoder)
+    metadata/KEY         a value of the text file's metadata (fact); a layer's becomes an entry of an array over layers
+    vision/NAME          the vision file's: a parameter by the end of its name (tensor), a value of its metadata (fact)
+"""
 
 from __future__ import annotations
 
@@ -8,58 +20,117 @@ from typing import Any
 import torch
 
 from mbq_gguf.allocation.plan import Plan
-from mbq_gguf.formats.quant_type import Bytes
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A quantised weight as the file stores it: ``data`` uint8 [rows, row_bytes] of type ``type_name``, rows of ``columns`` weights."""
-
-    type_name: str
-    data: Bytes
-    columns: int
+from mbq_gguf.formats.quantised import QuantisedTensor
+from mbq_gguf.formats.registry import quant_type
+from mbq_gguf.models.layer import Layer
 
 
 @dataclass
-class QuantiseResult:
-    """Everything that export needs, by decoder-relative parameter names (``layers.0.self_attn.q_proj.weight``)."""
+class Outcome:
+    """Tensors on the host, and facts, which JSON can hold, by ``KIND/NAME``."""
 
-    packed: dict[str, Packed] = field(default_factory=dict)
-    replaced: dict[str, torch.Tensor] = field(default_factory=dict)  # other parameters that equalisation changed, float32
-    ratios: dict[str, list[float]] = field(default_factory=dict)  # "attention" and "mlp", one a layer
-    exponents: dict[str, dict[str, float]] = field(default_factory=dict)  # by layer name, then group
-    fallbacks: list[tuple[str, str]] = field(default_factory=list)  # parameter name and the type it fell back to
-    projector: dict[str, torch.Tensor] = field(default_factory=dict)  # rotated "weight" and "bias" of the projector's last linear
-    hadamard: int = 0  # block of the online transform before down_proj, 0: none
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def put(self, kind: str, name: str, value: Any) -> None:
+        """Enter a tensor or a fact."""
+        if isinstance(value, torch.Tensor):
+            self.tensors[f"{kind}/{name}"] = value.detach().cpu()
+        else:
+            self.facts[f"{kind}/{name}"] = value
+
+    def put_packed(self, name: str, packed: QuantisedTensor) -> None:
+        """Enter a quantised weight."""
+        self.put("packed", name, torch.from_numpy(packed.data))
+        self.put("packed", name, [packed.type_name, packed.columns])
+
+    def tensors_of(self, kind: str) -> dict[str, torch.Tensor]:
+        """The tensors of ``kind`` by name."""
+        return _of(kind, self.tensors)
+
+    def facts_of(self, kind: str) -> dict[str, Any]:
+        """The facts of ``kind`` by name."""
+        return _of(kind, self.facts)
+
+    @property
+    def packed(self) -> dict[str, QuantisedTensor]:
+        """Quantised weights by name."""
+        data = self.tensors_of("packed")
+        return {name: QuantisedTensor(kind, data[name].numpy(), columns) for name, (kind, columns) in self.facts_of("packed").items()}
+
+
+@dataclass
+class QuantiseResult(Outcome):
+    """The whole decoder's outcome: layers' names begin with ``layers.N.``, parameters are decoder-relative."""
+
     plan: Plan | None = None  # the types, where they were allocated
-    losses: dict[str, float] = field(default_factory=dict)  # what they cost as measured (nats), by parameter name
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
 
+    def add_layer(self, index: int, outcome: Outcome) -> None:
+        """Enter the outcome of layer ``index``; layers come in their order."""
+        for full, value in outcome.tensors.items():
+            self.tensors[_in_layer(index, full)] = value
+        for full, value in outcome.facts.items():
+            if full.startswith("metadata/"):
+                self.facts.setdefault(full, []).append(value)
+            else:
+                self.facts[_in_layer(index, full)] = value
 
-@dataclass
-class LayerWork:
-    """What is kept of a finished layer: names are relative to the layer."""
+    def layer(self, index: int) -> Outcome:
+        """Tensors and facts of layer ``index``, but for metadata."""
+        return Outcome(_of_layer(index, self.tensors), _of_layer(index, self.facts))
 
-    packed: dict[str, Packed]
-    replaced: dict[str, torch.Tensor]
-    factors: dict[str, torch.Tensor]
-    exponents: dict[str, float]
-    losses: dict[str, float] = field(default_factory=dict)  # measured cost (nats) of each weight, where types were allocated
+    @property
+    def replaced(self) -> dict[str, torch.Tensor]:
+        """Parameters other than quantised weights that have changed, by name."""
+        return self.tensors_of("replaced")
+
+    @property
+    def hadamard(self) -> int:
+        """Block of the online transform before down_proj, 0 for none."""
+        return int(self.facts.get("metadata/mbq.hadamard.ffn_down", 0))
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Nats that rounding has cost as measured, by parameter."""
+        return self.facts_of("loss")
+
+    @property
+    def ratios(self) -> dict[str, list[float]]:
+        """Vision over language sensitivity, one a layer, by branch."""
+        return self.facts_of("ratio")
+
+    @property
+    def exponents(self) -> dict[str, dict[str, float]]:
+        """Of the factors, by layer (``layers.0``), then site."""
+        out: dict[str, dict[str, float]] = {}
+        for name, exponent in self.facts_of("exponent").items():
+            layer, site = name.rsplit(".", 1)
+            out.setdefault(layer, {})[site] = exponent
+        return out
 
 
-def saved_layer(done: LayerWork) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A finished layer as tensors and JSON data; the inverse of :func:`restored_layer`."""
-    tensors = {f"packed.{name}": torch.from_numpy(packed.data) for name, packed in done.packed.items()}
-    tensors |= {f"replaced.{name}": value.cpu() for name, value in done.replaced.items()}
-    tensors |= {f"factors.{name}": value.cpu() for name, value in done.factors.items()}
-    kinds = {name: [packed.type_name, packed.columns] for name, packed in done.packed.items()}
-    return tensors, {"packed": kinds, "exponents": done.exponents, "losses": done.losses}
+@torch.no_grad()
+def put_into(layer: Layer, outcome: Outcome) -> None:
+    """Give ``layer`` the parameters of its ``outcome``, quantised ones as the file gives them back."""
+    parameters = dict(layer.module.named_parameters())
+    for name, value in outcome.tensors_of("replaced").items():
+        parameters[name].copy_(value)
+    for name, packed in outcome.packed.items():
+        parameters[name].copy_(torch.from_numpy(quant_type(packed.type_name).dequantize(packed.data)))
 
 
-def restored_layer(saved: tuple[dict[str, torch.Tensor], Any] | None) -> LayerWork | None:
-    if saved is None:
-        return None
-    tensors, data = saved
-    packed = {name: Packed(kind, tensors[f"packed.{name}"].numpy(), columns) for name, (kind, columns) in data["packed"].items()}
-    parts = {part: {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)} for part in ("replaced.", "factors.")}
-    return LayerWork(packed, parts["replaced."], parts["factors."], data["exponents"], data["losses"])
+def _of(kind: str, found: dict[str, Any]) -> dict[str, Any]:
+    start = f"{kind}/"
+    return {full.removeprefix(start): value for full, value in found.items() if full.startswith(start)}
+
+
+def _in_layer(index: int, full: str) -> str:
+    kind, name = full.split("/", 1)
+    return f"{kind}/layers.{index}.{name}"
+
+
+def _of_layer(index: int, found: dict[str, Any]) -> dict[str, Any]:
+    pairs = ((full.split("/", 1), value) for full, value in found.items())
+    start = f"layers.{index}."
+    return {f"{kind}/{name.removeprefix(start)}": value for (kind, name), value in pairs if name.startswith(start)}

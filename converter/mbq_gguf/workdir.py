@@ -26,6 +26,8 @@ from mbq_gguf.export.atomic import new_file
 FINGERPRINT = "fingerprint.json"
 TEMPORARY = ".mbq-gguf-"
 
+Item = tuple[dict[str, torch.Tensor], Any]  # tensors, and data as JSON has them
+
 
 @dataclass(frozen=True)
 class WorkDir:
@@ -35,7 +37,15 @@ class WorkDir:
     fingerprint: str  # the JSON of what the work depends on; part of every checksum, so that no item serves another run
     tell: Callable[[str], object] = lambda sentence: None  # hears of items that are damaged
 
-    def load(self, name: str) -> tuple[dict[str, torch.Tensor], Any] | None:
+    def cached(self, name: str, make: Callable[[], Item]) -> Item:
+        """Item ``name`` as an earlier run has saved it, or as ``make`` makes it, which is then saved. Raises as :meth:`save` does."""
+        found = self.load(name)
+        if found is None:
+            found = make()
+            self.save(name, *found)
+        return found
+
+    def load(self, name: str) -> Item | None:
         """Tensors and JSON data of item ``name``, or None where it is not finished or not as it was saved."""
         file = self.path / f"{name}.safetensors"
         if not os.path.lexists(file):
@@ -70,6 +80,14 @@ class WorkDir:
         for _, value in sorted(tensors.items()):
             found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return found.hexdigest()
+
+
+class Unkept:
+    """Stands for a work directory where nothing is to be kept."""
+
+    def cached(self, name: str, make: Callable[[], Item]) -> Item:
+        """What ``make`` makes."""
+        return make()
 
 
 def open_workdir(path: Path, fingerprint: Mapping[str, str], tell: Callable[[str], object] = lambda sentence: None) -> WorkDir:

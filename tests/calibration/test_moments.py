@@ -107,11 +107,19 @@ def test_the_layer_is_whole_again_after_an_interruption(layer: Layer, streams: l
     assert (layer.part("self_attn"), layer.part("mlp")) == branches
 
 
-def test_after_a_restart_changed_weights_count(layer: Layer, streams: list[Streamed]) -> None:
+@pytest.mark.parametrize("place", [0, 1, 2], ids=lambda place: STANDARD.sites[place].name)
+def test_weights_that_change_too_late_are_noticed(layer: Layer, streams: list[Streamed], place: int) -> None:
+    """What was kept before down_proj came from all that lies before it."""
     replay = Replay(layer, [replace(stream) for stream in streams])
-    replay.moments(STANDARD.sites[1], uniform)
-    round_coarsely(layer, STANDARD.sites[0])
-    replay.restart()
-    replay.advance()
+    for site in STANDARD.sites:
+        replay.moments(site, uniform)
+    round_coarsely(layer, STANDARD.sites[3])  # as it should be
+    replay._check_kept()
+    round_coarsely(layer, STANDARD.sites[place])
+    for late in (replay.advance, lambda: replay.moments(STANDARD.sites[3], uniform)):
+        with pytest.raises(RuntimeError, match=r"weights have changed since the inputs of (self_attn\.o|mlp\.down)_proj were kept"):
+            late()
+    fresh = Replay(layer, replay.streams)
+    fresh.advance()
     advance(layer, streams)
-    assert all(torch.equal(ours.hidden, plain.hidden) for ours, plain in zip(replay.streams, streams, strict=True))
+    assert all(torch.equal(ours.hidden, plain.hidden) for ours, plain in zip(fresh.streams, streams, strict=True))

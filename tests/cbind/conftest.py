@@ -9,8 +9,8 @@ import pytest
 import torch
 from mbq_gguf.evaluate.exact_match import SHIPPED, Question, load_questions, stratified
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
-from mbq_gguf.export.injection import PackedTensor
 from mbq_gguf.formats.own import OWN
+from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models import load
 from reference_models import Files, HuggingFace
@@ -29,10 +29,10 @@ def questions() -> list[Question]:
 
 
 @pytest.fixture(scope="session")
-def hugging_face(reference_dir: Path) -> Callable[[dict[str, PackedTensor]], HuggingFace]:
+def hugging_face(reference_dir: Path) -> Callable[[dict[str, QuantisedTensor]], HuggingFace]:
     """Makes the model in float32, with the given decoder weights unpacked into it."""
 
-    def make(packed: dict[str, PackedTensor]) -> HuggingFace:
+    def make(packed: dict[str, QuantisedTensor]) -> HuggingFace:
         loaded = load(reference_dir)
         loaded.model.to(torch.float32)
         parameters = dict(loaded.decoder.module.named_parameters())
@@ -54,25 +54,25 @@ def bf16_files(reference_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def mbq3_weights(reference_dir: Path) -> dict[str, PackedTensor]:
+def mbq3_weights(reference_dir: Path) -> dict[str, QuantisedTensor]:
     """Every linear of the decoder rounded to the nearest: MBQ3 in even layers, MBQ3S in odd ones, their _64 where rows need it."""
     packed = {}
     for key, parameter in load(reference_dir).decoder.module.named_parameters():
         if key.startswith("layers.") and parameter.ndim == 2:
             quant_type = quant_type_for("MBQ3S" if int(key.split(".")[1]) % 2 else "MBQ3", parameter.shape[1])
-            packed[key] = PackedTensor(quant_type.name, quant_type.quantize(parameter.float().numpy()), parameter.shape[1])
+            packed[key] = QuantisedTensor(quant_type.name, quant_type.quantize(parameter.float().numpy()), parameter.shape[1])
     return packed
 
 
 @pytest.fixture(scope="session")
 def mbq3_files(
-    reference_dir: Path, bf16_files: Files, mbq3_weights: dict[str, PackedTensor], tmp_path_factory: pytest.TempPathFactory
+    reference_dir: Path, bf16_files: Files, mbq3_weights: dict[str, QuantisedTensor], tmp_path_factory: pytest.TempPathFactory
 ) -> Files:
     text = tmp_path_factory.mktemp("mbq3") / "text.gguf"
     write(reference_dir, text, mbq3_weights)
     return Files(text, bf16_files.mmproj)
 
 
-def write(reference_dir: Path, out: Path, packed: dict[str, PackedTensor]) -> None:
+def write(reference_dir: Path, out: Path, packed: dict[str, QuantisedTensor]) -> None:
     common = {"replaced": {}, "base_type": "BF16", "embedding_type": "BF16", "metadata": {}, "file_type": None}
     write_text_gguf(reference_dir, out, packed=packed, **common)

@@ -11,7 +11,7 @@ from mbq_cbind.errors import BindingError, CallError
 from mbq_cbind.model import Model
 from mbq_cbind.types import Floats
 from mbq_gguf.evaluate.exact_match import Question
-from mbq_gguf.export.injection import PackedTensor
+from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.llama_cpp import closed
 from mbq_gguf.llama_cpp.server import LlamaServer, data_url
 from reference_models import Files, HuggingFace
@@ -65,7 +65,7 @@ def test_bf16_logits_are_hugging_faces(bf16: Model, hugging_face: Callable[..., 
 
 def test_mbq3_logits_are_those_of_the_unpacked_weights(
     mbq3_files: Files,
-    mbq3_weights: dict[str, PackedTensor],
+    mbq3_weights: dict[str, QuantisedTensor],
     hugging_face: Callable[..., HuggingFace],
     questions: list[Question],
 ) -> None:

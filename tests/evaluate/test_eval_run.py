@@ -22,8 +22,8 @@ from mbq_gguf.evaluate.results import Answer, Evaluation
 from mbq_gguf.evaluate.run import EvalOptions, evaluate
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
-from mbq_gguf.export.injection import PackedTensor
 from mbq_gguf.formats.mbq3 import MBQ3_64
+from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.models import load
 from rich.console import Console
 
@@ -49,7 +49,7 @@ def files(built_llama: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPathFa
     found = Files(*(folder / name for name in ("bf16.gguf", "mbq3.gguf", "mmproj.gguf", "data.jsonl", "text.txt")))
     parameters = dict(load(tiny_dir).decoder.module.named_parameters())
     packed = {
-        key: PackedTensor("MBQ3_64", MBQ3_64.quantize(weight.float().numpy()), weight.shape[1])
+        key: QuantisedTensor("MBQ3_64", MBQ3_64.quantize(weight.float().numpy()), weight.shape[1])
         for key, weight in parameters.items()
         if key.startswith("layers.") and weight.ndim == 2
     }

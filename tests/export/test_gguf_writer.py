@@ -15,8 +15,8 @@ from conftest import checkpoint  # type: ignore[attr-defined]
 from mbq_gguf.errors import UserError
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
-from mbq_gguf.export.injection import PackedTensor
 from mbq_gguf.export.picture_size import LEAST, MOST
+from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type
 from safetensors.torch import save_file
 
@@ -62,7 +62,7 @@ def test_packed_rows_land_where_conversion_puts_them(model: str, built_llama: Pa
     """Linears packed as the checkpoint's own bfloat16 must give the plain file: Llama's q and k rows are reordered on the way."""
     folder = request.getfixturevalue(model)
     packed = {
-        key: PackedTensor("BF16", weight.view(torch.uint8).numpy(), weight.shape[1])
+        key: QuantisedTensor("BF16", weight.view(torch.uint8).numpy(), weight.shape[1])
         for key, weight in decoder(folder).items()
         if key.endswith(LINEARS)
     }
@@ -105,7 +105,7 @@ def read_tensor(path: Path, name: str) -> bytes:
 def test_mbq3_file_holds_the_bytes_and_its_type(built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:
     weight = decoder(tiny_dir)["layers.2.self_attn.o_proj.weight"].float().numpy()
     data = quant_type("MBQ3").quantize(weight)
-    content = {**PLAIN, "packed": {"layers.2.self_attn.o_proj.weight": PackedTensor("MBQ3", data, 128)}, "file_type": 120}
+    content = {**PLAIN, "packed": {"layers.2.self_attn.o_proj.weight": QuantisedTensor("MBQ3", data, 128)}, "file_type": 120}
     records = write_text_gguf(tiny_dir, tmp_path / "out.gguf", **content)
     header = read_header(tmp_path / "out.gguf")
     assert header.metadata["general.file_type"] == 120
@@ -139,7 +139,7 @@ def test_metadata_keeps_its_types(built_llama: Path, tiny_dir: Path, tmp_path: P
         ({"replaced": {"layers.9.input_layernorm.weight": torch.ones(128)}}, "has no tensor layers.9.input_layernorm.weight"),
         ({"replaced": {"layers.0.input_layernorm.weight": torch.ones(64)}}, r"is \(128,\) in the checkpoint and \(64,\)"),
         (
-            {"packed": {"layers.0.mlp.up_proj.weight": PackedTensor("MBQ3", np.zeros((4, 52), np.uint8), 128)}},
+            {"packed": {"layers.0.mlp.up_proj.weight": QuantisedTensor("MBQ3", np.zeros((4, 52), np.uint8), 128)}},
             r"is \(192, 128\) in the checkpoint and \(4, 128\)",
         ),
     ],

@@ -11,8 +11,8 @@ from mbq_cbind.errors import BindingError
 from mbq_cbind.model import Model
 from mbq_gguf.export.gguf_header import Header, read_header
 from mbq_gguf.export.gguf_writer import write_text_gguf
-from mbq_gguf.export.injection import PackedTensor
 from mbq_gguf.formats import row_scale
+from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models import load
 
@@ -30,7 +30,7 @@ def write(tiny_dir: Path, out: Path, kind: str) -> Header:
     for key, parameter in load(tiny_dir).decoder.module.named_parameters():
         if key.startswith("layers.") and parameter.ndim == 2:
             chosen = quant_type_for(kind, parameter.shape[1])
-            packed[key] = PackedTensor(chosen.name, chosen.quantize(parameter.float().numpy()), parameter.shape[1])
+            packed[key] = QuantisedTensor(chosen.name, chosen.quantize(parameter.float().numpy()), parameter.shape[1])
     write_text_gguf(tiny_dir, out, packed=packed, replaced={}, base_type="BF16", embedding_type="BF16", metadata={}, file_type=None)
     return read_header(out)
 

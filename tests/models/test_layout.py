@@ -17,6 +17,7 @@ from mbq_gguf.models.decoder import find_decoder
 from mbq_gguf.models.layer import norm_offset
 from mbq_gguf.models.layout import LAYOUTS, SANDWICH, STANDARD
 from mbq_gguf.models.prompts import Encoded
+from mbq_gguf.outcome import put_into
 from mbq_gguf.quantise import quantise
 from mbq_gguf.settings import QuantiseSettings
 from mbq_gguf.transforms.fold import fold
@@ -104,23 +105,11 @@ def test_gptq_takes_it(gemma: LoadedModel, method: Any) -> None:
         given, original = list(capture(gemma, SAMPLES)), list(capture(gemma, SAMPLES))
         for index in range(2):
             layer = working_layer(gemma, index)
-            _put(layer, packed)
+            put_into(layer, packed.layer(index))
             advance(layer, given)
             advance(working_layer(gemma, index), original)
         errors.append(_distance(given, original))
     assert errors[0] < 0.9 * errors[1]
-
-
-def _put(layer: Any, result: Any) -> None:
-    from mbq_gguf.formats.registry import quant_type
-
-    for name, parameter in layer.module.named_parameters():
-        key = f"layers.{layer.index}.{name}"
-        if key in result.packed:
-            tensor = result.packed[key]
-            parameter.data.copy_(torch.from_numpy(quant_type(tensor.type_name).dequantize(tensor.data)))
-        elif key in result.replaced:
-            parameter.data.copy_(result.replaced[key])
 
 
 def _distance(given: list[Streamed], original: list[Streamed]) -> float:

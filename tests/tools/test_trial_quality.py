@@ -31,7 +31,8 @@ def test_rotation_alone_changes_no_answer(tiny: LoadedModel) -> None:
     for index in range(len(tiny.decoder.layers)):
         layer = trial.working_layer(tiny, index)
         rotate_layer(layer, rotation)
-        result.replaced |= {f"layers.{index}.{name}": value.detach() for name, value in layer.module.named_parameters()}
+        for name, value in layer.module.named_parameters():
+            result.put("replaced", f"layers.{index}.{name}", value)
     for ours, theirs in zip(trial.answer_logits(tiny, streams, result, "full"), plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
 

@@ -43,7 +43,8 @@ class Replay:
 
     Sites are asked for in the layer's order, each when all before it are rounded, and a run stops at the site's first linear. Once the last
     site of a branch (attention, feed-forward) is reached, its input no longer changes: it is kept on the host, and later runs enter the
-    branch there. So attention and the wide linears run once a batch, not four times.
+    branch there. So attention and the wide linears run once a batch, not four times. Where the layer has changed all the same before a kept
+    input, RuntimeError.
     """
 
     def __init__(self, layer: Layer, streams: Sequence[Streamed]) -> None:
@@ -51,6 +52,7 @@ class Replay:
         self.batches = list(batches(streams, layer.index))
         self.branches = {branch.writer: branch for branch in layer.layout.branches}
         self.kept: dict[str, list[torch.Tensor]] = {}  # by the last linear's name, one [1, tokens, columns] a batch
+        self.kept_with: dict[str, list[int]] = {}  # the parameters that decided them, as _decisive tells
 
     @torch.no_grad()
     def moments(self, site: Site, weights: TokenWeights, originals: Sequence[torch.Tensor] | None = None) -> Moments:
@@ -77,19 +79,17 @@ class Replay:
     @torch.no_grad()
     def advance(self) -> None:
         """Send the streams on to the next layer, in place, when the whole layer is rounded."""
+        self._check_kept()
         for number, batch in enumerate(self.batches):
             with self._resumed(number):
                 split_back(batch, run_batch(self.layer, batch))
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget what was kept, where rounded weights have changed since."""
         self.kept.clear()
 
     def _inputs(self, site: Site) -> Iterator[torch.Tensor]:
         """What the linears of ``site`` are given [tokens, columns] float32, batch by batch."""
         name = site.readers[0]
         reached = []
+        self._check_kept()
         for number, batch in enumerate(self.batches):
             with self._resumed(number):
                 x = self.layer.input_of(name, partial(run_batch, self.layer, batch))
@@ -97,7 +97,21 @@ class Replay:
                 reached.append(x.to(batch[0].hidden.device))
             yield x[0].float()
         if name in self.branches:
-            self.kept[name] = reached
+            self.kept[name], self.kept_with[name] = reached, self._decisive(name)
+
+    def _decisive(self, writer: str) -> list[int]:
+        """A sum over the bits, modulo 2^32, of every parameter that has a say in the input of the last linear ``writer``."""
+        place = next(place for place, site in enumerate(self.layer.sites) if writer in site.readers)
+        later = {self.layer.layout.linear_of(name) for site in self.layer.sites[place:] for name in site.readers}
+        parameters = self.layer.module.named_parameters()
+        values = [value.detach() for name, value in parameters if name.rpartition(".")[0] not in later]
+        words = [value.view(torch.int16 if value.element_size() == 2 else torch.int32) for value in values]
+        return torch.stack([word.sum(dtype=torch.int32) for word in words]).tolist()
+
+    def _check_kept(self) -> None:
+        for name in self.kept:
+            if self.kept_with[name] != self._decisive(name):
+                raise RuntimeError(f"weights have changed since the inputs of {name} were kept: make a new Replay")
 
     @contextmanager
     def _resumed(self, number: int) -> Iterator[None]:

@@ -12,9 +12,10 @@ import torch
 from mbq_gguf.errors import UserError
 from mbq_gguf.export.atomic import check_space, staged
 from mbq_gguf.export.conversion import FILE_TYPES, conversion_errors, decoder_names, open_model, quiet
-from mbq_gguf.export.injection import Injection, PackedTensor, TensorRecord
+from mbq_gguf.export.injection import Injection, TensorRecord
 from mbq_gguf.export.picture_size import picture_limits
 from mbq_gguf.formats import row_scale
+from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.snapshot import bearing_name, source_keys
 
 MMPROJ_TYPES = tuple(FILE_TYPES)
@@ -29,7 +30,7 @@ Advance = Callable[[int, int], None]  # (bytes written since the last call, byte
 class TextFile:
     """What goes into a text GGUF. Keys of ``packed`` and ``replaced`` are decoder keys (``layers.0.mlp.up_proj.weight``)."""
 
-    packed: Mapping[str, PackedTensor]
+    packed: Mapping[str, QuantisedTensor]
     replaced: Mapping[str, torch.Tensor]
     base_type: str
     embedding_type: str
@@ -41,7 +42,7 @@ def write_text_gguf(
     model_dir: Path,
     out: Path,
     *,
-    packed: Mapping[str, PackedTensor],
+    packed: Mapping[str, QuantisedTensor],
     replaced: Mapping[str, torch.Tensor],
     base_type: str,
     embedding_type: str,

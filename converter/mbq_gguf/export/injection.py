@@ -21,20 +21,12 @@ from mbq_gguf.errors import UserError
 from mbq_gguf.export.row_order import row_order
 from mbq_gguf.formats.gguf_types import import_gguf
 from mbq_gguf.formats.quant_type import Bytes, QuantType
+from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type, quant_type_for
 from mbq_gguf.formats.row_scale import QUANT_TYPES, stored_as
 
 CHUNK_WEIGHTS = 1 << 24  # weights of an embedding that are quantised at a time: 64 MB as float32
 EMBEDDINGS = ("token_embd.weight", "output.weight")
-
-
-@dataclass(frozen=True)
-class PackedTensor:
-    """A weight matrix as it will lie in the file, but with rows in Hugging Face's order."""
-
-    type_name: str
-    data: Bytes  # [rows, row_bytes]
-    columns: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,7 @@ class Injection:
     that have one scale a row."""
 
     def __init__(
-        self, model: Any, packed: Mapping[str, PackedTensor], replaced: Mapping[str, torch.Tensor], embedding_type: str | None
+        self, model: Any, packed: Mapping[str, QuantisedTensor], replaced: Mapping[str, torch.Tensor], embedding_type: str | None
     ) -> None:
         self.records: list[TensorRecord] = []
         self.row_scales: list[str] = []
@@ -83,7 +75,7 @@ class Injection:
         self._embedding_type = embedding_type
         self._packed = packed
         self._pending = set(packed)
-        self._rows: dict[str, tuple[PackedTensor, npt.NDArray[np.int64]]] = {}
+        self._rows: dict[str, tuple[QuantisedTensor, npt.NDArray[np.int64]]] = {}
         self._modify, self._force, self._add = model.modify_tensors, model.tensor_force_quant, model.gguf_writer.add_tensor
         self._writer = model.gguf_writer
         for name, tensor in replaced.items():

@@ -73,13 +73,3 @@ def allocated(plan: Plan, measured: Mapping[str, float]) -> dict[str, Any]:
         "mbq.allocation.predicted_loss": plan.predicted,
         "mbq.allocation.measured_loss": sum(measured.values()),
     }
-
-
-def rotated(rotate: str, hadamard: int = 0) -> dict[str, Any]:
-    """Which rotation a file's weights are in; text and mmproj files only fit together where both say the same.
-
-    ``hadamard`` is the block of the transform that the patched llama.cpp computes before ffn_down, 0 for none.
-    """
-    if rotate == "none":
-        return {}
-    return {"mbq.rotate": rotate} | ({"mbq.hadamard.ffn_down": hadamard} if hadamard else {})

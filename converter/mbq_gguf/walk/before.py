@@ -1,0 +1,129 @@
+"""Steps before the first layer: samples, sensitivities, rotation, allocation; and what is done behind the last one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import torch
+
+from mbq_gguf.allocation.allocate import allocate
+from mbq_gguf.allocation.plan import Plan
+from mbq_gguf.calibration.precision import bf16_products
+from mbq_gguf.calibration.sensitivity import Sensitivity, measure
+from mbq_gguf.calibration.stream import capture
+from mbq_gguf.calibration.synthetic import synthetic_streams, written
+from mbq_gguf.transforms.preserved import FunctionCheck
+from mbq_gguf.transforms.rotation import check_rotatable, draw, rotated_ends, rotated_projector
+from mbq_gguf.walk.state import Walk, made
+
+ROTATION_SEED = 0
+
+
+def capture_samples(walk: Walk) -> None:
+    """Run the samples up to the first layer."""
+    walk.captured = []
+    with walk.timed("capture"):
+        for stream in capture(walk.loaded, walk.samples, walk.settings.answer_mask):
+            walk.captured.append(stream)
+            walk.progress("capture", len(walk.captured), len(walk.samples))
+
+
+def measure_sensitivity(walk: Walk) -> None:
+    """How much the answers depend on each linear, where something asks for it; samples without an answer say nothing of it."""
+    settings = walk.settings
+    if settings.method != "mbq" and settings.token_weights == "uniform" and not settings.target_bpw:
+        return
+    fisher = settings.token_weights == "token" or settings.target_bpw is not None
+    answered = [stream for stream in made(walk.captured) if stream.labels.any()]
+
+    def found() -> tuple[dict[str, torch.Tensor], None]:
+        with walk.timed("sensitivity"), bf16_products():
+            return measure(walk.loaded, answered, walk.counted("sensitivity"), fisher=fisher).tensors(), None
+
+    walk.sensitivity = Sensitivity.restored(walk.work.cached("sensitivity", found)[0])
+    for stream, salience in zip(answered, walk.sensitivity.salience, strict=False):
+        stream.salience = salience
+    if settings.method == "mbq":
+        for branch, ratios in walk.sensitivity.ratios(settings.floor).items():
+            walk.result.put("ratio", branch, ratios)
+
+
+def add_synthetic(walk: Walk) -> None:
+    """Add texts that the model writes, and procedural pictures; they have no answers."""
+    count, captured = walk.settings.synthetic, made(walk.captured)
+    if not walk.samples or not count:
+        return
+
+    def texts() -> tuple[dict[str, torch.Tensor], None]:
+        with walk.timed("texts"), bf16_products():
+            return {"ids": written(walk.loaded, count, walk.counted("write texts"))}, None
+
+    ids = walk.work.cached("texts", texts)[0]["ids"]
+    with walk.timed("capture"):
+        for number, stream in enumerate(synthetic_streams(walk.loaded, ids, walk.samples)):
+            captured.append(stream)
+            walk.progress("synthetic", number + 1, count + count // 2)
+
+
+def draw_rotation(walk: Walk) -> None:
+    """The rotation, and how both files say which it is: they only fit together where it is the same."""
+    rotate = walk.settings.rotate
+    if rotate == "none":
+        return
+    check_rotatable(walk.loaded)
+    walk.rotation = draw(walk.loaded.decoder, rotate, ROTATION_SEED)
+    walk.result.put("metadata", "mbq.rotate", rotate)
+    walk.result.put("vision", "mbq.rotate", rotate)
+    if walk.rotation.block:  # the transform that the patched llama.cpp computes before ffn_down
+        walk.result.put("metadata", "mbq.hadamard.ffn_down", walk.rotation.block)
+
+
+def enter_decoder(walk: Walk) -> None:
+    """Turn the captured samples into the walk's streams."""
+    captured, rotation = made(walk.captured), walk.rotation
+    if walk.settings.method != "rtn" or rotation:
+        walk.check = FunctionCheck(walk.loaded, captured, rotation)
+    streams = [replace(stream) for stream in captured]
+    if rotation:
+        for stream in streams:
+            stream.hidden = (stream.hidden.double() @ rotation.residual).to(stream.hidden)
+    walk.captured, walk.streams = None, streams
+    if walk.settings.follows_prefix:
+        walk.prefix = [replace(stream) for stream in streams]
+
+
+def choose_types(walk: Walk) -> None:
+    """A type for each tensor, where a size is to be met."""
+    settings, target = walk.settings, walk.settings.target_bpw
+    if not target:
+        return
+
+    def plan() -> tuple[dict[str, torch.Tensor], object]:
+        with walk.timed("allocation"):
+            found = allocate(
+                len(walk.loaded.decoder.layers),
+                walk.rotated_layer,
+                made(walk.streams),
+                walk.token_weights,
+                made(walk.sensitivity).fisher,
+                damping=settings.damping if settings.rounding == "gptq" else None,
+                clip=settings.clip,
+                target=target,
+                progress=walk.counted("allocation"),
+            )
+        return {}, asdict(found)
+
+    walk.result.plan = Plan(**walk.work.cached("plan", plan)[1])
+
+
+def finish(walk: Walk) -> None:
+    """Check the logits, and add what lies at the ends of the decoder."""
+    rotation, result = walk.rotation, walk.result
+    ends = rotated_ends(walk.loaded.decoder, rotation) if rotation else {}
+    if walk.check:
+        walk.check.logits(ends)
+    for name, value in ends.items():
+        result.put("replaced", name, value)
+    for name, value in (rotated_projector(walk.loaded, rotation) if rotation else {}).items():
+        result.put("vision", name, value)
+    result.seconds = walk.timer.seconds

@@ -1,0 +1,204 @@
+"""Steps on one layer: observed, equalised, checked, rounded, learned, kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from mbq_gguf.allocation.allocate import total_weight
+from mbq_gguf.allocation.predict import Inputs, measured_costs
+from mbq_gguf.calibration.calls import Entering
+from mbq_gguf.calibration.moments import Moments, Replay
+from mbq_gguf.calibration.observe import TokenWeights, observe
+from mbq_gguf.calibration.precision import bf16_products
+from mbq_gguf.calibration.stream import advance, working_layer
+from mbq_gguf.calibration.token_weights import modality, uniform
+from mbq_gguf.formats.quantised import QuantisedTensor
+from mbq_gguf.models.layer import Layer
+from mbq_gguf.models.layout import Site
+from mbq_gguf.outcome import Outcome, put_into
+from mbq_gguf.rounding.learned import learn
+from mbq_gguf.rounding.sequence import Matrix, Refinement, round_in_order
+from mbq_gguf.settings import QuantiseSettings
+from mbq_gguf.transforms.fold import repeats
+from mbq_gguf.transforms.folded import folded_inputs, folded_moments
+from mbq_gguf.transforms.layer import Judge, changed_parameters, fold_layer, search_layer
+from mbq_gguf.transforms.smooth import smooth_layer
+from mbq_gguf.walk.state import LayerWork, Walk, made
+
+
+def enter_layer(walk: Walk, index: int) -> LayerWork:
+    """Layer ``index`` before its first step."""
+    layer, plan, layout = walk.rotated_layer(index), walk.result.plan, walk.loaded.decoder.layout
+    type_names = {
+        name: plan.type_names[f"layers.{index}.{layout.linear_of(name)}.weight"] if plan else walk.settings.type_name
+        for name in layout.readers
+    }
+    return LayerWork(walk, layer, walk.token_weights(index), type_names, Replay(layer, walk.prefix))
+
+
+def pass_original(work: LayerWork) -> None:
+    """Send the streams through the layer as it is, and observe what the next steps will ask for."""
+    passed = [replace(stream) for stream in made(work.walk.streams)]
+    with work.walk.timed("observe"), bf16_products():
+        work.observed = observe(
+            work.layer,
+            passed,
+            hessian_weights=work.weights if _of_originals(work) else None,
+            keep_inputs=_corrects(work.walk.settings),
+        )
+    work.passed = passed
+
+
+def smooth(work: LayerWork) -> None:
+    """Fold SmoothQuant's factors."""
+    walk, layer = work.walk, work.layer
+    if walk.settings.method != "smoothquant":
+        return
+    with walk.timed("smooth"):
+        found = smooth_layer(Entering(layer, made(walk.streams)), _foldable(walk, layer))
+    for site, factors in found.items():
+        work.outcome.put("factors", site, factors)
+    fold_layer(layer, work.factors)
+
+
+def equalise(work: LayerWork) -> None:
+    """Search channel factors and fold them."""
+    walk, layer, settings = work.walk, work.layer, work.walk.settings
+    if settings.method not in ("awq", "mbq"):
+        return
+    gptq = _refinement(settings) if settings.rounding == "gptq" else None
+    with walk.timed("search"):
+        original = Entering(layer, made(walk.streams))
+        prefix = Entering(layer, walk.prefix) if settings.follows_prefix else None
+        judge = Judge(_search_weights(walk, layer.index), settings.power, settings.search_samples, gptq, made(work.observed).hessians)
+        choices = search_layer(original, prefix, work.type_names, judge, _foldable(walk, layer))
+    for site, choice in choices.items():
+        work.outcome.put("factors", site, choice.factors)
+        work.outcome.put("exponent", site, choice.exponent)
+    fold_layer(layer, work.factors)
+
+
+def check_function(work: LayerWork) -> None:
+    """UserError where rotation and factors have changed what the layer computes."""
+    if work.walk.check:
+        work.walk.check.layer(work.layer)
+
+
+def round_layer(work: LayerWork) -> None:
+    """Round every matrix, site after site."""
+    layer = work.layer
+    with work.walk.timed("rounding"):
+        if work.walk.result.plan:
+            work.before = {name: layer.linear(name).weight.detach().clone() for name in layer.layout.readers}
+        work.matrices = round_in_order(layer, work.type_names, lambda site: _moments(work, site), _refinement(work.walk.settings))
+
+
+def learn_scales(work: LayerWork) -> None:
+    """Put in the parameters that learning finds better."""
+    walk, layer, matrices = work.walk, work.layer, made(work.matrices)
+    if not walk.settings.learn_scales:
+        return
+    coded = {name: (matrix.grid, matrix.coded) for name, matrix in matrices.items() if matrix.grid and matrix.coded}
+    targets = [stream.hidden for stream in made(work.passed)]
+    with walk.timed("learn scales"), bf16_products():
+        found = learn(layer, walk.prefix, targets, work.weights, coded, walk.settings.learn_scales)
+    for name, better in found.items():
+        grid = coded[name][0]
+        matrices[name] = Matrix(matrices[name].type_name, better.rounded(grid), grid, better)
+        layer.linear(name).weight.data.copy_(matrices[name].rounded.weight)
+    work.replay = Replay(layer, walk.prefix)  # what the old one has kept came from the weights before
+
+
+def keep_parameters(work: LayerWork) -> None:
+    """Enter the quantised weights, by linear, and every other parameter that has changed."""
+    layer = work.layer
+    for name, parts in layer.layout.by_linear(made(work.matrices)).items():
+        data = np.concatenate([part.rounded.data for part in parts])
+        work.outcome.put_packed(f"{name}.weight", QuantisedTensor(parts[0].type_name, data, parts[0].rounded.weight.shape[1]))
+    for name, value in changed_parameters(layer, working_layer(work.walk.loaded, layer.index)).items():
+        work.outcome.put("replaced", name, value)
+
+
+def measure_losses(work: LayerWork) -> None:
+    """What rounding has cost by the measure that chose the types, where it did."""
+    walk, layer, factors = work.walk, work.layer, work.factors
+    if not walk.result.plan:
+        return
+    inputs = {}
+    for site in layer.sites:
+        hessian = folded_moments(layer, site, made(work.observed), factors).hessian
+        inputs[site.name] = Inputs(hessian, total_weight(made(walk.streams), work.weights, site))
+    fisher = {name: float(values[layer.index]) for name, values in made(walk.sensitivity).fisher.items()}
+    costs = measured_costs(layer, work.before, inputs, fisher, factors)
+    for name, parts in layer.layout.by_linear(costs).items():
+        work.outcome.put("loss", f"{name}.weight", sum(parts))
+
+
+def put_back(work: LayerWork, outcome: Outcome) -> None:
+    """Bring the layer to the ``outcome`` that an earlier run has kept, past the same checks."""
+    work.passed = [replace(stream) for stream in made(work.walk.streams)]
+    with work.walk.timed("observe"), bf16_products():
+        advance(work.layer, work.passed)
+    fold_layer(work.layer, outcome.tensors_of("factors"))
+    check_function(work)
+    put_into(work.layer, outcome)
+
+
+def leave_layer(work: LayerWork) -> None:
+    """Move the walk behind the finished layer."""
+    with work.walk.timed("moments"), bf16_products():
+        work.replay.advance()
+    work.walk.streams = made(work.passed)
+
+
+def _refinement(settings: QuantiseSettings) -> Refinement:
+    share = settings.error_correction if settings.propagate_error else 0.0
+    return Refinement(settings.damping, settings.clip, share, settings.refits)
+
+
+def _corrects(settings: QuantiseSettings) -> bool:
+    """Whether rounding makes good what the prefix has lost, and so needs the original inputs."""
+    return settings.rounding == "gptq" and _refinement(settings).error_correction > 0
+
+
+def _of_originals(work: LayerWork) -> bool:
+    """Whether Hessians of the original model's inputs are needed."""
+    settings = work.walk.settings
+    rounds = settings.rounding == "gptq" and (settings.method != "rtn" or not settings.follows_prefix)
+    return rounds or work.walk.result.plan is not None
+
+
+def _moments(work: LayerWork, site: Site) -> Moments | None:
+    """What GPTQ rounds ``site`` by; None for nearest rounding."""
+    settings, layer, observed = work.walk.settings, work.layer, made(work.observed)
+    if settings.rounding == "nearest":
+        return None
+    if not settings.follows_prefix:
+        return folded_moments(layer, site, observed, work.factors)
+    originals = folded_inputs(layer, site, observed, work.factors) if _corrects(settings) else None
+    with work.walk.timed("moments"), bf16_products():
+        return work.replay.moments(site, work.weights, originals)
+
+
+def _search_weights(walk: Walk, index: int) -> TokenWeights:
+    """How much each token counts where candidates of layer ``index`` are compared."""
+    if walk.settings.method == "awq":
+        return uniform
+    ratios = walk.result.ratios
+    if walk.settings.power == 2:  # means over the tokens of each modality, where absolute errors are summed
+        asked = [stream for stream in made(walk.streams) if stream.labels.any()][: walk.settings.search_samples]
+        answer, vision = (sum(int(getattr(stream, name).sum()) for stream in asked) for name in ("answer", "vision"))
+        share = answer / max(1, vision)
+        ratios = {branch: [share * ratio for ratio in of_layers] for branch, of_layers in ratios.items()}
+    return modality(ratios, index)
+
+
+def _foldable(walk: Walk, layer: Layer) -> tuple[Site, ...]:
+    """Sites that take channel factors: not down_proj's where a Hadamard transform lies between it and up_proj, nor o_proj's under grouped
+    queries where the settings leave it alone."""
+    left = {"down"} if walk.rotation and walk.rotation.block else set()
+    if not walk.settings.grouped_o:
+        left |= {site.name for site in layer.sites if repeats(layer, site) > 1}
+    return tuple(site for site in layer.sites if site.name not in left)

@@ -1,0 +1,109 @@
+"""What the steps share: of the whole walk, and of the layer at hand.
+
+A field that a step fills is None until then, so that a step in the wrong place fails at once instead of working on something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from mbq_gguf.calibration.dataset import Sample
+from mbq_gguf.calibration.moments import Replay
+from mbq_gguf.calibration.observe import Observed, TokenWeights
+from mbq_gguf.calibration.sensitivity import Sensitivity
+from mbq_gguf.calibration.stream import working_layer
+from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.calibration.token_weights import hessian_weights
+from mbq_gguf.models.layer import Layer
+from mbq_gguf.models.loaded import LoadedModel
+from mbq_gguf.outcome import Outcome, QuantiseResult
+from mbq_gguf.rounding.sequence import Matrix
+from mbq_gguf.settings import QuantiseSettings
+from mbq_gguf.timing import Timer
+from mbq_gguf.transforms.preserved import FunctionCheck
+from mbq_gguf.transforms.rotation import Rotation, rotate_layer
+from mbq_gguf.workdir import Unkept, WorkDir
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+Value = TypeVar("Value")
+
+
+@dataclass
+class Walk:
+    """What moves from layer to layer.
+
+    ``captured``: the samples before layer 0 of the stored model, until the walk enters the decoder. From then on ``streams`` are the
+    inputs of the next layer in the original model (in the rotated basis), and ``prefix`` the same in the rounded model, empty where
+    nobody asks for them.
+    """
+
+    loaded: LoadedModel
+    samples: Sequence[Sample]
+    settings: QuantiseSettings
+    work: WorkDir | Unkept
+    progress: Progress
+    result: QuantiseResult = field(default_factory=QuantiseResult)
+    timer: Timer = field(default_factory=Timer)
+    captured: list[Streamed] | None = None
+    streams: list[Streamed] | None = None
+    prefix: list[Streamed] = field(default_factory=list)
+    sensitivity: Sensitivity | None = None
+    rotation: Rotation | None = None
+    check: FunctionCheck | None = None
+
+    def timed(self, stage: str) -> AbstractContextManager[None]:
+        """Add the block's time to ``stage``."""
+        return self.timer.timed(stage)
+
+    def counted(self, stage: str) -> Callable[[int, int], None]:
+        """A progress of ``stage``: done and total."""
+        return partial(self.progress, stage)
+
+    def token_weights(self, index: int) -> TokenWeights:
+        """How GPTQ's Hessians of layer ``index`` weigh tokens."""
+        settings, layout = self.settings, self.loaded.decoder.layout
+        return hessian_weights(settings.token_weights, layout, index, self.sensitivity, settings.prompt_weight, settings.floor)
+
+    def rotated_layer(self, index: int) -> Layer:
+        """A copy of layer ``index`` on the device, rotated where the model is."""
+        layer = working_layer(self.loaded, index)
+        if self.rotation:
+            rotate_layer(layer, self.rotation)
+        return layer
+
+
+@dataclass
+class LayerWork:
+    """The layer at hand: a copy on the device that the steps change, and what they have found.
+
+    ``weights`` are of tokens in Hessians; ``type_names`` are by reader; ``passed`` are the walk's streams behind the original layer;
+    ``before`` are weights as they were rounded.
+    """
+
+    walk: Walk
+    layer: Layer
+    weights: TokenWeights
+    type_names: dict[str, str]
+    replay: Replay
+    outcome: Outcome = field(default_factory=Outcome)
+    passed: list[Streamed] | None = None
+    observed: Observed | None = None
+    matrices: dict[str, Matrix] | None = None
+    before: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def factors(self) -> dict[str, torch.Tensor]:
+        """The channel factors that are folded into the layer, by site, on its device."""
+        return {site: factors.to(self.layer.device) for site, factors in self.outcome.tensors_of("factors").items()}
+
+
+def made(value: Value | None) -> Value:
+    """What an earlier step has made."""
+    assert value is not None, "a step of the walk comes before the one that it needs"
+    return value
