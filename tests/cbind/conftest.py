@@ -15,7 +15,7 @@ from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models import load
 from reference_models import Files, HuggingFace
 
-QUESTIONS = 108  # six of every task
+QUESTIONS = 54  # three of every task
 
 
 @pytest.fixture(scope="session", autouse=True)
