@@ -21,26 +21,26 @@ from rich.console import Console
 def test_kinds_and_names() -> None:
     outcome = Outcome()
     data = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    outcome.put_packed("a.weight", QuantisedTensor("MBQ3", data, 8))
+    outcome.put_quantised("a.weight", QuantisedTensor("MBQ3", data, 8))
     outcome.put("loss", "a.weight", 0.5)
     outcome.put("factors", "qkv", torch.ones(2))
-    (packed,) = outcome.packed.values()
-    assert (packed.type_name, packed.columns, packed.data.tolist()) == ("MBQ3", 8, data.tolist())
+    (quantised,) = outcome.quantised.values()
+    assert (quantised.type_name, quantised.columns, quantised.data.tolist()) == ("MBQ3", 8, data.tolist())
     assert outcome.facts_of("loss") == {"a.weight": 0.5}
     assert outcome.facts_of("factors") == {}
-    assert set(outcome.tensors) == {"packed/a.weight", "factors/qkv"}
+    assert set(outcome.tensors) == {"quantised/a.weight", "factors/qkv"}
 
 
 def test_layers_are_collected_by_number_and_metadata_as_arrays() -> None:
     result, layers = QuantiseResult(), [Outcome() for _ in range(11)]
     for index, layer in enumerate(layers):
-        layer.put("packed", "a.weight", torch.full((1,), index))
+        layer.put("quantised", "a.weight", torch.full((1,), index))
         layer.put("exponent", "qkv", index / 10)
         layer.put("metadata", "mbq.found", index)
         result.add_layer(index, layer)
     assert result.facts_of("metadata") == {"mbq.found": list(range(11))}
     assert result.exponents["layers.10"] == {"qkv": 1.0}
-    assert result.layer(1).tensors == {"packed/a.weight": torch.ones(1)}
+    assert result.layer(1).tensors == {"quantised/a.weight": torch.ones(1)}
     assert result.layer(1).facts == {"exponent/qkv": 0.1}
 
 

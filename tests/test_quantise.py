@@ -40,20 +40,22 @@ def result(tiny: LoadedModel, samples: list[Sample]) -> QuantiseResult:
 
 
 def same(a: QuantiseResult, b: QuantiseResult) -> bool:
-    packed = a.packed.keys() == b.packed.keys() and all(np.array_equal(a.packed[n].data, b.packed[n].data) for n in a.packed)
+    quantised = a.quantised.keys() == b.quantised.keys() and all(
+        np.array_equal(a.quantised[n].data, b.quantised[n].data) for n in a.quantised
+    )
     replaced = a.replaced.keys() == b.replaced.keys() and all(torch.equal(a.replaced[n], b.replaced[n]) for n in a.replaced)
-    return packed and replaced and a.exponents == b.exponents and a.ratios == b.ratios
+    return quantised and replaced and a.exponents == b.exponents and a.ratios == b.ratios
 
 
 def test_every_linear_is_packed(tiny: LoadedModel, result: QuantiseResult) -> None:
-    assert set(result.packed) == {f"{name}.weight" for name, _ in tiny.decoder.linears()}
+    assert set(result.quantised) == {f"{name}.weight" for name, _ in tiny.decoder.linears()}
     for name, module in tiny.decoder.linears():
-        packed = result.packed[f"{name}.weight"]
-        kind = quant_type(packed.type_name)
-        assert packed.columns == module.in_features
-        assert packed.data.shape == (module.out_features, kind.row_bytes(module.in_features))
-        assert np.isfinite(kind.dequantize(packed.data)).all()
-    others = {name: packed.type_name for name, packed in result.packed.items() if packed.type_name != "MBQ3"}
+        quantised = result.quantised[f"{name}.weight"]
+        kind = quant_type(quantised.type_name)
+        assert quantised.columns == module.in_features
+        assert quantised.data.shape == (module.out_features, kind.row_bytes(module.in_features))
+        assert np.isfinite(kind.dequantize(quantised.data)).all()
+    others = {name: quantised.type_name for name, quantised in result.quantised.items() if quantised.type_name != "MBQ3"}
     assert others == {f"layers.{i}.mlp.down_proj.weight": "MBQ3_64" for i in range(3)}  # rows of 192 are one and a half blocks of 128
 
 
@@ -80,8 +82,8 @@ def test_weights_in_the_result_make_the_model(tiny: LoadedModel, samples: list[S
             layer = working_layer(tiny, index)
             parameters = dict(layer.module.named_parameters())
             for name in STANDARD.readers:
-                packed = result.packed[f"layers.{index}.{name}.weight"]
-                layer.linear(name).weight.copy_(torch.from_numpy(quant_type(packed.type_name).dequantize(packed.data)))
+                quantised = result.quantised[f"layers.{index}.{name}.weight"]
+                layer.linear(name).weight.copy_(torch.from_numpy(quant_type(quantised.type_name).dequantize(quantised.data)))
             for name, value in result.replaced.items() if replaced else ():
                 if name.startswith(f"layers.{index}."):
                     parameters[name.removeprefix(f"layers.{index}.")].copy_(value)
@@ -106,7 +108,7 @@ def test_same_bytes_every_time(tiny: LoadedModel, samples: list[Sample], method:
 def test_rtn_nearest_is_the_types_own_rounding(tiny: LoadedModel) -> None:
     result = quantise(tiny, [], replace(FAST, method="rtn", rounding="nearest"))
     weight = tiny.decoder.layers[1].get_submodule("mlp.up_proj").weight.float().numpy()
-    np.testing.assert_array_equal(result.packed["layers.1.mlp.up_proj.weight"].data, quant_type("MBQ3").quantize(weight))
+    np.testing.assert_array_equal(result.quantised["layers.1.mlp.up_proj.weight"].data, quant_type("MBQ3").quantize(weight))
     assert not result.replaced
 
 
@@ -204,9 +206,9 @@ def test_mixed_types_meet_the_size(tiny: LoadedModel, mixed: QuantiseResult) -> 
     plan = mixed.plan
     assert plan is not None
     weights = sum(module.weight.numel() for _, module in tiny.decoder.linears())
-    assert 4.4 < 8 * sum(packed.data.size for packed in mixed.packed.values()) / weights <= 4.5
-    assert plan.bits_per_weight == 8 * sum(packed.data.size for packed in mixed.packed.values()) / weights
-    assert {name: packed.type_name for name, packed in mixed.packed.items()} == plan.type_names
+    assert 4.4 < 8 * sum(quantised.data.size for quantised in mixed.quantised.values()) / weights <= 4.5
+    assert plan.bits_per_weight == 8 * sum(quantised.data.size for quantised in mixed.quantised.values()) / weights
+    assert {name: quantised.type_name for name, quantised in mixed.quantised.items()} == plan.type_names
     assert len(set(plan.type_names.values())) > 2
 
 

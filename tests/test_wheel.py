@@ -63,7 +63,7 @@ def test_an_installed_wheel_finds_the_build_and_reads_files(wheel: Path, built_l
     assert "convert" in run(command, "--help")
     assert run(command, "path", "llama-server").strip() == str(built_llama / "build" / "bin" / "llama-server")
     file = tmp_path / "tiny.gguf"
-    write_text_gguf(tiny_dir, file, packed={}, replaced={}, base_type="BF16", embedding_type="BF16", metadata={}, file_type=None)
+    write_text_gguf(tiny_dir, file, quantised={}, replaced={}, base_type="BF16", embedding_type="BF16", metadata={}, file_type=None)
     assert "BF16" in run(command, "inspect", file)
 
 

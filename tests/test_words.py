@@ -33,7 +33,7 @@ def pair(built_llama: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPathFac
     """The tiny VLM in BF16."""
     folder = tmp_path_factory.mktemp("words")
     found = Pair(folder / "model.gguf", folder / "mmproj-model.gguf")
-    write_text_gguf(tiny_dir, found.model, packed={}, replaced={}, base_type="BF16", embedding_type="BF16", metadata={}, file_type=None)
+    write_text_gguf(tiny_dir, found.model, quantised={}, replaced={}, base_type="BF16", embedding_type="BF16", metadata={}, file_type=None)
     write_mmproj_gguf(tiny_dir, found.mmproj, mmproj_type="BF16")
     return found
 

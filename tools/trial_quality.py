@@ -112,7 +112,7 @@ def turned(hidden: torch.Tensor, rotation: Rotation | None, back: bool = False) 
 
 def row_scaled(layer: Layer, index: int, result: QuantiseResult) -> list[nn.Linear]:
     """The linears of ``layer`` that ``result`` holds with one scale a row."""
-    found = [name for name, packed in result.layer(index).packed.items() if packed.type_name in QUANT_TYPES]
+    found = [name for name, quantised in result.layer(index).quantised.items() if quantised.type_name in QUANT_TYPES]
     return [layer.holder(name.removesuffix(".weight")) for name in found]
 
 
@@ -125,8 +125,8 @@ def score(reference: list[torch.Tensor], candidate: list[torch.Tensor], streams:
 
 def bits(result: QuantiseResult) -> float:
     """Bits per weight of the quantised matrices."""
-    packed = result.packed.values()
-    return float(8 * sum(item.data.size for item in packed) / sum(item.data.shape[0] * item.columns for item in packed))
+    quantised = result.quantised.values()
+    return float(8 * sum(item.data.size for item in quantised) / sum(item.data.shape[0] * item.columns for item in quantised))
 
 
 def scenes(loaded: LoadedModel, count: int) -> Streams:

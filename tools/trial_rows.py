@@ -119,7 +119,7 @@ def scored(
     """Figures with 16-bit activations and, where the type has one scale a row, with int8 ones and what those add."""
     plain = trial.answer_logits(loaded, streams, result, rotate)
     found: dict[str, Any] = figures(reference, plain, streams)
-    if any(packed.type_name in QUANT_TYPES for packed in result.packed.values()):
+    if any(quantised.type_name in QUANT_TYPES for quantised in result.quantised.values()):
         int8 = trial.answer_logits(loaded, streams, result, rotate, int8=True)
         found["int8"] = figures(reference, int8, streams) | added(divergences(reference, plain), divergences(reference, int8))
     return found

@@ -142,13 +142,13 @@ def _convert(options: ConvertOptions, console: Console) -> ConvertReport:
             quantised = run_quantisation(options, console, bars, timer)
         with timer.timed("write"):
             text, vision = write_files(options, quantised, bars)
-    packed = {} if quantised is None else {name: (p.type_name, p.columns) for name, p in quantised.result.packed.items()}
+    weights = {} if quantised is None else {name: (w.type_name, w.columns) for name, w in quantised.result.quantised.items()}
     plan = None if quantised is None else quantised.result.plan
-    sentences = fallback_sentences(quant_type(options.type).name, {} if plan else packed, text)
+    sentences = fallback_sentences(quant_type(options.type).name, {} if plan else weights, text)
     if options.rounding == "gptq":
-        sentences += nearest_sentences(name for name, _ in packed.values())
+        sentences += nearest_sentences(name for name, _ in weights.values())
     if quantised and quantised.result.hadamard:
-        sentences += transform_sentences(name for name, _ in packed.values())
+        sentences += transform_sentences(name for name, _ in weights.values())
     allocation = plan_table(plan, quantised.result.losses) if quantised and plan else None
     if options.work_dir is None:
         shutil.rmtree(work_root(options), ignore_errors=True)
@@ -302,4 +302,4 @@ def text_file(options: ConvertOptions, quantised: Quantised | None) -> TextFile:
         keys |= metadata.allocated(result.plan, result.losses)
     keys |= result.facts_of("metadata")
     kind = result.plan.main if result.plan else chosen.name
-    return TextFile(result.packed, result.replaced, BASE_TYPE, quant_type(options.embedding_type).name, keys, metadata.file_type(kind))
+    return TextFile(result.quantised, result.replaced, BASE_TYPE, quant_type(options.embedding_type).name, keys, metadata.file_type(kind))

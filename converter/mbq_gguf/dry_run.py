@@ -1,6 +1,6 @@
 """A conversion without its work: everything that can fail early, and what to expect of files, memory and time. Nothing is written.
 
-Sizes come from the very code that writes the files, given the shapes of the packed weights. Memory and time are measured rates, scaled.
+Sizes come from the very code that writes the files, given the shapes of the quantised weights. Memory and time are measured rates, scaled.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def _dry_run(options: ConvertOptions, console: Console) -> Expected:
         turned = {"mbq.rotate": options.rotate} if options.rotate not in (None, "none") and not options.unquantised else {}
         vision, mmproj_bytes = measure_mmproj(options.model_dir, scratch, options.mmproj_type, turned)
     if options.target_bpw is not None:  # types are chosen by what the samples say: the sum alone is known
-        packed = sum(tensor.data.size for tensor in content.packed.values())
-        text_bytes += round(weights * options.target_bpw / 8) - packed
+        quantised = sum(tensor.data.size for tensor in content.quantised.values())
+        text_bytes += round(weights * options.target_bpw / 8) - quantised
     check_space(options.out.absolute().parent, text_bytes + mmproj_bytes + SPARE_BYTES)
     before = sum(file.stat().st_size for file in files)
     report = ConvertReport(options.out, options.mmproj, text, vision, before, [])
@@ -108,21 +108,21 @@ def read_calibration(options: ConvertOptions, model: LoadedModel, console: Conso
 
 
 def expected_content(options: ConvertOptions, model: LoadedModel, samples: int) -> TextFile:
-    """The text file with packed weights of the right types and shapes, which take no memory."""
+    """The text file with quantised weights of the right types and shapes, which take no memory."""
     if options.unquantised:
         return text_file(options, None)
-    packed = {}
+    quantised = {}
     for name, linear in model.decoder.linears():
         rows, columns = linear.weight.shape
         chosen = quant_type_for(options.type, columns)
-        packed[f"{name}.weight"] = QuantisedTensor(chosen.name, np.broadcast_to(np.uint8(0), (rows, chosen.row_bytes(columns))), columns)
+        quantised[f"{name}.weight"] = QuantisedTensor(chosen.name, np.broadcast_to(np.uint8(0), (rows, chosen.row_bytes(columns))), columns)
     head = model.decoder.head.weight
     untied = {HEAD: torch.zeros(()).expand(head.shape)} if options.rotate != "none" else {}
     result = QuantiseResult()
     if options.rotate not in (None, "none"):
         result.put("metadata", "mbq.rotate", options.rotate)
     content = text_file(options, Quantised(result, "0" * 64 if samples else "", samples))
-    return replace(content, packed=packed, replaced=untied)
+    return replace(content, quantised=quantised, replaced=untied)
 
 
 def expected_seconds(options: ConvertOptions, weights: int, samples: int) -> float:

@@ -3,7 +3,7 @@
 Keeping it in a work directory, taking it back, collecting layers and writing files go by the kind alone, so a stage adds what it has found
 and nothing else changes. Names are parameters of the layer (``self_attn.q_proj.weight``) or whatever the kind says:
 
-    packed/PARAMETER     a quantised weight: its bytes (tensor), its type and columns (fact)
+    quantised/PARAMETER     a quantised weight: its bytes (tensor), its type and columns (fact)
     replaced/PARAMETER   any other parameter that has changed, float32 (tensor)
     factors/SITE         the channel factors that were folded (tensor), and exponent/SITE of them (fact)
     loss/PARAMETER       nats that rounding it has cost as measured, where types were allocated (fact)
@@ -39,10 +39,10 @@ class Outcome:
         else:
             self.facts[f"{kind}/{name}"] = value
 
-    def put_packed(self, name: str, packed: QuantisedTensor) -> None:
+    def put_quantised(self, name: str, quantised: QuantisedTensor) -> None:
         """Enter a quantised weight."""
-        self.put("packed", name, torch.from_numpy(packed.data))
-        self.put("packed", name, [packed.type_name, packed.columns])
+        self.put("quantised", name, torch.from_numpy(quantised.data))
+        self.put("quantised", name, [quantised.type_name, quantised.columns])
 
     def tensors_of(self, kind: str) -> dict[str, torch.Tensor]:
         """The tensors of ``kind`` by name."""
@@ -53,10 +53,10 @@ class Outcome:
         return _of(kind, self.facts)
 
     @property
-    def packed(self) -> dict[str, QuantisedTensor]:
+    def quantised(self) -> dict[str, QuantisedTensor]:
         """Quantised weights by name."""
-        data = self.tensors_of("packed")
-        return {name: QuantisedTensor(kind, data[name].numpy(), columns) for name, (kind, columns) in self.facts_of("packed").items()}
+        data = self.tensors_of("quantised")
+        return {name: QuantisedTensor(kind, data[name].numpy(), columns) for name, (kind, columns) in self.facts_of("quantised").items()}
 
 
 @dataclass
@@ -116,8 +116,8 @@ def put_into(layer: Layer, outcome: Outcome) -> None:
     parameters = dict(layer.module.named_parameters())
     for name, value in outcome.tensors_of("replaced").items():
         parameters[name].copy_(value)
-    for name, packed in outcome.packed.items():
-        parameters[name].copy_(torch.from_numpy(quant_type(packed.type_name).dequantize(packed.data)))
+    for name, quantised in outcome.quantised.items():
+        parameters[name].copy_(torch.from_numpy(quant_type(quantised.type_name).dequantize(quantised.data)))
 
 
 def _of(kind: str, found: dict[str, Any]) -> dict[str, Any]:

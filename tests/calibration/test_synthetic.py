@@ -96,6 +96,6 @@ def test_streams_are_texts_then_half_as_many_pictures(tiny: LoadedModel, samples
 @pytest.mark.parametrize("token_weights", ["uniform", "token", "modality"])
 def test_synthetic_samples_change_the_rounding(tiny: LoadedModel, samples: list[Sample], token_weights: str) -> None:
     settings = QuantiseSettings(refits=0, clip=False, synthetic=0, token_weights=token_weights)  # type: ignore[arg-type]
-    plain, richer = (quantise(tiny, samples, chosen).packed for chosen in (settings, replace(settings, synthetic=4)))
+    plain, richer = (quantise(tiny, samples, chosen).quantised for chosen in (settings, replace(settings, synthetic=4)))
     assert plain.keys() == richer.keys()
     assert any(plain[name].data.tobytes() != richer[name].data.tobytes() for name in plain)

@@ -32,12 +32,12 @@ def questions() -> list[Question]:
 def hugging_face(reference_dir: Path) -> Callable[[dict[str, QuantisedTensor]], HuggingFace]:
     """Makes the model in float32, with the given decoder weights unpacked into it."""
 
-    def make(packed: dict[str, QuantisedTensor]) -> HuggingFace:
+    def make(quantised: dict[str, QuantisedTensor]) -> HuggingFace:
         loaded = load(reference_dir)
         loaded.model.to(torch.float32)
         parameters = dict(loaded.decoder.module.named_parameters())
         with torch.no_grad():
-            for key, tensor in packed.items():
+            for key, tensor in quantised.items():
                 parameters[key].copy_(torch.from_numpy(OWN[tensor.type_name].dequantize(tensor.data)))
         return HuggingFace(loaded)
 
@@ -56,12 +56,12 @@ def bf16_files(reference_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def mbq3_weights(reference_dir: Path) -> dict[str, QuantisedTensor]:
     """Every linear of the decoder rounded to the nearest: MBQ3 in even layers, MBQ3S in odd ones, their _64 where rows need it."""
-    packed = {}
+    quantised = {}
     for key, parameter in load(reference_dir).decoder.module.named_parameters():
         if key.startswith("layers.") and parameter.ndim == 2:
             quant_type = quant_type_for("MBQ3S" if int(key.split(".")[1]) % 2 else "MBQ3", parameter.shape[1])
-            packed[key] = QuantisedTensor(quant_type.name, quant_type.quantize(parameter.float().numpy()), parameter.shape[1])
-    return packed
+            quantised[key] = QuantisedTensor(quant_type.name, quant_type.quantize(parameter.float().numpy()), parameter.shape[1])
+    return quantised
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +73,6 @@ def mbq3_files(
     return Files(text, bf16_files.mmproj)
 
 
-def write(reference_dir: Path, out: Path, packed: dict[str, QuantisedTensor]) -> None:
+def write(reference_dir: Path, out: Path, quantised: dict[str, QuantisedTensor]) -> None:
     common = {"replaced": {}, "base_type": "BF16", "embedding_type": "BF16", "metadata": {}, "file_type": None}
-    write_text_gguf(reference_dir, out, packed=packed, **common)
+    write_text_gguf(reference_dir, out, quantised=quantised, **common)

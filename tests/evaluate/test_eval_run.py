@@ -48,15 +48,15 @@ def files(built_llama: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("eval")
     found = Files(*(folder / name for name in ("bf16.gguf", "mbq3.gguf", "mmproj.gguf", "data.jsonl", "text.txt")))
     parameters = dict(load(tiny_dir).decoder.module.named_parameters())
-    packed = {
+    quantised = {
         key: QuantisedTensor("MBQ3_64", MBQ3_64.quantize(weight.float().numpy()), weight.shape[1])
         for key, weight in parameters.items()
         if key.startswith("layers.") and weight.ndim == 2
     }
     ratios = {"mbq.ratio.attention": [1.0, 0.5, 0.25], "mbq.ratio.mlp": [0.9, 0.4, 0.2]}
-    for path, tensors, metadata in ((found.reference, {}, {}), (found.rounded, packed, ratios)):
+    for path, tensors, metadata in ((found.reference, {}, {}), (found.rounded, quantised, ratios)):
         write_text_gguf(
-            tiny_dir, path, packed=tensors, replaced={}, base_type="BF16", embedding_type="BF16", metadata=metadata, file_type=None
+            tiny_dir, path, quantised=tensors, replaced={}, base_type="BF16", embedding_type="BF16", metadata=metadata, file_type=None
         )
     write_mmproj_gguf(tiny_dir, found.mmproj, mmproj_type="F16")
     lines = SHIPPED.read_text().splitlines()[:3]

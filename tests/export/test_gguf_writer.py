@@ -20,7 +20,7 @@ from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type
 from safetensors.torch import save_file
 
-PLAIN = {"packed": {}, "replaced": {}, "base_type": "BF16", "embedding_type": "BF16", "metadata": {}, "file_type": None}
+PLAIN = {"quantised": {}, "replaced": {}, "base_type": "BF16", "embedding_type": "BF16", "metadata": {}, "file_type": None}
 LINEARS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
@@ -59,16 +59,16 @@ def test_mmproj_is_upstreams_and_the_limits_of_a_picture(upstream: dict[str, Pat
 
 @pytest.mark.parametrize("model", ["tiny_dir", "llama_dir"])
 def test_packed_rows_land_where_conversion_puts_them(model: str, built_llama: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """Linears packed as the checkpoint's own bfloat16 must give the plain file: Llama's q and k rows are reordered on the way."""
+    """Linears quantised as the checkpoint's own bfloat16 must give the plain file: Llama's q and k rows are reordered on the way."""
     folder = request.getfixturevalue(model)
-    packed = {
+    quantised = {
         key: QuantisedTensor("BF16", weight.view(torch.uint8).numpy(), weight.shape[1])
         for key, weight in decoder(folder).items()
         if key.endswith(LINEARS)
     }
     write_text_gguf(folder, tmp_path / "plain.gguf", **PLAIN)
-    write_text_gguf(folder, tmp_path / "packed.gguf", **{**PLAIN, "packed": packed})
-    assert (tmp_path / "packed.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+    write_text_gguf(folder, tmp_path / "quantised.gguf", **{**PLAIN, "quantised": quantised})
+    assert (tmp_path / "quantised.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
 
 
 @pytest.mark.parametrize("model", ["tiny_dir", "llama_dir"])
@@ -105,7 +105,7 @@ def read_tensor(path: Path, name: str) -> bytes:
 def test_mbq3_file_holds_the_bytes_and_its_type(built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:
     weight = decoder(tiny_dir)["layers.2.self_attn.o_proj.weight"].float().numpy()
     data = quant_type("MBQ3").quantize(weight)
-    content = {**PLAIN, "packed": {"layers.2.self_attn.o_proj.weight": QuantisedTensor("MBQ3", data, 128)}, "file_type": 120}
+    content = {**PLAIN, "quantised": {"layers.2.self_attn.o_proj.weight": QuantisedTensor("MBQ3", data, 128)}, "file_type": 120}
     records = write_text_gguf(tiny_dir, tmp_path / "out.gguf", **content)
     header = read_header(tmp_path / "out.gguf")
     assert header.metadata["general.file_type"] == 120
@@ -139,7 +139,7 @@ def test_metadata_keeps_its_types(built_llama: Path, tiny_dir: Path, tmp_path: P
         ({"replaced": {"layers.9.input_layernorm.weight": torch.ones(128)}}, "has no tensor layers.9.input_layernorm.weight"),
         ({"replaced": {"layers.0.input_layernorm.weight": torch.ones(64)}}, r"is \(128,\) in the checkpoint and \(64,\)"),
         (
-            {"packed": {"layers.0.mlp.up_proj.weight": QuantisedTensor("MBQ3", np.zeros((4, 52), np.uint8), 128)}},
+            {"quantised": {"layers.0.mlp.up_proj.weight": QuantisedTensor("MBQ3", np.zeros((4, 52), np.uint8), 128)}},
             r"is \(192, 128\) in the checkpoint and \(4, 128\)",
         ),
     ],

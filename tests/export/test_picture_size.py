@@ -31,7 +31,7 @@ SIZES = [(a, b) for a in SIDES for b in SIDES] + [(1080, 270), (2310, 373), (184
 def text(built_llama: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("text") / "tiny.gguf"
     common = {"replaced": {}, "base_type": "BF16", "embedding_type": "BF16", "metadata": {}, "file_type": None}
-    write_text_gguf(tiny_dir, out, packed={}, **common)
+    write_text_gguf(tiny_dir, out, quantised={}, **common)
     return out
 
 

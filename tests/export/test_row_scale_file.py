@@ -26,12 +26,12 @@ def _built(built_llama: Path) -> None:
 
 
 def write(tiny_dir: Path, out: Path, kind: str) -> Header:
-    packed = {}
+    quantised = {}
     for key, parameter in load(tiny_dir).decoder.module.named_parameters():
         if key.startswith("layers.") and parameter.ndim == 2:
             chosen = quant_type_for(kind, parameter.shape[1])
-            packed[key] = QuantisedTensor(chosen.name, chosen.quantize(parameter.float().numpy()), parameter.shape[1])
-    write_text_gguf(tiny_dir, out, packed=packed, replaced={}, base_type="BF16", embedding_type="BF16", metadata={}, file_type=None)
+            quantised[key] = QuantisedTensor(chosen.name, chosen.quantize(parameter.float().numpy()), parameter.shape[1])
+    write_text_gguf(tiny_dir, out, quantised=quantised, replaced={}, base_type="BF16", embedding_type="BF16", metadata={}, file_type=None)
     return read_header(out)
 
 

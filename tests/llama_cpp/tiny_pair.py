@@ -16,6 +16,6 @@ class Pair(NamedTuple):
 def write_pair(source: Path, folder: Path) -> Pair:
     """The Hugging Face model in `source` as model.gguf and mmproj-model.gguf in `folder`, all in BF16."""
     pair = Pair(folder / "model.gguf", folder / "mmproj-model.gguf")
-    write_text_gguf(source, pair.model, packed={}, replaced={}, base_type="BF16", embedding_type="BF16", metadata={}, file_type=None)
+    write_text_gguf(source, pair.model, quantised={}, replaced={}, base_type="BF16", embedding_type="BF16", metadata={}, file_type=None)
     write_mmproj_gguf(source, pair.mmproj, mmproj_type="BF16")
     return pair

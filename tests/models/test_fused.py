@@ -113,15 +113,15 @@ def split(result: QuantiseResult) -> dict[str, bytes]:
     """The bytes of every quantised matrix, those of fused ones apart."""
     rows = {"q": 64, "k": 32, "v": 32, "gate": 128, "up": 128}
     out = {}
-    for name, packed in result.packed.items():
+    for name, quantised in result.quantised.items():
         names = {"qkv_proj": "q k v", "gate_up_proj": "gate up"}.get(name.split(".")[-2])
         start = 0
         for part in (names or "").split():
-            out[f"{name.rsplit('.', 2)[0]}.{part}_proj.weight"] = packed.data[start : start + rows[part]].tobytes()
+            out[f"{name.rsplit('.', 2)[0]}.{part}_proj.weight"] = quantised.data[start : start + rows[part]].tobytes()
             start += rows[part]
-        assert names is None or start == len(packed.data)
+        assert names is None or start == len(quantised.data)
         if names is None:
-            out[name] = packed.data.tobytes()
+            out[name] = quantised.data.tobytes()
     return out
 
 
@@ -161,8 +161,8 @@ def test_gradients_are_those_of_separate_linears(phi: LoadedModel, llama: Loaded
 def test_a_fused_linear_gets_one_type(phi: LoadedModel) -> None:
     result = quantise(phi, SAMPLES, replace(PLAIN, target_bpw=5.0))
     assert result.plan is not None
-    assert {name: packed.type_name for name, packed in result.packed.items()} == result.plan.type_names
-    assert set(result.packed) == {f"layers.{i}.{name}.weight" for i in range(2) for name in FUSED.linears} == set(result.losses)
+    assert {name: quantised.type_name for name, quantised in result.quantised.items()} == result.plan.type_names
+    assert set(result.quantised) == {f"layers.{i}.{name}.weight" for i in range(2) for name in FUSED.linears} == set(result.losses)
     assert result.plan.weights["layers.0.self_attn.qkv_proj.weight"] == 128 * 64
 
 

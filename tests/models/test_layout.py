@@ -101,11 +101,11 @@ def test_gptq_takes_it(gemma: LoadedModel, method: Any) -> None:
     """GPTQ from its own inputs is nearer to the original than rounding to nearest, by the last hidden states."""
     errors = []
     for settings in (replace(SETTINGS, method=method), replace(SETTINGS, rounding="nearest")):
-        packed = quantise(gemma, SAMPLES, settings)
+        quantised = quantise(gemma, SAMPLES, settings)
         given, original = list(capture(gemma, SAMPLES)), list(capture(gemma, SAMPLES))
         for index in range(2):
             layer = working_layer(gemma, index)
-            put_into(layer, packed.layer(index))
+            put_into(layer, quantised.layer(index))
             advance(layer, given)
             advance(working_layer(gemma, index), original)
         errors.append(_distance(given, original))

@@ -28,9 +28,9 @@ Advance = Callable[[int, int], None]  # (bytes written since the last call, byte
 
 @dataclass(frozen=True)
 class TextFile:
-    """What goes into a text GGUF. Keys of ``packed`` and ``replaced`` are decoder keys (``layers.0.mlp.up_proj.weight``)."""
+    """What goes into a text GGUF. Keys of ``quantised`` and ``replaced`` are decoder keys (``layers.0.mlp.up_proj.weight``)."""
 
-    packed: Mapping[str, QuantisedTensor]
+    quantised: Mapping[str, QuantisedTensor]
     replaced: Mapping[str, torch.Tensor]
     base_type: str
     embedding_type: str
@@ -42,7 +42,7 @@ def write_text_gguf(
     model_dir: Path,
     out: Path,
     *,
-    packed: Mapping[str, QuantisedTensor],
+    quantised: Mapping[str, QuantisedTensor],
     replaced: Mapping[str, torch.Tensor],
     base_type: str,
     embedding_type: str,
@@ -52,13 +52,13 @@ def write_text_gguf(
 ) -> list[TensorRecord]:
     """Write the language model of ``model_dir`` to ``out``; ``out`` appears when it is whole.
 
-    ``packed`` goes in as it is (rows reordered as llama.cpp wants them), ``replaced`` takes the place of the checkpoint's tensor before
+    ``quantised`` goes in as it is (rows reordered as llama.cpp wants them), ``replaced`` takes the place of the checkpoint's tensor before
     conversion (both in Hugging Face's order of rows, [out, in]), embeddings and output head become ``embedding_type``, every other matrix
     ``base_type`` ("BF16" or "F16"), norms and biases F32. ``metadata`` (str, bool, int, float, list) is added to the file's;
     ``file_type`` is general.file_type, None for the base type's own. Raises UserError where a key is no tensor of the model, where its
     shape differs, or where ``out`` cannot be written.
     """
-    content = TextFile(packed, replaced, base_type, embedding_type, metadata, file_type)
+    content = TextFile(quantised, replaced, base_type, embedding_type, metadata, file_type)
     with staged(out) as (part,):
         return write_text(model_dir, part, content, advance)
 
@@ -88,7 +88,7 @@ def write_text(model_dir: Path, part: Path, content: TextFile, advance: Advance 
 def measure_text(model_dir: Path, scratch: Path, content: TextFile) -> tuple[list[TensorRecord], int]:
     """The tensors of the text GGUF and its size in bytes, by which nothing but its header is written, into the folder ``scratch``.
 
-    Of ``packed`` and ``replaced`` the shapes alone matter.
+    Of ``quantised`` and ``replaced`` the shapes alone matter.
     """
     return _measure(*_text(model_dir, scratch / "text.gguf", content), model_dir)
 
@@ -104,10 +104,10 @@ def _text(model_dir: Path, part: Path, content: TextFile) -> tuple[Any, Injectio
     if HEAD in content.replaced and HEAD not in names:  # a rotation unties the head from the embedding
         model.model_tensors[HEAD] = model.model_tensors[names["embed_tokens.weight"]]
         names[HEAD] = HEAD
-    packed = {_find(names, key): tensor for key, tensor in content.packed.items()}
+    quantised = {_find(names, key): tensor for key, tensor in content.quantised.items()}
     replaced = {_find(names, key): tensor for key, tensor in content.replaced.items()}
     embedding_type = None if content.embedding_type == content.base_type else content.embedding_type
-    injection = Injection(model, packed, replaced, embedding_type)
+    injection = Injection(model, quantised, replaced, embedding_type)
     return model, injection, content.metadata, content.file_type
 
 

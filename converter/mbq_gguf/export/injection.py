@@ -67,14 +67,14 @@ class Injection:
     that have one scale a row."""
 
     def __init__(
-        self, model: Any, packed: Mapping[str, QuantisedTensor], replaced: Mapping[str, torch.Tensor], embedding_type: str | None
+        self, model: Any, quantised: Mapping[str, QuantisedTensor], replaced: Mapping[str, torch.Tensor], embedding_type: str | None
     ) -> None:
         self.records: list[TensorRecord] = []
         self.row_scales: list[str] = []
         self._gguf = import_gguf()
         self._embedding_type = embedding_type
-        self._packed = packed
-        self._pending = set(packed)
+        self._quantised = quantised
+        self._pending = set(quantised)
         self._rows: dict[str, tuple[QuantisedTensor, npt.NDArray[np.int64]]] = {}
         self._modify, self._force, self._add = model.modify_tensors, model.tensor_force_quant, model.gguf_writer.add_tensor
         self._writer = model.gguf_writer
@@ -84,7 +84,7 @@ class Injection:
         model.gguf_writer.add_tensor = self._add_tensor
 
     def check_used(self) -> None:
-        """Raise UserError where a packed tensor found no place in the file."""
+        """Raise UserError where a quantised tensor found no place in the file."""
         if self._pending:
             raise UserError(f"llama.cpp's conversion leaves out {min(self._pending)}: this model needs an adapter of its own")
 
@@ -96,15 +96,15 @@ class Injection:
 
     def _modify_tensors(self, data: Any, name: str, bid: int | None) -> list[tuple[str, Any]]:
         outputs = list(self._modify(data, name, bid))
-        packed = self._packed.get(name)
-        if packed is not None:
-            shape = (packed.data.shape[0], packed.columns)
+        quantised = self._quantised.get(name)
+        if quantised is not None:
+            shape = (quantised.data.shape[0], quantised.columns)
             if tuple(data.shape) != shape:
                 raise UserError(
                     f"{name} is {tuple(data.shape)} in the checkpoint and {shape} after quantisation: leave the model alone and run again"
                 )
             for output, rows in row_order(lambda probe: self._modify(probe, name, bid), shape, name).items():
-                self._rows[output] = (packed, rows)
+                self._rows[output] = (quantised, rows)
             self._pending.discard(name)
         return outputs
 
@@ -119,16 +119,16 @@ class Injection:
         shape = tuple(tensor.shape)
         wanted: str | None = None
         if name in self._rows:
-            packed, rows = self._rows[name]
-            chosen = quant_type(packed.type_name)
-            deferred = Deferred(lambda: [packed.data[rows]], (len(rows), packed.data.shape[1]), np.uint8)
+            quantised, rows = self._rows[name]
+            chosen = quant_type(quantised.type_name)
+            deferred = Deferred(lambda: [quantised.data[rows]], (len(rows), quantised.data.shape[1]), np.uint8)
             raw_dtype = self._gguf.GGMLQuantizationType[stored_as(chosen.name)]
             if chosen.name in QUANT_TYPES:
                 self.row_scales.append(name)
         elif self._embedding_type is not None and name in EMBEDDINGS:
             chosen = quant_type_for(self._embedding_type, shape[-1])
             wanted = self._embedding_type if chosen.name != self._embedding_type else None
-            deferred = Deferred(lambda: quantised(tensor, chosen), (*shape[:-1], chosen.row_bytes(shape[-1])), np.uint8)
+            deferred = Deferred(lambda: in_chunks(tensor, chosen), (*shape[:-1], chosen.row_bytes(shape[-1])), np.uint8)
             raw_dtype = self._gguf.GGMLQuantizationType[chosen.name]
         else:
             deferred = Deferred(lambda: [eager(tensor)], shape, tensor.dtype)
@@ -145,7 +145,7 @@ def _replace(model: Any, name: str, tensor: torch.Tensor) -> None:
     model.model_tensors[name] = lambda: tensor.detach().cpu()
 
 
-def quantised(tensor: Any, chosen: QuantType) -> Iterable[Bytes]:
+def in_chunks(tensor: Any, chosen: QuantType) -> Iterable[Bytes]:
     """``tensor`` (lazy, [rows, columns]) in the type ``chosen``, some rows at a time."""
     values = eager(tensor)
     step = max(1, CHUNK_WEIGHTS // values.shape[-1])

@@ -69,13 +69,13 @@ def type_table(report: ConvertReport) -> Table:
     return table
 
 
-def fallback_sentences(wanted: str, packed: Mapping[str, tuple[str, int]], records: Sequence[TensorRecord]) -> list[str]:
+def fallback_sentences(wanted: str, quantised: Mapping[str, tuple[str, int]], records: Sequence[TensorRecord]) -> list[str]:
     """One sentence for each type that stands in for another, with the row length that ruled the other out.
 
-    ``packed`` maps tensor names to (type, columns) where ``wanted`` was asked for; ``records`` know their own wish.
+    ``quantised`` maps tensor names to (type, columns) where ``wanted`` was asked for; ``records`` know their own wish.
     """
     counts: dict[tuple[str, str, int], int] = defaultdict(int)
-    for name, columns in packed.values():
+    for name, columns in quantised.values():
         if name != wanted:
             counts[wanted, name, columns] += 1
     for record in records:
@@ -87,18 +87,18 @@ def fallback_sentences(wanted: str, packed: Mapping[str, tuple[str, int]], recor
     ]
 
 
-def nearest_sentences(packed: Iterable[str]) -> list[str]:
-    """One sentence for each type among ``packed`` (one name a tensor) that GPTQ was asked for and has no grid in."""
-    counts = Counter(name for name in packed if name not in UNQUANTISED and grid_of(quant_type(name)) is None)
+def nearest_sentences(quantised: Iterable[str]) -> list[str]:
+    """One sentence for each type among ``quantised`` (one name a tensor) that GPTQ was asked for and has no grid in."""
+    counts = Counter(name for name in quantised if name not in UNQUANTISED and grid_of(quant_type(name)) is None)
     return [
         f"{count} tensor{'s' if count > 1 else ''} in {name}: rounded to nearest, since GPTQ fills only types whose weights lie on lines"
         for name, count in counts.items()
     ]
 
 
-def transform_sentences(packed: Iterable[str]) -> list[str]:
+def transform_sentences(quantised: Iterable[str]) -> list[str]:
     """What a file with an online transform needs, where its types (one name a tensor) let every llama.cpp load it."""
-    if any(name in OWN for name in packed):
+    if any(name in OWN for name in quantised):
         return []
     return [
         "only mbq-gguf's llama.cpp computes the transform of --rotate full: others load this file and answer nonsense"

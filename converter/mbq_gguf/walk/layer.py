@@ -116,7 +116,7 @@ def keep_parameters(work: LayerWork) -> None:
     layer = work.layer
     for name, parts in layer.layout.by_linear(made(work.matrices)).items():
         data = np.concatenate([part.rounded.data for part in parts])
-        work.outcome.put_packed(f"{name}.weight", QuantisedTensor(parts[0].type_name, data, parts[0].rounded.weight.shape[1]))
+        work.outcome.put_quantised(f"{name}.weight", QuantisedTensor(parts[0].type_name, data, parts[0].rounded.weight.shape[1]))
     for name, value in changed_parameters(layer, working_layer(work.walk.loaded, layer.index)).items():
         work.outcome.put("replaced", name, value)
 
