@@ -24,7 +24,6 @@ import click
 import torch
 import trial_quality as trial
 import trial_w4a8
-from mbq_gguf import quantise as walk
 from mbq_gguf.calibration.dataset import SHIPPED as CALIBRATION
 from mbq_gguf.calibration.dataset import Sample, load_samples, read_jsonl
 from mbq_gguf.calibration.stream import capture
@@ -34,6 +33,7 @@ from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise import quantise
 from mbq_gguf.transforms.rotation import Rotate
+from mbq_gguf.walk import before as walk
 from trial_w4a8 import added
 
 STORE = Path(__file__).resolve().parents[1] / "docs" / "results" / "balance.json"

@@ -189,7 +189,7 @@ def inspect(file: Path) -> None:
 @click.option("--samples", type=click.IntRange(min=1), default=settings.SAMPLES, show_default=True, help="Calibration samples.")
 @click.option("--seed", type=int, default=settings.SEED, show_default=True, help="Which samples are drawn.")
 @click.option("--device", default=settings.DEVICE, show_default=True, help="Where layers are computed: cpu, cuda, cuda:1.")
-@click.option(settings.TRUST, "trust_remote_code", is_flag=True, help=settings.TRUST_HELP)
+@click.option(settings.TRUST, "trust_remote_code", is_flag=True, default=False, help=settings.TRUST_HELP)
 def imatrix(
     model: str, out: Path, revision: str | None, calib: Path | None, samples: int, seed: int, device: str, trust_remote_code: bool
 ) -> None:

@@ -52,7 +52,7 @@ research = option_group("Research (what each does to the figures: docs/results.m
 @everyday("--work-dir", type=DIRECTORY, help="Where finished layers are kept (default: beside OUT until it is whole).")
 @everyday("--embedding-type", default=settings.EMBEDDING_TYPE, help="The type of embeddings and output head.")
 @everyday("--mmproj-type", default=settings.MMPROJ_TYPE, help="The type of vision tower and projector: F16, BF16, F32 or Q8_0.")
-@everyday(settings.TRUST, "trust_remote_code", is_flag=True, help=settings.TRUST_HELP)
+@everyday(settings.TRUST, "trust_remote_code", is_flag=True, default=False, help=settings.TRUST_HELP)
 @calibration("--samples", type=click.IntRange(min=1), default=settings.SAMPLES, help="How many samples of --calib are used.")
 @calibration("--seed", type=int, default=settings.SEED, help="Which samples are drawn.")
 @calibration(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Question:
     question: str
     expected: str  # "" where no answer is known
     task: str
-    place: str = ""  # file and line, for sentences
+    place: str = field(default="", compare=False)  # file and line, for sentences
 
 
 @dataclass(frozen=True)
