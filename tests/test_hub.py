@@ -71,6 +71,14 @@ def test_a_name_is_fetched_and_converted_under_its_own_name(hub: Hub, tmp_path: 
     assert len(hub.requests) == asked
 
 
+def test_code_is_fetched_where_it_is_trusted(hub: Hub, tmp_path: Path) -> None:
+    ended = run(hub.url, tmp_path / "cache", "imatrix", REPO, tmp_path / "out.gguf", "--device", "no-device", "--trust-remote-code")
+    assert "torch cannot compute on no-device" in sentence(ended, 2)
+    [snapshot] = (tmp_path / "cache").glob("models--*/snapshots/*")
+    assert (snapshot / "modeling_evil.py").is_file()
+    assert not (snapshot / "pytorch_model.bin").exists()
+
+
 def test_gated(hub: Hub, tmp_path: Path) -> None:
     hub.gated = True
     for token in ({}, {"HF_TOKEN": "hf_wrong"}):

@@ -208,7 +208,7 @@ def imatrix(
     """
     console = Console()
     check_output(out)  # before gigabytes are fetched
-    model_dir = model_directory(model, revision, console)
+    model_dir = model_directory(model, revision, console, trust_remote_code)
     from mbq_gguf.imatrix import make_imatrix
 
     console.print(make_imatrix(model_dir, out, calib, samples, seed, device, console, trust_remote_code), highlight=False, soft_wrap=True)

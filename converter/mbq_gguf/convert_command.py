@@ -178,7 +178,7 @@ def convert(context: click.Context, /, model: str, type_: str, revision: str | N
         from mbq_gguf.card import check_card
 
         check_card(options["out"])
-    model_dir = model_directory(model, revision, console)
+    model_dir = model_directory(model, revision, console, options["trust_remote_code"])
     from mbq_gguf.convert import ConvertOptions
     from mbq_gguf.convert import convert as convert_model
 

@@ -19,17 +19,19 @@ from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.export.progress import download_bars
 from mbq_gguf.snapshot import snapshot_of
 
-# Settings, tokenizer, chat templates and the model card, which names licence and languages; code of a repository is never fetched.
+# Settings, tokenizer, chat templates and the model card, which names licence and languages.
 SETTINGS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md")
+CODE = ("*.py",)  # where --trust-remote-code is given
 WEIGHTS = ("*.safetensors",)
 FOLDERS = ("*/*", "consolidated*.safetensors")  # other formats' copies of the same weights
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 REASON = 160  # characters of another library's message
 
 
-def model_directory(model: str | Path, revision: str | None, console: Console) -> Path:
+def model_directory(model: str | Path, revision: str | None, console: Console, code: bool = False) -> Path:
     """The directory of ``model``: itself where there is such a directory, else the copy of the hub's ``model`` (ORG/NAME) at ``revision``.
 
+    Python code of a repository is fetched only with ``code``.
     Raises UsageError where it is neither, UserError where the hub does not give it, each reason with its own way out.
     """
     path = Path(model)
@@ -42,18 +44,20 @@ def model_directory(model: str | Path, revision: str | None, console: Console) -
             f"{model} is not a directory, nor a name such as Qwen/Qwen2-VL-2B-Instruct: "
             "give the directory of a Hugging Face model, or its name on the hub"
         )
-    directory = fetch(str(model), revision, console)
+    directory = fetch(str(model), revision, console, code)
     console.print(f"{snapshot_of(directory)}", highlight=False, soft_wrap=True)
     return directory
 
 
-def fetch(repo: str, revision: str | None, console: Console) -> Path:
+def fetch(repo: str, revision: str | None, console: Console, code: bool) -> Path:
     """Fetch what a conversion of ``repo`` needs, or find it in the cache; what can be refused is, before the weights come."""
     with hub_errors(repo, revision), quiet():
-        directory = download(repo, revision, SETTINGS, console)
+        directory = download(repo, revision, (*SETTINGS, *CODE) if code else SETTINGS, console)
     from mbq_gguf.models.load import check_source  # transformers is heavy, and not needed where the hub refuses
+    from mbq_gguf.models.remote_code import remote_code
 
-    check_source(directory)
+    with remote_code(code):
+        check_source(directory)
     with hub_errors(repo, revision), quiet():
         return download(repo, directory.name, WEIGHTS, console)
 
