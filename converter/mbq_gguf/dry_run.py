@@ -19,8 +19,8 @@ from rich.text import Text
 
 from mbq_gguf.calibration.dataset import draw_pictures, load_samples
 from mbq_gguf.convert import ConvertOptions, Quantised, check_inputs, text_file
-from mbq_gguf.export.atomic import check_output, check_space
-from mbq_gguf.export.gguf_writer import HEAD, SPARE_BYTES, TextFile, measure_mmproj, measure_text
+from mbq_gguf.export.atomic import check_output
+from mbq_gguf.export.gguf_writer import HEAD, TextFile, measure_mmproj, measure_text
 from mbq_gguf.export.report import ConvertReport, duration, megabytes, type_table
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
@@ -28,6 +28,7 @@ from mbq_gguf.models.load import outline
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.remote_code import remote_code
 from mbq_gguf.outcome import QuantiseResult
+from mbq_gguf.transforms.rotation import file_keys
 
 # Processor seconds of conversions of the reference VLM (106 million weights in layers) by samples and texts, from docs/results.md:
 # 32, 96 and 256 samples took 305, 435 and 850 s (993 with another seed), 96 without texts 369 s; the line through them is within 21 %.
@@ -84,12 +85,11 @@ def _dry_run(options: ConvertOptions, console: Console) -> Expected:
     with TemporaryDirectory(prefix="mbq-gguf-") as folder:
         scratch = Path(folder)
         text, text_bytes = measure_text(options.model_dir, scratch, content)
-        turned = {"mbq.rotate": options.rotate} if options.rotate not in (None, "none") and not options.unquantised else {}
+        turned = {} if options.unquantised else file_keys(options.rotate or "none")
         vision, mmproj_bytes = measure_mmproj(options.model_dir, scratch, options.mmproj_type, turned)
     if options.target_bpw is not None:  # types are chosen by what the samples say: the sum alone is known
         quantised = sum(tensor.data.size for tensor in content.quantised.values())
         text_bytes += round(weights * options.target_bpw / 8) - quantised
-    check_space(options.out.absolute().parent, text_bytes + mmproj_bytes + SPARE_BYTES)
     before = sum(file.stat().st_size for file in files)
     report = ConvertReport(options.out, options.mmproj, text, vision, before, [])
     width = model.decoder.embed_tokens.embedding_dim
@@ -119,8 +119,8 @@ def expected_content(options: ConvertOptions, model: LoadedModel, samples: int) 
     head = model.decoder.head.weight
     untied = {HEAD: torch.zeros(()).expand(head.shape)} if options.rotate != "none" else {}
     result = QuantiseResult()
-    if options.rotate not in (None, "none"):
-        result.put("metadata", "mbq.rotate", options.rotate)
+    for key, value in file_keys(options.rotate or "none").items():
+        result.put("metadata", key, value)
     content = text_file(options, Quantised(result, "0" * 64 if samples else "", samples))
     return replace(content, quantised=quantised, replaced=untied)
 

@@ -11,7 +11,7 @@ from mbq_gguf.calibration.stream import capture, working_layer
 from mbq_gguf.errors import UsageError
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.transforms import rotation
-from mbq_gguf.transforms.rotation import block_hadamard, draw, rotate_layer, rotate_output, rotated_ends, widest_rotation
+from mbq_gguf.transforms.rotation import block_hadamard, draw, rotate_layer, rotate_output, rotated_embeddings, widest_rotation
 from torch import nn
 
 BOUND = 1e-6  # relative; measured 1e-7: transformers' RMSNorm computes in float32 whatever it is given, the rest here is float64
@@ -48,7 +48,7 @@ def test_a_rotated_layer_gives_the_rotated_output(tiny: LoadedModel, samples: li
 @torch.no_grad()
 def test_the_ends_undo_the_rotation(tiny: LoadedModel) -> None:
     rotation = draw(tiny.decoder, "offline", seed=3)
-    ends = rotated_ends(tiny.decoder, rotation)
+    ends = rotated_embeddings(tiny.decoder, rotation)
     ids = torch.tensor([5, 17, 900])
     embedded = tiny.decoder.embed_tokens(ids)
     residual = rotation.residual.float()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -68,6 +68,16 @@ def draw(decoder: Decoder, rotate: Literal["offline", "full"], seed: int) -> Rot
         signs=tuple(random_signs(ffn, generator) for _ in range(count)) if block else (),
         block=block,
     )
+
+
+def file_keys(rotate: Rotate, block: int = 0) -> dict[str, Any]:
+    """What a file's metadata say of its rotation: text and vision file only fit together where it is the same.
+
+    ``block`` is that of the transform which the patched llama.cpp computes before ffn_down, 0 for none.
+    """
+    if rotate == "none":
+        return {}
+    return {"mbq.rotate": rotate} | ({"mbq.hadamard.ffn_down": block} if block else {})
 
 
 def widest_rotation(loaded: LoadedModel) -> Rotate:
@@ -144,7 +154,7 @@ def rotate_output(module: nn.Linear, residual: torch.Tensor) -> None:
         _set(module.bias, module.bias.double() @ residual)
 
 
-def rotated_ends(decoder: Decoder, rotation: Rotation) -> dict[str, torch.Tensor]:
+def rotated_embeddings(decoder: Decoder, rotation: Rotation) -> dict[str, torch.Tensor]:
     """Embeddings, final norm and output head in the rotated basis, float32, by decoder-relative name.
 
     The head takes the final norm's gain, so it is no longer the embedding: a tied model is untied.

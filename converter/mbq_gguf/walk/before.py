@@ -13,7 +13,7 @@ from mbq_gguf.calibration.sensitivity import Sensitivity, measure
 from mbq_gguf.calibration.stream import capture
 from mbq_gguf.calibration.synthetic import synthetic_streams, written
 from mbq_gguf.transforms.preserved import FunctionCheck
-from mbq_gguf.transforms.rotation import check_rotatable, draw, rotated_ends, rotated_projector
+from mbq_gguf.transforms.rotation import check_rotatable, draw, file_keys, rotated_embeddings, rotated_projector
 from mbq_gguf.walk.state import Walk, made
 
 ROTATION_SEED = 0
@@ -66,16 +66,16 @@ def add_synthetic(walk: Walk) -> None:
 
 
 def draw_rotation(walk: Walk) -> None:
-    """The rotation, and how both files say which it is: they only fit together where it is the same."""
+    """The rotation, and how both files say which it is."""
     rotate = walk.settings.rotate
     if rotate == "none":
         return
     check_rotatable(walk.loaded)
     walk.rotation = draw(walk.loaded.decoder, rotate, ROTATION_SEED)
-    walk.result.put("metadata", "mbq.rotate", rotate)
-    walk.result.put("vision", "mbq.rotate", rotate)
-    if walk.rotation.block:  # the transform that the patched llama.cpp computes before ffn_down
-        walk.result.put("metadata", "mbq.hadamard.ffn_down", walk.rotation.block)
+    for key, value in file_keys(rotate, walk.rotation.block).items():
+        walk.result.put("metadata", key, value)
+    for key, value in file_keys(rotate).items():
+        walk.result.put("vision", key, value)
 
 
 def enter_decoder(walk: Walk) -> None:
@@ -117,12 +117,12 @@ def choose_types(walk: Walk) -> None:
 
 
 def finish(walk: Walk) -> None:
-    """Check the logits, and add what lies at the ends of the decoder."""
+    """Check the logits, and add embeddings, head and projector where they are rotated."""
     rotation, result = walk.rotation, walk.result
-    ends = rotated_ends(walk.loaded.decoder, rotation) if rotation else {}
+    embeddings = rotated_embeddings(walk.loaded.decoder, rotation) if rotation else {}
     if walk.check:
-        walk.check.logits(ends)
-    for name, value in ends.items():
+        walk.check.logits(embeddings)
+    for name, value in embeddings.items():
         result.put("replaced", name, value)
     for name, value in (rotated_projector(walk.loaded, rotation) if rotation else {}).items():
         result.put("vision", name, value)
