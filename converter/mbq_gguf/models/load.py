@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +61,9 @@ def outline(model_dir: Path) -> LoadedModel:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     architecture = check_source(model_dir)
-    try:
-        with torch.device("meta"):
-            config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=runs_remote_code())
-            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=runs_remote_code())
-    except UserError:  # code of the directory, refused
-        raise
-    except ImportError as error:
-        raise UserError(f"transformers wants another package for {architecture} ({said(error)}): install it with pip") from error
-    except Exception as error:  # whatever a configuration makes a model class of transformers raise
-        raise UserError(f"{model_dir} cannot be loaded as {architecture} ({said(error)}): fetch the model again") from error
+    with _model_errors(model_dir, architecture), torch.device("meta"):
+        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=runs_remote_code())
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=runs_remote_code())
     decoder = find_decoder(model, architecture)
     if decoder is None:
         raise UsageError(f"{architecture} is not supported, its decoder layers were not found: use a model of {SUPPORTED}")
@@ -105,10 +100,23 @@ def check_architecture(config: dict[str, Any]) -> str:
     return architecture
 
 
+@contextmanager
+def _model_errors(model_dir: Path, architecture: str) -> Iterator[None]:
+    """Turn what a model class of transformers raises into one sentence."""
+    try:
+        yield
+    except UserError:  # code of the directory, refused
+        raise
+    except ImportError as error:
+        raise UserError(f"transformers wants another package for {architecture} ({said(error)}): install it with pip") from error
+    except Exception as error:  # whatever a configuration makes a model class of transformers raise
+        raise UserError(f"{model_dir} cannot be loaded as {architecture} ({said(error)}): fetch the model again") from error
+
+
 def _load_weights(model_dir: Path, architecture: str) -> Any:
     from transformers import AutoModelForImageTextToText
 
-    try:
+    with _model_errors(model_dir, architecture):
         model, info = AutoModelForImageTextToText.from_pretrained(
             str(model_dir),
             dtype="auto",
@@ -117,12 +125,6 @@ def _load_weights(model_dir: Path, architecture: str) -> Any:
             attn_implementation="sdpa",
             trust_remote_code=runs_remote_code(),
         )
-    except UserError:  # code of the directory, refused
-        raise
-    except ImportError as error:
-        raise UserError(f"transformers wants another package for {architecture} ({said(error)}): install it with pip") from error
-    except Exception as error:  # whatever a configuration makes a model class of transformers raise
-        raise UserError(f"{model_dir} cannot be loaded as {architecture} ({said(error)}): fetch the model again") from error
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
         raise UserError(f"{model_dir} lacks {len(info['missing_keys'])} weights, {first} first: fetch the model again")
