@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 LLAMA_HIDDEN, LLAMA_HEADS, LLAMA_KV_HEADS, LLAMA_FORWARD, LLAMA_LAYERS = 64, 4, 2, 96, 2
 
@@ -40,8 +40,3 @@ def llama_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tiny_dir / name, folder / name)
     return folder
-
-
-def checkpoint(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the single-file checkpoint in ``folder``."""
-    return load_file(folder / "model.safetensors")

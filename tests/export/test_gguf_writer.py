@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint  # type: ignore[attr-defined]
 from mbq_gguf.errors import UserError
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
 from mbq_gguf.export.picture_size import LEAST, MOST
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 PLAIN = {"quantised": {}, "replaced": {}, "base_type": "BF16", "embedding_type": "BF16", "metadata": {}, "file_type": None}
 LINEARS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "gate_proj.weight", "up_proj.weight", "down_proj.weight")
@@ -26,7 +25,7 @@ LINEARS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "
 
 def decoder(folder: Path) -> dict[str, torch.Tensor]:
     """The decoder's tensors of a checkpoint by decoder key."""
-    tensors = checkpoint(folder)
+    tensors = load_file(folder / "model.safetensors")
     prefix = "language_model.model." if any(name.startswith("language_model.") for name in tensors) else "model."
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
@@ -81,7 +80,7 @@ def test_replaced_tensors_are_as_if_the_checkpoint_held_them(
     replaced = {key: torch.randn_like(decoder(folder)[key]) for key in keys}
     changed = tmp_path / folder.name  # the name of the folder becomes the name of the model in the file
     shutil.copytree(folder, changed)
-    tensors = checkpoint(folder)
+    tensors = load_file(folder / "model.safetensors")
     tensors |= {name: replaced[key] for name in tensors for key in keys if name.endswith("model." + key)}
     save_file(tensors, changed / "model.safetensors")
     write_text_gguf(folder, tmp_path / "replaced.gguf", **{**PLAIN, "replaced": replaced})
