@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 # With these versions the weights' file is this one; others may write another header, or round a sum another way.
-LIBRARIES = {"torch": "2.13.0", "transformers": "5.23.0", "safetensors": "0.8"}
+LIBRARIES = {"torch": "2.13.0", "transformers": "5.24.0", "safetensors": "0.8"}
 WEIGHTS_SHA256 = "8967a4df218f917cad48eb5fe7135c2a2e0b92732cffb91ce1be83fa1114626c"
 PARAMETERS = 144_696_064
 
