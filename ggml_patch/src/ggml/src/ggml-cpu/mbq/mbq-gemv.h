@@ -28,22 +28,20 @@ constexpr int VECTOR_BLOCKS = sizeof(mbq_ivec)/QK8_1;
 
 inline mbq_ivec mbq_load(const int8_t * q) { return _mm512_loadu_si512(q); }
 
-// Sums of the 4 numbers of each 16 bytes: where they were, the result has the sums of a, b, c, d.
-inline mbq_ivec mbq_sum4(mbq_ivec a, mbq_ivec b, mbq_ivec c, mbq_ivec d) {
-    const mbq_ivec ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    const mbq_ivec cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-}
+// Sums of two neighbours, of a and b in turn; then of the 4 numbers of each 16 bytes, of a, b, c and d
+inline mbq_ivec mbq_sum_pairs(mbq_ivec a, mbq_ivec b)   { return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)); }
+inline mbq_ivec mbq_sum_fours(mbq_ivec ab, mbq_ivec cd) { return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd)); }
 
-// vector i of codes of a block, and how many bits too high each 16 bytes of it are
-template <typename B, int i> mbq_ivec mbq_codes(const B * x) {
+// all vectors of codes of a block, and how many bits too high each 16 bytes of vector i are
+template <typename B> void mbq_codes(const B * x, mbq_ivec w[mbq_vectors<B>]) {
     if constexpr (mbq_weights<B> == 64) {
-        return mbq3_64_codes(x);
+        w[0] = mbq3_64_codes(x);
     } else {
-        return i == 0 ? mbq3_codes01(x) : mbq3_codes23(x);
+        w[0] = mbq3_codes01(x);
+        w[1] = mbq3_codes23(x);
     }
 }
-template <typename B, int i> mbq_ivec mbq_excess() {
+template <typename B> mbq_ivec mbq_excess(int i) {
     if constexpr (mbq_weights<B> == 64) {
         return mbq_lanes_epi32(0, 2, 4, 0);
     } else {
@@ -64,22 +62,17 @@ inline void mbq_join(const mbq_ivec part[4], mbq_ivec dot[2]) {
 
 inline mbq_ivec mbq_load(const int8_t * q) { return _mm256_loadu_si256((const __m256i *) q); }
 
-inline mbq_ivec mbq_sum4(mbq_ivec a, mbq_ivec b, mbq_ivec c, mbq_ivec d) {
-    const mbq_ivec ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
-    const mbq_ivec cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
-    return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
-}
+inline mbq_ivec mbq_sum_pairs(mbq_ivec a, mbq_ivec b)   { return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)); }
+inline mbq_ivec mbq_sum_fours(mbq_ivec ab, mbq_ivec cd) { return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd)); }
 
-template <typename B, int i> mbq_ivec mbq_codes(const B * x) {
-    mbq_ivec w[mbq_vectors<B>]; // the compiler drops those that are not used
+template <typename B> void mbq_codes(const B * x, mbq_ivec w[mbq_vectors<B>]) {
     if constexpr (mbq_weights<B> == 64) {
         mbq3_64_codes(x, w);
     } else {
         mbq3_codes(x, w);
     }
-    return w[i];
 }
-template <typename B, int i> mbq_ivec mbq_excess() {
+template <typename B> mbq_ivec mbq_excess(int i) {
     if constexpr (mbq_weights<B> == 64) {
         return i == 0 ? _mm256_set_epi32(2, 2, 2, 2, 0, 0, 0, 0) : _mm256_set_epi32(0, 0, 0, 0, 4, 4, 4, 4);
     } else {
@@ -94,15 +87,25 @@ inline void mbq_join(const mbq_ivec part[2], mbq_ivec dot[1]) {
 
 #endif
 
-// Vector i of the codes of the 4 blocks at x + offset[] times that of their activations: sums over 16 bytes, a lane a row.
-template <typename B, int i>
-mbq_ivec mbq_four_rows(const uint8_t * x, const int32_t * offset, const int8_t * q) {
-    const mbq_ivec y = mbq_load(q + i*sizeof(mbq_ivec));
-    mbq_ivec v[4];
-    for (int r = 0; r < 4; ++r) {
-        v[r] = mbq_dot4_int(mbq_codes<B, i>((const B *) (x + offset[r])), y);
+// The products of a block with its activations, 4 summed
+template <typename B>
+inline void mbq_row_dots(const uint8_t * x, const int8_t * q, mbq_ivec v[mbq_vectors<B>]) {
+    mbq_ivec w[mbq_vectors<B>];
+    mbq_codes((const B *) x, w);
+    for (int i = 0; i < mbq_vectors<B>; ++i) {
+        v[i] = mbq_dot4_int(w[i], mbq_load(q + i*sizeof(mbq_ivec)));
     }
-    return mbq_shift(mbq_sum4(v[0], v[1], v[2], v[3]), mbq_excess<B, i>());
+}
+
+// The same of two rows with each two neighbours summed, a's and b's in turn
+template <typename B>
+inline void mbq_two_rows(const uint8_t * a, const uint8_t * b, const int8_t * q, mbq_ivec ab[mbq_vectors<B>]) {
+    mbq_ivec va[mbq_vectors<B>], vb[mbq_vectors<B>];
+    mbq_row_dots<B>(a, q, va);
+    mbq_row_dots<B>(b, q, vb);
+    for (int i = 0; i < mbq_vectors<B>; ++i) {
+        ab[i] = mbq_sum_pairs(va[i], vb[i]);
+    }
 }
 
 // The products of ROWS blocks with their activations, as integers: dot[b] with block b of these
@@ -110,13 +113,11 @@ template <typename B>
 void mbq_lane_dots(const uint8_t * x, const int32_t * offset, const int8_t * q, mbq_ivec dot[mbq_weights<B>/QK8_1]) {
     mbq_ivec part[mbq_vectors<B>][ROWS/4];
     for (int r = 0; r < ROWS/4; ++r) {
-        part[0][r] = mbq_four_rows<B, 0>(x, offset + 4*r, q);
-        if constexpr (mbq_vectors<B> > 1) {
-            part[1][r] = mbq_four_rows<B, 1>(x, offset + 4*r, q);
-        }
-        if constexpr (mbq_vectors<B> > 2) {
-            part[2][r] = mbq_four_rows<B, 2>(x, offset + 4*r, q);
-            part[3][r] = mbq_four_rows<B, 3>(x, offset + 4*r, q);
+        mbq_ivec ab[mbq_vectors<B>], cd[mbq_vectors<B>];
+        mbq_two_rows<B>(x + offset[4*r],     x + offset[4*r + 1], q, ab);
+        mbq_two_rows<B>(x + offset[4*r + 2], x + offset[4*r + 3], q, cd);
+        for (int i = 0; i < mbq_vectors<B>; ++i) {
+            part[i][r] = mbq_shift(mbq_sum_fours(ab[i], cd[i]), mbq_excess<B>(i));
         }
     }
     for (int i = 0; i < mbq_vectors<B>; ++i) {

@@ -106,12 +106,14 @@ void mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst
     }
     ggml_barrier(params->threadpool);
 
-    const int64_t per_matrix = (ne01 + n_slabs*ROWS - 1)/(n_slabs*ROWS);
+    // One row of activations needs no slabs, and fetches rows ahead, which at the end of a chunk are another thread's: fewer chunks.
+    const int64_t chunk_rows = ne11 == 1 ? GGML_PAD((ne01 + 4*params->nth - 1)/(4*params->nth), ROWS) : n_slabs*ROWS;
+    const int64_t per_matrix = (ne01 + chunk_rows - 1)/chunk_rows;
     for (int64_t chunk = params->ith; chunk < per_matrix*ne12*ne13; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         const int64_t i13  = chunk/(per_matrix*ne12);
         const int64_t i12  = chunk/per_matrix % ne12;
-        const int64_t row0 = chunk % per_matrix * n_slabs*ROWS;
-        const int64_t row1 = std::min(row0 + n_slabs*ROWS, ne01);
+        const int64_t row0 = chunk % per_matrix * chunk_rows;
+        const int64_t row1 = std::min(row0 + chunk_rows, ne01);
 
         const uint8_t * x = (const uint8_t *) src0->data + i13/(ne13/ne03)*nb03 + i12/(ne12/ne02)*nb02;
 #ifdef MBQ_GEMV
