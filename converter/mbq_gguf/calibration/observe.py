@@ -41,7 +41,7 @@ def observe(
     Hessians."""
     observed = Observed(inputs={site.name: [] for site in layer.sites})
     for batch in batches(streams, layer.index):
-        with _Watch(layer) as watch:
+        with Watch(layer) as watch:
             hidden = run_batch(layer, batch)
         for site in layer.sites:
             x = watch.inputs[site.name][0].float()
@@ -55,14 +55,14 @@ def observe(
     return observed
 
 
-class _Watch:
-    """While open, keeps the latest input of each site's first linear."""
+class Watch:
+    """While open, keeps the latest input [1, tokens, columns] of each site's first linear, by the site's name."""
 
     def __init__(self, layer: Layer) -> None:
         self.inputs: dict[str, torch.Tensor] = {}
         self.handles = [layer.holder(site.readers[0]).register_forward_pre_hook(self._input(site.name)) for site in layer.sites]
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> Watch:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,0 +1,89 @@
+"""Tokens that act as attention sinks: a few of their activations are so large that a range which holds them leaves nothing for the others.
+
+They are found by measurement in the model as it is, before any rotation spreads what tells them apart over all channels, and named by
+what a runtime knows of a token before it computes: its position, or its id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mbq_gguf.calibration.batches import batches
+from mbq_gguf.calibration.magnitudes import Magnitudes
+from mbq_gguf.calibration.observe import Watch
+from mbq_gguf.calibration.stream import run_batch, split_back, working_layer
+from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.models.loaded import LoadedModel
+
+BEYOND = 20.0  # times its class's QUANTILE, in any layer and site, makes a token an outlier
+QUANTILE = 0.999
+SHARE = 0.5  # of the tokens at a position, or with an id, that must be outliers for all of them to count as sinks
+POSITIONS = 8  # positions that are looked at: sinks stand at the beginning
+LEAST = 2  # outliers that make an id a sink
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Sinks by ``positions``, from the beginning of a sequence, and by ids of text ``tokens``."""
+
+    positions: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+    def of(self, stream: Streamed) -> torch.Tensor:
+        """Which tokens of ``stream`` are sinks, bool [tokens]."""
+        found = torch.isin(stream.ids, torch.tensor(self.tokens, dtype=stream.ids.dtype)) & ~stream.vision
+        found[[place for place in self.positions if place < len(found)]] = True
+        return found
+
+
+@torch.no_grad()
+def find_sinks(loaded: LoadedModel, streams: Sequence[Streamed], progress: Callable[[int, int], None] = lambda done, total: None) -> Sinks:
+    """Send copies of ``streams``, as they enter the first layer, through the model, and look for outliers among their activations."""
+    running = [Streamed(s.hidden, s.kwargs, s.ids, s.vision, s.answer, s.labels) for s in streams]
+    vision = torch.cat([stream.vision for stream in streams])
+    outlier = torch.zeros(len(vision), dtype=torch.bool)
+    for index in range(len(loaded.decoder.layers)):
+        layer = working_layer(loaded, index)
+        sizes: dict[str, list[torch.Tensor]] = {site.name: [] for site in layer.sites}
+        counted = {(site.name, seen): Magnitudes() for site in layer.sites for seen in (False, True)}
+        for batch in batches(running, index):
+            with Watch(layer) as watch:
+                hidden = run_batch(layer, batch)
+            mask = torch.cat([stream.vision for stream in batch]).to(hidden.device)
+            for site in layer.sites:
+                x = watch.inputs[site.name][0]
+                sizes[site.name].append(x.abs().amax(dim=1).float().cpu())
+                for seen in (False, True):
+                    counted[site.name, seen].add(x[mask == seen])
+            split_back(batch, hidden)
+        for site in layer.sites:
+            size = torch.cat(sizes[site.name])
+            for seen in (False, True):
+                limit = BEYOND * counted[site.name, seen].quantile(QUANTILE)
+                outlier |= (vision == seen) & (size > limit)
+        progress(index + 1, len(loaded.decoder.layers))
+    return name_sinks(streams, list(torch.split(outlier, [len(stream.ids) for stream in streams])))
+
+
+def name_sinks(streams: Sequence[Streamed], outliers: Sequence[torch.Tensor]) -> Sinks:
+    """Positions and ids whose tokens are ``outliers`` (bool [tokens], one a stream) for the most part.
+
+    Behind a picture a token's position is not the number of tokens before it, so only the text before the first picture tells of positions.
+    """
+    text = [int(stream.vision.int().argmax()) if stream.vision.any() else len(stream.ids) for stream in streams]
+    positions = []
+    for place in range(POSITIONS):
+        here = [bool(outlier[place]) for outlier, end in zip(outliers, text, strict=True) if place < end]
+        if here and sum(here) >= SHARE * len(here):
+            positions.append(place)
+    at_positions = Sinks(tuple(positions))
+    rest = [~stream.vision & ~at_positions.of(stream) for stream in streams]
+    ids = torch.cat([stream.ids[keep] for stream, keep in zip(streams, rest, strict=True)])
+    hit = torch.cat([outlier[keep] for outlier, keep in zip(outliers, rest, strict=True)])
+    tokens = [
+        token for token in torch.unique(ids[hit]).tolist() if (of := hit[ids == token]).sum() >= LEAST and of.sum() >= SHARE * len(of)
+    ]
+    return Sinks(tuple(positions), tuple(tokens))
