@@ -17,6 +17,7 @@ from rich.progress import Progress
 from mbq_gguf import settings as defaults
 from mbq_gguf.allocation.plan import plan_table
 from mbq_gguf.calibration.dataset import Sample, Turns, fingerprint, load_samples
+from mbq_gguf.calibration.magnitudes import Estimator
 from mbq_gguf.calibration.token_weights import Kind
 from mbq_gguf.code_hash import code_hash
 from mbq_gguf.errors import UsageError
@@ -27,7 +28,7 @@ from mbq_gguf.export.gguf_writer import MMPROJ_TYPES, TextFile, write_mmproj, wr
 from mbq_gguf.export.injection import TensorRecord
 from mbq_gguf.export.progress import Stages, progress_bars
 from mbq_gguf.export.rehearsal import rehearse
-from mbq_gguf.export.report import ConvertReport, fallback_sentences, nearest_sentences, transform_sentences
+from mbq_gguf.export.report import ConvertReport, fallback_sentences, nearest_sentences, static_sentences, transform_sentences
 from mbq_gguf.export.space import Need, check_room, predict, taken
 from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models import LoadedModel, load
@@ -36,8 +37,8 @@ from mbq_gguf.models.load import check_source
 from mbq_gguf.models.prompts import AnswerMask
 from mbq_gguf.models.remote_code import remote_code
 from mbq_gguf.outcome import QuantiseResult
-from mbq_gguf.quantise import quantise
-from mbq_gguf.settings import Method, QuantiseSettings, Rounding, SearchLoss
+from mbq_gguf.quantise import check_activations, quantise
+from mbq_gguf.settings import Activations, Method, QuantiseSettings, Rounding, SearchLoss
 from mbq_gguf.timing import Timer
 from mbq_gguf.transforms.rotation import Rotate, widest_rotation
 from mbq_gguf.workdir import WorkDir, open_workdir
@@ -69,6 +70,8 @@ class ConvertOptions:
     answer_mask: AnswerMask = QuantiseSettings.answer_mask
     token_weights: Kind = QuantiseSettings.token_weights
     prompt_weight: float = QuantiseSettings.prompt_weight
+    activations: Activations = QuantiseSettings.activations
+    range_estimator: Estimator = QuantiseSettings.range_estimator
     rotate: Rotate | None = None  # None: all that the model allows for ROTATED_TYPES, else nothing
     search_samples: int | None = QuantiseSettings.search_samples
     search_loss: SearchLoss | None = QuantiseSettings.search_loss
@@ -149,6 +152,8 @@ def _convert(options: ConvertOptions, console: Console) -> ConvertReport:
         sentences += nearest_sentences(name for name, _ in weights.values())
     if quantised and quantised.result.hadamard:
         sentences += transform_sentences(name for name, _ in weights.values())
+    if quantised:
+        sentences += static_sentences(quantised.result.facts_of("metadata"))
     allocation = plan_table(plan, quantised.result.losses) if quantised and plan else None
     if options.work_dir is None:
         shutil.rmtree(work_root(options), ignore_errors=True)
@@ -171,6 +176,7 @@ def check_inputs(options: ConvertOptions) -> list[Path]:
     """Everything that can be refused before any work; returns the checkpoint's weight files."""
     quant_type(options.type)
     quant_type(options.embedding_type)
+    check_activations(options.settings)
     if options.mmproj_type not in MMPROJ_TYPES:
         raise UsageError(f"there is no mmproj type {options.mmproj_type}: choose one of {', '.join(MMPROJ_TYPES)}")
     check_device(options.device)
@@ -213,7 +219,7 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
         loaded = load(options.model_dir, options.device)
     options = options.with_rotation(loaded)
     samples: list[Sample] = []
-    if options.target_bpw or options.method != "rtn" or options.rounding != "nearest":
+    if options.target_bpw or options.method != "rtn" or options.rounding != "nearest" or options.activations == "static":
         if options.calib is None:
             console.print(
                 "calibrating with the drawn scenes that ship with mbq-gguf: give --calib with pictures like those you will ask about",

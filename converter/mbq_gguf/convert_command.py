@@ -105,6 +105,18 @@ research = option_group("Research (what each does to the figures: docs/results.m
     "(default: full for W4A8 with GPTQ, else none).",
 )
 @research(
+    "--activations",
+    type=click.Choice(["dynamic", "static"]),
+    default=QuantiseSettings.activations,
+    help="W4A8, W8A8: int8 scales of activations found for each token as it comes, or measured beforehand for text and for pictures.",
+)
+@research(
+    "--range-estimator",
+    type=click.Choice(["minmax", "p99.9", "p99.99", "least-squares"]),
+    default=QuantiseSettings.range_estimator,
+    help="With --activations static: how a range follows from what is measured.",
+)
+@research(
     "--learn-scales",
     former=["--refine"],
     type=click.IntRange(min=0),

@@ -9,6 +9,7 @@ import torch
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.errors import UsageError
 from mbq_gguf.formats.registry import quant_type
+from mbq_gguf.formats.row_scale import QUANT_TYPES
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.outcome import Outcome, QuantiseResult
 from mbq_gguf.settings import QuantiseSettings
@@ -20,6 +21,7 @@ BEFORE = (
     before.capture_samples,
     before.measure_sensitivity,
     before.add_synthetic,
+    before.measure_sinks,
     before.draw_rotation,
     before.enter_decoder,
     before.choose_types,
@@ -32,6 +34,7 @@ LAYER = (
     layer.round_layer,
     layer.learn_scales,
     layer.keep_parameters,
+    layer.measure_ranges,
     layer.measure_losses,
 )
 
@@ -62,6 +65,9 @@ def quantise(
 
 def check_settings(loaded: LoadedModel, samples: Sequence[Sample], settings: QuantiseSettings) -> None:
     """UsageError for settings that contradict each other, the samples or the model."""
+    check_activations(settings)
+    if not samples and settings.activations == "static":
+        raise UsageError("static scales of activations are measured on samples: give at least one")
     quant_type(settings.type_name)
     if not samples and (settings.target_bpw or settings.method != "rtn" or settings.rounding != "nearest"):
         raise UsageError(f"method {settings.method} with {settings.rounding} rounding needs samples: give at least one")
@@ -70,6 +76,12 @@ def check_settings(loaded: LoadedModel, samples: Sequence[Sample], settings: Qua
     reason = loaded.decoder.layout.no_equalisation()
     if settings.method != "rtn" and reason:
         raise UsageError(f"{loaded.architecture} cannot be equalised, {reason}: use --method rtn")
+
+
+def check_activations(settings: QuantiseSettings) -> None:
+    """UsageError where the products of the type that is asked for take no static scales."""
+    if settings.activations == "static" and (settings.target_bpw or quant_type(settings.type_name).name not in QUANT_TYPES):
+        raise UsageError("static scales of activations belong to types with one scale a row: give --type W4A8 or W8A8")
 
 
 def quantise_layer(walk: Walk, index: int) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from mbq_gguf.calibration.dataset import Turns
+    from mbq_gguf.calibration.magnitudes import Estimator
     from mbq_gguf.calibration.token_weights import Kind
     from mbq_gguf.models.prompts import AnswerMask
     from mbq_gguf.transforms.rotation import Rotate
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Method = Literal["rtn", "awq", "mbq", "smoothquant"]
 Rounding = Literal["nearest", "gptq"]
 SearchLoss = Literal["mae", "mse"]
+Activations = Literal["dynamic", "static"]
 
 SAMPLES = 96  # 64 left one seed of two above 0.012 nats on scenes, 96 none of three (docs/log.md)
 SEED = 0
@@ -43,6 +45,8 @@ class QuantiseSettings:
     token_weights: Kind = "uniform"  # how GPTQ's Hessians weigh tokens
     prompt_weight: float = 1.0  # of a token of the question where token_weights is modality; one of the answer weighs 1
     rotate: Rotate = "none"
+    activations: Activations = "dynamic"  # of W4A8 and W8A8: int8 scales found for each token, or measured beforehand for its class
+    range_estimator: Estimator = "minmax"  # of static ranges
     # the search for equalisation factors
     search_samples: int | None = None  # compares candidates on the first so many samples; None: on all
     search_loss: SearchLoss | None = None  # mean absolute or mean squared error; None: the method's own, mae for MBQ and mse for AWQ

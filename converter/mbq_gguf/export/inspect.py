@@ -14,42 +14,47 @@ from rich.table import Table
 from rich.text import Text
 
 from mbq_gguf.export.gguf_header import Header, TensorEntry, Value, read_header
-from mbq_gguf.export.metadata import PREFIX, RATIO
+from mbq_gguf.export.metadata import PREFIX, RANGE, RATIO
 
 LAYER = re.compile(r"\bblk\.(\d{1,6})\.")
 BARS = "▁▂▃▄▅▆▇█"
 LONGEST_TEXT = 60  # characters of a value that are shown; chat templates run to pages
 LONGEST_LIST = 8
+LAYERED = {  # keys with a number a layer, by their beginning: the table's title, and what the rest of a key names
+    RATIO: ("vision over language sensitivity", "output of"),
+    RANGE: ("static ranges of activations", "site and class"),
+}
 
 
 def inspect(path: Path) -> RenderableType:
     """Metadata, ratios per layer, and tensors of the GGUF file ``path``. Raises UserError where it is none, or is damaged."""
     header = read_header(path)
     tables: list[RenderableType] = [metadata_table(header)]
-    if any(key.startswith(RATIO) for key in header.metadata):
-        tables.append(ratio_table(header))
+    for prefix, (title, column) in LAYERED.items():
+        if any(key.startswith(prefix) for key in header.metadata):
+            tables.append(layered_table(header, prefix, title, column))
     return Group(*tables, tensor_table(header.tensors), totals_table(header.tensors, path.stat().st_size))
 
 
 def metadata_table(header: Header) -> Table:
     """Keys and values, the file's own making (mbq.*) first."""
     table = _table("metadata", "key", "value")
-    keys = [key for key in header.metadata if not key.startswith(RATIO)]
+    keys = [key for key in header.metadata if not key.startswith(tuple(LAYERED))]
     for key in sorted(keys, key=lambda key: not key.startswith(PREFIX)):
         table.add_row(printable(key), Text(shown(header.metadata[key], header.lengths.get(key))))
     return table
 
 
-def ratio_table(header: Header) -> Table:
-    """Vision over language sensitivity, first layer to last."""
-    table = _table("vision over language sensitivity, first layer to last", "output of", "per layer", "lowest", "median", "highest")
-    for key in sorted(key for key in header.metadata if key.startswith(RATIO)):
+def layered_table(header: Header, prefix: str, title: str, column: str) -> Table:
+    """The keys that begin with ``prefix`` and have a number a layer."""
+    table = _table(f"{title}, first layer to last", column, "per layer", "lowest", "median", "highest")
+    for key in sorted(key for key in header.metadata if key.startswith(prefix)):
         value = header.metadata[key]
-        ratios = [float(item) for item in value if isinstance(item, (int, float))] if isinstance(value, list) else []
-        if ratios:
-            ordered = sorted(ratios)
+        numbers = [float(item) for item in value if isinstance(item, (int, float))] if isinstance(value, list) else []
+        if numbers:
+            ordered = sorted(numbers)
             picks = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
-            table.add_row(printable(key.removeprefix(RATIO)), sparkline(ratios), *(f"{pick:.3g}" for pick in picks))
+            table.add_row(printable(key.removeprefix(prefix)), sparkline(numbers), *(f"{pick:.3g}" for pick in picks))
     return table
 
 

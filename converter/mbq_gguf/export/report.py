@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -17,6 +18,8 @@ from mbq_gguf.formats.grid import grid_of
 from mbq_gguf.formats.own import OWN
 from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.formats.stock import UNQUANTISED
+
+SINKS = {"positions": "mbq.act.sink.positions", "tokens": "mbq.act.sink.tokens"}
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,16 @@ def transform_sentences(quantised: Iterable[str]) -> list[str]:
     return [
         "only mbq-gguf's llama.cpp computes the transform of --rotate full: others load this file and answer nonsense"
         " (--rotate offline suits all)"
+    ]
+
+
+def static_sentences(keys: Mapping[str, Any]) -> list[str]:
+    """Which rows have a scale of their own in a file with static ones, whose metadata is ``keys``."""
+    if "mbq.act.version" not in keys:
+        return []
+    sinks = [f"{name} {', '.join(map(str, keys[key]))}" for name, key in SINKS.items() if keys[key]]
+    return [
+        f"static scales of activations ({keys['mbq.act.estimator']}), dynamic at {' and '.join(sinks) or 'no token: no sink was found'}"
     ]
 
 

@@ -9,7 +9,9 @@ import torch
 from mbq_gguf.allocation.allocate import allocate
 from mbq_gguf.allocation.plan import Plan
 from mbq_gguf.calibration.precision import bf16_products
+from mbq_gguf.calibration.ranges import static_keys
 from mbq_gguf.calibration.sensitivity import Sensitivity, measure
+from mbq_gguf.calibration.sinks import Sinks, find_sinks
 from mbq_gguf.calibration.stream import capture
 from mbq_gguf.calibration.synthetic import synthetic_streams, written
 from mbq_gguf.transforms.preserved import FunctionCheck
@@ -63,6 +65,21 @@ def add_synthetic(walk: Walk) -> None:
         for number, stream in enumerate(synthetic_streams(walk.loaded, ids, walk.samples)):
             captured.append(stream)
             walk.progress("synthetic", number + 1, count + count // 2)
+
+
+def measure_sinks(walk: Walk) -> None:
+    """The tokens that static ranges leave alone, where there are such ranges; and what the file says of both."""
+    if walk.settings.activations != "static":
+        return
+    captured = made(walk.captured)
+
+    def found() -> tuple[dict[str, torch.Tensor], object]:
+        with walk.timed("sinks"), bf16_products():
+            return {}, asdict(find_sinks(walk.loaded, captured, walk.counted("sinks")))
+
+    walk.sinks = Sinks(**walk.work.cached("sinks", found)[1])
+    for key, value in static_keys(walk.settings.range_estimator, walk.sinks).items():
+        walk.result.put("metadata", key, value)
 
 
 def draw_rotation(walk: Walk) -> None:

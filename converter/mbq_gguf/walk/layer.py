@@ -12,6 +12,7 @@ from mbq_gguf.calibration.calls import Entering
 from mbq_gguf.calibration.moments import Moments, Replay
 from mbq_gguf.calibration.observe import TokenWeights, observe
 from mbq_gguf.calibration.precision import bf16_products
+from mbq_gguf.calibration.ranges import count_magnitudes, range_key
 from mbq_gguf.calibration.stream import advance, working_layer
 from mbq_gguf.calibration.token_weights import modality, uniform
 from mbq_gguf.formats.quantised import QuantisedTensor
@@ -119,6 +120,18 @@ def keep_parameters(work: LayerWork) -> None:
         work.outcome.put_quantised(f"{name}.weight", QuantisedTensor(parts[0].type_name, data, parts[0].rounded.weight.shape[1]))
     for name, value in changed_parameters(layer, working_layer(work.walk.loaded, layer.index)).items():
         work.outcome.put("replaced", name, value)
+
+
+def measure_ranges(work: LayerWork) -> None:
+    """The static ranges of the layer's activations, as the rounded model has them."""
+    walk, layer = work.walk, work.layer
+    if walk.settings.activations != "static":
+        return
+    streams = [replace(stream) for stream in walk.prefix or made(walk.streams)]
+    with walk.timed("ranges"), bf16_products():
+        counted = count_magnitudes(layer, streams, made(walk.sinks))
+    for (site, kind), magnitudes in counted.items():
+        work.outcome.put("metadata", range_key(site, kind), magnitudes.range(walk.settings.range_estimator))
 
 
 def measure_losses(work: LayerWork) -> None:

@@ -17,6 +17,7 @@ from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.moments import Replay
 from mbq_gguf.calibration.observe import Observed, TokenWeights
 from mbq_gguf.calibration.sensitivity import Sensitivity
+from mbq_gguf.calibration.sinks import Sinks
 from mbq_gguf.calibration.stream import working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights import hessian_weights
@@ -55,6 +56,7 @@ class Walk:
     prefix: list[Streamed] = field(default_factory=list)
     sensitivity: Sensitivity | None = None
     rotation: Rotation | None = None
+    sinks: Sinks | None = None
     check: FunctionCheck | None = None
 
     def timed(self, stage: str) -> AbstractContextManager[None]:

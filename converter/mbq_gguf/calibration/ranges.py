@@ -1,0 +1,51 @@
+"""Static ranges of activations: one a site and class of tokens, for products with one scale a row (MSQ, MQuant, arXiv 2502.00425).
+
+What the file holds of them is in docs/format.md: a range for each layer, site and class, and which tokens have none (sinks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mbq_gguf.calibration.batches import batches
+from mbq_gguf.calibration.magnitudes import Estimator, Magnitudes
+from mbq_gguf.calibration.observe import Watch
+from mbq_gguf.calibration.sinks import BEYOND, QUANTILE, Sinks
+from mbq_gguf.calibration.stream import run_batch, split_back
+from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.models.layer import Layer
+
+VERSION = 1  # mbq.act.version
+RANGE = "mbq.act.range."
+CLASSES = ("text", "vision")
+
+
+def range_key(site: str, kind: str) -> str:
+    """The key of the ranges of ``site`` for tokens of class ``kind``, one a layer."""
+    return f"{RANGE}{site}.{kind}"
+
+
+def static_keys(estimator: Estimator, sinks: Sinks) -> dict[str, Any]:
+    """What a file says of its ranges beside themselves."""
+    keys: dict[str, Any] = {"mbq.act.version": VERSION, "mbq.act.estimator": estimator}
+    keys["mbq.act.sink.rule"] = f"|x| > {BEYOND:g} x the {100 * QUANTILE:g}th percentile of its class"
+    return keys | {"mbq.act.sink.positions": list(sinks.positions), "mbq.act.sink.tokens": list(sinks.tokens)}
+
+
+@torch.no_grad()
+def count_magnitudes(layer: Layer, streams: Sequence[Streamed], sinks: Sinks) -> dict[tuple[str, str], Magnitudes]:
+    """Run ``streams`` through ``layer``, in place, and count how large each site's inputs are, by (site, class); sinks are left out."""
+    counted = {(site.name, kind): Magnitudes() for site in layer.sites for kind in CLASSES}
+    for batch in batches(streams, layer.index):
+        with Watch(layer) as watch:
+            hidden = run_batch(layer, batch)
+        vision, left = (torch.cat(parts).to(layer.device) for parts in ([s.vision for s in batch], [sinks.of(s) for s in batch]))
+        for site in layer.sites:
+            x = watch.inputs[site.name][0]
+            counted[site.name, "text"].add(x[~vision & ~left])
+            counted[site.name, "vision"].add(x[vision & ~left])
+        split_back(batch, hidden)
+    return counted
