@@ -194,6 +194,18 @@ def test_measured_row_scale_plans_of_one_column(w4a8_plan: Path, case: tuple[int
     assert kw * groups * (1024 + stages * 16 * 144) + 256 * pieces <= 231296
 
 
+def test_what_a_product_finds_is_what_its_activations_are(tmp_path: Path) -> None:
+    """2000 random graphs whose tensors lie over one another, each run twice: nothing stale is found, nothing held outlives its graph."""
+    folder = paths.find_library("ggml-base").parent
+    program = tmp_path / "inputs"
+    libraries = [f"-L{folder}", "-lggml-base", "-Xlinker", f"-rpath={folder}"]
+    nvcc("-O1", "-arch=sm_90a", str(HERE / "mbq_w4a8_inputs.cu"), *libraries, "-o", str(program))
+    done = subprocess.run([program, "2000"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    products, found, made = map(int, done.stdout.split())
+    assert products > found > made > 5000
+
+
 def backend_ops(operation: str, *prefix: str) -> subprocess.CompletedProcess[str]:
     """Ggml's comparison of the GPU with the CPU, for the MBQ types."""
     program = paths.find_program("test-backend-ops")
@@ -221,14 +233,24 @@ def test_sanitizer(operation: str, tool: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:]
 
 
+def gpu_program(name: str, work: Path) -> Path:
+    """A program of this folder that runs ggml on the GPU."""
+    folder = paths.find_program("test-backend-ops").parent
+    libraries = [f"-L{folder}", "-lggml", "-lggml-base", "-lggml-cuda", "-Xlinker", f"-rpath={folder}"]
+    nvcc("-O2", "-Xcompiler", "-fopenmp", str(HERE / f"{name}.cu"), *libraries, "-o", str(work / name))
+    return work / name
+
+
 @pytest.fixture(scope="module")
 def row_scale_products(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program that compares products of weights with one scale a row with integer sums."""
-    program = tmp_path_factory.mktemp("row_scale") / "row_scale_products"
-    folder = paths.find_program("test-backend-ops").parent
-    libraries = [f"-L{folder}", "-lggml", "-lggml-base", "-lggml-cuda", "-Xlinker", f"-rpath={folder}"]
-    nvcc("-O2", "-Xcompiler", "-fopenmp", str(HERE / "row_scale_products.cu"), *libraries, "-o", str(program))
-    return program
+    return gpu_program("row_scale_products", tmp_path_factory.mktemp("row_scale"))
+
+
+@pytest.fixture(scope="module")
+def row_scale_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that compares graphs of such products with the same graphs run node by node."""
+    return gpu_program("row_scale_graphs", tmp_path_factory.mktemp("row_scale"))
 
 
 @pytest.mark.gpu
@@ -240,11 +262,30 @@ def test_row_scale_products_are_exact(row_scale_products: Path) -> None:
 
 
 @pytest.mark.gpu
+def test_products_share_what_is_quantised(row_scale_graphs: Path) -> None:
+    """Two layers, activations that change, norms that others read: the bits of the same graph run node by node, and few passes.
+
+    The counts are Hopper's; elsewhere more than 8 columns are not shared.
+    """
+    done = subprocess.run([row_scale_graphs], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    counts = {name: tuple(map(int, words.split())) for name, words in re.findall(r"^ok (.*): ([\d ]+)$", done.stdout, re.MULTILINE)}
+    assert len(counts) == 29
+    layers = {name: found for name, found in counts.items() if name.startswith("layers") and name.split()[3] != "1"}
+    assert set(layers.values()) == {(2 * 4, 2 * 3)}, "of each layer: norm, attention, norm, GLU; k, v and up find theirs"
+    assert counts["layers 256 512 1 0"] == (0, 0), "one column is quantised by the product itself"
+    changed = [counts[f"changed {n}"] for n in (2, 8, 9, 64, 300)]
+    assert changed == [(4, 2), *[(5, 2)] * 4], "one column of two is quantised by the product itself"
+    assert {counts[f"norms {n}"] for n in (2, 8, 9, 64, 300)} == {(2, 2)}
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_row_scale_sanitizer(row_scale_products: Path, tool: str) -> None:
+@pytest.mark.parametrize("program", ["row_scale_products", "row_scale_graphs"])
+def test_row_scale_sanitizer(program: str, tool: str, request: pytest.FixtureRequest) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", str(row_scale_products), "small"]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", str(request.getfixturevalue(program)), "small"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]

@@ -1,9 +1,11 @@
 #include "mbq-w4a8.cuh"
 #include "mbq-w4a8-gemm.cuh"
 #include "mbq-w4a8-gemv.cuh"
+#include "mbq-w4a8-inputs.cuh"
 #include "mbq-w4a8-plan.cuh"
 #include "mbq-w4a8-vec.cuh"
 
+#include <atomic>
 #include <climits>
 
 static constexpr int W4A8_FEW_COLUMNS = 8; // more: mbq_w4a8_gemm, or so many at a time where the card has no wgmma
@@ -20,14 +22,38 @@ struct mbq_w4a8_matrix {
     bool    aligned() const { return ((uintptr_t) x | x_column*sizeof(float)) % 16 == 0; }
 };
 
+// One of a product's matrices
+static mbq_w4a8_matrix mbq_w4a8_matrix_of(const ggml_tensor * dst, const int64_t i2, const int64_t i3) {
+    const ggml_tensor * src0 = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
+    GGML_TENSOR_BINARY_OP_LOCALS
+    return {
+        (const char *) src0->data + i2/(ne12/ne02)*nb02 + i3/(ne13/ne03)*nb03,
+        (const float *) ((const char *) src1->data + i2*nb12 + i3*nb13),
+        (float *) ((char *) dst->data + i2*nb2 + i3*nb3),
+        ne01, ne11, ne00, (int64_t) nb01, (int64_t) (nb11/sizeof(float)), (int64_t) (nb1/sizeof(float)) };
+}
+
+static std::atomic<int64_t> mbq_w4a8_counts[GGML_CUDA_W4A8_COUNTS];
+
+int64_t ggml_cuda_w4a8_count(const ggml_cuda_w4a8_counted what) {
+    return mbq_w4a8_counts[what];
+}
+
 template <bool tiled>
-static void mbq_w4a8_launch_quantize(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, int4 * q, float * scale, int * flags, const int n_flags) {
-    const mbq_w4a8_quantize_args args = { m.x, q, scale, m.x_column, (int) m.K, (int) m.padded(), m.aligned(), flags, n_flags };
+static void mbq_w4a8_launch_quantize(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_int8 & to) {
+    const mbq_w4a8_quantize_args args = { m.x, to.q, to.scale, m.x_column, (int) m.K, (int) m.padded(), m.aligned(), to.flags, to.n_flags };
     const int units = m.padded()/16;
     const int R     = units <= 1024 ? 1 : 2;
     const ggml_cuda_kernel_launch_params params(dim3(m.N), dim3((units + 32*R - 1)/(32*R)*32), 0, ctx.stream());
     const auto kernel = R == 1 ? &mbq_w4a8_quantize<tiled, 1, 1024, 2> : units <= 2*640 ? &mbq_w4a8_quantize<tiled, 2, 640, 2> : &mbq_w4a8_quantize<tiled, 2, 1024, 1>;
     ggml_cuda_kernel_launch(kernel, params, args);
+    mbq_w4a8_counts[GGML_CUDA_W4A8_QUANTISED]++;
+}
+
+static void mbq_w4a8_quantise(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_order order, const mbq_w4a8_int8 & to) {
+    const auto launch = order == MBQ_W4A8_TILES ? &mbq_w4a8_launch_quantize<true> : &mbq_w4a8_launch_quantize<false>;
+    launch(ctx, m, to);
 }
 
 #ifdef MBQ_USE_TMA
@@ -77,22 +103,19 @@ static void mbq_w4a8_launch_gemm(ggml_backend_cuda_context & ctx, const mbq_w4a8
 }
 
 template <int bits>
-static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m) {
+static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_int8 & x) {
     const bool dense = m.dense() && m.M % 2 == 0;
     const mbq_w4a8_gemm_plan plan = mbq_w4a8_plan_gemm(m.M, m.N, m.padded()/256, ggml_cuda_info().devices[ctx.device].nsm, dense);
     const mbq_w4a8_shape & shape  = MBQ_W4A8_SHAPES[plan.shape];
     const int ctas = plan.workers*shape.CL;
-    const int64_t columns = (m.N + 255)/256*256; // those behind the last are multiplied too, and dropped
-    ggml_cuda_pool_alloc<int8_t> tiles(ctx.pool(), columns*m.padded());
-    ggml_cuda_pool_alloc<float>  scale(ctx.pool(), m.N);
-    ggml_cuda_pool_alloc<int>    done(ctx.pool(), 8*ctas);
-    ggml_cuda_pool_alloc<float>  parts(ctx.pool());
+    GGML_ASSERT(8*ctas <= x.n_flags);
+    ggml_cuda_pool_alloc<float> parts(ctx.pool());
     mbq_w4a8_args args = {};
-    args.scale              = scale.get();
+    args.scale              = x.scale;
     args.blocks             = m.K/32;
     args.gemm.w             = m.w;
-    args.gemm.x_tiles       = (half *) tiles.get();
-    args.gemm.done          = done.get();
+    args.gemm.x_tiles       = (half *) x.q;
+    args.gemm.done          = x.flags;
     args.gemm.dst           = m.dst;
     args.gemm.dst_column    = m.dst_column;
     args.gemm.M             = m.M;
@@ -111,7 +134,6 @@ static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix
         map = mbq_w4a8_make_map<bits>(m, 2, MBQ_GEMM_TILE_M/2);
     }
 #endif
-    mbq_w4a8_launch_quantize<true>(ctx, m, (int4 *) tiles.get(), scale.get(), done.get(), 8*ctas);
     const auto launch = plan.shape == 0 ? &mbq_w4a8_launch_gemm<bits, 0> : plan.shape == 1 ? &mbq_w4a8_launch_gemm<bits, 1> :
         plan.shape == 2 ? &mbq_w4a8_launch_gemm<bits, 2> : &mbq_w4a8_launch_gemm<bits, 3>;
     launch(ctx, args, map, plan.workers);
@@ -129,11 +151,11 @@ static void mbq_w4a8_launch_vec(ggml_backend_cuda_context & ctx, const mbq_w4a8_
     ggml_cuda_kernel_launch(mbq_w4a8_vec<bits, N>, params, args);
 }
 
-// records: of mbq_w4a8_quantize, unless there is one column
+// x: records, unless there is one column
 template <int bits>
-static void mbq_w4a8_launch_mmv(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_mmv_plan & plan, const char * records, const float * scale) {
+static void mbq_w4a8_launch_mmv(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_mmv_plan & plan, const mbq_w4a8_int8 & x) {
 #ifdef MBQ_USE_TMA
-    const mbq_w4a8_mmv_args args = { m.w, m.x, records, scale, m.dst, m.dst_column, (int) m.M, (int) m.row_bytes, (int) m.K, (int) m.N, m.aligned(), plan.stages };
+    const mbq_w4a8_mmv_args args = { m.w, m.x, (const char *) x.q, x.scale, m.dst, m.dst_column, (int) m.M, (int) m.row_bytes, (int) m.K, (int) m.N, m.aligned(), plan.stages };
     const size_t smem = plan.kw*plan.groups*(1024 + plan.stages*mbq_w4a8_stage_bytes<bits>(m.N)) + (m.N == 1 ? m.K : 0);
     const size_t room = ggml_cuda_info().devices[ctx.device].smpbo - MBQ_W4A8_STATIC_BYTES;
     const ggml_cuda_kernel_launch_params params(dim3(plan.ctas), dim3(32*plan.kw, plan.groups), smem, ctx.stream());
@@ -146,68 +168,132 @@ static void mbq_w4a8_launch_mmv(ggml_backend_cuda_context & ctx, const mbq_w4a8_
         ggml_cuda_kernel_launch(mbq_w4a8_mmv<bits, false>, params, args, map);
     }
 #else
-    GGML_UNUSED_VARS(ctx, m, plan, records, scale);
+    GGML_UNUSED_VARS(ctx, m, plan, x);
 #endif
 }
 
+// kw = 0: mbq_w4a8_mmv is not for this product
 template <int bits>
-static void mbq_w4a8_few(ggml_backend_cuda_context & ctx, mbq_w4a8_matrix m) {
-    const auto & device = ggml_cuda_info().devices[ctx.device];
-    mbq_w4a8_mmv_plan plan = {};
+static mbq_w4a8_mmv_plan mbq_w4a8_plan_few(const ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m) {
 #ifdef MBQ_USE_TMA
+    const auto & device = ggml_cuda_info().devices[ctx.device];
     if (m.dense() && ggml_cuda_highest_compiled_arch(device.cc) >= GGML_CUDA_CC_HOPPER) {
-        plan = mbq_w4a8_plan_mmv(m.M, m.K/256, m.N == 1 ? m.K/16 : 0, MBQ_W4A8_UNITS, mbq_w4a8_stage_bytes<bits>(m.N), device.nsm, device.smpbo - MBQ_W4A8_STATIC_BYTES);
+        return mbq_w4a8_plan_mmv(m.M, m.K/256, m.N == 1 ? m.K/16 : 0, MBQ_W4A8_UNITS, mbq_w4a8_stage_bytes<bits>(m.N), device.nsm, device.smpbo - MBQ_W4A8_STATIC_BYTES);
     }
 #endif
-    if (plan.kw > 0 && m.N == 1) {
-        mbq_w4a8_launch_mmv<bits>(ctx, m, plan, nullptr, nullptr);
+    GGML_UNUSED_VARS(ctx, m);
+    return {};
+}
+
+template <int bits>
+static void mbq_w4a8_few(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_int8 & x) {
+    const mbq_w4a8_mmv_plan plan = mbq_w4a8_plan_few<bits>(ctx, m);
+    if (plan.kw > 0) {
+        mbq_w4a8_launch_mmv<bits>(ctx, m, plan, x);
         return;
     }
-    ggml_cuda_pool_alloc<char>  records(ctx.pool(), m.N*m.padded());
-    ggml_cuda_pool_alloc<float> scale(ctx.pool(), m.N);
-    mbq_w4a8_launch_quantize<false>(ctx, m, (int4 *) records.get(), scale.get(), nullptr, 0);
-    if (plan.kw > 0) {
-        mbq_w4a8_launch_mmv<bits>(ctx, m, plan, records.get(), scale.get());
-    } else {
-        const mbq_w4a8_vec_args args = { m.w, (const int2 *) records.get(), scale.get(), m.dst, m.dst_column, (int) m.M, (int) m.row_bytes, (int) (m.K/32) };
-        mbq_w4a8_launch_vec<bits, W4A8_FEW_COLUMNS>(ctx, args, m.N);
+    const mbq_w4a8_vec_args args = { m.w, (const int2 *) x.q, x.scale, m.dst, m.dst_column, (int) m.M, (int) m.row_bytes, (int) (m.K/32) };
+    mbq_w4a8_launch_vec<bits, W4A8_FEW_COLUMNS>(ctx, args, m.N);
+}
+
+template <int bits>
+static mbq_w4a8_order mbq_w4a8_order_in(const ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m) {
+    if (m.N > W4A8_FEW_COLUMNS) {
+        return mbq_w4a8_gemm_available<bits>(ctx.device) ? MBQ_W4A8_TILES : MBQ_W4A8_FLOATS;
     }
+    return m.N == 1 && mbq_w4a8_plan_few<bits>(ctx, m).kw > 0 ? MBQ_W4A8_FLOATS : MBQ_W4A8_RECORDS;
+}
+
+static int mbq_w4a8_n_flags(const ggml_backend_cuda_context & ctx, const mbq_w4a8_order order) {
+    return order == MBQ_W4A8_TILES ? 8*ggml_cuda_info().devices[ctx.device].nsm : 0;
+}
+
+// A matrix whose activations are there, as its order says
+template <int bits>
+static void mbq_w4a8_product(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_order order, const mbq_w4a8_int8 & x) {
+    const auto product = order == MBQ_W4A8_TILES ? &mbq_w4a8_many<bits> : &mbq_w4a8_few<bits>;
+    product(ctx, m, x);
 }
 
 template <int bits>
 static void mbq_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m) {
-    if (m.N > W4A8_FEW_COLUMNS && mbq_w4a8_gemm_available<bits>(ctx.device)) {
-        mbq_w4a8_many<bits>(ctx, m);
+    const mbq_w4a8_order order = mbq_w4a8_order_in<bits>(ctx, m);
+    if (order == MBQ_W4A8_FLOATS && m.N > 1) {
+        for (int64_t i = 0; i < m.N; i += W4A8_FEW_COLUMNS) {
+            mbq_w4a8_matrix part = m;
+            part.x   += i*m.x_column;
+            part.dst += i*m.dst_column;
+            part.N    = std::min<int64_t>(m.N - i, W4A8_FEW_COLUMNS);
+            mbq_w4a8_mul_mat<bits>(ctx, part);
+        }
         return;
     }
-    for (int64_t i = 0; i < m.N; i += W4A8_FEW_COLUMNS) {
-        mbq_w4a8_matrix part = m;
-        part.x   += i*m.x_column;
-        part.dst += i*m.dst_column;
-        part.N    = std::min<int64_t>(m.N - i, W4A8_FEW_COLUMNS);
-        mbq_w4a8_few<bits>(ctx, part);
+    ggml_cuda_pool_alloc<char> memory(ctx.pool());
+    mbq_w4a8_int8 x = {};
+    if (order != MBQ_W4A8_FLOATS) {
+        const int n_flags = mbq_w4a8_n_flags(ctx, order);
+        x = mbq_w4a8_int8::at(memory.alloc(mbq_w4a8_int8::bytes(m.K, m.N, order, n_flags)), m.K, m.N, order, n_flags);
+        mbq_w4a8_quantise(ctx, m, order, x);
     }
+    mbq_w4a8_product<bits>(ctx, m, order, x);
+}
+
+// Whether mbq_w4a8_mul_mat is for a product
+static bool mbq_w4a8_takes(const ggml_tensor * dst) {
+    if (!ggml_is_row_scale_mul_mat(dst) || dst->type != GGML_TYPE_F32) {
+        return false;
+    }
+    return dst->src[0]->ne[0] <= W4A8_LONGEST && dst->src[0]->ne[1] <= INT_MAX/2 && dst->src[1]->ne[1] <= INT_MAX/2;
+}
+
+// Of a whole product
+static mbq_w4a8_order mbq_w4a8_order_of(const ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
+    const ggml_tensor * src0 = dst->src[0];
+    if (!mbq_w4a8_takes(dst) || dst->ne[2]*dst->ne[3] != 1 ||
+            (src0->view_src && src0->buffer && ggml_backend_buffer_get_usage(src0->buffer) == GGML_BACKEND_BUFFER_USAGE_COMPUTE)) { // see ggml_cuda_mul_mat
+        return MBQ_W4A8_FLOATS;
+    }
+    const mbq_w4a8_matrix m = mbq_w4a8_matrix_of(dst, 0, 0);
+    return src0->type == GGML_TYPE_Q4_0 ? mbq_w4a8_order_in<4>(ctx, m) : mbq_w4a8_order_in<8>(ctx, m);
+}
+
+// The product at the node that runs, if others read the same activations
+static bool mbq_w4a8_mul_mat_shared(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
+    const mbq_w4a8_matrix m    = mbq_w4a8_matrix_of(dst, 0, 0);
+    const mbq_w4a8_order order = mbq_w4a8_order_of(ctx, dst);
+    bool found = true;
+    const auto quantise = [&](const mbq_w4a8_int8 & to) {
+        mbq_w4a8_quantise(ctx, m, order, to);
+        found = false;
+    };
+    if (!mbq_w4a8_share(ctx, dst, order, mbq_w4a8_n_flags(ctx, order), quantise)) {
+        return false;
+    }
+    mbq_w4a8_counts[GGML_CUDA_W4A8_FOUND] += found;
+    const auto product = dst->src[0]->type == GGML_TYPE_Q4_0 ? &mbq_w4a8_product<4> : &mbq_w4a8_product<8>;
+    product(ctx, m, order, mbq_w4a8_inputs(ctx).held);
+    mbq_w4a8_inputs(ctx).read();
+    return true;
 }
 
 bool ggml_cuda_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst) {
-    GGML_TENSOR_BINARY_OP_LOCALS
-    if (!ggml_is_row_scale_mul_mat(dst) || ne00 > W4A8_LONGEST || ne01 > INT_MAX/2 || ne11 > INT_MAX/2) {
+    if (!mbq_w4a8_takes(dst)) {
         return false;
     }
-    GGML_ASSERT(nb00 == ggml_type_size(src0->type) && nb10 == sizeof(float) && nb0 == sizeof(float));
-    for (int64_t i3 = 0; i3 < ne13; ++i3) {
-        for (int64_t i2 = 0; i2 < ne12; ++i2) {
-            const mbq_w4a8_matrix m = {
-                (const char *) src0->data + i2/(ne12/ne02)*nb02 + i3/(ne13/ne03)*nb03,
-                (const float *) ((const char *) src1->data + i2*nb12 + i3*nb13),
-                (float *) ((char *) dst->data + i2*nb2 + i3*nb3),
-                ne01, ne11, ne00, (int64_t) nb01, (int64_t) (nb11/sizeof(float)), (int64_t) (nb1/sizeof(float)) };
-            if (src0->type == GGML_TYPE_Q4_0) {
-                mbq_w4a8_mul_mat<4>(ctx, m);
-            } else {
-                mbq_w4a8_mul_mat<8>(ctx, m);
-            }
+    GGML_ASSERT(src0->nb[0] == ggml_type_size(src0->type) && src1->nb[0] == sizeof(float) && dst->nb[0] == sizeof(float));
+    if (mbq_w4a8_mul_mat_shared(ctx, dst)) {
+        return true;
+    }
+    for (int64_t i3 = 0; i3 < dst->ne[3]; ++i3) {
+        for (int64_t i2 = 0; i2 < dst->ne[2]; ++i2) {
+            const auto mul_mat = src0->type == GGML_TYPE_Q4_0 ? &mbq_w4a8_mul_mat<4> : &mbq_w4a8_mul_mat<8>;
+            mul_mat(ctx, mbq_w4a8_matrix_of(dst, i2, i3));
         }
     }
     return true;
+}
+
+int ggml_cuda_w4a8_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
+    mbq_w4a8_inputs(ctx).step(ctx, graph, i);
+    return 0;
 }

@@ -1,5 +1,4 @@
 #include "mbq.cuh"
-#include "mbq-w4a8.cuh"
 #include "unary.cuh"
 #include "mbq-launch.cuh"
 #include "ggml-mbq-common.h"

@@ -3,6 +3,7 @@
 #include "common.cuh"
 #include "convert.cuh"
 #include "ggml-row-scale.h"
+#include "mbq-w4a8.cuh"
 
 // The MBQ types on CUDA: what ggml-cuda.cu, mmvq.cu and convert.cu call.
 

@@ -1,0 +1,172 @@
+#pragma once
+
+// One pass of quantising for all products of a graph that read the same activations (q, k and v; gate and up).
+//
+//   graph     ... norm   q    bias  rope   k    bias   v ...
+//                        |                 |           |
+//   int8                 made, held        found       found, given back
+//
+// Whoever quantises looks ahead in the graph: a later product of the same addresses, shape and strides, in the same order of int8, takes what is there already,
+// unless a node between them writes to these addresses (the allocator gives memory to a new tensor as soon as the old one has been read). Where the last such
+// product stands is known before the first one runs, so what is held needs no name that could go stale, and nothing is held from one graph to the next: a
+// CUDA graph captures the pass with all of its readers, or none of them.
+//
+// Memory is the pool's, whose blocks go back in the reverse order: one input at a time is held, and is taken when no other block is. Streams have pools of
+// their own: with several at once (GGML_CUDA_GRAPH_OPT) nothing is shared.
+
+#include "common.cuh"
+#include "ggml-backend-impl.h"
+#include "ggml-impl.h"
+#include "ggml-row-scale.h"
+
+#include <memory>
+#include <optional>
+
+// How a product takes its activations: see mbq-w4a8-quantize.cuh
+enum mbq_w4a8_order {
+    MBQ_W4A8_FLOATS,  // quantises them itself, or in several passes
+    MBQ_W4A8_RECORDS,
+    MBQ_W4A8_TILES,
+};
+
+static mbq_w4a8_order mbq_w4a8_order_of(const ggml_backend_cuda_context & ctx, const ggml_tensor * dst); // mbq-w4a8.cu
+
+// Activations as int8, with the scale of each column, and flags of mbq_w4a8_gemm, which are 0 before and after it
+struct mbq_w4a8_int8 {
+    int4  * q;
+    float * scale;
+    int   * flags;
+    int   n_flags;
+
+    // In memory for K times N activations; its bytes are bytes(...)
+    static mbq_w4a8_int8 at(char * memory, const int64_t K, const int64_t N, const mbq_w4a8_order order, const int n_flags) {
+        char * scale = memory + q_bytes(K, N, order);
+        return { (int4 *) memory, (float *) scale, (int *) scale + N, n_flags };
+    }
+
+    static size_t bytes(const int64_t K, const int64_t N, const mbq_w4a8_order order, const int n_flags) {
+        return q_bytes(K, N, order) + (N + n_flags)*4;
+    }
+
+    static size_t q_bytes(const int64_t K, const int64_t N, const mbq_w4a8_order order) {
+        return GGML_PAD(K, 256)*(order == MBQ_W4A8_TILES ? GGML_PAD(N, 256) : N); // columns behind the last are multiplied too, and dropped
+    }
+};
+
+struct ggml_cuda_w4a8_inputs {
+    const ggml_cgraph * graph = nullptr; // that runs, and its node; nullptr: share nothing
+    int node = 0;
+
+    std::optional<ggml_cuda_pool_alloc<char>> memory; // of what is held
+    mbq_w4a8_int8  held  = {};
+    mbq_w4a8_order order = MBQ_W4A8_FLOATS;
+    ggml_tensor    of    = {};   // its activations: address, shape and strides
+    int  last   = 0;             // node that reads them last
+    bool floats = true;          // whether they are there as floats too
+
+    // Before node i of a graph
+    void step(const ggml_backend_cuda_context & ctx, const ggml_cgraph * now, const int i) {
+        if (memory && (now != graph || i <= node || i > last)) {
+            memory.reset(); // a reader that took another way: none does, but nothing held may outlive its graph
+        }
+        graph = ctx.concurrent_stream_context.concurrent_events.empty() && ctx.curr_stream_no == 0 ? now : nullptr;
+        node  = i;
+    }
+
+    bool runs(const ggml_tensor * dst) const {
+        return graph && graph->nodes[node] == dst;
+    }
+
+    bool holds(const ggml_tensor * x) const {
+        return memory && x->data == of.data && ggml_are_same_shape(x, &of) && ggml_are_same_stride(x, &of);
+    }
+
+    // Memory for the activations x, until node `to` has read them
+    const mbq_w4a8_int8 & hold(ggml_cuda_pool & pool, const ggml_tensor * x, const mbq_w4a8_order as, const int n_flags, const int to, const bool in_floats) {
+        GGML_ASSERT(!memory);
+        char * p = memory.emplace(pool, mbq_w4a8_int8::bytes(x->ne[0], x->ne[1], as, n_flags)).get();
+        held   = mbq_w4a8_int8::at(p, x->ne[0], x->ne[1], as, n_flags);
+        order  = as;
+        of     = *x;
+        last   = to;
+        floats = in_floats;
+        return held;
+    }
+
+    // After the product at `node`
+    void read() {
+        if (node == last) {
+            memory.reset();
+        }
+    }
+};
+
+static ggml_cuda_w4a8_inputs & mbq_w4a8_inputs(ggml_backend_cuda_context & ctx) {
+    if (!ctx.w4a8_inputs) {
+        ctx.w4a8_inputs = std::make_shared<ggml_cuda_w4a8_inputs>();
+    }
+    return *ctx.w4a8_inputs;
+}
+
+static bool mbq_w4a8_runs(const ggml_tensor * node) { // see ggml_cuda_graph_evaluate_and_capture
+    return !ggml_is_empty(node) && !ggml_op_is_empty(node->op) && (node->flags & GGML_TENSOR_FLAG_COMPUTE);
+}
+
+static bool mbq_w4a8_overlap(const ggml_tensor * a, const ggml_tensor * b) {
+    const auto end = [](const ggml_tensor * t) {
+        return (const char *) t->data + (t->buffer ? ggml_backend_buft_get_alloc_size(t->buffer->buft, t) : ggml_nbytes(t));
+    };
+    return a->data < end(b) && b->data < end(a);
+}
+
+// The node after i that reads the activations x next as the order says, while they are what they were. -1: none
+static int mbq_w4a8_next_reader(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const ggml_tensor * x, const mbq_w4a8_order order) {
+    constexpr int ahead = 64; // nodes: the readers of a layer stand closer
+    for (int j = i + 1; j < std::min(graph->n_nodes, i + 1 + ahead); ++j) {
+        const ggml_tensor * node = graph->nodes[j];
+        if (!mbq_w4a8_runs(node)) {
+            continue;
+        }
+        if (node->op == GGML_OP_MUL_MAT && node->src[1]->data == x->data && ggml_are_same_shape(node->src[1], x) && ggml_are_same_stride(node->src[1], x) &&
+                mbq_w4a8_order_of(ctx, node) == order) {
+            return j;
+        }
+        if (mbq_w4a8_overlap(node, x)) {
+            return -1;
+        }
+    }
+    return -1;
+}
+
+struct mbq_w4a8_readers {
+    int last  = -1;
+    int count = 0;
+};
+
+static mbq_w4a8_readers mbq_w4a8_readers_after(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const ggml_tensor * x, const mbq_w4a8_order order) {
+    mbq_w4a8_readers readers;
+    for (int j = i; (j = mbq_w4a8_next_reader(ctx, graph, j, x, order)) >= 0; ++readers.count) {
+        readers.last = j;
+    }
+    return readers;
+}
+
+// Whether the activations of dst, at the node that runs, are held: found, or made by quantise(int8) because a later product reads
+// them too. After the product: read().
+template <typename Quantise>
+static bool mbq_w4a8_share(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const mbq_w4a8_order order, const int n_flags, const Quantise & quantise) {
+    ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(ctx);
+    const ggml_tensor * x = dst->src[1];
+    if (order == MBQ_W4A8_FLOATS || !inputs.runs(dst)) {
+        return false;
+    }
+    if (inputs.holds(x) && inputs.order == order) {
+        return true;
+    }
+    const mbq_w4a8_readers readers = mbq_w4a8_readers_after(ctx, inputs.graph, inputs.node, x, order);
+    if (inputs.memory || readers.count == 0) {
+        return false;
+    }
+    quantise(inputs.hold(ctx.pool(), x, order, n_flags, readers.last, true));
+    return true;
+}
