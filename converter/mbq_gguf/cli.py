@@ -67,6 +67,7 @@ def main() -> None:
     mbq-gguf inspect out.gguf                        what is in a file
     mbq-gguf eval bf16.gguf out.gguf --mmproj M      how much it lost, on questions about pictures
     mbq-gguf imatrix MODEL imatrix.gguf              for llama-quantize: which channels pictures need
+    mbq-gguf models                                  which families are supported, and what works with each
     mbq-gguf path llama-server                       where a built program lies
     """
 
@@ -212,6 +213,20 @@ def imatrix(
     from mbq_gguf.imatrix import make_imatrix
 
     console.print(make_imatrix(model_dir, out, calib, samples, seed, device, console, trust_remote_code), highlight=False, soft_wrap=True)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def models(as_json: bool) -> None:
+    """List the families of models that are supported, what works with each, and why something does not."""
+    import json
+
+    from mbq_gguf.models import support
+
+    if as_json:
+        click.echo(json.dumps(support.as_json(), indent=2))
+    else:
+        Console().print(support.table(), highlight=False)
 
 
 @main.command()

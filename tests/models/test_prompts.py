@@ -11,6 +11,7 @@ import torch
 from mbq_gguf.calibration.dataset import SHIPPED
 from mbq_gguf.errors import UserError
 from mbq_gguf.models import LoadedModel
+from mbq_gguf.models.prompts import RuntimePrompt
 
 IMAGE = SHIPPED.parent / "images" / "0000.png"
 PROMPT = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 64 + "<|vision_end|>What color?<|im_end|>\n<|im_start|>assistant\n"
@@ -74,9 +75,11 @@ FORMS = {
 
 @pytest.mark.parametrize("opening", FORMS)
 def test_the_header_is_found_by_the_template(tiny: LoadedModel, opening: str) -> None:
-    template = copy.deepcopy(tiny.prompts.tokenizer)
-    template.chat_template = FORMS[opening].replace("SAID", SAID)
-    encoded = replace(tiny.prompts, template=template).encode(IMAGE, [("What color?", "blue"), ("Where?", "left")])
+    prompt = copy.copy(tiny.prompts.image_prompt)
+    assert isinstance(prompt, RuntimePrompt)
+    prompt.template = copy.deepcopy(tiny.prompts.tokenizer)
+    prompt.template.chat_template = FORMS[opening].replace("SAID", SAID)
+    encoded = replace(tiny.prompts, image_prompt=prompt).encode(IMAGE, [("What color?", "blue"), ("Where?", "left")])
     assert text(tiny, encoded.ids[encoded.header]) == opening * 2
     assert "blue<|im_end|>" in text(tiny, encoded.ids[encoded.answer])
 

@@ -37,9 +37,9 @@ def batches(streams: Sequence[Streamed], index: int) -> Iterator[list[Streamed]]
 def joined(batch: Sequence[Streamed], index: int) -> tuple[torch.Tensor, dict[str, Any]]:
     """Hidden states [1, tokens, width] and keyword arguments with which layer ``index`` takes all of ``batch``, inside :class:`Apart`."""
     if len(batch) == 1:
-        return batch[0].hidden, batch[0].kwargs[index]
+        return batch[0].entering(index), batch[0].kwargs[index]
     kwargs = {name: _joined([stream.kwargs[index][name] for stream in batch], _axis(name)) for name in batch[0].kwargs[index]}
-    return torch.cat([stream.hidden for stream in batch], dim=1), kwargs
+    return torch.cat([stream.entering(index) for stream in batch], dim=1), kwargs
 
 
 class Apart(TorchFunctionMode):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mbq_gguf.calibration.stream import to_device, working_layer
+from mbq_gguf.calibration.stream import advance, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
@@ -39,8 +39,7 @@ def importance(
         layer = working_layer(loaded, index)
         squares = _Squares(layer)
         for stream in streams:
-            hidden = layer.run(stream.hidden.to(loaded.device), to_device(stream.kwargs[index], loaded.device))
-            stream.hidden = hidden.to(stream.hidden.device)
+            advance(layer, [stream])
         for site in layer.sites:
             for name in map(layer.layout.linear_of, site.readers):
                 sums[f"layers.{index}.{name}.weight"] = squares.sums[site.name].cpu()

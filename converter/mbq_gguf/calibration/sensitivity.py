@@ -132,12 +132,12 @@ def _parts(streams: Sequence[Streamed], layers: int) -> list[list[Streamed]]:
 def _forward(loaded: LoadedModel, part: list[Streamed], done: Callable[[int], None]) -> list[list[torch.Tensor]]:
     """Inputs of every layer, and the last one's output: [layers + 1][streams]."""
     running = [replace(stream) for stream in part]
-    inputs = [[stream.hidden for stream in running]]
+    inputs = []
     for index in range(len(loaded.decoder.layers)):
+        inputs.append([stream.entering(index) for stream in running])
         advance(working_layer(loaded, index), running)
-        inputs.append([stream.hidden for stream in running])
         done(index + 1)
-    return inputs
+    return [*inputs, [stream.hidden for stream in running]]
 
 
 def _rows(values: torch.Tensor) -> torch.Tensor:

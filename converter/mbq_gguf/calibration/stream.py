@@ -28,7 +28,7 @@ def capture(loaded: LoadedModel, samples: Iterable[Sample], answer_mask: AnswerM
 def capture_encoded(loaded: LoadedModel, encoded: Encoded, answer_mask: AnswerMask = "header") -> Streamed:
     """The state of one encoded conversation before decoder layer 0."""
     decoder = loaded.decoder
-    catchers = nn.ModuleList([_Catcher() for _ in decoder.layers])
+    catchers = nn.ModuleList([_Catcher(index == 0) for index in range(len(decoder.layers))])
     decoder.module.layers = catchers
     try:
         loaded.model(**encoded.inputs, use_cache=False, logits_to_keep=1)
@@ -36,23 +36,34 @@ def capture_encoded(loaded: LoadedModel, encoded: Encoded, answer_mask: AnswerMa
         decoder.module.layers = decoder.layers
     seen: dict[int, torch.Tensor] = {}
     kwargs = [_to_host(catcher.kwargs, seen) for catcher in catchers if isinstance(catcher, _Catcher)]
-    first = catchers[0]
-    assert isinstance(first, _Catcher)
-    assert first.hidden is not None
-    return Streamed(first.hidden.cpu(), kwargs, encoded.ids.cpu(), encoded.vision, encoded.counted(answer_mask), encoded.answer)
+    first, *added = (catcher.hidden for catcher in catchers if isinstance(catcher, _Catcher))
+    assert first is not None
+    return Streamed(
+        first.cpu(),
+        kwargs,
+        encoded.ids.cpu(),
+        encoded.vision,
+        encoded.counted(answer_mask),
+        encoded.answer,
+        added={index: hidden.cpu() for index, hidden in enumerate(added, start=1) if hidden is not None},
+    )
 
 
 class _Catcher(nn.Module):
-    """Stands where a decoder layer was, keeps what it is given and lets the hidden states through."""
+    """Stands where a decoder layer was and keeps what it is given; what it gives is zero, so that the next one sees what is added.
 
-    def __init__(self) -> None:
+    ``hidden`` is None where nothing is.
+    """
+
+    def __init__(self, first: bool) -> None:
         super().__init__()
+        self.first = first
         self.hidden: torch.Tensor | None = None
         self.kwargs: dict[str, Any] = {}
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self.hidden, self.kwargs = hidden_states, kwargs
-        return hidden_states
+        self.hidden, self.kwargs = hidden_states if self.first or hidden_states.any() else None, kwargs
+        return torch.zeros_like(hidden_states)
 
 
 def _to_host(value: Any, seen: dict[int, torch.Tensor]) -> Any:

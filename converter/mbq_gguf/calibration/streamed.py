@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ import torch
 class Streamed:
     """One sample on the host between two decoder layers.
 
-    ``hidden`` [1, tokens, width] is the input of the next layer, ``kwargs`` what the model hands to each layer beside it (rotary
-    embeddings, mask), ``ids`` [tokens]. Bool [tokens]: ``vision``; ``answer``, the tokens that stand for the answer (Encoded.counted);
-    ``labels``, the tokens that the loss is about: answers and their ends. ``salience`` [layers, sites, tokens] is there once the
-    sensitivity is measured (see Sensitivity).
+    ``hidden`` [1, tokens, width] is the output of the layer before, ``added`` what the model adds to it before a layer, by the layer's
+    number (DeepStack: features of a picture from further down in the vision tower), ``kwargs`` what the model hands to each layer
+    beside it (rotary embeddings, mask), ``ids`` [tokens]. Bool [tokens]: ``vision``; ``answer``, the tokens that stand for the answer
+    (Encoded.counted); ``labels``, the tokens that the loss is about: answers and their ends. ``salience`` [layers, sites, tokens] is there
+    once the sensitivity is measured (see Sensitivity).
     """
 
     hidden: torch.Tensor
@@ -25,6 +26,16 @@ class Streamed:
     answer: torch.Tensor
     labels: torch.Tensor
     salience: torch.Tensor | None = None
+    added: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def entering(self, index: int) -> torch.Tensor:
+        """The input of layer ``index`` [1, tokens, width], where ``hidden`` is the output of the one before it."""
+        return self.hidden + self.added[index] if index in self.added else self.hidden
+
+    def turned(self, basis: torch.Tensor) -> Streamed:
+        """The same with the residual stream in another ``basis`` [width, width], float64."""
+        hidden, *added = ((x.double() @ basis.to(x.device)).to(x) for x in (self.hidden, *self.added.values()))
+        return replace(self, hidden=hidden, added=dict(zip(self.added, added, strict=True)))
 
     @property
     def prompt(self) -> torch.Tensor:

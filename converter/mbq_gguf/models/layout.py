@@ -78,9 +78,9 @@ class Branch:
 class Layout:
     """A kind of decoder layer. Sites are in the order in which they are computed.
 
-    ``norms`` stand before a branch; ``norms_after`` between a branch and the residual stream. ``projector`` is the linear that writes
-    image features into the residual stream, by the end of its name in the model (None where it is not known). ``fused`` tells of readers
-    that are no linears of their own.
+    ``norms`` stand before a branch; ``norms_after`` between a branch and the residual stream. ``projector`` is the linears that write
+    image features into the residual stream, the end of their names in the model as a regular expression (None where it is not known).
+    ``fused`` tells of readers that are no linears of their own.
     """
 
     sites: tuple[Site, ...]
@@ -194,8 +194,9 @@ SANDWICH = Layout(
 )
 
 LAYOUTS = {
-    "Qwen2VLForConditionalGeneration": replace(STANDARD, projector="visual.merger.mlp.2"),
-    "Qwen2_5_VLForConditionalGeneration": replace(STANDARD, projector="visual.merger.mlp.2"),
+    "Qwen2VLForConditionalGeneration": replace(STANDARD, projector=r"visual\.merger\.mlp\.2"),
+    "Qwen2_5_VLForConditionalGeneration": replace(STANDARD, projector=r"visual\.merger\.mlp\.2"),
+    "Qwen3VLForConditionalGeneration": replace(STANDARD, projector=r"visual\.(?:merger|deepstack_merger_list\.\d+)\.linear_fc2"),
     "Gemma3ForConditionalGeneration": SANDWICH,
 }
 ROTATABLE = tuple(name for name, layout in LAYOUTS.items() if layout.no_rotation() is None)

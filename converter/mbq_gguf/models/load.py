@@ -12,17 +12,14 @@ import torch
 from mbq_gguf.errors import UsageError, UserError, said
 from mbq_gguf.models.checks import check_finite, check_unquantised, check_whole, read_config, read_object, weight_files
 from mbq_gguf.models.decoder import check_layers, find_decoder
+from mbq_gguf.models.families import FAMILIES, REFUSED, family_of
 from mbq_gguf.models.loaded import LoadedModel
-from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, QwenImagePrompt
+from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, RuntimePrompt
 from mbq_gguf.models.remote_code import runs_remote_code
 from mbq_gguf.settings import TRUST
 
-# Families with tests here. Any other VLM of transformers with standard decoder layers goes through the same code.
-PROVED = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-SUPPORTED = (
-    f"{', '.join(PROVED)}, and other vision-language models of transformers whose decoder layers have q/k/v/o and gate/up/down projections"
-)
+SUPPORTED = f"a family that `mbq-gguf models` lists ({', '.join(family.name for family in FAMILIES)})"
 
 
 def load(model_dir: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -88,9 +85,15 @@ def check_architecture(config: dict[str, Any]) -> str:
     architecture = str(names[0]) if isinstance(names, list) and names else str(config.get("model_type", "unknown"))
     if not isinstance(config.get("vision_config", {}), dict):
         raise UsageError(f"vision_config in the model's config.json is no JSON object: fetch the model again ({architecture})")
-    if "vision_config" not in config:
-        raise UsageError(f"{architecture} is a text-only model: give a vision-language model of {SUPPORTED}")
+    if architecture in REFUSED:
+        raise UsageError(f"{architecture} is not supported, {REFUSED[architecture]}: use a model of {SUPPORTED}")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as texts
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as known
+
+    if "vision_config" not in config and config.get("model_type") in {**texts}.keys() - {**known}.keys():
+        raise UsageError(f"{architecture} is a text-only model: give a vision-language model of {SUPPORTED}")
+    if "vision_config" not in config:
+        raise UsageError(f"{architecture} is not supported, its config.json tells of no vision tower: use a model of {SUPPORTED}")
 
     if "auto_map" in config and str(config.get("model_type")) not in known:
         if not runs_remote_code():
@@ -134,7 +137,7 @@ def _load_weights(model_dir: Path, architecture: str) -> Any:
 def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-    path = str(model_dir)
+    path, family = str(model_dir), family_of(architecture)
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{model_dir} has no tokenizer ({', '.join(TOKENIZER_FILES)}): fetch the model again")
     try:
@@ -142,12 +145,13 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
         image_token_id = _image_token_id(model.config)
         image_prompt: ImagePrompt
         template: Any
-        if architecture in PROVED:
+        if family:
             images = AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil", trust_remote_code=runs_remote_code())
-            image_prompt, template = QwenImagePrompt(tokenizer, images, image_token_id), tokenizer
+            template = tokenizer
+            image_prompt = RuntimePrompt(template, tokenizer, images, family.picture, image_token_id, model.config)
         else:
             template = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=runs_remote_code())
-            image_prompt = ProcessorImagePrompt(template)
+            image_prompt = ProcessorImagePrompt(template, image_token_id)
         end_ids = _end_ids(model, tokenizer)
     except UserError:  # code of the directory, refused
         raise
@@ -164,7 +168,7 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
         raise UserError(
             f"{model_dir} has no chat template, which calibration asks about images with: fetch the model again with chat_template.json"
         )
-    prompts = Prompts(template, tokenizer, image_prompt, image_token_id, end_ids)
+    prompts = Prompts(tokenizer, image_prompt, image_token_id, end_ids)
     prompts.check()
     return prompts
 

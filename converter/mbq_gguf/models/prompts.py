@@ -1,6 +1,7 @@
 """A question about an image to token ids and image inputs, with the model's own tokenizer, image processor and chat template.
 
-The prompt is what llama-server makes of an OpenAI-style message whose content is the image first, then the question.
+The prompt is what llama-server makes of an OpenAI-style message whose content is the image first, then the question; how libmtmd
+writes a picture is in pictures.py.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import torch
 from PIL import Image
 
 from mbq_gguf.errors import UserError, said
+from mbq_gguf.models.pictures import Picture
 from mbq_gguf.picture import open_picture
 
 CHECKED = (224, 224)  # pixels of a picture that every family takes
 TextTurns = Sequence[tuple[str, str]]  # question, answer
+Spoken = Sequence[tuple[str, str]]  # role, words
+MARK = "<__picture__>"  # the first one in a text: pictures come before words
 # Which tokens stand for the answer where modalities are weighed (Encoded.counted).
 AnswerMask = Literal["header", "predicting", "answer"]
 
@@ -53,44 +57,79 @@ class Encoded:
 
 
 class ImagePrompt(Protocol):
-    """Turns the rendered prompt up to the first answer, with its image, into model inputs [1, tokens]."""
+    """Renders conversations of (role, words), the picture before the first words, and turns the text into model inputs [1, tokens].
 
-    def __call__(self, text: str, image: Image.Image) -> dict[str, torch.Tensor]: ...
+    ``picture_ids`` are the tokens that stand where the runtime has embeddings from the vision file.
+    """
+
+    picture_ids: tuple[int, ...]
+
+    def conversation(self, spoken: Spoken, opened: bool) -> str:
+        """The text of ``spoken``, with a place for the picture; ``opened`` ends it with what opens an answer."""
+        ...
+
+    def __call__(self, text: str, image: Image.Image) -> dict[str, torch.Tensor]:
+        """Model inputs of the ``text`` of a conversation with its ``image``."""
+        ...
 
     def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the model takes for token ids [texts, tokens] without any image."""
         ...
 
 
-class QwenImagePrompt:
-    """Qwen2-VL and Qwen2.5-VL without the video processor (which needs torchvision): PIL image processor and tokenizer."""
+class RuntimePrompt:
+    """The prompt of llama-server and libmtmd: words as one string with a mark for the picture, which gives way to a :class:`Picture`."""
 
-    def __init__(self, tokenizer: Any, image_processor: Any, image_token_id: int) -> None:
-        self.tokenizer, self.image_processor, self.image_token_id = tokenizer, image_processor, image_token_id
+    def __init__(self, template: Any, tokenizer: Any, image_processor: Any, picture: Picture, image_token_id: int, config: Any) -> None:
+        self.template, self.tokenizer, self.image_processor = template, tokenizer, image_processor
+        self.picture, self.image_token_id, self.config = picture, image_token_id, config
+        begun, bos = tokenizer("")["input_ids"][:1], tokenizer.bos_token_id
+        self.picture_ids = (image_token_id, *tokenizer.convert_tokens_to_ids(list(picture.inside)))
+        self.begin = begun if bos is not None and begun == [bos] else []  # llama.cpp adds it, and takes the template's own away
+
+    def conversation(self, spoken: Spoken, opened: bool) -> str:
+        """As llama-server renders it: strings, or one typed part each where the template takes nothing else."""
+        marked = [(role, MARK + words if index == 0 else words) for index, (role, words) in enumerate(spoken)]
+        for typed in (False, True):
+            messages = [{"role": role, "content": [{"type": "text", "text": words}] if typed else words} for role, words in marked]
+            text = self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened, enable_thinking=True)
+            if all(words.strip() in text for _, words in marked):
+                return str(text)
+        raise ValueError("it leaves out what is said")
 
     def __call__(self, text: str, image: Image.Image) -> dict[str, torch.Tensor]:
-        pixels = self.image_processor(images=[image], return_tensors="pt")
-        count = int(pixels["image_grid_thw"][0].prod()) // self.image_processor.merge_size**2
-        ids: list[int] = []
-        for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]:
-            ids.extend([token] * (count if token == self.image_token_id else 1))
+        """Each piece is cut into tokens by itself, as libmtmd does."""
+        found = self.image_processor(images=[image], return_tensors="pt", **self.picture.options)
+        before, _, after = text.removeprefix(self.tokenizer.bos_token if self.begin else "").partition(MARK)
+        pieces: list[str | int] = [before, *self.picture.pieces(found, self.image_processor, self.config), after]
+        ids = list(self.begin)
+        for piece in pieces:
+            if isinstance(piece, int):
+                ids += [self.image_token_id] * piece
+            else:
+                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
         row = torch.tensor([ids])
-        return {
-            "input_ids": row,
-            "mm_token_type_ids": (row == self.image_token_id).int(),
-            "pixel_values": pixels["pixel_values"],
-            "image_grid_thw": pixels["image_grid_thw"],
-        }
+        types = {self.picture.types: (row == self.image_token_id).int()} if self.picture.types else {}
+        return {"input_ids": row, **types, **{name: found[name] for name in self.picture.features}}
 
     def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"input_ids": ids, "mm_token_type_ids": torch.zeros_like(ids, dtype=torch.int32)}
+        types = {self.picture.types: torch.zeros_like(ids, dtype=torch.int32)} if self.picture.types else {}
+        return {"input_ids": ids, **types}
 
 
 class ProcessorImagePrompt:
-    """Any family whose AutoProcessor loads."""
+    """Any family whose AutoProcessor loads: the text round a picture is that of transformers."""
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, image_token_id: int) -> None:
         self.processor = processor
+        self.picture_ids: tuple[int, ...] = (image_token_id,)
+
+    def conversation(self, spoken: Spoken, opened: bool) -> str:
+        messages: list[dict[str, Any]] = []
+        for index, (role, words) in enumerate(spoken):
+            content: list[dict[str, str]] = [{"type": "image"}] if index == 0 else []
+            messages.append({"role": role, "content": [*content, {"type": "text", "text": words}]})
+        return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened))
 
     def __call__(self, text: str, image: Image.Image) -> dict[str, torch.Tensor]:
         inputs = self.processor(text=[text], images=[image], return_tensors="pt", add_special_tokens=False)
@@ -105,7 +144,6 @@ class ProcessorImagePrompt:
 class Prompts:
     """Chat template, tokenizer and image processing of one model."""
 
-    template: Any  # a tokenizer or processor with apply_chat_template
     tokenizer: Any
     image_prompt: ImagePrompt
     image_token_id: int
@@ -132,7 +170,9 @@ class Prompts:
                 inputs[name] = torch.cat([value, value.new_zeros(1, len(more))], dim=1)
         ids = inputs["input_ids"][0]
         masks = ([False] * prefix + answer, [False] * (prefix - opening) + [True] * opening + header)
-        return Encoded(inputs, ids == self.image_token_id, *(torch.tensor(mask, dtype=torch.bool) for mask in masks))
+        return Encoded(
+            inputs, torch.isin(ids, torch.tensor(self.image_prompt.picture_ids)), *(torch.tensor(mask, dtype=torch.bool) for mask in masks)
+        )
 
     def check(self) -> None:
         """Raise UserError where the chat template, the tokenizer or the image processor do not do for a small conversation."""
@@ -190,15 +230,10 @@ class Prompts:
 
     def _render(self, done: TextTurns, question: str | None, opened: bool = True) -> str:
         """The conversation so far, then ``question`` where there is one, its answer ``opened``. The first question carries the image."""
-        messages: list[dict[str, Any]] = []
-        questions = [turn[0] for turn in done] + ([question] if question is not None else [])
-        for index, asked in enumerate(questions):
-            content: list[dict[str, str]] = [{"type": "image"}] if index == 0 else []
-            messages.append({"role": "user", "content": [*content, {"type": "text", "text": asked}]})
-            if index < len(done):
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": done[index][1]}]})
+        spoken = [words for turn in done for words in zip(("user", "assistant"), turn, strict=True)]
+        spoken += [("user", question)] if question is not None else []
         try:
-            return str(self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened and question is not None))
+            return self.image_prompt.conversation(spoken, opened and question is not None)
         except Exception as error:  # a template is a program and may raise anything
             raise UserError(f"the model's chat template cannot be rendered ({said(error)}): give the model one that renders") from error
 

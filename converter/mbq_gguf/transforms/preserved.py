@@ -25,10 +25,8 @@ class FunctionCheck:
     def __init__(self, loaded: LoadedModel, streams: Sequence[Streamed], rotation: Rotation | None) -> None:
         self.loaded = loaded
         self.plain = [replace(stream) for stream in streams[:CHECK_SAMPLES]]
-        self.transformed = [replace(stream) for stream in self.plain]
         self.residual = rotation.residual if rotation else None
-        for stream in self.transformed:
-            stream.hidden = self._into_basis(stream.hidden)
+        self.transformed = [stream.turned(rotation.residual) if rotation else replace(stream) for stream in self.plain]
 
     def layer(self, transformed: Layer) -> None:
         """Compare what ``transformed`` and the stored layer give; UserError where they differ by more than :data:`BOUND` of its norm."""

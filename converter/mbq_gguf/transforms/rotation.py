@@ -12,6 +12,7 @@ mean and bias (RMSNorm) let a rotation pass.
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -172,14 +173,18 @@ def rotated_embeddings(decoder: Decoder, rotation: Rotation) -> dict[str, torch.
 
 
 def rotated_projector(loaded: LoadedModel, rotation: Rotation) -> dict[str, torch.Tensor]:
-    """Weight and bias of the projector's last linear, so that image features arrive in the rotated basis, by the ends of their names."""
-    path = loaded.decoder.layout.projector
-    assert path is not None
-    found = next(module for name, module in loaded.model.named_modules() if name.endswith(path))
-    assert isinstance(found, nn.Linear)
-    module = copy.deepcopy(found).float()
-    rotate_output(module, rotation.residual)
-    return {f"{path}.{name}": parameter.detach().cpu() for name, parameter in module.named_parameters()}
+    """The projector's last linears by the ends of their parameters' names, so that image features arrive in the rotated basis."""
+    ending = loaded.decoder.layout.projector
+    assert ending is not None
+    rotated: dict[str, torch.Tensor] = {}
+    for path, found in loaded.model.named_modules():
+        match = re.search(f"(?:^|[.])({ending})$", path)
+        if match:
+            assert isinstance(found, nn.Linear)
+            module = copy.deepcopy(found).float()
+            rotate_output(module, rotation.residual)
+            rotated |= {f"{match[1]}.{name}": parameter.detach().cpu() for name, parameter in module.named_parameters()}
+    return rotated
 
 
 def _rotate_values(layer: Layer, rotation: torch.Tensor) -> None:

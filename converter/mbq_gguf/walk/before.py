@@ -100,10 +100,7 @@ def enter_decoder(walk: Walk) -> None:
     captured, rotation = made(walk.captured), walk.rotation
     if walk.settings.method != "rtn" or rotation:
         walk.check = FunctionCheck(walk.loaded, captured, rotation)
-    streams = [replace(stream) for stream in captured]
-    if rotation:
-        for stream in streams:
-            stream.hidden = (stream.hidden.double() @ rotation.residual).to(stream.hidden)
+    streams = [stream.turned(rotation.residual) if rotation else replace(stream) for stream in captured]
     walk.captured, walk.streams = None, streams
     if walk.settings.follows_prefix:
         walk.prefix = [replace(stream) for stream in streams]

@@ -1,0 +1,43 @@
+"""The families that are proved here, each in one line: tests/families converts a small model of every one and runs it in llama.cpp."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mbq_gguf.models import pictures
+from mbq_gguf.models.pictures import Picture
+
+
+@dataclass(frozen=True)
+class Family:
+    """VLMs of one kind: ``architectures`` are the class names in config.json, ``gguf`` what llama.cpp calls the language model."""
+
+    name: str
+    architectures: tuple[str, ...]
+    gguf: str
+    picture: Picture
+
+
+FAMILIES = (
+    Family("Qwen2-VL", ("Qwen2VLForConditionalGeneration",), "qwen2vl", pictures.QWEN),
+    Family("Qwen2.5-VL", ("Qwen2_5_VLForConditionalGeneration",), "qwen2vl", pictures.QWEN),
+    Family("Qwen3-VL", ("Qwen3VLForConditionalGeneration",), "qwen3vl", pictures.QWEN),
+)
+
+# Families that people will ask for, by architecture, and why they are refused.
+NEEDS_CODE = "its checkpoints need Python code of their directory"
+REFUSED = {
+    "QWenLMHeadModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of Qwen-VL alone",
+    "ChatGLMModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of GLM-4V alone",
+    "MiniCPMV": f"{NEEDS_CODE}, and llama.cpp converts it by scripts of another kind",
+    "InternVLChatModel": f"{NEEDS_CODE}: the same models are published for transformers itself, with -hf in their name",
+    "Qwen2_5OmniModel": "its language model lies among parts for speech",
+    "MolmoForCausalLM": "llama.cpp does not know it",
+    "MllamaForConditionalGeneration": "llama.cpp does not know it",
+    "PaliGemmaForConditionalGeneration": "llama.cpp does not know it",
+}
+
+
+def family_of(architecture: str) -> Family | None:
+    """The family of an architecture, or None."""
+    return next((family for family in FAMILIES if architecture in family.architectures), None)

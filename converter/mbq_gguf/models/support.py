@@ -1,0 +1,79 @@
+"""What works with which family, told from the tables of families and layouts: for a terminal, as JSON, and for the README."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from mbq_gguf.models.families import FAMILIES, REFUSED, Family
+from mbq_gguf.models.layout import layout_of
+
+WORKS = "yes"
+
+
+@dataclass(frozen=True)
+class Support:
+    """A family, and for each thing that can be done with it why it cannot be, or None."""
+
+    family: str
+    architectures: tuple[str, ...]
+    gguf: str
+    limits: dict[str, str | None]
+
+    def cell(self, column: str) -> str:
+        """A word for a table."""
+        return "no" if self.limits[column] else WORKS
+
+
+def support() -> list[Support]:
+    """Every family that works, in the order of the table."""
+    return [Support(family.name, family.architectures, family.gguf, limits(family)) for family in FAMILIES]
+
+
+def limits(family: Family) -> dict[str, str | None]:
+    """What can be done with ``family``: GPTQ needs no more than its sites, other methods ask the layout."""
+    layout = layout_of(family.architectures[0])
+    return {
+        "calibration": None,
+        "W3": None,
+        "W4A8": None,
+        "equalisation": layout.no_equalisation(),
+        "rotation": layout.no_rotation(),
+        "mmproj": None,
+    }
+
+
+def as_json() -> dict[str, Any]:
+    """The same for programs; what is refused is under "refused", with its reasons."""
+    return {"families": [asdict(found) for found in support()], "refused": REFUSED}
+
+
+def reasons() -> list[str]:
+    """One sentence for each "no"."""
+    return [f"{found.family}, {name}: {why}." for found in support() for name, why in found.limits.items() if why]
+
+
+def table() -> RenderableType:
+    """Families and refusals for a terminal."""
+    found = support()
+    columns = list(found[0].limits)
+    families = Table("family", "architecture", "llama.cpp", *columns, box=box.SIMPLE_HEAD)
+    for row in found:
+        families.add_row(row.family, "\n".join(row.architectures), row.gguf, *map(row.cell, columns))
+    refused = Table("refused", "because", box=box.SIMPLE_HEAD)
+    for architecture, why in REFUSED.items():
+        refused.add_row(architecture, why)
+    return Group(families, *reasons(), refused)
+
+
+def markdown() -> str:
+    """The README's table."""
+    found = support()
+    columns = list(found[0].limits)
+    lines = [f"| family | llama.cpp | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
+    lines += [f"| {row.family} | {row.gguf} | {' | '.join(map(row.cell, columns))} |" for row in found]
+    return "\n".join([*lines, "", *reasons()]).rstrip()

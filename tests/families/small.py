@@ -1,0 +1,122 @@
+"""A family's small checkpoint, the model of it in Hugging Face, and its files in llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mbq_cbind.model import Model
+from mbq_cbind.types import Floats
+from mbq_gguf.calibration.dataset import Sample
+from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
+from mbq_gguf.formats.registry import quant_type
+from mbq_gguf.formats.row_scale import stored_as
+from mbq_gguf.models import LoadedModel, load
+from mbq_gguf.models.prompts import Encoded
+from mbq_gguf.outcome import QuantiseResult
+from PIL import Image
+from recipes import RECIPES, Recipe, write
+
+QUESTION = "What is in this picture?"
+ANSWER = " ".join(["red", "blue circle", "left of", "the square", "seven"] * 4)
+
+
+class Small:
+    """Everything that the tests of one family share; files are made when they are asked for."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.recipe: Recipe = RECIPES[name]
+
+    @cached_property
+    def directory(self) -> Path:
+        """The checkpoint as transformers saves it."""
+        return write(self.recipe, self.folder / "checkpoint")
+
+    @cached_property
+    def picture(self) -> Path:
+        path, (width, height) = self.folder / "picture.png", self.recipe.size
+        Image.fromarray(np.random.default_rng(1).integers(0, 255, (height, width, 3), dtype=np.uint8)).save(path)
+        return path
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """In float32, layers too."""
+        loaded = load(self.directory)
+        loaded.model.float()
+        return loaded
+
+    @property
+    def samples(self) -> list[Sample]:
+        """What calibration takes: one conversation."""
+        return [Sample(self.picture, ((QUESTION, ANSWER),))]
+
+    @cached_property
+    def encoded(self) -> Encoded:
+        """The conversation as calibration sees it."""
+        return self.loaded.encode(self.picture, [(QUESTION, ANSWER)])
+
+    @property
+    def picture_ids(self) -> set[int]:
+        """Tokens that stand where the runtime puts embeddings of a picture."""
+        return set(self.loaded.prompts.image_prompt.picture_ids)
+
+    @cached_property
+    def mmproj(self) -> Path:
+        path = self.folder / "mmproj.gguf"
+        write_mmproj_gguf(self.directory, path, mmproj_type="BF16")
+        return path
+
+    def written(self, name: str, result: QuantiseResult | None = None, directory: Path | None = None) -> tuple[Path, Path]:
+        """The two files of ``result``, or in BF16."""
+        path, mmproj = self.folder / f"{name}.gguf", self.mmproj
+        result = result or QuantiseResult()
+        if vision := result.tensors_of("vision"):
+            mmproj = self.folder / f"mmproj-{name}.gguf"
+            write_mmproj_gguf(self.directory, mmproj, mmproj_type="BF16", replaced=vision, metadata=result.facts_of("vision"))
+        write_text_gguf(
+            directory or self.directory,
+            path,
+            quantised=result.quantised,
+            replaced=result.replaced,
+            base_type="BF16",
+            embedding_type="BF16",
+            metadata=result.facts_of("metadata"),
+            file_type=None,
+        )
+        return path, mmproj
+
+    def theirs(self, weights: Mapping[str, Any] | None = None) -> Floats:
+        """Hugging Face's logits of the answer's tokens, with decoder ``weights`` in place of its own."""
+        answer = int(self.encoded.answer.sum())
+        path = self.loaded.decoder.path
+        changed = {f"{path}.{name}": torch.as_tensor(value).float() for name, value in (weights or {}).items()}
+        inputs = {**self.encoded.inputs, "logits_to_keep": answer + 1}
+        with torch.inference_mode():
+            out: Any = torch.func.functional_call(self.loaded.model, changed, (), inputs)
+        logits: Floats = out.logits[0, :-1].numpy()
+        return logits
+
+    def ours(self, files: tuple[Path, Path]) -> Floats:
+        """llama.cpp's, after its own picture and prompt."""
+        answer = self.encoded.ids[self.encoded.answer].tolist()
+        with Model(*files, context=512, threads=1) as model:
+            return model.logits(model.prompt(QUESTION), [model.vision.encode(self.picture)], answer)
+
+
+def unpacked(result: QuantiseResult) -> dict[str, Any]:
+    """The weights that ``result`` stores, by their names in the decoder, with what else it replaces."""
+    weights = {name: quant_type(stored_as(found.type_name)).dequantize(found.data) for name, found in result.quantised.items()}
+    return {**weights, **result.replaced}
+
+
+def compare(ours: Floats, theirs: Floats) -> tuple[float, float]:
+    """Share of tokens with the same top-1, and the largest difference as a share of the range of ``theirs``."""
+    top1 = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
+    difference = float(np.abs(ours - theirs).max() / np.ptp(theirs))
+    print(f"top-1 equal {top1:.3f}, largest difference {difference:.4f} of the range")
+    return top1, difference

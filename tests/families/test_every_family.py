@@ -1,0 +1,106 @@
+"""Every family, from a small random checkpoint to logits in llama.cpp, against Hugging Face in float32.
+
+Costs about three seconds of processor time a family.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mbq_cbind.model import Model
+from mbq_gguf.calibration.stream import advance, capture, logits, working_layer
+from mbq_gguf.export.checkpoint import names_of
+from mbq_gguf.export.gguf_header import read_header
+from mbq_gguf.export.rehearsal import rehearse
+from mbq_gguf.models.checks import weight_files
+from mbq_gguf.models.families import family_of
+from mbq_gguf.quantise import quantise
+from mbq_gguf.settings import QuantiseSettings
+from safetensors.torch import load_file, save_file
+from small import QUESTION, Small, compare, unpacked
+
+TOP1 = 0.97  # of the answer's tokens
+# The largest difference over the range of the logits. llama.cpp rounds activations to bfloat16 before products with bfloat16 weights.
+BF16 = 0.03
+# Activations of quantised products are rounded to int8, in blocks of 32 or a whole row.
+INT8 = 0.04
+SETTINGS = QuantiseSettings(type_name="MBQ3S", synthetic=0, refits=0, clip=False)
+
+
+def test_prompt_is_what_libmtmd_makes(small: Small) -> None:
+    encoded = small.encoded
+    prompt = encoded.ids[: len(encoded.ids) - int(encoded.answer.sum())].tolist()
+    with Model(*small.written("prompt"), context=512, threads=1) as model:
+        ours = model.prompt_tokens(model.prompt(QUESTION), [model.vision.encode(small.picture)])
+    assert ours.count(None) > 0
+    assert [token if token is None else int(token) for token in ours] == [None if i in small.picture_ids else i for i in prompt]
+
+
+def test_both_files_take_every_tensor(small: Small) -> None:
+    rehearse(small.directory, weight_files(small.directory), "BF16")
+    family = family_of(small.loaded.architecture)
+    assert family is not None
+    assert family.name == small.name
+    assert read_header(small.written("header")[0]).metadata["general.architecture"] == family.gguf
+
+
+def test_bf16_is_hugging_faces(small: Small) -> None:
+    top1, difference = compare(small.ours(small.written("bf16")), small.theirs())
+    assert top1 >= TOP1
+    assert difference <= BF16
+
+
+@torch.no_grad()
+def test_layer_by_layer_is_the_whole_model(small: Small) -> None:
+    (stream,) = capture(small.loaded, small.samples)
+    for index in range(len(small.loaded.decoder.layers)):
+        advance(working_layer(small.loaded, index), [stream])
+    found = logits(small.loaded, stream.hidden)[0, -int(small.encoded.answer.sum()) - 1 : -1]
+    _, difference = compare(found.numpy(), small.theirs())
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize("type_name", ["MBQ3S", "W4A8"])
+def test_quantised_is_hugging_face_with_those_weights(small: Small, type_name: str) -> None:
+    result = quantise(small.loaded, small.samples, replace(SETTINGS, type_name=type_name))
+    assert len(result.quantised) == len(small.loaded.decoder.layers) * len(small.loaded.decoder.layout.linears)
+    _, difference = compare(small.ours(small.written(type_name, result)), small.theirs(unpacked(result)))
+    assert difference <= INT8
+
+
+def test_rotated_is_hugging_faces(small: Small) -> None:
+    """Q8_0 by rounding to nearest: whatever the rotation forgets is larger than its error."""
+    if small.loaded.decoder.layout.no_rotation():
+        pytest.skip("it is refused")
+    result = quantise(small.loaded, small.samples, replace(SETTINGS, type_name="Q8_0", rotate="offline", rounding="nearest"))
+    _, difference = compare(small.ours(small.written("rotated", result)), small.theirs())
+    assert difference <= INT8
+
+
+def test_other_names_give_the_same_files(small: Small, tmp_path: Path) -> None:
+    rename = small.recipe.other_names
+    if rename is None:
+        pytest.skip("all checkpoints have the names that transformers saves")
+    (weights,) = weight_files(small.directory)
+    for file in small.directory.iterdir():
+        if file != weights:
+            (tmp_path / file.name).symlink_to(file)
+    save_file({rename(name): tensor for name, tensor in load_file(weights).items()}, tmp_path / weights.name, {"format": "pt"})
+    assert set(names_of(weight_files(tmp_path))) != set(names_of([weights]))
+    rehearse(tmp_path, weight_files(tmp_path), "BF16")
+    older = Small(small.name, tmp_path / "files")
+    older.folder.mkdir()
+    older.__dict__["directory"] = tmp_path
+    for ours, theirs in zip(older.written("bf16"), small.written("bf16"), strict=True):
+        assert tensors(ours) == tensors(theirs)
+    torch.testing.assert_close(older.loaded.model.state_dict(), small.loaded.model.state_dict(), rtol=0, atol=0)
+
+
+def tensors(path: Path) -> dict[str, Any]:
+    """The bytes of every tensor of a file."""
+    header, data = read_header(path), path.read_bytes()
+    return {entry.name: data[header.data_start + entry.offset :][: entry.nbytes] for entry in header.tensors}

@@ -1,0 +1,57 @@
+"""What is said to work with a family follows from its tables, and the README says the same."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from mbq_gguf.cli import main
+from mbq_gguf.errors import UsageError
+from mbq_gguf.models import support
+from mbq_gguf.models.families import FAMILIES, REFUSED
+from mbq_gguf.models.layout import LAYOUTS
+from mbq_gguf.models.load import check_architecture
+
+README = Path(__file__).parents[2] / "README.md"
+TABLE = re.compile(r"(?<=<!-- mbq-gguf models -->\n).*?\n?(?=<!-- end -->)", re.DOTALL)
+
+
+def test_the_readme_has_the_table() -> None:
+    """On a miss: python -c "from mbq_gguf.models.support import markdown; print(markdown())" between the two marks."""
+    (found,) = TABLE.findall(README.read_text(encoding="utf-8"))
+    assert found.strip() == support.markdown()
+
+
+def test_every_family_has_a_layout_of_its_own() -> None:
+    assert {name for family in FAMILIES for name in family.architectures} <= set(LAYOUTS)
+
+
+def test_the_command_says_the_same_in_both_forms() -> None:
+    listed = json.loads(CliRunner().invoke(main, ["models", "--json"], catch_exceptions=False).output)
+    shown = CliRunner().invoke(main, ["models"], catch_exceptions=False, env={"COLUMNS": "200"}).output
+    for family in listed["families"]:
+        assert family["family"] in shown
+        assert all(why in " ".join(shown.split()) for why in family["limits"].values() if why)
+    assert listed["refused"] == REFUSED
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_a_refusal_says_why(architecture: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"{architecture} is not supported, {REFUSED[architecture]}: use a model of")):
+        check_architecture({"architectures": [architecture], "model_type": "novel"})
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "is a text-only model"),
+        ({"architectures": ["HfMoondream"], "model_type": "moondream1"}, "its config.json tells of no vision tower"),
+        ({"architectures": ["Phi3VForCausalLM"], "model_type": "phi3_v"}, "its config.json tells of no vision tower"),
+    ],
+)
+def test_text_only_is_said_of_text_only_models(config: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        check_architecture(config)
