@@ -20,6 +20,8 @@ from typing import Any
 import click
 import numpy as np
 from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.export.gguf_writer import add_metadata
+from mbq_gguf.formats import row_scale
 from mbq_gguf.formats.gguf_types import import_gguf
 from mbq_gguf.llama_cpp import paths
 from rich.console import Console
@@ -37,6 +39,8 @@ FILE_TYPES = {
     "MBQ3_64": "MBQ3_64",
     "MBQ3S": "MBQ3S",
     "MBQ3S_64": "MBQ3S_64",
+    "W4A8": "Q4_0",  # its blocks, with one scale a row
+    "W8A8": "Q8_0",
 }
 BASELINE = "Q3_K"
 
@@ -82,7 +86,21 @@ def random_layer(seed: int) -> Tensors:
     return tensors
 
 
-def write_model(path: Path, tensors: Tensors, layers: int) -> None:
+def with_row_scales(tensors: Tensors) -> Tensors:
+    """The same with each block of the layer's matrices at the scale of its row's first block: other weights, and as fast as any."""
+    gguf = import_gguf()
+    changed: Tensors = {}
+    for name, (values, kind) in tensors.items():
+        if name.startswith("blk.") and values.dtype == np.uint8:
+            _, size = gguf.GGML_QUANT_SIZES[kind]
+            blocks = np.array(values).reshape(len(values), -1, size)
+            blocks[:, :, :2] = blocks[:, :1, :2]
+            values = blocks.reshape(len(values), -1)
+        changed[name] = (values, kind)
+    return changed
+
+
+def write_model(path: Path, tensors: Tensors, layers: int, row_scales: bool = False) -> None:
     """Write a GGUF without a tokenizer in which each of ``layers`` layers is a copy of ``blk.0``; `path` appears when it is whole."""
     gguf = import_gguf()
     partial = path.with_suffix(".part")
@@ -104,6 +122,11 @@ def write_model(path: Path, tensors: Tensors, layers: int) -> None:
                 writer.add_tensor(name.replace("blk.0.", f"blk.{layer}."), values, raw_dtype=kind)
             elif layer == 0:
                 writer.add_tensor(name, values, raw_dtype=kind)
+    if row_scales:
+        matrices = [name for name, (values, _) in tensors.items() if name.startswith("blk.") and values.dtype == np.uint8]
+        names = [name.replace("blk.0.", f"blk.{layer}.") for layer in range(layers) for name in matrices]
+        for key, value in row_scale.metadata(names).items():
+            add_metadata(writer, key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -127,7 +150,9 @@ def prepare_models(folder: Path, names: Sequence[str], layers: int, threads: int
             command += ["--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0"]
             _run([*command, source, packed, FILE_TYPES[name], str(threads)])
             reader = gguf.GGUFReader(packed)
-            write_model(model, {tensor.name: (tensor.data, tensor.tensor_type) for tensor in reader.tensors}, layers)
+            tensors: Tensors = {tensor.name: (tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+            one_scale = name in row_scale.ROW_SCALES
+            write_model(model, with_row_scales(tensors) if one_scale else tensors, layers, one_scale)
     return models
 
 
