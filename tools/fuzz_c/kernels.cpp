@@ -158,7 +158,7 @@ static bool finite(const float * x, int64_t n) {
 // A product at once, and once more in random cuts of its columns
 template <bool row_scale>
 static int64_t feed_product(rng_t & rng, enum ggml_type type) {
-    const int64_t k = some_columns(rng, type), rows = between(rng, 1, 40), n = between(rng, 1, between(rng, 0, 2) ? 5 : 30);
+    const int64_t k = some_columns(rng, type), rows = between(rng, 1, 40), n = between(rng, 1, between(rng, 0, 2) ? 5 : 70);
     const int64_t stride = k + between(rng, 0, 3);
     exact w(rows*ggml_row_size(type, k)), x(((n - 1)*stride + k)*sizeof(float)), whole(n*rows*sizeof(float)), cut(n*rows*sizeof(float));
     make_blocks(rng, type, w.data.get(), rows, k);

@@ -1,8 +1,9 @@
 """Run the built CPU kernels once, in a process of their own: ``python kernels_run.py <folder with libggml-cpu>``.
 
 Every weight type is multiplied in every buffer type that the CPU device offers, as llama.cpp does when it loads a model: AMX tiles and
-repacked layouts exist only in those extra buffers, so a product in plain memory would never touch them. Each product is compared with
-numpy in float64 on the same quantised weights.
+repacked layouts exist only in those extra buffers, so a product in plain memory would never touch them. Weights with one scale a row have
+kernels of their own, in plain memory; they follow each type's other products, so that what they leave in AMX's tiles is met by the next.
+Each product is compared with numpy in float64 on the same quantised weights.
 
 Uses only ggml's public C API. Each case is printed before it runs; a CPU that faults kills the process by a signal, and the last line
 tells where. Exit code 0: all right; 1: a product is wrong; 2: the libraries cannot be loaded.
@@ -26,12 +27,23 @@ MAX_RELATIVE_ERROR = 0.03  # in the 2-norm; activations rounded to 8 bits a bloc
 # Ids of ggml.h: F32 F16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K-Q6_K IQ4_NL IQ4_XS BF16, and the ids of this project from 120 on.
 TYPES = (0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 30, *range(120, 128))
 F32, I32 = 0, 26
+ROW_SCALES = (2, 8)  # Q4_0 and Q8_0
+ROW_SCALE = 1 << 16  # GGML_TENSOR_FLAG_ROW_SCALE of ggml-row-scale.h
 
 
 class InitParams(ctypes.Structure):
     """struct ggml_init_params."""
 
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
+
+
+class TensorHead(ctypes.Structure):
+    """The first fields of struct ggml_tensor, up to its flags."""
+
+    _fields_ = (
+        *(("type", c_int), ("buffer", c_void_p), ("ne", c_int64 * 4), ("nb", c_size_t * 4)),
+        *(("op", c_int), ("op_params", c_int * 16), ("flags", c_int)),
+    )
 
 
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -103,10 +115,11 @@ class Ggml:
         )
         return data
 
-    def product(self, operation: str, type_id: int, data: Array, other: Array, buffer_type: int) -> Array | None:
+    def product(self, operation: str, type_id: int, data: Array, other: Array, buffer_type: int, flags: int = 0) -> Array | None:
         """``mul_mat`` or ``get_rows`` of weights [ROWS, COLUMNS] held in `buffer_type`; None where that buffer type leaves the op alone."""
         weight_context, context = (self("init", InitParams(1 << 20, None, True)) for _ in range(2))
         weight = self("new_tensor_2d", weight_context, type_id, COLUMNS, ROWS)
+        ctypes.cast(weight, POINTER(TensorHead)).contents.flags |= flags
         if operation == "mul_mat":
             right = self("new_tensor_2d", context, F32, COLUMNS, len(other))
         else:
@@ -136,27 +149,38 @@ def run(ggml: Ggml) -> bool:
     """All types in all buffer types and batch sizes; prints one line a case. Returns False at the first product that is wrong."""
     random = np.random.default_rng(0)
     weights = random.standard_normal((ROWS, COLUMNS), dtype=np.float32)
-    every_row = np.arange(ROWS, dtype=np.int32)
     for type_id in TYPES:
         name = ggml("type_name", type_id)
         if name in (None, b"", b"NONE"):
             continue
         data = ggml.quantise(type_id, weights)
-        print(f"{name.decode()} to float", flush=True)
-        exact = ggml.product("get_rows", type_id, data, every_row, ggml.buffer_types[0])
-        for buffer_type in ggml.buffer_types:
-            for batch in BATCHES:
-                activations = random.standard_normal((batch, COLUMNS), dtype=np.float32)
-                case = f"{name.decode()} x {batch} in {ggml('backend_buft_name', buffer_type).decode()} memory"
-                print(case, flush=True)
-                answer = ggml.product("mul_mat", type_id, data, activations, buffer_type)
-                if answer is None:
-                    continue
-                expected = activations.astype(np.float64) @ np.asarray(exact, dtype=np.float64).T
-                error = float(np.linalg.norm(answer - expected) / np.linalg.norm(expected))
-                if not error <= MAX_RELATIVE_ERROR:  # also true for NaN
-                    print(f"{case}: relative error {error:.3g}", flush=True)
-                    return False
+        if not right(ggml, name.decode(), type_id, data, ggml.buffer_types, random):
+            return False
+        if type_id in ROW_SCALES:
+            scales = data.reshape(ROWS, COLUMNS // 32, -1)[:, :, :2]  # fp16, at the start of a block
+            scales[:] = scales[:, :1]
+            if not right(ggml, f"{name.decode()} with one scale a row", type_id, data, ggml.buffer_types[:1], random, ROW_SCALE):
+                return False
+    return True
+
+
+def right(ggml: Ggml, name: str, type_id: int, data: Array, buffer_types: list[int], random: np.random.Generator, flags: int = 0) -> bool:
+    """Whether the products of one type's weights are those of numpy."""
+    print(f"{name} to float", flush=True)
+    exact = ggml.product("get_rows", type_id, data, np.arange(ROWS, dtype=np.int32), ggml.buffer_types[0])
+    for buffer_type in buffer_types:
+        for batch in BATCHES:
+            activations = random.standard_normal((batch, COLUMNS), dtype=np.float32)
+            case = f"{name} x {batch} in {ggml('backend_buft_name', buffer_type).decode()} memory"
+            print(case, flush=True)
+            answer = ggml.product("mul_mat", type_id, data, activations, buffer_type, flags)
+            if answer is None:
+                continue
+            expected = activations.astype(np.float64) @ np.asarray(exact, dtype=np.float64).T
+            error = float(np.linalg.norm(answer - expected) / np.linalg.norm(expected))
+            if not error <= MAX_RELATIVE_ERROR:  # also true for NaN
+                print(f"{case}: relative error {error:.3g}", flush=True)
+                return False
     return True
 
 

@@ -3,6 +3,7 @@
 // What the products of row-scale.cpp add to the vectors of mbq-simd.h. Codes are 4 bits (0 to 15) or, wide, 8 bits; offset is what a
 // stored code is above its value, which the sum of the activations takes off again.
 //
+//   words(p, o, v)        the 4 words of 4 bytes at p + o[row], for each row: v[i] has word i of all rows
 //   zero_point(wide)      that offset
 //   stored(v)             wide codes as dot takes them
 //   dot<wide>(a, w, q)    a + products of the 4 codes of each row in w with the 4 signed bytes at q, at most 8 times before fold
@@ -16,7 +17,27 @@
 #ifdef MBQ_SIMD_ROWS
 
 struct row_scale_simd : mbq_simd {
+#if defined(__AVX2__)
+    static __m128i load16(const uint8_t * p) { return _mm_loadu_si128((const __m128i *) p); }
+#endif
+
 #if MBQ_SIMD_ROWS == 16
+
+    static void words(const uint8_t * p, const int32_t * o, ivec v[4]) {
+        ivec row[4]; // in 16 bytes i of row[r] row 4*i + r
+        for (int r = 0; r < 4; ++r) {
+            row[r] = _mm512_castsi128_si512(load16(p + o[r]));
+            row[r] = _mm512_inserti32x4(row[r], load16(p + o[r +  4]), 1);
+            row[r] = _mm512_inserti32x4(row[r], load16(p + o[r +  8]), 2);
+            row[r] = _mm512_inserti32x4(row[r], load16(p + o[r + 12]), 3);
+        }
+        const ivec ab0 = _mm512_unpacklo_epi32(row[0], row[1]), ab1 = _mm512_unpackhi_epi32(row[0], row[1]);
+        const ivec cd0 = _mm512_unpacklo_epi32(row[2], row[3]), cd1 = _mm512_unpackhi_epi32(row[2], row[3]);
+        v[0] = _mm512_unpacklo_epi64(ab0, cd0);
+        v[1] = _mm512_unpackhi_epi64(ab0, cd0);
+        v[2] = _mm512_unpacklo_epi64(ab1, cd1);
+        v[3] = _mm512_unpackhi_epi64(ab1, cd1);
+    }
 
     static constexpr int zero_point(bool wide) { return wide ? 128 : 8; }
     static ivec stored(ivec v) { return _mm512_xor_si512(v, _mm512_set1_epi32((int) 0x80808080)); }
@@ -30,6 +51,19 @@ struct row_scale_simd : mbq_simd {
     }
 
 #elif defined(__AVX2__)
+
+    static void words(const uint8_t * p, const int32_t * o, ivec v[4]) {
+        ivec row[4]; // in 16 bytes i of row[r] row 4*i + r
+        for (int r = 0; r < 4; ++r) {
+            row[r] = _mm256_set_m128i(load16(p + o[r + 4]), load16(p + o[r]));
+        }
+        const ivec ab0 = _mm256_unpacklo_epi32(row[0], row[1]), ab1 = _mm256_unpackhi_epi32(row[0], row[1]);
+        const ivec cd0 = _mm256_unpacklo_epi32(row[2], row[3]), cd1 = _mm256_unpackhi_epi32(row[2], row[3]);
+        v[0] = _mm256_unpacklo_epi64(ab0, cd0);
+        v[1] = _mm256_unpackhi_epi64(ab0, cd0);
+        v[2] = _mm256_unpacklo_epi64(ab1, cd1);
+        v[3] = _mm256_unpackhi_epi64(ab1, cd1);
+    }
 
 #if defined(__AVXVNNI__)
     static constexpr int zero_point(bool wide) { return wide ? 128 : 8; }
@@ -66,6 +100,12 @@ struct row_scale_simd : mbq_simd {
     }
 
 #else
+
+    static void words(const uint8_t * p, const int32_t * o, ivec v[4]) {
+        for (int i = 0; i < 4; ++i) {
+            v[i] = gather(p + 4*i, o);
+        }
+    }
 
     static constexpr int zero_point(bool wide) { return wide ? 0 : 8; }
     static ivec stored(ivec v) { return v; }

@@ -1,0 +1,108 @@
+#pragma once
+
+// Rows of activations, quantised for the products of row-scale.cpp as ggml-row-scale.h says.
+
+#include "row-scale.h"
+
+#include "ggml-cpu-impl.h"
+#include "ggml-quants.h"
+#include "simd-mappings.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace {
+
+constexpr int    QK        = 32; // weights of a block of either type
+constexpr size_t ALIGNMENT = 64;
+
+template <typename B> constexpr bool is_wide = std::is_same_v<B, block_q8_0>;
+
+template <typename B> float scale_of(const B * row) { return GGML_CPU_FP16_TO_FP32(row->d); }
+
+// ---- panels of activations: steps of columns, in a step row by row, so that the kernel reads one stream; then of each row its scale,
+// and the sum of its quantised activations
+
+struct panel_shape {
+    int     cols;    // rows of activations of a panel, but for the last of a matrix
+    int     step;    // columns of a step; with tiles the last one is filled up with zeros,
+    int     multiple; // and the last panel with rows that nobody reads
+
+    int64_t rows(int64_t n) const { return GGML_PAD(n, multiple); }
+    int64_t k(int64_t k)    const { return GGML_PAD(k, step); }
+    size_t  row_bytes(int64_t k) const { return this->k(k) + sizeof(float) + sizeof(int32_t); }
+};
+
+struct panel {
+    int8_t  * q;   // [k/step][cols][step]
+    float   * s;   // [cols]
+    int32_t * sum; // [cols]
+    int       cols;
+    int       step;
+
+    int8_t * block(int64_t b, int col) const { return q + b*QK/step*cols*step + col*step + b*QK % step; }
+};
+
+panel panel_at(uint8_t * base, int64_t k, int cols, const panel_shape & shape) {
+    float * s = (float *) (base + shape.k(k)*cols);
+    return { (int8_t *) base, s, (int32_t *) (s + cols), cols, shape.step };
+}
+
+float largest(const float * x, int64_t k) {
+    uint32_t most = 0; // floats without their sign order as integers do
+    for (int64_t i = 0; i < k; ++i) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof(bits));
+        most = std::max(most, bits & 0x7FFFFFFF);
+    }
+    float amax;
+    memcpy(&amax, &most, sizeof(amax));
+    return amax;
+}
+
+// QK activations times inverse, rounded half to even; no addition follows a product, or compilers would fuse them
+void quantize_block(const float * x, float inverse, int8_t * q) {
+#if defined(__AVX2__)
+    __m256i v[4];
+    for (int i = 0; i < 4; ++i) {
+        v[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8*i), _mm256_set1_ps(inverse)));
+    }
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+    _mm256_storeu_si256((__m256i *) q, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    for (int i = 0; i < QK; i += 8) {
+        const int32x4_t a = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i),     inverse));
+        const int32x4_t b = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i + 4), inverse));
+        vst1_s8(q + i, vqmovn_s16(vcombine_s16(vqmovn_s32(a), vqmovn_s32(b))));
+    }
+#else
+    for (int i = 0; i < QK; ++i) {
+        q[i] = (int8_t) (int) fmaxf(-127.0f, fminf(127.0f, rintf(x[i]*inverse))); // in bounds even if x is not finite
+    }
+#endif
+}
+
+void quantize_row(const float * x, int64_t k, const panel & to, int col) {
+    const float amax    = largest(x, k);
+    const float inverse = amax < GGML_ROW_SCALE_AMAX_MIN ? 0.0f : 127.0f/amax;
+
+    int32_t sum = 0;
+    for (int64_t b = 0; b < k/QK; ++b) {
+        int8_t * q = to.block(b, col);
+        quantize_block(x + b*QK, inverse, q);
+        for (int i = 0; i < QK; ++i) {
+            sum += q[i];
+        }
+    }
+    for (int64_t b = k/QK; b*QK % to.step != 0; ++b) {
+        memset(to.block(b, col), 0, QK);
+    }
+    to.s[col]   = amax < GGML_ROW_SCALE_AMAX_MIN ? 0.0f : amax/127.0f;
+    to.sum[col] = sum;
+}
+
+} // namespace
