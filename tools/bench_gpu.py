@@ -1,8 +1,10 @@
-"""How fast the MBQ types are on this GPU beside llama.cpp's own, in one run: single products (cold and warm in L2) and whole models.
+"""How fast the MBQ types, or W4A8 and W8A8, are on this GPU beside llama.cpp's own, in one run: single products and whole models.
 
     MBQ_GGUF_BACKEND=cuda python tools/bench_gpu.py
+    MBQ_GGUF_BACKEND=cuda python tools/bench_gpu.py --row-scale
 
-Products are timed by bench_mul_mat.cu (built here, with nvcc), whole models by llama-bench on random weights (random_gguf.py).
+Products are timed by bench_mul_mat.cu (cold and warm in L2) and, as what they are held against, cuBLASLt's by bench_cublas.cu, both built
+here with nvcc; whole models by llama-bench on random weights (random_gguf.py), with flash attention. What is measured is stored at once.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,17 +23,59 @@ from typing import Any
 import click
 from mbq_gguf.errors import UserError
 from mbq_gguf.formats.gguf_types import import_gguf
+from mbq_gguf.formats.row_scale import stored_as
 from mbq_gguf.llama_cpp import paths
 from random_gguf import QWEN2_VL_7B, write_random_gguf
 from rich.console import Console
 from rich.table import Table
 
-TYPES = ("F16", "Q8_0", "Q4_0", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "MBQ3", "MBQ3_64", "MBQ3S", "MBQ3S_64")
-# Rows and columns: the yardstick of the other figures, then the feed-forward and attention matrices of Qwen2-VL-2B, 7B and 72B
-SHAPES = ((4096, 14336), (8960, 1536), (1536, 8960), (3584, 3584), (18944, 3584), (3584, 18944), (8192, 8192), (29568, 8192), (8192, 29568))
-COLUMNS = (1, 2, 4, 8, 512)
-MIXTURES = ("Q4_K_M", "Q3_K_M", "MBQ3", "MBQ3S")
 Json = dict[str, Any]
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is timed: products of types, shapes (rows and columns of a weight) and columns; cuBLASLt's types; whole models."""
+
+    types: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    columns: tuple[int, ...]
+    anchors: tuple[str, ...]
+    mixtures: tuple[str, ...]
+    models: tuple[str, ...]  # options of llama-bench
+    store: str
+
+
+# The yardstick of the other figures, then the feed-forward and attention matrices of Qwen2-VL-2B, 7B and 72B
+MBQ = Plan(
+    types=("F16", "Q8_0", "Q4_0", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "MBQ3", "MBQ3_64", "MBQ3S", "MBQ3S_64"),
+    shapes=(
+        (4096, 14336),
+        (8960, 1536),
+        (1536, 8960),
+        (3584, 3584),
+        (18944, 3584),
+        (3584, 18944),
+        (8192, 8192),
+        (29568, 8192),
+        (8192, 29568),
+    ),
+    columns=(1, 2, 4, 8, 512),
+    anchors=(),
+    mixtures=("Q4_K_M", "Q3_K_M", "MBQ3", "MBQ3S"),
+    models=("-p", "512", "-n", "128", "-r", "5"),
+    store="gpu.json",
+)
+# The yardstick, and all matrices of Qwen2-VL-7B
+ROW_SCALE = Plan(
+    types=("F16", "Q4_0", "MBQ3", "W4A8", "W8A8"),
+    shapes=((4096, 14336), (18944, 3584), (3584, 18944), (3584, 3584), (512, 3584)),
+    columns=(1, 8, 512, 4096),
+    anchors=("F16", "I8", "F8"),
+    mixtures=("F16", "Q4_0", "Q4_K_M", "MBQ3", "W4A8"),
+    models=("-p", "512,2048", "-n", "128", "-r", "10"),
+    store="gpu_row_scale.json",
+)
 
 
 def run(command: Sequence[str | Path], text: str | None = None) -> str:
@@ -41,60 +86,94 @@ def run(command: Sequence[str | Path], text: str | None = None) -> str:
     return done.stdout
 
 
+def lines_of(program: Path, text: str) -> Iterator[list[str]]:
+    """The words of each line that a program prints, as they come. Raises UserError where it fails."""
+    with subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(text)
+        process.stdin.close()
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            yield line.split()
+    if process.returncode != 0:
+        raise UserError(f"{program.name} failed: see what it said above")
+
+
 def block_size(name: str) -> tuple[int, int]:
     """Weights and bytes of a block of a type."""
     gguf = import_gguf()
-    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[stored_as(name)]]
     return int(weights), int(size)
 
 
-def time_products(folder: Path, work: Path, types: Sequence[str]) -> tuple[float, list[Json]]:
+def compile_program(name: str, work: Path, *options: str | Path) -> Path:
+    """A program of this folder."""
+    run(["nvcc", "-std=c++17", "-O2", "-arch=native", HERE / f"{name}.cu", *options, "-o", work / name])
+    return work / name
+
+
+def time_products(folder: Path, work: Path, plan: Plan) -> tuple[float, list[Json]]:
     """Read bandwidth in TB/s, and for each product the time in microseconds."""
-    program = work / "bench_mul_mat"
-    source = Path(__file__).with_name("bench_mul_mat.cu")
     libraries = [f"-l{name}" for name in ("ggml", "ggml-base", "ggml-cuda")]
-    rpath = ["-Xlinker", f"-rpath={folder}"]
     include = paths.source_dir() / "ggml" / "include"
-    run(["nvcc", "-std=c++17", "-O2", "-arch=native", f"-I{include}", source, f"-L{folder}", *libraries, *rpath, "-o", program])
-    fitting = [(name, m, k) for m, k in SHAPES for name in types if k % block_size(name)[0] == 0]  # 29568 is no multiple of 256
-    lines = [f"{name} {m} {k} {' '.join(map(str, COLUMNS))}" for name, m, k in fitting]
-    read, *rest = run([program], "\n".join(lines)).splitlines()
+    program = compile_program("bench_mul_mat", work, f"-I{include}", f"-L{folder}", *libraries, "-Xlinker", f"-rpath={folder}")
+    fitting = [(name, m, k) for m, k in plan.shapes for name in plan.types if k % block_size(name)[0] == 0]  # 29568 is no multiple of 256
+    (_, read), *rest = lines_of(program, "\n".join(f"{name} {m} {k} {' '.join(map(str, plan.columns))}" for name, m, k in fitting))
     products = []
-    for line in rest:
-        name, m, k, n, cold, us = line.split()
+    for name, m, k, n, cold, us in rest:
         products.append({"type": name, "m": int(m), "k": int(k), "n": int(n), "cold": cold == "1", "us": float(us)})
-    return float(read.split()[1]), products
+    return float(read), products
 
 
-def time_models(folder: Path, work: Path) -> list[Json]:
-    """Tokens a second of a prompt of 512 tokens and of 128 generated ones for each mixture."""
+def time_anchors(work: Path, plan: Plan) -> list[Json]:
+    """CuBLASLt's products of many columns, without quantising: microseconds, and 10^12 operations a second."""
+    if not plan.anchors:
+        return []
+    program = compile_program("bench_cublas", work, "-lcublasLt")
+    many = " ".join(str(n) for n in plan.columns if n > 8)
+    anchors = []
+    for name, m, k, n, us in lines_of(program, "\n".join(f"{name} {m} {k} {many}" for m, k in plan.shapes for name in plan.anchors)):
+        speed = round(2e-6 * int(m) * int(k) * int(n) / float(us), 1)
+        anchors.append({"type": name, "m": int(m), "k": int(k), "n": int(n), "us": float(us), "tops": speed})
+    return anchors
+
+
+def time_model(folder: Path, work: Path, mixture: str, plan: Plan) -> list[Json]:
+    """Tokens a second of prompts and of generated tokens for a mixture, and their spread over all repetitions."""
+    model = work / f"{mixture}.gguf"
+    write_random_gguf(model, QWEN2_VL_7B, mixture)
+    size = model.stat().st_size
+    answer = json.loads(run([folder / "llama-bench", "-m", model, "-ngl", "99", "-fa", "1", *plan.models, "-o", "json"]))
+    model.unlink()
     results = []
-    for mixture in MIXTURES:
-        model = work / f"{mixture}.gguf"
-        write_random_gguf(model, QWEN2_VL_7B, mixture)
-        size = model.stat().st_size
-        answer = json.loads(run([folder / "llama-bench", "-m", model, "-ngl", "99", "-p", "512", "-n", "128", "-r", "5", "-o", "json"]))
-        model.unlink()
-        for test in answer:
-            name = f"pp{test['n_prompt']}" if test["n_prompt"] else f"tg{test['n_gen']}"
-            speed, deviation = round(test["avg_ts"], 1), round(test["stddev_ts"], 1)
-            results.append({"model": "Qwen2-VL-7B", "type": mixture, "bytes": size, "test": name, "tokens_s": speed, "stddev": deviation})
+    for test in answer:
+        name = f"pp{test['n_prompt']}" if test["n_prompt"] else f"tg{test['n_gen']}"
+        speed, deviation = round(test["avg_ts"], 1), round(test["stddev_ts"], 1)
+        results.append({"model": "Qwen2-VL-7B", "type": mixture, "bytes": size, "test": name, "tokens_s": speed, "stddev": deviation})
+        print(mixture, name, speed, "+-", deviation, flush=True)
     return results
 
 
-def print_products(console: Console, read: float, products: list[Json]) -> None:
+def print_products(console: Console, read: float, products: list[Json], anchors: list[Json], plan: Plan) -> None:
     """One table a shape: microseconds for each n, bandwidth and its share with one column, and the time beside MBQ3's."""
-    for m, k in SHAPES:
-        table = Table("type", *(f"n={n}, {'cold' if cold else 'warm'}" for n in COLUMNS[:-1] for cold in (True, False)), f"n={COLUMNS[-1]}",
+    few, many = [n for n in plan.columns if n <= 8], [n for n in plan.columns if n > 8]
+    for m, k in plan.shapes:
+        table = Table("type", *(f"n={n}, {'cold' if cold else 'warm'}" for n in few for cold in (True, False)), *(f"n={n}" for n in many),
                       "TB/s, n=1 cold", "of read", "of MBQ3, n=1 cold", title=f"{m} x {k}, microseconds")  # fmt: skip
         times = {(p["type"], p["n"], p["cold"]): p["us"] for p in products if (p["m"], p["k"]) == (m, k)}
         for name in dict.fromkeys(key[0] for key in times):
-            cells = [f"{times[name, n, cold]:.1f}" for n in COLUMNS[:-1] for cold in (True, False)]
+            cells = [f"{times[name, n, cold]:.1f}" for n in few for cold in (True, False)]
             us = times[name, 1, True]
             weights, size = block_size(name)
             speed = m * k / weights * size / us * 1e-6
             ratio = f"{us / times['MBQ3', 1, True]:.2f}" if ("MBQ3", 1, True) in times else ""
-            table.add_row(name, *cells, f"{times[name, COLUMNS[-1], False]:.0f}", f"{speed:.2f}", f"{100 * speed / read:.0f} %", ratio)
+            table.add_row(
+                name, *cells, *(f"{times[name, n, False]:.0f}" for n in many), f"{speed:.2f}", f"{100 * speed / read:.0f} %", ratio
+            )
+        for name in plan.anchors:
+            best = {p["n"]: p["us"] for p in anchors if (p["type"], p["m"], p["k"]) == (name, m, k)}
+            table.add_row(f"cuBLASLt {name}", *("" for _ in range(2 * len(few))), *(f"{best[n]:.0f}" for n in many))
         console.print(table)
 
 
@@ -108,26 +187,36 @@ def print_models(console: Console, models: list[Json]) -> None:
 
 @click.command()
 @click.option("--bin", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of the built programs.")
-@click.option("--types", default=",".join(TYPES), show_default=True, help="Types of the single products.")
+@click.option("--row-scale", is_flag=True, help="W4A8 and W8A8, with cuBLASLt's products beside them: about 5 minutes on an H100.")
+@click.option("--types", help="Types of the single products, if not the usual ones.")
 @click.option("--models/--no-models", default=True, show_default=True, help="Whole models too.")
 @click.option(
-    "--work", type=click.Path(file_okay=False, path_type=Path), help="Where the random models go (5 GB); else a temporary folder."
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where the random models go (5 GB, F16 16 GB); else a temporary folder.",
 )
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=Path("docs/results/gpu.json"), show_default=True)
-def main(folder: Path | None, types: str, models: bool, work: Path | None, output: Path) -> None:
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Else docs/results/gpu.json, with --row-scale gpu_row_scale.json."
+)
+def main(folder: Path | None, row_scale: bool, types: str | None, models: bool, work: Path | None, output: Path | None) -> None:
     """Time products and models, print the tables and store the figures."""
     console = Console(width=200)
-    folder = folder or paths.find_program("llama-bench").parent
-    with tempfile.TemporaryDirectory(dir=work) as temporary:
-        read, products = time_products(folder, Path(temporary), types.split(","))
-        print_products(console, read, products)
-        results = time_models(folder, Path(temporary)) if models else []
-        print_models(console, results)
-    device = run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()[0]
-    record = {"device": device, "date": datetime.now(UTC).date().isoformat(), "command": shlex.join(["python", *sys.argv]),
-              "read_tb_s": read, "mul_mat": products, "end_to_end": results}  # fmt: skip
+    plan = ROW_SCALE if row_scale else MBQ
+    plan = replace(plan, types=tuple(types.split(","))) if types else plan
+    output = output or Path("docs/results") / plan.store
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1) + "\n")
+    folder = folder or paths.find_program("llama-bench").parent
+    device = run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()[0]
+    record: Json = {"device": device, "date": datetime.now(UTC).date().isoformat(), "command": shlex.join(["python", *sys.argv])}
+    with tempfile.TemporaryDirectory(dir=work) as temporary:
+        record["read_tb_s"], record["mul_mat"] = time_products(folder, Path(temporary), plan)
+        record |= {"anchors": time_anchors(Path(temporary), plan), "end_to_end": []}
+        print_products(console, record["read_tb_s"], record["mul_mat"], record["anchors"], plan)
+        output.write_text(json.dumps(record, indent=1) + "\n")
+        for mixture in plan.mixtures if models else ():
+            record["end_to_end"] += time_model(folder, Path(temporary), mixture, plan)
+            output.write_text(json.dumps(record, indent=1) + "\n")
+        print_models(console, record["end_to_end"])
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ static double time_products(ggml_backend_t backend, const std::vector<ggml_tenso
 }
 
 int main() {
+    setenv("GGML_CUDA_DISABLE_FUSION", "1", 1); // products of one graph would share their quantised activations
     printf("read %.3f\n", read_bandwidth());
     ggml_backend_t backend = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_GPU, nullptr);
     if (!backend) {

@@ -11,6 +11,7 @@ import numpy as np
 from mbq_gguf.export.gguf_writer import add_metadata
 from mbq_gguf.formats import row_scale
 from mbq_gguf.formats.gguf_types import import_gguf
+from mbq_gguf.transforms import hadamard
 from numpy.typing import NDArray
 
 # Where a block keeps its fp16 scales (and minimums): random bits there could be infinite.
@@ -131,7 +132,8 @@ def write_random_gguf(path: Path, shape: LanguageShape, mixture: str) -> None:
         vector(f"blk.{i}.attn_norm.weight", shape.embedding, 1.0)
         vector(f"blk.{i}.ffn_norm.weight", shape.embedding, 1.0)
     if mixture in row_scale.ROW_SCALES:
-        for name, value in row_scale.metadata(of_layers).items():
+        rotated = {"mbq.hadamard.ffn_down": hadamard.block_size(shape.feed_forward)}  # as `convert --type W4A8` writes it
+        for name, value in (row_scale.metadata(of_layers) | rotated).items():
             add_metadata(writer, name, value)
     write: list[Callable[[], None]] = [
         writer.write_header_to_file,
