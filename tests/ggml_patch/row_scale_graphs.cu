@@ -1,6 +1,6 @@
-// Graphs of weights with one scale a row on every GPU: what a whole graph gives, whose products share their activations, against the same graph run node by
-// node, where nothing can be shared; bit for bit. Prints for each graph what ggml_cuda_w4a8_count counts in the whole one. With an argument only small
-// graphs, for the sanitizer. Run by test_cuda.py.
+// Graphs of weights with one scale a row on every GPU: what a whole graph gives, whose products share activations that are quantised together with norms and
+// SwiGLU, against the same graph run node by node, where nothing is shared or fused; bit for bit. Prints for each graph what ggml_cuda_w4a8_count counts in
+// the whole one. With an argument only small graphs, for the sanitizer. Run by test_cuda.py.
 
 #include "mbq-w4a8.cuh"
 #include "ggml-alloc.h"

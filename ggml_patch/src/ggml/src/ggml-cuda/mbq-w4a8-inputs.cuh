@@ -22,6 +22,8 @@
 #include <memory>
 #include <optional>
 
+static constexpr int MBQ_W4A8_FEW_COLUMNS = 8; // more: mbq_w4a8_gemm, or so many at a time where the card has no wgmma
+
 // How a product takes its activations: see mbq-w4a8-quantize.cuh
 enum mbq_w4a8_order {
     MBQ_W4A8_FLOATS,  // quantises them itself, or in several passes
@@ -120,7 +122,8 @@ static bool mbq_w4a8_overlap(const ggml_tensor * a, const ggml_tensor * b) {
 }
 
 // The node after i that reads the activations x next as the order says, while they are what they were. -1: none
-static int mbq_w4a8_next_reader(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const ggml_tensor * x, const mbq_w4a8_order order) {
+static int mbq_w4a8_next_reader(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const ggml_tensor * x,
+        const mbq_w4a8_order order) {
     constexpr int ahead = 64; // nodes: the readers of a layer stand closer
     for (int j = i + 1; j < std::min(graph->n_nodes, i + 1 + ahead); ++j) {
         const ggml_tensor * node = graph->nodes[j];
@@ -143,7 +146,8 @@ struct mbq_w4a8_readers {
     int count = 0;
 };
 
-static mbq_w4a8_readers mbq_w4a8_readers_after(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const ggml_tensor * x, const mbq_w4a8_order order) {
+static mbq_w4a8_readers mbq_w4a8_readers_after(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const ggml_tensor * x,
+        const mbq_w4a8_order order) {
     mbq_w4a8_readers readers;
     for (int j = i; (j = mbq_w4a8_next_reader(ctx, graph, j, x, order)) >= 0; ++readers.count) {
         readers.last = j;
@@ -163,6 +167,7 @@ static bool mbq_w4a8_share(ggml_backend_cuda_context & ctx, const ggml_tensor * 
     if (inputs.holds(x) && inputs.order == order) {
         return true;
     }
+    GGML_ASSERT(!inputs.holds(x) || inputs.floats);
     const mbq_w4a8_readers readers = mbq_w4a8_readers_after(ctx, inputs.graph, inputs.node, x, order);
     if (inputs.memory || readers.count == 0) {
         return false;

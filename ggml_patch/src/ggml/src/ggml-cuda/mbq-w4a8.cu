@@ -1,229 +1,24 @@
 #include "mbq-w4a8.cuh"
-#include "mbq-w4a8-gemm.cuh"
-#include "mbq-w4a8-gemv.cuh"
-#include "mbq-w4a8-inputs.cuh"
-#include "mbq-w4a8-plan.cuh"
-#include "mbq-w4a8-vec.cuh"
+#include "mbq-w4a8-fuse.cuh"
+#include "mbq-w4a8-launch.cuh"
 
-#include <atomic>
 #include <climits>
 
-static constexpr int W4A8_FEW_COLUMNS = 8; // more: mbq_w4a8_gemm, or so many at a time where the card has no wgmma
 static constexpr int W4A8_LONGEST     = 2*1024*16; // activations of a column that a CTA of mbq_w4a8_quantize holds
-
-struct mbq_w4a8_matrix {
-    const char * w;
-    const float * x;
-    float * dst;
-    int64_t M, N, K, row_bytes, x_column, dst_column;
-
-    int64_t padded() const { return (K + 255)/256*256; }
-    bool    dense()  const { return ((uintptr_t) w | row_bytes) % 16 == 0; } // then K is a multiple of 256
-    bool    aligned() const { return ((uintptr_t) x | x_column*sizeof(float)) % 16 == 0; }
-};
-
-// One of a product's matrices
-static mbq_w4a8_matrix mbq_w4a8_matrix_of(const ggml_tensor * dst, const int64_t i2, const int64_t i3) {
-    const ggml_tensor * src0 = dst->src[0];
-    const ggml_tensor * src1 = dst->src[1];
-    GGML_TENSOR_BINARY_OP_LOCALS
-    return {
-        (const char *) src0->data + i2/(ne12/ne02)*nb02 + i3/(ne13/ne03)*nb03,
-        (const float *) ((const char *) src1->data + i2*nb12 + i3*nb13),
-        (float *) ((char *) dst->data + i2*nb2 + i3*nb3),
-        ne01, ne11, ne00, (int64_t) nb01, (int64_t) (nb11/sizeof(float)), (int64_t) (nb1/sizeof(float)) };
-}
-
-static std::atomic<int64_t> mbq_w4a8_counts[GGML_CUDA_W4A8_COUNTS];
 
 int64_t ggml_cuda_w4a8_count(const ggml_cuda_w4a8_counted what) {
     return mbq_w4a8_counts[what];
-}
-
-template <bool tiled>
-static void mbq_w4a8_launch_quantize(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_int8 & to) {
-    const mbq_w4a8_quantize_args args = { m.x, to.q, to.scale, m.x_column, (int) m.K, (int) m.padded(), m.aligned(), to.flags, to.n_flags };
-    const int units = m.padded()/16;
-    const int R     = units <= 1024 ? 1 : 2;
-    const ggml_cuda_kernel_launch_params params(dim3(m.N), dim3((units + 32*R - 1)/(32*R)*32), 0, ctx.stream());
-    const auto kernel = R == 1 ? &mbq_w4a8_quantize<tiled, 1, 1024, 2> : units <= 2*640 ? &mbq_w4a8_quantize<tiled, 2, 640, 2> : &mbq_w4a8_quantize<tiled, 2, 1024, 1>;
-    ggml_cuda_kernel_launch(kernel, params, args);
-    mbq_w4a8_counts[GGML_CUDA_W4A8_QUANTISED]++;
-}
-
-static void mbq_w4a8_quantise(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_order order, const mbq_w4a8_int8 & to) {
-    const auto launch = order == MBQ_W4A8_TILES ? &mbq_w4a8_launch_quantize<true> : &mbq_w4a8_launch_quantize<false>;
-    launch(ctx, m, to);
-}
-
-#ifdef MBQ_USE_TMA
-// Weights as [parity of the row][half of the rows][words]: a box has the even rows and behind them the odd ones. halves = 1: as [row][words]
-template <int bits>
-static mbq_w4a8_map mbq_w4a8_make_map(const mbq_w4a8_matrix & m, const int halves, const int rows) {
-    mbq_w4a8_map map;
-    const cuuint64_t size[3]   = { (cuuint64_t) m.row_bytes/4, (cuuint64_t) m.M/halves, (cuuint64_t) halves };
-    const cuuint64_t stride[2] = { (cuuint64_t) m.row_bytes*halves, (cuuint64_t) m.row_bytes };
-    const cuuint32_t box[3]    = { mbq_w4a8_layout<bits>::group_bytes/4, (cuuint32_t) rows, (cuuint32_t) halves };
-    const cuuint32_t step[3]   = { 1, 1, 1 };
-    CU_CHECK(cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_UINT32, halves == 1 ? 2 : 3, (void *) m.w, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
-    return map;
-}
-#endif
-
-// The tiles of MBQ_W4A8_SHAPES, in as many stages as fit
-template <int bits, int shape>
-using mbq_w4a8_tile_of = mbq_w4a8_tile<bits, MBQ_W4A8_SHAPES[shape].BN, MBQ_W4A8_SHAPES[shape].CL,
-    shape == 0 ? 12 : shape == 2 ? (bits == 4 ? 5 : 4) : bits == 4 ? 8 : 6,
-    shape == 0 ? (bits == 4 ? 6 : 3) : shape == 2 ? (bits == 4 ? 3 : 2) : bits == 4 ? 4 : 3, shape != 3>;
-
-// Whether this device runs mbq_w4a8_gemm: see mbq_gemm_available
-template <int bits>
-static bool mbq_w4a8_gemm_available(const int id) {
-#ifdef MBQ_USE_TMA
-    static int available[GGML_CUDA_MAX_DEVICES] = {}; // 1: no, 2: yes
-    if (available[id] == 0) {
-        cudaFuncAttributes attributes;
-        CUDA_CHECK(cudaFuncGetAttributes(&attributes, (mbq_w4a8_gemm<mbq_w4a8_tile_of<bits, 0>>)));
-        available[id] = attributes.sharedSizeBytes > 0 ? 2 : 1;
-    }
-    return available[id] == 2;
-#else
-    GGML_UNUSED(id);
-    return false;
-#endif
-}
-
-template <int bits, int shape>
-static void mbq_w4a8_launch_gemm(ggml_backend_cuda_context & ctx, const mbq_w4a8_args & args, const mbq_w4a8_map & map, const int workers) {
-    using T = mbq_w4a8_tile_of<bits, shape>;
-    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_gemm<T>), T::BYTES);
-    const ggml_cuda_kernel_launch_params params(dim3(workers*T::CL), dim3(MBQ_GEMM_THREADS), (size_t) T::BYTES, ctx.stream());
-    ggml_cuda_kernel_launch(mbq_w4a8_gemm<T>, params, args, map);
-}
-
-template <int bits>
-static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_int8 & x) {
-    const bool dense = m.dense() && m.M % 2 == 0;
-    const mbq_w4a8_gemm_plan plan = mbq_w4a8_plan_gemm(m.M, m.N, m.padded()/256, ggml_cuda_info().devices[ctx.device].nsm, dense);
-    const mbq_w4a8_shape & shape  = MBQ_W4A8_SHAPES[plan.shape];
-    const int ctas = plan.workers*shape.CL;
-    GGML_ASSERT(8*ctas <= x.n_flags);
-    ggml_cuda_pool_alloc<float> parts(ctx.pool());
-    mbq_w4a8_args args = {};
-    args.scale              = x.scale;
-    args.blocks             = m.K/32;
-    args.gemm.w             = m.w;
-    args.gemm.x_tiles       = (half *) x.q;
-    args.gemm.done          = x.flags;
-    args.gemm.dst           = m.dst;
-    args.gemm.dst_column    = m.dst_column;
-    args.gemm.M             = m.M;
-    args.gemm.N             = m.N;
-    args.gemm.K             = m.padded()/2;
-    args.gemm.row_bytes     = m.row_bytes;
-    args.gemm.m_tiles       = plan.m_tiles;
-    args.gemm.n_tiles       = plan.n_tiles;
-    args.gemm.streamk_tiles = plan.parts > 1 ? plan.m_tiles*plan.n_tiles : 0;
-    if (plan.parts > 1) {
-        args.gemm.parts = parts.alloc((size_t) ctas*MBQ_GEMM_TILE_M*shape.BN);
-    }
-    mbq_w4a8_map map = {};
-#ifdef MBQ_USE_TMA
-    if (dense) {
-        map = mbq_w4a8_make_map<bits>(m, 2, MBQ_GEMM_TILE_M/2);
-    }
-#endif
-    const auto launch = plan.shape == 0 ? &mbq_w4a8_launch_gemm<bits, 0> : plan.shape == 1 ? &mbq_w4a8_launch_gemm<bits, 1> :
-        plan.shape == 2 ? &mbq_w4a8_launch_gemm<bits, 2> : &mbq_w4a8_launch_gemm<bits, 3>;
-    launch(ctx, args, map, plan.workers);
-}
-
-template <int bits, int N>
-static void mbq_w4a8_launch_vec(ggml_backend_cuda_context & ctx, const mbq_w4a8_vec_args & args, const int columns) {
-    if constexpr (N > 1) {
-        if (columns < N) {
-            mbq_w4a8_launch_vec<bits, N - 1>(ctx, args, columns);
-            return;
-        }
-    }
-    const ggml_cuda_kernel_launch_params params(dim3((args.M + 16/MBQ_W4A8_SPLIT - 1)/(16/MBQ_W4A8_SPLIT)), dim3(256), 0, ctx.stream());
-    ggml_cuda_kernel_launch(mbq_w4a8_vec<bits, N>, params, args);
-}
-
-// x: records, unless there is one column
-template <int bits>
-static void mbq_w4a8_launch_mmv(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_mmv_plan & plan, const mbq_w4a8_int8 & x) {
-#ifdef MBQ_USE_TMA
-    const mbq_w4a8_mmv_args args = { m.w, m.x, (const char *) x.q, x.scale, m.dst, m.dst_column, (int) m.M, (int) m.row_bytes, (int) m.K, (int) m.N, m.aligned(), plan.stages };
-    const size_t smem = plan.kw*plan.groups*(1024 + plan.stages*mbq_w4a8_stage_bytes<bits>(m.N)) + (m.N == 1 ? m.K : 0);
-    const size_t room = ggml_cuda_info().devices[ctx.device].smpbo - MBQ_W4A8_STATIC_BYTES;
-    const ggml_cuda_kernel_launch_params params(dim3(plan.ctas), dim3(32*plan.kw, plan.groups), smem, ctx.stream());
-    const mbq_w4a8_map map = mbq_w4a8_make_map<bits>(m, 1, 16);
-    if (m.N == 1) {
-        CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_mmv<bits, true>), room);
-        ggml_cuda_kernel_launch(mbq_w4a8_mmv<bits, true>, params, args, map);
-    } else {
-        CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_mmv<bits, false>), room);
-        ggml_cuda_kernel_launch(mbq_w4a8_mmv<bits, false>, params, args, map);
-    }
-#else
-    GGML_UNUSED_VARS(ctx, m, plan, x);
-#endif
-}
-
-// kw = 0: mbq_w4a8_mmv is not for this product
-template <int bits>
-static mbq_w4a8_mmv_plan mbq_w4a8_plan_few(const ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m) {
-#ifdef MBQ_USE_TMA
-    const auto & device = ggml_cuda_info().devices[ctx.device];
-    if (m.dense() && ggml_cuda_highest_compiled_arch(device.cc) >= GGML_CUDA_CC_HOPPER) {
-        return mbq_w4a8_plan_mmv(m.M, m.K/256, m.N == 1 ? m.K/16 : 0, MBQ_W4A8_UNITS, mbq_w4a8_stage_bytes<bits>(m.N), device.nsm, device.smpbo - MBQ_W4A8_STATIC_BYTES);
-    }
-#endif
-    GGML_UNUSED_VARS(ctx, m);
-    return {};
-}
-
-template <int bits>
-static void mbq_w4a8_few(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_int8 & x) {
-    const mbq_w4a8_mmv_plan plan = mbq_w4a8_plan_few<bits>(ctx, m);
-    if (plan.kw > 0) {
-        mbq_w4a8_launch_mmv<bits>(ctx, m, plan, x);
-        return;
-    }
-    const mbq_w4a8_vec_args args = { m.w, (const int2 *) x.q, x.scale, m.dst, m.dst_column, (int) m.M, (int) m.row_bytes, (int) (m.K/32) };
-    mbq_w4a8_launch_vec<bits, W4A8_FEW_COLUMNS>(ctx, args, m.N);
-}
-
-template <int bits>
-static mbq_w4a8_order mbq_w4a8_order_in(const ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m) {
-    if (m.N > W4A8_FEW_COLUMNS) {
-        return mbq_w4a8_gemm_available<bits>(ctx.device) ? MBQ_W4A8_TILES : MBQ_W4A8_FLOATS;
-    }
-    return m.N == 1 && mbq_w4a8_plan_few<bits>(ctx, m).kw > 0 ? MBQ_W4A8_FLOATS : MBQ_W4A8_RECORDS;
-}
-
-static int mbq_w4a8_n_flags(const ggml_backend_cuda_context & ctx, const mbq_w4a8_order order) {
-    return order == MBQ_W4A8_TILES ? 8*ggml_cuda_info().devices[ctx.device].nsm : 0;
-}
-
-// A matrix whose activations are there, as its order says
-template <int bits>
-static void mbq_w4a8_product(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_order order, const mbq_w4a8_int8 & x) {
-    const auto product = order == MBQ_W4A8_TILES ? &mbq_w4a8_many<bits> : &mbq_w4a8_few<bits>;
-    product(ctx, m, x);
 }
 
 template <int bits>
 static void mbq_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m) {
     const mbq_w4a8_order order = mbq_w4a8_order_in<bits>(ctx, m);
     if (order == MBQ_W4A8_FLOATS && m.N > 1) {
-        for (int64_t i = 0; i < m.N; i += W4A8_FEW_COLUMNS) {
+        for (int64_t i = 0; i < m.N; i += MBQ_W4A8_FEW_COLUMNS) {
             mbq_w4a8_matrix part = m;
             part.x   += i*m.x_column;
             part.dst += i*m.dst_column;
-            part.N    = std::min<int64_t>(m.N - i, W4A8_FEW_COLUMNS);
+            part.N    = std::min<int64_t>(m.N - i, MBQ_W4A8_FEW_COLUMNS);
             mbq_w4a8_mul_mat<bits>(ctx, part);
         }
         return;
@@ -294,6 +89,26 @@ bool ggml_cuda_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor *
 }
 
 int ggml_cuda_w4a8_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
-    mbq_w4a8_inputs(ctx).step(ctx, graph, i);
-    return 0;
+    ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(ctx);
+    inputs.step(ctx, graph, i);
+    if (!inputs.graph || inputs.memory) {
+        return 0;
+    }
+    const int n_flags = mbq_w4a8_n_flags(ctx, MBQ_W4A8_TILES);
+    if (mbq_w4a8_fuse_norm(ctx, graph, i, n_flags)) {
+        mbq_w4a8_counts[GGML_CUDA_W4A8_NORM]++;
+        return 1;
+    }
+    const int made = mbq_w4a8_fuse_glu(ctx, graph, i, n_flags);
+    if (made < 0) {
+        return 0;
+    }
+    mbq_w4a8_counts[GGML_CUDA_W4A8_GLU]++;
+    if (made > i) {
+        return made - i;
+    }
+    inputs.step(ctx, graph, i + 1); // no node behind the GLU has run: the caller takes 0 for nothing fused
+    ggml_tensor * product = graph->nodes[i + 1];
+    GGML_ASSERT(ggml_cuda_w4a8_mul_mat(ctx, product->src[0], product->src[1], product));
+    return 1;
 }
