@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mbq_gguf.errors import UserError, said
+from mbq_gguf.export.vocabulary import quicken
 from mbq_gguf.formats.gguf_types import import_from_tree, import_gguf
 from mbq_gguf.llama_cpp import paths
 from mbq_gguf.models.remote_code import runs_remote_code
@@ -40,8 +41,10 @@ def load_package() -> Package:
     """Import the conversion package of the llama.cpp tree in use. Raises UserError where nothing is built."""
     runs_remote_code()  # closes what is not allowed
     tree = paths.source_dir()
-    gguf = import_gguf()
-    return Package(import_from_tree("conversion", tree), gguf)
+    gguf = import_gguf()  # first: the conversion package imports whatever is there
+    package = Package(import_from_tree("conversion", tree), gguf)
+    quicken(package.conversion.TextModel, package.gguf)
+    return package
 
 
 @contextmanager

@@ -155,4 +155,5 @@ def in_chunks(tensor: Any, chosen: QuantType) -> Iterable[Bytes]:
 
 def eager(tensor: Any) -> Any:
     """The array behind a lazy one; anything else as it is."""
-    return import_gguf().LazyNumpyTensor.to_eager(tensor)
+    to_eager = getattr(type(tensor), "to_eager", None)
+    return tensor if to_eager is None else to_eager(tensor)
