@@ -130,7 +130,11 @@ def time_anchors(work: Path, plan: Plan) -> list[Json]:
     """CuBLASLt's products of many columns, without quantising: microseconds, and 10^12 operations a second."""
     if not plan.anchors:
         return []
-    program = compile_program("bench_cublas", work, "-lcublasLt")
+    try:
+        program = compile_program("bench_cublas", work, "-lcublasLt")
+    except UserError as error:
+        print(f"without cuBLASLt's products: {error}", flush=True)
+        return []
     many = " ".join(str(n) for n in plan.columns if n > 8)
     anchors = []
     for name, m, k, n, us in lines_of(program, "\n".join(f"{name} {m} {k} {many}" for m, k in plan.shapes for name in plan.anchors)):
@@ -172,8 +176,8 @@ def print_products(console: Console, read: float, products: list[Json], anchors:
                 name, *cells, *(f"{times[name, n, False]:.0f}" for n in many), f"{speed:.2f}", f"{100 * speed / read:.0f} %", ratio
             )
         for name in plan.anchors:
-            best = {p["n"]: p["us"] for p in anchors if (p["type"], p["m"], p["k"]) == (name, m, k)}
-            table.add_row(f"cuBLASLt {name}", *("" for _ in range(2 * len(few))), *(f"{best[n]:.0f}" for n in many))
+            best = {p["n"]: f"{p['us']:.0f}" for p in anchors if (p["type"], p["m"], p["k"]) == (name, m, k)}
+            table.add_row(f"cuBLASLt {name}", *("" for _ in range(2 * len(few))), *(best.get(n, "") for n in many))
         console.print(table)
 
 
