@@ -22,7 +22,7 @@ ROW_SCALE = SOURCE.with_name("mbq-w4a8.cu")
 # registers are shared by 16 warps of mbq_mmv, which makes 128 for a thread, and by 12 of mbq_gemm, 168.
 BOUNDS: dict[str, dict[str, int]] = json.loads((HERE / "cuda_resources.json").read_text())
 LARGEST_WORD = 0x3DF << 6 | 63  # the largest finite scale and zero point
-OPERATIONS = ("MUL_MAT", "MUL_MAT_ID", "GET_ROWS", "CPY")
+OPERATIONS = ("MUL_MAT", "MUL_MAT_ID", "GET_ROWS", "CPY", "ROW_SCALE")
 FUNCTION = re.compile(
     r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+.*?Used (\d+) registers"
 )
@@ -207,9 +207,9 @@ def test_what_a_product_finds_is_what_its_activations_are(tmp_path: Path) -> Non
 
 
 def backend_ops(operation: str, *prefix: str) -> subprocess.CompletedProcess[str]:
-    """Ggml's comparison of the GPU with the CPU, for the MBQ types."""
+    """Ggml's comparison of the GPU with the CPU, for the MBQ types or for weights with one scale a row."""
     program = paths.find_program("test-backend-ops")
-    command = [*prefix, str(program), "test", "-o", operation, "-b", "CUDA0", "-p", "mbq3"]
+    command = [*prefix, str(program), "test", "-o", operation, "-b", "CUDA0", "-p", "q[48]_0" if operation == "ROW_SCALE" else "mbq3"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

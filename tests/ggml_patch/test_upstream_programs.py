@@ -29,6 +29,11 @@ def test_quantize_fns(built_llama: Path) -> None:
         assert verdicts == {"absolute quantization error": "ok", "reference implementation error": "ok", "dot product error": "ok"}
 
 
+def test_products_of_one_scale_a_row_on_the_cpu(built_llama: Path) -> None:
+    said = run("test-backend-ops", "test", "-b", "CPU", "-o", "ROW_SCALE")
+    assert "72/72 tests passed" in said, "two types, three lengths, six numbers of columns, alone and in threes; every bit"
+
+
 @pytest.mark.parametrize("operation", ["MUL_MAT", "MUL_MAT_ID", "GET_ROWS", "CPY", "SET_ROWS"])
 def test_backend_ops_on_the_cpu(built_llama: Path, operation: str) -> None:
     said = run("test-backend-ops", "test", "-b", "CPU", "-o", operation, "-p", "mbq3")
