@@ -14,7 +14,7 @@ import torch
 from tiny_vlm import DEMO
 
 SEED = 0
-TOKENS = 1024  # of the demo's vocabulary: a whole one takes seconds to convert
+TOKENS = 1152  # of the demo's vocabulary, two line ends among them: a whole one takes seconds to convert
 TEXT: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -38,7 +38,8 @@ class Recipe:
 
     ``config`` are the settings of the model type, ``processor`` those of preprocessor_config.json, ``specials`` are added to the demo's
     tokenizer and named in the configuration by ``token_ids``. ``other_names`` renames a key that transformers saves today to that of
-    another kind of checkpoint: the published one, where it differs. ``size`` is that of the picture, which neither side has to resize.
+    another kind of checkpoint: the published one, where it differs. ``size`` is that of the picture, which neither side has to resize;
+    pictures of ``sizes`` must take as many tokens on both.
     """
 
     model_type: str
@@ -49,6 +50,7 @@ class Recipe:
     template: str = CHATML
     other_names: Callable[[str], str] | None = None
     size: tuple[int, int] = (64, 96)
+    sizes: tuple[tuple[int, int], ...] = ((100, 160), (192, 128))
 
 
 QWEN_TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>"}
@@ -78,6 +80,36 @@ def qwen2_newer(name: str) -> str:
     )
 
 
+SIGLIP = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
+NORMAL = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+TILED = NORMAL | {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 64}, "do_image_splitting": True}
+TILE_TOKENS = (
+    "<image>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
+)
+PIXTRAL_VISION = {"model_type": "pixtral", **SIGLIP, "image_size": 256, "head_dim": 32}
+GLM_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
+GLM_VISION = {"depth": 3, "hidden_size": 64, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128, "patch_size": 14}
+GLM_VISION |= {"image_size": 112}
+GLM_TOKENS = ("<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|video|>", "<|begin_of_video|>", "<|end_of_video|>", "<|user|>")
+GLM_IDS = {"image_token_id": "<|image|>", "video_token_id": "<|video|>", "image_start_token_id": "<|begin_of_image|>"}
+GLM_IDS |= {"image_end_token_id": "<|end_of_image|>"}
+
+
+def newer(name: str) -> str:
+    """Names that transformers saved from 4.52 on; published ones are today's again."""
+    for old, new in (("language_model.model.", "model.language_model."), ("language_model.lm_head", "lm_head")):
+        name = name.replace(old, new) if name.startswith(old) else name
+    return name if name.startswith(("model.", "lm_head")) else f"model.{name}"
+
+
+def nested(name: str) -> str:
+    """SigLIP and CLIP towers as published, which transformers saves without the nesting today."""
+    return name.replace("vision_tower.", "vision_tower.vision_model.")
+
+
 RECIPES = {
     "Qwen2-VL": Recipe(
         "qwen2_vl",
@@ -100,6 +132,97 @@ RECIPES = {
         {"text_config": {**TEXT, "rope_parameters": MROPE}, "vision_config": QWEN3_VISION},
         SQUARES,
         token_ids=QWEN_TOKENS,
+    ),
+    "SmolVLM": Recipe(
+        "smolvlm",
+        {
+            "text_config": {**TEXT, "model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+            "vision_config": {**SIGLIP, "size": {"longest_edge": 64}},
+            "scale_factor": 2,
+        },
+        TILED | {"image_processor_type": "SmolVLMImageProcessor"},
+        specials=TILE_TOKENS,
+        token_ids={"image_token_id": "<image>"},
+        size=(128, 64),
+    ),
+    "Idefics3": Recipe(
+        "idefics3",
+        {"text_config": {**TEXT, "model_type": "llama"}, "vision_config": {**SIGLIP, "size": {"longest_edge": 64}}, "scale_factor": 2},
+        TILED | {"image_processor_type": "Idefics3ImageProcessor"},
+        specials=TILE_TOKENS,
+        token_ids={"image_token_id": "<image>"},
+        size=(128, 64),
+    ),
+    "InternVL 3 (-hf)": Recipe(
+        "internvl",
+        {
+            "text_config": {**TEXT, "model_type": "qwen2"},
+            "vision_config": {**SIGLIP, "num_hidden_layers": 4, "image_size": [64, 64], "patch_size": [16, 16]},
+            "image_seq_length": 4,
+            "downsample_ratio": 0.5,
+        },
+        NORMAL
+        | {"size": {"height": 64, "width": 64}, "min_patches": 1, "max_patches": 12, "image_processor_type": "GotOcr2ImageProcessor"},
+        specials=("<img>", "</img>", "<IMG_CONTEXT>"),
+        token_ids={"image_token_id": "<IMG_CONTEXT>"},
+        other_names=newer,
+        size=(128, 64),
+        sizes=((128, 128), (64, 64)),  # llama.cpp has a rule of its own for how many tiles suit another shape
+    ),
+    "Gemma 3": Recipe(
+        "gemma3",
+        {
+            "text_config": {**TEXT, "num_hidden_layers": 6, "sliding_window": 16, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
+            | {"layer_types": ["sliding_attention"] * 5 + ["full_attention"]},  # llama.cpp takes every sixth layer for a full one
+            "vision_config": {**SIGLIP, "vision_use_head": False},
+            "mm_tokens_per_image": 4,
+        },
+        NORMAL | {"size": {"height": 64, "width": 64}, "image_seq_length": 4, "image_processor_type": "Gemma3ImageProcessor"},
+        specials=("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
+        token_ids={"image_token_id": "<image_soft_token>", "boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>"},
+        other_names=nested,
+        size=(64, 64),
+    ),
+    "Mistral 3": Recipe(
+        "mistral3",
+        {
+            "text_config": {**TEXT, "model_type": "mistral"},
+            "vision_config": PIXTRAL_VISION,
+            "spatial_merge_size": 2,
+            "tie_word_embeddings": False,
+        },
+        NORMAL | {"size": {"longest_edge": 256}, "patch_size": 16, "image_processor_type": "PixtralImageProcessor"},
+        specials=("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        token_ids={"image_token_index": "[IMG]"},
+        other_names=newer,
+        size=(256, 32),  # one row of tokens: llama.cpp takes what lies between two rows from memory that nobody has written
+    ),
+    "Pixtral": Recipe(
+        "llava",
+        {"text_config": {**TEXT, "model_type": "mistral"}, "vision_config": PIXTRAL_VISION, "vision_feature_layer": -1}
+        | {"vision_feature_select_strategy": "full"},
+        NORMAL | {"size": {"longest_edge": 256}, "patch_size": 16, "image_processor_type": "PixtralImageProcessor"},
+        specials=("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        token_ids={"image_token_index": "[IMG]"},
+        other_names=newer,
+        size=(128, 16),
+        sizes=((64, 160), (192, 128)),  # others are rounded up by transformers and to the nearest by llama.cpp
+    ),
+    "GLM-4.1V": Recipe(
+        "glm4v",
+        {"text_config": {**TEXT, "rope_parameters": GLM_ROPE}, "vision_config": GLM_VISION},
+        PATCHES_14 | {"image_processor_type": "Glm4vImageProcessor"},
+        specials=GLM_TOKENS,
+        token_ids=GLM_IDS,
+        size=(56, 84),
+    ),
+    "GLM-OCR": Recipe(
+        "glm_ocr",
+        {"text_config": {**TEXT, "rope_parameters": GLM_ROPE}, "vision_config": GLM_VISION},
+        PATCHES_14 | {"image_processor_type": "Glm46VImageProcessor"},
+        specials=GLM_TOKENS,
+        token_ids=GLM_IDS,
+        size=(56, 84),
     ),
 }
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ DECODER_KEY = re.compile(r"(?:^|\.)(layers\.\d+\..+|norm\.(?:weight|bias)|embed_
 FOREIGN = re.compile(r"(?:^|\.)(?:visual|vision\w*|vit|vpm|audio\w*|mtp|resampler|projector|connector|merger|talker)\.")
 
 NEWER_PREFIX = "model."
+EMBEDDING = "embed_tokens.weight"
+TOWERS = {"internvl_vision": "InternVisionModel"}  # vision towers by their model type, where that alone names them
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,21 @@ def architecture(model_dir: Path, *, mmproj: bool) -> str:
         name = str(package.conversion.get_model_architecture(hparams, kind))
     known = package.conversion.MMPROJ_MODEL_MAP if mmproj else package.conversion.TEXT_MODEL_MAP
     if name not in known:
+        name = part_architecture(hparams, mmproj=mmproj) or name
+    if name not in known:
         part = "vision tower" if mmproj else "language model"
         raise UserError(f"llama.cpp cannot convert the {part} of {name}: use a model of one of {', '.join(vision_architectures(package))}")
     return name
+
+
+def part_architecture(hparams: Mapping[str, Any], *, mmproj: bool) -> str | None:
+    """The architecture of a part whose own configuration does not name it, as transformers saves some: by its model type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    part = hparams.get("vision_config" if mmproj else "text_config") or {}
+    names = TOWERS if mmproj else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    found = names.get(str(part.get("model_type")))
+    return found if isinstance(found, str) else None
 
 
 def vision_architectures(package: Package) -> list[str]:
@@ -105,34 +119,62 @@ def open_model(model_dir: Path, out: Path, *, file_type: str, mmproj: bool) -> A
     package = load_package()
     name = architecture(model_dir, mmproj=mmproj)
     with quiet(), conversion_errors(model_dir):
-        model_class = either_layout(package.conversion.get_model_class(name, mmproj=mmproj))
-        return model_class(model_dir, package.gguf.LlamaFileType[FILE_TYPES[file_type]], out)
+        file_type_value = package.gguf.LlamaFileType[FILE_TYPES[file_type]]
+        model = either_layout(package.conversion.get_model_class(name, mmproj=mmproj))(model_dir, file_type_value, out)
+        if hasattr(model, "impl"):  # one that hands everything on to another (Mistral 3), whose methods are the ones to be changed
+            model = either_layout(type(model.impl))(model_dir, file_type_value, out)
+        return model
 
 
 def either_layout(model_class: Any) -> Any:
-    """``model_class`` of the package, which also takes the names that newer releases of transformers save.
+    """``model_class`` of the package, which also takes the names that other releases of transformers save (:func:`other_names`).
 
-    They put ``model.`` before the parts of a VLM (``model.visual.blocks.0...`` for ``visual.blocks.0...``). Where the package has no place
-    for such a name it is asked for the older one.
+    Where the package has no place for a name it is asked for the others. ``checkpoint_names`` of the class says what the tensors that it
+    has taken are called in the checkpoint.
     """
+    checkpoint_names: dict[str, str] = {}
+    pixtral = hasattr(model_class, "img_break_tok_id")
 
     def filter_tensors(cls: Any, item: tuple[str, Any]) -> Any:
         name, get = item
-        found = model_class.filter_tensors.__func__(cls, item)
-        if found is None and name.startswith(NEWER_PREFIX):
-            found = model_class.filter_tensors.__func__(cls, (name.removeprefix(NEWER_PREFIX), get))
-        return found
+        if pixtral and name.endswith(EMBEDDING):
+            checkpoint_names[name] = name
+            return item  # a row of it goes into the vision file; the package leaves it out with the rest of the language model
+        if pixtral:  # takes every name, and drops later what has none that it knows
+            forms: tuple[str, ...] = (name.removeprefix(NEWER_PREFIX),)
+        else:  # the text model's filters name what they leave out, which under another name they would take
+            forms = (name, *other_names(name)) if model_class.model_type.name == "MMPROJ" else (name,)
+        found = (model_class.filter_tensors.__func__(cls, (form, get)) for form in forms)
+        taken = next((taken for taken in found if taken is not None), None)
+        if taken is not None:
+            checkpoint_names[taken[0]] = name
+        return taken
 
     def map_tensor_name(self: Any, name: str, *suffixes: Any, **options: Any) -> str:
         try:
             return str(model_class.map_tensor_name(self, name, *suffixes, **options))
         except ValueError:
-            if not name.startswith(NEWER_PREFIX):
-                raise
-            return str(model_class.map_tensor_name(self, name.removeprefix(NEWER_PREFIX), *suffixes, **options))
+            for other in other_names(name):
+                with suppress(ValueError):
+                    return str(model_class.map_tensor_name(self, other, *suffixes, **options))
+            raise
 
     methods = {"filter_tensors": classmethod(filter_tensors), "map_tensor_name": map_tensor_name}
-    return type(model_class.__name__, (model_class,), {"model_arch": model_class.model_arch, **methods})  # each class has to name it
+    own = {"model_arch": model_class.model_arch, "checkpoint_names": checkpoint_names}  # each class has to name its model_arch
+    return type(model_class.__name__, (model_class,), {**own, **methods})
+
+
+def other_names(name: str) -> Iterable[str]:
+    """What other releases of transformers call the tensor ``name``.
+
+    Newer ones put ``model.`` before the parts of a VLM (``model.visual.blocks.0...``), the newest leave out ``vision_model.`` in CLIP and
+    SigLIP towers.
+    """
+    for form in (name.removeprefix(NEWER_PREFIX), NEWER_PREFIX + name.removeprefix(NEWER_PREFIX)):
+        if form != name:
+            yield form
+        if "vision_tower." in form and "vision_model." not in form:
+            yield form.replace("vision_tower.", "vision_tower.vision_model.", 1)
 
 
 def decoder_names(model_tensors: dict[str, Any]) -> dict[str, str]:

@@ -127,7 +127,7 @@ def _mmproj(
     model_dir: Path, part: Path, mmproj_type: str, replaced: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
 ) -> tuple[Any, Injection, Mapping[str, Any], int | None]:
     model = open_model(model_dir, part, file_type=mmproj_type, mmproj=True)
-    ends = {end: name for end in replaced for name in model.model_tensors if name.endswith(end)}
+    ends = {end: taken for end in replaced for taken, name in model.checkpoint_names.items() if name.endswith(end)}
     named = {_find(ends, end): tensor for end, tensor in replaced.items()}
     limits = picture_limits(model_dir, model.preprocessor_config)
     return model, Injection(model, {}, named, None), {**metadata, **limits}, None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from mbq_gguf.models import pictures
 from mbq_gguf.models.pictures import Picture
@@ -10,18 +11,35 @@ from mbq_gguf.models.pictures import Picture
 
 @dataclass(frozen=True)
 class Family:
-    """VLMs of one kind: ``architectures`` are the class names in config.json, ``gguf`` what llama.cpp calls the language model."""
+    """VLMs of one kind: ``architectures`` are the class names in config.json, ``gguf`` what llama.cpp calls the language model.
+
+    ``limits`` says of something why it cannot be done, or not reliably, beyond what the layout tells.
+    """
 
     name: str
     architectures: tuple[str, ...]
     gguf: str
     picture: Picture
+    limits: Mapping[str, str] = field(default_factory=dict)
 
+
+# A tensor that is meant to be zero is made by multiplying what lies in memory by 0, which may be NaN (tools/mtmd/models/pixtral.cpp).
+ROWS = {
+    "mmproj": "llama.cpp b11434 takes what stands between the rows of a picture from memory that nobody has written, so answers may be noise"
+}
 
 FAMILIES = (
     Family("Qwen2-VL", ("Qwen2VLForConditionalGeneration",), "qwen2vl", pictures.QWEN),
     Family("Qwen2.5-VL", ("Qwen2_5_VLForConditionalGeneration",), "qwen2vl", pictures.QWEN),
     Family("Qwen3-VL", ("Qwen3VLForConditionalGeneration",), "qwen3vl", pictures.QWEN),
+    Family("SmolVLM", ("SmolVLMForConditionalGeneration",), "llama", pictures.SMOLVLM),
+    Family("Idefics3", ("Idefics3ForConditionalGeneration",), "llama", pictures.SMOLVLM),
+    Family("InternVL 3 (-hf)", ("InternVLForConditionalGeneration",), "qwen2", pictures.INTERNVL),
+    Family("Gemma 3", ("Gemma3ForConditionalGeneration",), "gemma3", pictures.GEMMA3),
+    Family("Mistral 3", ("Mistral3ForConditionalGeneration",), "mistral3", pictures.PIXTRAL, ROWS),
+    Family("Pixtral", ("LlavaForConditionalGeneration",), "llama", pictures.PIXTRAL, ROWS),
+    Family("GLM-4.1V", ("Glm4vForConditionalGeneration",), "glm4", pictures.GLM),
+    Family("GLM-OCR", ("GlmOcrForConditionalGeneration",), "glm4", pictures.GLM),
 )
 
 # Families that people will ask for, by architecture, and why they are refused.

@@ -80,7 +80,8 @@ class Layout:
 
     ``norms`` stand before a branch; ``norms_after`` between a branch and the residual stream. ``projector`` is the linears that write
     image features into the residual stream, the end of their names in the model as a regular expression (None where it is not known).
-    ``fused`` tells of readers that are no linears of their own.
+    ``embeds``: rows of the embeddings are among them, in the vision file (a token between rows of a picture). ``fused`` tells of readers
+    that are no linears of their own.
     """
 
     sites: tuple[Site, ...]
@@ -88,6 +89,7 @@ class Layout:
     norms: tuple[str, ...]
     norms_after: tuple[str, ...] = ()
     projector: str | None = None
+    embeds: bool = False
     fused: tuple[Fused, ...] = ()
 
     @property
@@ -193,11 +195,27 @@ SANDWICH = Layout(
     norms_after=("post_attention_layernorm", "post_feedforward_layernorm"),
 )
 
+# GLM-4.1V's: the same places, plain norms, gate and up in one linear.
+GLM = Layout(
+    _gated("input_layernorm", "post_attention_layernorm"),
+    (ATTENTION, MLP),
+    norms=("input_layernorm", "post_attention_layernorm"),
+    norms_after=("post_self_attn_layernorm", "post_mlp_layernorm"),
+    fused=(Fused("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),),
+)
+
 LAYOUTS = {
     "Qwen2VLForConditionalGeneration": replace(STANDARD, projector=r"visual\.merger\.mlp\.2"),
     "Qwen2_5_VLForConditionalGeneration": replace(STANDARD, projector=r"visual\.merger\.mlp\.2"),
     "Qwen3VLForConditionalGeneration": replace(STANDARD, projector=r"visual\.(?:merger|deepstack_merger_list\.\d+)\.linear_fc2"),
+    "SmolVLMForConditionalGeneration": replace(STANDARD, projector=r"connector\.modality_projection\.proj"),
+    "Idefics3ForConditionalGeneration": replace(STANDARD, projector=r"connector\.modality_projection\.proj"),
+    "InternVLForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
     "Gemma3ForConditionalGeneration": SANDWICH,
+    "Mistral3ForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2", embeds=True),
+    "LlavaForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2", embeds=True),
+    "Glm4vForConditionalGeneration": GLM,
+    "GlmOcrForConditionalGeneration": GLM,
 }
 ROTATABLE = tuple(name for name, layout in LAYOUTS.items() if layout.no_rotation() is None)
 

@@ -44,6 +44,7 @@ def limits(family: Family) -> dict[str, str | None]:
         "equalisation": layout.no_equalisation(),
         "rotation": layout.no_rotation(),
         "mmproj": None,
+        **family.limits,
     }
 
 

@@ -176,7 +176,8 @@ def rotated_projector(loaded: LoadedModel, rotation: Rotation) -> dict[str, torc
     """The projector's last linears by the ends of their parameters' names, so that image features arrive in the rotated basis."""
     ending = loaded.decoder.layout.projector
     assert ending is not None
-    rotated: dict[str, torch.Tensor] = {}
+    name = "embed_tokens.weight"
+    rotated = {name: rotated_embeddings(loaded.decoder, rotation)[name].cpu()} if loaded.decoder.layout.embeds else {}
     for path, found in loaded.model.named_modules():
         match = re.search(f"(?:^|[.])({ending})$", path)
         if match:
