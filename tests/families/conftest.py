@@ -19,6 +19,9 @@ def _named_tokenizer(built_llama: Path) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+LIKE_OTHERS = ("Qwen2.5-VL", "Idefics3", "Pixtral", "GLM-OCR")  # the same code as a neighbour's; the suite has a minute for all families
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name in RECIPES])
 def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Small:
     return Small(request.param, tmp_path_factory.mktemp("family"))

@@ -24,9 +24,7 @@ class Family:
 
 
 # A tensor that is meant to be zero is made by multiplying what lies in memory by 0, which may be NaN (tools/mtmd/models/pixtral.cpp).
-ROWS = {
-    "mmproj": "llama.cpp b11434 takes what stands between the rows of a picture from memory that nobody has written, so answers may be noise"
-}
+ROWS = {"mmproj": "llama.cpp takes what stands between the rows of a picture from memory that nobody has written, so answers may be noise"}
 
 FAMILIES = (
     Family("Qwen2-VL", ("Qwen2VLForConditionalGeneration",), "qwen2vl", pictures.QWEN),
