@@ -24,7 +24,7 @@ from pycparser import c_ast, c_generator, c_parser
 
 from mbq_cbind.errors import BindingError
 
-HEADERS = ("ggml.h", "ggml-alloc.h", "ggml-backend.h", "ggml-cpu.h", "llama.h", "mtmd.h", "mtmd-helper.h")
+HEADERS = ("ggml.h", "ggml-alloc.h", "ggml-backend.h", "ggml-cpu.h", "llama.h", "mtmd.h", "mtmd-helper.h", "mtmd-aifs.h")
 INCLUDE_DIRS = ("ggml/include", "include", "tools/mtmd")
 
 FUNCTION_NAMES = """
@@ -47,6 +47,9 @@ FUNCTION_NAMES = """
     mtmd_input_chunks_get mtmd_input_chunks_free mtmd_input_chunk_get_type mtmd_input_chunk_get_tokens_text
     mtmd_input_chunk_get_n_tokens mtmd_input_chunk_get_n_pos mtmd_tokenize mtmd_encode_chunk mtmd_get_output_embd
     mtmd_helper_log_set mtmd_helper_init_opt_default mtmd_helper_bitmap_init_from_file mtmd_helper_decode_image_chunk
+    mtmd_helper_eval_chunks mtmd_aifs_init mtmd_aifs_refusal mtmd_aifs_add_rows
+    llama_batch_ext_init llama_batch_ext_free llama_batch_ext_add_token llama_batch_ext_add_embd llama_batch_ext_set_pos
+    llama_batch_ext_set_output_logits llama_process
 """
 FUNCTIONS = frozenset(FUNCTION_NAMES.split())
 

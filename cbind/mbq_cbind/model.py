@@ -23,7 +23,10 @@ class Model:
 
     ``context`` is the number of tokens that a prompt with its answer may take, ``batch`` how many of them run at once. ``gpu_layers`` is 0
     for the CPU, -1 for all layers on the GPU. What a prompt shares with the one before it (the same opening and the very same encoded
-    image) is not computed again. Not safe for several threads.
+    image) is not computed again. ``aifs``: what is left of a prompt goes through in one call, text and pictures together, where the model
+    allows it (``apart`` says why not); without it, each picture in calls of its own, so that what prompts share changes no bit.
+    ``decode_calls`` counts. The CPU's ``flash_attention`` sums in fp16, in an order that depends on how many tokens run at once: it is
+    turned off to compare. Not safe for several threads.
     """
 
     def __init__(
@@ -35,6 +38,8 @@ class Model:
         gpu_layers: int = 0,
         context: int = 4096,
         batch: int = 512,
+        aifs: bool = False,
+        flash_attention: bool = True,
     ) -> None:
         self._binding = load_whole()
         ffi, c = self._binding.ffi, self._binding.c
@@ -42,15 +47,18 @@ class Model:
         self._model = self._context = ffi.NULL
         self._vision: Vision | None = None
         self._done: list[Chunk] = []  # what the context holds, chunk by chunk ...
+        self.decode_calls = 0
+        self.apart: str | None = "it is off"  # why text and pictures are decoded in turns
         self._cells = 0  # ... and how many of its cells are taken, the text after the last chunk included
         require_gguf(gguf)
         threads = threads or os.cpu_count() or 1
         try:
             self._model = self._open_model(gpu_layers)
-            self._context = self._open_context(threads, context)
+            self._context = self._open_context(threads, context, flash_attention)
             self._vocabulary = c.llama_model_get_vocab(self._model)
             if mmproj is not None:
                 self._vision = Vision(mmproj, self._model, threads=threads, use_gpu=gpu_layers != 0)
+                self.apart = self._vision.refusal(self._context) if aifs else self.apart
         except BaseException:
             self.close()
             raise
@@ -140,29 +148,26 @@ class Model:
     def logits(self, prompt: str, images: Sequence[EncodedImage], answer: Sequence[int]) -> Floats:
         """Teacher forcing: row i of float32 [len(answer), vocabulary] predicts ``answer[i]`` from the prompt and the answer before it."""
         with self._chunks(prompt, images) as chunks:
-            position = self._fill(chunks[:-1])
-            last = chunks[-1].tokens
-            return self._decode([*last, *answer[:-1]], position, outputs=len(answer))
+            return self._evaluate(chunks[:-1], [*chunks[-1].tokens, *answer[:-1]], outputs=len(answer))[0]
 
     def generate(self, prompt: str, images: Sequence[EncodedImage], *, limit: int, opening: Sequence[int] = ()) -> list[int]:
         """The greedy answer after ``opening``, at most ``limit`` tokens with it; the token that ends the turn is left out."""
         answer = list(opening)
         with self._chunks(prompt, images) as chunks:
-            position = self._fill(chunks[:-1])
-            pending = [*chunks[-1].tokens, *answer]
+            logits, position = self._evaluate(chunks[:-1], [*chunks[-1].tokens, *answer], outputs=1)
         while len(answer) < limit:
-            token = int(self._decode(pending, position, outputs=1)[0].argmax())
+            token = int(logits[0].argmax())
             if self.is_end(token):
                 break
             answer.append(token)
-            position += len(pending)
-            pending = [token]
+            if len(answer) < limit:
+                logits = self._decode([token], position, outputs=1)
+                position += 1
         return answer
 
     def text_logits(self, tokens: Sequence[int], *, outputs: int) -> Floats:
         """Logits after each of the last ``outputs`` of ``tokens``, which are all that the model sees: float32 [outputs, vocabulary]."""
-        self._fill([])
-        return self._decode(list(tokens), 0, outputs=outputs)
+        return self._evaluate([], tokens, outputs=outputs)[0]
 
     def _open_model(self, gpu_layers: int) -> Any:
         ffi, c = self._binding.ffi, self._binding.c
@@ -176,12 +181,14 @@ class Model:
             raise BindingError(f"llama.cpp cannot load {self.path} ({take_error('unknown reason')}): fetch or convert it again")
         return model
 
-    def _open_context(self, threads: int, context: int) -> Any:
+    def _open_context(self, threads: int, context: int, flash_attention: bool) -> Any:
         ffi, c = self._binding.ffi, self._binding.c
         parameters = c.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = context
         parameters.n_ubatch = self._batch
         parameters.n_threads = parameters.n_threads_batch = threads
+        if not flash_attention:  # else where the backend has it
+            parameters.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_DISABLED
         opened = c.llama_init_from_model(self._model, parameters)
         if opened == ffi.NULL:
             raise BindingError(f"no context of {context} tokens for {self.path} ({take_error('unknown reason')}): try a smaller one")
@@ -201,8 +208,33 @@ class Model:
                 raise BindingError("a prompt must end in text: put the pictures before the question")
             yield chunks
 
-    def _fill(self, chunks: list[Chunk]) -> int:
-        """Make the context hold ``chunks`` and nothing more; returns the next position."""
+    def _evaluate(self, chunks: list[Chunk], tokens: Sequence[int], *, outputs: int) -> tuple[Floats, int]:
+        """Run what the context does not hold of ``chunks``, and text ``tokens`` behind them: logits of the last ``outputs`` of these, and
+        the next position."""
+        shared, position = self._reuse(chunks)
+        rest = chunks[shared:]
+        if self.apart is None and any(chunk.embedding is not None for chunk in rest):
+            mixed = [*rest, Chunk(tokens=tuple(tokens), positions=len(tokens))]
+            count = sum(chunk.length for chunk in mixed)
+            self._take_cells(count)
+            self._done = []  # should it fail
+            self.vision.decode_mixed(self._context, mixed, position, outputs)
+            self.decode_calls += 1
+            self._done = [Chunk(chunk.tokens, chunk.embedding, chunk.positions) for chunk in chunks]
+            return self._read_logits(count, outputs), position + sum(chunk.positions for chunk in mixed)
+        for chunk in rest:
+            if chunk.tokens:
+                self._decode(chunk.tokens, position, outputs=0)
+            else:
+                self._take_cells(chunk.length)
+                self.vision.decode(self._context, chunk, position, self._batch)
+                self.decode_calls += -(-chunk.length // self._batch)
+            position += chunk.positions
+            self._done.append(Chunk(chunk.tokens, chunk.embedding, chunk.positions))
+        return self._decode(tokens, position, outputs=outputs), position + len(tokens)
+
+    def _reuse(self, chunks: list[Chunk]) -> tuple[int, int]:
+        """Make the context hold no more than ``chunks``; returns how many of them it holds, and the next position."""
         shared = 0
         while shared < min(len(chunks), len(self._done)) and chunks[shared].same_as(self._done[shared]):
             shared += 1
@@ -214,15 +246,7 @@ class Model:
             shared = position = 0
         self._done = chunks[:shared]
         self._cells = sum(chunk.length for chunk in self._done)
-        for chunk in chunks[shared:]:
-            if chunk.tokens:
-                self._decode(chunk.tokens, position, outputs=0)
-            else:
-                self._take_cells(chunk.length)
-                self.vision.decode(self._context, chunk, position, self._batch)
-            position += chunk.positions
-            self._done.append(Chunk(chunk.tokens, chunk.embedding, chunk.positions))
-        return position
+        return shared, position
 
     def _take_cells(self, count: int) -> None:
         """Count what comes in; libllama aborts the process where it does not fit."""
@@ -233,7 +257,7 @@ class Model:
 
     def _decode(self, tokens: Sequence[int], position: int, *, outputs: int) -> Floats:
         """Run text ``tokens`` from ``position``; logits of the last ``outputs`` of them, float32 [outputs, vocabulary]."""
-        ffi, c = self._binding.ffi, self._binding.c
+        c = self._binding.c
         count = len(tokens)
         self._take_cells(count)
         batch = c.llama_batch_init(count, 0, 1)
@@ -244,6 +268,7 @@ class Model:
             for i in range(count):
                 batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, i >= count - outputs
             status = c.llama_decode(self._context, batch)
+            self.decode_calls += 1
         finally:
             c.llama_batch_free(batch)
         if status != 0:
@@ -251,6 +276,11 @@ class Model:
             raise BindingError(
                 f"llama.cpp failed on a prompt of {self._cells} tokens ({take_error('unknown reason')}): try a larger context"
             )
+        return self._read_logits(count, outputs)
+
+    def _read_logits(self, count: int, outputs: int) -> Floats:
+        """Logits of the last ``outputs`` of the ``count`` tokens that were decoded last."""
+        ffi, c = self._binding.ffi, self._binding.c
         logits = np.empty((outputs, c.llama_vocab_n_tokens(self._vocabulary)), np.float32)
         for row, i in enumerate(range(count - outputs, count)):
             ffi.memmove(ffi.from_buffer(logits[row]), c.llama_get_logits_ith(self._context, i), logits[row].nbytes)

@@ -133,6 +133,32 @@ class Vision:
         if c.mtmd_helper_decode_image_chunk(self._context, context, chunk.handle, data, position, 0, batch, end, ffi.NULL, ffi.NULL) != 0:
             raise BindingError(f"an image did not go into the model ({take_error('unknown reason')}): try a larger context")
 
+    def refusal(self, context: Any) -> str | None:
+        """Why the language model ``context`` takes text and pictures in turns only; None where one pass does (:meth:`decode_mixed`)."""
+        reason = self._binding.c.mtmd_aifs_refusal(self._context, context)
+        return None if reason == self._binding.ffi.NULL else self._binding.text(reason)
+
+    def decode_mixed(self, context: Any, chunks: Sequence[Chunk], position: int, outputs: int) -> None:
+        """Put ``chunks``, text and pictures, into the language model in one call; the last ``outputs`` tokens get logits."""
+        ffi, c = self._binding.ffi, self._binding.c
+        batch = ffi.gc(c.llama_batch_ext_init(context), c.llama_batch_ext_free)
+        place = ffi.new("llama_pos *")
+        fits = True
+        for chunk in chunks:
+            if chunk.embedding is None:
+                for place[0], token in enumerate(chunk.tokens, position):
+                    index = c.llama_batch_ext_add_token(batch, 0, token)
+                    fits = fits and index >= 0 and c.llama_batch_ext_set_pos(batch, index, place)
+            else:
+                data = ffi.from_buffer("float[]", np.ascontiguousarray(chunk.embedding))
+                fits = fits and c.mtmd_aifs_add_rows(self._context, context, batch, chunk.handle, data, position, 0, 0, chunk.length)
+            position += chunk.positions
+        count = sum(chunk.length for chunk in chunks)
+        for index in range(count - outputs, count):
+            c.llama_batch_ext_set_output_logits(batch, index, True)
+        if not fits or c.llama_process(context, c.LLAMA_PROCESS_TYPE_DECODE, batch) != 0:
+            raise BindingError(f"{count} tokens did not go into the model at once ({take_error('unknown reason')}): try a larger context")
+
     @contextmanager
     def _tokenized(self, prompt: str, bitmaps: Sequence[Any]) -> Iterator[list[Any]]:
         ffi, c = self._binding.ffi, self._binding.c

@@ -1,0 +1,20 @@
+#pragma once
+
+// --aifs of the programs that take pictures, see tools/mtmd/mtmd-aifs.h
+
+#include "arg.h"
+
+extern std::string common_aifs; // what was asked for, of the whole process as it is in libmtmd
+
+inline common_arg common_arg_aifs(std::initializer_list<enum llama_example> examples) {
+    return common_arg({"--aifs"}, "[on|off|auto]",
+        "whether text and pictures of a prompt go through the model in one pass; 'auto': where the model allows it (default: auto)",
+        [](common_params & params, const std::string & value) {
+            if (value != "on" && value != "off" && value != "auto") {
+                throw std::invalid_argument("unknown value: '" + value + "'");
+            }
+            GGML_UNUSED(params);
+            common_aifs = value;
+        }
+    ).set_examples(examples).set_env("LLAMA_ARG_AIFS");
+}

@@ -1,0 +1,40 @@
+#pragma once
+
+// Text and pictures of a prompt in one pass: batches that mix token ids with the rows of pictures, filled up to n_batch, instead of a
+// decode call for every run of text and every picture. Attention, positions and answers stay as they are.
+
+#include "llama.h"
+#include "mtmd.h"
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// "auto" (what holds without a call): where the model allows it; "on": refuse a model that does not; "off": never
+// holds for the whole process; says in one log line what becomes of this model
+// returns false for "on" and a model that does not allow it, and for an unknown mode
+MTMD_API bool mtmd_aifs_init(const mtmd_context * ctx, const struct llama_context * lctx, const char * mode);
+
+// why prompts of this model are decoded in pieces; NULL where text and pictures go through it in one pass
+MTMD_API const char * mtmd_aifs_refusal(const mtmd_context * ctx, const struct llama_context * lctx);
+
+// the position of one row of a picture that begins at pos_0, in the four sections of M-RoPE
+// (of other models only the first counts), as mtmd_helper_decode_image_chunk() sets it
+MTMD_API void mtmd_aifs_row_pos(const mtmd_context * ctx, const mtmd_input_chunk * chunk, llama_pos pos_0, int32_t row, llama_pos * pos);
+
+// add the rows [row_0, row_0 + n_rows) of a picture to a batch; embd is the tower's output for all of its rows
+// returns false if the batch is full
+MTMD_API bool mtmd_aifs_add_rows(const mtmd_context * ctx, const struct llama_context * lctx, struct llama_batch_ext * batch,
+                                 const mtmd_input_chunk * chunk, const float * embd, llama_pos pos_0, llama_seq_id seq_id,
+                                 int32_t row_0, int32_t n_rows);
+
+// mtmd_helper_eval_chunks() in ceil(n / n_batch) decode calls, for a model that mtmd_aifs_refusal() does not refuse
+// the prompt's last row has logits if logits_last is set
+MTMD_API int32_t mtmd_aifs_eval_chunks(mtmd_context * ctx, struct llama_context * lctx, const mtmd_input_chunks * chunks,
+                                       llama_pos n_past, llama_seq_id seq_id, int32_t n_batch, bool logits_last, llama_pos * new_n_past);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,46 @@
+"""Each family's text and pictures in one pass give the logits of the decode in turns, or the family is known to stay with that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from mbq_cbind.model import Model
+from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
+from PIL import Image
+from small import Small
+
+LIMIT = 1e-4  # of max |logit|; measured: 4e-7 at most
+IN_TURNS = {"Gemma 3": "the model's attention has a sliding window"}  # why mtmd_aifs_refusal says no
+# M stands for a picture
+PROMPTS = ("None at all", "MFirst", "In the M middle", "M then M then at last M")
+
+
+@pytest.fixture(scope="module")
+def models(small: Small) -> Iterator[tuple[Model, Model]]:
+    """In turns and in one pass, on the same files in F32."""
+    files = small.folder / "f32.gguf", small.folder / "mmproj-f32.gguf"
+    common = {"replaced": {}, "base_type": "F32", "embedding_type": "F32", "metadata": {}, "file_type": None}
+    write_text_gguf(small.directory, files[0], quantised={}, **common)
+    write_mmproj_gguf(small.directory, files[1], mmproj_type="F32")
+    turns, once = (Model(*files, context=512, threads=1, aifs=aifs, flash_attention=False) for aifs in (False, True))
+    yield turns, once
+    turns.close()
+    once.close()
+
+
+def test_one_pass_is_the_decode_in_turns(small: Small, models: tuple[Model, Model]) -> None:
+    turns, once = models
+    assert once.apart == IN_TURNS.get(small.name)
+    pictures = [small.folder / f"one-pass-{seed}.png" for seed in range(3)]
+    for seed, path in enumerate(pictures):
+        Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*small.recipe.size[::-1], 3), dtype=np.uint8)).save(path)
+    images = [turns.vision.encode(path) for path in pictures]
+    answer = turns.tokenize("seven of the blue circles")
+    for words in PROMPTS:
+        ours, theirs = (
+            model.logits(model.prompt(words, images=0).replace("M", model.vision.marker), images[: words.count("M")], answer)
+            for model in (once, turns)
+        )
+        assert float(np.abs(ours - theirs).max() / np.abs(theirs).max()) <= LIMIT
