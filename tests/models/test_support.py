@@ -40,8 +40,11 @@ def test_the_command_says_the_same_in_both_forms() -> None:
 
 @pytest.mark.parametrize("architecture", REFUSED)
 def test_a_refusal_says_why(architecture: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(f"{architecture} is not supported, {REFUSED[architecture]}: use a model of")):
-        check_architecture({"architectures": [architecture], "model_type": "novel"})
+    config = {"architectures": [architecture], "model_type": "novel", "vision_config": {}}
+    if architecture.islower():  # a tower
+        config |= {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {"model_type": architecture}}
+    with pytest.raises(UsageError, match=re.escape(f" is not supported, {REFUSED[architecture]}: use a model of")):
+        check_architecture(config)
 
 
 @pytest.mark.parametrize(

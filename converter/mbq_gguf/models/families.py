@@ -40,18 +40,36 @@ FAMILIES = (
     Family("GLM-OCR", ("GlmOcrForConditionalGeneration",), "glm4", pictures.GLM),
 )
 
-# Families that people will ask for, by architecture, and why they are refused.
+# Families that people will ask for, by architecture or by the model type of the vision tower, and why they are refused.
 NEEDS_CODE = "its checkpoints need Python code of their directory"
+NO_RUNTIME = "llama.cpp does not know it"
+EXPERTS = "its layers have experts, which calibration cannot tell apart yet"
 REFUSED = {
+    "Qwen3_5ForConditionalGeneration": "calibration does not know the gated delta nets that most of its layers are",
+    "Gemma4ForConditionalGeneration": "calibration goes layer by layer, and its layers share keys and values and take inputs of their own",
+    "Qwen3VLMoeForConditionalGeneration": EXPERTS,
+    "Qwen3_5MoeForConditionalGeneration": EXPERTS,
+    "Glm4vMoeForConditionalGeneration": EXPERTS,
+    "Llama4ForConditionalGeneration": EXPERTS,
+    "LlavaNextForConditionalGeneration": "llama.cpp's conversion has no place for its tower",
+    "LlavaOnevisionForConditionalGeneration": "llama.cpp's conversion has no place for its tower, nor its runtime for its tiles",
+    "clip_vision_model": "llama.cpp's conversion has no place for its CLIP tower, and the runtime reads the tower's positions one off",
     "QWenLMHeadModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of Qwen-VL alone",
     "ChatGLMModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of GLM-4V alone",
+    "CogVLMForCausalLM": NEEDS_CODE,
+    "DotsOCRForCausalLM": NEEDS_CODE,
     "MiniCPMV": f"{NEEDS_CODE}, and llama.cpp converts it by scripts of another kind",
     "InternVLChatModel": f"{NEEDS_CODE}: the same models are published for transformers itself, with -hf in their name",
     "Qwen2_5OmniModel": "its language model lies among parts for speech",
-    "MolmoForCausalLM": "llama.cpp does not know it",
-    "MllamaForConditionalGeneration": "llama.cpp does not know it",
-    "PaliGemmaForConditionalGeneration": "llama.cpp does not know it",
+    "MolmoForCausalLM": NO_RUNTIME,
+    "MllamaForConditionalGeneration": NO_RUNTIME,
+    "PaliGemmaForConditionalGeneration": NO_RUNTIME,
 }
+
+
+def refusal(architecture: str, tower: str | None) -> str | None:
+    """Why models of an architecture, with a vision tower of a model type, are refused, or None."""
+    return REFUSED.get(architecture) or REFUSED.get(tower or "")
 
 
 def family_of(architecture: str) -> Family | None:

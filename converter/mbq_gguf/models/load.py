@@ -12,7 +12,7 @@ import torch
 from mbq_gguf.errors import UsageError, UserError, said
 from mbq_gguf.models.checks import check_finite, check_unquantised, check_whole, read_config, read_object, weight_files
 from mbq_gguf.models.decoder import check_layers, find_decoder
-from mbq_gguf.models.families import FAMILIES, REFUSED, family_of
+from mbq_gguf.models.families import FAMILIES, family_of, refusal
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, RuntimePrompt
 from mbq_gguf.models.remote_code import runs_remote_code
@@ -85,8 +85,9 @@ def check_architecture(config: dict[str, Any]) -> str:
     architecture = str(names[0]) if isinstance(names, list) and names else str(config.get("model_type", "unknown"))
     if not isinstance(config.get("vision_config", {}), dict):
         raise UsageError(f"vision_config in the model's config.json is no JSON object: fetch the model again ({architecture})")
-    if architecture in REFUSED:
-        raise UsageError(f"{architecture} is not supported, {REFUSED[architecture]}: use a model of {SUPPORTED}")
+    why = refusal(architecture, config.get("vision_config", {}).get("model_type"))
+    if why:
+        raise UsageError(f"{architecture} is not supported, {why}: use a model of {SUPPORTED}")
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as texts
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as known
 
