@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -18,12 +19,24 @@ from mbq_gguf.cli import main
 from mbq_gguf.demo.assemble import DATA
 from safetensors.torch import load_file, save_file
 
+LOADING = importlib.import_module("mbq_gguf.models.load")  # the package gives its function this name
 RTN = ("--method", "rtn", "--rounding", "nearest")  # needs no calibration, so the fault met is the one under test
 
 
 @pytest.fixture(autouse=True)
 def _needs_llama(built_llama: Path) -> None:
     """Every conversion goes through the conversion package of the built tree."""
+
+
+@pytest.fixture(autouse=True)
+def _before_the_weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but a fault of the weights themselves is found after they were read."""
+    if "weights" not in request.node.name:
+
+        def read(*_: object) -> None:
+            pytest.fail("the weights were read first")
+
+        monkeypatch.setattr(LOADING, "_load_weights", read)
 
 
 @pytest.fixture

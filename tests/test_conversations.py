@@ -124,7 +124,7 @@ def test_a_lone_surrogate(folder: Path) -> None:
 def test_other_encodings(folder: Path) -> None:
     path = folder / "set.jsonl"
     path.write_bytes(json.dumps(OURS).encode("utf-16"))
-    with pytest.raises(UsageError, match="give a JSONL file in UTF-8"):
+    with pytest.raises(UsageError, match=r"set\.jsonl, line 1 is no text in UTF-8: "):
         read_scenes(path)
 
 

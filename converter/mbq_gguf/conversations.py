@@ -120,9 +120,13 @@ def read_scenes(path: Path, *, unanswered: bool = False) -> list[Scene]:
     (unless ``unanswered``), no conversation at all.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as a set of conversations ({error}): give a JSONL file in UTF-8") from error
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({(error.strerror or str(error)).lower()}): give a JSONL file in UTF-8") from error
+    except UnicodeDecodeError as error:
+        place = len(re.split(rb"\r\n|\r|\n", content[: error.start]))
+        raise UsageError(f"{path}, line {place} is no text in UTF-8: save the file in UTF-8") from error
     scenes = []
     # Not splitlines(): what Unicode counts as the end of a line may stand in an answer.
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -16,28 +16,24 @@ from rich.progress import Progress
 
 from mbq_gguf import settings as defaults
 from mbq_gguf.allocation.plan import plan_table
-from mbq_gguf.calibration.dataset import Sample, Turns, fingerprint, load_samples
+from mbq_gguf.beforehand import check_inputs, look_ahead
+from mbq_gguf.calibration.dataset import Turns, fingerprint
 from mbq_gguf.calibration.magnitudes import Estimator
 from mbq_gguf.calibration.token_weights import Kind
 from mbq_gguf.code_hash import code_hash
-from mbq_gguf.errors import UsageError
 from mbq_gguf.export import metadata
-from mbq_gguf.export.atomic import check_output, claimed, staged, target
-from mbq_gguf.export.checkpoint import check_finite_files, names_of, shapes
-from mbq_gguf.export.gguf_writer import MMPROJ_TYPES, TextFile, write_mmproj, write_text
+from mbq_gguf.export.atomic import check_output, claimed, staged
+from mbq_gguf.export.checkpoint import check_finite_files
+from mbq_gguf.export.gguf_writer import TextFile, write_mmproj, write_text
 from mbq_gguf.export.injection import TensorRecord
 from mbq_gguf.export.progress import Stages, progress_bars
-from mbq_gguf.export.rehearsal import rehearse
 from mbq_gguf.export.report import ConvertReport, fallback_sentences, nearest_sentences, static_sentences, transform_sentences
-from mbq_gguf.export.space import Need, check_room, predict, taken
 from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models import LoadedModel, load
-from mbq_gguf.models.checks import weight_files
-from mbq_gguf.models.load import check_source
 from mbq_gguf.models.prompts import AnswerMask
 from mbq_gguf.models.remote_code import remote_code
 from mbq_gguf.outcome import QuantiseResult
-from mbq_gguf.quantise import check_activations, quantise
+from mbq_gguf.quantise import quantise
 from mbq_gguf.settings import Activations, Method, QuantiseSettings, Rounding, SearchLoss
 from mbq_gguf.timing import Timer
 from mbq_gguf.transforms.rotation import Rotate, widest_rotation
@@ -104,6 +100,30 @@ class ConvertOptions:
         return replace(self, rotate=widest_rotation(loaded) if gains and not self.target_bpw else "none")
 
     @property
+    def work_root(self) -> Path:
+        """Where runs towards ``out`` keep their finished layers where no other place is given."""
+        return self.out.with_name(f"{self.out.name}.work")
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What finished layers depend on beside the samples, by name.
+
+        The model's: names, sizes and times of its files, since hashing the weights would take minutes.
+        """
+        files = [path for path in sorted(self.model_dir.iterdir()) if path.is_file()]
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return {
+            "model": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
+            "settings": json.dumps(asdict(self.settings), sort_keys=True),
+            "code": code_hash("quantise"),
+        }
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether samples are needed."""
+        return bool(self.target_bpw or self.method != "rtn" or self.rounding != "nearest" or self.activations == "static")
+
+    @property
     def unquantised(self) -> bool:
         """Whether the file is to be what upstream's converter would write."""
         return self.target_bpw is None and quant_type(self.type).name in REFERENCE_TYPES
@@ -156,7 +176,7 @@ def _convert(options: ConvertOptions, console: Console) -> ConvertReport:
         sentences += static_sentences(quantised.result.facts_of("metadata"))
     allocation = plan_table(plan, quantised.result.losses) if quantised and plan else None
     if options.work_dir is None:
-        shutil.rmtree(work_root(options), ignore_errors=True)
+        shutil.rmtree(options.work_root, ignore_errors=True)
     before = sum(file.stat().st_size for file in files)
     return ConvertReport(
         options.out, options.mmproj, text, vision, before, sentences, timer.seconds, allocation, calibrated(options, quantised)
@@ -172,96 +192,33 @@ def calibrated(options: ConvertOptions, quantised: Quantised | None) -> str:
     return f"calibrated on {quantised.samples} samples{asked} of {options.calib or 'the drawn scenes of mbq-gguf'}{beside}"
 
 
-def check_inputs(options: ConvertOptions) -> list[Path]:
-    """Everything that can be refused before any work; returns the checkpoint's weight files."""
-    quant_type(options.type)
-    quant_type(options.embedding_type)
-    check_activations(options.settings)
-    if options.mmproj_type not in MMPROJ_TYPES:
-        raise UsageError(f"there is no mmproj type {options.mmproj_type}: choose one of {', '.join(MMPROJ_TYPES)}")
-    check_device(options.device)
-    if options.samples < 1:
-        raise UsageError("calibration needs at least one sample: give --samples 1 or more")
-    check_source(options.model_dir)
-    files = weight_files(options.model_dir)
-    check_room(needed(options, files))
-    rehearse(options.model_dir, files, options.mmproj_type)
-    return files
-
-
-def needed(options: ConvertOptions, files: Sequence[Path]) -> list[Need]:
-    """The bytes that the two files and the finished layers will take, and where; layers that an earlier run finished are there already."""
-    layer_bits = options.target_bpw or quant_type(options.type).bits_per_weight
-    embedding_bits = quant_type(options.type if options.unquantised else options.embedding_type).bits_per_weight
-    named = dict(zip(names_of(files), shapes(files), strict=True))
-    sizes = predict(named, layer_bits, embedding_bits, quant_type(options.mmproj_type).bits_per_weight)
-    needs = [Need(target(options.out).parent, options.out.name, sizes.text)]
-    needs.append(Need(target(options.mmproj).parent, options.mmproj.name, sizes.mmproj))
-    if not options.unquantised:
-        work = options.work_dir or work_root(options)
-        needs.append(Need(work.absolute(), "finished layers", max(sizes.layers - taken(work), 0)))
-    return needs
-
-
-def check_device(name: str) -> None:
-    """Raise UsageError where torch cannot compute on the device called ``name``."""
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"torch cannot compute on {name} ({reason}): give --device cpu, or install a torch for your card") from error
-
-
 def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, timer: Timer) -> Quantised:
-    """Load the model, calibrate, equalise and round."""
-    stages = Stages(bars)
+    """Look at all that can be refused, load the model, calibrate, equalise and round."""
+    stages, say = Stages(bars), partial(console.print, style="yellow", highlight=False, soft_wrap=True)
+    with timer.timed("check"):
+        ahead = look_ahead(options, say)
+    options = ahead.options
     with timer.timed("load"):
-        loaded = load(options.model_dir, options.device)
-    options = options.with_rotation(loaded)
-    samples: list[Sample] = []
-    if options.target_bpw or options.method != "rtn" or options.rounding != "nearest" or options.activations == "static":
-        if options.calib is None:
-            console.print(
-                "calibrating with the drawn scenes that ship with mbq-gguf: give --calib with pictures like those you will ask about",
-                style="yellow",
-                highlight=False,
-            )
-        with timer.timed("samples"):
-            say = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
-            samples = load_samples(options.calib, loaded, options.samples, options.seed, options.turns, say)
+        loaded = load(options.model_dir, options.device, prompts=ahead.model.prompts)
+    with timer.timed("samples"):
+        samples = ahead.drawn.answered(loaded, say) if ahead.drawn else []
     calibration = fingerprint(samples) if samples else ""
-    work = open_work(options, calibration, lambda sentence: console.print(sentence, style="yellow", highlight=False, soft_wrap=True))
+    work = open_work(options, calibration, say)
     try:
         result = quantise(loaded, samples, options.settings, work, stages)
     finally:
         if options.work_dir is None and not any(work.path.glob("*.safetensors")):
-            shutil.rmtree(work_root(options), ignore_errors=True)  # nothing to go on from
+            shutil.rmtree(options.work_root, ignore_errors=True)  # nothing to go on from
     timer.seconds.update(result.seconds)
     return Quantised(result, calibration, len(samples))
 
 
 def open_work(options: ConvertOptions, calibration: str, tell: Callable[[str], object]) -> WorkDir:
     """The work directory of this model, these samples, these settings and this code; ``tell`` hears of damage in it."""
-    fingerprints = {
-        "model": model_fingerprint(options.model_dir),
-        "data": calibration,
-        "settings": json.dumps(asdict(options.settings), sort_keys=True),
-        "code": code_hash("quantise"),
-    }
+    fingerprints = options.fingerprints | {"data": calibration}
     if options.work_dir is not None:
         return open_workdir(options.work_dir, fingerprints, tell)
-    return open_workdir(work_root(options) / hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()[:16], fingerprints, tell)
-
-
-def work_root(options: ConvertOptions) -> Path:
-    """Where runs towards ``options.out`` keep their finished layers."""
-    return options.out.with_name(f"{options.out.name}.work")
-
-
-def model_fingerprint(model_dir: Path) -> str:
-    """A hash that changes when a file of the model does: names, sizes and times, since hashing the weights would take minutes."""
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(model_dir.iterdir()) if path.is_file()]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    return open_workdir(options.work_root / hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()[:16], fingerprints, tell)
 
 
 def write_files(options: ConvertOptions, quantised: Quantised | None, bars: Progress) -> tuple[list[TensorRecord], list[TensorRecord]]:

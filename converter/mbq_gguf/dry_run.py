@@ -5,7 +5,6 @@ Sizes come from the very code that writes the files, given the shapes of the qua
 
 from __future__ import annotations
 
-import random
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,8 +16,8 @@ import torch
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from mbq_gguf.calibration.dataset import draw_pictures, load_samples
-from mbq_gguf.convert import ConvertOptions, Quantised, check_inputs, text_file
+from mbq_gguf.beforehand import check_inputs, look_ahead
+from mbq_gguf.convert import ConvertOptions, Quantised, text_file
 from mbq_gguf.export.atomic import check_output
 from mbq_gguf.export.gguf_writer import HEAD, TextFile, measure_mmproj, measure_text
 from mbq_gguf.export.report import ConvertReport, duration, megabytes, type_table
@@ -77,9 +76,11 @@ def _dry_run(options: ConvertOptions, console: Console) -> Expected:
     files = check_inputs(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    model = outline(options.model_dir)
-    options = options.with_rotation(model)
-    samples = 0 if options.unquantised else read_calibration(options, model, console)
+    if options.unquantised:
+        model, samples = outline(options.model_dir), 0
+    else:
+        ahead = look_ahead(options, partial(console.print, style="yellow", highlight=False, soft_wrap=True))
+        options, model, samples = ahead.options, ahead.model, len(ahead.drawn)
     weights = sum(linear.weight.numel() for _, linear in model.decoder.linears())
     content = expected_content(options, model, samples)
     with TemporaryDirectory(prefix="mbq-gguf-") as folder:
@@ -95,16 +96,6 @@ def _dry_run(options: ConvertOptions, console: Console) -> Expected:
     width = model.decoder.embed_tokens.embedding_dim
     memory = PROCESS_BYTES + before + STREAM_BYTES * width * (samples + (options.synthetic if samples else 0))
     return Expected(report, text_bytes, mmproj_bytes, memory, expected_seconds(options, weights, samples), samples)
-
-
-def read_calibration(options: ConvertOptions, model: LoadedModel, console: Console) -> int:
-    """How many samples the calibration would have; every picture and text of it is read."""
-    if not (options.target_bpw or options.method != "rtn" or options.rounding != "nearest"):
-        return 0
-    say = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
-    if options.calib is not None and options.calib.is_dir():  # their answers are the model's, which is not there
-        return len(draw_pictures(options.calib, options.samples, random.Random(options.seed), say))
-    return len(load_samples(options.calib, model, options.samples, options.seed, options.turns, say))
 
 
 def expected_content(options: ConvertOptions, model: LoadedModel, samples: int) -> TextFile:

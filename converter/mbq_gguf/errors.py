@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from mbq_cbind.errors import BindingError
 
 
@@ -26,6 +29,17 @@ class UsageError(UserError):
 def said(error: BaseException, longest: int = 200) -> str:
     """What another library's exception says, in one line of ``longest`` characters at most; its name where it says nothing."""
     return (" ".join(str(error).split()) or type(error).__name__)[:longest]
+
+
+@contextmanager
+def at(place: str) -> Iterator[None]:
+    """Sentences of the block's errors begin with ``place`` (file and line of a set), where there is one."""
+    try:
+        yield
+    except UserError as error:
+        if not place or str(error).startswith(place):
+            raise
+        raise UserError(f"{place}: {error}", exit_code=error.exit_code) from error
 
 
 SHOWN = (UserError, BindingError)  # what a command line prints as a sentence, with no traceback

@@ -7,19 +7,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mbq_gguf.calibration.dataset import load_samples
+from mbq_gguf.beforehand import check_device
+from mbq_gguf.calibration.dataset import draw_samples
 from mbq_gguf.calibration.importance import importance
 from mbq_gguf.calibration.stream import capture
-from mbq_gguf.convert import check_device
 from mbq_gguf.export.atomic import check_output
 from mbq_gguf.export.imatrix import write_imatrix
 from mbq_gguf.export.progress import Stages, progress_bars
-from mbq_gguf.export.rehearsal import rehearse
+from mbq_gguf.export.rehearsal import rehearse, rehearse_quantised
 from mbq_gguf.models import load
 from mbq_gguf.models.checks import weight_files
-from mbq_gguf.models.load import check_source
+from mbq_gguf.models.load import check_source, outline
 from mbq_gguf.models.remote_code import remote_code
-from mbq_gguf.settings import MMPROJ_TYPE
+from mbq_gguf.settings import MMPROJ_TYPE, TURNS
 
 
 def make_imatrix(
@@ -34,7 +34,7 @@ def make_imatrix(
 ) -> str:
     """Write the importance matrix of the VLM in ``model_dir`` to ``out``; returns a sentence about it.
 
-    ``calib`` as in :func:`load_samples`. Raises UserError or UsageError for a directory, a set, a device or an output that will not do.
+    ``calib`` as in :func:`draw_samples`. Raises UserError or UsageError for a directory, a set, a device or an output that will not do.
     """
     check_device(device)
     check_output(out)
@@ -45,11 +45,14 @@ def make_imatrix(
 def _make_imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, seed: int, device: str, console: Console) -> str:
     check_source(model_dir)
     rehearse(model_dir, weight_files(model_dir), MMPROJ_TYPE)
+    say = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
+    model = outline(model_dir)
+    rehearse_quantised(model_dir, {f"{name}.weight": (linear.out_features, linear.in_features) for name, linear in model.decoder.linears()})
+    ahead = draw_samples(calib, model.prompts, samples, seed, TURNS, say)
     with progress_bars(console) as bars:
         stages = Stages(bars)
-        loaded = load(model_dir, device)
-        say = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
-        drawn = load_samples(calib, loaded, samples, seed, say=say)
+        loaded = load(model_dir, device, prompts=model.prompts)
+        drawn = ahead.answered(loaded, say)
         captured = []
         for stream in capture(loaded, drawn):
             captured.append(stream)

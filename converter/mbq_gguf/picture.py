@@ -7,10 +7,11 @@ llama.cpp takes pictures it is given the PNG of these pixels: its own reader lea
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mbq_gguf.errors import UsageError, UserError, said
 
@@ -32,11 +33,17 @@ def open_picture(path: Path) -> Image.Image:
         raise UsageError(f"the image {path} cannot be read (No such file): give the path of a picture")
     Image.init()
     try:
-        with Image.open(path, formats=sorted(set(Image.OPEN) - NO_PICTURES)) as opened:
+        # Half of the pixels that are refused are warned of, in pillow's words, though pictures of 108 million come out of telephones.
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(path, formats=sorted(set(Image.OPEN) - NO_PICTURES)) as opened,
+        ):
             turned = ImageOps.exif_transpose(opened)
             picture = as_rgb(turned)
     except Image.DecompressionBombError as error:
         raise UserError(f"the image {path} cannot be read (it has too many pixels to be opened safely): make it smaller") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"the image {path} cannot be read (it is no picture of a known format): mend it or leave it out") from error
     except Exception as error:  # pillow's readers raise whatever a damaged file makes them raise
         raise UserError(f"the image {path} cannot be read ({said(error)}): mend it or leave it out") from error
     if max(picture.size) > LONGEST * min(picture.size):

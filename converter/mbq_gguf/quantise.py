@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import torch
 
@@ -13,6 +13,7 @@ from mbq_gguf.formats.row_scale import QUANT_TYPES
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.outcome import Outcome, QuantiseResult
 from mbq_gguf.settings import QuantiseSettings
+from mbq_gguf.transforms.rotation import check_rotatable
 from mbq_gguf.walk import before, layer
 from mbq_gguf.walk.state import Progress, Walk
 from mbq_gguf.workdir import Unkept, WorkDir
@@ -63,8 +64,8 @@ def quantise(
     return walk.result
 
 
-def check_settings(loaded: LoadedModel, samples: Sequence[Sample], settings: QuantiseSettings) -> None:
-    """UsageError for settings that contradict each other, the samples or the model."""
+def check_settings(loaded: LoadedModel, samples: Sized, settings: QuantiseSettings) -> None:
+    """UsageError for settings that contradict each other, the samples or the model, of which an outline will do."""
     check_activations(settings)
     if not samples and settings.activations == "static":
         raise UsageError("static scales of activations are measured on samples: give at least one")
@@ -76,6 +77,7 @@ def check_settings(loaded: LoadedModel, samples: Sequence[Sample], settings: Qua
     reason = loaded.decoder.layout.no_equalisation()
     if settings.method != "rtn" and reason:
         raise UsageError(f"{loaded.architecture} cannot be equalised, {reason}: use --method rtn")
+    check_rotatable(loaded, settings.rotate)
 
 
 def check_activations(settings: QuantiseSettings) -> None:

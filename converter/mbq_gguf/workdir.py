@@ -90,6 +90,21 @@ class Unkept:
         return make()
 
 
+def check_workdir(path: Path, fingerprint: Mapping[str, str]) -> None:
+    """UsageError where the directory at ``path``, if it is there, belongs to another fingerprint, so far as this one goes, or holds other
+    files."""
+    file = path / FINGERPRINT
+    try:
+        found = _read_fingerprint(file)
+        others = [] if found is None else [name for name, value in fingerprint.items() if found.get(name) != value]
+        if others:
+            raise UsageError(f"the work directory {path} belongs to another {' and '.join(others)}: remove it or choose another")
+        if found is None and not os.path.lexists(file) and path.is_dir() and any(path.iterdir()):
+            raise UsageError(f"{path} is not empty and no work directory: choose another")
+    except OSError as error:
+        raise UsageError(f"the work directory {path} cannot be used ({error}): choose another") from error
+
+
 def open_workdir(path: Path, fingerprint: Mapping[str, str], tell: Callable[[str], object] = lambda sentence: None) -> WorkDir:
     """Open or make the work directory at ``path`` for ``fingerprint``: what the work depends on, by name (model, data, settings).
 
@@ -100,14 +115,8 @@ def open_workdir(path: Path, fingerprint: Mapping[str, str], tell: Callable[[str
     text = json.dumps(dict(fingerprint), indent=1)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        found = _read_fingerprint(file)
-        if found is not None:
-            others = [name for name, value in fingerprint.items() if found.get(name) != value]
-            if others:
-                raise UsageError(f"the work directory {path} belongs to another {' and '.join(others)}: remove it or choose another")
-        elif not os.path.lexists(file) and any(path.iterdir()):
-            raise UsageError(f"{path} is not empty and no work directory: choose another")
-        else:
+        check_workdir(path, fingerprint)
+        if _read_fingerprint(file) is None:
             if os.path.lexists(file):
                 tell(f"{file} is damaged: it will be made again")
             with new_file(path, TEMPORARY) as temporary:

@@ -8,7 +8,8 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from mbq_gguf.convert import ConvertOptions, check_inputs, convert, needed
+from mbq_gguf.beforehand import check_inputs, needed
+from mbq_gguf.convert import ConvertOptions, convert
 from mbq_gguf.errors import UserError
 from mbq_gguf.export.space import Need, check_room
 from mbq_gguf.models.checks import weight_files

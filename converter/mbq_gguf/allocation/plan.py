@@ -41,6 +41,12 @@ class Plan:
         return sum(self.losses.values())
 
 
+def check_target(smallest: int, weights: int, target: float) -> None:
+    """UsageError where ``weights`` that take ``smallest`` bytes at the least do not meet ``target`` bits a weight."""
+    if smallest > int(target * weights / 8):
+        raise UsageError(f"the smallest types take {8 * smallest / weights:.3f} bits a weight: give a larger --target-bpw")
+
+
 def make_plan(options: Mapping[str, Mapping[str, Option]], weights: Mapping[str, int], target: float) -> Plan:
     """The least predicted cost at ``target`` bits a weight or less; ``options`` by tensor and type, ``weights`` counted by tensor.
 
@@ -48,10 +54,9 @@ def make_plan(options: Mapping[str, Mapping[str, Option]], weights: Mapping[str,
     """
     names = [(tensor, list(kinds)) for tensor, kinds in options.items()]
     limit = int(target * sum(weights.values()) / 8)
+    check_target(sum(min(option.size for option in kinds.values()) for kinds in options.values()), sum(weights.values()), target)
     chosen = choose([[options[tensor][kind] for kind in kinds] for tensor, kinds in names], limit)
-    if chosen is None:
-        least = sum(min(option.size for option in kinds.values()) for kinds in options.values())
-        raise UsageError(f"the smallest types take {8 * least / sum(weights.values()):.3f} bits a weight: give a larger --target-bpw")
+    assert chosen is not None
     type_names = {tensor: kinds[k] for (tensor, kinds), k in zip(names, chosen, strict=True)}
     taken = {tensor: options[tensor][kind] for tensor, kind in type_names.items()}
     return Plan(

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
 from mbq_gguf.calibration.generate import greedy_answer
 from mbq_gguf.conversations import read_scenes
-from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.errors import UsageError, UserError, at
 from mbq_gguf.models.loaded import LoadedModel
+from mbq_gguf.models.prompts import Prompts
 from mbq_gguf.picture import open_picture, suffixes
 from mbq_gguf.words import check_words, tokenizer_specials
 
@@ -46,21 +45,61 @@ def load_samples(
     "Describe this image."; None takes the set that ships with the demo. ``say`` is told what is left out, in sentences.
     Raises UsageError for a path that is neither, an empty set and a bad line, UserError for an image that cannot be read.
     """
+    return draw_samples(path, loaded.prompts, n, seed, turns, say).answered(loaded, say)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What calibration will be on, as far as it is known without the model's weights: samples, or the pictures of ``folder``, which the
+    model has yet to say something about."""
+
+    samples: Sequence[Sample] = ()
+    pictures: Sequence[Path] = ()
+    folder: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples) + len(self.pictures)
+
+    def answered(self, loaded: LoadedModel, say: Say) -> list[Sample]:
+        """The samples, those of a folder with the model's answers; UserError where it has none."""
+        samples = list(self.samples)
+        for image in self.pictures:
+            answer = greedy_answer(loaded, open_picture(image), FREE_QUESTION, FREE_ANSWER_TOKENS)
+            if answer:
+                samples.append(Sample(image, ((FREE_QUESTION, answer),)))
+        if not samples:
+            raise UserError(
+                f"the model answers nothing to {FREE_QUESTION!r} on the images in {self.folder}: give a JSONL file with answers"
+            )
+        if len(samples) < len(self):
+            say(f"the model answers nothing about {len(self) - len(samples)} of {len(self)} pictures of {self.folder}, which are left out")
+        return samples
+
+
+def draw_samples(path: Path | None, prompts: Prompts, n: int, seed: int, turns: Turns, say: Say) -> Drawn:
+    """What :func:`load_samples` loads, each picture opened and each conversation encoded once; raises what it raises."""
     path = SHIPPED if path is None else Path(path)
     draw = random.Random(seed)
     if path.is_dir():
-        return _from_folder(path, loaded, n, draw, say)
+        pictures = _draw_pictures(path, n, draw, say)
+        for picture in pictures:
+            prompts.encode(picture, [(FREE_QUESTION, "")])
+        return Drawn(pictures=pictures, folder=path)
     if not path.is_file():
         raise UsageError(f"the calibration set {path} does not exist: give a JSONL file or a folder of images")
     samples = read_jsonl(path)
     drawn = draw.sample(samples, min(n, len(samples)))
     _say_fewer(len(drawn), n, path, say)
-    special = tokenizer_specials(loaded.prompts.tokenizer)
+    special = tokenizer_specials(prompts.tokenizer)
     for sample in drawn:
         for words in (words for turn in sample.turns for words in turn):
             check_words(words, special, sample.place)
-        open_picture(sample.image)
-    return [replace(sample, turns=sample.turns[-1:]) for sample in drawn] if turns == "last" else drawn
+    if turns == "last":
+        drawn = [replace(sample, turns=sample.turns[-1:]) for sample in drawn]
+    for sample in drawn:
+        with at(sample.place):
+            prompts.encode(sample.image, sample.turns)
+    return Drawn(drawn)
 
 
 def read_jsonl(path: Path) -> list[Sample]:
@@ -69,8 +108,8 @@ def read_jsonl(path: Path) -> list[Sample]:
     return [Sample(scene.image, tuple((turn.question, turn.answer or "") for turn in scene.turns), scene.place) for scene in scenes]
 
 
-def draw_pictures(folder: Path, n: int, draw: random.Random, say: Say) -> list[tuple[Path, Image.Image]]:
-    """``n`` pictures of ``folder``, opened; raises UserError where it has none, or one that cannot be read."""
+def _draw_pictures(folder: Path, n: int, draw: random.Random, say: Say) -> list[Path]:
+    """``n`` pictures of ``folder``; raises UserError where it has none."""
     known = suffixes()
     files = sorted(folder.iterdir())
     images = [file for file in files if file.suffix.lower() in known and file.is_file() and not file.name.startswith(".")]
@@ -82,21 +121,7 @@ def draw_pictures(folder: Path, n: int, draw: random.Random, say: Say) -> list[t
         say(f"{len(skipped)} of {len(files)} entries of {folder} are left out: {', '.join(skipped[:NAMED])}{more}")
     drawn = draw.sample(images, min(n, len(images)))
     _say_fewer(len(drawn), n, folder, say)
-    return [(image, open_picture(image)) for image in drawn]
-
-
-def _from_folder(folder: Path, loaded: LoadedModel, n: int, draw: random.Random, say: Say) -> list[Sample]:
-    drawn = draw_pictures(folder, n, draw, say)  # all of them, before the first answer
-    samples = []
-    for image, picture in drawn:
-        answer = greedy_answer(loaded, picture, FREE_QUESTION, FREE_ANSWER_TOKENS)
-        if answer:
-            samples.append(Sample(image, ((FREE_QUESTION, answer),)))
-    if not samples:
-        raise UserError(f"the model answers nothing to {FREE_QUESTION!r} on the images in {folder}: give a JSONL file with answers")
-    if len(samples) < len(drawn):
-        say(f"the model answers nothing about {len(drawn) - len(samples)} of {len(drawn)} pictures of {folder}, which are left out")
-    return samples
+    return drawn
 
 
 def _say_fewer(drawn: int, asked: int, path: Path, say: Say) -> None:

@@ -12,7 +12,7 @@ from mbq_cbind.model import Model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mbq_gguf.errors import UsageError
+from mbq_gguf.errors import UsageError, at
 from mbq_gguf.evaluate.exact_match import check_questions, load_questions, stratified
 from mbq_gguf.evaluate.finished import Finished, identity
 from mbq_gguf.evaluate.kld import Store
@@ -20,8 +20,11 @@ from mbq_gguf.evaluate.layers import WeightFile, layer_bits, layers
 from mbq_gguf.evaluate.measure import TEXT_CHUNKS, Examiner
 from mbq_gguf.evaluate.results import Asked, Evaluation, FileResult, Layers, short_names
 from mbq_gguf.export.gguf_header import read_header
+from mbq_gguf.export.gguf_specials import file_tokens
 from mbq_gguf.llama_cpp.bindings import bind
 from mbq_gguf.picture import open_picture
+
+VISION = "clip"  # general.architecture of a file that holds a vision tower
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,19 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation
     questions = load_questions(options.data, unanswered=True)
     if options.count is not None:
         questions = stratified(questions, options.count)
-    sizes = {image: open_picture(image).size for image in {question.image for question in questions}}  # found before hours of work
+    sizes: dict[Path, tuple[int, int]] = {}
+    for question in questions:  # before hours of work, as all that follows
+        if question.image not in sizes:
+            with at(question.place):
+                sizes[question.image] = open_picture(question.image).size
     files = [options.reference, *options.candidates]
     bind()
     names = short_names([path.absolute() for path in files])
-    weights = [WeightFile(path, read_header(path)) for path in files]  # a damaged file is found before hours of work
+    weights = [WeightFile(path, read_header(path)) for path in files]
     check_questions(questions, options.reference)
     text = _read(options.text) if options.text else None
     parts = [vision_part(file, options.mmproj) for file in weights]
+    check_fit(weights, parts)
     asks = [(str(q.image), q.question, q.expected) for q in questions]
     finished = Finished(options.work, [identity(options.reference), identity(parts[0]), asks, text, options.context, options.gpu_layers])
     with TemporaryDirectory(prefix="mbq-gguf-eval-") as folder, _progress(console) as progress:
@@ -89,6 +97,21 @@ def vision_part(file: WeightFile, shared: Path) -> Path:
     if not own.is_file():
         raise UsageError(f"{file.path.name} is rotated and reads pictures through {own}, which is not there: put it beside")
     return own
+
+
+def check_fit(files: Sequence[WeightFile], parts: Sequence[Path]) -> None:
+    """Raise UsageError where one of ``files`` holds no language model or another tokeniser than the first, or one of ``parts`` no vision
+    part."""
+    for file in files:
+        if file.header.metadata.get("general.architecture") == VISION:
+            raise UsageError(f"{file.path} is a vision part: give it with --mmproj, and the model's own file in its place")
+    for part in set(parts):
+        if read_header(part).metadata.get("general.architecture") != VISION:
+            raise UsageError(f"{part} is no vision part: give the mmproj file that was made with the model")
+    tokens = {path: file_tokens(path) for path in {file.path for file in files}}
+    for file in files[1:]:
+        if tokens[file.path] != tokens[files[0].path]:
+            raise UsageError(f"{file.path} has another tokeniser than {files[0].path}: compare files that were made from one model")
 
 
 def _examine(

@@ -1,4 +1,4 @@
-"""The special tokens of a GGUF file. A module of its own: calibration, which words.py serves, reads no GGUF files (code_hash.py)."""
+"""A GGUF file's vocabulary and special tokens. A module of its own: calibration, which words.py serves, reads no GGUF (code_hash.py)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from mbq_gguf.export.gguf_header import read_header
 
 UNKNOWN, CONTROL = 2, 3  # llama.cpp's token types that are read as themselves only where special tokens are parsed
 LARGEST_VOCABULARY = 1 << 24
+
+
+def file_tokens(path: Path) -> list[str]:
+    """The vocabulary of the GGUF file ``path``, [] where it has none. Raises UserError where it cannot be read."""
+    tokens = read_header(path, longest_array=LARGEST_VOCABULARY).metadata.get("tokenizer.ggml.tokens")
+    return [str(token) for token in tokens] if isinstance(tokens, list) else []
 
 
 def file_specials(path: Path) -> frozenset[str]:

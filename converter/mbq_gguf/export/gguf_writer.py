@@ -100,15 +100,20 @@ def measure_mmproj(model_dir: Path, scratch: Path, mmproj_type: str, metadata: M
 
 def _text(model_dir: Path, part: Path, content: TextFile) -> tuple[Any, Injection, Mapping[str, Any], int | None]:
     model = open_model(model_dir, part, file_type=content.base_type, mmproj=False)
+    embedding_type = None if content.embedding_type == content.base_type else content.embedding_type
+    return model, injected(model, content.quantised, content.replaced, embedding_type), content.metadata, content.file_type
+
+
+def injected(
+    model: Any, quantised: Mapping[str, QuantisedTensor], replaced: Mapping[str, torch.Tensor], embedding_type: str | None
+) -> Injection:
+    """The injection of tensors by decoder key into ``model``; UserError where it has no such tensor."""
     names = decoder_names(model.model_tensors)
-    if HEAD in content.replaced and HEAD not in names:  # a rotation unties the head from the embedding
+    if HEAD in replaced and HEAD not in names:  # a rotation unties the head from the embedding
         model.model_tensors[HEAD] = model.model_tensors[names["embed_tokens.weight"]]
         names[HEAD] = HEAD
-    quantised = {_find(names, key): tensor for key, tensor in content.quantised.items()}
-    replaced = {_find(names, key): tensor for key, tensor in content.replaced.items()}
-    embedding_type = None if content.embedding_type == content.base_type else content.embedding_type
-    injection = Injection(model, quantised, replaced, embedding_type)
-    return model, injection, content.metadata, content.file_type
+    found = {_find(names, key): tensor for key, tensor in quantised.items()}
+    return Injection(model, found, {_find(names, key): tensor for key, tensor in replaced.items()}, embedding_type)
 
 
 def write_mmproj(

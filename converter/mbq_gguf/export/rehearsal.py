@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from mbq_gguf.errors import UserError, said
 from mbq_gguf.export.checkpoint import names_of
-from mbq_gguf.export.conversion import open_model
-from mbq_gguf.export.gguf_writer import BASE_TYPES, prepare
+from mbq_gguf.export.conversion import conversion_errors, open_model, quiet
+from mbq_gguf.export.gguf_writer import BASE_TYPES, injected, prepare
+from mbq_gguf.formats.quantised import QuantisedTensor
 
 # Parts that a file for pictures and text does without, and buffers that are computed anew.
 LEFT_OUT = re.compile(
@@ -44,6 +48,21 @@ def rehearse(model_dir: Path, files: Sequence[Path], mmproj_type: str) -> None:
             f"llama.cpp's conversion has no place for {len(lost)} tensors of {model_dir}, {lost[0]} first: "
             "use a checkpoint that holds the model's own weights alone"
         )
+
+
+def rehearse_quantised(model_dir: Path, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Put weights of ``shapes`` [out, in], by decoder key, through the conversion of ``model_dir`` as quantised ones will go.
+
+    Raises UserError where the conversion leaves one out, finds another shape, or does more to it than move rows.
+    """
+    model = open_model(model_dir, model_dir / "rehearsal.gguf", file_type=BASE_TYPES[0], mmproj=False)
+    weights = {
+        key: QuantisedTensor("F16", np.broadcast_to(np.uint8(0), (rows, 2 * columns)), columns) for key, (rows, columns) in shapes.items()
+    }
+    injection = injected(model, weights, {}, None)
+    with quiet(), torch.inference_mode(), conversion_errors(model_dir):
+        model.prepare_tensors()
+    injection.check_used()
 
 
 def lost_names(parts: Sequence[Any], names: Sequence[str]) -> Iterator[str]:

@@ -22,10 +22,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SUPPORTED = f"a family that `mbq-gguf models` lists ({', '.join(family.name for family in FAMILIES)})"
 
 
-def load(model_dir: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load(
+    model_dir: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, prompts: Prompts | None = None
+) -> LoadedModel:
     """Load a VLM from a Hugging Face directory for calibration.
 
-    ``dtype`` is the dtype of the computation; decoder layers stay in the stored one until they are needed. Raises UserError or UsageError
+    ``dtype`` is the dtype of the computation; decoder layers stay in the stored one until they are needed. ``prompts`` are
+    those of an :func:`outline` of the same directory, where there is one. Raises UserError or UsageError
     for a directory that is no model, an unsupported or text-only architecture, missing or truncated weights, and NaN weights.
     """
     from transformers.utils import logging as transformers_logging
@@ -46,8 +49,7 @@ def load(model_dir: Path, device: str | torch.device = "cpu", dtype: torch.dtype
     decoder.module.layers = torch.nn.ModuleList()  # the layers stay behind
     model.to(device=device, dtype=dtype)
     decoder.module.layers = layers
-    prompts = _load_prompts(model_dir, architecture, model)
-    return LoadedModel(model_dir, architecture, model, decoder, prompts, device, dtype)
+    return LoadedModel(model_dir, architecture, model, decoder, prompts or _load_prompts(model_dir, architecture, model), device, dtype)
 
 
 def outline(model_dir: Path) -> LoadedModel:
@@ -55,12 +57,15 @@ def outline(model_dir: Path) -> LoadedModel:
 
     Raises UserError or UsageError as :func:`load` does, for everything but the weights.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
     architecture = check_source(model_dir)
     with _model_errors(model_dir, architecture), torch.device("meta"):
         config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=runs_remote_code())
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=runs_remote_code())
+    if (model_dir / "generation_config.json").is_file():  # which loading reads too: it names the tokens that end an answer
+        with settings_errors(model_dir, architecture):
+            model.generation_config = GenerationConfig.from_pretrained(str(model_dir), local_files_only=True)
     decoder = find_decoder(model, architecture)
     if decoder is None:
         raise UsageError(f"{architecture} is not supported, its decoder layers were not found: use a model of {SUPPORTED}")
@@ -105,6 +110,21 @@ def check_architecture(config: dict[str, Any]) -> str:
 
 
 @contextmanager
+def settings_errors(model_dir: Path, architecture: str) -> Iterator[None]:
+    """Turn what the files beside the weights make transformers raise into one sentence."""
+    try:
+        yield
+    except UserError:  # code of the directory, refused
+        raise
+    except ImportError as error:
+        raise UserError(f"transformers wants another package for {architecture} ({said(error)}): install it with pip") from error
+    except Exception as error:  # the tokenizer library raises bare ones
+        raise UserError(
+            f"the tokenizer, image processor or generation settings in {model_dir} cannot be used ({said(error)}): fetch them again"
+        ) from error
+
+
+@contextmanager
 def _model_errors(model_dir: Path, architecture: str) -> Iterator[None]:
     """Turn what a model class of transformers raises into one sentence."""
     try:
@@ -141,7 +161,7 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
     path, family = str(model_dir), family_of(architecture)
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{model_dir} has no tokenizer ({', '.join(TOKENIZER_FILES)}): fetch the model again")
-    try:
+    with settings_errors(model_dir, architecture):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=runs_remote_code())
         image_token_id = _image_token_id(model.config)
         image_prompt: ImagePrompt
@@ -154,14 +174,6 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
             template = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=runs_remote_code())
             image_prompt = ProcessorImagePrompt(template, image_token_id)
         end_ids = _end_ids(model, tokenizer)
-    except UserError:  # code of the directory, refused
-        raise
-    except ImportError as error:
-        raise UserError(f"transformers wants another package for {architecture} ({said(error)}): install it with pip") from error
-    except Exception as error:  # the tokenizer library raises bare ones
-        raise UserError(
-            f"the tokenizer, image processor or generation settings in {model_dir} cannot be used ({said(error)}): fetch them again"
-        ) from error
     older = model_dir / "chat_template.json"  # where processors kept it before chat_template.jinja
     if not getattr(template, "chat_template", None) and older.is_file():
         template.chat_template = read_object(older).get("chat_template")

@@ -25,7 +25,7 @@ from mbq_gguf.models.decoder import Decoder
 from mbq_gguf.models.layer import Layer, norm_offset
 from mbq_gguf.models.layout import ROTATABLE
 from mbq_gguf.models.loaded import LoadedModel
-from mbq_gguf.transforms.hadamard import block_size, hadamard, random_rotation, random_signs
+from mbq_gguf.transforms.hadamard import block_size, factors, hadamard, random_rotation, random_signs
 
 Rotate = Literal["none", "offline", "full"]
 
@@ -44,24 +44,35 @@ class Rotation:
     block: int
 
 
-def check_rotatable(loaded: LoadedModel) -> None:
-    """UsageError, with the reason, where the model's layers do not let a rotation pass."""
+def check_rotatable(loaded: LoadedModel, rotate: Rotate) -> None:
+    """UsageError, with the reason, where the model's layers do not let the rotation ``rotate`` pass; no weight is read."""
     reason = loaded.decoder.layout.no_rotation()
-    if reason:
+    if reason and rotate != "none":
         raise UsageError(f"{loaded.architecture} cannot be rotated, {reason}: use --rotate none, or a model of {', '.join(ROTATABLE)}")
+    _check_widths(loaded.decoder, rotate)
 
 
-def draw(decoder: Decoder, rotate: Literal["offline", "full"], seed: int) -> Rotation:
-    """Draw the rotations of ``decoder``; the same seed gives the same ones. UsageError where a norm does not let a rotation pass."""
-    generator = torch.Generator().manual_seed(seed)
+def _check_widths(decoder: Decoder, rotate: Rotate) -> None:
+    if rotate == "none":
+        return
     norm = _stopping_norm(decoder)
     if norm is not None:
         raise UsageError(f"{type(norm).__name__} does not let a rotation pass: use --rotate none")
+    for width in (decoder.embed_tokens.embedding_dim, Layer(decoder.layers[0], 0, decoder.layout).head_dim):
+        if factors(width) is None:
+            raise UsageError(f"no Hadamard matrix of order {width}, a width of this model, is known here: use --rotate none")
+    ffn = _ffn_width(decoder)
+    if rotate == "full" and block_size(ffn) == 1:
+        raise UsageError(f"a feed-forward width of {ffn} has no power of two for the online Hadamard transform: use --rotate offline")
+
+
+def draw(decoder: Decoder, rotate: Literal["offline", "full"], seed: int) -> Rotation:
+    """Draw the rotations of ``decoder``; the same seed gives the same ones. UsageError where its norms or widths let no rotation pass."""
+    _check_widths(decoder, rotate)
+    generator = torch.Generator().manual_seed(seed)
     first = Layer(decoder.layers[0], 0, decoder.layout)
     width, ffn = decoder.embed_tokens.embedding_dim, _ffn_width(decoder)
     block = block_size(ffn) if rotate == "full" else 0
-    if block == 1:
-        raise UsageError(f"a feed-forward width of {ffn} has no power of two for the online Hadamard transform: use --rotate offline")
     count = len(decoder.layers)
     return Rotation(
         residual=random_rotation(width, generator),

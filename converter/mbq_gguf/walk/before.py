@@ -15,7 +15,7 @@ from mbq_gguf.calibration.sinks import Sinks, find_sinks
 from mbq_gguf.calibration.stream import capture
 from mbq_gguf.calibration.synthetic import synthetic_streams, written
 from mbq_gguf.transforms.preserved import FunctionCheck
-from mbq_gguf.transforms.rotation import check_rotatable, draw, file_keys, rotated_embeddings, rotated_projector
+from mbq_gguf.transforms.rotation import draw, file_keys, rotated_embeddings, rotated_projector
 from mbq_gguf.walk.state import Walk, made
 
 ROTATION_SEED = 0
@@ -87,7 +87,6 @@ def draw_rotation(walk: Walk) -> None:
     rotate = walk.settings.rotate
     if rotate == "none":
         return
-    check_rotatable(walk.loaded)
     walk.rotation = draw(walk.loaded.decoder, rotate, ROTATION_SEED)
     for key, value in file_keys(rotate, walk.rotation.block).items():
         walk.result.put("metadata", key, value)

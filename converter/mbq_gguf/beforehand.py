@@ -1,0 +1,101 @@
+"""What can be refused before a weight is read or anything is written: each check where it is cheap, and all of them before the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mbq_gguf.allocation.plan import check_target
+from mbq_gguf.allocation.predict import candidates
+from mbq_gguf.calibration.dataset import Drawn, draw_samples, fingerprint
+from mbq_gguf.errors import UsageError, said
+from mbq_gguf.export.atomic import target
+from mbq_gguf.export.checkpoint import names_of, shapes
+from mbq_gguf.export.gguf_writer import MMPROJ_TYPES
+from mbq_gguf.export.rehearsal import rehearse, rehearse_quantised
+from mbq_gguf.export.space import Need, check_room, predict, taken
+from mbq_gguf.formats.registry import quant_type
+from mbq_gguf.models.checks import weight_files
+from mbq_gguf.models.load import check_source, outline
+from mbq_gguf.models.loaded import LoadedModel
+from mbq_gguf.quantise import check_activations, check_settings
+from mbq_gguf.workdir import check_workdir
+
+if TYPE_CHECKING:
+    from mbq_gguf.convert import ConvertOptions
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What a look ahead has found: the options with the rotation that suits type and model, the model without its weights, and what it
+    will be calibrated on."""
+
+    options: ConvertOptions
+    model: LoadedModel
+    drawn: Drawn
+
+
+def check_inputs(options: ConvertOptions) -> list[Path]:
+    """Everything that can be refused before any work; returns the checkpoint's weight files."""
+    quant_type(options.type)
+    quant_type(options.embedding_type)
+    check_activations(options.settings)
+    if options.mmproj_type not in MMPROJ_TYPES:
+        raise UsageError(f"there is no mmproj type {options.mmproj_type}: choose one of {', '.join(MMPROJ_TYPES)}")
+    check_device(options.device)
+    if options.samples < 1:
+        raise UsageError("calibration needs at least one sample: give --samples 1 or more")
+    check_source(options.model_dir)
+    files = weight_files(options.model_dir)
+    check_room(needed(options, files))
+    rehearse(options.model_dir, files, options.mmproj_type)
+    return files
+
+
+def needed(options: ConvertOptions, files: Sequence[Path]) -> list[Need]:
+    """The bytes that the two files and the finished layers will take, and where; layers that an earlier run finished are there already."""
+    layer_bits = options.target_bpw or quant_type(options.type).bits_per_weight
+    embedding_bits = quant_type(options.type if options.unquantised else options.embedding_type).bits_per_weight
+    named = dict(zip(names_of(files), shapes(files), strict=True))
+    sizes = predict(named, layer_bits, embedding_bits, quant_type(options.mmproj_type).bits_per_weight)
+    needs = [Need(target(options.out).parent, options.out.name, sizes.text)]
+    needs.append(Need(target(options.mmproj).parent, options.mmproj.name, sizes.mmproj))
+    if not options.unquantised:
+        work = options.work_dir or options.work_root
+        needs.append(Need(work.absolute(), "finished layers", max(sizes.layers - taken(work), 0)))
+    return needs
+
+
+def check_device(name: str) -> None:
+    """Raise UsageError where torch cannot compute on the device called ``name``."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"torch cannot compute on {name} ({said(error)}): give --device cpu, or install a torch for your card") from error
+
+
+def look_ahead(options: ConvertOptions, say: Callable[[str], None]) -> Ahead:
+    """Everything about a quantisation that can be refused without the weights, which takes seconds and not hours; after
+    :func:`check_inputs`. ``say`` is told what is left out of the calibration set."""
+    model = outline(options.model_dir)
+    options = options.with_rotation(model)
+    check_settings(model, range(options.samples), options.settings)
+    found = {f"{name}.weight": (linear.out_features, linear.in_features) for name, linear in model.decoder.linears()}
+    if options.target_bpw:
+        smallest = sum(rows * min(kind.row_bytes(columns) for kind in candidates(columns)) for rows, columns in found.values())
+        check_target(smallest, sum(rows * columns for rows, columns in found.values()), options.target_bpw)
+    rehearse_quantised(options.model_dir, found)
+    if options.work_dir is not None:
+        check_workdir(options.work_dir, options.fingerprints)
+    drawn = Drawn()
+    if options.calibrates:
+        if options.calib is None:
+            say("calibrating with the drawn scenes that ship with mbq-gguf: give --calib with pictures like those you will ask about")
+        drawn = draw_samples(options.calib, model.prompts, options.samples, options.seed, options.turns, say)
+    if options.work_dir is not None and not drawn.pictures:
+        check_workdir(options.work_dir, options.fingerprints | {"data": fingerprint(drawn.samples) if drawn else ""})
+    return Ahead(options, model, drawn)
