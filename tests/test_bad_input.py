@@ -123,6 +123,25 @@ def test_quantised_already(part: str | None, model: Path, out: Path) -> None:
     assert "is quantised already (gptq): give the model that it was made from" in refused("convert", model, out)
 
 
+@pytest.mark.parametrize("file", ["hf_quant_config.json", "quantize_config.json"])
+def test_quantised_as_a_file_beside_says(file: str, model: Path, out: Path) -> None:
+    (model / file).write_text("{}")
+    assert f"is quantised already (it has a {file})" in refused("convert", model, out)
+
+
+def test_quantised_as_its_tensors_say(model: Path, out: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert f"is quantised already ({name} is of F8_E4M3)" in refused("convert", model, out)
+
+
+def test_an_adapter_alone(model: Path, out: Path) -> None:
+    (model / "config.json").rename(model / "adapter_config.json")
+    assert "is an adapter (LoRA) and no model" in refused("convert", model, out)
+
+
 def test_an_adapter_beside_the_model(model: Path, out: Path) -> None:
     (model / "adapter_config.json").write_text("{}")
     assert "merge it into the model first" in refused("convert", model, out)

@@ -13,6 +13,9 @@ from torch import nn
 from mbq_gguf.errors import UsageError, UserError, said
 
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+ADAPTER = "adapter_config.json"
+QUANTISED = ("hf_quant_config.json", "quantize_config.json")  # of TensorRT's and GPTQ's tools, beside a config.json that may say nothing
+WEIGHTS = ("BF16", "F16", "F32", "F64")
 # Read by transformers or llama.cpp's conversion, neither of which says which file was wrong.
 CONFIGURATIONS = (
     *PREPROCESSORS,
@@ -29,6 +32,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise UsageError(f"{directory} is not a directory: give the directory of a Hugging Face model")
     path = directory / "config.json"
+    if not path.is_file() and (directory / ADAPTER).is_file():
+        raise UsageError(f"{directory} is an adapter (LoRA) and no model: merge it into its model, and give the directory of the result")
     if not path.is_file():
         raise UsageError(f"{directory} has no config.json: give the directory of a Hugging Face model")
     for file in CONFIGURATIONS:
@@ -51,18 +56,24 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def check_unquantised(directory: Path, config: dict[str, Any]) -> None:
-    """Raise UsageError where the checkpoint is quantised already."""
-    parts = (config, config.get("text_config"), config.get("vision_config"))
-    for part in parts:
-        settings = part.get("quantization_config") if isinstance(part, dict) else None
+    """Raise UsageError where the checkpoint's settings say that it is quantised already; its tensors are :func:`weight_files`' to judge."""
+    parts = [part for part in (config, config.get("text_config"), config.get("vision_config")) if isinstance(part, dict)]
+    for settings in [part.get(key) for part in parts for key in ("quantization_config", "compression_config")]:
         if settings:
-            method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
-            raise UsageError(f"{directory} is quantised already ({method}): give the model that it was made from, in BF16, F16 or F32")
+            refuse_quantised(directory, settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings)
+    for name in QUANTISED:
+        if (directory / name).is_file():
+            refuse_quantised(directory, f"it has a {name}")
+
+
+def refuse_quantised(directory: Path, why: object) -> None:
+    """Raise the UsageError."""
+    raise UsageError(f"{directory} is quantised already ({why}): give the model that it was made from, in BF16, F16 or F32")
 
 
 def check_whole(directory: Path) -> None:
     """Raise UserError where something that belongs to the model lies beside it or is missing: an adapter, the pictures' settings."""
-    adapter = directory / "adapter_config.json"
+    adapter = directory / ADAPTER
     if adapter.is_file() or list(directory.glob("adapter_model.*")):
         raise UserError(
             f"{directory} holds an adapter (LoRA), which would be left out: merge it into the model first, or remove the adapter_* files"
@@ -72,7 +83,8 @@ def check_whole(directory: Path) -> None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model, each with a readable header and its whole length; a UserError otherwise."""
+    """The safetensors files of a model, each with a readable header and its whole length, of weights that are not quantised; a UserError
+    otherwise."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         names = read_object(index).get("weight_map")
@@ -89,7 +101,11 @@ def weight_files(directory: Path) -> list[Path]:
             raise UserError(f"{file} is missing, though the index names it: fetch the model again")
         try:
             with safe_open(str(file), framework="pt") as opened:
-                opened.keys()
+                names = list(opened.keys())
+                for name in names:
+                    kind = opened.get_slice(name).get_dtype()
+                    if kind not in WEIGHTS and "weight" in name:
+                        refuse_quantised(directory, f"{name} is of {kind}")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is truncated or damaged ({error}): fetch it again") from error
     return files
