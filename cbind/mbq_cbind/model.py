@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,8 @@ class Model:
     image) is not computed again. ``aifs``: what is left of a prompt goes through in one call, text and pictures together, where the model
     allows it (``apart`` says why not); without it, each picture in calls of its own, so that what prompts share changes no bit.
     ``decode_calls`` counts. The CPU's ``flash_attention`` sums in fp16, in an order that depends on how many tokens run at once: it is
-    turned off to compare. Not safe for several threads.
+    turned off to compare. ``observe`` maps names in llama.cpp's graph to functions, which are given every float32 matrix [rows, columns]
+    computed under the name. Not safe for several threads.
     """
 
     def __init__(
@@ -40,9 +41,12 @@ class Model:
         batch: int = 512,
         aifs: bool = False,
         flash_attention: bool = True,
+        observe: Mapping[str, Callable[[Floats], object]] | None = None,
     ) -> None:
         self._binding = load_whole()
         ffi, c = self._binding.ffi, self._binding.c
+        self._observing = observe or {}
+        self._observer = ffi.callback("bool(struct ggml_tensor *, bool, void *)", self._observed)
         self.path, self._batch = gguf, batch
         self._model = self._context = ffi.NULL
         self._vision: Vision | None = None
@@ -189,10 +193,20 @@ class Model:
         parameters.n_threads = parameters.n_threads_batch = threads
         if not flash_attention:  # else where the backend has it
             parameters.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        parameters.cb_eval = self._observer if self._observing else ffi.NULL
         opened = c.llama_init_from_model(self._model, parameters)
         if opened == ffi.NULL:
             raise BindingError(f"no context of {context} tokens for {self.path} ({take_error('unknown reason')}): try a smaller one")
         return opened
+
+    def _observed(self, tensor: Any, asking: bool, _: object) -> bool:
+        """Called by libllama: whether the tensor is wanted, then that it is there."""
+        found = self._observing.get(self._binding.text(tensor.name))
+        if found and not asking:
+            values = np.empty((tensor.ne[1], tensor.ne[0]), np.float32)
+            self._binding.c.ggml_backend_tensor_get(tensor, self._binding.ffi.from_buffer(values), 0, values.nbytes)
+            found(values)
+        return not asking or found is not None
 
     def _piece(self, token: int) -> str:
         return self._binding.text(self._binding.c.llama_vocab_get_text(self._vocabulary, token)) if token >= 0 else ""

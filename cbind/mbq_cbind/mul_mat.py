@@ -13,7 +13,7 @@ from mbq_cbind.errors import BindingError, CallError
 from mbq_cbind.library import load_whole
 from mbq_cbind.types import Bytes, Floats, row_bytes, type_id, type_info
 
-TENSORS = 8  # room for a weight, an input, its view and a product
+TENSORS = 8  # room for a weight, two inputs, their views and a product
 ROW_SCALE = 1 << 16  # GGML_TENSOR_FLAG_ROW_SCALE in ggml-row-scale.h
 
 
@@ -33,6 +33,7 @@ def mul_mat(
     device: str = "CPU",
     threads: int | None = None,
     row_scale: bool = False,
+    ranges: Floats | None = None,
     reference: bool = False,
     spacing: int = 0,
 ) -> Floats:
@@ -40,8 +41,8 @@ def mul_mat(
 
     Both may have up to two dimensions more; those of ``x`` are whole multiples of the weights', which are repeated. ``threads`` matters on
     the CPU only (all cores where None), and so does ``reference``, the plain path. ``row_scale`` flags the weights as having one scale a
-    row. ``spacing`` floats lie between the rows of ``x``. Raises CallError for shapes or a device that do not exist, BindingError where
-    the device cannot multiply this type or runs out of memory.
+    row; such a product takes static ``ranges`` [n], one a row of ``x``, 0 for none. ``spacing`` floats lie between the rows of ``x``.
+    Raises CallError for shapes or a device that do not exist, BindingError where the device cannot multiply this type or has no memory.
     """
     x = np.ascontiguousarray(x, np.float32)
     data = np.ascontiguousarray(data, np.uint8)
@@ -64,6 +65,12 @@ def mul_mat(
         activations = c.ggml_view_4d(context, rows, columns, x.shape[-2], *outer, rows.nb[1], rows.nb[2], rows.nb[3], 0)
         product = c.ggml_mul_mat(context, weight, activations)
         inputs = [(weight, data), (rows, spaced)]
+        if ranges is not None:  # a column of a table, as a model's graph has them
+            table = np.zeros((x.shape[-2], 3), np.float32)
+            table[:, 1] = ranges
+            base = c.ggml_new_tensor_4d(context, c.GGML_TYPE_F32, 3, len(table), 1, 1)
+            product.src[2] = c.ggml_view_4d(context, base, 1, len(table), 1, 1, base.nb[1], base.nb[2], base.nb[3], 4)
+            inputs.append((base, table))
         return _run(product, inputs, kind, device, backend, context, stack).reshape(*x.shape[:-1], data.shape[-2])
 
 

@@ -31,13 +31,15 @@ def blocks(kind: str, codes: np.ndarray, scales: np.ndarray) -> Bytes:
     return np.concatenate([scale_bytes, payload], axis=-1).reshape(*codes.shape[:-1], -1)
 
 
-def expected(codes: np.ndarray, scales: np.ndarray, x: Floats) -> Floats:
+def expected(codes: np.ndarray, scales: np.ndarray, x: Floats, ranges: Floats | None = None) -> Floats:
     """The contract. Sums run in float64, where integers below 2^53 are exact in any order."""
     amax = np.abs(x).max(-1, keepdims=True)
+    if ranges is not None:
+        amax = np.where(ranges[:, None] > 0, ranges[:, None], amax)
     small = amax < AMAX_MIN
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(small, np.float32(0), np.float32(127) / amax)
-    q = np.rint(x * inverse)
+        q = np.rint(np.clip(x * inverse, -127, 127))
     scale = np.where(small, np.float32(0), amax / np.float32(127))
     total = q.astype(np.float64) @ np.swapaxes(codes, -1, -2).astype(np.float64)
     return total.astype(np.float32) * scales.astype(np.float16).astype(np.float32)[..., None, :] * scale
@@ -50,9 +52,10 @@ def case(kind: str, rows: int, columns: int, n: int, seed: int = 0) -> tuple[np.
     return codes, scales, random.normal(size=(n, columns)).astype(np.float32)
 
 
-def check(kind: str, codes: np.ndarray, scales: np.ndarray, x: Floats, **options: object) -> None:
-    found = mul_mat(kind, blocks(kind, codes, scales), codes.shape[-1], x, row_scale=True, **options)  # type: ignore[arg-type]
-    assert np.array_equal(found, expected(codes, scales, x))
+def check(kind: str, codes: np.ndarray, scales: np.ndarray, x: Floats, ranges: Floats | None = None, **options: object) -> None:
+    data = blocks(kind, codes, scales)
+    found = mul_mat(kind, data, codes.shape[-1], x, row_scale=True, ranges=ranges, **options)  # type: ignore[arg-type]
+    assert np.array_equal(found, expected(codes, scales, x, ranges))
 
 
 def test_the_flag_is_the_headers() -> None:
@@ -119,6 +122,39 @@ def test_a_batch_may_be_cut_anywhere(kind: str) -> None:
     for cut in (1, 4, 6, 12):
         parts = [mul_mat(kind, data, 576, part, row_scale=True) for part in (x[:cut], x[cut:])]
         assert np.array_equal(np.concatenate(parts), whole)
+
+
+def ranges_of(x: Floats, seed: int) -> Floats:
+    """A range for each row, from a hundredth of its largest value to a hundred times that, and none for every third."""
+    random = np.random.default_rng(seed)
+    ranges = (np.abs(x).max(-1) * 10.0 ** random.uniform(-2, 2, len(x))).astype(np.float32)
+    ranges[::3] = 0
+    return ranges
+
+
+@KINDS
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_static_ranges_are_the_contracts(kind: str, data: st.DataObject) -> None:
+    rows, n, seed = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 30)), data.draw(st.integers(0, 2**32 - 1))
+    codes, scales, x = case(kind, rows, 32 * data.draw(st.integers(1, 20)), n, seed)
+    x *= np.float32(2.0) ** data.draw(st.integers(-80, 100), "exponent")
+    check(kind, codes, scales, x, ranges_of(x, seed), threads=data.draw(st.integers(1, 3)), reference=data.draw(st.booleans()))
+
+
+@KINDS
+def test_the_largest_value_as_range_is_the_dynamic_product(kind: str) -> None:
+    codes, scales, x = case(kind, 9, 128, 70)
+    data = blocks(kind, codes, scales)
+    static = mul_mat(kind, data, 128, x, row_scale=True, ranges=np.abs(x).max(-1))
+    assert np.array_equal(static, mul_mat(kind, data, 128, x, row_scale=True))
+
+
+@KINDS
+def test_values_far_beyond_a_range_are_cut_to_127(kind: str) -> None:
+    codes, scales, x = case(kind, 9, 96, 5)
+    x[:, ::2] *= np.float32(1e30)
+    check(kind, codes, scales, x, np.full(5, 1e-20, np.float32))  # their products with 127 / range overflow
 
 
 @KINDS

@@ -14,7 +14,7 @@ from mbq_gguf.llama_cpp import pin, source
 from mbq_gguf.llama_cpp.patch import apply_patch
 from rich.console import Console
 
-LINES_LIMIT, FILES_LIMIT = 185, 38  # of upstream's own; 160, 34 before --aifs, which the server, libmtmd and its program share
+LINES_LIMIT, FILES_LIMIT = 205, 42  # of upstream's own; 185, 38 before a picture's rows were flagged from libmtmd to the micro-batch
 PATCHES = pin.patch_files()
 
 

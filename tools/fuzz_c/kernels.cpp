@@ -94,6 +94,7 @@ struct product {
     const float * x;
     int64_t n, stride;
     float * y;
+    const float * ranges; // [n], static ones, or null
 };
 
 // As ggml does it where there is no kernel for so few columns, or none at all
@@ -119,6 +120,10 @@ static void multiply(const product & p, int threads, bool use_ref) {
     x->nb[1]  = p.stride*sizeof(float);
     x->data   = (void *) p.x;
     y->data   = p.y;
+    if (p.ranges) {
+        y->src[2] = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, p.n);
+        y->src[2]->data = (void *) p.ranges;
+    }
 
     exact work(ggml_mbq_work_size(threads, y));
     pthread_barrier_init(&barrier, nullptr, threads);
@@ -163,10 +168,17 @@ static int64_t feed_product(rng_t & rng, enum ggml_type type) {
     exact w(rows*ggml_row_size(type, k)), x(((n - 1)*stride + k)*sizeof(float)), whole(n*rows*sizeof(float)), cut(n*rows*sizeof(float));
     make_blocks(rng, type, w.data.get(), rows, k);
     make_floats(rng, x.floats(), x.size/sizeof(float));
-    multiply({ type, row_scale, w, rows, k, x.floats(), n, stride, whole.floats() }, (int) between(rng, 1, 3), false);
+    exact ranges(n*sizeof(float));
+    make_floats(rng, ranges.floats(), n);
+    for (int64_t i = 0; i < n; ++i) { // as the loader lets them pass
+        const float range = std::fabs(ranges.floats()[i]);
+        ranges.floats()[i] = std::isfinite(range) && range >= GGML_ROW_SCALE_AMAX_MIN && between(rng, 0, 2) ? range : 0.0f;
+    }
+    const float * some = row_scale && between(rng, 0, 1) ? ranges.floats() : nullptr;
+    multiply({ type, row_scale, w, rows, k, x.floats(), n, stride, whole.floats(), some }, (int) between(rng, 1, 3), false);
     for (int64_t i = 0, columns; i < n; i += columns) {
         columns = std::min(between(rng, 1, 8), n - i);
-        const product part = { type, row_scale, w, rows, k, x.floats() + i*stride, columns, stride, cut.floats() + i*rows };
+        const product part = { type, row_scale, w, rows, k, x.floats() + i*stride, columns, stride, cut.floats() + i*rows, some ? some + i : nullptr };
         multiply(part, (int) between(rng, 1, 3), row_scale && between(rng, 0, 3) == 0);
     }
     for (int64_t i = 0; i < n; ++i) {

@@ -3,6 +3,8 @@
 #include "ggml-backend.h"
 #include "ggml-row-scale.h"
 
+#include <memory>
+
 struct gguf_context;
 struct llama_hparams;
 struct llama_model_loader;
@@ -10,6 +12,10 @@ struct llama_model_loader;
 // mbq.hadamard.ffn_down, the block of the online Hadamard transform before ffn_down: read and checked once the FFN widths are known
 // throws std::runtime_error for a value that the graph could not use
 void llama_mbq_load_hparams(const gguf_context * metadata, llama_hparams & hparams);
+
+// mbq.act.*, static ranges of activations: read, checked and entered in hparams; null where the file has none
+// throws std::runtime_error for a value that the graph could not use
+std::shared_ptr<const struct llama_mbq_act> llama_mbq_load_act(const gguf_context * metadata, llama_hparams & hparams);
 
 // mbq.row_scale: sets GGML_TENSOR_FLAG_ROW_SCALE on the weights that it names; throws std::runtime_error where they cannot have it
 void llama_mbq_set_row_scale(llama_model_loader & ml);

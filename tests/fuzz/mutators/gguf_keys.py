@@ -107,6 +107,21 @@ def ours(document: Document, draw: random.Random) -> None:
     )
 
 
+def static_ranges(document: Document, draw: random.Random) -> None:
+    """Static ranges of activations, good ones or odd ones, and sinks."""
+    document.put(Key(b"mbq.act.version", 4, u32(draw.choice((1,) * 8 + EDGES))))
+    for _ in range(draw.randint(1, 4)):
+        site, kind = draw.choice((b"qkv", b"o", b"gate_up", b"down", b"x")), draw.choice((b"text", b"vision"))
+        real = draw.random() < 0.7
+        values = [draw.choice((0.5, 4.0, 1e-28, 3e38)) if real else draw.choice(REALS) for _ in range(draw.choice((0, 1, 1, 1, 2, 1000)))]
+        content = u32(6) + u64(len(values)) + struct.pack(f"<{len(values)}f", *values)
+        document.put(Key(b"mbq.act.range." + site + b"." + kind, ARRAY, content if draw.random() < 0.9 else _array(content, draw)))
+    for name in (b"positions", b"tokens"):
+        sinks = draw.choices(EDGES if draw.random() < 0.3 else range(64), k=draw.choice((0, 1, 3, 1000)))
+        content = u32(5) + u64(len(sinks)) + b"".join(map(u32, sinks))
+        document.put(Key(b"mbq.act.sink." + name, ARRAY, content if draw.random() < 0.9 else _array(content, draw)))
+
+
 def value(kind: int, draw: random.Random) -> bytes:
     """A value of GGUF's type ``kind``, small or at an edge."""
     if kind == STRING:
@@ -149,4 +164,4 @@ def _any(document: Document, draw: random.Random) -> int | None:
     return draw.randrange(len(document.keys)) if document.keys else None
 
 
-EDITS = (drop, double, rename, revalue, revalue, revalue, retype, mistype, exchange, architecture, ours, ours)
+EDITS = (drop, double, rename, revalue, revalue, revalue, retype, mistype, exchange, architecture, ours, ours, static_ranges)

@@ -8,12 +8,15 @@
 //
 // The product of a flagged weight with a row x of float activations; every backend gives these bits, however a batch is cut:
 //
-//   amax  the largest |x[k]| of the row; below GGML_ROW_SCALE_AMAX_MIN it counts as 0
-//   q[k]  x[k] * (127.0f / amax), rounded half to even, as int8; 0 where amax is 0
+//   amax  the row's static range where it has one (src[2], below), else the largest |x[k]| of the row; below GGML_ROW_SCALE_AMAX_MIN it counts as 0
+//   q[k]  x[k] * (127.0f / amax), at least -127 and at most 127, rounded half to even, as int8; 0 where amax is 0
 //   s_x   amax / 127.0f
 //   acc   the sum over all k of code[k] * q[k], int32; the code of Q4_0 is its nibble - 8. |acc| < 2^31 up to K = 132000
 //   d_w   the scale of the row's first block
 //   y     ((float) acc * d_w) * s_x
+//
+// Static ranges: src[2] of the product, where it has one, is F32 [1, rows of activations], 0 for a row without a range. Only what lies beyond its range makes
+// the limits of q matter. The CPU reads them; CUDA does not yet, and takes every row's own largest.
 //
 // Each float operation is rounded by itself, to nearest: true divisions, no fused multiplication. Above GGML_ROW_SCALE_AMAX_MIN no
 // number that matters is a denormal of float, so code that flushes them agrees. Activations that are not finite give any number.
@@ -31,4 +34,9 @@ static inline bool ggml_is_row_scale_mul_mat(const struct ggml_tensor * dst) {
     const struct ggml_tensor * src0 = dst->src[0];
     return dst->op == GGML_OP_MUL_MAT && (src0->flags & GGML_TENSOR_FLAG_ROW_SCALE) != 0 &&
         (src0->type == GGML_TYPE_Q4_0 || src0->type == GGML_TYPE_Q8_0) && dst->src[1]->type == GGML_TYPE_F32;
+}
+
+// The static range of row i of the activations, 0 where it has none; ranges: the product's src[2], which the caller can read.
+static inline float ggml_row_scale_range(const struct ggml_tensor * ranges, int64_t i) {
+    return ranges ? *(const float *) ((const char *) ranges->data + i*ranges->nb[1]) : 0.0f;
 }

@@ -81,12 +81,13 @@ void mtmd_aifs_row_pos(const mtmd_context * ctx, const mtmd_input_chunk * chunk,
 
 bool mtmd_aifs_add_rows(const mtmd_context * ctx, const llama_context * lctx, llama_batch_ext * batch, const mtmd_input_chunk * chunk,
                         const float * embd, llama_pos pos_0, llama_seq_id seq_id, int32_t row_0, int32_t n_rows) {
-    const size_t n_embd = llama_model_n_embd_inp(llama_get_model(lctx));
+    const size_t  n_embd  = llama_model_n_embd_inp(llama_get_model(lctx));
+    const int32_t picture = mtmd_input_chunk_get_type(chunk) == MTMD_INPUT_CHUNK_TYPE_IMAGE;
 
     for (int32_t row = row_0; row < row_0 + n_rows; ++row) {
         llama_pos pos[GGML_MROPE_SECTIONS];
         mtmd_aifs_row_pos(ctx, chunk, pos_0, row, pos);
-        const int32_t idx = llama_batch_ext_add_embd(batch, seq_id, { embd + (size_t) row*n_embd, 1, n_embd });
+        const int32_t idx = llama_batch_ext_add_embd(batch, seq_id, { embd + (size_t) row*n_embd, 1, n_embd, picture });
         if (idx < 0) {
             return false;
         }

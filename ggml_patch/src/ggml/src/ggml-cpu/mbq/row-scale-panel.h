@@ -64,19 +64,23 @@ float largest(const float * x, int64_t k) {
     return amax;
 }
 
-// QK activations times inverse, rounded half to even; no addition follows a product, or compilers would fuse them
+// QK activations times inverse, within 127, rounded half to even; no addition follows a product, or compilers would fuse them
 void quantize_block(const float * x, float inverse, int8_t * q) {
 #if defined(__AVX2__)
     __m256i v[4];
     for (int i = 0; i < 4; ++i) {
-        v[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8*i), _mm256_set1_ps(inverse)));
+        const __m256 y = _mm256_mul_ps(_mm256_loadu_ps(x + 8*i), _mm256_set1_ps(inverse));
+        v[i] = _mm256_cvtps_epi32(_mm256_max_ps(_mm256_min_ps(y, _mm256_set1_ps(127.0f)), _mm256_set1_ps(-127.0f)));
     }
     const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
     _mm256_storeu_si256((__m256i *) q, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 #elif defined(__ARM_NEON) && defined(__aarch64__)
+    const auto code = [inverse](const float * y) {
+        return vcvtnq_s32_f32(vmaxq_f32(vminq_f32(vmulq_n_f32(vld1q_f32(y), inverse), vdupq_n_f32(127.0f)), vdupq_n_f32(-127.0f)));
+    };
     for (int i = 0; i < QK; i += 8) {
-        const int32x4_t a = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i),     inverse));
-        const int32x4_t b = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i + 4), inverse));
+        const int32x4_t a = code(x + i);
+        const int32x4_t b = code(x + i + 4);
         vst1_s8(q + i, vqmovn_s16(vcombine_s16(vqmovn_s32(a), vqmovn_s32(b))));
     }
 #else
@@ -86,8 +90,9 @@ void quantize_block(const float * x, float inverse, int8_t * q) {
 #endif
 }
 
-void quantize_row(const float * x, int64_t k, const panel & to, int col) {
-    const float amax    = largest(x, k);
+// range: the row's static one, or 0
+void quantize_row(const float * x, int64_t k, float range, const panel & to, int col) {
+    const float amax    = range > 0.0f ? range : largest(x, k);
     const float inverse = amax < GGML_ROW_SCALE_AMAX_MIN ? 0.0f : 127.0f/amax;
 
     int32_t sum = 0;

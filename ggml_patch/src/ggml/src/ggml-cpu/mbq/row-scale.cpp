@@ -134,6 +134,7 @@ void mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst
     GGML_TENSOR_BINARY_OP_LOCALS
 
     GGML_ASSERT(nb00 == sizeof(B) && nb10 == sizeof(float) && nb0 == sizeof(float));
+    GGML_ASSERT(dst->src[2] == nullptr || (dst->src[2]->type == GGML_TYPE_F32 && dst->src[2]->ne[1] == ne11));
 
 #ifdef MBQ_SIMD_ROWS
     const bool plain = params->use_ref || nb01 > INT32_MAX/ROWS; // offsets of rows are 32 bits
@@ -162,7 +163,8 @@ void mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst
         const int     col  = i11 % shape.cols;
         const int     cols = (int) std::min<int64_t>(shape.cols, shape.rows(ne11) - (i11 - col));
         const float * x = (const float *) ((const char *) src1->data + i13*nb13 + i12*nb12 + i11*nb11);
-        quantize_row(x, k, panel_at(panels + (i13*ne12 + i12)*matrix + (i11 - col)*shape.row_bytes(k), k, cols, shape), col);
+        const panel to  = panel_at(panels + (i13*ne12 + i12)*matrix + (i11 - col)*shape.row_bytes(k), k, cols, shape);
+        quantize_row(x, k, ggml_row_scale_range(dst->src[2], i11), to, col);
     }
 
     if (params->ith == 0) {
