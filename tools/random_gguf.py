@@ -1,8 +1,8 @@
-"""Language models with random weights, for speed alone: the right shapes and types, sane scales, no tokenizer."""
+"""Models with random weights, for speed alone: the right shapes and types, sane scales, no tokenizer unless one is given."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class LanguageShape:
 
 
 QWEN2_VL_7B = LanguageShape(28, 3584, 18944, 28, 4, 152064)
+QWEN2_VL_2B = LanguageShape(28, 1536, 8960, 12, 2, 151936)
+TOWER = (32, 1280)  # blocks and width of the vision tower of both
 
 
 def more_bits(layer: int, layers: int) -> bool:
@@ -82,8 +84,11 @@ def random_matrix(gguf: Any, type_name: str, rows: int, columns: int) -> NDArray
     return np.resize(pattern, (rows, columns // block * size))
 
 
-def write_random_gguf(path: Path, shape: LanguageShape, mixture: str) -> None:
-    """Write a Qwen2-VL language model of this shape. mixture: Q4_K_M, Q3_K_M, or one type for all matrices of the layers."""
+def write_random_gguf(path: Path, shape: LanguageShape, mixture: str, tokenizer: Mapping[str, Any] | None = None) -> None:
+    """Write a Qwen2-VL language model of this shape. mixture: Q4_K_M, Q3_K_M, or one type for all matrices of the layers.
+
+    ``tokenizer``: its metadata, for as many tokens as the shape's vocabulary has.
+    """
     gguf = import_gguf()
     writer = gguf.GGUFWriter(path, "qwen2vl")
     writer.add_block_count(shape.layers)
@@ -96,7 +101,8 @@ def write_random_gguf(path: Path, shape: LanguageShape, mixture: str) -> None:
     writer.add_rope_freq_base(1e6)
     writer.add_rope_dimension_sections([16, 24, 24, 0])
     writer.add_vocab_size(shape.vocabulary)
-    writer.add_tokenizer_model("none")
+    for name, value in (tokenizer or {"tokenizer.ggml.model": "none"}).items():
+        add_metadata(writer, name, value)
 
     matrices: dict[tuple[str, int, int], NDArray[Any]] = {}  # equal ones are one array
     of_layers: list[str] = []
@@ -135,6 +141,40 @@ def write_random_gguf(path: Path, shape: LanguageShape, mixture: str) -> None:
         rotated = {"mbq.hadamard.ffn_down": hadamard.block_size(shape.feed_forward)}  # as `convert --type W4A8` writes it
         for name, value in (row_scale.metadata(of_layers) | rotated).items():
             add_metadata(writer, name, value)
+    finish(writer)
+
+
+def write_random_tower(path: Path, width: int) -> None:
+    """Write Qwen2-VL's vision tower in F16 for a language model of this width."""
+    gguf = import_gguf()
+    blocks, size = TOWER
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_type("mmproj")
+    vision = {"projection_dim": width, "image_size": 560, "patch_size": 14, "embedding_length": size, "feed_forward_length": 4 * size}
+    vision |= {"block_count": blocks, "attention.head_count": size // 80}
+    values = {"has_vision_encoder": True, "projector_type": "qwen2vl_merger"} | {f"vision.{name}": value for name, value in vision.items()}
+    values |= {"vision.attention.layer_norm_epsilon": 1e-6, "vision.image_mean": [0.5] * 3, "vision.image_std": [0.5] * 3}
+    for name, value in values.items():
+        add_metadata(writer, f"clip.{name}", value)
+    shapes: dict[str, tuple[int, ...]] = {"v.patch_embd.weight": (size, 3, 14, 14), "v.patch_embd.weight.1": (size, 3, 14, 14)}
+    shapes |= {"v.post_ln.weight": (size,), "v.post_ln.bias": (size,)}
+    for name, rows in (("mm.0", 4 * size), ("mm.2", width)):
+        shapes |= {f"{name}.weight": (rows, 4 * size), f"{name}.bias": (rows,)}
+    for i in range(blocks):
+        linear = {"attn_q": (size, size), "attn_k": (size, size), "attn_v": (size, size), "attn_out": (size, size)}
+        linear |= {"ffn_up": (4 * size, size), "ffn_down": (size, 4 * size)}
+        for name, (rows, columns) in linear.items():
+            shapes |= {f"v.blk.{i}.{name}.weight": (rows, columns), f"v.blk.{i}.{name}.bias": (rows,)}
+        for name in ("ln1", "ln2"):
+            shapes |= {f"v.blk.{i}.{name}.weight": (size,), f"v.blk.{i}.{name}.bias": (size,)}
+    pattern = np.random.default_rng(0).standard_normal(PATTERN_BLOCKS).astype(np.float16) / np.float16(40)
+    for name, dimensions in shapes.items():
+        writer.add_tensor(name, np.resize(pattern, dimensions) if len(dimensions) > 1 else np.zeros(dimensions, np.float32))
+    finish(writer)
+
+
+def finish(writer: Any) -> None:
+    """Write out what a GGUFWriter has been given."""
     write: list[Callable[[], None]] = [
         writer.write_header_to_file,
         writer.write_kv_data_to_file,

@@ -1,0 +1,42 @@
+"""The time to first token's random models are real to llama.cpp, and its ratios are taken within a round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bench_ttft
+import numpy as np
+import pytest
+import random_gguf
+from bench_ttft import DEMO, Prompt
+from mbq_cbind.model import Model
+from mbq_gguf.llama_cpp.bindings import bind
+from tokenizers import Tokenizer
+
+
+def test_random_models_take_pictures_and_words(built_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bind()
+    monkeypatch.setattr(random_gguf, "TOWER", (1, 160))
+    monkeypatch.setitem(bench_ttft.SHAPES, "2B", random_gguf.LanguageShape(1, 256, 512, 2, 1, 0))
+    picture = bench_ttft.noise(tmp_path, 1, 64)[0]
+    with bench_ttft.random_model("2B:MBQ3S", tmp_path) as files, Model(*files, threads=1, context=256, aifs=True) as model:
+        assert model.apart is None
+        image = model.vision.encode(picture)
+        assert [len(embedding) for embedding in image.embeddings] == [64]
+        words = Tokenizer.from_file(str(DEMO / "tokenizer.json")).encode(bench_ttft.QUESTION).ids
+        assert model.tokenize(bench_ttft.QUESTION) == words
+        assert np.isfinite(model.logits(model.prompt("What?"), [image], [1])).all()
+    assert not files[0].exists()
+
+
+def test_ratios_are_within_a_round_and_the_first_of_it_alternates() -> None:
+    order: list[str] = []
+    seconds = {"off": iter([9.0, 2.0, 4.0, 8.0]), "on": iter([9.0, 1.0, 1.0, 8.0])}
+
+    def run(mode: str, _: Prompt) -> float:
+        order.append(mode)
+        return next(seconds[mode])
+
+    row = bench_ttft.summary("m", "c", "apart", bench_ttft.interleaved([Prompt((), "?")], 3, run, "title"))
+    assert order == ["off", "on", *("on", "off"), *("off", "on"), *("on", "off")]  # the first two warm up
+    assert (row.ratio, row.least, row.greatest, row.off_ms, row.on_ms) == (2.0, 1.0, 4.0, 4000.0, 1000.0)
