@@ -181,3 +181,12 @@ def test_without_the_flag_it_is_the_stock_product(kind: str) -> None:
 def test_product_on_cuda(kind: str, n: int, columns: int) -> None:
     assert "CUDA0" in devices()
     check(kind, *case(kind, 257, columns, n), device="CUDA0")
+
+
+@pytest.mark.gpu
+@KINDS
+@pytest.mark.parametrize("n", [1, 8, 65, 512])
+@pytest.mark.parametrize("columns", [64, 576, 18944])
+def test_static_ranges_on_cuda(kind: str, n: int, columns: int) -> None:
+    codes, scales, x = case(kind, 257, columns, n)
+    check(kind, codes, scales, x, ranges_of(x, n) * np.float32(n > 1) + np.float32(n == 1), device="CUDA0")  # the first row has none

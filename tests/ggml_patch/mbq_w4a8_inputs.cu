@@ -36,6 +36,7 @@ struct random_graph {
     ggml_context * ctx = ggml_init({ 1 << 20, nullptr, true });
     ggml_cgraph * graph = ggml_new_graph_custom(ctx, 512, false);
     std::vector<ggml_tensor *> tensors;
+    ggml_tensor * ranges = nullptr;
 
     int any(const int n) { return rng() % n; }
 
@@ -53,7 +54,12 @@ struct random_graph {
             ggml_tensor * w = ggml_new_tensor_2d(ctx, GGML_TYPE_Q4_0, x->ne[0], 64);
             w->flags |= GGML_TENSOR_FLAG_ROW_SCALE;
             w->op_params[0] = std::min(any(5), 2);
-            t = place(ggml_mul_mat(ctx, w, x), x);
+            t = ggml_mul_mat(ctx, w, x);
+            if (any(3) == 0) { // static ranges, some of them those of other products
+                ranges = ranges && any(3) ? ranges : place(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, 4), nullptr);
+                t->src[2] = ranges;
+            }
+            do { place(t, x); } while (t->src[2] && mbq_w4a8_overlap(t, ranges));
         } else if (kind == 6) {
             t = place(ggml_neg(ctx, ggml_is_contiguous(x) ? x : ggml_cont(ctx, x)), nullptr);
         } else if (kind == 7) { // a view, of the same or of fewer columns, or of rows that lie elsewhere
@@ -96,9 +102,13 @@ int main(int argc, char ** argv) {
                 r.graph->nodes[i]->flags &= ~GGML_TENSOR_FLAG_COMPUTE;
             }
         }
-        const auto words = [&](const ggml_tensor * t) {
-            const size_t first = (const float *) t->data - arena.data();
-            return std::vector<int>(writer.begin() + first, writer.begin() + first + ggml_nbytes(t)/4);
+        const auto words = [&](const ggml_tensor * product) { // of what it reads
+            std::vector<int> all;
+            for (const ggml_tensor * t : { product->src[1], product->src[2] }) {
+                const size_t first = t ? (const float *) t->data - arena.data() : 0;
+                all.insert(all.end(), writer.begin() + first, writer.begin() + first + (t ? ggml_nbytes(t)/4 : 0));
+            }
+            return all;
         };
         std::vector<int> held;
         for (int i = 0; i < 2*r.graph->n_nodes; ++i) { // twice
@@ -112,7 +122,7 @@ int main(int argc, char ** argv) {
             if (node->op == GGML_OP_MUL_MAT) {
                 bool fresh = false;
                 const auto make = [&](const mbq_w4a8_int8 &) {
-                    held  = words(node->src[1]);
+                    held  = words(node);
                     fresh = true;
                 };
                 const bool shared = mbq_w4a8_share(cuda, node, mbq_w4a8_order_of(cuda, node), 8, make);
@@ -121,7 +131,7 @@ int main(int argc, char ** argv) {
                     products++;
                     made  += shared && fresh;
                     found += shared && !fresh;
-                    if (shared && held != words(node->src[1])) {
+                    if (shared && held != words(node)) {
                         printf("graph %d node %d found what its activations are no more\n", g, at);
                         return 1;
                     }

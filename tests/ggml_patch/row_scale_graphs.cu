@@ -20,6 +20,7 @@ struct builder {
     ggml_context * nodes = ggml_init({ ggml_tensor_overhead()*1024 + ggml_graph_overhead(), nullptr, true });
     ggml_cgraph  * graph = ggml_new_graph(nodes);
     std::vector<ggml_tensor *> outputs;
+    ggml_tensor * ranges = nullptr;
 
     ggml_tensor * floats(const int64_t k, const int64_t n) {
         return tensors.emplace_back(ggml_new_tensor_2d(data, GGML_TYPE_F32, k, n));
@@ -32,7 +33,16 @@ struct builder {
     }
 
     ggml_tensor * product(ggml_tensor * x, const int64_t m, const ggml_type type = GGML_TYPE_Q4_0) {
-        return ggml_mul_mat(nodes, weight(type, x->ne[0], m), x);
+        ggml_tensor * y = ggml_mul_mat(nodes, weight(type, x->ne[0], m), x);
+        y->src[2] = ranges;
+        return y;
+    }
+
+    // Static ranges for all products to come: a column of a table that the graph computes, of positive numbers, which count, and others
+    void make_ranges(const int64_t n, const bool early) {
+        ggml_tensor * table = ggml_scale(nodes, floats(3, n), 2.0f);
+        ranges = ggml_view_2d(nodes, table, 1, n, table->nb[1], sizeof(float));
+        if (early) { ggml_build_forward_expand(graph, ranges); }
     }
 
     ggml_tensor * output(ggml_tensor * t) {
@@ -149,12 +159,14 @@ static int check(ggml_backend_t backend, const std::string & name, builder & b) 
     return !(same && finite);
 }
 
-static int check_layers(ggml_backend_t backend, const int64_t k, const int64_t kv, const int64_t ff, const int64_t n, const int64_t had) {
+static int check_layers(ggml_backend_t backend, const int64_t k, const int64_t kv, const int64_t ff, const int64_t n, const int64_t had,
+        const std::string & ranges = "none") {
     builder b;
+    if (ranges != "none") { b.make_ranges(n, ranges == "early"); }
     ggml_tensor * x = b.floats(k, n);
     x = b.layer(x, kv, ff, had);
     b.output(b.layer(x, kv, ff, had));
-    return check(backend, "layers " + std::to_string(k) + " " + std::to_string(ff) + " " + std::to_string(n) + " " + std::to_string(had), b);
+    return check(backend, "layers " + std::to_string(k) + " " + std::to_string(ff) + " " + std::to_string(n) + " " + std::to_string(had) + " " + ranges, b);
 }
 
 // What must not be shared: activations changed in place between two products, one row of them, and a tensor of another shape at the same address
@@ -199,6 +211,7 @@ int main(int argc, char **) {
         for (const int64_t n : small ? std::vector<int64_t>{ 2, 64 } : std::vector<int64_t>{ 1, 2, 8, 9, 64, 300 }) {
             bad += check_layers(backend, 256, 64, 512, n, 0) + check_layers(backend, 576, 96, 1536, n, 512);
             if (n > 1) { bad += check_changed(backend, n) + check_norms(backend, n); }
+            bad += check_layers(backend, 576, 96, 1536, n, 512, "early") + check_layers(backend, 256, 64, 512, n, 0, "late");
         }
         if (!small) {
             for (const int64_t had : { 0, 64, 128, 256, 512 }) { bad += check_layers(backend, 3584, 512, 18944, 512, had); }

@@ -16,7 +16,7 @@
 //   y     ((float) acc * d_w) * s_x
 //
 // Static ranges: src[2] of the product, where it has one, is F32 [1, rows of activations], 0 for a row without a range. Only what lies beyond its range makes
-// the limits of q matter. The CPU reads them; CUDA does not yet, and takes every row's own largest.
+// the limits of q matter.
 //
 // Each float operation is rounded by itself, to nearest: true divisions, no fused multiplication. Above GGML_ROW_SCALE_AMAX_MIN no
 // number that matters is a denormal of float, so code that flushes them agrees. Activations that are not finite give any number.

@@ -23,6 +23,7 @@ struct mbq_w4a8_fused_args {
     float * scale;
     int   * flags;
     int n_flags, K, padded;
+    mbq_w4a8_ranges ranges;
 };
 
 static __device__ __forceinline__ int mbq_w4a8_bits(const float v) { // of |v|
@@ -36,7 +37,8 @@ static __device__ __forceinline__ void mbq_w4a8_quantize_shared(const mbq_w4a8_f
     for (int i = args.K + threadIdx.x; i < args.padded; i += blockDim.x) {
         column[i] = 0.0f;
     }
-    const float2 scale = mbq_w4a8_column_scale(mbq_w4a8_largest(amax, largest, threadIdx.x, blockDim.x)); // its barrier: the column is whole
+    const int all = mbq_w4a8_largest(amax, largest, threadIdx.x, blockDim.x); // its barrier: the column is whole
+    const float2 scale = mbq_w4a8_column_scale(args.ranges.amax(blockIdx.x, all));
     if (threadIdx.x == 0) {
         args.scale[blockIdx.x] = scale.y;
     }
@@ -174,23 +176,25 @@ static void mbq_w4a8_launch_swiglu(ggml_backend_cuda_context & ctx, const mbq_w4
 
 // Who reads x, the result of node i, as int8
 struct mbq_w4a8_fusion {
-    mbq_w4a8_order order;
+    mbq_w4a8_activations x;
     mbq_w4a8_readers readers;
     bool floats; // somebody reads them too, or may look at them: an output, another reader, or a callback's, which asks for the last node of a graph
 };
 
 static mbq_w4a8_fusion mbq_w4a8_readers_of(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
     const ggml_tensor * x = graph->nodes[i];
-    mbq_w4a8_fusion f = { x->ne[1] > MBQ_W4A8_FEW_COLUMNS ? MBQ_W4A8_TILES : MBQ_W4A8_RECORDS, {}, true };
+    mbq_w4a8_fusion f = { { x, nullptr, x->ne[1] > MBQ_W4A8_FEW_COLUMNS ? MBQ_W4A8_TILES : MBQ_W4A8_RECORDS }, {}, true };
     if (x->type == GGML_TYPE_F32 && ggml_is_contiguous(x) && x->ne[2]*x->ne[3] == 1 && GGML_PAD(x->ne[0], 256)*sizeof(float) <= mbq_w4a8_room(ctx)) {
-        f.readers = mbq_w4a8_readers_after(ctx, graph, i, x, f.order);
-        f.floats  = ggml_node_get_use_count(graph, i) != f.readers.count || (x->flags & GGML_TENSOR_FLAG_OUTPUT) || f.readers.last == graph->n_nodes - 1;
+        f.x.ranges = mbq_w4a8_next_ranges(graph, i, x);
+        f.readers  = mbq_w4a8_readers_after(ctx, graph, i, f.x);
+        f.floats   = ggml_node_get_use_count(graph, i) != f.readers.count || (x->flags & GGML_TENSOR_FLAG_OUTPUT) || f.readers.last == graph->n_nodes - 1;
     }
     return f;
 }
 
-static mbq_w4a8_fused_args mbq_w4a8_hold_fused(ggml_backend_cuda_context & ctx, const ggml_tensor * x, const mbq_w4a8_fusion & f, const int n_flags) {
-    const mbq_w4a8_int8 & to = mbq_w4a8_inputs(ctx).hold(ctx.pool(), x, f.order, n_flags, f.readers.last, f.floats);
+static mbq_w4a8_fused_args mbq_w4a8_hold_fused(ggml_backend_cuda_context & ctx, const mbq_w4a8_fusion & f, const int n_flags) {
+    const ggml_tensor * x = f.x.x;
+    const mbq_w4a8_int8 & to = mbq_w4a8_inputs(ctx).hold(ctx.pool(), f.x, f.x.order == MBQ_W4A8_TILES ? n_flags : 0, f.readers.last, f.floats);
     mbq_w4a8_fused_args args = {};
     args.out        = f.floats ? (float *) x->data : nullptr;
     args.out_column = x->ne[0];
@@ -200,6 +204,7 @@ static mbq_w4a8_fused_args mbq_w4a8_hold_fused(ggml_backend_cuda_context & ctx, 
     args.n_flags    = to.n_flags;
     args.K          = x->ne[0];
     args.padded     = GGML_PAD(x->ne[0], 256);
+    args.ranges     = mbq_w4a8_ranges_of(f.x.ranges);
     return args;
 }
 
@@ -219,12 +224,12 @@ static bool mbq_w4a8_fuse_norm(ggml_backend_cuda_context & ctx, const ggml_cgrap
     if (f.readers.count == 0) {
         return false;
     }
-    mbq_w4a8_fused_args args = mbq_w4a8_hold_fused(ctx, mul, f, f.order == MBQ_W4A8_TILES ? n_flags : 0);
+    mbq_w4a8_fused_args args = mbq_w4a8_hold_fused(ctx, f, n_flags);
     args.x        = (const float *) x->data;
     args.y        = (const float *) w->data;
     args.x_column = x->nb[1]/sizeof(float);
     args.eps      = ggml_get_op_params_f32(norm, 0);
-    const auto launch = f.order == MBQ_W4A8_TILES ? &mbq_w4a8_launch_norm<true> : &mbq_w4a8_launch_norm<false>;
+    const auto launch = f.x.order == MBQ_W4A8_TILES ? &mbq_w4a8_launch_norm<true> : &mbq_w4a8_launch_norm<false>;
     launch(ctx, args, mul->ne[1]);
     return true;
 }
@@ -260,16 +265,16 @@ static int mbq_w4a8_fuse_glu(ggml_backend_cuda_context & ctx, const ggml_cgraph 
     const int hadamard = mbq_w4a8_hadamard_after(graph, i);
     const int end      = hadamard > 0 ? i + 3 : i;
     const mbq_w4a8_fusion f = mbq_w4a8_readers_of(ctx, graph, end);
-    const bool next = hadamard > 0 || mbq_w4a8_next_reader(ctx, graph, i, glu, f.order) == i + 1; // see ggml_cuda_w4a8_fuse
+    const bool next = hadamard > 0 || mbq_w4a8_next_reader(ctx, graph, i, f.x) == i + 1; // see ggml_cuda_w4a8_fuse
     if (f.readers.count == 0 || f.floats || !next) {
         return -1;
     }
-    mbq_w4a8_fused_args args = mbq_w4a8_hold_fused(ctx, graph->nodes[end], f, f.order == MBQ_W4A8_TILES ? n_flags : 0);
+    mbq_w4a8_fused_args args = mbq_w4a8_hold_fused(ctx, f, n_flags);
     args.x        = (const float *) glu->src[0]->data;
     args.y        = (const float *) glu->src[1]->data;
     args.x_column = glu->src[0]->nb[1]/sizeof(float);
     args.y_column = glu->src[1]->nb[1]/sizeof(float);
-    const auto launch = f.order == MBQ_W4A8_TILES ? &mbq_w4a8_launch_swiglu<true> : &mbq_w4a8_launch_swiglu<false>;
+    const auto launch = f.x.order == MBQ_W4A8_TILES ? &mbq_w4a8_launch_swiglu<true> : &mbq_w4a8_launch_swiglu<false>;
     launch(ctx, args, glu->ne[1], hadamard);
     return end;
 }

@@ -26,6 +26,7 @@ struct mbq_w4a8_mmv_args {
     int64_t dst_column;
     int M, row_bytes, K, N; // K: a multiple of 256
     int x_aligned, stages;
+    mbq_w4a8_ranges ranges; // of one column
 };
 
 // Weights of a piece and, for more than one column, the records of its activations
@@ -117,7 +118,7 @@ static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv
         for (int r = 0; r < MBQ_W4A8_UNITS; ++r) {
             amax = unit[r].amax(amax);
         }
-        const float2 scale = mbq_w4a8_column_scale(mbq_w4a8_largest(amax, largest, thread, threads));
+        const float2 scale = mbq_w4a8_column_scale(args.ranges.amax(0, mbq_w4a8_largest(amax, largest, thread, threads)));
         scale_one = scale.y;
 #pragma unroll
         for (int r = 0; r < MBQ_W4A8_UNITS; ++r) {

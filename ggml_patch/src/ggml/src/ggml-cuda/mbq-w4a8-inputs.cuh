@@ -6,10 +6,10 @@
 //                        |                 |           |
 //   int8                 made, held        found       found, given back
 //
-// Whoever quantises looks ahead in the graph: a later product of the same addresses, shape and strides, in the same order of int8, takes what is there already,
-// unless a node between them writes to these addresses (the allocator gives memory to a new tensor as soon as the old one has been read). Where the last such
-// product stands is known before the first one runs, so what is held needs no name that could go stale, and nothing is held from one graph to the next: a
-// CUDA graph captures the pass with all of its readers, or none of them.
+// Whoever quantises looks ahead in the graph: a later product of the same addresses, shape, strides and static ranges, in the same order of int8,
+// takes what is there already, unless a node between them writes to these addresses (the allocator gives memory to a new tensor as soon as the old
+// one has been read). Where the last such product stands is known before the first one runs, so what is held needs no name that could go stale, and
+// nothing is held from one graph to the next: a CUDA graph captures the pass with all of its readers, or none of them.
 //
 // Memory is the pool's, whose blocks go back in the reverse order: one input at a time is held, and is taken when no other block is. Streams have pools of
 // their own: with several at once (GGML_CUDA_GRAPH_OPT) nothing is shared.
@@ -22,7 +22,8 @@
 #include <memory>
 #include <optional>
 
-static constexpr int MBQ_W4A8_FEW_COLUMNS = 8; // more: mbq_w4a8_gemm, or so many at a time where the card has no wgmma
+static constexpr int MBQ_W4A8_AHEAD       = 64; // nodes that are looked at: the readers of a layer stand closer
+static constexpr int MBQ_W4A8_FEW_COLUMNS = 8;  // more: mbq_w4a8_gemm, or so many at a time where the card has no wgmma
 
 // How a product takes its activations: see mbq-w4a8-quantize.cuh
 enum mbq_w4a8_order {
@@ -55,14 +56,24 @@ struct mbq_w4a8_int8 {
     }
 };
 
+// What a product reads
+struct mbq_w4a8_activations {
+    const ggml_tensor * x;
+    const ggml_tensor * ranges; // static ones, its src[2], or nullptr
+    mbq_w4a8_order order;
+};
+
+static bool mbq_w4a8_same(const ggml_tensor * a, const ggml_tensor * b) {
+    return a == b || (a && b && a->data == b->data && ggml_are_same_shape(a, b) && ggml_are_same_stride(a, b));
+}
+
 struct ggml_cuda_w4a8_inputs {
     const ggml_cgraph * graph = nullptr; // that runs, and its node; nullptr: share nothing
     int node = 0;
 
     std::optional<ggml_cuda_pool_alloc<char>> memory; // of what is held
-    mbq_w4a8_int8  held  = {};
-    mbq_w4a8_order order = MBQ_W4A8_FLOATS;
-    ggml_tensor    of    = {};   // its activations: address, shape and strides
+    mbq_w4a8_int8        held = {};
+    mbq_w4a8_activations of   = {};
     int  last   = 0;             // node that reads them last
     bool floats = true;          // whether they are there as floats too
 
@@ -79,17 +90,16 @@ struct ggml_cuda_w4a8_inputs {
         return graph && graph->nodes[node] == dst;
     }
 
-    bool holds(const ggml_tensor * x) const {
-        return memory && x->data == of.data && ggml_are_same_shape(x, &of) && ggml_are_same_stride(x, &of);
+    bool holds(const mbq_w4a8_activations & a) const {
+        return memory && a.order == of.order && mbq_w4a8_same(a.x, of.x) && mbq_w4a8_same(a.ranges, of.ranges);
     }
 
-    // Memory for the activations x, until node `to` has read them
-    const mbq_w4a8_int8 & hold(ggml_cuda_pool & pool, const ggml_tensor * x, const mbq_w4a8_order as, const int n_flags, const int to, const bool in_floats) {
+    // Memory for activations, until node `to` has read them
+    const mbq_w4a8_int8 & hold(ggml_cuda_pool & pool, const mbq_w4a8_activations & a, const int n_flags, const int to, const bool in_floats) {
         GGML_ASSERT(!memory);
-        char * p = memory.emplace(pool, mbq_w4a8_int8::bytes(x->ne[0], x->ne[1], as, n_flags)).get();
-        held   = mbq_w4a8_int8::at(p, x->ne[0], x->ne[1], as, n_flags);
-        order  = as;
-        of     = *x;
+        const int64_t K = a.x->ne[0], N = a.x->ne[1];
+        held   = mbq_w4a8_int8::at(memory.emplace(pool, mbq_w4a8_int8::bytes(K, N, a.order, n_flags)).get(), K, N, a.order, n_flags);
+        of     = a;
         last   = to;
         floats = in_floats;
         return held;
@@ -121,20 +131,29 @@ static bool mbq_w4a8_overlap(const ggml_tensor * a, const ggml_tensor * b) {
     return a->data < end(b) && b->data < end(a);
 }
 
-// The node after i that reads the activations x next as the order says, while they are what they were. -1: none
-static int mbq_w4a8_next_reader(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const ggml_tensor * x,
-        const mbq_w4a8_order order) {
-    constexpr int ahead = 64; // nodes: the readers of a layer stand closer
-    for (int j = i + 1; j < std::min(graph->n_nodes, i + 1 + ahead); ++j) {
+// The static ranges that the next product of x has
+static const ggml_tensor * mbq_w4a8_next_ranges(const ggml_cgraph * graph, const int i, const ggml_tensor * x) {
+    for (int j = i + 1; j < std::min(graph->n_nodes, i + 1 + MBQ_W4A8_AHEAD); ++j) {
+        const ggml_tensor * node = graph->nodes[j];
+        if (mbq_w4a8_runs(node) && node->op == GGML_OP_MUL_MAT && mbq_w4a8_same(node->src[1], x)) {
+            return node->src[2];
+        }
+    }
+    return nullptr;
+}
+
+// The node after i that reads the activations next as they say, while they and their ranges are what they were. -1: none
+static int mbq_w4a8_next_reader(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const mbq_w4a8_activations & a) {
+    for (int j = i + 1; j < std::min(graph->n_nodes, i + 1 + MBQ_W4A8_AHEAD); ++j) {
         const ggml_tensor * node = graph->nodes[j];
         if (!mbq_w4a8_runs(node)) {
             continue;
         }
-        if (node->op == GGML_OP_MUL_MAT && node->src[1]->data == x->data && ggml_are_same_shape(node->src[1], x) && ggml_are_same_stride(node->src[1], x) &&
-                mbq_w4a8_order_of(ctx, node) == order) {
+        if (node->op == GGML_OP_MUL_MAT && mbq_w4a8_same(node->src[1], a.x) && mbq_w4a8_same(node->src[2], a.ranges) &&
+                mbq_w4a8_order_of(ctx, node) == a.order) {
             return j;
         }
-        if (mbq_w4a8_overlap(node, x)) {
+        if (mbq_w4a8_overlap(node, a.x) || (a.ranges && mbq_w4a8_overlap(node, a.ranges))) {
             return -1;
         }
     }
@@ -146,32 +165,31 @@ struct mbq_w4a8_readers {
     int count = 0;
 };
 
-static mbq_w4a8_readers mbq_w4a8_readers_after(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const ggml_tensor * x,
-        const mbq_w4a8_order order) {
+static mbq_w4a8_readers mbq_w4a8_readers_after(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const mbq_w4a8_activations & a) {
     mbq_w4a8_readers readers;
-    for (int j = i; (j = mbq_w4a8_next_reader(ctx, graph, j, x, order)) >= 0; ++readers.count) {
+    for (int j = i; (j = mbq_w4a8_next_reader(ctx, graph, j, a)) >= 0; ++readers.count) {
         readers.last = j;
     }
     return readers;
 }
 
-// Whether the activations of dst, at the node that runs, are held: found, or made by quantise(int8) because a later product reads
-// them too. After the product: read().
+// Whether the activations of dst, at the node that runs, are held: found, or made by quantise(int8) because a later product reads them too. After the
+// product: read().
 template <typename Quantise>
 static bool mbq_w4a8_share(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const mbq_w4a8_order order, const int n_flags, const Quantise & quantise) {
     ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(ctx);
-    const ggml_tensor * x = dst->src[1];
+    const mbq_w4a8_activations a = { dst->src[1], dst->src[2], order };
     if (order == MBQ_W4A8_FLOATS || !inputs.runs(dst)) {
         return false;
     }
-    if (inputs.holds(x) && inputs.order == order) {
+    if (inputs.holds(a)) {
         return true;
     }
-    GGML_ASSERT(!inputs.holds(x) || inputs.floats);
-    const mbq_w4a8_readers readers = mbq_w4a8_readers_after(ctx, inputs.graph, inputs.node, x, order);
+    GGML_ASSERT(!inputs.memory || inputs.floats || !mbq_w4a8_same(a.x, inputs.of.x));
+    const mbq_w4a8_readers readers = mbq_w4a8_readers_after(ctx, inputs.graph, inputs.node, a);
     if (inputs.memory || readers.count == 0) {
         return false;
     }
-    quantise(inputs.hold(ctx.pool(), x, order, n_flags, readers.last, true));
+    quantise(inputs.hold(ctx.pool(), a, n_flags, readers.last, true));
     return true;
 }

@@ -15,6 +15,7 @@ struct mbq_w4a8_matrix {
     const float * x;
     float * dst;
     int64_t M, N, K, row_bytes, x_column, dst_column;
+    mbq_w4a8_ranges ranges;
 
     int64_t padded() const { return (K + 255)/256*256; }
     bool    dense()  const { return ((uintptr_t) w | row_bytes) % 16 == 0; } // then K is a multiple of 256
@@ -30,14 +31,14 @@ static mbq_w4a8_matrix mbq_w4a8_matrix_of(const ggml_tensor * dst, const int64_t
         (const char *) src0->data + i2/(ne12/ne02)*nb02 + i3/(ne13/ne03)*nb03,
         (const float *) ((const char *) src1->data + i2*nb12 + i3*nb13),
         (float *) ((char *) dst->data + i2*nb2 + i3*nb3),
-        ne01, ne11, ne00, (int64_t) nb01, (int64_t) (nb11/sizeof(float)), (int64_t) (nb1/sizeof(float)) };
+        ne01, ne11, ne00, (int64_t) nb01, (int64_t) (nb11/sizeof(float)), (int64_t) (nb1/sizeof(float)), mbq_w4a8_ranges_of(dst->src[2]) };
 }
 
 static std::atomic<int64_t> mbq_w4a8_counts[GGML_CUDA_W4A8_COUNTS];
 
 template <bool tiled>
 static void mbq_w4a8_launch_quantize(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_int8 & to) {
-    const mbq_w4a8_quantize_args args = { m.x, to.q, to.scale, m.x_column, (int) m.K, (int) m.padded(), m.aligned(), to.flags, to.n_flags };
+    const mbq_w4a8_quantize_args args = { m.x, to.q, to.scale, m.x_column, (int) m.K, (int) m.padded(), m.aligned(), to.flags, to.n_flags, m.ranges };
     const int units = m.padded()/16;
     const int R     = units <= 1024 ? 1 : 2;
     const ggml_cuda_kernel_launch_params params(dim3(m.N), dim3((units + 32*R - 1)/(32*R)*32), 0, ctx.stream());
@@ -150,7 +151,8 @@ static void mbq_w4a8_launch_vec(ggml_backend_cuda_context & ctx, const mbq_w4a8_
 template <int bits>
 static void mbq_w4a8_launch_mmv(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_mmv_plan & plan, const mbq_w4a8_int8 & x) {
 #ifdef MBQ_USE_TMA
-    const mbq_w4a8_mmv_args args = { m.w, m.x, (const char *) x.q, x.scale, m.dst, m.dst_column, (int) m.M, (int) m.row_bytes, (int) m.K, (int) m.N, m.aligned(), plan.stages };
+    const mbq_w4a8_mmv_args args = { m.w, m.x, (const char *) x.q, x.scale, m.dst, m.dst_column, (int) m.M, (int) m.row_bytes, (int) m.K, (int) m.N,
+        m.aligned(), plan.stages, m.ranges };
     const size_t smem = plan.kw*plan.groups*(1024 + plan.stages*mbq_w4a8_stage_bytes<bits>(m.N)) + (m.N == 1 ? m.K : 0);
     const size_t room = ggml_cuda_info().devices[ctx.device].smpbo - MBQ_W4A8_STATIC_BYTES;
     const ggml_cuda_kernel_launch_params params(dim3(plan.ctas), dim3(32*plan.kw, plan.groups), smem, ctx.stream());

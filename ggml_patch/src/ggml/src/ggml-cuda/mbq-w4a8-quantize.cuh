@@ -53,7 +53,7 @@ struct mbq_w4a8_unit {
     }
 
     __device__ __forceinline__ int4 codes(const float inverse) const {
-        const auto code = [&](const float value) { return __float2int_rn(mbq_mul_rn(value, inverse)) & 0xFF; };
+        const auto code = [&](const float value) { return __float2int_rn(fmaxf(fminf(mbq_mul_rn(value, inverse), 127.0f), -127.0f)) & 0xFF; };
         int word[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -86,6 +86,22 @@ static __device__ __forceinline__ float2 mbq_w4a8_column_scale(const int amax) {
     return make_float2(most == 0.0f ? 0.0f : mbq_div_rn(127.0f, most), mbq_div_rn(most, 127.0f));
 }
 
+// Static ranges, one a column, 0: none
+struct mbq_w4a8_ranges {
+    const float * range; // nullptr: none at all
+    int64_t stride;      // elements
+
+    __device__ __forceinline__ int amax(const int column, const int largest) const {
+        const float v = range ? range[column*stride] : 0.0f;
+        return v > 0.0f ? __float_as_int(v) : largest;
+    }
+};
+
+// The rows of src[2] of a product, or nullptr
+static mbq_w4a8_ranges mbq_w4a8_ranges_of(const ggml_tensor * ranges) {
+    return { ranges ? (const float *) ranges->data : nullptr, ranges ? (int64_t) (ranges->nb[1]/sizeof(float)) : 0 };
+}
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < GGML_CUDA_CC_AMPERE
 #define MBQ_W4A8_CTAS(n) 1 // of 1024 threads at most on a multiprocessor
 #else
@@ -100,6 +116,7 @@ struct mbq_w4a8_quantize_args {
     int K, padded, aligned;
     int * flags;         // to be set to 0
     int n_flags;
+    mbq_w4a8_ranges ranges;
 };
 
 // One CTA a column, which reads it once, R units a thread. As many threads as one unit each, two CTAs a multiprocessor: 7.9 us for 512 columns of 14336 and 97
@@ -123,7 +140,7 @@ static __global__ void __launch_bounds__(threads, MBQ_W4A8_CTAS(ctas)) mbq_w4a8_
         amax = unit[r].amax(amax);
     }
     __shared__ int largest[32];
-    const float2 scale = mbq_w4a8_column_scale(mbq_w4a8_largest(amax, largest, threadIdx.x, blockDim.x));
+    const float2 scale = mbq_w4a8_column_scale(args.ranges.amax(column, mbq_w4a8_largest(amax, largest, threadIdx.x, blockDim.x)));
     if (threadIdx.x == 0) {
         args.scale[column] = scale.y;
     }

@@ -18,6 +18,7 @@ static void mbq_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const mbq_w4a8_mat
             mbq_w4a8_matrix part = m;
             part.x   += i*m.x_column;
             part.dst += i*m.dst_column;
+            part.ranges.range = m.ranges.range ? m.ranges.range + i*m.ranges.stride : nullptr;
             part.N    = std::min<int64_t>(m.N - i, MBQ_W4A8_FEW_COLUMNS);
             mbq_w4a8_mul_mat<bits>(ctx, part);
         }
