@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,8 @@ class Plan:
     columns: tuple[int, ...]
     anchors: tuple[str, ...]
     mixtures: tuple[str, ...]
-    models: tuple[str, ...]  # options of llama-bench
+    prompts: str  # lengths
+    repetitions: tuple[int, int]  # of prompts and of generated tokens; the first half of them warms the clocks
     store: str
 
 
@@ -63,7 +65,8 @@ MBQ = Plan(
     columns=(1, 2, 4, 8, 512),
     anchors=(),
     mixtures=("Q4_K_M", "Q3_K_M", "MBQ3", "MBQ3S"),
-    models=("-p", "512", "-n", "128", "-r", "5"),
+    prompts="512",
+    repetitions=(60, 6),
     store="gpu.json",
 )
 # The yardstick, and all matrices of Qwen2-VL-7B
@@ -73,7 +76,8 @@ ROW_SCALE = Plan(
     columns=(1, 8, 512, 4096),
     anchors=("F16", "I8", "F8"),
     mixtures=("F16", "Q4_0", "Q4_K_M", "MBQ3", "W4A8"),
-    models=("-p", "512,2048", "-n", "128", "-r", "10"),
+    prompts="512,2048",
+    repetitions=(60, 6),
     store="gpu_row_scale.json",
 )
 
@@ -144,16 +148,20 @@ def time_anchors(work: Path, plan: Plan) -> list[Json]:
 
 
 def time_model(folder: Path, work: Path, mixture: str, plan: Plan) -> list[Json]:
-    """Tokens a second of prompts and of generated tokens for a mixture, and their spread over all repetitions."""
+    """Tokens a second of prompts and of generated tokens for a mixture, and their spread, over the later half of the repetitions."""
     model = work / f"{mixture}.gguf"
     write_random_gguf(model, QWEN2_VL_7B, mixture)
     size = model.stat().st_size
-    answer = json.loads(run([folder / "llama-bench", "-m", model, "-ngl", "99", "-fa", "1", *plan.models, "-o", "json"]))
+    answer = []
+    for tests, repetitions in zip((("-p", plan.prompts, "-n", "0"), ("-p", "0", "-n", "128")), plan.repetitions, strict=True):
+        options = ["-ngl", "99", "-fa", "1", *tests, "-r", str(repetitions), "-o", "json"]
+        answer += json.loads(run([folder / "llama-bench", "-m", model, *options]))
     model.unlink()
     results = []
     for test in answer:
         name = f"pp{test['n_prompt']}" if test["n_prompt"] else f"tg{test['n_gen']}"
-        speed, deviation = round(test["avg_ts"], 1), round(test["stddev_ts"], 1)
+        warm = test["samples_ts"][len(test["samples_ts"]) // 2 :]
+        speed, deviation = round(statistics.mean(warm), 1), round(statistics.stdev(warm), 1)
         results.append({"model": "Qwen2-VL-7B", "type": mixture, "bytes": size, "test": name, "tokens_s": speed, "stddev": deviation})
         print(mixture, name, speed, "+-", deviation, flush=True)
     return results
