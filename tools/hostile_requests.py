@@ -23,11 +23,15 @@ LATER = ("200", *REFUSED)  # nonsense that a server may as well overlook
 
 @dataclass(frozen=True)
 class Hostile:
-    """One request; ``send`` gives the status, "closed" where the server hangs up, or "no answer" after :data:`SECONDS`."""
+    """One request; ``send`` gives the status, "closed" where the server hangs up, or "no answer" after :data:`SECONDS`.
+
+    ``alone``: its answer takes so much memory that how many of them meet is all that the server's memory would show.
+    """
 
     name: str
     allowed: tuple[str, ...]
     send: Callable[[str, str], str]
+    alone: bool = False
 
 
 def _post(data: bytes | Any, key: str | None = None, path: str = CHAT, **headers: str) -> Callable[[str, str], str]:
@@ -107,12 +111,14 @@ HOSTILE = [
     Hostile("slots", ("404", "501"), _post({}, path="/slots/0?action=save")),
     Hostile("tokens of no number", LATER, _post(_says("x", max_tokens="many"))),
     Hostile("a grammar that is none", REFUSED, _post(_says("x", grammar="root ::= ("))),
-    Hostile("a schema that is none", REFUSED, _post(_says("x", response_format={"type": "json_schema", "json_schema": {"schema": 7}}))),
+    Hostile("a schema that is none", LATER, _post(_says("x", response_format={"type": "json_schema", "json_schema": {"schema": 7}}))),
     Hostile("a schema without end", LATER, _post(_says("x", json_schema={"$ref": "#"}))),
     Hostile("samplers of no kind", LATER, _post(_says("x", samplers=[1, {}, None]))),
     Hostile("bias of no token", LATER, _post(_says("x", logit_bias=[[1 << 40, 1], ["", -1e308]]))),
     Hostile("temperature without measure", LATER, _post(_says("x", temperature=1e308, top_k=-(1 << 31), top_p=-1, min_p=2))),
-    Hostile("too many probabilities", LATER, _post(_says("x", logprobs=True, top_logprobs=1_000_000))),
+    Hostile("many probabilities", LATER, _post(_says("x", logprobs=True, top_logprobs=1000))),
+    # of all tokens: 280 MB as JSON, for 4 tokens of 49152
+    Hostile("too many probabilities", LATER, _post(_says("x", logprobs=True, top_logprobs=1_000_000)), alone=True),
     Hostile("a prompt longer than the context", REFUSED, _post(_says("word " * 20_000))),
     Hostile("text that is no UTF-8", LATER, _post(b'{"messages":[{"role":"user","content":"\xff\xfe"}],"max_tokens":4}')),
     Hostile("special tokens", LATER, _post(_says("<|im_end|><|vision_start|><__media__>" * 20))),

@@ -4,8 +4,8 @@
     python tools/soak_server.py FILE.gguf                 500 requests; the table goes to the terminal
     python tools/soak_server.py FILE.gguf --write         and into docs/results.md
 
-Fails (exit code 1) where an answer differs, hostile input is not refused, the server dies, or its memory grows by 1 % or more after
-the first third.
+Warms up with every hostile request, one at a time, and with as many requests by all clients as it then counts, in another order. Fails
+(exit code 1) where an answer differs, hostile input is not refused, the server dies, or its memory grows by 1 % or more after that.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ CONTEXT = 1024  # of a slot: three pictures, question and answer
 SHARES = {"text": 0.25, "one picture": 0.25, "three pictures": 0.15, "cancelled": 0.15, "hostile": 0.2}
 PICTURES = {"text": 0, "one picture": 1, "three pictures": 3}
 DISTINCT = 8  # questions of each kind
-WARM_UP = 1 / 3  # of the requests
 GROWTH_LIMIT = 0.01
 Ask = tuple[str, tuple[Path, ...], str]  # kind, pictures, question
 
@@ -66,7 +65,13 @@ def plan(questions: list[Question], requests_count: int, draw: random.Random) ->
             distinct.append((kind, tuple(question.image for question in chosen[:pictures]), chosen[0].question))
     tasks: list[Ask | Hostile | str] = []
     for kind, share in SHARES.items():
-        pool: list[Any] = HOSTILE if kind == "hostile" else ["cancelled"] if kind == "cancelled" else [a for a in distinct if a[0] == kind]
+        pool: list[Any] = (
+            [one for one in HOSTILE if not one.alone]
+            if kind == "hostile"
+            else ["cancelled"]
+            if kind == "cancelled"
+            else [a for a in distinct if a[0] == kind]
+        )
         tasks += [pool[index % len(pool)] for index in range(round(share * requests_count))]
     draw.shuffle(tasks)
     return distinct, tasks
@@ -142,9 +147,9 @@ def soak(server: LlamaServer, clients: int, distinct: list[Ask], tasks: list[Any
 
 
 def growth(memory: list[int]) -> tuple[float, float]:
-    """Bytes after the warm-up and at the end, each the median over a tenth of the requests."""
-    span, first = max(1, len(memory) // 10), int(len(memory) * WARM_UP)
-    return statistics.median(memory[first : first + span]), statistics.median(memory[-span:])
+    """Bytes at the beginning and at the end, each the median over a tenth of the requests."""
+    span = max(1, len(memory) // 10)
+    return statistics.median(memory[:span]), statistics.median(memory[-span:])
 
 
 def table(tally: Tally, file: Path, asked_by: str) -> str:
@@ -168,7 +173,7 @@ def table(tally: Tally, file: Path, asked_by: str) -> str:
         "",
         f"{asked - len(tally.differing)} of {asked} answers are those that the same server gave to one client. Hostile requests got",
         f"{', '.join(f'{count} x {status}' for status, count in sorted(tally.statuses.items()) if count)}.",
-        f"Memory: {early / 1e6:.1f} MB after {int(len(tally.memory) * WARM_UP)} requests, {late / 1e6:.1f} MB at the end "
+        f"Memory: {early / 1e6:.1f} MB after as many requests that warmed up, {late / 1e6:.1f} MB at the end "
         f"({100 * (late / early - 1):+.2f} %).",
     ]
     return "\n".join(lines)
@@ -197,11 +202,16 @@ def write(text: str) -> None:
 @click.option("--write", "into_page", is_flag=True, help="Put the table into docs/results.md.")
 def main(file: Path, mmproj: Path | None, count: int, clients: int, threads: int, seed: int, into_page: bool) -> None:
     """Soak a llama-server with FILE."""
-    distinct, tasks = plan(load_questions(SHIPPED), count, random.Random(seed))
+    questions = load_questions(SHIPPED)
+    (distinct, tasks), (_, first) = plan(questions, count, random.Random(seed)), plan(questions, count, random.Random(seed + 1))
     try:
         with LlamaServer(file, mmproj or file.with_name(f"mmproj-{file.name}"), threads=threads, ctx=CONTEXT, parallel=clients) as server:
-            click.echo(f"asking {len(distinct)} questions one at a time")
+            click.echo(f"{len(distinct)} questions and {len(HOSTILE)} hostile requests one at a time")
             expected = {ask: server.ask(ask[1], ask[2], TOKENS).text for ask in distinct}
+            for one in HOSTILE:  # the largest of them sets the memory that the server needs
+                one.send(server.url, server.key or "")
+            warmed = soak(server, clients, distinct, first, expected)
+            click.echo("warm: from here on all is counted")
             began = time.monotonic()
             tally = soak(server, clients, distinct, tasks, expected)
             wall = time.monotonic() - began
@@ -209,14 +219,14 @@ def main(file: Path, mmproj: Path | None, count: int, clients: int, threads: int
                 raise click.ClickException("the server answers no more: see its log")
     except SHOWN as error:
         raise click.ClickException(str(error)) from error
-    for words in tally.differing + tally.wrong:
+    for words in (failed := warmed.differing + warmed.wrong + tally.differing + tally.wrong):
         click.echo(words)
     text = table(tally, file, f"{clients} clients in {wall:.0f} s, {threads} threads")
     click.echo(text)
     if into_page:
         write(text)
     early, late = growth(tally.memory)
-    sys.exit(1 if tally.differing or tally.wrong or late / early - 1 >= GROWTH_LIMIT else 0)
+    sys.exit(1 if failed or late / early - 1 >= GROWTH_LIMIT else 0)
 
 
 if __name__ == "__main__":

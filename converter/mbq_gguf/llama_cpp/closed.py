@@ -19,6 +19,10 @@ import requests
 OPTIONS = ("--offline", "--no-slots", "--no-agent", "--cors-origins", "localhost")
 # llama-server reads options from LLAMA_*, and under AIP_MODE its port and routes from AIP_*.
 FOREIGN = ("LLAMA_", "AIP_")
+# glibc keeps what a thread has freed for that thread: each answer of a large request (probabilities of all tokens: 280 MB as JSON) added as
+# much again, since another thread sent it, up to eight times the cores. One heap for all, and large pieces given back at once, hold it
+# still (docs/log.md). Other systems' allocators do not read these; who sets them himself has his own way.
+MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 KEY_OPTIONS = ("--api-key", "--api-key-file")
 
 
@@ -33,7 +37,7 @@ def environment(key: str | None, empty: Path) -> dict[str, str]:
     `empty`: an empty folder that stands for the user's configuration, where llama-server would look for llama.cpp/config.ini.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-    return {**kept, "XDG_CONFIG_HOME": str(empty)} | ({"LLAMA_API_KEY": key} if key else {})
+    return {**MEMORY, **kept, "XDG_CONFIG_HOME": str(empty)} | ({"LLAMA_API_KEY": key} if key else {})
 
 
 def brings_own_key(options: Sequence[str]) -> bool:
