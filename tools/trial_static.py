@@ -173,7 +173,8 @@ def main(
     for rotate, variants in ((rotate, VARIANTS[rotate]) for rotate in rotations):
         rotation = draw(loaded.decoder, "full", ROTATION_SEED) if rotate == "full" else None
         counted = count(loaded, calibration, sinks, rotation)
-        console.print(f"rotation {rotate}", described(counted, count(loaded, sets["scenes"], sinks, rotation)))
+        for name, streams in sets.items():
+            console.print(f"rotation {rotate}, {name}", described(counted, count(loaded, streams, sinks, rotation)))
         reference = {name: answers(loaded, streams, sinks, rotation, counted, None) for name, streams in sets.items()}
         table = Table("activations", "exact match", *(f"KLD, {name}" for name in sets))
         for variant in track(variants, description=f"rotation {rotate}"):
