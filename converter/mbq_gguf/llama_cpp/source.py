@@ -19,14 +19,16 @@ from mbq_gguf.llama_cpp.cache import MARKER, cache_root
 from mbq_gguf.llama_cpp.pin import Pin
 from mbq_gguf.llama_cpp.steps import say
 
-# Stands in for the build backend that the pinned package names (setuptools.build_meta): pip only wants a name and a version from it.
+# Stands in for the build backend that the pinned package names (setuptools.build_meta): pip only wants a name and a version from it. Older
+# releases (23.2 comes with Python 3.11) take them from the folder's name, newer ones from the file.
 _BACKEND = """
 import os
 def prepare_metadata_for_build_wheel(directory, settings=None):
-    os.mkdir(os.path.join(directory, "pinned.dist-info"))
-    with open(os.path.join(directory, "pinned.dist-info", "METADATA"), "w") as stream:
+    folder = "{name}".replace("-", "_") + "-{version}.dist-info"
+    os.mkdir(os.path.join(directory, folder))
+    with open(os.path.join(directory, folder, "METADATA"), "w") as stream:
         stream.write("Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
-    return "pinned.dist-info"
+    return folder
 """
 _NEEDED = ("CMakeLists.txt", "ggml/CMakeLists.txt")  # what makes a folder a llama.cpp tree
 

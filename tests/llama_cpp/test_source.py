@@ -1,0 +1,19 @@
+"""The stand-in for the pinned package's build backend, as pip releases read it."""
+
+from __future__ import annotations
+
+from email import message_from_string
+from pathlib import Path
+from typing import Any
+
+from mbq_gguf.llama_cpp.source import _BACKEND
+
+
+def test_name_and_version_stand_in_the_folders_name_too(tmp_path: Path) -> None:
+    """pip 23.2, which a new environment of Python 3.11 has, reads them there; newer ones in the file."""
+    backend: dict[str, Any] = {}
+    exec(_BACKEND.format(name="a-package", version="1.2.0"), backend)
+    folder = backend["prepare_metadata_for_build_wheel"](str(tmp_path))
+    assert folder == "a_package-1.2.0.dist-info"
+    metadata = message_from_string((tmp_path / folder / "METADATA").read_text())
+    assert (metadata["Name"], metadata["Version"]) == ("a-package", "1.2.0")
