@@ -8,98 +8,115 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from forked import Command
+from golden import one_thread
+from mbq_gguf.cli import main
 
-SECONDS = 180  # for one run at most; it takes some 15 where nothing else runs
+SECONDS = 180  # for one run at most; it takes some 5 where nothing else runs
+OPTIONS = ["--type", "MBQ3", "--rounding", "gptq", "--samples", "2", "--synthetic", "2", "--threads", "1"]
 
 
-def command(model: Path, out: Path) -> list[str]:
-    options = ["--type", "MBQ3", "--rounding", "gptq", "--samples", "2", "--synthetic", "4", "--threads", "1"]
-    return [sys.executable, "-m", "mbq_gguf", "convert", str(model), str(out), *options]
+def convert(model: Path, folder: Path, *more: object) -> Command:
+    """The conversion of ``model`` to ``folder``/out.gguf, started; what it says is beside ``folder``."""
+    return Command(folder.with_suffix(".log"), "convert", model, folder / "out.gguf", *OPTIONS, *more)
+
+
+def new_process(model: Path, folder: Path) -> list[str]:
+    """The same as a command line, for a Python that starts from nothing."""
+    return [sys.executable, "-m", "mbq_gguf", "convert", str(model), str(folder / "out.gguf"), *OPTIONS]
 
 
 def finished_layers(folder: Path) -> int:
     return len(list(folder.glob("out.gguf.work/*/layer-*.safetensors")))
 
 
-def await_layers(process: subprocess.Popen[Any], folder: Path, layers: int) -> None:
+def await_layers(process: Command | subprocess.Popen[bytes], folder: Path, layers: int) -> None:
     """Until ``layers`` layers are kept in ``folder``, or ``process`` has ended."""
     deadline = time.monotonic() + SECONDS
-    while finished_layers(folder) < layers and process.poll() is None:
+    while finished_layers(folder) < layers:
+        if isinstance(process, subprocess.Popen):
+            process.poll()
+        if process.returncode is not None:
+            return
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.03)
 
 
-def stop_after(model: Path, folder: Path, layers: int, delay: float, sign: signal.Signals) -> None:
-    """Start the command and send ``sign`` ``delay`` seconds after ``layers`` layers are kept, unless it ends before."""
-    process = subprocess.Popen(command(model, folder / "out.gguf"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    await_layers(process, folder, layers)
-    time.sleep(delay)
-    process.send_signal(sign)
-    process.wait(SECONDS)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "folder"
+    made.mkdir()
+    return made
 
 
-@pytest.mark.usefixtures("built_llama")
-def test_killed_runs_end_in_the_same_bytes(tiny_dir: Path, tmp_path: Path) -> None:
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    calm.mkdir()
-    killed.mkdir()
-    subprocess.run(command(tiny_dir, calm / "out.gguf"), check=True, capture_output=True, timeout=SECONDS)
-    draw = random.Random(str(tmp_path))  # other moments in every run; what is asserted holds for all of them
+@pytest.fixture(scope="module")
+def calm(built_llama: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run."""
+    made = tmp_path_factory.mktemp("calm")
+    with one_thread():
+        done = CliRunner().invoke(main, ["convert", str(tiny_dir), str(made / "out.gguf"), *OPTIONS])
+    assert done.exit_code == 0, done.output
+    return made
+
+
+def same_files(folder: Path, calm: Path) -> bool:
+    """Whether both files, and nothing else, are there and equal."""
+    names = ["mmproj-out.gguf", "out.gguf"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    return all((folder / name).read_bytes() == (calm / name).read_bytes() for name in names)
+
+
+def test_killed_runs_end_in_the_same_bytes(calm: Path, tiny_dir: Path, folder: Path) -> None:
+    draw = random.Random(str(folder))  # other moments in every run; what is asserted holds for all of them
     for layers, sign in ((1, signal.SIGKILL), (2, signal.SIGTERM), (3, signal.SIGKILL)):
-        stop_after(tiny_dir, killed, layers, draw.uniform(0, 0.5), sign)
-        assert (killed / "out.gguf").exists() or finished_layers(killed) >= layers
-    subprocess.run(command(tiny_dir, killed / "out.gguf"), check=True, capture_output=True, timeout=SECONDS)
-    assert sorted(path.name for path in killed.iterdir()) == ["mmproj-out.gguf", "out.gguf"]
-    for name in ("out.gguf", "mmproj-out.gguf"):
-        assert (killed / name).read_bytes() == (calm / name).read_bytes()
+        process = convert(tiny_dir, folder)
+        await_layers(process, folder, layers)
+        time.sleep(draw.uniform(0, 0.5))
+        process.send_signal(sign)
+        process.wait(SECONDS)
+        assert (folder / "out.gguf").exists() or finished_layers(folder) >= layers
+    assert convert(tiny_dir, folder).wait(SECONDS) == 0
+    assert same_files(folder, calm)
 
 
 @pytest.mark.usefixtures("built_llama")
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda sign: sign.name)
-def test_a_signal_tidies_up(sign: signal.Signals, tiny_dir: Path, tmp_path: Path) -> None:
+def test_a_signal_tidies_up(sign: signal.Signals, tiny_dir: Path, folder: Path) -> None:
     """What stays is the finished work; the lock and every temporary name are gone, and the exit code says which signal it was."""
-    process = subprocess.Popen(
-        command(tiny_dir, tmp_path / "out.gguf"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(sign, signal.SIG_DFL),  # the suite may ignore it (nohup, a job)
-    )
-    await_layers(process, tmp_path, 1)
-    assert process.poll() is None
+    process = convert(tiny_dir, folder, "--synthetic", 0)
+    await_layers(process, folder, 1)
+    assert process.returncode is None
     process.send_signal(sign)
-    error = process.communicate(timeout=SECONDS)[1]
-    assert process.returncode == 128 + sign
-    assert error.startswith("stopped: ")
-    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf.work"]
-    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+    assert process.wait(SECONDS) == 128 + sign
+    said = folder.with_suffix(".log").read_text()
+    assert any(line.startswith("stopped: ") for line in said.splitlines())
+    assert "Traceback" not in said
+    assert [path.name for path in folder.iterdir()] == ["out.gguf.work"]
+    assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
 
 
-@pytest.mark.usefixtures("built_llama")
-def test_a_hang_up_that_is_ignored_stays_ignored(tiny_dir: Path, tmp_path: Path) -> None:
+def test_a_hang_up_that_is_ignored_stays_ignored(calm: Path, tiny_dir: Path, folder: Path) -> None:
     """As ``nohup`` has it: the run ends well although its terminal closed."""
-    process = subprocess.Popen(["nohup", *command(tiny_dir, tmp_path / "out.gguf")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    await_layers(process, tmp_path, 1)
-    assert process.poll() is None
+    process = subprocess.Popen(["nohup", *new_process(tiny_dir, folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    await_layers(process, folder, 1)
+    assert process.returncode is None
     process.send_signal(signal.SIGHUP)
     assert process.wait(SECONDS) == 0
+    assert same_files(folder, calm)
 
 
-@pytest.mark.usefixtures("built_llama")
-def test_the_second_run_to_one_file_is_refused(tiny_dir: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.gguf"
-    with subprocess.Popen(command(tiny_dir, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
-        deadline = time.monotonic() + SECONDS
-        while not finished_layers(tmp_path):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        first.send_signal(signal.SIGSTOP)  # or a slow start of the second would let it end
-        second = subprocess.run([*command(tiny_dir, out), "--type", "Q4_0"], capture_output=True, text=True, timeout=SECONDS, check=False)
-        first.send_signal(signal.SIGCONT)
-        assert first.wait(SECONDS) == 0
+def test_the_second_run_to_one_file_is_refused(calm: Path, tiny_dir: Path, folder: Path) -> None:
+    first = convert(tiny_dir, folder)
+    await_layers(first, folder, 1)
+    first.send_signal(signal.SIGSTOP)  # or a slow start of the second would let it end
+    second = subprocess.run(
+        [*new_process(tiny_dir, folder), "--type", "Q4_0"], capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(SECONDS) == 0
     assert second.returncode == 2
-    assert f"another mbq-gguf is writing {out}" in second.stderr.replace("\n", " ")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mmproj-out.gguf", "out.gguf"]
+    assert f"another mbq-gguf is writing {folder / 'out.gguf'}" in second.stderr.replace("\n", " ")
+    assert same_files(folder, calm)

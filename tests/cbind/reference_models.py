@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from mbq_gguf.evaluate.exact_match import Question
+from mbq_gguf.formats.own import OWN
+from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.models import LoadedModel
 
 
@@ -40,6 +42,19 @@ class HuggingFace:
         with torch.inference_mode():
             logits: torch.Tensor = self.loaded.model(**encoded.inputs, logits_to_keep=answer + 1).logits[0, :-1]
         return logits.numpy()
+
+    @contextmanager
+    def weights(self, quantised: Mapping[str, QuantisedTensor]) -> Iterator[None]:
+        """Within the block, the decoder has these weights, unpacked."""
+        parameters = dict(self.loaded.decoder.module.named_parameters())
+        before = {key: parameters[key].data for key in quantised}
+        for key, tensor in quantised.items():
+            parameters[key].data = torch.from_numpy(OWN[tensor.type_name].dequantize(tensor.data))
+        try:
+            yield
+        finally:
+            for key, data in before.items():
+                parameters[key].data = data
 
     @contextmanager
     def rounded_activations(self, keys: Iterable[str]) -> Iterator[None]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from mbq_gguf.cli import main
 from mbq_gguf.errors import UserError
 from mbq_gguf.models.load import check_source
 from safetensors.torch import load_file, save_file
@@ -23,6 +25,19 @@ HOSTILE: dict[str, dict[str, Any]] = {
 }
 
 
+def run(*arguments: object, process: bool, **environment: str) -> tuple[int, str]:
+    """Exit code of ``mbq-gguf ARGUMENTS`` and all that it said; nine lines of yes lie in its input. In a process of its own where code
+    of a directory is to run, or where a pipe must be one."""
+    words, said_yes = [str(argument) for argument in arguments], "y\n" * 9
+    if process:
+        command = [sys.executable, "-m", "mbq_gguf", *words]
+        done = subprocess.run(command, input=said_yes, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+        return done.returncode, done.stdout + done.stderr
+    result = CliRunner().invoke(main, words, input=said_yes)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception  # else a traceback
+    return result.exit_code, result.output
+
+
 @pytest.mark.usefixtures("built_llama")
 @pytest.mark.parametrize("type_", ["BF16", "Q4_0"])
 @pytest.mark.parametrize("name", HOSTILE)
@@ -32,11 +47,11 @@ def test_no_code_of_the_directory_runs(name: str, type_: str, tiny_dir: Path, tm
     settings = json.loads((model / name).read_text(encoding="utf-8"))
     (model / name).write_text(json.dumps({**settings, **HOSTILE[name]}), encoding="utf-8")
     (model / "stranger.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Stranger: pass\n", encoding="utf-8")
-    command = [sys.executable, "-m", "mbq_gguf", "convert", str(model), str(tmp_path / "out.gguf"), "--type", type_]
-    done = subprocess.run([*command, "--samples", "1", "--synthetic", "0"], input="y\n" * 9, capture_output=True, text=True, check=False)
+    line = ("convert", model, tmp_path / "out.gguf", "--type", type_, "--samples", 1, "--synthetic", 0)
+    code, said = run(*line, process=(name, type_) == ("config.json", "Q4_0"))
     assert not ran.exists()
-    assert "Traceback" not in done.stderr
-    assert done.returncode in (0, 1, 2)  # 0 where the file is not needed for what was asked
+    assert "Traceback" not in said
+    assert code in (0, 1, 2)  # 0 where the file is not needed for what was asked
 
 
 STRANGER = """
@@ -64,13 +79,10 @@ def test_a_class_of_the_directory_runs_where_it_is_trusted(trusted: bool, comman
     }
     save_file(newer, model / "model.safetensors", metadata={"format": "pt"})
     (model / "stranger.py").write_text(STRANGER.format(ran=str(ran)), encoding="utf-8")
-    line = [sys.executable, "-m", "mbq_gguf", command, str(model), str(tmp_path / "out.gguf"), "--samples", "1"]
-    line += ["--synthetic", "0", "--type", "Q4_0"] if command == "convert" else []
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        line + ["--trust-remote-code"] * trusted, input="y\n" * 9, capture_output=True, text=True, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    line = [command, model, tmp_path / "out.gguf", "--samples", 1]
+    line += ["--synthetic", 0, "--type", "Q4_0"] if command == "convert" else []
+    code, said = run(*line, *["--trust-remote-code"] * trusted, process=trusted, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert code == 0, said
     assert ran.exists() == trusted
 
 
