@@ -70,6 +70,19 @@ def test_what_upstream_dies_of(fault: upstream.Fault, tmp_path: Path) -> None:
     assert re.search(fault.signatures[0], done.stdout)
 
 
+@pytest.mark.parametrize("kind", ["text", "mmproj"])
+@pytest.mark.usefixtures("built_llama")
+def test_what_upstream_died_of_is_refused(kind: str, tmp_path: Path) -> None:
+    """Each aborted the process or followed a null pointer; one process of three seconds reads them all, up to one that still does."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "upstream.py"), str(tmp_path), kind], capture_output=True, text=True, check=False, timeout=SECONDS
+    )
+    outcomes = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+    assert outcomes.pop("unspoilt", "") == "taken", done.stdout
+    assert outcomes.keys() == {fault.name for fault in upstream.MENDED if fault.kind == kind}, done.stdout + done.stderr[-2000:]
+    assert {name: said for name, said in outcomes.items() if not said.startswith("refused")} == {}
+
+
 LIMITS = [
     Key(b"clip.vision.image_min_pixels", 4, u32(0)),
     Key(b"clip.vision.image_max_pixels", 4, u32(1 << 31)),

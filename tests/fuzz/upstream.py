@@ -1,10 +1,13 @@
-"""What ends the process in upstream's own code, each with the smallest fault that does it: counted by tools/fuzz.py, no failure of it.
+"""What ends the process in upstream's own code, each with the smallest fault that does it. FAULTS are counted by tools/fuzz.py and no
+failure of it; MENDED were, until patch 0014 and llama-mbq-checks.cpp refused such files.
 
-    python tests/fuzz/upstream.py DIR      write the files, NAME/model.gguf or NAME/mmproj.gguf, from seeds/
+    python tests/fuzz/upstream.py DIR            write the files, NAME/model.gguf or NAME/mmproj.gguf, from seeds/
+    python tests/fuzz/upstream.py DIR KIND       and read the mended ones of KIND (text, mmproj): "NAME: what came of it", line by line
 
 All were found with b11434 and need a file made to do it (or by a faulty converter): libllama checks what tensors there are and of which
 shape, but few of the numbers in its metadata; libmtmd checks neither shapes nor, for biases, whether they are there, and reads keys with
-functions that assert their type. Mending them takes checks at some thirty places in clip.cpp, which the patch does not have room for.
+functions that assert their type. Tensors and shapes are checked for Qwen2-VL's and Qwen2.5-VL's vision files alone: other families' graphs
+take their own for granted still.
 """
 
 from __future__ import annotations
@@ -77,12 +80,14 @@ NAN = struct.pack("<f", float("nan"))
 PATCH = "clip.vision.patch_size"
 SECTIONS = "qwen2vl.rope.dimension_sections"
 FAULTS = [
+    Fault("a token twice", "text", (r"id_to_token.size\(\) == token_to_id.size\(\)",), twice),
+]
+MENDED = [
     Fault("no layers", "text", (r"n_layer_all > 0",), key("qwen2vl.block_count", U32, u32(0))),
     Fault("an epsilon that is no number", "text", (r"eps >= 0.0f",), key("qwen2vl.attention.layer_norm_rms_epsilon", F32, NAN)),
     Fault("rope sections wider than a head", "text", (r"sect_dims <= ne0",), key(SECTIONS, ARRAY, i32s(99, 99, 99, 0))),
     Fault("rope sections of nothing", "text", (r"sections\[0\] > 0",), key(SECTIONS, ARRAY, i32s(0, 0, 0, 0))),
     Fault("a norm of another type", "text", (r"binary_op: unsupported types",), tensor("blk.0.attn_norm.weight", kind=BF16)),
-    Fault("a token twice", "text", (r"id_to_token.size\(\) == token_to_id.size\(\)",), twice),
     Fault("a key of another type", "mmproj", (r"type_to_gguf_type<T>::value == type",), key(PATCH, STRING, string(b"8"))),
     Fault("an array for a number", "mmproj", (r"get_ne\(\) == 1",), key(PATCH, ARRAY, i32s(8, 8))),
     Fault("no layers in the tower", "mmproj", (r"Failed to get tensor positions",), key("clip.vision.block_count", U32, u32(0))),
@@ -112,10 +117,26 @@ def write(fault: Fault, folder: Path) -> Path:
     return folder
 
 
+def read_mended(kind: str, folder: Path) -> None:
+    """One line for each, in one process: it ends with a file that is not mended."""
+    from targets.table import LLAMA
+
+    target = LLAMA[kind]()
+    target.open()
+    print(f"unspoilt: {target.read(write(Fault('unspoilt', kind, (), lambda _: None), folder / 'unspoilt'))}", flush=True)
+    for fault in MENDED:
+        if fault.kind == kind:
+            print(f"{fault.name}: ", end="", flush=True)
+            print(target.read(folder / fault.name.replace(" ", "-")), flush=True)
+
+
 def main() -> None:
     """Write all of them."""
-    for fault in FAULTS:
-        print(write(fault, Path(sys.argv[1]) / fault.name.replace(" ", "-")))
+    folder = Path(sys.argv[1])
+    for fault in FAULTS + MENDED:
+        print(write(fault, folder / fault.name.replace(" ", "-")))
+    if len(sys.argv) > 2:
+        read_mended(sys.argv[2], folder)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ void llama_mbq_load_hparams(const gguf_context * metadata, llama_hparams & hpara
 // throws std::runtime_error for a value that the graph could not use
 std::shared_ptr<const struct llama_mbq_act> llama_mbq_load_act(const gguf_context * metadata, llama_hparams & hparams);
 
+// throws std::runtime_error for metadata and types that would end the process once they are computed with
+void llama_mbq_check_file(llama_model_loader & ml);
+
 // mbq.row_scale: sets GGML_TENSOR_FLAG_ROW_SCALE on the weights that it names; throws std::runtime_error where they cannot have it
 void llama_mbq_set_row_scale(llama_model_loader & ml);
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "clip-impl.h"
+#include "clip-mbq-checks.h"
 #include "clip-model.h"
 #include "gguf.h"
 
@@ -43,4 +44,11 @@ static void clip_mbq_image_limits(const T & loader, clip_hparams & hparams) {
         const int64_t most = std::max((int64_t) 1, (int64_t) std::sqrt(hparams.image_max_pixels) / side) * side;
         hparams.warmup_image_size = (int) std::min((int64_t) hparams.warmup_image_size, most);
     }
+}
+
+// once everything of a vision file's metadata has been read, and nothing of its tensors
+template <typename T>
+static void clip_mbq_load_hparams(const T & loader, projector_type type, clip_hparams & hparams) {
+    clip_mbq_image_limits(loader, hparams);
+    clip_mbq_check(loader, type, hparams);
 }

@@ -1,0 +1,78 @@
+// metadata and types that the graph's functions assert: a file that has others is refused when it is opened
+//
+// hparams and vocabulary are checked by their readers; what is here nobody looks at before it is computed with
+
+#include "llama-mbq.h"
+
+#include "gguf.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
+#include "llama-model-loader.h"
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+static bool ends_with(const std::string & name, const char * end) {
+    const std::string suffix = end;
+    return name.size() >= suffix.size() && name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0;
+}
+
+// -1 where the file has no such key, or one of another type, which whoever needs it refuses
+static int64_t find(const llama_model_loader & ml, const char * name, gguf_type type) {
+    const int64_t key = gguf_find_key(ml.metadata, (ml.get_arch_name() + "." + name).c_str());
+    return key >= 0 && gguf_get_kv_type(ml.metadata, key) == type ? key : -1;
+}
+
+static int64_t number(const llama_model_loader & ml, const char * name) {
+    const int64_t key = find(ml, name, GGUF_TYPE_UINT32);
+    return key < 0 ? -1 : (int64_t) gguf_get_val_u32(ml.metadata, key);
+}
+
+// the sections of a rotary embedding over several positions: ggml_rope_multi wants some, and no more than a head is wide
+static void check_rope_sections(const llama_model_loader & ml) {
+    const int64_t key = find(ml, "rope.dimension_sections", GGUF_TYPE_ARRAY);
+    if (key < 0 || gguf_get_arr_type(ml.metadata, key) != GGUF_TYPE_INT32) {
+        return;
+    }
+    const int32_t * sections = (const int32_t *) gguf_get_arr_data(ml.metadata, key);
+    const int64_t n_head = number(ml, "attention.head_count");
+    int64_t width = number(ml, "attention.key_length");
+    if (width < 0 && n_head > 0) {
+        width = number(ml, "embedding_length") / n_head;
+    }
+    int64_t sum = 0;
+    for (size_t i = 0; i < gguf_get_arr_n(ml.metadata, key); ++i) {
+        if (sections[i] < 0 || (width > 0 && sections[i] > width)) {
+            throw std::runtime_error(format("rope.dimension_sections holds %d for heads of %d channels", sections[i], (int) width));
+        }
+        sum += sections[i];
+    }
+    const llm_arch arch = ml.get_arch();
+    const bool needed = arch == LLM_ARCH_QWEN2VL || arch == LLM_ARCH_QWEN3VL || arch == LLM_ARCH_QWEN3VLMOE;
+    if ((needed && sum == 0) || (width > 0 && sum > width)) {
+        throw std::runtime_error(format("rope.dimension_sections are %d in all for heads of %d channels", (int) sum, (int) width));
+    }
+}
+
+void llama_mbq_check_file(llama_model_loader & ml) {
+    const int64_t n_layer = number(ml, "block_count");
+    if (n_layer == 0 || n_layer > (int64_t) LLAMA_MAX_LAYERS) {
+        throw std::runtime_error(format("block_count is %d: it must be 1 to %d", (int) n_layer, (int) LLAMA_MAX_LAYERS));
+    }
+    for (const char * name : { "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "attention.group_norm_epsilon" }) {
+        const int64_t key = find(ml, name, GGUF_TYPE_FLOAT32);
+        const float eps = key < 0 ? 0.0f : gguf_get_val_f32(ml.metadata, key);
+        if (!(eps >= 0.0f) || !std::isfinite(eps)) {
+            throw std::runtime_error(format("%s is %f: it must be a number from 0 up", name, eps));
+        }
+    }
+    check_rope_sections(ml);
+    for (const auto & it : ml.weights_map) {
+        const ggml_tensor * t = it.second.tensor;
+        const bool vector = ggml_n_dims(t) == 1 && (ends_with(it.first, "norm.weight") || ends_with(it.first, ".bias"));
+        if (vector && t->type != GGML_TYPE_F32 && t->type != GGML_TYPE_F16) {
+            throw std::runtime_error(format("%s is of type %s: norms and biases are F32", it.first.c_str(), ggml_type_name(t->type)));
+        }
+    }
+}
