@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
+from operator import attrgetter
 
 import torch
 
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.errors import UsageError
-from mbq_gguf.formats.registry import quant_type
-from mbq_gguf.formats.row_scale import QUANT_TYPES
+from mbq_gguf.formats.registry import quant_type, quant_type_for
+from mbq_gguf.formats.row_scale import QUANT_TYPES, stored_as
+from mbq_gguf.models.decoder import Decoder
+from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.outcome import Outcome, QuantiseResult
 from mbq_gguf.settings import QuantiseSettings
@@ -74,10 +77,28 @@ def check_settings(loaded: LoadedModel, samples: Sized, settings: QuantiseSettin
         raise UsageError(f"method {settings.method} with {settings.rounding} rounding needs samples: give at least one")
     if settings.learn_scales and not (settings.propagate_error and settings.rounding == "gptq"):
         raise UsageError("learning scales follows the rounded layers' inputs: give --learn-scales with --propagate-error and GPTQ")
+    check_heads(loaded.decoder, settings)
     reason = loaded.decoder.layout.no_equalisation()
     if settings.method != "rtn" and reason:
         raise UsageError(f"{loaded.architecture} cannot be equalised, {reason}: use --method rtn")
     check_rotatable(loaded, settings.rotate)
+
+
+def check_heads(decoder: Decoder, settings: QuantiseSettings) -> None:
+    """UsageError where llama.cpp will move columns by heads that are smaller than the type's blocks."""
+    if settings.target_bpw and any(site.heads for site in decoder.layout.sites):
+        raise UsageError("llama.cpp moves columns of this model by heads, which not all types can follow: give one --type, no --target-bpw")
+    for module in decoder.layers:
+        for site in decoder.layout.of(module).sites:
+            for name in site.readers if site.heads else ():
+                channels = attrgetter(site.heads or "")(module)
+                kind = quant_type_for(settings.type_name, Layer(module, 0, decoder.layout).linear(name).in_features)
+                block = quant_type(stored_as(kind.name)).block_size
+                if channels % block:
+                    raise UsageError(
+                        f"llama.cpp moves the columns of {name} by heads of {channels}, which blocks of {block} ({kind.name}) cannot "
+                        "follow: choose a type with smaller blocks, such as MBQ3S or Q4_0"
+                    )
 
 
 def check_activations(settings: QuantiseSettings) -> None:

@@ -133,6 +133,23 @@ RECIPES = {
         SQUARES,
         token_ids=QWEN_TOKENS,
     ),
+    "Qwen3.5": Recipe(
+        "qwen3_5",
+        {
+            "text_config": {
+                **TEXT,
+                "num_hidden_layers": 4,  # llama.cpp takes every fourth layer for one with attention
+                "rope_parameters": {**MROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.25},
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
+                "linear_key_head_dim": 128,
+                "linear_value_head_dim": 128,
+            },
+            "vision_config": {**QWEN3_VISION, "deepstack_visual_indexes": []},
+        },
+        SQUARES,
+        token_ids=QWEN_TOKENS,
+    ),
     "SmolVLM": Recipe(
         "smolvlm",
         {

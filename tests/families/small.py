@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,23 @@ class Small:
             file_type=None,
         )
         return path, mmproj
+
+    @contextmanager
+    def rounded_inputs(self, names: Iterable[str], block: int | None) -> Iterator[None]:
+        """Within the block, inputs of these decoder weights are rounded to int8, ``block`` channels to a scale (None: all of a token)."""
+
+        def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            blocks = inputs[0].unflatten(-1, (-1, block or inputs[0].shape[-1]))
+            step = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-20) / 127
+            return (((blocks / step).round() * step).flatten(-2),)
+
+        modules = dict(self.loaded.decoder.module.named_modules())
+        handles = [modules[name.removesuffix(".weight")].register_forward_pre_hook(hook) for name in names]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def theirs(self, weights: Mapping[str, Any] | None = None) -> Floats:
         """Hugging Face's logits of the answer's tokens, with decoder ``weights`` in place of its own."""

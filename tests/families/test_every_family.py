@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from mbq_cbind.model import Model
+from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.stream import advance, capture, logits, working_layer
+from mbq_gguf.errors import UsageError
 from mbq_gguf.export.checkpoint import names_of
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.rehearsal import rehearse
@@ -27,7 +29,11 @@ from small import QUESTION, Small, compare, unpacked
 TOP1 = 0.97  # of the answer's tokens
 # The largest difference over the range of the logits. llama.cpp rounds activations to bfloat16 before products with bfloat16 weights.
 BF16 = 0.03
-# Activations of quantised products are rounded to int8, in blocks of 32 or a whole row.
+# Activations of quantised products are rounded to int8, in blocks of 32 or a whole row: llama.cpp may move the logits little further than
+# the same rounding does in Hugging Face. Largest differences of few tokens, of which delta nets make more than attention does.
+ROUNDING = 1.5  # times that; measured: 1.3 at most
+BLOCKS = {"MBQ3S": 32, "W4A8": None}
+# Q8_0 by rounding to nearest, weights and activations.
 INT8 = 0.04
 SETTINGS = QuantiseSettings(type_name="MBQ3S", synthetic=0, refits=0, clip=False)
 
@@ -60,20 +66,37 @@ def test_bf16_is_hugging_faces(small: Small) -> None:
 
 @torch.no_grad()
 def test_layer_by_layer_is_the_whole_model(small: Small) -> None:
-    (stream,) = capture(small.loaded, small.samples)
+    """With another sample before it, which attention, or a delta net's state, must not see."""
+    other = Sample(small.picture, (("Another one?", "It stands before."),))
+    streams = list(capture(small.loaded, [other, *small.samples]))
     for index in range(len(small.loaded.decoder.layers)):
-        advance(working_layer(small.loaded, index), [stream])
+        advance(working_layer(small.loaded, index), streams)
+    stream = streams[-1]
     found = logits(small.loaded, stream.hidden)[0, -int(small.encoded.answer.sum()) - 1 : -1]
     _, difference = compare(found.numpy(), small.theirs())
     assert difference < 1e-4
 
 
-@pytest.mark.parametrize("type_name", ["MBQ3S", "W4A8"])
+@pytest.mark.parametrize("type_name", BLOCKS)
 def test_quantised_is_hugging_face_with_those_weights(small: Small, type_name: str) -> None:
     result = quantise(small.loaded, small.samples, replace(SETTINGS, type_name=type_name))
-    assert len(result.quantised) == len(small.loaded.decoder.layers) * len(small.loaded.decoder.layout.linears)
-    _, difference = compare(small.ours(small.written(type_name, result)), small.theirs(unpacked(result)))
-    assert difference <= INT8
+    assert len(result.quantised) == len(list(small.loaded.decoder.linears()))
+    exact = small.theirs(unpacked(result))
+    with small.rounded_inputs(result.quantised, BLOCKS[type_name]):
+        _, rounding = compare(small.theirs(unpacked(result)), exact)
+    _, difference = compare(small.ours(small.written(type_name, result)), exact)
+    assert difference <= ROUNDING * rounding
+
+
+def test_types_whose_blocks_are_wider_than_a_head_are_refused(small: Small) -> None:
+    """Where llama.cpp moves columns by heads: before calibration, since the file could not be written after it."""
+    moved = [site for site in small.loaded.decoder.layout.sites if site.heads]
+    if not moved:
+        pytest.skip("no columns are moved")
+    with pytest.raises(UsageError, match=r"by heads of 128, which blocks of 256 \(Q4_K\) cannot follow"):
+        quantise(small.loaded, small.samples, replace(SETTINGS, type_name="Q4_K"))
+    with pytest.raises(UsageError, match="give one --type"):
+        quantise(small.loaded, small.samples, replace(SETTINGS, target_bpw=5.0))
 
 
 def test_rotated_is_hugging_faces(small: Small) -> None:

@@ -12,7 +12,10 @@ from PIL import Image
 from small import Small
 
 LIMIT = 1e-4  # of max |logit|; measured: 4e-7 at most
-IN_TURNS = {"Gemma 3": "the model's attention has a sliding window"}  # why mtmd_aifs_refusal says no
+IN_TURNS = {
+    "Gemma 3": "the model's attention has a sliding window",
+    "Qwen3.5": "the model has a recurrent state",
+}  # why mtmd_aifs_refusal says no
 # M stands for a picture
 PROMPTS = ("None at all", "MFirst", "In the M middle", "M then M then at last M")
 

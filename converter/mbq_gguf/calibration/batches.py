@@ -25,7 +25,9 @@ def batches(streams: Sequence[Streamed], index: int) -> Iterator[list[Streamed]]
     batch: list[Streamed] = []
     for stream in streams:
         if batch and not (
-            sum(len(each.ids) for each in (*batch, stream)) <= TOKENS and _alike(batch[0].kwargs[index], stream.kwargs[index])
+            index not in stream.alone
+            and sum(len(each.ids) for each in (*batch, stream)) <= TOKENS
+            and _alike(batch[0].kwargs[index], stream.kwargs[index])
         ):
             yield batch
             batch = []

@@ -239,6 +239,8 @@ class _Counted:
     def loss(self, index: int, gradients: Mapping[str, torch.Tensor]) -> None:
         """Add the loss's gradients [samples, tokens, channels] at the outputs of layer ``index``'s linears, by name."""
         for branch in self.sums.layout.branches:
+            if branch.writer not in gradients:  # of another kind of layer
+                continue
             absolute = gradients[branch.writer].float().abs().mean(dim=2).double().cpu()
             for token_class, mask in self.masks.items():
                 having = mask.any(dim=1)
@@ -248,6 +250,8 @@ class _Counted:
     def fisher(self, index: int, gradients: Mapping[str, torch.Tensor]) -> None:
         """Add u [samples, tokens, channels] at the outputs of layer ``index``'s linears, by name."""
         for place, site in enumerate(self.sums.layout.sites):
+            if site.readers[0] not in gradients:
+                continue
             squares = {name: gradients[name].float().square().mean(dim=2).cpu() for name in site.readers}
             for name, square in squares.items():
                 self.sums.fisher[name][index] += square.double().sum() / 2

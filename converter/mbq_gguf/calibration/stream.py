@@ -45,6 +45,7 @@ def capture_encoded(loaded: LoadedModel, encoded: Encoded, answer_mask: AnswerMa
         encoded.vision,
         encoded.counted(answer_mask),
         encoded.answer,
+        alone=frozenset(index for index, layer in enumerate(decoder.layers) if decoder.layout.of(layer).alone),
         added={index: hidden.cpu() for index, hidden in enumerate(added, start=1) if hidden is not None},
     )
 
@@ -91,7 +92,7 @@ def to_device(value: Any, device: torch.device) -> Any:
 def working_layer(loaded: LoadedModel, index: int) -> Layer:
     """A copy of decoder layer ``index`` on the device in the computing dtype; the stored layer stays as it is."""
     module = copy.deepcopy(loaded.decoder.layers[index]).to(device=loaded.device, dtype=loaded.dtype)
-    return Layer(module, index, loaded.decoder.layout)
+    return Layer(module, index, loaded.decoder.layout.of(module))
 
 
 def run_batch(layer: Layer, batch: Sequence[Streamed]) -> torch.Tensor:

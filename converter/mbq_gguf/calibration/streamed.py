@@ -16,7 +16,7 @@ class Streamed:
     number (DeepStack: features of a picture from further down in the vision tower), ``kwargs`` what the model hands to each layer
     beside it (rotary embeddings, mask), ``ids`` [tokens]. Bool [tokens]: ``vision``; ``answer``, the tokens that stand for the answer
     (Encoded.counted); ``labels``, the tokens that the loss is about: answers and their ends. ``salience`` [layers, sites, tokens] is there
-    once the sensitivity is measured (see Sensitivity).
+    once the sensitivity is measured (see Sensitivity). In layers ``alone`` no other sample may stand beside it.
     """
 
     hidden: torch.Tensor
@@ -27,6 +27,7 @@ class Streamed:
     labels: torch.Tensor
     salience: torch.Tensor | None = None
     added: dict[int, torch.Tensor] = field(default_factory=dict)
+    alone: frozenset[int] = frozenset()
 
     def entering(self, index: int) -> torch.Tensor:
         """The input of layer ``index`` [1, tokens, width], where ``hidden`` is the output of the one before it."""

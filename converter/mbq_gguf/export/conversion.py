@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from mbq_gguf.errors import UserError, said
+from mbq_gguf.export.checkpoint import names_of
 from mbq_gguf.export.vocabulary import quicken
 from mbq_gguf.formats.gguf_types import import_from_tree, import_gguf
 from mbq_gguf.llama_cpp import paths
+from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.remote_code import runs_remote_code
 
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
@@ -28,6 +30,7 @@ FOREIGN = re.compile(r"(?:^|\.)(?:visual|vision\w*|vit|vpm|audio\w*|mtp|resample
 
 NEWER_PREFIX = "model."
 EMBEDDING = "embed_tokens.weight"
+MTP = re.compile(r"(?:model\.)?mtp\.")
 TOWERS = {"internvl_vision": "InternVisionModel"}  # vision towers by their model type, where that alone names them
 
 
@@ -120,7 +123,10 @@ def open_model(model_dir: Path, out: Path, *, file_type: str, mmproj: bool) -> A
     name = architecture(model_dir, mmproj=mmproj)
     with quiet(), conversion_errors(model_dir):
         file_type_value = package.gguf.LlamaFileType[FILE_TYPES[file_type]]
-        model = either_layout(package.conversion.get_model_class(name, mmproj=mmproj))(model_dir, file_type_value, out)
+        model_class = either_layout(package.conversion.get_model_class(name, mmproj=mmproj))
+        # Heads for tokens further on stay with the file where the checkpoint has them; transformers saves a model without.
+        model_class.no_mtp = not any(MTP.match(tensor) for tensor in names_of(weight_files(model_dir)))
+        model = model_class(model_dir, file_type_value, out)
         if hasattr(model, "impl"):  # one that hands everything on to another (Mistral 3), whose methods are the ones to be changed
             model = either_layout(type(model.impl))(model_dir, file_type_value, out)
         return model

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from mbq_gguf.errors import UserError
-from mbq_gguf.export.row_order import row_order
+from mbq_gguf.export.row_order import Order, row_order
 from mbq_gguf.formats.gguf_types import import_gguf
 from mbq_gguf.formats.quant_type import Bytes, QuantType
 from mbq_gguf.formats.quantised import QuantisedTensor
@@ -75,7 +75,7 @@ class Injection:
         self._embedding_type = embedding_type
         self._quantised = quantised
         self._pending = set(quantised)
-        self._rows: dict[str, tuple[QuantisedTensor, npt.NDArray[np.int64]]] = {}
+        self._rows: dict[str, tuple[QuantisedTensor, Order]] = {}
         self._modify, self._force, self._add = model.modify_tensors, model.tensor_force_quant, model.gguf_writer.add_tensor
         self._writer = model.gguf_writer
         for name, tensor in replaced.items():
@@ -103,8 +103,9 @@ class Injection:
                 raise UserError(
                     f"{name} is {tuple(data.shape)} in the checkpoint and {shape} after quantisation: leave the model alone and run again"
                 )
-            for output, rows in row_order(lambda probe: self._modify(probe, name, bid), shape, name).items():
-                self._rows[output] = (quantised, rows)
+            block = quant_type(stored_as(quantised.type_name)).block_size
+            for output, order in row_order(lambda probe: self._modify(probe, name, bid), shape, name, block).items():
+                self._rows[output] = (quantised, order)
             self._pending.discard(name)
         return outputs
 
@@ -119,9 +120,9 @@ class Injection:
         shape = tuple(tensor.shape)
         wanted: str | None = None
         if name in self._rows:
-            quantised, rows = self._rows[name]
+            quantised, order = self._rows[name]
             chosen = quant_type(quantised.type_name)
-            deferred = Deferred(lambda: [quantised.data[rows]], (len(rows), quantised.data.shape[1]), np.uint8)
+            deferred = Deferred(lambda: [order.of(quantised.data)], (len(order.rows), quantised.data.shape[1]), np.uint8)
             raw_dtype = self._gguf.GGMLQuantizationType[stored_as(chosen.name)]
             if chosen.name in QUANT_TYPES:
                 self.row_scales.append(name)

@@ -29,7 +29,7 @@ class Decoder:
     def linears(self) -> Iterator[tuple[str, nn.Linear]]:
         """Every quantisable linear by its decoder-relative name, ``layers.0.self_attn.q_proj`` and so on."""
         for index, layer in enumerate(self.layers):
-            for name in self.layout.linears:
+            for name in self.layout.of(layer).linears:
                 module = layer.get_submodule(name)
                 assert isinstance(module, nn.Linear)
                 yield f"layers.{index}.{name}", module

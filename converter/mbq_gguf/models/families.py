@@ -30,6 +30,7 @@ FAMILIES = (
     Family("Qwen2-VL", ("Qwen2VLForConditionalGeneration",), "qwen2vl", pictures.QWEN),
     Family("Qwen2.5-VL", ("Qwen2_5_VLForConditionalGeneration",), "qwen2vl", pictures.QWEN),
     Family("Qwen3-VL", ("Qwen3VLForConditionalGeneration",), "qwen3vl", pictures.QWEN),
+    Family("Qwen3.5", ("Qwen3_5ForConditionalGeneration",), "qwen35", pictures.QWEN),
     Family("SmolVLM", ("SmolVLMForConditionalGeneration",), "llama", pictures.SMOLVLM),
     Family("Idefics3", ("Idefics3ForConditionalGeneration",), "llama", pictures.SMOLVLM),
     Family("InternVL 3 (-hf)", ("InternVLForConditionalGeneration",), "qwen2", pictures.INTERNVL),
@@ -45,7 +46,6 @@ NEEDS_CODE = "its checkpoints need Python code of their directory"
 NO_RUNTIME = "llama.cpp does not know it"
 EXPERTS = "its layers have experts, which calibration cannot tell apart yet"
 REFUSED = {
-    "Qwen3_5ForConditionalGeneration": "calibration does not know the gated delta nets that most of its layers are",
     "Gemma4ForConditionalGeneration": "calibration goes layer by layer, and its layers share keys and values and take inputs of their own",
     "Qwen3VLMoeForConditionalGeneration": EXPERTS,
     "Qwen3_5MoeForConditionalGeneration": EXPERTS,

@@ -28,6 +28,7 @@ class Site:
 
     ``absorber`` is the norm or linear before it that can take the inverse of channel factors (None: factors cannot be folded here);
     ``inspected`` is the module whose output tells what an error in the readers does; ``branch`` is the name of the site's branch.
+    ``heads`` is where the layer keeps the channels of a head, where llama.cpp moves the readers' columns by heads (None: it does not).
     """
 
     name: str
@@ -35,6 +36,7 @@ class Site:
     absorber: str | None
     inspected: str
     branch: str
+    heads: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ class Layout:
 
     ``norms`` stand before a branch; ``norms_after`` between a branch and the residual stream. ``projector`` is the linears that write
     image features into the residual stream, the end of their names in the model as a regular expression (None where it is not known).
+    ``unturned`` says why a rotation cannot pass although norms and projector are known. ``alone``: tokens meet elsewhere than in attention,
+    so samples cannot be run side by side. ``variants`` are the layouts of single layers where these differ (:meth:`of`): the layout itself
+    then has the sites of all.
     ``embeds``: rows of the embeddings are among them, in the vision file (a token between rows of a picture). ``fused`` tells of readers
     that are no linears of their own.
     """
@@ -90,7 +95,14 @@ class Layout:
     norms_after: tuple[str, ...] = ()
     projector: str | None = None
     embeds: bool = False
+    unturned: str | None = None
+    alone: bool = False
+    variants: tuple[Layout, ...] = ()
     fused: tuple[Fused, ...] = ()
+
+    def of(self, module: nn.Module) -> Layout:
+        """The layout of the layer ``module``: itself, or the variant that it is."""
+        return next((variant for variant in self.variants if variant.fault(module) is None), self)
 
     @property
     def readers(self) -> tuple[str, ...]:
@@ -133,12 +145,17 @@ class Layout:
         """Why the residual stream cannot be rotated, or None. A norm after a branch has a gain of its own, which no linear can take."""
         if self.norms_after:
             return f"its layers have norms after their blocks ({', '.join(self.norms_after)})"
+        if self.unturned:
+            return self.unturned
         if self.projector is None:
             return "it is not known which linear brings image features into the decoder"
         return None
 
     def fault(self, module: nn.Module) -> str | None:
         """What keeps ``module`` from being a layer of this kind, or None."""
+        if self.variants:
+            faults = [variant.fault(module) for variant in self.variants]
+            return None if None in faults else faults[0]
         modules = dict(module.named_modules())
         for name in self.linears:
             if not isinstance(modules.get(name), nn.Linear):
@@ -203,6 +220,26 @@ GLM = Layout(
     norms_after=("post_self_attn_layernorm", "post_mlp_layernorm"),
     fused=(Fused("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),),
 )
+# Qwen3.5's: three of four layers have a gated delta net for attention. It reads the norm by two more matrices, of one row a head, which
+# stay as they are; so no factors fold into the norm, and no rotation passes.
+DELTA_NET = Branch("attention", "linear_attn", "linear_attn.out_proj")
+DELTA = replace(
+    STANDARD,
+    sites=(
+        Site("delta", ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"), None, "linear_attn", "attention"),
+        Site("delta_out", ("linear_attn.out_proj",), None, "linear_attn.out_proj", "attention", "linear_attn.head_v_dim"),
+        *STANDARD.sites[2:],
+    ),
+    branches=(DELTA_NET, MLP),
+    alone=True,
+)
+HYBRID = replace(
+    STANDARD,
+    sites=(*STANDARD.sites[:2], *DELTA.sites),
+    branches=(ATTENTION, DELTA_NET, MLP),
+    unturned="its gated delta nets read the residual stream by more matrices than are quantised",
+    variants=(STANDARD, DELTA),
+)
 
 LAYOUTS = {
     "Qwen2VLForConditionalGeneration": replace(STANDARD, projector=r"visual\.merger\.mlp\.2"),
@@ -211,6 +248,7 @@ LAYOUTS = {
     "SmolVLMForConditionalGeneration": replace(STANDARD, projector=r"connector\.modality_projection\.proj"),
     "Idefics3ForConditionalGeneration": replace(STANDARD, projector=r"connector\.modality_projection\.proj"),
     "InternVLForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
+    "Qwen3_5ForConditionalGeneration": HYBRID,
     "Gemma3ForConditionalGeneration": SANDWICH,
     "Mistral3ForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2", embeds=True),
     "LlavaForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2", embeds=True),

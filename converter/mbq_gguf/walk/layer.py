@@ -31,7 +31,8 @@ from mbq_gguf.walk.state import LayerWork, Walk, made
 
 def enter_layer(walk: Walk, index: int) -> LayerWork:
     """Layer ``index`` before its first step."""
-    layer, plan, layout = walk.rotated_layer(index), walk.result.plan, walk.loaded.decoder.layout
+    layer, plan = walk.rotated_layer(index), walk.result.plan
+    layout = layer.layout
     type_names = {
         name: plan.type_names[f"layers.{index}.{layout.linear_of(name)}.weight"] if plan else walk.settings.type_name
         for name in layout.readers
