@@ -137,8 +137,8 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     words = {
         "bomb.png": "too many pixels",
         "float.tiff": "pixels of mode F have no colour of their own",
-        "none.png": "cannot identify",
-        "program.eps": "cannot identify",
+        "none.png": "it is no picture of a known format",
+        "program.eps": "it is no picture of a known format",
         "absent.png": "No such file",
     }
     for name, said in words.items():

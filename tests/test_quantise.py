@@ -161,7 +161,7 @@ def test_fold_that_changes_the_function_is_refused(tiny: LoadedModel, samples: l
         quantise(tiny, samples[:1], FAST)
 
 
-@pytest.mark.parametrize(("steps", "first"), [("BEFORE", 1), ("BEFORE", 4), ("LAYER", 2), ("LAYER", 4), ("LAYER", 6)])
+@pytest.mark.parametrize(("steps", "first"), [("BEFORE", 1), ("BEFORE", 5), ("LAYER", 2), ("LAYER", 4), ("LAYER", 6)])
 def test_a_step_before_what_it_needs_fails_at_once(
     tiny: LoadedModel, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, steps: str, first: int
 ) -> None:
