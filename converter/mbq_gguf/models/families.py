@@ -53,7 +53,7 @@ REFUSED = {
     "Llama4ForConditionalGeneration": EXPERTS,
     "LlavaNextForConditionalGeneration": "llama.cpp's conversion has no place for its tower",
     "LlavaOnevisionForConditionalGeneration": "llama.cpp's conversion has no place for its tower, nor its runtime for its tiles",
-    "clip_vision_model": "llama.cpp's conversion has no place for its CLIP tower, and the runtime reads the tower's positions one off",
+    "clip_vision_model": "llama.cpp's conversion has no place for its CLIP tower",
     "QWenLMHeadModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of Qwen-VL alone",
     "ChatGLMModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of GLM-4V alone",
     "CogVLMForCausalLM": NEEDS_CODE,
