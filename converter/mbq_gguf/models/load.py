@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def outline(model_dir: Path) -> LoadedModel:
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
     architecture = check_source(model_dir)
-    with _model_errors(model_dir, architecture), torch.device("meta"):
+    with model_errors(model_dir, architecture), torch.device("meta"):
         config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=runs_remote_code())
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=runs_remote_code())
     if (model_dir / "generation_config.json").is_file():  # which loading reads too: it names the tokens that end an answer
@@ -110,37 +110,33 @@ def check_architecture(config: dict[str, Any]) -> str:
 
 
 @contextmanager
-def settings_errors(model_dir: Path, architecture: str) -> Iterator[None]:
-    """Turn what the files beside the weights make transformers raise into one sentence."""
+def raised_as(what: str, way_out: str, architecture: str) -> Iterator[None]:
+    """Turn whatever transformers raises into one sentence: ``what`` is wrong, what was said of it, and the ``way_out``."""
     try:
         yield
     except UserError:  # code of the directory, refused
         raise
     except ImportError as error:
         raise UserError(f"transformers wants another package for {architecture} ({said(error)}): install it with pip") from error
-    except Exception as error:  # the tokenizer library raises bare ones
-        raise UserError(
-            f"the tokenizer, image processor or generation settings in {model_dir} cannot be used ({said(error)}): fetch them again"
-        ) from error
+    except Exception as error:  # what the files of a directory make its classes raise; the tokenizer library raises bare ones
+        raise UserError(f"{what} ({said(error)}): {way_out}") from error
 
 
-@contextmanager
-def _model_errors(model_dir: Path, architecture: str) -> Iterator[None]:
-    """Turn what a model class of transformers raises into one sentence."""
-    try:
-        yield
-    except UserError:  # code of the directory, refused
-        raise
-    except ImportError as error:
-        raise UserError(f"transformers wants another package for {architecture} ({said(error)}): install it with pip") from error
-    except Exception as error:  # whatever a configuration makes a model class of transformers raise
-        raise UserError(f"{model_dir} cannot be loaded as {architecture} ({said(error)}): fetch the model again") from error
+def settings_errors(model_dir: Path, architecture: str) -> AbstractContextManager[None]:
+    """For what reads the files beside the weights."""
+    what = f"the tokenizer, image processor or generation settings in {model_dir} cannot be used"
+    return raised_as(what, "fetch them again", architecture)
+
+
+def model_errors(model_dir: Path, architecture: str) -> AbstractContextManager[None]:
+    """For what makes a model class of transformers."""
+    return raised_as(f"{model_dir} cannot be loaded as {architecture}", "fetch the model again", architecture)
 
 
 def _load_weights(model_dir: Path, architecture: str) -> Any:
     from transformers import AutoModelForImageTextToText
 
-    with _model_errors(model_dir, architecture):
+    with model_errors(model_dir, architecture):
         model, info = AutoModelForImageTextToText.from_pretrained(
             str(model_dir),
             dtype="auto",
