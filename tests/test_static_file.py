@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from mbq_gguf import quantise as walk
 from mbq_gguf.calibration.dataset import Sample
+from mbq_gguf.calibration.magnitudes import Estimator
 from mbq_gguf.calibration.sinks import Sinks
 from mbq_gguf.convert import ConvertOptions, ConvertReport, convert
 from mbq_gguf.errors import UsageError
@@ -70,3 +71,22 @@ def test_the_step_runs_for_static_ranges_alone() -> None:
     names = [step.__name__ for step in (*walk.BEFORE, *walk.LAYER)]
     assert names.index("measure_sinks") < names.index("draw_rotation")  # sinks show before a rotation spreads them
     assert names.index("keep_parameters") < names.index("measure_ranges")
+
+
+def test_the_estimator_reaches_the_file(tiny: LoadedModel, samples: list[Sample]) -> None:
+    """A percentile lies at or below the largest value, and below it somewhere."""
+    found = {}
+    estimators: tuple[Estimator, ...] = ("minmax", "p99.9")
+    for estimator in estimators:
+        settings = QuantiseSettings("W8A8", rounding="nearest", synthetic=0, activations="static", range_estimator=estimator)
+        found[estimator] = quantise(tiny, samples[:1], settings).facts_of("metadata")
+        assert found[estimator]["mbq.act.estimator"] == estimator
+    for site in SITES:
+        key = f"mbq.act.range.{site}.vision"
+        assert all(0 < cut <= whole for cut, whole in zip(found["p99.9"][key], found["minmax"][key], strict=True))
+    assert found["p99.9"] != found["minmax"] | {"mbq.act.estimator": "p99.9"}
+
+
+def test_an_estimator_without_static_ranges_is_refused(tiny: LoadedModel, samples: list[Sample]) -> None:
+    with pytest.raises(UsageError, match="--range-estimator belongs to static ranges: give --activations static too"):
+        quantise(tiny, samples[:1], QuantiseSettings("W8A8", range_estimator="p99.9"))

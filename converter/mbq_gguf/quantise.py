@@ -105,6 +105,8 @@ def check_activations(settings: QuantiseSettings) -> None:
     """UsageError where the products of the type that is asked for take no static scales."""
     if settings.activations == "static" and (settings.target_bpw or quant_type(settings.type_name).name not in QUANT_TYPES):
         raise UsageError("static scales of activations belong to types with one scale a row: give --type W4A8 or W8A8")
+    if settings.activations == "dynamic" and settings.range_estimator != QuantiseSettings.range_estimator:
+        raise UsageError("--range-estimator belongs to static ranges: give --activations static too")
 
 
 def quantise_layer(walk: Walk, index: int) -> None:
