@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
-"""What static ranges of activations do to a VLM's answers, in PyTorch: int8 at every linear of the language model, weights as they are.
+"""What static ranges of activations do to a VLM's answers, in PyTorch: int8 at every linear of the language model.
 
-    python tools/trial_static.py MODEL_DIR --questions 24 --samples 24 --text README.md
+    python tools/trial_static.py MODEL_DIR --questions 24 --samples 24 --synthetic 0 --text README.md
+    python tools/trial_static.py MODEL_DIR --weights W4A8 --questions 612 --device cuda --photographs photographs --output static.jsonl
 
 One range for all tokens or one a class (vision, text), with or without the sinks apart (dynamic, and out of the ranges), each by several
-estimators, with full rotation and without; dynamic beside them. Divergence from the same weights with 16-bit activations, so nothing but
-the activations differs. Also prints the sinks, the ratio of the classes' ranges by site, and the share of values beyond their range.
+estimators, with full rotation and without; dynamic beside them. Weights are the original's, so that nothing but the activations differs, or
+rounded as `convert --type W4A8` rounds them, with ranges of the rounded model as a file has them. Divergence is from the original with
+16-bit activations in either case. Also prints the sinks, the ratio of ranges by site, and the share of values beyond a range.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +22,7 @@ from statistics import median
 import click
 import torch
 import trial_quality as trial
+from mbq_gguf.calibration import batches as batching
 from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.dataset import load_samples
 from mbq_gguf.calibration.magnitudes import Estimator, Magnitudes
@@ -26,17 +30,23 @@ from mbq_gguf.calibration.observe import Watch
 from mbq_gguf.calibration.sinks import Sinks, find_sinks
 from mbq_gguf.calibration.stream import capture, logits, run_batch, split_back, working_layer
 from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.calibration.synthetic import synthetic_streams
 from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.layer import Layer
+from mbq_gguf.outcome import QuantiseResult, put_into
+from mbq_gguf.quantise import quantise
+from mbq_gguf.settings import SAMPLES, QuantiseSettings
 from mbq_gguf.transforms.activations import int8_inputs
 from mbq_gguf.transforms.rotation import Rotation, draw, rotate_layer
+from mbq_gguf.walk import before as walk
 from mbq_gguf.walk.before import ROTATION_SEED
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from trial_rows import asked, figures
+from trial_rows import asked, device_name, figures, keep_texts
 
 TEXT, VISION, SINK = 0, 1, 2
+CARD_TOKENS = 16384  # of a batch on a card, where a launch costs more than the products of a layer
 Counted = dict[tuple[int, str, int], Magnitudes]  # by layer, site and class
 
 
@@ -73,7 +83,11 @@ VARIANTS = {
         *(Variant("minmax", *form) for form in FORMS),
         *(Variant(kind, *form) for kind in ("p99.9", "p99.99", "least-squares") for form in FORMS[2:]),
     ),
-    "none": (Variant(), *(Variant("minmax", *form) for form in FORMS), Variant("least-squares", True, True)),
+    "none": (
+        Variant(),
+        *(Variant("minmax", *form) for form in FORMS),
+        *(Variant(kind, True, True) for kind in ("p99.9", "p99.99", "least-squares")),
+    ),
 }
 
 
@@ -81,20 +95,35 @@ def classes(stream: Streamed, sinks: Sinks) -> torch.Tensor:
     return torch.where(sinks.of(stream), SINK, stream.vision.long())
 
 
-def layers(loaded: LoadedModel, rotation: Rotation | None) -> Iterator[Layer]:
+@dataclass(frozen=True)
+class Run:
+    """A model's layers as they are tried, in the basis of ``rotation``."""
+
+    loaded: LoadedModel
+    rotation: Rotation | None
+    layers: list[Layer]
+
+
+@torch.no_grad()
+def run_of(loaded: LoadedModel, rotation: Rotation | None = None, result: QuantiseResult | None = None) -> Run:
+    """The original's layers, rotated, with the weights of ``result`` where there is one."""
+    layers = []
     for index in range(len(loaded.decoder.layers)):
         layer = working_layer(loaded, index)
         if rotation:
             rotate_layer(layer, rotation)
-        yield layer
+        if result:
+            put_into(layer, result.layer(index))
+        layers.append(layer)
+    return Run(loaded, rotation, layers)
 
 
 @torch.no_grad()
-def count(loaded: LoadedModel, streams: Sequence[Streamed], sinks: Sinks, rotation: Rotation | None) -> Counted:
+def count(run: Run, streams: Sequence[Streamed], sinks: Sinks) -> Counted:
     """How large the inputs of every site are, by class."""
-    running = [replace(stream, hidden=trial.turned(stream.hidden, rotation)) for stream in streams]
+    running = [replace(stream, hidden=trial.turned(stream.hidden, run.rotation)) for stream in streams]
     counted: Counted = {}
-    for layer in layers(loaded, rotation):
+    for layer in run.layers:
         for batch in batches(running, layer.index):
             with Watch(layer) as watch:
                 hidden = run_batch(layer, batch)
@@ -107,24 +136,26 @@ def count(loaded: LoadedModel, streams: Sequence[Streamed], sinks: Sinks, rotati
 
 
 @torch.no_grad()
-def answers(
-    loaded: LoadedModel, streams: Sequence[Streamed], sinks: Sinks, rotation: Rotation | None, counted: Counted, variant: Variant | None
-) -> list[torch.Tensor]:
+def answers(run: Run, streams: Sequence[Streamed], sinks: Sinks, counted: Counted, variant: Variant | None) -> list[torch.Tensor]:
     """Log-probabilities [answer tokens, vocabulary] of each stream; ``variant`` None: 16-bit activations."""
-    running = [replace(stream, hidden=trial.turned(stream.hidden, rotation)) for stream in streams]
-    for layer in layers(loaded, rotation):
+    running = [replace(stream, hidden=trial.turned(stream.hidden, run.rotation)) for stream in streams]
+    for layer in run.layers:
+        ranges = {}
+        if variant:
+            for site in layer.sites:
+                ranges[site] = torch.tensor([variant.range(counted, layer.index, site.name, kind) for kind in (TEXT, VISION, SINK)])
         for batch in batches(running, layer.index):
             kinds = torch.cat([classes(stream, sinks) for stream in batch])
             with ExitStack() as stack:
-                for site in layer.sites if variant else ():
-                    ranges = torch.tensor([variant.range(counted, layer.index, site.name, kind) for kind in (TEXT, VISION, SINK)])
-                    stack.enter_context(int8_inputs([layer.holder(name) for name in site.readers], ranges=ranges[kinds]))
+                for site, of in ranges.items():
+                    readers = [layer.holder(name) for name in site.readers]
+                    stack.enter_context(int8_inputs(readers, ranges=of[kinds].to(layer.device)))
                 hidden = run_batch(layer, batch)
             split_back(batch, hidden)
     out = []
     for stream in running:
-        hidden = trial.turned(stream.hidden, rotation, back=True)
-        out.append(logits(loaded, hidden[:, :-1][:, stream.labels[1:]])[0].float().log_softmax(-1))
+        hidden = trial.turned(stream.hidden, run.rotation, back=True)
+        out.append(logits(run.loaded, hidden[:, :-1][:, stream.labels[1:]])[0].float().log_softmax(-1).cpu())
     return out
 
 
@@ -148,42 +179,104 @@ def described(counted: Counted, asked: Counted) -> Table:
     return table
 
 
+def clipped(variant: Variant | None, counted: Counted, asked: Counted) -> dict[str, float]:
+    """The share of values beyond their static range, by class, of all that are ``asked`` of it in the layers."""
+    if variant is None or variant.estimator is None:
+        return {}
+    found = {}
+    for name, kind in (("text", TEXT), ("vision", VISION)):
+        of = {place: magnitudes for place, magnitudes in asked.items() if place[2] == kind}
+        values = sum(int(magnitudes.counts.sum()) for magnitudes in of.values())
+        beyond = sum(m.beyond(variant.range(counted, *place)) * int(m.counts.sum()) for place, m in of.items())
+        if values:
+            found[name] = beyond / values
+    return found
+
+
+def shown(found: dict[str, float], beyond: dict[str, float]) -> list[str]:
+    share = " / ".join(f"{100 * share:.2g}" for share in beyond.values())
+    return [f"{found['exact']:.3f}", f"{found['kld']:.2g} ± {found['error']:.1g}", share]
+
+
+def calibration_streams(loaded: LoadedModel, samples: int, synthetic: int) -> list[Streamed]:
+    """The shipped set, and what the model writes itself, as a conversion has them."""
+    loaded_samples = load_samples(None, loaded, samples, 0)
+    streams = list(capture(loaded, loaded_samples))
+    if synthetic:
+        texts = walk.written(loaded, synthetic, lambda _done, _total: None)  # type: ignore[attr-defined]
+        streams += synthetic_streams(loaded, texts, loaded_samples)
+    return streams
+
+
 @click.command()
 @click.argument("model_dir", type=click.Path(exists=True, path_type=Path))
 @click.option("--questions", default=24, show_default=True, help="About scenes.")
-@click.option("--samples", default=24, show_default=True, help="Of the shipped calibration set.")
+@click.option("--samples", default=SAMPLES, show_default=True, help="Of the shipped calibration set.")
+@click.option("--synthetic", default=QuantiseSettings.synthetic, show_default=True, help="Texts that the model writes, beside them.")
+@click.option("--weights", type=click.Choice(["W4A8", "W8A8"]), help="Rounded so; left out: the original's.")
 @click.option("--text", "file", type=click.Path(exists=True, path_type=Path), help="A plain text, scored too.")
 @click.option("--photographs", "folder", type=click.Path(exists=True, path_type=Path), help="What photographs.py wrote.")
 @click.option("--rotate", "rotations", multiple=True, type=click.Choice(list(VARIANTS)), default=list(VARIANTS), show_default=True)
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Every row is added here as a line of JSON once it is done."
+)
 @click.option("--device", default="cpu", show_default=True)
 def main(
-    model_dir: Path, questions: int, samples: int, file: Path | None, folder: Path | None, rotations: tuple[str, ...], device: str
+    model_dir: Path,
+    questions: int,
+    samples: int,
+    synthetic: int,
+    weights: str | None,
+    file: Path | None,
+    folder: Path | None,
+    rotations: tuple[str, ...],
+    output: Path | None,
+    device: str,
 ) -> None:
     """Score static ranges on MODEL_DIR."""
-    console = Console(width=150)
+    console = Console(width=180)
     loaded = load(model_dir, device)
-    calibration = list(capture(loaded, load_samples(None, loaded, samples, 0)))
+    if device.startswith("cuda"):
+        batching.TOKENS = CARD_TOKENS
+    keep_texts()
+    calibration = calibration_streams(loaded, samples, synthetic)
     sets = {"scenes": asked(loaded, questions)}
     if folder:
         sets["photographs"] = trial.photographs(loaded, folder)
     if file:
         sets["text"] = trial.text(loaded, file)
+    for streams in (calibration, *sets.values()):
+        streams.sort(key=lambda stream: len(stream.ids))  # attention takes neighbours of one length at once
     sinks = find_sinks(loaded, calibration)
     console.print(sinks)
+    original = run_of(loaded)
+    reference = {name: answers(original, streams, sinks, {}, None) for name, streams in sets.items()}
     for rotate, variants in ((rotate, VARIANTS[rotate]) for rotate in rotations):
         rotation = draw(loaded.decoder, "full", ROTATION_SEED) if rotate == "full" else None
-        counted = count(loaded, calibration, sinks, rotation)
-        for name, streams in sets.items():
-            console.print(f"rotation {rotate}, {name}", described(counted, count(loaded, streams, sinks, rotation)))
-        reference = {name: answers(loaded, streams, sinks, rotation, counted, None) for name, streams in sets.items()}
-        table = Table("activations", "exact match", *(f"KLD, {name}" for name in sets))
-        for variant in track(variants, description=f"rotation {rotate}"):
-            scores = [
-                figures(reference[name], answers(loaded, streams, sinks, rotation, counted, variant), streams)
-                for name, streams in sets.items()
-            ]
-            table.add_row(str(variant), f"{scores[0]['exact']:.3f}", *(f"{found['kld']:.2g} ± {found['error']:.1g}" for found in scores))
-        console.print(table)
+        result = None
+        if weights:
+            settings = QuantiseSettings(type_name=weights, rotate=rotate, synthetic=synthetic)  # type: ignore[arg-type]
+            result = quantise(loaded, load_samples(None, loaded, samples, 0), settings)
+        run = run_of(loaded, rotation, result)
+        counted = count(run, calibration, sinks)
+        found = {name: count(run, streams, sinks) for name, streams in sets.items()}
+        for name in sets:
+            console.print(f"rotation {rotate}, {name}", described(counted, found[name]))
+        table = Table("activations", *(f"{name}: {what}" for name in sets for what in ("exact", "KLD", "% cut, text / vision")))
+        for variant in track((None, *variants), description=f"rotation {rotate}", console=Console(stderr=True)):
+            row: dict[str, object] = {"weights": weights or "16-bit", "rotate": rotate, "activations": str(variant or "16-bit")}
+            row |= {"device": device_name(device), "samples": samples, "synthetic": synthetic}
+            cells = []
+            for name, streams in sets.items():
+                scores = figures(reference[name], answers(run, streams, sinks, counted, variant), streams)
+                beyond = clipped(variant, counted, found[name])
+                row[name] = scores | {"beyond": beyond}
+                cells += shown(scores, beyond)
+            table.add_row(str(variant or "16-bit"), *cells)
+            if output:
+                with output.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(row) + "\n")
+        console.print(f"weights {weights or '16-bit'}, rotation {rotate}", table)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,27 @@ def test_a_variant_takes_what_its_classes_hold() -> None:
     assert ranges(Variant("minmax", two=True, apart=True)) == [1, 2, 0]
 
 
-def test_a_run(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_cut() -> None:
+    """Three of four values of text lie beyond a range of 1, none of vision's; a dynamic row has no range."""
+    counted, found = {}, {}
+    for kind, sizes in ((TEXT, [0.5, 2.0, 3.0, 4.0]), (VISION, [0.5, 0.25]), (SINK, [100.0])):
+        counted[0, "o", kind], found[0, "o", kind] = Magnitudes(), Magnitudes()
+        counted[0, "o", kind].add(torch.tensor([1.0]))
+        found[0, "o", kind].add(torch.tensor(sizes))
+    assert trial_static.clipped(Variant("minmax", True, True), counted, found) == {"text": 0.75, "vision": 0.0}
+    assert trial_static.clipped(Variant(), counted, found) == trial_static.clipped(None, counted, found) == {}
+
+
+@pytest.mark.parametrize("weights", [[], ["--weights", "W4A8"]], ids=["original", "rounded"])
+def test_a_run(weights: list[str], tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial_static, "VARIANTS", {"full": (Variant(), Variant("minmax", True, True))})
-    command = [str(tiny_dir), "--questions", "1", "--samples", "1", "--rotate", "full"]
-    result = CliRunner().invoke(trial_static.main, command)
+    out = tmp_path / "rows.jsonl"
+    command = [str(tiny_dir), "--questions", "1", "--samples", "1", "--synthetic", "0", "--rotate", "full", "--output", str(out)]
+    result = CliRunner().invoke(trial_static.main, [*command, *weights])
     assert result.exit_code == 0, result.output
     assert "Sinks(" in result.output
     assert "two ranges, sinks apart, minmax" in result.output
+    plain, dynamic, static = [json.loads(line)["scenes"] for line in out.read_text().splitlines()]
+    assert plain["kld"] > 1e-5 if weights else plain["kld"] < 1e-5  # of a rotation in float32 nothing is left
+    assert dynamic["kld"] != plain["kld"] != static["kld"]
+    assert set(static["beyond"]) == {"text", "vision"}
