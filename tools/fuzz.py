@@ -3,11 +3,13 @@
 
     python tools/fuzz.py header --count 100000           the header reader; the kinds are in tests/fuzz/targets/table.py
     python tools/fuzz.py text mmproj --count 10000       loads, each in a child that may die
+    python tools/fuzz.py header jsonl --count 400000 --jobs 16 --minutes 5
     python tools/fuzz.py text --seed 3 --show 4711       one input again: kept in a folder, and read
     python tools/fuzz.py mmproj --read FOLDER            what lies in such a folder, read again
 
 A run goes on where the last one of its kind and seed stopped. Faults are kept under --out, three files a signature; those that
-tests/fuzz/upstream.py lists are counted and do not fail. Exit code 1: there are others.
+tests/fuzz/upstream.py lists are counted and do not fail. Exit code 1: there are others. With --jobs the count is shared by as many
+processes, whose seeds follow --seed, and their sums are said at the end.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +33,7 @@ sys.path.insert(0, str(ROOT / "tests" / "fuzz"))
 import click  # noqa: E402
 import harness  # noqa: E402
 import upstream  # noqa: E402
-from mbq_gguf.errors import SHOWN  # noqa: E402
+from mbq_gguf.errors import SHOWN, UserError  # noqa: E402
 from mbq_gguf.llama_cpp.cache import cache_root  # noqa: E402
 from targets import Target  # noqa: E402
 from targets.table import TARGETS  # noqa: E402
@@ -55,19 +58,29 @@ class State:
         return [signature for signature in self.counts if not any(re.search(part, signature) for part in known)]
 
 
+def load(kind: str, seed: int, out: Path) -> State:
+    """How far the run of ``kind`` and ``seed`` is."""
+    file = state_file(kind, seed, out)
+    if not file.is_file():
+        return State()
+    kept = json.loads(file.read_text())
+    return State(kept["done"], kept["seconds"], Counter(kept["outcomes"]), kept["faults"], Counter(kept["counts"]))
+
+
+def state_file(kind: str, seed: int, out: Path) -> Path:
+    """Where a run keeps how far it is."""
+    return out / f"{kind}-{seed}.json"
+
+
 def known_faults() -> list[str]:
     """Regular expressions of the signatures that are upstream's."""
     return [part for fault in upstream.FAULTS for part in fault.signatures]
 
 
-def fuzz(kind: str, count: int, seed: int, out: Path) -> State:
-    """Run ``kind`` up to input ``count``, and keep state and faults in ``out``."""
-    file = out / f"{kind}-{seed}.json"
-    state = State()
-    if file.is_file():
-        kept = json.loads(file.read_text())
-        state = State(kept["done"], kept["seconds"], Counter(kept["outcomes"]), kept["faults"], Counter(kept["counts"]))
-    target, known = TARGETS[kind](), known_faults()
+def fuzz(kind: str, count: int, seed: int, minutes: float, out: Path) -> State:
+    """Run ``kind`` up to input ``count``, or for ``minutes``, and keep state and faults in ``out``."""
+    file, state = state_file(kind, seed, out), load(kind, seed, out)
+    target, known, end = TARGETS[kind](), known_faults(), time.monotonic() + 60 * minutes
     began, saved, said = time.monotonic() - state.seconds, time.monotonic(), time.monotonic()
     try:
         for outcome in harness.run(target, kind, seed, state.done, count):
@@ -81,6 +94,8 @@ def fuzz(kind: str, count: int, seed: int, out: Path) -> State:
                 if len(numbers) < KEPT:
                     numbers.append(outcome.index)
                     keep(kind, seed, outcome, out)
+            if now > end:
+                break
             if now - saved > SAVE_SECONDS:
                 saved = now
                 save(state, file)
@@ -89,10 +104,48 @@ def fuzz(kind: str, count: int, seed: int, out: Path) -> State:
                 say(kind, state, known)
     finally:
         save(state, file)
+    tell(kind, state)
+    return state
+
+
+def tell(kind: str, state: State) -> None:
+    """How far it is, and the faults that are nobody's yet."""
+    known = known_faults()
     say(kind, state, known)
     for signature in state.unknown(known):
-        click.echo(f"  {state.counts[signature]} x {signature}: inputs {state.faults[signature]}")
-    return state
+        click.echo(f"  {state.counts[signature]} x {signature}: inputs {state.faults.get(signature, 'in the folder of faults')}")
+
+
+def spread(kinds: tuple[str, ...], count: int, seed: int, minutes: float, jobs: int, out: Path) -> list[State]:
+    """Share ``count`` inputs of each kind among ``jobs`` processes, one seed each, and add up what they find."""
+    children = []
+    for job in range(jobs):
+        share = count // jobs + (job < count % jobs)
+        command = [sys.executable, __file__, *kinds, "--count", share, "--seed", seed + job, "--minutes", minutes, "--out", out]
+        if share:
+            children.append(subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL))
+    try:
+        codes = [child.wait() for child in children]
+    finally:
+        for child in children:
+            child.terminate()
+    sums = [added([load(kind, seed + job, out) for job in range(len(children))]) for kind in kinds]
+    for kind, state in zip(kinds, sums, strict=True):
+        tell(kind, state)
+    if any(code not in (0, 1) for code in codes):
+        raise UserError(f"processes ended with exit codes {sorted(set(codes))}: run it again with --jobs 1 to see why")
+    return sums
+
+
+def added(states: list[State]) -> State:
+    """The states of several seeds as one; numbers of inputs, which mean nothing without their seed, stay behind."""
+    whole = State()
+    for state in states:
+        whole.done += state.done
+        whole.seconds = max(whole.seconds, state.seconds)
+        whole.outcomes += state.outcomes
+        whole.counts += state.counts
+    return whole
 
 
 def save(state: State, file: Path) -> None:
@@ -154,12 +207,16 @@ class Lying:
     "--count", default=1000, show_default=True, type=click.IntRange(min=1), help="Inputs of each kind in all, earlier runs included."
 )
 @click.option("--seed", default=0, show_default=True, help="Another number, other inputs.")
+@click.option("--minutes", default=float("inf"), help="Stop a kind after so long (default: at its count).")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Processes at once, with seeds from --seed on.")
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="Where state and faults are kept (default: fuzz in the cache)."
 )
 @click.option("--show", type=click.IntRange(min=0), help="Only this input: make it, read it, and say what comes of it.")
 @click.option("--read", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Only what lies in this folder.")
-def main(kinds: tuple[str, ...], count: int, seed: int, out: Path | None, show: int | None, folder: Path | None) -> None:
+def main(
+    kinds: tuple[str, ...], count: int, seed: int, minutes: float, jobs: int, out: Path | None, show: int | None, folder: Path | None
+) -> None:
     """Fuzz KINDS one after another."""
     out = out or cache_root() / "fuzz"
     out.mkdir(parents=True, exist_ok=True)
@@ -170,7 +227,10 @@ def main(kinds: tuple[str, ...], count: int, seed: int, out: Path | None, show: 
         try:
             if show is not None or folder is not None:
                 sys.exit(one(kinds[0], seed, show or 0, out, folder))
-            states = [fuzz(kind, count, seed, out) for kind in kinds]
+            if jobs > 1:
+                states = spread(kinds, count, seed, minutes, jobs, out)
+            else:
+                states = [fuzz(kind, count, seed, minutes, out) for kind in kinds]
         except SHOWN as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(1)

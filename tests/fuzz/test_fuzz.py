@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -52,7 +53,11 @@ def test_loads(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_and_an_input_can_be_made_again(tmp_path: Path) -> None:
-    fuzz("jsonl", "--count", "20", "--out", tmp_path)
+    shared = fuzz("jsonl", "--count", "21", "--jobs", "2", "--out", tmp_path)
+    assert shared.stdout.count("jsonl: 21 inputs") == 1
+    states = [json.loads((tmp_path / f"jsonl-{seed}.json").read_text()) for seed in (0, 1)]
+    assert [state["done"] for state in states] == [11, 10]
+    assert states[0]["outcomes"] != {}
     assert "jsonl: 30 inputs" in fuzz("jsonl", "--count", "30", "--out", tmp_path).stdout
     shown = fuzz("jsonl", "--show", "7", "--out", tmp_path)
     again = fuzz("jsonl", "--read", tmp_path / "faults" / "jsonl-0-7")
