@@ -49,7 +49,7 @@ FUNCTION_NAMES = """
     mtmd_helper_log_set mtmd_helper_init_opt_default mtmd_helper_bitmap_init_from_file mtmd_helper_decode_image_chunk
     mtmd_helper_eval_chunks mtmd_aifs_init mtmd_aifs_refusal mtmd_aifs_add_rows
     llama_batch_ext_init llama_batch_ext_free llama_batch_ext_add_token llama_batch_ext_add_embd llama_batch_ext_set_pos
-    llama_batch_ext_set_output_logits llama_process
+    llama_batch_ext_set_output_logits llama_process llama_adapter_lora_init llama_set_adapters_lora
 """
 FUNCTIONS = frozenset(FUNCTION_NAMES.split())
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mbq_cbind.chat import ChatTemplate
+from mbq_cbind.clipping import Clipping
 from mbq_cbind.errors import BindingError
 from mbq_cbind.library import load_whole, take_error
 from mbq_cbind.types import Floats
@@ -27,7 +28,7 @@ class Model:
     allows it (``apart`` says why not); without it, each picture in calls of its own, so that what prompts share changes no bit.
     ``decode_calls`` counts. The CPU's ``flash_attention`` sums in fp16, in an order that depends on how many tokens run at once: it is
     turned off to compare. ``observe`` maps names in llama.cpp's graph to functions, which are given every float32 matrix [rows, columns]
-    computed under the name. Not safe for several threads.
+    computed under the name; ``clipping`` counts what static ranges cut. Not safe for several threads.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Model:
         aifs: bool = False,
         flash_attention: bool = True,
         observe: Mapping[str, Callable[[Floats], object]] | None = None,
+        clipping: Clipping | None = None,
     ) -> None:
         self._binding = load_whole()
         ffi, c = self._binding.ffi, self._binding.c
-        self._observing = observe or {}
+        self._observing, self._clipping = observe or {}, clipping
         self._observer = ffi.callback("bool(struct ggml_tensor *, bool, void *)", self._observed)
         self.path, self._batch = gguf, batch
         self._model = self._context = ffi.NULL
@@ -193,7 +195,7 @@ class Model:
         parameters.n_threads = parameters.n_threads_batch = threads
         if not flash_attention:  # else where the backend has it
             parameters.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        parameters.cb_eval = self._observer if self._observing else ffi.NULL
+        parameters.cb_eval = self._observer if self._observing or self._clipping else ffi.NULL
         opened = c.llama_init_from_model(self._model, parameters)
         if opened == ffi.NULL:
             raise BindingError(f"no context of {context} tokens for {self.path} ({take_error('unknown reason')}): try a smaller one")
@@ -201,12 +203,15 @@ class Model:
 
     def _observed(self, tensor: Any, asking: bool, _: object) -> bool:
         """Called by libllama: whether the tensor is wanted, then that it is there."""
-        found = self._observing.get(self._binding.text(tensor.name))
+        found = self._observing.get(self._binding.text(tensor.name)) if self._observing else None
+        counted = self._clipping is not None and self._clipping.wants(self._binding, tensor)
         if found and not asking:
             values = np.empty((tensor.ne[1], tensor.ne[0]), np.float32)
             self._binding.c.ggml_backend_tensor_get(tensor, self._binding.ffi.from_buffer(values), 0, values.nbytes)
             found(values)
-        return not asking or found is not None
+        if self._clipping is not None and counted and not asking:
+            self._clipping.take(self._binding, tensor)
+        return not asking or found is not None or counted
 
     def _piece(self, token: int) -> str:
         return self._binding.text(self._binding.c.llama_vocab_get_text(self._vocabulary, token)) if token >= 0 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models import load
 from reference_models import Files, HuggingFace
+from static_files import Seen, with_keys, write_mmproj, write_plain
 
 QUESTIONS = 36  # two of every task, and two more
 
@@ -61,6 +63,35 @@ def mbq3_files(
     text = tmp_path_factory.mktemp("mbq3") / "text.gguf"
     write(reference_dir, text, mbq3_weights)
     return Files(text, bf16_files.mmproj)
+
+
+@pytest.fixture(scope="session")
+def static_plain(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The tiny VLM as W4A8, without static ranges."""
+    return write_plain(tiny_dir, tmp_path_factory.mktemp("static") / "plain.gguf").read_bytes()
+
+
+@pytest.fixture
+def static_file(static_plain: bytes, tmp_path: Path) -> Any:
+    """Writes that file with the keys that it is given."""
+
+    def write(metadata: dict[str, Any]) -> Path:
+        path = tmp_path / "static.gguf"
+        path.write_bytes(with_keys(static_plain, metadata))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def large_mmproj(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny VLM's vision file, which lets pictures have more than 64 tokens."""
+    return write_mmproj(tiny_dir, tmp_path_factory.mktemp("mmproj") / "mmproj.gguf")
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return Seen()
 
 
 def write(reference_dir: Path, out: Path, quantised: dict[str, QuantisedTensor]) -> None:

@@ -20,12 +20,14 @@ from mbq_gguf.evaluate.layers import WeightFile, fitted, weight_errors
 from mbq_gguf.evaluate.measure import Examiner, Ledger
 from mbq_gguf.evaluate.results import Answer, Evaluation
 from mbq_gguf.evaluate.run import EvalOptions, evaluate
+from mbq_gguf.evaluate.table import NOTHING, grids
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
 from mbq_gguf.formats.mbq3 import MBQ3_64
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.models import load
 from rich.console import Console
+from static_files import keys, with_keys, write_plain
 
 STORED = 0.5 * (2.0**-8) ** 2  # nats: what float16 storage of the reference adds to a divergence of zero (test_kld.py)
 WORDS = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 40
@@ -142,6 +144,22 @@ def test_a_rotated_file_reads_pictures_through_its_own_part(files: Files, tiny_d
     chosen.mmproj.unlink()
     with pytest.raises(UsageError, match=r"rotated .*mmproj-turned.gguf, which is not there"):
         evaluate(files.options(chosen.out), Console(quiet=True))
+
+
+def test_what_static_ranges_cut(files: Files, tiny_dir: Path, tmp_path: Path) -> None:
+    """A range that holds nothing: all of the text is cut, but for its first row; questions, of 64 rows at once at most, have none."""
+    path = write_plain(tiny_dir, tmp_path / "static.gguf")
+    metadata = keys(0.0, 0.0, positions=[0]) | {"mbq.act.range.qkv.text": [1e-20, 0.0, 0.0]}
+    path.write_bytes(with_keys(path.read_bytes(), metadata))
+    found = evaluate(replace(files.options(path, text=True), count=1), Console(quiet=True))
+    file = found.files[1]
+    assert file.text is not None
+    assert (file.clipped, file.text.clipped) == ({}, {"text": 1.0})
+    (grid,) = [grid for grid in grids(found) if "beyond their static range" in grid.title]
+    assert grid.rows == [["static.gguf", NOTHING, NOTHING, "100"]]
+    written = json.loads(found.to_json())["files"]
+    assert [entry["text"]["clipped"] for entry in written] == [{}, {"text": 1.0}]
+    assert written[1]["summary"]["clipped"] == {}
 
 
 def test_a_question_without_an_answer_gets_the_references(files: Files, tmp_path: Path) -> None:

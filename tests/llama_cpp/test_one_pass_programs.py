@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import requests
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
-from mbq_gguf.formats.gguf_types import import_gguf
 from mbq_gguf.llama_cpp import closed
 from mbq_gguf.llama_cpp.paths import find_program
 from mbq_gguf.llama_cpp.server import Server, data_url
+from static_files import write_adapter
 from tiny_pair import Pair
 
 PICTURES = sorted((Path(__file__).parents[2] / "converter/mbq_gguf/demo/data/eval/images").glob("*.png"))[:8]
@@ -142,21 +141,6 @@ def test_cancelled_within_a_picture(batches: int, in_turns: Asked, at_once: Aske
     print(f"cancelled at {seen}, {timings['cache_n']} tokens were kept")
     same(ours, in_turns.ask(eight)[0])
     same(at_once.ask(PROMPTS["three"])[0], in_turns.ask(PROMPTS["three"])[0])
-
-
-def write_adapter(path: Path) -> None:
-    """A LoRA of rank 2 on one matrix."""
-    writer = import_gguf().GGUFWriter(path, "qwen2vl")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 2.0)
-    random = np.random.default_rng(0)
-    for end, shape in (("lora_a", (2, 128)), ("lora_b", (128, 2))):
-        writer.add_tensor(f"blk.0.attn_q.weight.{end}", random.standard_normal(shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_what_keeps_the_old_path_says_so_once(exact: Pair, in_turns: Asked, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ class TextResult:
     divergence: Spread
     agreement: float
     perplexity: float
+    clipped: dict[str, float] = field(default_factory=dict)  # as FileResult's
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Layers:
 
 @dataclass(frozen=True)
 class FileResult:
-    """One GGUF file."""
+    """One GGUF file. ``clipped`` is the share of activations beyond their static range, by class of token, over the questions; empty where
+    nothing had one."""
 
     name: str
     path: str
@@ -69,6 +71,7 @@ class FileResult:
     answers: list[Answer]
     text: TextResult | None
     layers: Layers
+    clipped: dict[str, float] = field(default_factory=dict)
 
     @property
     def exact_match(self) -> float:
@@ -140,6 +143,7 @@ class Evaluation:
                 "agreement": file.agreement,
                 "divergence": file.divergence,
                 "divergence_by_class": file.class_divergence(),
+                "clipped": file.clipped,
             }
         return TypeAdapter(dict[str, Any]).dump_json(document, indent=1).decode()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from mbq_cbind.clipping import Clipping
 from mbq_cbind.model import Model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -131,12 +132,17 @@ def _examine(
     def advance() -> None:
         progress.advance(bar)
 
-    with Model(file.path, mmproj, threads=options.threads, gpu_layers=options.gpu_layers, context=options.context) as model:
+    clipping = Clipping() if "mbq.act.version" in file.header.metadata else None
+    opened = Model(file.path, mmproj, threads=options.threads, gpu_layers=options.gpu_layers, context=options.context, clipping=clipping)
+    with opened as model:
         examiner.check_room(model, options.context, sizes)
         chunks = examiner.chunks(model)
         progress.update(bar, total=len(examiner.questions) + len(chunks))
         answers = examiner.answers(model, advance)
+        clipped = clipping.shares() if clipping else {}
         text = examiner.text(model, chunks, advance)
+        if text and clipping:
+            text = replace(text, clipped=clipping.shares())
     tensors = file.header.tensors
     return FileResult(
         name=name,
@@ -148,6 +154,7 @@ def _examine(
         answers=answers,
         text=text,
         layers=found,
+        clipped=clipped,
     )
 
 

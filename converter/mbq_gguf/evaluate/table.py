@@ -27,7 +27,9 @@ class Grid:
 def grids(evaluation: Evaluation) -> list[Grid]:
     """Every table of the evaluation."""
     found = [overview(evaluation), by_class(evaluation), by_task(evaluation)]
-    return [*found, on_text(evaluation)] if evaluation.text else found
+    found += [on_text(evaluation)] if evaluation.text else []
+    static = any(file.clipped or (file.text and file.text.clipped) for file in evaluation.files)
+    return [*found, by_range(evaluation)] if static else found
 
 
 def overview(evaluation: Evaluation) -> Grid:
@@ -68,6 +70,23 @@ def on_text(evaluation: Evaluation) -> Grid:
     """The text file without pictures."""
     rows = [_text_row(file, index == 0) for index, file in enumerate(evaluation.files) if file.text]
     return Grid(f"text alone: {evaluation.text}", ["file", "KLD mean", "median", "p99", "same top-1, %", "perplexity"], rows)
+
+
+def by_range(evaluation: Evaluation) -> Grid:
+    """What static ranges cut, of files that have them."""
+    rows = []
+    for file in evaluation.files:
+        asked, text = file.clipped, file.text.clipped if file.text else {}
+        if asked or text:
+            rows.append(
+                [file.name, *(_share(asked, kind) for kind in ("text", "vision")), *([_share(text, "text")] if evaluation.text else [])]
+            )
+    headings = ["file", "text", "vision", *(["text alone"] if evaluation.text else [])]
+    return Grid(f"activations beyond their static range, % ({NOTHING}: none had one)", headings, rows)
+
+
+def _share(clipped: dict[str, float], kind: str) -> str:
+    return f"{100 * clipped[kind]:.3g}" if kind in clipped else NOTHING
 
 
 def _text_row(file: FileResult, is_reference: bool) -> list[str]:
