@@ -1,5 +1,5 @@
 // Graphs of weights with one scale a row on every GPU: what a whole graph gives, whose products share activations that are quantised together with norms and
-// SwiGLU, against the same graph run node by node, where nothing is shared or fused; bit for bit. Prints for each graph what ggml_cuda_w4a8_count counts in
+// SwiGLU, or of one column are one kernel with what reads them, against the same graph run node by node, where nothing is shared or fused; bit for bit. Prints for each graph what ggml_cuda_w4a8_count counts in
 // the whole one. With an argument only small graphs, for the sanitizer. Run by test_cuda.py.
 
 #include "mbq-w4a8.cuh"
@@ -199,6 +199,32 @@ static int check_norms(ggml_backend_t backend, const int64_t n) {
     return check(backend, "norms " + std::to_string(n), b);
 }
 
+// One column: five products in one kernel with what reads them, and some that must not be: an output, another GLU, other bits, another column, a sum in the
+// place of the column
+static int check_one(ggml_backend_t backend, const ggml_type type, const int64_t k, const int64_t m, const bool ranges) {
+    builder b;
+    if (ranges) { b.make_ranges(1, true); }
+    const ggml_type other = type == GGML_TYPE_Q4_0 ? GGML_TYPE_Q8_0 : GGML_TYPE_Q4_0;
+    const auto column  = [&](const int64_t n) { return ggml_scale(b.nodes, b.floats(n, 1), 0.5f); };
+    const auto product = [&](ggml_tensor * x) { return b.product(x, m, type); };
+    ggml_tensor * x = column(k);
+    b.output(ggml_swiglu_split(b.nodes, product(x), product(x)));
+    ggml_tensor * up = product(x);
+    ggml_build_forward_expand(b.graph, up);
+    b.output(ggml_swiglu_split(b.nodes, product(x), up));
+    b.output(ggml_add(b.nodes, product(x), product(x)));
+    b.output(ggml_add(b.nodes, b.floats(m, 1), product(x)));
+    b.output(ggml_add(b.nodes, column(m), product(x))); // in the place of what is added
+    ggml_tensor * gate = b.output(product(x));
+    b.output(ggml_swiglu_split(b.nodes, gate, product(x)));
+    b.output(ggml_geglu_split(b.nodes, product(x), product(x)));
+    b.output(ggml_swiglu_split(b.nodes, product(x), b.product(x, m, other)));
+    b.output(ggml_swiglu_split(b.nodes, product(x), product(column(k))));
+    ggml_tensor * y = column(k);
+    b.output(ggml_add_inplace(b.nodes, y, b.product(y, k, type)));
+    return check(backend, std::string("one ") + ggml_type_name(type) + " " + std::to_string(k) + " " + std::to_string(m) + (ranges ? " early" : " none"), b);
+}
+
 int main(int argc, char **) {
     const bool small = argc > 1;
     int bad = 0;
@@ -213,8 +239,15 @@ int main(int argc, char **) {
             if (n > 1) { bad += check_changed(backend, n) + check_norms(backend, n); }
             bad += check_layers(backend, 576, 96, 1536, n, 512, "early") + check_layers(backend, 256, 64, 512, n, 0, "late");
         }
+        for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0 }) {
+            for (const bool ranges : { false, true }) {
+                bad += check_one(backend, type, 256, 40, ranges);
+                if (!small) { bad += check_one(backend, type, 3584, 600, ranges); }
+            }
+        }
         if (!small) {
             for (const int64_t had : { 0, 64, 128, 256, 512 }) { bad += check_layers(backend, 3584, 512, 18944, 512, had); }
+            for (const int64_t had : { 0, 512 }) { bad += check_layers(backend, 3584, 512, 18944, 1, had); }
             bad += check_layers(backend, 1536, 256, 8960, 2048, 0) + check_layers(backend, 4096, 1024, 14336, 7, 512);
         }
         ggml_backend_free(backend);

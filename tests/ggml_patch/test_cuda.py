@@ -270,16 +270,21 @@ def test_products_share_what_is_quantised_and_fused(row_scale_graphs: Path) -> N
     done = subprocess.run([row_scale_graphs], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     counts = {name: tuple(map(int, words.split())) for name, words in re.findall(r"^ok (.*): ([\d ]+)$", done.stdout, re.MULTILINE)}
-    assert len(counts) == 41
+    assert len(counts) == 51
     layers = {name: found for name, found in counts.items() if name.startswith("layers") and name.split()[3] != "1"}
     early = {found for name, found in layers.items() if not name.endswith("late")}
-    assert early == {(2, 2 * 6, 2 * 2, 2)}, "of each layer: attention, two norms, GLU; all products but wo find theirs"
+    assert early == {(2, 2 * 6, 2 * 2, 2, 0)}, "of each layer: attention, two norms, GLU; all products but wo find theirs"
     late = {found for name, found in layers.items() if name.endswith("late")}
-    assert late == {(3, 11, 3, 2)}, "the first norm runs before the static ranges are there"
-    assert counts["layers 256 512 1 0 none"] == (0, 0, 0, 0), "one column is quantised by the product itself"
+    assert late == {(3, 11, 3, 2, 0)}, "the first norm runs before the static ranges are there"
+    alone = {
+        name: found for name, found in counts.items() if name.startswith("layers") and name.split()[3] == "1" and name.split()[1] != "576"
+    }
+    assert len(alone) == 4
+    assert set(alone.values()) == {(0, 0, 0, 0, 2 * 6)}, "one column is quantised by the product itself, which adds and is gated too"
+    assert {found for name, found in counts.items() if name.startswith("one ")} == {(0, 0, 0, 0, 5)}
     changed = [counts[f"changed {n}"] for n in (2, 8, 9, 64, 300)]
-    assert changed == [(4, 2, 0, 0), *[(5, 2, 0, 0)] * 4], "one column of two is quantised by the product itself"
-    assert {counts[f"norms {n}"] for n in (2, 8, 9, 64, 300)} == {(0, 4, 2, 0)}
+    assert changed == [(4, 2, 0, 0, 0), *[(5, 2, 0, 0, 0)] * 4], "one column of two is quantised by the product itself"
+    assert {counts[f"norms {n}"] for n in (2, 8, 9, 64, 300)} == {(0, 4, 2, 0, 0)}
 
 
 @pytest.mark.gpu

@@ -7,18 +7,24 @@
 //   K of a tile   | piece 0 | piece 1 | piece 2 | ...   warp kw of the group's KW: pieces kw, kw + KW, ...
 //
 // One column: each CTA quantises it for itself while the weights arrive. More: mbq_w4a8_quantize has made records, which come with the weights.
+// One column of two matrices, gate and up: of each tile first the gate's pieces and sums, then the other's, and silu(gate)*up is what is written.
 // 4096 x 14336, cold: 14.0 us with one column and 15.9 with 8; dp4a on words loaded two bytes at a time (mbq_w4a8_vec) took 19.6 and 29.9.
 
 #include "mbq-plan.cuh"
 #include "mbq-w4a8-quantize.cuh"
+#include "unary.cuh"
 
 static constexpr int MBQ_W4A8_MAX_STAGES = 8;
 static constexpr int MBQ_W4A8_UNITS      = 4; // of 16 activations, that a thread quantises
 
 static constexpr int MBQ_W4A8_STATIC_BYTES = MBQ_MAX_WARPS*MBQ_W4A8_MAX_STAGES*8 + 32*4; // of shared memory: barriers, and what a reduction takes
 
+enum mbq_w4a8_columns { MBQ_W4A8_SEVERAL, MBQ_W4A8_ONE, MBQ_W4A8_GATED }; // GATED: one, of two matrices
+
 struct mbq_w4a8_mmv_args {
     const char * w;
+    const char * gate;      // GATED
+    const float * bias;     // ONE: added to dst, or nullptr; may be dst
     const float * x;        // one column
     const char * records;   // more
     const float * scale;    // of these
@@ -51,10 +57,11 @@ static __device__ __forceinline__ int4 mbq_load_shared_16(const uint32_t address
 
 #endif // MBQ_TMA_AVAILABLE
 
-template <int bits, bool one>
-static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv_args args, MBQ_W4A8_MAP map) {
+template <int bits, mbq_w4a8_columns columns>
+static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv_args args, MBQ_W4A8_MAP map, MBQ_W4A8_MAP gate_map) {
 #ifdef MBQ_TMA_AVAILABLE
     using L = mbq_w4a8_layout<bits>;
+    constexpr bool one = columns != MBQ_W4A8_SEVERAL, gated = columns == MBQ_W4A8_GATED;
     extern __shared__ __align__(128) char mbq_shared[];
     __shared__ uint64_t mbq_ready[MBQ_MAX_WARPS][MBQ_W4A8_MAX_STAGES];
     __shared__ int   largest[32];
@@ -75,12 +82,13 @@ static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv
     // What the warp copies next
     int tile_next  = kw < pieces ? blockIdx.x + group*gridDim.x : tiles;
     int piece_next = kw;
+    bool up_next   = !gated;
     const auto fill = [&](const int stage, const bool rows, const bool records) {
         if (lane == 0 && tile_next < tiles) {
             const uint32_t to = ring + stage*stage_bytes;
             if (rows) {
                 mbq_barrier_expect(ready + 8*stage, stage_bytes, true);
-                mbq_box_copy(to, map, piece_next*(L::group_bytes/4), tile_next*16, ready + 8*stage);
+                mbq_box_copy(to, up_next ? map : gate_map, piece_next*(L::group_bytes/4), tile_next*16, ready + 8*stage);
             }
             if (!one && records) {
                 mbq_bulk_copy(to + 16*L::group_bytes, args.records + (int64_t) piece_next*256*args.N, 256*args.N, ready + 8*stage);
@@ -89,7 +97,8 @@ static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv
         piece_next += KW;
         if (piece_next >= pieces) {
             piece_next = kw;
-            tile_next += tile_step;
+            up_next    = !gated || !up_next;
+            tile_next += gated && up_next ? 0 : tile_step;
         }
     };
 
@@ -141,56 +150,91 @@ static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv
     uint32_t stage = 0, phase = 0;
     int parity = 0;
     for (int tile = blockIdx.x + group*gridDim.x; tile < tiles; tile += tile_step) {
-        int sum[2][4] = {};
-        for (int piece = kw; piece < pieces; piece += KW) {
-            const uint32_t here = ring + stage*stage_bytes;
-            mbq_barrier_wait(ready + 8*stage, phase);
-            const uint32_t x = (one ? x_one + piece*256 : here + 16*L::group_bytes) + (n*4 + t)*16;
-            const mbq_w4a8_pair<bits, true> p[2] = { { here + g*L::group_bytes + t*2*L::block_bytes }, { here + (g + 8)*L::group_bytes + t*2*L::block_bytes } };
+        float gate = 0.0f; // GATED: the gate's product
+#pragma unroll 1
+        for (int up = gated ? 0 : 1; up < 2; ++up) {
+            // One column: these threads end a row each. What they need for it is on its way while the pieces are multiplied.
+            const char * w = gated && up == 0 ? args.gate : args.w;
+            const int  row_one = tile*16 + threadIdx.x;
+            const bool ends = one && threadIdx.x < 16 && row_one < args.M;
+            half  d_one = 0.0f;
+            float bias  = 0.0f;
+            if (ends) {
+                d_one = *(const half *) (w + (int64_t) row_one*args.row_bytes);
+                bias  = columns == MBQ_W4A8_ONE && args.bias ? args.bias[row_one] : 0.0f;
+            }
+            int sum[2][4] = {};
+            for (int piece = kw; piece < pieces; piece += KW) {
+                const uint32_t here = ring + stage*stage_bytes;
+                mbq_barrier_wait(ready + 8*stage, phase);
+                const uint32_t x = (one ? x_one + piece*256 : here + 16*L::group_bytes) + (n*4 + t)*16;
+                const mbq_w4a8_pair<bits, true> p[2] = { { here + g*L::group_bytes + t*2*L::block_bytes }, { here + (g + 8)*L::group_bytes + t*2*L::block_bytes } };
 #pragma unroll
-            for (int second = 0; second < 2; ++second) {
-                const mbq_w4a8_words<bits> w0 = p[0].load(0, second), w1 = p[1].load(0, second);
+                for (int second = 0; second < 2; ++second) {
+                    const mbq_w4a8_words<bits> w0 = p[0].load(0, second), w1 = p[1].load(0, second);
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int4 b = mbq_load_shared_16(x + (2*second + i)*x_step);
+                    for (int i = 0; i < 2; ++i) {
+                        const int4 b = mbq_load_shared_16(x + (2*second + i)*x_step);
 #pragma unroll
-                    for (int j = 0; j < 2; ++j) {
-                        uint32_t a[4];
-                        p[0].unpack(w0, second, 2*i + j, a[0], a[2]);
-                        p[1].unpack(w1, second, 2*i + j, a[1], a[3]);
-                        mbq_mma_add(sum[j], a, j == 0 ? b.x : b.z, j == 0 ? b.y : b.w);
+                        for (int j = 0; j < 2; ++j) {
+                            uint32_t a[4];
+                            p[0].unpack(w0, second, 2*i + j, a[0], a[2]);
+                            p[1].unpack(w1, second, 2*i + j, a[1], a[3]);
+                            mbq_mma_add(sum[j], a, j == 0 ? b.x : b.z, j == 0 ? b.y : b.w);
+                        }
                     }
                 }
+                __syncwarp(); // all lanes are done with the stage
+                fill(stage, true, true);
+                if (++stage == args.stages) {
+                    stage  = 0;
+                    phase ^= 1;
+                }
             }
-            __syncwarp(); // all lanes are done with the stage
-            fill(stage, true, true);
-            if (++stage == args.stages) {
-                stage  = 0;
-                phase ^= 1;
-            }
-        }
 
-        // Two buffers of sums: a warp that is ahead writes the next tile's while this tile's are read.
-        int4 * all = sums + parity*KW*32;
-        all[kw*32 + lane] = make_int4(sum[0][0] + sum[1][0], sum[0][1] + sum[1][1], sum[0][2] + sum[1][2], sum[0][3] + sum[1][3]);
-        asm volatile("bar.sync %0, %1;" : : "r"(group + 1), "r"(KW*32) : "memory"); // barrier 0 is __syncthreads'
-        for (int i = threadIdx.x; i < 128; i += KW*32) {
-            const int of  = i/4;                    // lane that had it
-            const int row = tile*16 + of/4 + i/2%2*8;
-            const int col = of%4*2 + i%2;
-            if (row < args.M && col < args.N) {
+            // Two buffers of sums: a warp that is ahead writes the next tile's while this tile's are read.
+            int4 * all = sums + parity*KW*32;
+            if constexpr (one) {
+                if (t == 0) {
+                    ((int *) all)[kw*16 + g]     = sum[0][0] + sum[1][0];
+                    ((int *) all)[kw*16 + g + 8] = sum[0][2] + sum[1][2];
+                }
+            } else {
+                all[kw*32 + lane] = make_int4(sum[0][0] + sum[1][0], sum[0][1] + sum[1][1], sum[0][2] + sum[1][2], sum[0][3] + sum[1][3]);
+            }
+            asm volatile("bar.sync %0, %1;" : : "r"(group + 1), "r"(KW*32) : "memory"); // barrier 0 is __syncthreads'
+            if (ends) {
                 int v = 0;
                 for (int k = 0; k < KW; ++k) {
-                    v += ((const int *) all)[k*128 + i];
+                    v += ((const int *) all)[k*16 + threadIdx.x];
                 }
-                const float d = __half2float(*(const half *) (args.w + (int64_t) row*args.row_bytes));
-                args.dst[col*args.dst_column + row] = mbq_w4a8_scale(v >> L::shift, d, one ? scale_one : args.scale[col]);
+                const float y = mbq_w4a8_scale(v >> L::shift, __half2float(d_one), scale_one);
+                if (up == 0) {
+                    gate = y;
+                } else if (gated) {
+                    args.dst[row_one] = ggml_cuda_op_silu_single(gate) * y; // as unary_gated_op_kernel
+                } else {
+                    args.dst[row_one] = args.bias ? y + bias : y;
+                }
             }
+            for (int i = threadIdx.x; !one && i < 128; i += KW*32) {
+                const int of  = i/4;                    // lane that had it
+                const int row = tile*16 + of/4 + i/2%2*8;
+                const int col = of%4*2 + i%2;
+                if (row < args.M && col < args.N) {
+                    int v = 0;
+                    for (int k = 0; k < KW; ++k) {
+                        v += ((const int *) all)[k*128 + i];
+                    }
+                    const float d = __half2float(*(const half *) (args.w + (int64_t) row*args.row_bytes));
+                    args.dst[col*args.dst_column + row] = mbq_w4a8_scale(v >> L::shift, d, args.scale[col]);
+                }
+            }
+            parity ^= 1;
         }
-        parity ^= 1;
     }
 #else
-    GGML_UNUSED_VARS(args, map);
+    GGML_UNUSED_VARS(args, map, gate_map);
     NO_DEVICE_CODE;
 #endif // MBQ_TMA_AVAILABLE
 }

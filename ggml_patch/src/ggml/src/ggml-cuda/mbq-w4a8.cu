@@ -1,10 +1,7 @@
 #include "mbq-w4a8.cuh"
 #include "mbq-w4a8-fuse.cuh"
 #include "mbq-w4a8-launch.cuh"
-
-#include <climits>
-
-static constexpr int W4A8_LONGEST     = 2*1024*16; // activations of a column that a CTA of mbq_w4a8_quantize holds
+#include "mbq-w4a8-one.cuh"
 
 int64_t ggml_cuda_w4a8_count(const ggml_cuda_w4a8_counted what) {
     return mbq_w4a8_counts[what];
@@ -34,19 +31,10 @@ static void mbq_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const mbq_w4a8_mat
     mbq_w4a8_product<bits>(ctx, m, order, x);
 }
 
-// Whether mbq_w4a8_mul_mat is for a product
-static bool mbq_w4a8_takes(const ggml_tensor * dst) {
-    if (!ggml_is_row_scale_mul_mat(dst) || dst->type != GGML_TYPE_F32) {
-        return false;
-    }
-    return dst->src[0]->ne[0] <= W4A8_LONGEST && dst->src[0]->ne[1] <= INT_MAX/2 && dst->src[1]->ne[1] <= INT_MAX/2;
-}
-
 // Of a whole product
 static mbq_w4a8_order mbq_w4a8_order_of(const ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
     const ggml_tensor * src0 = dst->src[0];
-    if (!mbq_w4a8_takes(dst) || dst->ne[2]*dst->ne[3] != 1 ||
-            (src0->view_src && src0->buffer && ggml_backend_buffer_get_usage(src0->buffer) == GGML_BACKEND_BUFFER_USAGE_COMPUTE)) { // see ggml_cuda_mul_mat
+    if (!mbq_w4a8_takes_whole(dst)) {
         return MBQ_W4A8_FLOATS;
     }
     const mbq_w4a8_matrix m = mbq_w4a8_matrix_of(dst, 0, 0);
@@ -94,6 +82,10 @@ int ggml_cuda_w4a8_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
     inputs.step(ctx, graph, i);
     if (!inputs.graph || inputs.memory) {
         return 0;
+    }
+    if (const int behind = mbq_w4a8_fuse_one(ctx, graph, i)) {
+        mbq_w4a8_counts[GGML_CUDA_W4A8_ONE_COLUMN]++;
+        return behind;
     }
     const int n_flags = mbq_w4a8_n_flags(ctx, MBQ_W4A8_TILES);
     if (mbq_w4a8_fuse_norm(ctx, graph, i, n_flags)) {
