@@ -264,6 +264,16 @@ def test_a_missing_tool_is_one_sentence(
     assert workshop.builds() == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems share their C++ library")
+def test_a_compiler_without_a_shared_runtime_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = workshop.root / "bare-g++"  # as a GCC that has libstdc++ as an archive alone: a name that it does not find comes back as it was
+    bare.write_text('#!/bin/sh\necho "${1#-print-file-name=}"\n')
+    bare.chmod(0o755)
+    monkeypatch.setenv("CXX", str(bare))
+    with pytest.raises(UserError, match=r"bare-g\+\+ has no shared C\+\+ library.*set CC and CXX"):
+        build(source=workshop.tree, console=workshop.console)
+
+
 def test_without_ninja_make_does(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     if machine.find_tool("make") is None:
         pytest.skip("make is not installed")

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import sysconfig
 from dataclasses import dataclass
 from functools import cache
@@ -77,6 +78,11 @@ def find_toolchain(backend: str) -> Toolchain:
     c_compiler, cxx_compiler = _compiler("CC", "cc", "gcc", "clang"), _compiler("CXX", "c++", "g++", "clang++")
     if cxx_compiler is None or c_compiler is None:
         raise UserError("no C and C++ compiler was found: install one, for example with `apt install g++`, or set CC and CXX")
+    if not _shares_runtime(cxx_compiler):
+        raise UserError(
+            f"{cxx_compiler} has no shared C++ library, and programs that load several libraries with a copy each die: set CC and CXX "
+            "to another compiler, for example CC=/usr/bin/gcc CXX=/usr/bin/g++"
+        )
     if git is None:
         raise UserError("git was not found and is needed to apply the patch: install it, for example with `apt install git`")
     if cmake is None:
@@ -85,6 +91,15 @@ def find_toolchain(backend: str) -> Toolchain:
     if ninja is None and find_tool("make") is None:
         raise UserError("neither ninja nor make was found: install ninja with `pip install 'mbq-gguf[build]'`")
     return Toolchain(cmake, ninja, git, c_compiler, cxx_compiler, _nvcc() if backend == "cuda" else None)
+
+
+def _shares_runtime(compiler: Path) -> bool:
+    """Whether libraries made by ``compiler`` can share one C++ library; seen without: std::regex dies in the locale of another copy."""
+    if sys.platform != "linux":
+        return True
+    asked = [[str(compiler), f"-print-file-name={name}"] for name in ("libstdc++.so", "libc++.so")]
+    answers = [subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() for command in asked]
+    return answers != ["libstdc++.so", "libc++.so"]  # a path where there is such a file, else the bare name
 
 
 def gpu_architectures() -> str:
