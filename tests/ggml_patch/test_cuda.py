@@ -310,6 +310,8 @@ def test_row_scale_sanitizer(program: str, tool: str, request: pytest.FixtureReq
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", str(request.getfixturevalue(program)), "small"]
+    # llama.cpp tries to update a CUDA graph and makes another where that fails: an error of the API that it expects
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *(["--report-api-errors", "no"] if tool == "memcheck" else [])]
+    command += [str(request.getfixturevalue(program)), "small"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
