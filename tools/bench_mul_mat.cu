@@ -1,6 +1,7 @@
 // Times ggml's MUL_MAT on the first GPU. Build with bench_gpu.py, which also writes the input: lines `type m k n...`.
 // Output: `read TB/s`, then for each line and n `type m k n cold us` for cold (the weights of successive products are different
-// ones, together larger than any L2) and warm ones (n up to 8; more columns: warm only).
+// ones, together larger than any L2) and warm ones (n up to 8; more columns: warm only). With the argument `static` products have static
+// ranges of their activations.
 
 #include "ggml.h"
 #include "ggml-alloc.h"
@@ -11,6 +12,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <iostream>
 #include <random>
 #include <sstream>
@@ -105,12 +107,16 @@ static std::vector<char> random_rows(ggml_type type, int64_t m, int64_t k) {
 }
 
 // Microseconds a product of `count` products in one graph, median of 5
-static double time_products(ggml_backend_t backend, const std::vector<ggml_tensor *> & weights, int64_t k, int64_t n, int count) {
-    ggml_context * ctx = ggml_init({ ggml_tensor_overhead()*(count + 2) + ggml_graph_overhead_custom(count + 2, false), nullptr, true });
+static double time_products(ggml_backend_t backend, const std::vector<ggml_tensor *> & weights, int64_t k, int64_t n, int count,
+        bool with_ranges) {
+    ggml_context * ctx = ggml_init({ ggml_tensor_overhead()*(count + 3) + ggml_graph_overhead_custom(count + 2, false), nullptr, true });
     ggml_tensor * x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, n);
     ggml_cgraph * graph = ggml_new_graph_custom(ctx, count + 2, false);
+    ggml_tensor * ranges = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, n);
     for (int i = 0; i < count; ++i) {
-        ggml_build_forward_expand(graph, ggml_mul_mat(ctx, weights[i % weights.size()], x));
+        ggml_tensor * product = ggml_mul_mat(ctx, weights[i % weights.size()], x);
+        product->src[2] = with_ranges ? ranges : nullptr;
+        ggml_build_forward_expand(graph, product);
     }
     ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);
     std::vector<float> values(k*n);
@@ -118,6 +124,8 @@ static double time_products(ggml_backend_t backend, const std::vector<ggml_tenso
     std::normal_distribution<float> normal;
     std::generate(values.begin(), values.end(), [&]() { return normal(rng); });
     ggml_backend_tensor_set(x, values.data(), 0, values.size()*sizeof(float));
+    const std::vector<float> range(n, 4.0f);
+    ggml_backend_tensor_set(ranges, range.data(), 0, n*sizeof(float));
     std::vector<double> us;
     for (int i = 0; i < 9; ++i) {
         ggml_backend_synchronize(backend);
@@ -134,7 +142,8 @@ static double time_products(ggml_backend_t backend, const std::vector<ggml_tenso
     return us[us.size()/2];
 }
 
-int main() {
+int main(int argc, char ** argv) {
+    const bool with_ranges = argc > 1 && strcmp(argv[1], "static") == 0;
     setenv("GGML_CUDA_DISABLE_FUSION", "1", 1); // products of one graph would share their quantised activations
     printf("read %.3f\n", read_bandwidth());
     ggml_backend_t backend = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_GPU, nullptr);
@@ -168,7 +177,7 @@ int main() {
                 // Some milliseconds a graph, and each copy equally often
                 const size_t some  = std::clamp<size_t>(((size_t) 4 << 30)/data.size(), 24, 200);
                 const int    count = n > 8 ? 8 : (int) ((some + copies - 1)/copies*copies);
-                const double us = time_products(backend, cold ? weights : std::vector<ggml_tensor *>{ weights[0] }, k, n, count);
+                const double us = time_products(backend, cold ? weights : std::vector<ggml_tensor *>{ weights[0] }, k, n, count, with_ranges);
                 printf("%s %ld %ld %ld %d %.3f\n", name.c_str(), (long) m, (long) k, (long) n, cold, us);
                 fflush(stdout);
             }

@@ -84,10 +84,12 @@ def random_matrix(gguf: Any, type_name: str, rows: int, columns: int) -> NDArray
     return np.resize(pattern, (rows, columns // block * size))
 
 
-def write_random_gguf(path: Path, shape: LanguageShape, mixture: str, tokenizer: Mapping[str, Any] | None = None) -> None:
+def write_random_gguf(
+    path: Path, shape: LanguageShape, mixture: str, tokenizer: Mapping[str, Any] | None = None, metadata: Mapping[str, Any] | None = None
+) -> None:
     """Write a Qwen2-VL language model of this shape. mixture: Q4_K_M, Q3_K_M, or one type for all matrices of the layers.
 
-    ``tokenizer``: its metadata, for as many tokens as the shape's vocabulary has.
+    ``tokenizer``: its metadata, for as many tokens as the shape's vocabulary has; ``metadata``: more of the file's.
     """
     gguf = import_gguf()
     writer = gguf.GGUFWriter(path, "qwen2vl")
@@ -101,7 +103,7 @@ def write_random_gguf(path: Path, shape: LanguageShape, mixture: str, tokenizer:
     writer.add_rope_freq_base(1e6)
     writer.add_rope_dimension_sections([16, 24, 24, 0])
     writer.add_vocab_size(shape.vocabulary)
-    for name, value in (tokenizer or {"tokenizer.ggml.model": "none"}).items():
+    for name, value in {**(tokenizer or {"tokenizer.ggml.model": "none"}), **(metadata or {})}.items():
         add_metadata(writer, name, value)
 
     matrices: dict[tuple[str, int, int], NDArray[Any]] = {}  # equal ones are one array

@@ -1,0 +1,82 @@
+"""What quantising activations costs in whole prompts: W4A8 with dynamic scales, with static ones, and with the pass skipped.
+
+Skipped means that the products run on whatever lies in memory: wrong answers, and a time that no quantiser can beat. Modes take turns, and
+ratios are of one round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mbq_gguf.errors import UserError
+from mbq_gguf.llama_cpp import paths
+from random_gguf import LanguageShape, write_random_gguf
+from relinked import relink
+from rich.console import Console
+from rich.table import Table
+
+Json = dict[str, Any]
+HERE = Path(__file__).parent
+MODES = ("dynamic", "static", "skipped")
+SITES = ("qkv", "o", "gate_up", "down")
+
+
+def static_keys(layers: int) -> Json:
+    """Static ranges for the whole of a random model, as a converted file has them; their values do not matter for speed."""
+    return {"mbq.act.version": 1, "mbq.act.sink.positions": [0]} | {f"mbq.act.range.{site}.text": layers * [4.0] for site in SITES}
+
+
+def prompts(
+    bench: Path, models: Mapping[str, Path], environments: Mapping[str, Mapping[str, str]], options: Sequence[str], rounds: int, warm: int
+) -> list[Json]:
+    """Tokens a second of llama-bench by mode and length; ``environments`` are the program's by mode, ``options`` its own.
+
+    Of each run's repetitions the first ``warm`` are left out. Medians over ``rounds``; ratios are to dynamic in the same round.
+    """
+    found: dict[tuple[str, int], list[float]] = {}
+    for number in range(rounds):
+        for mode in MODES[number % 3 :] + MODES[: number % 3]:
+            for test in json.loads(run([bench, "-m", models[mode], "-n", "0", *options, "-o", "json"], environments[mode])):
+                found.setdefault((mode, test["n_prompt"]), []).append(statistics.mean(test["samples_ts"][warm:]))
+    rows = []
+    for (mode, length), speeds in sorted(found.items(), key=lambda item: (item[0][1], MODES.index(item[0][0]))):
+        ratios = [speed / dynamic for speed, dynamic in zip(speeds, found["dynamic", length], strict=True)]
+        spread = (max(speeds) - min(speeds)) / statistics.median(speeds)
+        row = {"activations": mode, "test": f"pp{length}", "tokens_s": round(statistics.median(speeds), 1), "spread": round(spread, 4)}
+        rows.append(row | {"ratio": round(statistics.median(ratios), 4), "ratios": [round(ratio, 4) for ratio in ratios]})
+    return rows
+
+
+def run(command: Sequence[str | Path], environment: Mapping[str, str], *, text: str | None = None, errors: bool = False) -> str:
+    """What a program that is given ``text`` prints, or what it says on stderr. Raises UserError with its last words where it fails."""
+    done = subprocess.run([str(part) for part in command], env=environment, input=text, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"{Path(command[0]).name} failed ({done.stderr.strip()[-400:]}): run it by hand to see more")
+    return done.stderr if errors else done.stdout
+
+
+def print_prompts(console: Console, rows: Sequence[Json], title: str) -> None:
+    """One line a mode, length and, where rows tell of it, with fusion or without."""
+    table = Table("prompt", "activations", "fusion", "tokens/s", "spread", "of dynamic (lowest to highest)", "launches", title=title)
+    for row in rows:
+        ratio = f"{row['ratio']:.4f} ({min(row['ratios']):.4f} to {max(row['ratios']):.4f})"
+        cells = [row["test"], row["activations"], row.get("fusion", ""), f"{row['tokens_s']:.1f}", f"{row['spread']:.2%}", ratio]
+        table.add_row(*cells, str(row.get("launches", "")))
+    console.print(table)
+
+
+def on_cpu(work: Path, shape: LanguageShape, prompt: int, threads: int, rounds: int) -> list[Json]:
+    """Prompts on this CPU: a random model of ``shape``, and the build's library once more without quantising (skipped/row-scale.cpp)."""
+    bench = paths.find_program("llama-bench")
+    models = {"dynamic": work / "dynamic.gguf", "static": work / "static.gguf", "skipped": work / "dynamic.gguf"}
+    write_random_gguf(models["dynamic"], shape, "W4A8")
+    write_random_gguf(models["static"], shape, "W4A8", metadata=static_keys(shape.layers))
+    skipped = relink(bench.parents[1], "ggml-cpu", work / "skipped", HERE / "skipped" / "row-scale.cpp")
+    environments = {"dynamic": dict(os.environ), "static": dict(os.environ), "skipped": skipped}
+    return prompts(bench, models, environments, ["-ngl", "0", "-t", str(threads), "-p", str(prompt), "-r", "1"], rounds, warm=0)
