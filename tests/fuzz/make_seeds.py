@@ -2,16 +2,19 @@
 
     python tests/fuzz/make_seeds.py
 
-The GGUF files are a random Qwen2-VL smaller than that of the tests, with the first tokens of its vocabulary; llama.cpp loads all of them.
+The GGUF files are a random Qwen2-VL smaller than that of the tests, with the first tokens of its vocabulary, and the vision towers of
+the other families, each as wide as its language model; llama.cpp loads all of them.
 """
 
 from __future__ import annotations
 
+import copy
 import shutil
 import struct
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +22,24 @@ import torch
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "families")]
 
 from mutators.gguf_document import ARRAY, Document, Key, Tensor, copy_of, strings, u32, u64  # noqa: E402
+from recipes import RECIPES, write  # noqa: E402
 from tiny_vlm import DEMO, PROCESSOR_FILES  # noqa: E402
 
 SEEDS = HERE / "seeds"
 WIDTH, TOKENS, MERGES = 128, 288, 8
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "patch_size": 8}
+QWEN, SIGLIP = SMALL | {"depth": 3, "num_heads": 1}, SMALL | {"num_attention_heads": 1, "image_size": 32}
+TOWERS: list[tuple[str, str, dict[str, object], dict[str, object]]] = [
+    ("qwen2_5vl", "Qwen2.5-VL", QWEN | {"fullatt_block_indexes": [1]}, {}),
+    ("qwen3vl", "Qwen3-VL", QWEN | {"deepstack_visual_indexes": [0], "out_hidden_size": WIDTH // 2, "num_position_embeddings": 16}, {}),
+    ("idefics3", "Idefics3", SIGLIP, {}),
+    ("internvl", "InternVL 3 (-hf)", SIGLIP | {"patch_size": [8, 8], "image_size": [32, 32]}, {}),
+    ("gemma3", "Gemma 3", SIGLIP, {"mm_tokens_per_image": 4}),
+    ("glm4v", "GLM-4.1V", QWEN | {"image_size": 32}, {}),
+]
 HADAMARD = Key(b"mbq.hadamard.ffn_down", 4, u32(64))
 
 
@@ -43,8 +57,8 @@ def write_model(directory: Path) -> Path:
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # few different values, so that the seeds take little room
-            parameter.copy_(torch.arange(parameter.numel()).reshape(parameter.shape).remainder(16).sub(7.5) / 64)
+        for parameter in model.parameters():
+            parameter.copy_(_few_values(parameter))
     model.to(torch.bfloat16).save_pretrained(str(directory))
     for file in PROCESSOR_FILES:
         shutil.copy(DEMO / file, directory / file)
@@ -59,7 +73,7 @@ def smaller(data: bytes) -> Document:
     for key in whole.keys:
         small.put(_fewer(key))
     for tensor, size in zip(whole.tensors, sizes, strict=True):
-        if any(tensor.name.startswith((b"blk.%d." % layer, b"v.blk.%d." % layer)) for layer in (1, 2)):
+        if any(tensor.name.startswith((b"blk.%d." % layer, b"v.blk.%d." % layer)) for layer in (1, 2, 3)):
             continue
         content, dims = whole.data[tensor.offset : tensor.offset + size], tensor.dims
         if tensor.name == b"token_embd.weight":
@@ -116,6 +130,33 @@ def ggufs() -> None:
         (SEEDS / "mmproj" / "f16.gguf").write_bytes(vision.write())
 
 
+def towers() -> None:
+    """The vision file of each of the other families, which have the language model's width."""
+    from mbq_gguf.export.gguf_writer import write_mmproj_gguf
+    from safetensors.torch import load_file, save_file
+
+    for name, family, vision, extra in TOWERS:
+        recipe = RECIPES[family]
+        config = copy.deepcopy(recipe.config)
+        config["vision_config"] |= vision
+        config |= extra
+        with tempfile.TemporaryDirectory() as folder:
+            model = write(replace(recipe, config=config, processor=recipe.processor | {"patch_size": 8}), Path(folder) / "model")
+            (weights,) = model.glob("*.safetensors")
+            save_file({key: _few_values(value) for key, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+            write_mmproj_gguf(model, Path(folder) / "mmproj.gguf", mmproj_type="F16")
+            document = smaller((Path(folder) / "mmproj.gguf").read_bytes())
+        for key, side in ((b"clip.vision.image_min_pixels", 16), (b"clip.vision.image_max_pixels", 64)):
+            if document.find(b"clip.vision.image_size") is None or name in ("qwen2_5vl", "qwen3vl", "glm4v"):
+                document.put(Key(key, 4, u32(side * side)))
+        (SEEDS / "mmproj" / f"{name}.gguf").write_bytes(document.write())
+
+
+def _few_values(tensor: torch.Tensor) -> torch.Tensor:
+    """Of the same shape, so that a file of it takes little room packed."""
+    return torch.arange(tensor.numel()).reshape(tensor.shape).remainder(16).sub(7.5).div(64).to(tensor.dtype)
+
+
 def _repair(document: Document) -> None:
     """Names of tensors that went with their layers leave the list of those with one scale a row."""
     index = document.find(b"mbq.row_scale")
@@ -152,6 +193,7 @@ def main() -> None:
         (SEEDS / folder).mkdir(parents=True, exist_ok=True)
     pictures()
     ggufs()
+    towers()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """What ends the process in upstream's own code, each with the smallest fault that does it. FAULTS are counted by tools/fuzz.py and no
-failure of it; MENDED were, until patch 0014 and llama-mbq-checks.cpp refused such files.
+failure of it (none is left); MENDED were, until patch 0014 and llama-mbq-checks.cpp refused such files.
 
     python tests/fuzz/upstream.py DIR            write the files, NAME/model.gguf or NAME/mmproj.gguf, from seeds/
     python tests/fuzz/upstream.py DIR KIND       and read the mended ones of KIND (text, mmproj): "NAME: what came of it", line by line
 
 All were found with b11434 and need a file made to do it (or by a faulty converter): libllama checks what tensors there are and of which
 shape, but few of the numbers in its metadata; libmtmd checks neither shapes nor, for biases, whether they are there, and reads keys with
-functions that assert their type. Tensors and shapes are checked for Qwen2-VL's and Qwen2.5-VL's vision files alone: other families' graphs
-take their own for granted still.
+functions that assert their type. Tensors and shapes are checked for the families that mbq-gguf converts (clip-mbq-towers.h): other
+families' graphs take their own for granted still.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Fault:
     kind: str
     signatures: tuple[str, ...]
     edit: Edit
+    seed: str = ""  # a file of seeds/, by default Qwen2-VL's
 
 
 def key(name: str, kind: int, payload: bytes) -> Edit:
@@ -72,6 +73,13 @@ def twice(document: Document) -> None:
     document.keys[index] = document.keys[index]._replace(payload=payload[:12] + first + first + rest)
 
 
+def patches_of_64(document: Document) -> None:
+    """Patches wider than half a window: as many of them as a window holds are none."""
+    key(PATCH, U32, u32(64))(document)
+    for name in ("v.patch_embd.weight", "v.patch_embd.weight.1"):
+        tensor(name, dims=(64, 64, 3, 16))(document)
+
+
 def i32s(*values: int) -> bytes:
     return u32(I32) + u64(len(values)) + struct.pack(f"<{len(values)}i", *values)
 
@@ -79,10 +87,10 @@ def i32s(*values: int) -> bytes:
 NAN = struct.pack("<f", float("nan"))
 PATCH = "clip.vision.patch_size"
 SECTIONS = "qwen2vl.rope.dimension_sections"
-FAULTS = [
-    Fault("a token twice", "text", (r"id_to_token.size\(\) == token_to_id.size\(\)",), twice),
-]
+POSITIONS = "v.position_embd.weight"
+FAULTS: list[Fault] = []
 MENDED = [
+    Fault("a token twice", "text", (r"id_to_token.size\(\) == token_to_id.size\(\)",), twice),
     Fault("no layers", "text", (r"n_layer_all > 0",), key("qwen2vl.block_count", U32, u32(0))),
     Fault("an epsilon that is no number", "text", (r"eps >= 0.0f",), key("qwen2vl.attention.layer_norm_rms_epsilon", F32, NAN)),
     Fault("rope sections wider than a head", "text", (r"sect_dims <= ne0",), key(SECTIONS, ARRAY, i32s(99, 99, 99, 0))),
@@ -103,13 +111,41 @@ MENDED = [
     Fault("a bias of another type", "mmproj", (r"binary_op: unsupported types",), tensor("mm.2.bias", kind=BF16)),
     Fault("a type without products", "mmproj", (r"SIGSEGV \| \?\?", r"\*cur_backend_id != -1"), tensor("mm.2.weight", kind=I32_TENSOR)),
     Fault("another family", "mmproj", (r"patch_bias != nullptr",), key("clip.projector_type", STRING, string(b"qwen3vl_merger"))),
+    Fault(
+        "windows in no layer", "mmproj", (r"Failed to get tensor window_mask",), key("clip.vision.n_wa_pattern", U32, u32(1)), "qwen2_5vl"
+    ),
+    Fault("windows of no patch", "mmproj", (r"hang",), patches_of_64, "qwen2_5vl"),
+    Fault("another width to go out", "mmproj", (r"ggml_nelements\(a\) ==",), key("clip.vision.projection_dim", U32, u32(7)), "qwen2_5vl"),
+    Fault("a matrix of Qwen3-VL", "mmproj", (r"SIGSEGV",), without("v.blk.0.attn_qkv.weight"), "qwen3vl"),
+    Fault("positions of Qwen3-VL", "mmproj", (r"position_embeddings != nullptr",), without(POSITIONS), "qwen3vl"),
+    Fault("positions in no square", "mmproj", (r"ggml_nelements\(a\) ==",), tensor(POSITIONS, dims=(16, 15)), "qwen3vl"),
+    Fault(
+        "a deep merger of another shape",
+        "mmproj",
+        (r"ggml_can_repeat\(b, a\)",),
+        tensor("v.deepstack.0.fc2.weight", dims=(64, 32)),
+        "qwen3vl",
+    ),
+    Fault("a bias of GLM-4V", "mmproj", (r"patch_bias != nullptr",), without("v.patch_embd.bias"), "glm4v"),
+    Fault(
+        "a merger of another shape",
+        "mmproj",
+        (r"a->ne\[2\] == b->ne\[2\]",),
+        tensor("mm.patch_merger.weight", dims=(2, 2, 8, 256)),
+        "glm4v",
+    ),
+    Fault("a matrix of Idefics3", "mmproj", (r"SIGSEGV",), without("v.blk.0.attn_k.weight"), "idefics3"),
+    Fault("a class of InternVL", "mmproj", (r"class_embedding != nullptr",), without("v.class_embd"), "internvl"),
+    Fault("tiles in the wrong order", "mmproj", (r"preproc_min_tiles <=",), key("clip.vision.preproc_min_tiles", U32, u32(13)), "internvl"),
+    Fault("positions of Gemma 3", "mmproj", (r"ggml_can_repeat\(b, a\)",), tensor(POSITIONS, dims=(16, 15)), "gemma3"),
+    Fault("a norm of Gemma 3", "mmproj", (r"ggml_can_repeat\(b, a\)",), tensor("mm.soft_emb_norm.weight", dims=(12,)), "gemma3"),
 ]
 
 
 def write(fault: Fault, folder: Path) -> Path:
     """The smallest file that shows ``fault``, under the name that its target reads."""
-    seed, name = ("text/mbq3s.gguf", "model.gguf") if fault.kind == "text" else ("mmproj/f16.gguf", "mmproj.gguf")
-    document = copy_of((SEEDS / seed).read_bytes())
+    seed, name = ("mbq3s", "model.gguf") if fault.kind == "text" else ("f16", "mmproj.gguf")
+    document = copy_of((SEEDS / fault.kind / f"{fault.seed or seed}.gguf").read_bytes())
     fault.edit(document)
     document.pack()
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +159,9 @@ def read_mended(kind: str, folder: Path) -> None:
 
     target = LLAMA[kind]()
     target.open()
-    print(f"unspoilt: {target.read(write(Fault('unspoilt', kind, (), lambda _: None), folder / 'unspoilt'))}", flush=True)
+    for seed in sorted({fault.seed for fault in MENDED if fault.kind == kind}):
+        whole = write(Fault("whole", kind, (), lambda _: None, seed), folder / f"whole-{seed}")
+        print(f"whole {seed}: {target.read(whole)}", flush=True)
     for fault in MENDED:
         if fault.kind == kind:
             print(f"{fault.name}: ", end="", flush=True)
