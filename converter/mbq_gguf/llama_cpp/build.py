@@ -33,6 +33,7 @@ PROGRAMS = (
     "llama-quantize",
     "llama-perplexity",
     "llama-imatrix",
+    "ggml-rpc-server",
     "test-backend-ops",
     "test-quantize-fns",
 )
@@ -51,6 +52,8 @@ _COMMON: tuple[str, ...] = (
     "LLAMA_BUILD_UI=OFF",  # the page is built before, and lies in its place where there is one
     "LLAMA_USE_PREBUILT_UI=OFF",  # would be downloaded while building
     "LLAMA_OPENSSL=OFF",
+    "GGML_RPC=ON",
+    "GGML_RPC_RDMA=OFF",  # would depend on whether this machine has libibverbs
     "LLAMA_ALL_WARNINGS=OFF",  # GCC 12 writes 35000 lines of them for the AMX kernels alone
 )
 _CUDA = ("GGML_CUDA=ON", "GGML_CUDA_NCCL=OFF", "GGML_CUDA_FA_QUANTS=f16-f16", "GGML_CUDA_COMPRESSION_MODE=none")
