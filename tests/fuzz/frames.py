@@ -6,7 +6,6 @@ import ctypes
 import re
 import shutil
 import subprocess
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,9 +16,18 @@ PASSED_OVER = re.compile(r"ggml_(abort|print_backtrace|uncaught_exception)|^\?\?
 DEPTH = 2  # frames that tell one fault from another
 
 
-def install() -> None:
-    """Let this process tell where it was when a signal ends it; without a C compiler it dies silently."""
-    library = _library()
+def compile_into(folder: Path) -> Path | None:
+    """What :func:`install` loads, made once for all processes; None without a C compiler: they die silently then."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        return None
+    out = folder / "stack.so"
+    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(out), str(Path(__file__).with_name("stack.c"))]
+    return out if subprocess.run(command, capture_output=True, check=False).returncode == 0 else None
+
+
+def install(library: Path | None) -> None:
+    """Let this process tell where it was when a signal ends it."""
     if library is not None:
         ctypes.CDLL(str(library)).install()
 
@@ -31,16 +39,6 @@ def signature(text: str, cause: str) -> str:
     names = [name for name in (_function(*found) for found in FRAME.findall(text)) if not PASSED_OVER.search(name)][:DEPTH]
     words = [f"{said[-1][0]}: {said[-1][1]}"] if said else [f"uncaught {thrown[1]}"] if thrown else []
     return " | ".join([cause, *words, " < ".join(names or ["??"])])
-
-
-@lru_cache
-def _library() -> Path | None:
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        return None
-    out = Path(tempfile.mkdtemp(prefix="fuzz-")) / "stack.so"
-    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(out), str(Path(__file__).with_name("stack.c"))]
-    return out if subprocess.run(command, capture_output=True, check=False).returncode == 0 else None
 
 
 @lru_cache(maxsize=4096)

@@ -48,12 +48,14 @@ def run(target: Target, name: str, seed: int, first: int, last: int) -> Iterator
     """One outcome for every number from ``first`` to ``last`` (not included), in order."""
     index = first
     target.open()  # before any child: libraries are loaded once
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as kept, tempfile.TemporaryFile() as errors:
+        stack, folder = frames.compile_into(Path(kept)), Path(kept) / "input"
+        folder.mkdir()
         while index < last:
             end = min(last, index + SERVED)
             errors.seek(0)
             errors.truncate()
-            child = _Child(target, name, seed, index, end, Path(folder), errors.fileno())
+            child = _Child(target, name, seed, index, end, folder, errors.fileno(), stack)
             for outcome in child.outcomes():
                 index = outcome.index + 1
                 yield outcome
@@ -65,7 +67,7 @@ def run(target: Target, name: str, seed: int, first: int, last: int) -> Iterator
 class _Child:
     """A process that reads inputs one after another and tells a letter for each."""
 
-    def __init__(self, target: Target, name: str, seed: int, first: int, last: int, folder: Path, errors: int) -> None:
+    def __init__(self, target: Target, name: str, seed: int, first: int, last: int, folder: Path, errors: int, stack: Path | None) -> None:
         self.index = first
         self.reader, writer = os.pipe()
         self.pid = os.fork()
@@ -74,6 +76,7 @@ class _Child:
             os.dup2(errors, 2)
             status = 1
             try:
+                frames.install(stack)
                 _serve(target, name, seed, first, last, folder, writer)
                 status = 0
             except BaseException:
@@ -128,7 +131,6 @@ def _serve(target: Target, name: str, seed: int, first: int, last: int, folder: 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ["GGML_NO_BACKTRACE"] = "1"
-    frames.install()
     for index in range(first, last):
         target.make(draw_for(name, seed, index), clean(folder))
         try:

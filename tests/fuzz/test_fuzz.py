@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import upstream
-from mutators.gguf_document import STRING, Key, copy_of, string, u32, u64
 from targets.table import LLAMA, READERS
 
 HERE = Path(__file__).parent
@@ -76,23 +75,3 @@ def test_what_upstream_died_of_is_refused(kind: str, tmp_path: Path) -> None:
     assert {name: outcomes.pop(name, "") for name in whole} == dict.fromkeys(whole, "taken"), done.stdout
     assert outcomes.keys() == {fault.name for fault in upstream.MENDED if fault.kind == kind}, done.stdout + done.stderr[-2000:]
     assert {name: said for name, said in outcomes.items() if not said.startswith("refused")} == {}
-
-
-LIMITS = [
-    Key(b"clip.vision.image_min_pixels", 4, u32(0)),
-    Key(b"clip.vision.image_max_pixels", 4, u32(1 << 31)),
-    Key(b"clip.vision.image_max_pixels", 10, u64(4096)),
-    Key(b"clip.vision.image_min_pixels", STRING, string(b"256")),
-]
-
-
-@pytest.mark.parametrize("key", LIMITS, ids=["none", "negative", "u64", "text"])
-@pytest.mark.usefixtures("built_llama")
-def test_limits_of_pictures_that_are_none_are_refused(key: Key, tmp_path: Path) -> None:
-    """They aborted the process: the patch reads these keys for every family of dynamic size."""
-    document = copy_of((HERE / "seeds" / "mmproj" / "f16.gguf").read_bytes())
-    document.put(key)
-    (tmp_path / "mmproj.gguf").write_bytes(document.write())
-    done = fuzz("mmproj", "--read", tmp_path)
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.startswith("refused")

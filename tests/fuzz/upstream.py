@@ -139,6 +139,11 @@ MENDED = [
     Fault("tiles in the wrong order", "mmproj", (r"preproc_min_tiles <=",), key("clip.vision.preproc_min_tiles", U32, u32(13)), "internvl"),
     Fault("positions of Gemma 3", "mmproj", (r"ggml_can_repeat\(b, a\)",), tensor(POSITIONS, dims=(16, 15)), "gemma3"),
     Fault("a norm of Gemma 3", "mmproj", (r"ggml_can_repeat\(b, a\)",), tensor("mm.soft_emb_norm.weight", dims=(12,)), "gemma3"),
+    # keys that the patch reads for every family of dynamic size
+    Fault("pictures of no pixel", "mmproj", (r"SIG",), key("clip.vision.image_min_pixels", U32, u32(0))),
+    Fault("pictures of less than that", "mmproj", (r"SIG",), key("clip.vision.image_max_pixels", U32, u32(1 << 31))),
+    Fault("pixels in 64 bits", "mmproj", (r"SIG",), key("clip.vision.image_max_pixels", 10, u64(4096))),
+    Fault("pixels in words", "mmproj", (r"SIG",), key("clip.vision.image_min_pixels", STRING, string(b"256"))),
 ]
 
 

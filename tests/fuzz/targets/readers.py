@@ -133,6 +133,7 @@ class WorkDirectory:
 
         self.opener = open_workdir
         self.tensors, self.data = _items()
+        self._whole()  # before any child, which would leave one of its own behind
 
     def read(self, folder: Path) -> str:
         import torch
@@ -161,7 +162,8 @@ class WorkDirectory:
         from mbq_gguf.workdir import open_workdir
 
         if not hasattr(self, "whole"):
-            self.whole = Path(tempfile.mkdtemp(prefix="fuzz-")) / "work"
+            self.kept = tempfile.TemporaryDirectory(prefix="fuzz-")
+            self.whole = Path(self.kept.name) / "work"
             opened = open_workdir(self.whole, self.WHAT)
             for layer, (tensors, data) in enumerate(zip(*_items(), strict=True)):
                 opened.save(f"layer-{layer}", tensors, data)
