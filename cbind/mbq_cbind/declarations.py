@@ -30,8 +30,8 @@ INCLUDE_DIRS = ("ggml/include", "include", "tools/mtmd")
 FUNCTION_NAMES = """
     ggml_version ggml_log_set ggml_tensor_overhead ggml_graph_overhead ggml_type_name ggml_row_size ggml_get_type_traits
     ggml_quantize_chunk ggml_quantize_requires_imatrix ggml_validate_row_data ggml_cpu_init ggml_get_type_traits_cpu
-    ggml_init ggml_free ggml_new_tensor_4d ggml_view_4d ggml_mul_mat ggml_mul_mat_id ggml_backend_cpu_set_use_ref ggml_new_graph
-    ggml_build_forward_expand
+    ggml_init ggml_free ggml_new_tensor_4d ggml_view_4d ggml_mul_mat ggml_mul_mat_id ggml_flash_attn_ext
+    ggml_backend_cpu_set_use_ref ggml_new_graph ggml_build_forward_expand
     ggml_backend_load_all ggml_backend_dev_count ggml_backend_dev_get ggml_backend_dev_name ggml_backend_dev_by_name ggml_backend_dev_type
     ggml_backend_dev_init ggml_backend_dev_backend_reg ggml_backend_reg_get_proc_address ggml_backend_supports_op
     ggml_backend_alloc_ctx_tensors ggml_backend_buffer_free ggml_backend_tensor_set ggml_backend_tensor_get ggml_backend_graph_compute

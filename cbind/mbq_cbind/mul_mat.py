@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mbq_cbind.errors import BindingError, CallError
-from mbq_cbind.library import load_whole
+from mbq_cbind.errors import CallError
+from mbq_cbind.graph import compute, open_graph
 from mbq_cbind.types import Bytes, Floats, row_bytes, type_id, type_info
 
-TENSORS = 8  # room for a weight, two inputs, their views and a product
 ROW_SCALE = 1 << 16  # GGML_TENSOR_FLAG_ROW_SCALE in ggml-row-scale.h
-
-
-def devices() -> list[str]:
-    """The names of the backend devices of the build on this machine, for example ["CUDA0", "CPU"]."""
-    binding = load_whole()
-    count = binding.c.ggml_backend_dev_count()
-    return [binding.text(binding.c.ggml_backend_dev_name(binding.c.ggml_backend_dev_get(i))) for i in range(count)]
 
 
 def mul_mat(
@@ -57,7 +47,7 @@ def mul_mat(
     spaced = np.zeros((*x.shape[:-1], columns + spacing), np.float32)
     spaced[..., :columns] = x
     with ExitStack() as stack:
-        c, backend, context = _graph(device, threads, reference, stack)
+        c, backend, context = open_graph(device, threads, reference, stack)
         weight = c.ggml_new_tensor_4d(context, type_id(kind), columns, data.shape[-2], *weights_outer)
         if row_scale:
             weight.flags |= ROW_SCALE
@@ -71,7 +61,7 @@ def mul_mat(
             base = c.ggml_new_tensor_4d(context, c.GGML_TYPE_F32, 3, len(table), 1, 1)
             product.src[2] = c.ggml_view_4d(context, base, 1, len(table), 1, 1, base.nb[1], base.nb[2], base.nb[3], 4)
             inputs.append((base, table))
-        return _run(product, inputs, kind, device, backend, context, stack).reshape(*x.shape[:-1], data.shape[-2])
+        return compute(product, inputs, type_info(kind).name, device, backend, context, stack).reshape(*x.shape[:-1], data.shape[-2])
 
 
 def mul_mat_id(
@@ -101,67 +91,16 @@ def mul_mat_id(
     if experts.size and not (experts.min() >= 0 and experts.max() < len(data)):
         raise CallError(f"experts {experts.min()} to {experts.max()} are chosen: there are {len(data)}, counted from 0")
     with ExitStack() as stack:
-        c, backend, context = _graph(device, threads, False, stack)
+        c, backend, context = open_graph(device, threads, False, stack)
         weight = c.ggml_new_tensor_4d(context, type_id(kind), columns, data.shape[1], data.shape[0], 1)
         activations = c.ggml_new_tensor_4d(context, c.GGML_TYPE_F32, columns, x.shape[1], n, 1)
         chosen = c.ggml_new_tensor_4d(context, c.GGML_TYPE_I32, used, n, 1, 1)
         product = c.ggml_mul_mat_id(context, weight, activations, chosen)
         inputs = [(weight, data), (activations, x), (chosen, experts)]
-        return _run(product, inputs, kind, device, backend, context, stack).reshape(n, used, data.shape[1])
-
-
-def _graph(device: str, threads: int | None, reference: bool, stack: ExitStack) -> tuple[Any, Any, Any]:
-    """ggml's functions, a backend, and a context with room for a graph but not for data."""
-    binding = load_whole()
-    ffi, c = binding.ffi, binding.c
-    backend = _backend(device, threads, stack)
-    if reference:
-        c.ggml_backend_cpu_set_use_ref(backend, True)
-    memory = TENSORS * c.ggml_tensor_overhead() + c.ggml_graph_overhead()
-    context = c.ggml_init({"mem_size": memory, "mem_buffer": ffi.NULL, "no_alloc": True})
-    _present(context, "no memory for a graph", stack, c.ggml_free)
-    return c, backend, context
-
-
-def _run(product: Any, inputs: list[tuple[Any, Any]], kind: str | int, device: str, backend: Any, context: Any, stack: ExitStack) -> Floats:
-    """The numbers of ``product`` once ``inputs``, tensors and their arrays, are set."""
-    binding = load_whole()
-    ffi, c = binding.ffi, binding.c
-    if not c.ggml_backend_supports_op(backend, product):
-        raise BindingError(f"{device} has no kernel for {type_info(kind).name}: choose another device or type")
-    _present(c.ggml_backend_alloc_ctx_tensors(context, backend), f"{device} has too little memory", stack, c.ggml_backend_buffer_free)
-    for tensor, array in inputs:
-        c.ggml_backend_tensor_set(tensor, ffi.from_buffer(array), 0, array.nbytes)
-    graph = c.ggml_new_graph(context)
-    c.ggml_build_forward_expand(graph, product)
-    if c.ggml_backend_graph_compute(backend, graph) != c.GGML_STATUS_SUCCESS:
-        raise BindingError(f"the product failed on {device}: try fewer rows or another device")
-    result = np.empty(np.prod(list(product.ne)), np.float32)
-    c.ggml_backend_tensor_get(product, ffi.from_buffer(result), 0, result.nbytes)
-    return result
+        return compute(product, inputs, type_info(kind).name, device, backend, context, stack).reshape(n, used, data.shape[1])
 
 
 def _outer(array: Floats | Bytes) -> tuple[int, int]:
     """ggml's dimensions 2 and 3 of an array of two to four dimensions."""
     third, second = (1, 1, *array.shape[:-2])[-2:]
     return second, third
-
-
-def _backend(device: str, threads: int | None, stack: ExitStack) -> Any:
-    binding = load_whole()
-    ffi, c = binding.ffi, binding.c
-    handle = c.ggml_backend_dev_by_name(device.encode())
-    if handle == ffi.NULL:
-        raise CallError(f"there is no device {device}: choose one of {', '.join(devices())}")
-    backend = c.ggml_backend_dev_init(handle, ffi.NULL)
-    _present(backend, f"{device} could not be started", stack, c.ggml_backend_free)
-    setter = c.ggml_backend_reg_get_proc_address(c.ggml_backend_dev_backend_reg(handle), b"ggml_backend_set_n_threads")
-    if setter != ffi.NULL:
-        ffi.cast("void (*)(ggml_backend_t, int)", setter)(backend, threads or os.cpu_count() or 1)
-    return backend
-
-
-def _present(pointer: Any, complaint: str, stack: ExitStack, free: Any) -> None:
-    if pointer == load_whole().ffi.NULL:
-        raise BindingError(f"{complaint}: free some memory and try again")
-    stack.callback(free, pointer)

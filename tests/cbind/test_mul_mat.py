@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from mbq_cbind import types
 from mbq_cbind.errors import CallError
-from mbq_cbind.mul_mat import devices, mul_mat
+from mbq_cbind.graph import devices
+from mbq_cbind.mul_mat import mul_mat
 from mbq_gguf.formats.quant_type import Floats
 
 HALF_STEP = 0.5  # an int8 activation is off by half a step at most ...

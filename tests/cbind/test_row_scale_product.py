@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mbq_cbind import mul_mat as module
-from mbq_cbind.mul_mat import devices, mul_mat
+from mbq_cbind.graph import devices
+from mbq_cbind.mul_mat import mul_mat
 from mbq_cbind.types import Bytes, Floats
 
 AMAX_MIN = np.float32(2.0**-95)

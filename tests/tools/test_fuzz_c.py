@@ -11,7 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "tools" / "fuzz_c"
 ROWS = 300  # of each kernel; 100000 by command (docs/log.md)
-KERNELS = 22  # five of each of four types, and the products with one scale a row
+KERNELS = 24  # five of each of four types, the products with one scale a row, and attention over two types of cache
 SETS = {"as it is": "-march=native", "scalar": ""}
 
 

@@ -39,3 +39,5 @@ struct kernel {
 };
 
 std::vector<kernel> all_kernels();
+
+int64_t feed_attention(rng_t & rng, enum ggml_type type); // of the cache

@@ -206,5 +206,7 @@ std::vector<kernel> all_kernels() {
         KERNELS(MBQ3S_64, mbq3s_64)
         { "mul_mat, one scale a row, Q4_0", feed_product<true>, GGML_TYPE_Q4_0 },
         { "mul_mat, one scale a row, Q8_0", feed_product<true>, GGML_TYPE_Q8_0 },
+        { "flash_attn_ext, few rows, F16",  feed_attention,     GGML_TYPE_F16 },
+        { "flash_attn_ext, few rows, F32",  feed_attention,     GGML_TYPE_F32 },
     };
 }

@@ -24,6 +24,9 @@ struct ggml_compute_params;
 bool   ggml_compute_forward_mul_mat_mbq(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 size_t ggml_mbq_work_size(int n_tasks, const struct ggml_tensor * dst);
 
+// Flash attention of few rows, summed as many rows are; false where ops.cpp is to do it: many rows, a reference run, another type of cache.
+bool   ggml_compute_forward_flash_attn_rows(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
 #ifdef __cplusplus
 }
 #endif
