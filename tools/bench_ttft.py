@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Time to the first token of prompts with pictures, one pass (--aifs on) against the decode in turns (off), in interleaved rounds.
+"""Time to the first token of prompts with pictures, one pass (--aifs on) against the decode in turns (off) and pictures first
+(reorder) against one pass, in interleaved rounds.
 
     python tools/bench_ttft.py --model FILE.gguf --mmproj MMPROJ.gguf          questions of the demo's set about one picture each
     python tools/bench_ttft.py --random 2B:MBQ3S,7B:F16 --gpu-layers 99        random weights of Qwen2-VL's shapes, tower too
@@ -22,15 +23,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from mbq_cbind.graph import devices
 from mbq_cbind.model import Model
 from mbq_gguf.errors import SHOWN
 from mbq_gguf.evaluate.exact_match import SHIPPED, load_questions, stratified
 from mbq_gguf.llama_cpp.bindings import bind
+from mbq_gguf.llama_cpp.paths import find_program
 from mbq_gguf.llama_cpp.server import Server
 from PIL import Image
 from random_gguf import QWEN2_VL_2B, QWEN2_VL_7B, write_random_gguf, write_random_tower
@@ -44,7 +48,7 @@ SIDES = {64: 224, 256: 448}  # tokens of a picture -> pixels a side
 RANDOM_CASES = ((1, 256), (3, 256), (8, 64))  # pictures, tokens each
 QUESTION = "What do these pictures show, and how do they differ?"
 CONTEXT = 2048
-MODES = ("off", "on")
+MODES = ("off", "on", "reorder")
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over the rounds in ms, and the ratio off to on: its median, least and greatest over the rounds."""
+    """Medians over the rounds in ms, and the ratio of the mode before it to a mode: its median, least and greatest over the rounds."""
 
     model: str
     case: str
     tower: str
-    off_ms: float
-    on_ms: float
+    before: str
+    mode: str
+    before_ms: float
+    mode_ms: float
     ratio: float
     least: float
     greatest: float
@@ -114,66 +120,77 @@ def noise(folder: Path, count: int, tokens: int) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def summary(model: str, case: str, tower: str, times: list[dict[str, float]]) -> Row:
-    """One row from the seconds of every round, by mode."""
-    ratios = [each["off"] / each["on"] for each in times]
-    off, on = (round(1000 * statistics.median(each[mode] for each in times), 2) for mode in MODES)
-    figures = (round(figure, 3) for figure in (statistics.median(ratios), min(ratios), max(ratios)))
-    return Row(model, case, tower, off, on, *figures, rounds=len(times))
+def summary(model: str, case: str, tower: str, times: list[dict[str, float]]) -> list[Row]:
+    """A row for each mode but the first, against the one before it, from the seconds of every round by mode."""
+    rows = []
+    for before, mode in pairwise(times[0]):
+        ratios = [each[before] / each[mode] for each in times]
+        medians = (round(1000 * statistics.median(each[name] for each in times), 2) for name in (before, mode))
+        figures = (round(figure, 3) for figure in (statistics.median(ratios), min(ratios), max(ratios)))
+        rows.append(Row(model, case, tower, before, mode, *medians, *figures, rounds=len(times)))
+    return rows
 
 
-def interleaved(prompts: Sequence[Prompt], rounds: int, run: Callable[[str, Prompt], float], title: str) -> list[dict[str, float]]:
-    """Seconds by mode, ``rounds`` times for each prompt; the mode that goes first alternates. What warms up is not counted."""
-    for mode in MODES:
+def interleaved(
+    prompts: Sequence[Prompt], modes: Sequence[str], rounds: int, run: Callable[[str, Prompt], float], title: str
+) -> list[dict[str, float]]:
+    """Seconds by mode, ``rounds`` times for each prompt; every other round goes backwards. What warms up is not counted."""
+    for mode in modes:
         run(mode, prompts[0])
     tasks = [(prompt, number) for number in range(rounds) for prompt in prompts]
     times = []
     for prompt, number in track(tasks, title, console=Console(stderr=True), transient=True):
-        times.append({mode: run(mode, prompt) for mode in (MODES if number % 2 else MODES[::-1])})
+        seconds = {mode: run(mode, prompt) for mode in (modes if number % 2 else modes[::-1])}
+        times.append({mode: seconds[mode] for mode in modes})
     return times
 
 
-def over_http(files: tuple[Path, Path], options: list[str], cases: dict[str, list[Prompt]], rounds: int, name: str) -> list[Row]:
-    """Whole requests to two servers, tower included."""
+def over_http(
+    files: tuple[Path, Path], options: list[str], modes: Sequence[str], cases: dict[str, list[Prompt]], rounds: int, name: str
+) -> Iterator[Row]:
+    """Whole requests to a server of each mode, tower included."""
     with ExitStack() as stack:
-        servers = {mode: stack.enter_context(Server(*files, ["--no-ui", *options, "--aifs", mode])) for mode in MODES}
+        servers = {mode: stack.enter_context(Server(*files, ["--no-ui", *options, "--aifs", mode])) for mode in modes}
 
         def run(mode: str, prompt: Prompt) -> float:
             return servers[mode].ask(prompt.pictures, prompt.question, 1).seconds
 
-        return [
-            summary(name, case, "included", interleaved(prompts, rounds, run, f"{name}, {case}, over HTTP"))
-            for case, prompts in cases.items()
-        ]
+        for case, prompts in cases.items():
+            yield from summary(name, case, "included", interleaved(prompts, modes, rounds, run, f"{name}, {case}, over HTTP"))
 
 
 def in_process(
-    files: tuple[Path, Path], threads: int | None, gpu_layers: int, cases: dict[str, list[Prompt]], rounds: int, name: str
-) -> list[Row]:
+    files: tuple[Path, Path],
+    threads: int | None,
+    gpu_layers: int,
+    modes: Sequence[str],
+    cases: dict[str, list[Prompt]],
+    rounds: int,
+    name: str,
+) -> Iterator[Row]:
     """The language model's part alone: the prompt with encoded pictures, to the logits of its last token."""
-    bind()
     with Model(*files, threads=threads, gpu_layers=gpu_layers, context=CONTEXT, aifs=True) as model:
         paths = {path for prompts in cases.values() for prompt in prompts for path in prompt.pictures}
         encoded = {path: model.vision.encode(path) for path in sorted(paths)}
 
         def run(mode: str, prompt: Prompt) -> float:
             model.text_logits([1], outputs=1)  # nothing of the last prompt is found again
-            model.apart = None if mode == "on" else "it is off"
+            model.apart, model.reorder = "it is off" if mode == "off" else None, mode == "reorder"
             words = model.prompt(prompt.question, images=len(prompt.pictures))
             begin = time.perf_counter()
             model.logits(words, [encoded[path] for path in prompt.pictures], [1])
             return time.perf_counter() - begin
 
-        return [
-            summary(name, case, "apart", interleaved(prompts, rounds, run, f"{name}, {case}, apart")) for case, prompts in cases.items()
-        ]
+        for case, prompts in cases.items():
+            yield from summary(name, case, "apart", interleaved(prompts, modes, rounds, run, f"{name}, {case}, apart"))
 
 
 def show(rows: list[Row]) -> None:
-    table = Table("model", "prompt", "tower", "off, ms", "on, ms", "off / on", "of rounds")
+    table = Table("model", "prompt", "tower", "modes", "before, ms", "mode, ms", "before / mode", "of rounds")
     for row in rows:
         spread = f"{row.least:.2f} to {row.greatest:.2f}"
-        table.add_row(row.model, row.case, row.tower, f"{row.off_ms:.1f}", f"{row.on_ms:.1f}", f"{row.ratio:.3f}", spread)
+        milliseconds = (f"{row.before_ms:.1f}", f"{row.mode_ms:.1f}")
+        table.add_row(row.model, row.case, row.tower, f"{row.before}, {row.mode}", *milliseconds, f"{row.ratio:.3f}", spread)
     Console(width=140).print(table)
 
 
@@ -188,6 +205,7 @@ def device(gpu_layers: int) -> str:
 @click.option("--model", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A language model, asked about the demo's set.")
 @click.option("--mmproj", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--random", "shapes", default="", help="Random models, for example 2B:MBQ3S,7B:F16.")
+@click.option("--modes", default="off,on", show_default=True, help="Each is compared with the one before it; also reorder.")
 @click.option("--questions", type=click.IntRange(min=1), default=18, show_default=True, help="How many of the set, by task.")
 @click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1))
@@ -200,6 +218,7 @@ def main(
     model: Path | None,
     mmproj: Path | None,
     shapes: str,
+    modes: str,
     questions: int,
     rounds: int,
     threads: int | None,
@@ -207,42 +226,45 @@ def main(
     work: Path | None,
     output: Path | None,
 ) -> None:
-    """Print the table, and store it."""
+    """Print the table, and store each row as soon as it is there."""
     if (model is None) != (mmproj is None) or not (model or shapes):
         raise click.UsageError("give --model with its --mmproj, or --random")
-    options = [
-        "--ctx-size",
-        str(CONTEXT),
-        "--parallel",
-        "1",
-        "--gpu-layers",
-        str(gpu_layers),
-        *(["--threads", str(threads)] if threads else []),
-    ]
+    chosen = modes.split(",")
+    if len(chosen) < 2 or not set(chosen) <= set(MODES):
+        raise click.UsageError(f"--modes takes two or more of {', '.join(MODES)}")
+    bind()
+    click.echo(f"{find_program('llama-server')}, devices {', '.join(devices())}", err=True)
+    if gpu_layers and not any(name.startswith("CUDA") for name in devices()):
+        raise click.UsageError("--gpu-layers: this build has no GPU; set MBQ_GGUF_BACKEND=cuda for the CUDA build")
+    options = ["--ctx-size", str(CONTEXT), "--parallel", "1", "--gpu-layers", str(gpu_layers)]
+    options += ["--threads", str(threads)] if threads else []
+    where = device(gpu_layers)
     rows: list[Row] = []
+
+    def measure(name: str, files: tuple[Path, Path], cases: dict[str, list[Prompt]]) -> None:
+        found = over_http(files, options, chosen, cases, rounds, name), in_process(files, threads, gpu_layers, chosen, cases, rounds, name)
+        for row in chain(*found):
+            rows.append(row)
+            if output is not None:
+                store(output, [row], where)
+        show([row for row in rows if row.model == name])
+
     with tempfile.TemporaryDirectory(dir=work) as temporary:
         folder = Path(temporary)
         if model is not None and mmproj is not None:
             asked = [Prompt((question.image,), question.question) for question in stratified(load_questions(SHIPPED), questions)]
-            cases = {f"{len(asked)} questions, 1 picture": asked}
-            rows += over_http((model, mmproj), options, cases, rounds, model.stem)
-            rows += in_process((model, mmproj), threads, gpu_layers, cases, rounds, model.stem)
+            measure(model.stem, (model, mmproj), {f"{len(asked)} questions, 1 picture": asked})
         pictured = {f"{count} x {tokens}": [Prompt(noise(folder, count, tokens), QUESTION)] for count, tokens in RANDOM_CASES}
         for name in filter(None, shapes.split(",")):
             with random_model(name, folder) as files:
-                rows += over_http(files, options, pictured, rounds, name)
-                rows += in_process(files, threads, gpu_layers, pictured, rounds, name)
-            show([row for row in rows if row.model == name])
-    show(rows)
-    if output is not None:
-        store(output, rows, device(gpu_layers))
+                measure(name, files, pictured)
 
 
 def store(output: Path, rows: list[Row], where: str) -> None:
-    """Add ``rows`` to the file, in place of those of the same model, prompt and device."""
+    """Add ``rows`` to the file, in place of those of the same model, prompt, modes and device."""
     command = shlex.join(["python", *sys.argv])
     new = [{**asdict(row), "device": where, "date": datetime.now(UTC).date().isoformat(), "command": command} for row in rows]
-    key = ("device", "model", "case", "tower")
+    key = ("device", "model", "case", "tower", "before", "mode")
     taken = {tuple(row[name] for name in key) for row in new}
     old = json.loads(output.read_text()) if output.is_file() else []
     kept = [row for row in old if tuple(row[name] for name in key) not in taken]

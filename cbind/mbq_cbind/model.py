@@ -25,10 +25,9 @@ class Model:
     ``context`` is the number of tokens that a prompt with its answer may take, ``batch`` how many of them run at once. ``gpu_layers`` is 0
     for the CPU, -1 for all layers on the GPU. What a prompt shares with the one before it (the same opening and the very same encoded
     image) is not computed again. ``aifs``: what is left of a prompt goes through in one call, text and pictures together, where the model
-    allows it (``apart`` says why not); without it, each picture in calls of its own, so that what prompts share changes no bit.
-    ``decode_calls`` counts. The CPU's ``flash_attention`` sums in fp16, in an order that depends on how many tokens run at once: it is
-    turned off to compare. ``observe`` maps names in llama.cpp's graph to functions, which are given every float32 matrix [rows, columns]
-    computed under the name; ``clipping`` counts what static ranges cut. Not safe for several threads.
+    allows it (``apart`` says why not; with ``reorder`` rows of pictures come first in each micro-batch); without it, each picture in calls
+    of its own. ``decode_calls`` counts. ``observe`` maps names in llama.cpp's graph to functions, which are given every float32 matrix
+    [rows, columns] computed under the name; ``clipping`` counts what static ranges cut. Not safe for several threads.
     """
 
     def __init__(
@@ -54,6 +53,7 @@ class Model:
         self._vision: Vision | None = None
         self._done: list[Chunk] = []  # what the context holds, chunk by chunk ...
         self.decode_calls = 0
+        self.reorder = False
         self.apart: str | None = "it is off"  # why text and pictures are decoded in turns
         self._cells = 0  # ... and how many of its cells are taken, the text after the last chunk included
         require_gguf(gguf)
@@ -237,7 +237,7 @@ class Model:
             count = sum(chunk.length for chunk in mixed)
             self._take_cells(count)
             self._done = []  # should it fail
-            self.vision.decode_mixed(self._context, mixed, position, outputs)
+            self.vision.decode_mixed(self._context, mixed, position, outputs, reorder=self.reorder)
             self.decode_calls += 1
             self._done = [Chunk(chunk.tokens, chunk.embedding, chunk.positions) for chunk in chunks]
             return self._read_logits(count, outputs), position + sum(chunk.positions for chunk in mixed)

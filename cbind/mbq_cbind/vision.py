@@ -138,8 +138,11 @@ class Vision:
         reason = self._binding.c.mtmd_aifs_refusal(self._context, context)
         return None if reason == self._binding.ffi.NULL else self._binding.text(reason)
 
-    def decode_mixed(self, context: Any, chunks: Sequence[Chunk], position: int, outputs: int) -> None:
-        """Put ``chunks``, text and pictures, into the language model in one call; the last ``outputs`` tokens get logits."""
+    def decode_mixed(self, context: Any, chunks: Sequence[Chunk], position: int, outputs: int, *, reorder: bool = False) -> None:
+        """Put ``chunks``, text and pictures, into the language model in one call; the last ``outputs`` tokens get logits.
+
+        With ``reorder``, rows of pictures are computed first in each micro-batch.
+        """
         ffi, c = self._binding.ffi, self._binding.c
         batch = ffi.gc(c.llama_batch_ext_init(context), c.llama_batch_ext_free)
         place = ffi.new("llama_pos *")
@@ -151,7 +154,8 @@ class Vision:
                     fits = fits and index >= 0 and c.llama_batch_ext_set_pos(batch, index, place)
             else:
                 data = ffi.from_buffer("float[]", np.ascontiguousarray(chunk.embedding))
-                fits = fits and c.mtmd_aifs_add_rows(self._context, context, batch, chunk.handle, data, position, 0, 0, chunk.length)
+                rows = (chunk.handle, data, position, 0, 0, chunk.length)
+                fits = fits and c.mtmd_aifs_add_rows(self._context, context, batch, *rows, 2 if reorder else 1)
             position += chunk.positions
         count = sum(chunk.length for chunk in chunks)
         for index in range(count - outputs, count):

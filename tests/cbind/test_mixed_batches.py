@@ -1,4 +1,7 @@
-"""Text and pictures in one pass: as few decode calls as batches, and the logits of the decode in turns. Other families: tests/families."""
+"""Text and pictures in one pass: as few decode calls as batches, and the logits of the decode in turns. Other families: tests/families.
+
+Some runs have pictures first in each micro-batch (``--aifs reorder``), which tests/cbind/test_static_routing.py shows row by row.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,9 @@ from mbq_cbind.model import Model
 from mbq_cbind.types import Bytes, Floats
 from mbq_cbind.vision import EncodedImage
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
+from mbq_gguf.formats.quantised import QuantisedTensor
+from mbq_gguf.formats.registry import quant_type_for
+from mbq_gguf.models import load
 from reference_models import Files
 
 ROOT = Path(__file__).parents[2]
@@ -41,8 +47,8 @@ def files(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
     return made
 
 
-def opened(files: Files, *, aifs: bool, batch: int = 512) -> Model:
-    return Model(files.text, files.mmproj, threads=1, context=2048, batch=batch, aifs=aifs, flash_attention=False)
+def opened(files: Files, *, aifs: bool, batch: int = 512, flash_attention: bool = False) -> Model:
+    return Model(files.text, files.mmproj, threads=1, context=2048, batch=batch, aifs=aifs, flash_attention=flash_attention)
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +57,11 @@ def in_turns(files: Files) -> Iterator[Model]:
         yield model
 
 
-@pytest.fixture(scope="module", params=[512, UBATCH])
+@pytest.fixture(scope="module", params=[(512, "on"), (UBATCH, "on"), (512, "reorder"), (UBATCH, "reorder")], ids="{0[0]}-{0[1]}".format)
 def at_once(request: pytest.FixtureRequest, files: Files) -> Iterator[Model]:
-    with opened(files, aifs=True, batch=request.param) as model:
+    batch, mode = request.param
+    with opened(files, aifs=True, batch=batch) as model:
+        model.reorder = mode == "reorder"
         yield model
 
 
@@ -139,7 +147,7 @@ def test_libmtmds_helper(n_batch: int, at_once: Model) -> None:
     ffi, c = binding.ffi, binding.c
     vision, context = at_once.vision._context, at_once._context
     results = []
-    for mode in (b"on", b"off"):
+    for mode in (b"reorder" if at_once.reorder else b"on", b"off"):
         assert c.mtmd_aifs_init(vision, context, mode)
         forget(at_once)
         c.llama_memory_clear(c.llama_get_memory(context), True)
@@ -152,6 +160,33 @@ def test_libmtmds_helper(n_batch: int, at_once: Model) -> None:
     assert c.mtmd_aifs_init(vision, context, b"auto")
     assert results[0][1] == results[1][1]
     assert difference(results[0][0], results[1][0]) <= LIMIT
+
+
+def test_a_cut_changes_no_bit_with_flash_attention(tiny_dir: Path, files: Files, images: list[EncodedImage], tmp_path: Path) -> None:
+    """Where products are the same for any cut, as MBQ3S's are, so are logits: in turns, at once, in micro-batches of any size.
+
+    One token has logits, since the output matrix is in F32, whose products are not.
+    """
+    write_mbq3s(tiny_dir, tmp_path / "mbq3s.gguf")
+    made = Files(tmp_path / "mbq3s.gguf", files.mmproj)
+    found = []
+    for aifs, batch in ((False, 512), (True, 512), (True, UBATCH), (True, 7), (True, 100)):
+        with opened(made, aifs=aifs, batch=batch, flash_attention=True) as model:
+            shown = {words: images[: words.count("M")] for words in ("MM counted", LONG)}
+            found.append([model.logits(prompt(model, words), pictures, [1]) for words, pictures in shown.items()])
+    for one in found[1:]:
+        assert all(np.array_equal(*pair) for pair in zip(one, found[0], strict=True))
+
+
+def write_mbq3s(source: Path, path: Path) -> None:
+    """All matrices in MBQ3S, rounded to nearest; embeddings in F32."""
+    weights = {}
+    for key, parameter in load(source).decoder.module.named_parameters():
+        if key.startswith("layers.") and parameter.ndim == 2:
+            chosen = quant_type_for("MBQ3S", parameter.shape[1])
+            weights[key] = QuantisedTensor(chosen.name, chosen.quantize(parameter.float().numpy()), parameter.shape[1])
+    common = {"replaced": {}, "base_type": "F32", "embedding_type": "F32", "metadata": {}, "file_type": None}
+    write_text_gguf(source, path, quantised=weights, **common)  # type: ignore[arg-type]
 
 
 KINDS = [

@@ -59,18 +59,25 @@ def test_a_sink_by_its_token(static_file: Any, seen: Seen) -> None:
     assert seen.classes() == [[DYNAMIC if token in sinks else TEXT for token in tokens]]
 
 
-def test_a_mixed_batch_of_two_sequences(static_file: Any, seen: Seen) -> None:
+@pytest.mark.parametrize("reorder", [False, True])
+def test_a_mixed_batch_of_two_sequences(reorder: bool, static_file: Any, seen: Seen) -> None:
     """Tokens, a picture's rows and other embeddings in one micro-batch, in any order; each sequence begins with a sink."""
 
     def two(_c: Any, parameters: Any) -> None:
         parameters.n_seq_max = 2
 
     with Settled(static_file(keys(positions=[0])), settle=two, context=512, threads=1, observe=seen.watch) as model:
-        expected = decode_mixed(model)
-    assert seen.classes() == [expected]
+        expected = decode_mixed(model, reorder)
+    assert seen.classes() == [[*computed(expected[:50], reorder), *computed(expected[50:], reorder)]]
+    assert not reorder or seen.classes() != [expected]
 
 
-def decode_mixed(model: Model) -> list[float]:
+def computed(classes: Sequence[float], reorder: bool) -> list[float]:
+    """A sequence's classes in the order that its rows are computed in."""
+    return sorted(classes, key=lambda kind: kind != VISION) if reorder else list(classes)
+
+
+def decode_mixed(model: Model, reorder: bool) -> list[float]:
     """Run 50 rows for each of two sequences at once; the classes that they are to have."""
     ffi, c = model._binding.ffi, model._binding.c
     order = [TEXT] * 20 + [VISION] * 20 + [DYNAMIC] * 10
@@ -83,7 +90,8 @@ def decode_mixed(model: Model) -> list[float]:
             row = c.llama_batch_ext_add_token(batch, sequence, 100 + i)
         else:
             data = ffi.from_buffer("float[]", embedding)
-            row = c.llama_batch_ext_add_embd(batch, sequence, ffi.new("struct llama_embd *", (data, 1, 128, int(kind == VISION)))[0])
+            flag = (kind == VISION) * (2 if reorder else 1)
+            row = c.llama_batch_ext_add_embd(batch, sequence, ffi.new("struct llama_embd *", (data, 1, 128, flag))[0])
         assert c.llama_batch_ext_set_pos(batch, row, ffi.new("llama_pos[4]", [place] * 4))
     assert c.llama_process(model._context, c.LLAMA_PROCESS_TYPE_DECODE, batch) == 0
     return [DYNAMIC, *kinds[1:50], DYNAMIC, *kinds[51:]]
@@ -107,16 +115,18 @@ def test_pictures_in_several_micro_batches_and_a_second_turn(static_file: Any, l
         assert {kind for batch in seen.classes()[before:] for kind in batch} == {TEXT}
 
 
-def test_text_and_a_picture_in_one_pass(static_file: Any, large_mmproj: Path, tmp_path: Path, seen: Seen) -> None:
+@pytest.mark.parametrize("reorder", [False, True])
+def test_text_and_a_picture_in_one_pass(reorder: bool, static_file: Any, large_mmproj: Path, tmp_path: Path, seen: Seen) -> None:
     """Also where a micro-batch ends within the picture."""
     with Model(static_file(keys(positions=[0])), large_mmproj, context=1024, batch=100, threads=1, aifs=True, observe=seen.watch) as model:
         assert model.apart is None
+        model.reorder = reorder
         image = model.vision.encode(picture(tmp_path, 448))
         prompt, answer = model.prompt("What is " + WORDS), model.tokenize(" It is")
         tokens = [*model.prompt_tokens(prompt, [image]), *answer[:-1]]
         model.logits(prompt, [image], answer)
     expected = [DYNAMIC, *[VISION if token is None else TEXT for token in tokens[1:]]]
-    cut = [expected[start : start + 100] for start in range(0, len(expected), 100)]
+    cut = [computed(expected[start : start + 100], reorder) for start in range(0, len(expected), 100)]
     assert seen.classes() == [batch for batch in cut if len(batch) >= LEAST]
     assert any(TEXT in batch and VISION in batch for batch in seen.classes())
 

@@ -97,9 +97,9 @@ def in_turns(exact: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     yield from start(exact, tmp_path_factory.mktemp("off") / "log", "--aifs", "off")
 
 
-@pytest.fixture(scope="module", params=["--kv-unified", "--no-kv-unified"])
+@pytest.fixture(scope="module", params=["on --kv-unified", "on --no-kv-unified", "reorder --no-kv-unified"])
 def at_once(request: pytest.FixtureRequest, exact: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
-    yield from start(exact, tmp_path_factory.mktemp("on") / "log", "--aifs", "on", request.param)
+    yield from start(exact, tmp_path_factory.mktemp("on") / "log", "--aifs", *request.param.split())
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -176,11 +176,12 @@ def test_the_command_line_program(exact: Pair, tmp_path: Path) -> None:
     ]
     command += ["-ub", str(UBATCH), "-c", "1024", "-n", "4", "--temp", "0", "-v", "--image", P[0], "--image", P[1], "-p", "What are these?"]
     answers = []
-    for mode in ("on", "off"):
+    for mode in ("on", "off", "reorder"):
         log = tmp_path / mode
         done = subprocess.run([*command, "--aifs", mode, "--log-file", log], capture_output=True, text=True, check=True)
         calls = [int(n) for n in re.findall(r"aifs: (\d+) tokens decoded", log.read_text())]
         answers.append((re.sub(r"^[0-9.]+ [A-Z] .*\n", "", done.stdout, flags=re.MULTILINE).strip(), calls))
+    assert answers[0] == answers[2]
     assert answers[0][0] == answers[1][0] != ""
     assert answers[1][1] == []
     assert all(n == BATCH for n in answers[0][1][:-1])

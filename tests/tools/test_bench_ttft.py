@@ -37,6 +37,7 @@ def test_ratios_are_within_a_round_and_the_first_of_it_alternates() -> None:
         order.append(mode)
         return next(seconds[mode])
 
-    row = bench_ttft.summary("m", "c", "apart", bench_ttft.interleaved([Prompt((), "?")], 3, run, "title"))
+    (row,) = bench_ttft.summary("m", "c", "apart", bench_ttft.interleaved([Prompt((), "?")], ("off", "on"), 3, run, "title"))
     assert order == ["off", "on", *("on", "off"), *("off", "on"), *("on", "off")]  # the first two warm up
-    assert (row.ratio, row.least, row.greatest, row.off_ms, row.on_ms) == (2.0, 1.0, 4.0, 4000.0, 1000.0)
+    assert (row.before, row.mode) == ("off", "on")
+    assert (row.ratio, row.least, row.greatest, row.before_ms, row.mode_ms) == (2.0, 1.0, 4.0, 4000.0, 1000.0)

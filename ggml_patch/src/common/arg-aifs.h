@@ -7,10 +7,11 @@
 extern std::string common_aifs; // what was asked for, of the whole process as it is in libmtmd
 
 inline common_arg common_arg_aifs(std::initializer_list<enum llama_example> examples) {
-    return common_arg({"--aifs"}, "[on|off|auto]",
-        "whether text and pictures of a prompt go through the model in one pass; 'auto': where the model allows it (default: auto)",
+    return common_arg({"--aifs"}, "[on|off|auto|reorder]",
+        "whether text and pictures of a prompt go through the model in one pass; 'auto': where the model allows it, "
+        "'reorder': and pictures come first in each micro-batch (default: auto)",
         [](common_params & params, const std::string & value) {
-            if (value != "on" && value != "off" && value != "auto") {
+            if (value != "on" && value != "off" && value != "auto" && value != "reorder") {
                 throw std::invalid_argument("unknown value: '" + value + "'");
             }
             GGML_UNUSED(params);

@@ -14,7 +14,8 @@
 // the architectures (general.architecture) of the families that tests/families/test_one_pass.py holds against the decode in turns
 static const char * const AIFS_ARCHS[] = { "qwen2vl", "qwen3vl", "llama", "qwen2", "mistral3", "glm4" };
 
-static std::atomic<bool> aifs_off = false;
+static std::atomic<bool> aifs_off     = false;
+static std::atomic<bool> aifs_reorder = false;
 
 const char * mtmd_aifs_refusal(const mtmd_context * ctx, const llama_context * lctx) {
     const llama_model * model = llama_get_model(lctx);
@@ -46,20 +47,22 @@ const char * mtmd_aifs_refusal(const mtmd_context * ctx, const llama_context * l
 }
 
 bool mtmd_aifs_init(const mtmd_context * ctx, const llama_context * lctx, const char * mode) {
-    const bool on = strcmp(mode, "on") == 0;
+    const bool reorder = strcmp(mode, "reorder") == 0;
+    const bool on      = strcmp(mode, "on") == 0 || reorder;
     if (!on && strcmp(mode, "off") != 0 && strcmp(mode, "auto") != 0) {
-        LOG_ERR("--aifs %s is unknown: give on, off or auto\n", mode);
+        LOG_ERR("--aifs %s is unknown: give on, off, auto or reorder\n", mode);
         return false;
     }
-    aifs_off = strcmp(mode, "off") == 0;
+    aifs_off     = strcmp(mode, "off") == 0;
+    aifs_reorder = reorder;
 
     const char * refusal = mtmd_aifs_refusal(ctx, lctx);
     if (!refusal) {
-        LOG_INF("aifs: text and pictures go through the model in one pass\n");
+        LOG_INF("aifs: text and pictures go through the model in one pass%s\n", reorder ? ", pictures first in each micro-batch" : "");
         return true;
     }
     if (on) {
-        LOG_ERR("--aifs on: text and pictures cannot go through this model in one pass (%s): use --aifs auto\n", refusal);
+        LOG_ERR("--aifs %s: text and pictures cannot go through this model in one pass (%s): use --aifs auto\n", mode, refusal);
         return false;
     }
     // not chosen by who started it: to be seen without more verbosity
@@ -79,10 +82,16 @@ void mtmd_aifs_row_pos(const mtmd_context * ctx, const mtmd_input_chunk * chunk,
     }
 }
 
+int32_t mtmd_aifs_picture(void) {
+    return aifs_reorder ? 2 : 1;
+}
+
 bool mtmd_aifs_add_rows(const mtmd_context * ctx, const llama_context * lctx, llama_batch_ext * batch, const mtmd_input_chunk * chunk,
-                        const float * embd, llama_pos pos_0, llama_seq_id seq_id, int32_t row_0, int32_t n_rows) {
-    const size_t  n_embd  = llama_model_n_embd_inp(llama_get_model(lctx));
-    const int32_t picture = mtmd_input_chunk_get_type(chunk) == MTMD_INPUT_CHUNK_TYPE_IMAGE;
+                        const float * embd, llama_pos pos_0, llama_seq_id seq_id, int32_t row_0, int32_t n_rows, int32_t picture) {
+    const size_t n_embd = llama_model_n_embd_inp(llama_get_model(lctx));
+    if (mtmd_input_chunk_get_type(chunk) != MTMD_INPUT_CHUNK_TYPE_IMAGE) {
+        picture = 0;
+    }
 
     for (int32_t row = row_0; row < row_0 + n_rows; ++row) {
         llama_pos pos[GGML_MROPE_SECTIONS];
@@ -189,7 +198,7 @@ int32_t mtmd_aifs_eval_chunks(mtmd_context * ctx, llama_context * lctx, const mt
                     llama_batch_ext_set_pos(pass.batch.get(), idx, &pos);
                 }
             } else {
-                const bool ok = mtmd_aifs_add_rows(ctx, lctx, pass.batch.get(), chunk, embd, n_past, seq_id, row, n_add);
+                const bool ok = mtmd_aifs_add_rows(ctx, lctx, pass.batch.get(), chunk, embd, n_past, seq_id, row, n_add, mtmd_aifs_picture());
                 GGML_ASSERT(ok);
                 pass.n_rows += n_add;
             }

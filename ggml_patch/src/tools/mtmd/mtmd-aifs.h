@@ -13,8 +13,9 @@ extern "C" {
 #endif
 
 // "auto" (what holds without a call): where the model allows it; "on": refuse a model that does not; "off": never
+// "reorder": as "on", and rows of pictures are computed first in each micro-batch
 // holds for the whole process; says in one log line what becomes of this model
-// returns false for "on" and a model that does not allow it, and for an unknown mode
+// returns false for "on" or "reorder" and a model that does not allow it, and for an unknown mode
 MTMD_API bool mtmd_aifs_init(const mtmd_context * ctx, const struct llama_context * lctx, const char * mode);
 
 // why prompts of this model are decoded in pieces; NULL where text and pictures go through it in one pass
@@ -24,11 +25,14 @@ MTMD_API const char * mtmd_aifs_refusal(const mtmd_context * ctx, const struct l
 // (of other models only the first counts), as mtmd_helper_decode_image_chunk() sets it
 MTMD_API void mtmd_aifs_row_pos(const mtmd_context * ctx, const mtmd_input_chunk * chunk, llama_pos pos_0, int32_t row, llama_pos * pos);
 
-// add the rows [row_0, row_0 + n_rows) of a picture to a batch; embd is the tower's output for all of its rows
+// what llama_embd.picture is for rows of pictures, as mtmd_aifs_init() was told: 2 for "reorder", else 1
+MTMD_API int32_t mtmd_aifs_picture(void);
+
+// add the rows [row_0, row_0 + n_rows) of a picture to a batch; embd is the tower's output for all of its rows, picture as in llama_embd
 // returns false if the batch is full
 MTMD_API bool mtmd_aifs_add_rows(const mtmd_context * ctx, const struct llama_context * lctx, struct llama_batch_ext * batch,
                                  const mtmd_input_chunk * chunk, const float * embd, llama_pos pos_0, llama_seq_id seq_id,
-                                 int32_t row_0, int32_t n_rows);
+                                 int32_t row_0, int32_t n_rows, int32_t picture);
 
 // mtmd_helper_eval_chunks() in ceil(n / n_batch) decode calls, for a model that mtmd_aifs_refusal() does not refuse
 // the prompt's last row has logits if logits_last is set

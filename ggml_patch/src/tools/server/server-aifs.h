@@ -53,7 +53,7 @@ static bool aifs_add_rows(server_slot & slot, server_batch & batch, int32_t n_ba
         mtmd_aifs_row_pos(slot.mctx, chunk.get(), pos_0, slot.aifs_rows, pos);
         const bool ok = batch.add_embd(slot.id, embd + (size_t) slot.aifs_rows*batch.n_embd, pos, /* output */ false, /* is_prompt */ true);
         GGML_ASSERT(ok);
-        batch.tokens.back().picture = mtmd_input_chunk_get_type(chunk.get()) == MTMD_INPUT_CHUNK_TYPE_IMAGE;
+        batch.tokens.back().picture = mtmd_input_chunk_get_type(chunk.get()) == MTMD_INPUT_CHUNK_TYPE_IMAGE ? mtmd_aifs_picture() : 0;
     }
     if (slot.aifs_rows == n_rows) {
         slot.prompt.tokens.push_back_placeholder(chunk.get());

@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""The longest gap between the tokens of clients that are being answered while others ask about pictures: --aifs on against off.
+
+    python tools/bench_gaps.py --model FILE.gguf --mmproj MMPROJ.gguf
+
+Two servers with eight slots. In each round half of the clients have a long answer streamed by one of them, the others ask it about one and
+three pictures until those are done; then the same with the other server, which goes first in every other round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import click
+import requests
+from mbq_gguf.errors import SHOWN
+from mbq_gguf.evaluate.exact_match import SHIPPED, load_questions
+from mbq_gguf.llama_cpp.server import Server
+from rich.console import Console
+from rich.progress import track
+
+MODES = ("off", "on")
+CONTEXT = 1024  # of a slot
+TEXT = "Tell me a long story about a red circle."
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one server did in one round: seconds, each client's longest gap; how many pictures' questions were answered meanwhile."""
+
+    gaps: tuple[float, ...]
+    asked: int
+
+    @property
+    def longest(self) -> float:
+        """The middle one of the clients' longest gaps."""
+        return statistics.median(self.gaps)
+
+
+def longest_gap(server: Server, tokens: int) -> float:
+    """Have an answer of so many tokens streamed; the longest time between two of them."""
+    body = {"messages": [{"role": "user", "content": TEXT}], "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "stream": True}
+    body["cache_prompt"] = False
+    with requests.Session() as session:
+        session.trust_env = False
+        headers = {"Authorization": f"Bearer {server.key}"}
+        with session.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, stream=True, timeout=600) as reply:
+            reply.raise_for_status()
+            times = [time.perf_counter() for line in reply.iter_lines() if b'"delta"' in line]
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    if len(gaps) < tokens // 2:
+        raise click.ClickException(f"only {len(times)} of {tokens} tokens came: give a model that says something")
+    return max(gaps)
+
+
+def one_round(server: Server, clients: int, tokens: int, prompts: list[tuple[list[Path], str]]) -> Round:
+    """Half of the clients listen, half ask until those are done."""
+    done, asked = threading.Event(), []
+
+    def ask(number: int) -> None:
+        while not done.is_set():
+            pictures, question = prompts[(number + len(asked)) % len(prompts)]
+            server.ask(pictures, question, 2)
+            asked.append(number)
+
+    listeners = clients // 2
+    with ThreadPoolExecutor(clients) as pool:
+        asking = [pool.submit(ask, number) for number in range(clients - listeners)]
+        try:
+            gaps = tuple(pool.map(lambda _: longest_gap(server, tokens), range(listeners)))
+        finally:
+            done.set()
+        for one in asking:
+            one.result()
+    return Round(gaps, len(asked))
+
+
+def interleaved(rounds: int, run: Callable[[str], Round]) -> list[dict[str, Round]]:
+    """What each mode did in each round; a first one warms up and is not counted."""
+    found = []
+    for number in track(range(rounds + 1), "rounds", console=Console(stderr=True), transient=True):
+        found.append({mode: run(mode) for mode in (MODES if number % 2 else MODES[::-1])})
+    return found[1:]
+
+
+def summary(rounds: list[dict[str, Round]]) -> str:
+    """The figures in words."""
+    ratios = [each["on"].longest / each["off"].longest for each in rounds]
+    lines = []
+    for mode in MODES:
+        gaps, asked = [1000 * each[mode].longest for each in rounds], statistics.median(each[mode].asked for each in rounds)
+        lines.append(
+            f"{mode}: longest gap {statistics.median(gaps):.0f} ms ({min(gaps):.0f} to {max(gaps):.0f}), {asked:.0f} questions a round"
+        )
+    lines.append(f"on / off: {statistics.median(ratios):.2f} (median of {len(rounds)} rounds, {min(ratios):.2f} to {max(ratios):.2f})")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--model", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--mmproj", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--clients", default=8, show_default=True, type=click.IntRange(min=2))
+@click.option("--tokens", default=200, show_default=True, type=click.IntRange(min=10), help="Of an answer that is streamed.")
+@click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=1))
+@click.option("--threads", type=click.IntRange(min=1))
+@click.option("--gpu-layers", type=click.IntRange(min=0), default=0, show_default=True)
+def main(model: Path, mmproj: Path, clients: int, tokens: int, rounds: int, threads: int | None, gpu_layers: int) -> None:
+    """Print both modes' gaps and their ratio."""
+    questions = load_questions(SHIPPED)[:24]
+    prompts = [([question.image], question.question) for question in questions[::2]]
+    prompts += [([one.image for one in questions[i : i + 3]], questions[i].question) for i in range(0, len(questions) - 2, 3)]
+    options = ["--no-ui", "--ctx-size", str(CONTEXT * clients), "--parallel", str(clients), "--gpu-layers", str(gpu_layers)]
+    options += ["--threads", str(threads)] if threads else []
+    with ExitStack() as stack:
+        servers = {mode: stack.enter_context(Server(model, mmproj, [*options, "--aifs", mode])) for mode in MODES}
+        click.echo(summary(interleaved(rounds, lambda mode: one_round(servers[mode], clients, tokens, prompts))))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SHOWN as error:
+        sys.exit(f"error: {error}")
