@@ -225,6 +225,25 @@ static int check_one(ggml_backend_t backend, const ggml_type type, const int64_t
     return check(backend, std::string("one ") + ggml_type_name(type) + " " + std::to_string(k) + " " + std::to_string(m) + (ranges ? " early" : " none"), b);
 }
 
+// One column by three matrices, as q, v and k, with biases or none: one kernel
+static int check_three(ggml_backend_t backend, const ggml_type type, const bool biases) {
+    builder b;
+    ggml_tensor * y = b.norm(b.floats(3584, 1));
+    const auto heads = [&](const int64_t m) {
+        ggml_tensor * t = b.product(y, m, type);
+        t = biases ? ggml_add(b.nodes, t, b.floats(m, 1)) : t;
+        ggml_set_output(t); // keeps its place, as the scheduler does (ggml_cuda_w4a8_keep)
+        t = ggml_scale(b.nodes, ggml_reshape_2d(b.nodes, t, 8, m/8), 0.5f);
+        ggml_build_forward_expand(b.graph, t);
+        return t;
+    };
+    ggml_tensor * q = heads(80);
+    ggml_tensor * v = heads(40);
+    ggml_tensor * k = heads(40);
+    b.output(ggml_add(b.nodes, q, ggml_repeat(b.nodes, ggml_mul(b.nodes, k, v), q)));
+    return check(backend, std::string("three ") + ggml_type_name(type) + (biases ? " biases" : " none"), b);
+}
+
 int main(int argc, char **) {
     const bool small = argc > 1;
     int bad = 0;
@@ -240,9 +259,10 @@ int main(int argc, char **) {
             bad += check_layers(backend, 576, 96, 1536, n, 512, "early") + check_layers(backend, 256, 64, 512, n, 0, "late");
         }
         for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0 }) {
-            for (const bool ranges : { false, true }) {
+            for (const bool ranges : { false, true }) { // of check_three: biases
                 bad += check_one(backend, type, 256, 40, ranges);
                 if (!small) { bad += check_one(backend, type, 3584, 600, ranges); }
+                bad += check_three(backend, type, ranges);
             }
         }
         if (!small) {

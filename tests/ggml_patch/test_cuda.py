@@ -222,6 +222,18 @@ def test_what_a_product_finds_is_what_its_activations_are(tmp_path: Path) -> Non
     assert products > found > made > 5000
 
 
+def test_products_of_one_column_run_before_their_turn(tmp_path: Path) -> None:
+    """3000 random graphs whose tensors lie over one another: each node gives what it gives in order, whatever CTA runs first."""
+    folder = paths.find_library("ggml-base").parent
+    program = tmp_path / "column"
+    libraries = [f"-L{folder}", "-lggml-base", "-Xlinker", f"-rpath={folder}", "-Xlinker", "--unresolved-symbols=ignore-all"]
+    nvcc("-O1", "-arch=sm_90a", str(HERE / "mbq_w4a8_column.cu"), *libraries, "-o", str(program))
+    done = subprocess.run([program, "3000"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    launches, early, added = map(int, done.stdout.split())
+    assert added > early > launches > 1000
+
+
 def backend_ops(operation: str, *prefix: str) -> subprocess.CompletedProcess[str]:
     """Ggml's comparison of the GPU with the CPU, for the MBQ types or for weights with one scale a row."""
     program = paths.find_program("test-backend-ops")
@@ -286,7 +298,7 @@ def test_products_share_what_is_quantised_and_fused(row_scale_graphs: Path) -> N
     done = subprocess.run([row_scale_graphs], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     counts = {name: tuple(map(int, words.split())) for name, words in re.findall(r"^ok (.*): ([\d ]+)$", done.stdout, re.MULTILINE)}
-    assert len(counts) == 51
+    assert len(counts) == 55
     layers = {name: found for name, found in counts.items() if name.startswith("layers") and name.split()[3] != "1"}
     early = {found for name, found in layers.items() if not name.endswith("late")}
     assert early == {(2, 2 * 6, 2 * 2, 2, 0)}, "of each layer: attention, two norms, GLU; all products but wo find theirs"
@@ -296,7 +308,8 @@ def test_products_share_what_is_quantised_and_fused(row_scale_graphs: Path) -> N
         name: found for name, found in counts.items() if name.startswith("layers") and name.split()[3] == "1" and name.split()[1] != "576"
     }
     assert len(alone) == 4
-    assert set(alone.values()) == {(0, 0, 0, 0, 2 * 6)}, "one column is quantised by the product itself, which adds and is gated too"
+    assert set(alone.values()) == {(0, 0, 0, 0, 2 * 5)}, "q with k (v has 8 bits), v, wo, gate with up, down, each with what is added"
+    assert {found for name, found in counts.items() if name.startswith("three ")} == {(0, 0, 0, 0, 1)}
     assert {found for name, found in counts.items() if name.startswith("one ")} == {(0, 0, 0, 0, 5)}
     changed = [counts[f"changed {n}"] for n in (2, 8, 9, 64, 300)]
     assert changed == [(4, 2, 0, 0, 0), *[(5, 2, 0, 0, 0)] * 4], "one column of two is quantised by the product itself"

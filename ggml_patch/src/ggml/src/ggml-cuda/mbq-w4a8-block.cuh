@@ -84,9 +84,11 @@ struct mbq_w4a8_map {};
 #endif
 
 #if defined(MBQ_USE_TMA) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= GGML_CUDA_CC_VOLTA)
-#define MBQ_W4A8_MAP const __grid_constant__ mbq_w4a8_map
+#define MBQ_W4A8_MAP  const __grid_constant__ mbq_w4a8_map
+#define MBQ_W4A8_MAPS const __grid_constant__ mbq_w4a8_maps
 #else
-#define MBQ_W4A8_MAP const mbq_w4a8_map
+#define MBQ_W4A8_MAP  const mbq_w4a8_map
+#define MBQ_W4A8_MAPS const mbq_w4a8_maps
 #endif
 
 // ggml builds with -use_fast_math, which flushes denormals and divides roughly: these do neither.

@@ -7,7 +7,8 @@
 //   K of a tile   | piece 0 | piece 1 | piece 2 | ...   warp kw of the group's KW: pieces kw, kw + KW, ...
 //
 // One column: each CTA quantises it for itself while the weights arrive. More: mbq_w4a8_quantize has made records, which come with the weights.
-// One column of two matrices, gate and up: of each tile first the gate's pieces and sums, then the other's, and silu(gate)*up is what is written.
+// One column of several matrices: their tiles one behind the other. Of gate and up: of each tile first the gate's pieces and sums, then the other's, and
+// silu(gate)*up is what is written.
 // 4096 x 14336, cold: 14.0 us with one column and 15.9 with 8; dp4a on words loaded two bytes at a time (mbq_w4a8_vec) took 19.6 and 29.9.
 
 #include "mbq-plan.cuh"
@@ -19,20 +20,30 @@ static constexpr int MBQ_W4A8_UNITS      = 4; // of 16 activations, that a threa
 
 static constexpr int MBQ_W4A8_STATIC_BYTES = MBQ_MAX_WARPS*MBQ_W4A8_MAX_STAGES*8 + 32*4; // of shared memory: barriers, and what a reduction takes
 
-enum mbq_w4a8_columns { MBQ_W4A8_SEVERAL, MBQ_W4A8_ONE, MBQ_W4A8_GATED }; // GATED: one, of two matrices
+static constexpr int MBQ_W4A8_MATRICES   = 3; // q, k and v
+
+enum mbq_w4a8_columns { MBQ_W4A8_SEVERAL, MBQ_W4A8_ONE, MBQ_W4A8_GATED }; // GATED: one, gate and up
+
+struct mbq_w4a8_mmv_matrix {
+    const char  * w;
+    float       * dst;
+    const float * bias; // ONE: added to dst, or nullptr; may be dst
+    int M, tile;        // rows; the first of its tiles
+};
 
 struct mbq_w4a8_mmv_args {
-    const char * w;
-    const char * gate;      // GATED
-    const float * bias;     // ONE: added to dst, or nullptr; may be dst
+    mbq_w4a8_mmv_matrix of[MBQ_W4A8_MATRICES]; // ONE: all, those that are not there from tile INT_MAX on; GATED: up, and the gate's w; else the first
     const float * x;        // one column
     const char * records;   // more
     const float * scale;    // of these
-    float * dst;
     int64_t dst_column;
-    int M, row_bytes, K, N; // K: a multiple of 256
+    int tiles, row_bytes, K, N; // K: a multiple of 256
     int x_aligned, stages;
     mbq_w4a8_ranges ranges; // of one column
+};
+
+struct mbq_w4a8_maps {
+    mbq_w4a8_map of[MBQ_W4A8_MATRICES];
 };
 
 // Weights of a piece and, for more than one column, the records of its activations
@@ -58,7 +69,7 @@ static __device__ __forceinline__ int4 mbq_load_shared_16(const uint32_t address
 #endif // MBQ_TMA_AVAILABLE
 
 template <int bits, mbq_w4a8_columns columns>
-static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv_args args, MBQ_W4A8_MAP map, MBQ_W4A8_MAP gate_map) {
+static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv_args args, MBQ_W4A8_MAPS maps) {
 #ifdef MBQ_TMA_AVAILABLE
     using L = mbq_w4a8_layout<bits>;
     constexpr bool one = columns != MBQ_W4A8_SEVERAL, gated = columns == MBQ_W4A8_GATED;
@@ -70,7 +81,7 @@ static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv
     const int group = threadIdx.y, warp = group*KW + kw, warps = blockDim.y*KW;
     const int g = lane / 4, t = lane % 4;
     const int pieces      = args.K/256;
-    const int tiles       = (args.M + 15)/16;
+    const int tiles       = args.tiles;
     const int tile_step   = gridDim.x*blockDim.y;
     const int stage_bytes = mbq_w4a8_stage_bytes<bits>(args.N);
     const uint32_t ring   = __cvta_generic_to_shared(mbq_shared) + warp*args.stages*stage_bytes;
@@ -78,6 +89,10 @@ static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv
     char * behind = mbq_shared + warps*args.stages*stage_bytes;
     int4 * sums   = (int4 *) behind + group*KW*2*32; // two tiles', 16 bytes a lane
     int4 * column = (int4 *) behind + warps*2*32;    // quantised, one column
+
+    const auto matrix_of = [&](const int tile) {
+        return columns == MBQ_W4A8_ONE ? (tile >= args.of[1].tile) + (tile >= args.of[2].tile) : 0;
+    };
 
     // What the warp copies next
     int tile_next  = kw < pieces ? blockIdx.x + group*gridDim.x : tiles;
@@ -88,7 +103,9 @@ static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv
             const uint32_t to = ring + stage*stage_bytes;
             if (rows) {
                 mbq_barrier_expect(ready + 8*stage, stage_bytes, true);
-                mbq_box_copy(to, up_next ? map : gate_map, piece_next*(L::group_bytes/4), tile_next*16, ready + 8*stage);
+                const int from = up_next ? matrix_of(tile_next) : 1;
+                const int row  = (tile_next - (columns == MBQ_W4A8_ONE ? args.of[from].tile : 0))*16;
+                mbq_box_copy(to, maps.of[from], piece_next*(L::group_bytes/4), row, ready + 8*stage);
             }
             if (!one && records) {
                 mbq_bulk_copy(to + 16*L::group_bytes, args.records + (int64_t) piece_next*256*args.N, 256*args.N, ready + 8*stage);
@@ -154,14 +171,14 @@ static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv
 #pragma unroll 1
         for (int up = gated ? 0 : 1; up < 2; ++up) {
             // One column: these threads end a row each. What they need for it is on its way while the pieces are multiplied.
-            const char * w = gated && up == 0 ? args.gate : args.w;
-            const int  row_one = tile*16 + threadIdx.x;
-            const bool ends = one && threadIdx.x < 16 && row_one < args.M;
+            const mbq_w4a8_mmv_matrix & m = args.of[gated && up == 0 ? 1 : matrix_of(tile)];
+            const int  row_one = (columns == MBQ_W4A8_ONE ? tile - m.tile : tile)*16 + threadIdx.x;
+            const bool ends = one && threadIdx.x < 16 && row_one < m.M;
             half  d_one = 0.0f;
             float bias  = 0.0f;
             if (ends) {
-                d_one = *(const half *) (w + (int64_t) row_one*args.row_bytes);
-                bias  = columns == MBQ_W4A8_ONE && args.bias ? args.bias[row_one] : 0.0f;
+                d_one = *(const half *) (m.w + (int64_t) row_one*args.row_bytes);
+                bias  = columns == MBQ_W4A8_ONE && m.bias ? m.bias[row_one] : 0.0f;
             }
             int sum[2][4] = {};
             for (int piece = kw; piece < pieces; piece += KW) {
@@ -212,29 +229,29 @@ static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv
                 if (up == 0) {
                     gate = y;
                 } else if (gated) {
-                    args.dst[row_one] = ggml_cuda_op_silu_single(gate) * y; // as unary_gated_op_kernel
+                    m.dst[row_one] = ggml_cuda_op_silu_single(gate) * y; // as unary_gated_op_kernel
                 } else {
-                    args.dst[row_one] = args.bias ? y + bias : y;
+                    m.dst[row_one] = m.bias ? y + bias : y;
                 }
             }
             for (int i = threadIdx.x; !one && i < 128; i += KW*32) {
                 const int of  = i/4;                    // lane that had it
                 const int row = tile*16 + of/4 + i/2%2*8;
                 const int col = of%4*2 + i%2;
-                if (row < args.M && col < args.N) {
+                if (row < m.M && col < args.N) {
                     int v = 0;
                     for (int k = 0; k < KW; ++k) {
                         v += ((const int *) all)[k*128 + i];
                     }
-                    const float d = __half2float(*(const half *) (args.w + (int64_t) row*args.row_bytes));
-                    args.dst[col*args.dst_column + row] = mbq_w4a8_scale(v >> L::shift, d, args.scale[col]);
+                    const float d = __half2float(*(const half *) (m.w + (int64_t) row*args.row_bytes));
+                    m.dst[col*args.dst_column + row] = mbq_w4a8_scale(v >> L::shift, d, args.scale[col]);
                 }
             }
             parity ^= 1;
         }
     }
 #else
-    GGML_UNUSED_VARS(args, map, gate_map);
+    GGML_UNUSED_VARS(args, maps);
     NO_DEVICE_CODE;
 #endif // MBQ_TMA_AVAILABLE
 }

@@ -21,6 +21,7 @@
 
 #include <memory>
 #include <optional>
+#include <vector>
 
 static constexpr int MBQ_W4A8_AHEAD       = 64; // nodes that are looked at: the readers of a layer stand closer
 static constexpr int MBQ_W4A8_FEW_COLUMNS = 8;  // more: mbq_w4a8_gemm, or so many at a time where the card has no wgmma
@@ -77,10 +78,15 @@ struct ggml_cuda_w4a8_inputs {
     int  last   = 0;             // node that reads them last
     bool floats = true;          // whether they are there as floats too
 
+    std::vector<int> early; // nodes, each with the one behind it, that have run before their turn (mbq-w4a8-one.cuh)
+
     // Before node i of a graph
     void step(const ggml_backend_cuda_context & ctx, const ggml_cgraph * now, const int i) {
         if (memory && (now != graph || i <= node || i > last)) {
             memory.reset(); // a reader that took another way: none does, but nothing held may outlive its graph
+        }
+        if (now != graph || i <= node) {
+            early.clear();
         }
         graph = ctx.concurrent_stream_context.concurrent_events.empty() && ctx.curr_stream_no == 0 ? now : nullptr;
         node  = i;

@@ -17,8 +17,6 @@ struct mbq_w4a8_matrix {
     float * dst;
     int64_t M, N, K, row_bytes, x_column, dst_column;
     mbq_w4a8_ranges ranges;
-    const char * gate;  // of one column: weights of the same shape, w being those of up; dst = silu(gate's product) * w's
-    const float * bias; // of one column: added to dst
 
     int64_t padded() const { return (K + 255)/256*256; }
     bool    dense()  const { return ((uintptr_t) w | row_bytes) % 16 == 0; } // then K is a multiple of 256
@@ -34,24 +32,7 @@ static mbq_w4a8_matrix mbq_w4a8_matrix_of(const ggml_tensor * dst, const int64_t
         (const char *) src0->data + i2/(ne12/ne02)*nb02 + i3/(ne13/ne03)*nb03,
         (const float *) ((const char *) src1->data + i2*nb12 + i3*nb13),
         (float *) ((char *) dst->data + i2*nb2 + i3*nb3),
-        ne01, ne11, ne00, (int64_t) nb01, (int64_t) (nb11/sizeof(float)), (int64_t) (nb1/sizeof(float)), mbq_w4a8_ranges_of(dst->src[2]), nullptr, nullptr };
-}
-
-static constexpr int W4A8_LONGEST = 2*1024*16; // activations of a column that a CTA of mbq_w4a8_quantize holds
-
-// Whether dst is a product for the kernels here
-static bool mbq_w4a8_takes(const ggml_tensor * dst) {
-    if (!ggml_is_row_scale_mul_mat(dst) || dst->type != GGML_TYPE_F32) {
-        return false;
-    }
-    return dst->src[0]->ne[0] <= W4A8_LONGEST && dst->src[0]->ne[1] <= INT_MAX/2 && dst->src[1]->ne[1] <= INT_MAX/2;
-}
-
-// Whether it is, of one matrix, and comes here (see ggml_cuda_mul_mat)
-static bool mbq_w4a8_takes_whole(const ggml_tensor * dst) {
-    const ggml_tensor * src0 = dst->src[0];
-    return mbq_w4a8_takes(dst) && dst->ne[2]*dst->ne[3] == 1 &&
-        !(src0->view_src && src0->buffer && ggml_backend_buffer_get_usage(src0->buffer) == GGML_BACKEND_BUFFER_USAGE_COMPUTE);
+        ne01, ne11, ne00, (int64_t) nb01, (int64_t) (nb11/sizeof(float)), (int64_t) (nb1/sizeof(float)), mbq_w4a8_ranges_of(dst->src[2]) };
 }
 
 static std::atomic<int64_t> mbq_w4a8_counts[GGML_CUDA_W4A8_COUNTS];
@@ -73,11 +54,11 @@ static void mbq_w4a8_quantise(ggml_backend_cuda_context & ctx, const mbq_w4a8_ma
 }
 
 #ifdef MBQ_USE_TMA
-// Weights as [parity of the row][half of the rows][words]: a box has the even rows and behind them the odd ones. halves = 1: as [row][words]
+// M rows of weights as m's, as [parity of the row][half of the rows][words]: a box has the even rows and behind them the odd ones. halves = 1: as [row][words]
 template <int bits>
-static mbq_w4a8_map mbq_w4a8_make_map(const mbq_w4a8_matrix & m, const char * w, const int halves, const int rows) {
+static mbq_w4a8_map mbq_w4a8_make_map(const mbq_w4a8_matrix & m, const char * w, const int64_t M, const int halves, const int rows) {
     mbq_w4a8_map map;
-    const cuuint64_t size[3]   = { (cuuint64_t) m.row_bytes/4, (cuuint64_t) m.M/halves, (cuuint64_t) halves };
+    const cuuint64_t size[3]   = { (cuuint64_t) m.row_bytes/4, (cuuint64_t) M/halves, (cuuint64_t) halves };
     const cuuint64_t stride[2] = { (cuuint64_t) m.row_bytes*halves, (cuuint64_t) m.row_bytes };
     const cuuint32_t box[3]    = { mbq_w4a8_layout<bits>::group_bytes/4, (cuuint32_t) rows, (cuuint32_t) halves };
     const cuuint32_t step[3]   = { 1, 1, 1 };
@@ -150,7 +131,7 @@ static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix
     mbq_w4a8_map map = {};
 #ifdef MBQ_USE_TMA
     if (dense) {
-        map = mbq_w4a8_make_map<bits>(m, m.w, 2, MBQ_GEMM_TILE_M/2);
+        map = mbq_w4a8_make_map<bits>(m, m.w, m.M, 2, MBQ_GEMM_TILE_M/2);
     }
 #endif
     const auto launch = plan.shape == 0 ? &mbq_w4a8_launch_gemm<bits, 0> : plan.shape == 1 ? &mbq_w4a8_launch_gemm<bits, 1> :
@@ -171,46 +152,51 @@ static void mbq_w4a8_launch_vec(ggml_backend_cuda_context & ctx, const mbq_w4a8_
     ggml_cuda_kernel_launch(mbq_w4a8_vec<bits, N>, params, args);
 }
 
+// Matrices of the same row bytes by the columns of the first, n of them; see mbq_w4a8_mmv_args
 template <int bits, mbq_w4a8_columns columns>
-static void mbq_w4a8_launch_mmv(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_mmv_plan & plan, const mbq_w4a8_int8 & x) {
+static void mbq_w4a8_launch_mmv(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_mmv_matrix * matrices, const int n,
+        const mbq_w4a8_mmv_plan & plan, const mbq_w4a8_int8 & x) {
 #ifdef MBQ_USE_TMA
-    const mbq_w4a8_mmv_args args = { m.w, m.gate, m.bias, m.x, (const char *) x.q, x.scale, m.dst, m.dst_column, (int) m.M, (int) m.row_bytes, (int) m.K,
-        (int) m.N, m.aligned(), plan.stages, m.ranges };
+    mbq_w4a8_mmv_args args = { {}, m.x, (const char *) x.q, x.scale, m.dst_column, 0, (int) m.row_bytes, (int) m.K, (int) m.N, m.aligned(), plan.stages, m.ranges };
+    mbq_w4a8_maps maps = {};
+    for (int i = 0; i < MBQ_W4A8_MATRICES; ++i) {
+        args.of[i] = matrices[std::min(i, n - 1)];
+        maps.of[i] = i < n ? mbq_w4a8_make_map<bits>(m, args.of[i].w, args.of[i].M, 1, 16) : maps.of[0];
+        args.of[i].tile = i < n ? args.tiles : INT_MAX;
+        args.tiles += i < (columns == MBQ_W4A8_ONE ? n : 1) ? (args.of[i].M + 15)/16 : 0;
+    }
     const size_t smem = plan.kw*plan.groups*(1024 + plan.stages*mbq_w4a8_stage_bytes<bits>(m.N)) + (m.N == 1 ? m.K : 0);
     const size_t room = ggml_cuda_info().devices[ctx.device].smpbo - MBQ_W4A8_STATIC_BYTES;
     const ggml_cuda_kernel_launch_params params(dim3(plan.ctas), dim3(32*plan.kw, plan.groups), smem, ctx.stream());
-    const mbq_w4a8_map map  = mbq_w4a8_make_map<bits>(m, m.w, 1, 16);
-    const mbq_w4a8_map gate = columns == MBQ_W4A8_GATED ? mbq_w4a8_make_map<bits>(m, m.gate, 1, 16) : map;
     CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_mmv<bits, columns>), room);
-    ggml_cuda_kernel_launch(mbq_w4a8_mmv<bits, columns>, params, args, map, gate);
+    ggml_cuda_kernel_launch(mbq_w4a8_mmv<bits, columns>, params, args, maps);
 #else
-    GGML_UNUSED_VARS(ctx, m, plan, x);
+    GGML_UNUSED_VARS(ctx, m, matrices, n, plan, x);
 #endif
 }
 
-// kw = 0: mbq_w4a8_mmv is not for this product
+// M: rows of whole tiles of all matrices; kw = 0: mbq_w4a8_mmv is not for this product
 template <int bits>
-static mbq_w4a8_mmv_plan mbq_w4a8_plan_few(const ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m) {
+static mbq_w4a8_mmv_plan mbq_w4a8_plan_few(const ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const int64_t M) {
 #ifdef MBQ_USE_TMA
     const auto & device = ggml_cuda_info().devices[ctx.device];
     if (m.dense() && ggml_cuda_highest_compiled_arch(device.cc) >= GGML_CUDA_CC_HOPPER) {
-        return mbq_w4a8_plan_mmv(m.M, m.K/256, m.N == 1 ? m.K/16 : 0, MBQ_W4A8_UNITS, mbq_w4a8_stage_bytes<bits>(m.N), device.nsm, device.smpbo - MBQ_W4A8_STATIC_BYTES);
+        return mbq_w4a8_plan_mmv(M, m.K/256, m.N == 1 ? m.K/16 : 0, MBQ_W4A8_UNITS, mbq_w4a8_stage_bytes<bits>(m.N), device.nsm, device.smpbo - MBQ_W4A8_STATIC_BYTES);
     }
 #endif
-    GGML_UNUSED_VARS(ctx, m);
+    GGML_UNUSED_VARS(ctx, m, M);
     return {};
 }
 
 template <int bits>
 static void mbq_w4a8_few(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_int8 & x) {
-    const mbq_w4a8_mmv_plan plan = mbq_w4a8_plan_few<bits>(ctx, m);
+    const mbq_w4a8_mmv_plan plan = mbq_w4a8_plan_few<bits>(ctx, m, m.M);
     if (plan.kw > 0) {
-        const auto launch = m.N > 1 ? &mbq_w4a8_launch_mmv<bits, MBQ_W4A8_SEVERAL> : m.gate ? &mbq_w4a8_launch_mmv<bits, MBQ_W4A8_GATED> :
-            &mbq_w4a8_launch_mmv<bits, MBQ_W4A8_ONE>;
-        launch(ctx, m, plan, x);
+        const mbq_w4a8_mmv_matrix matrix = { m.w, m.dst, nullptr, (int) m.M, 0 };
+        const auto launch = m.N > 1 ? &mbq_w4a8_launch_mmv<bits, MBQ_W4A8_SEVERAL> : &mbq_w4a8_launch_mmv<bits, MBQ_W4A8_ONE>;
+        launch(ctx, m, &matrix, 1, plan, x);
         return;
     }
-    GGML_ASSERT(!m.gate && !m.bias);
     const mbq_w4a8_vec_args args = { m.w, (const int2 *) x.q, x.scale, m.dst, m.dst_column, (int) m.M, (int) m.row_bytes, (int) (m.K/32) };
     mbq_w4a8_launch_vec<bits, MBQ_W4A8_FEW_COLUMNS>(ctx, args, m.N);
 }
@@ -220,7 +206,7 @@ static mbq_w4a8_order mbq_w4a8_order_in(const ggml_backend_cuda_context & ctx, c
     if (m.N > MBQ_W4A8_FEW_COLUMNS) {
         return mbq_w4a8_gemm_available<bits>(ctx.device) ? MBQ_W4A8_TILES : MBQ_W4A8_FLOATS;
     }
-    return m.N == 1 && mbq_w4a8_plan_few<bits>(ctx, m).kw > 0 ? MBQ_W4A8_FLOATS : MBQ_W4A8_RECORDS;
+    return m.N == 1 && mbq_w4a8_plan_few<bits>(ctx, m, m.M).kw > 0 ? MBQ_W4A8_FLOATS : MBQ_W4A8_RECORDS;
 }
 
 static int mbq_w4a8_n_flags(const ggml_backend_cuda_context & ctx, const mbq_w4a8_order order) {

@@ -1,46 +1,45 @@
 #pragma once
 
-// One column's product with what reads it, in one kernel (mbq_w4a8_mmv):
+// One column's products with what reads them, and with others of the same column, in one kernel (mbq_w4a8_mmv):
 //
-//   MUL_MAT, ADD             a bias, or the residual stream
+//   MUL_MAT, ADD             a bias, or the residual stream; or nothing. Up to three: q, k and v, the later ones before their turn
 //   MUL_MAT, MUL_MAT, GLU    gate and up, in either order, and SwiGLU
 //
-// The same bits as the nodes apart: the product is exact, and the expressions behind it are upstream's (binbcast.cu, unary.cu) with the same options.
+// The same bits as the nodes apart: products are exact, and the expressions behind them are upstream's (binbcast.cu, unary.cu) with the same options.
 
+#include "mbq-w4a8-column.cuh"
 #include "mbq-w4a8-launch.cuh"
 
-// Whether mbq_w4a8_mmv makes a node, from floats
-static bool mbq_w4a8_one_column(const ggml_backend_cuda_context & ctx, const ggml_tensor * node) {
-    return node->op == GGML_OP_MUL_MAT && node->ne[1] == 1 && mbq_w4a8_takes_whole(node) && mbq_w4a8_order_of(ctx, node) == MBQ_W4A8_FLOATS;
+static mbq_w4a8_mmv_matrix mbq_w4a8_matrix_of(const mbq_w4a8_sum & s) {
+    return { (const char *) s.product->src[0]->data, (float *) s.out->data, s.bias ? (const float *) s.bias->data : nullptr, (int) s.product->ne[0], 0 };
 }
 
-// Every CTA reads the column and its range while others write: neither may lie where the result does.
-static bool mbq_w4a8_reads_apart(const ggml_tensor * product, const ggml_tensor * out) {
-    return out->type == GGML_TYPE_F32 && ggml_is_contiguous(out) && !mbq_w4a8_overlap(product->src[1], out) &&
-        !(product->src[2] && mbq_w4a8_overlap(product->src[2], out));
+// n matrices by the column of a product
+template <int bits, mbq_w4a8_columns columns>
+static void mbq_w4a8_run_one(ggml_backend_cuda_context & ctx, const ggml_tensor * product, const mbq_w4a8_mmv_matrix * matrices, const int n) {
+    const mbq_w4a8_matrix m = mbq_w4a8_matrix_of(product, 0, 0);
+    int64_t rows = 0;
+    for (int i = 0; i < (columns == MBQ_W4A8_ONE ? n : 1); ++i) {
+        rows += GGML_PAD(matrices[i].M, 16);
+    }
+    const mbq_w4a8_mmv_plan plan = mbq_w4a8_plan_few<bits>(ctx, m, rows);
+    GGML_ASSERT(plan.kw > 0);
+    mbq_w4a8_launch_mmv<bits, columns>(ctx, m, matrices, n, plan, {});
 }
 
-static void mbq_w4a8_run_one(ggml_backend_cuda_context & ctx, const ggml_tensor * product, ggml_tensor * out, const ggml_tensor * gate, const ggml_tensor * bias) {
-    mbq_w4a8_matrix m = mbq_w4a8_matrix_of(product, 0, 0);
-    m.dst  = (float *) out->data;
-    m.gate = gate ? (const char *) gate->data : nullptr;
-    m.bias = bias ? (const float *) bias->data : nullptr;
-    const auto few = product->src[0]->type == GGML_TYPE_Q4_0 ? &mbq_w4a8_few<4> : &mbq_w4a8_few<8>;
-    few(ctx, m, {});
-}
-
-static bool mbq_w4a8_fuse_bias(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
-    if (!ggml_can_fuse(graph, i, { GGML_OP_MUL_MAT, GGML_OP_ADD })) {
+static bool mbq_w4a8_fuse_sums(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
+    std::vector<int> & early = mbq_w4a8_inputs(ctx).early;
+    const std::vector<mbq_w4a8_sum> sums = mbq_w4a8_sums_from(ctx, graph, i, MBQ_W4A8_MATRICES, early);
+    if (sums.empty() || (sums.size() == 1 && !sums[0].bias)) {
         return false;
     }
-    const ggml_tensor * product = graph->nodes[i];
-    ggml_tensor * add = graph->nodes[i + 1];
-    const ggml_tensor * bias = add->src[add->src[0] == product];
-    if (bias == product || bias->type != GGML_TYPE_F32 || !ggml_is_contiguous(bias) || !ggml_are_same_shape(bias, product) ||
-            !mbq_w4a8_reads_apart(product, add) || (bias->data != add->data && mbq_w4a8_overlap(bias, add))) {
-        return false;
+    mbq_w4a8_mmv_matrix matrices[MBQ_W4A8_MATRICES];
+    for (size_t k = 0; k < sums.size(); ++k) {
+        matrices[k] = mbq_w4a8_matrix_of(sums[k]);
+        early.push_back(sums[k].node);
     }
-    mbq_w4a8_run_one(ctx, product, add, nullptr, bias);
+    const auto run = sums[0].product->src[0]->type == GGML_TYPE_Q4_0 ? &mbq_w4a8_run_one<4, MBQ_W4A8_ONE> : &mbq_w4a8_run_one<8, MBQ_W4A8_ONE>;
+    run(ctx, sums[0].product, matrices, sums.size());
     return true;
 }
 
@@ -54,14 +53,13 @@ static bool mbq_w4a8_fuse_gate(ggml_backend_cuda_context & ctx, const ggml_cgrap
     if (ggml_get_glu_op(n[2]) != GGML_GLU_OP_SWIGLU || ggml_get_op_params_i32(n[2], 1) != 0 || !((gate == n[0] && up == n[1]) || (gate == n[1] && up == n[0]))) {
         return false;
     }
-    const ggml_tensor * w_gate = gate->src[0];
-    const ggml_tensor * w_up   = up->src[0];
-    const bool alike = w_gate->type == w_up->type && ggml_are_same_shape(w_gate, w_up) && ggml_are_same_stride(w_gate, w_up) &&
-        mbq_w4a8_same(gate->src[1], up->src[1]) && mbq_w4a8_same(gate->src[2], up->src[2]);
-    if (!alike || !mbq_w4a8_one_column(ctx, gate) || !mbq_w4a8_one_column(ctx, up) || !mbq_w4a8_reads_apart(up, n[2])) {
+    if (!mbq_w4a8_one_column(ctx, gate) || !mbq_w4a8_one_column(ctx, up) || !ggml_are_same_shape(gate, up) || !mbq_w4a8_same_column(gate, up) ||
+            !mbq_w4a8_reads_apart(up, n[2])) {
         return false;
     }
-    mbq_w4a8_run_one(ctx, up, n[2], w_gate, nullptr);
+    const mbq_w4a8_mmv_matrix matrices[] = { mbq_w4a8_matrix_of({ i, up, nullptr, n[2] }), mbq_w4a8_matrix_of({ i, gate, nullptr, n[2] }) };
+    const auto run = up->src[0]->type == GGML_TYPE_Q4_0 ? &mbq_w4a8_run_one<4, MBQ_W4A8_GATED> : &mbq_w4a8_run_one<8, MBQ_W4A8_GATED>;
+    run(ctx, up, matrices, 2);
     return true;
 }
 
@@ -70,5 +68,5 @@ static int mbq_w4a8_fuse_one(ggml_backend_cuda_context & ctx, const ggml_cgraph 
     if (!mbq_w4a8_one_column(ctx, graph->nodes[i])) {
         return 0;
     }
-    return mbq_w4a8_fuse_bias(ctx, graph, i) ? 1 : mbq_w4a8_fuse_gate(ctx, graph, i) ? 2 : 0;
+    return mbq_w4a8_fuse_gate(ctx, graph, i) ? 2 : mbq_w4a8_fuse_sums(ctx, graph, i) ? 1 : 0;
 }

@@ -7,6 +7,14 @@ int64_t ggml_cuda_w4a8_count(const ggml_cuda_w4a8_counted what) {
     return mbq_w4a8_counts[what];
 }
 
+void ggml_cuda_w4a8_keep(const ggml_cgraph * graph, const std::function<void(size_t, size_t)> & keep) {
+    for (int i = 0; i < graph->n_nodes; ++i) {
+        if (const int last = mbq_w4a8_early_until(graph, i); last > i) {
+            keep(i, last);
+        }
+    }
+}
+
 template <int bits>
 static void mbq_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m) {
     const mbq_w4a8_order order = mbq_w4a8_order_in<bits>(ctx, m);
@@ -80,6 +88,9 @@ bool ggml_cuda_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor *
 int ggml_cuda_w4a8_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
     ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(ctx);
     inputs.step(ctx, graph, i);
+    if (mbq_w4a8_is_in(inputs.early, i)) {
+        return 1;
+    }
     if (!inputs.graph || inputs.memory) {
         return 0;
     }

@@ -3,6 +3,8 @@
 #include "common.cuh"
 #include "ggml-row-scale.h"
 
+#include <functional>
+
 // Products of Q4_0 and Q8_0 weights with one scale a row, as ggml-row-scale.h says them: int8 activations with one scale a column, integer sums over
 // all of K, the same bits as on the CPU. On Hopper more than 8 columns take wgmma; other cards take 8 columns at a time with dp4a.
 
@@ -13,6 +15,10 @@ bool ggml_cuda_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor *
 // fused with their quantising (mbq-w4a8-fuse.cuh) or, of one column, with products (mbq-w4a8-one.cuh). Without it (GGML_CUDA_DISABLE_FUSION) each product quantises its own. The number of nodes behind i
 // that have run with it, as ggml_cuda_try_fuse.
 int ggml_cuda_w4a8_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
+
+// Before a graph is given memory: keep(i, last) where what is made and read from node i on must stay in its place until node `last`, so that one kernel can make
+// the products from i to last that read the same activations (mbq-w4a8-column.cuh).
+void ggml_cuda_w4a8_keep(const ggml_cgraph * graph, const std::function<void(size_t, size_t)> & keep);
 
 // Launches until now, of all devices, for tests. A CUDA graph that runs again is not counted.
 enum ggml_cuda_w4a8_counted {

@@ -1,0 +1,133 @@
+#pragma once
+
+// Which products of one column one kernel can make, together with what is added to them (mbq-w4a8-one.cuh):
+//
+//   graph     norm   q    bias   rope   v    bias   k    bias   rope ...
+//   kernels          q + bias, v + bias, k + bias
+//                                rope                           rope
+//
+// v and k are made before their turn. Tensors share memory, so that has to be seen from their addresses; the scheduler is asked to place them so that it works
+// (mbq_w4a8_early_until).
+
+#include "mbq-w4a8-inputs.cuh"
+
+#include <climits>
+
+static constexpr int W4A8_LONGEST = 2*1024*16; // activations of a column that a CTA of mbq_w4a8_quantize holds
+
+// Whether dst is a product for the kernels here
+static bool mbq_w4a8_takes(const ggml_tensor * dst) {
+    if (!ggml_is_row_scale_mul_mat(dst) || dst->type != GGML_TYPE_F32) {
+        return false;
+    }
+    return dst->src[0]->ne[0] <= W4A8_LONGEST && dst->src[0]->ne[1] <= INT_MAX/2 && dst->src[1]->ne[1] <= INT_MAX/2;
+}
+
+// Whether it is, of one matrix, and comes here (see ggml_cuda_mul_mat)
+static bool mbq_w4a8_takes_whole(const ggml_tensor * dst) {
+    const ggml_tensor * src0 = dst->src[0];
+    return mbq_w4a8_takes(dst) && dst->ne[2]*dst->ne[3] == 1 &&
+        !(src0->view_src && src0->buffer && ggml_backend_buffer_get_usage(src0->buffer) == GGML_BACKEND_BUFFER_USAGE_COMPUTE);
+}
+
+// Whether mbq_w4a8_mmv makes a node, from floats
+static bool mbq_w4a8_one_column(const ggml_backend_cuda_context & ctx, const ggml_tensor * node) {
+    return node->op == GGML_OP_MUL_MAT && node->ne[1] == 1 && mbq_w4a8_takes_whole(node) && mbq_w4a8_order_of(ctx, node) == MBQ_W4A8_FLOATS;
+}
+
+// Every CTA reads the column and its range while others write: neither may lie where the result does.
+static bool mbq_w4a8_reads_apart(const ggml_tensor * product, const ggml_tensor * out) {
+    return out->type == GGML_TYPE_F32 && ggml_is_contiguous(out) && !mbq_w4a8_overlap(product->src[1], out) &&
+        !(product->src[2] && mbq_w4a8_overlap(product->src[2], out));
+}
+
+static bool mbq_w4a8_same_column(const ggml_tensor * a, const ggml_tensor * b) { // of products, and of weights the same rows
+    return a->src[0]->type == b->src[0]->type && a->src[0]->nb[1] == b->src[0]->nb[1] && mbq_w4a8_same(a->src[1], b->src[1]) && mbq_w4a8_same(a->src[2], b->src[2]);
+}
+
+struct mbq_w4a8_sum { // out = product + bias, or product
+    int node; // of the product
+    const ggml_tensor * product;
+    const ggml_tensor * bias;
+    ggml_tensor * out;
+};
+
+// The product at node i with what is added to it. Two nodes: without a sum the second is one that does nothing.
+static bool mbq_w4a8_sum_at(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, mbq_w4a8_sum & s) {
+    if (!mbq_w4a8_one_column(ctx, graph->nodes[i]) || i + 1 == graph->n_nodes) {
+        return false;
+    }
+    s = { i, graph->nodes[i], nullptr, graph->nodes[i] };
+    if (ggml_can_fuse(graph, i, { GGML_OP_MUL_MAT, GGML_OP_ADD })) {
+        s.out  = graph->nodes[i + 1];
+        s.bias = s.out->src[s.out->src[0] == s.product];
+        return s.bias != s.product && s.bias->type == GGML_TYPE_F32 && ggml_is_contiguous(s.bias) && ggml_are_same_shape(s.bias, s.product) &&
+            mbq_w4a8_reads_apart(s.product, s.out) && (s.bias->data == s.out->data || !mbq_w4a8_overlap(s.bias, s.out));
+    }
+    return ggml_op_is_empty(graph->nodes[i + 1]->op) && mbq_w4a8_reads_apart(s.product, s.out);
+}
+
+// Whether a sum may be made at node i, before its turn: until then nobody reads or writes where it goes, nor writes its bias
+static bool mbq_w4a8_may_be_early(const ggml_cgraph * graph, const int i, const mbq_w4a8_sum & s) {
+    for (int k = i; k < s.node; ++k) {
+        const ggml_tensor * node = graph->nodes[k];
+        if (!mbq_w4a8_runs(node)) {
+            continue;
+        }
+        if (mbq_w4a8_overlap(node, s.out) || (s.bias && mbq_w4a8_overlap(node, s.bias))) {
+            return false;
+        }
+        for (const ggml_tensor * src : node->src) {
+            if (src && mbq_w4a8_overlap(src, s.out)) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+static bool mbq_w4a8_is_in(const std::vector<int> & nodes, const int i) {
+    return std::find(nodes.begin(), nodes.end(), i) != nodes.end();
+}
+
+// The sum at node i and later ones of the same column, `most` at most, which are not made yet; none where i is no such sum
+static std::vector<mbq_w4a8_sum> mbq_w4a8_sums_from(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const size_t most,
+        const std::vector<int> & made) {
+    std::vector<mbq_w4a8_sum> sums;
+    mbq_w4a8_sum s;
+    if (!mbq_w4a8_sum_at(ctx, graph, i, s)) {
+        return sums;
+    }
+    sums.push_back(s);
+    const ggml_tensor * first = s.product;
+    for (int j = i + 1; sums.size() < most && j < std::min(graph->n_nodes, i + 1 + MBQ_W4A8_AHEAD); ++j) {
+        const ggml_tensor * node = graph->nodes[j];
+        if (!mbq_w4a8_runs(node)) {
+            continue;
+        }
+        if (node->op == GGML_OP_MUL_MAT && !mbq_w4a8_is_in(made, j) && mbq_w4a8_same_column(first, node) && mbq_w4a8_sum_at(ctx, graph, j, s) &&
+                mbq_w4a8_may_be_early(graph, i, s)) {
+            sums.push_back(s);
+        }
+        if (mbq_w4a8_overlap(node, first->src[1]) || (first->src[2] && mbq_w4a8_overlap(node, first->src[2]))) {
+            break;
+        }
+    }
+    return sums;
+}
+
+// Before a graph has memory, the same whatever its number of columns: the last node of the sums that could be made with the one at node i; i: there are none.
+static int mbq_w4a8_early_until(const ggml_cgraph * graph, const int i) {
+    const auto is_sum = [&](const int j) {
+        const ggml_tensor * node = graph->nodes[j];
+        return ggml_is_row_scale_mul_mat(node) && j + 1 < graph->n_nodes && (graph->nodes[j + 1]->op == GGML_OP_ADD || ggml_op_is_empty(graph->nodes[j + 1]->op));
+    };
+    int last = i;
+    for (int j = i + 1; is_sum(i) && j < std::min(graph->n_nodes, i + 1 + MBQ_W4A8_AHEAD); ++j) {
+        const ggml_tensor * node = graph->nodes[j];
+        if (is_sum(j) && node->src[1] == graph->nodes[i]->src[1] && node->src[0]->type == graph->nodes[i]->src[0]->type) {
+            last = graph->nodes[j + 1]->op == GGML_OP_ADD ? j + 1 : j;
+        }
+    }
+    return last;
+}
