@@ -2,6 +2,7 @@
 
 #include "clip-impl.h"
 #include "clip-mbq-checks.h"
+#include "clip-mbq-row-scale.h"
 #include "clip-model.h"
 #include "gguf.h"
 
@@ -51,4 +52,5 @@ template <typename T>
 static void clip_mbq_load_hparams(const T & loader, projector_type type, clip_hparams & hparams) {
     clip_mbq_image_limits(loader, hparams);
     clip_mbq_check(loader, type, hparams);
+    clip_mbq_set_row_scale(loader.ctx_gguf.get(), loader.ctx_meta.get());
 }
