@@ -21,7 +21,7 @@ GPTQ = {"samples": 2, "synthetic": 0}
     [
         {"type": "BF16"},
         {**NEAREST, "type": "MBQ3S", "mmproj_type": "Q8_0"},
-        {**NEAREST, "type": "W4A8", "embedding_type": "F16"},
+        {**NEAREST, "type": "W4A8", "embedding_type": "F16", "mmproj_type": "W4A8"},
         {**NEAREST, "type": "Q4_0", "rotate": "full"},
         {**GPTQ, "method": "awq", "target_bpw": 4.5},
     ],

@@ -146,8 +146,8 @@ def write_random_gguf(
     finish(writer)
 
 
-def write_random_tower(path: Path, width: int) -> None:
-    """Write Qwen2-VL's vision tower in F16 for a language model of this width."""
+def write_random_tower(path: Path, width: int, kind: str = "F16") -> None:
+    """Write Qwen2-VL's vision tower for a language model of this width; ``kind`` is the type of its matrices, the patches' stay F16."""
     gguf = import_gguf()
     blocks, size = TOWER
     writer = gguf.GGUFWriter(path, "clip")
@@ -170,8 +170,18 @@ def write_random_tower(path: Path, width: int) -> None:
         for name in ("ln1", "ln2"):
             shapes |= {f"v.blk.{i}.{name}.weight": (size,), f"v.blk.{i}.{name}.bias": (size,)}
     pattern = np.random.default_rng(0).standard_normal(PATTERN_BLOCKS).astype(np.float16) / np.float16(40)
+    matrices = [name for name, dimensions in shapes.items() if len(dimensions) == 2]
+    stored = row_scale.stored_as(kind)
     for name, dimensions in shapes.items():
-        writer.add_tensor(name, np.resize(pattern, dimensions) if len(dimensions) > 1 else np.zeros(dimensions, np.float32))
+        if len(dimensions) == 1:
+            writer.add_tensor(name, np.zeros(dimensions, np.float32))
+        elif kind == "F16" or name not in matrices:
+            writer.add_tensor(name, np.resize(pattern, dimensions))
+        else:
+            writer.add_tensor(name, random_matrix(gguf, stored, *dimensions), raw_dtype=gguf.GGMLQuantizationType[stored])
+    if kind in row_scale.ROW_SCALES:
+        for name, value in row_scale.metadata(matrices).items():
+            add_metadata(writer, name, value)
     finish(writer)
 
 

@@ -15,14 +15,16 @@ from mbq_gguf.calibration.dataset import Drawn, draw_samples, fingerprint
 from mbq_gguf.errors import UsageError, said
 from mbq_gguf.export.atomic import target
 from mbq_gguf.export.checkpoint import names_of, shapes
-from mbq_gguf.export.gguf_writer import MMPROJ_TYPES
-from mbq_gguf.export.rehearsal import rehearse, rehearse_quantised
+from mbq_gguf.export.gguf_writer import MMPROJ_TYPES, mmproj_base
+from mbq_gguf.export.rehearsal import rehearse, rehearse_quantised, rehearse_tower
 from mbq_gguf.export.space import Need, check_room, predict, taken
 from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.load import check_source, outline
 from mbq_gguf.models.loaded import LoadedModel
+from mbq_gguf.models.tower import Tower, find_tower
 from mbq_gguf.quantise import check_activations, check_settings
+from mbq_gguf.quantise_tower import tower_file
 from mbq_gguf.workdir import check_workdir
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def check_inputs(options: ConvertOptions) -> list[Path]:
     check_source(options.model_dir)
     files = weight_files(options.model_dir)
     check_room(needed(options, files))
-    rehearse(options.model_dir, files, options.mmproj_type)
+    rehearse(options.model_dir, files, mmproj_base(options.mmproj_type))
     return files
 
 
@@ -78,6 +80,20 @@ def check_device(name: str) -> None:
         raise UsageError(f"torch cannot compute on {name} ({said(error)}): give --device cpu, or install a torch for your card") from error
 
 
+def check_tower(options: ConvertOptions, model: LoadedModel) -> Tower:
+    """The tower of ``model``, of which an outline will do; UsageError where its family is not known or lets no rotation pass, UserError
+    where llama.cpp's conversion does not take its matrices."""
+    tower = find_tower(model)
+    if tower is None:
+        raise UsageError(f"the vision tower of {model.architecture} is not known here: give --mmproj-type F16 and no --rotate-tower")
+    reason = tower.no_rotation()
+    if options.turns_tower(tower) and reason:
+        raise UsageError(f"the vision tower of {model.architecture} cannot be rotated, {reason}: give --no-rotate-tower")
+    if options.tower_type:
+        rehearse_tower(options.model_dir, tower_file(tower, "F16"))
+    return tower
+
+
 def look_ahead(options: ConvertOptions, say: Callable[[str], None]) -> Ahead:
     """Everything about a quantisation that can be refused without the weights, which takes seconds and not hours; after
     :func:`check_inputs`. ``say`` is told what is left out of the calibration set."""
@@ -89,6 +105,8 @@ def look_ahead(options: ConvertOptions, say: Callable[[str], None]) -> Ahead:
         smallest = sum(rows * min(kind.row_bytes(columns) for kind in candidates(columns)) for rows, columns in found.values())
         check_target(smallest, sum(rows * columns for rows, columns in found.values()), options.target_bpw)
     rehearse_quantised(options.model_dir, found)
+    if options.changes_tower:
+        check_tower(options, model)
     if options.work_dir is not None:
         check_workdir(options.work_dir, options.fingerprints)
     drawn = Drawn()

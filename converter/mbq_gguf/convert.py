@@ -5,128 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from mbq_gguf import settings as defaults
 from mbq_gguf.allocation.plan import plan_table
-from mbq_gguf.beforehand import check_inputs, look_ahead
-from mbq_gguf.calibration.dataset import Turns, fingerprint
-from mbq_gguf.calibration.magnitudes import Estimator
-from mbq_gguf.calibration.token_weights import Kind
-from mbq_gguf.code_hash import code_hash
+from mbq_gguf.beforehand import check_inputs, check_tower, look_ahead
+from mbq_gguf.calibration.dataset import Drawn, Sample, draw_samples, fingerprint
+from mbq_gguf.convert_options import ConvertOptions as ConvertOptions
 from mbq_gguf.export import metadata
 from mbq_gguf.export.atomic import check_output, claimed, staged
 from mbq_gguf.export.checkpoint import check_finite_files
-from mbq_gguf.export.gguf_writer import TextFile, write_mmproj, write_text
+from mbq_gguf.export.gguf_writer import TextFile, VisionFile, write_mmproj, write_text
 from mbq_gguf.export.injection import TensorRecord
 from mbq_gguf.export.progress import Stages, progress_bars
 from mbq_gguf.export.report import ConvertReport, fallback_sentences, nearest_sentences, static_sentences, transform_sentences
 from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models import LoadedModel, load
-from mbq_gguf.models.prompts import AnswerMask
+from mbq_gguf.models.load import outline
 from mbq_gguf.models.remote_code import remote_code
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise import quantise
-from mbq_gguf.settings import Activations, Method, QuantiseSettings, Rounding, SearchLoss
+from mbq_gguf.quantise_tower import quantise_tower
 from mbq_gguf.timing import Timer
-from mbq_gguf.transforms.rotation import Rotate, widest_rotation
 from mbq_gguf.workdir import WorkDir, open_workdir
 
-REFERENCE_TYPES = ("BF16", "F16", "F32")  # --type without quantisation: what upstream's converter would write
 BASE_TYPE = "BF16"  # matrices of a quantised file that no method touches; checkpoints are BF16 today, so nothing is lost
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What ``mbq-gguf convert`` takes; the defaults are the command's."""
-
-    model_dir: Path
-    out: Path
-    type: str = QuantiseSettings.type_name
-    target_bpw: float | None = None  # a type chosen for each tensor instead, to this many bits a weight of the decoder's matrices
-    method: Method = QuantiseSettings.method
-    rounding: Rounding = QuantiseSettings.rounding
-    calib: Path | None = None  # a JSONL set or a folder of images; None: the set that ships with the demonstration
-    samples: int = defaults.SAMPLES
-    seed: int = defaults.SEED
-    turns: Turns = defaults.TURNS
-    device: str = defaults.DEVICE
-    threads: int | None = None
-    embedding_type: str = defaults.EMBEDDING_TYPE  # of embeddings and output head
-    mmproj_type: str = defaults.MMPROJ_TYPE
-    synthetic: int = QuantiseSettings.synthetic
-    floor: bool = QuantiseSettings.floor  # no layer's ratio below the median over layers
-    answer_mask: AnswerMask = QuantiseSettings.answer_mask
-    token_weights: Kind = QuantiseSettings.token_weights
-    prompt_weight: float = QuantiseSettings.prompt_weight
-    activations: Activations = QuantiseSettings.activations
-    range_estimator: Estimator = QuantiseSettings.range_estimator
-    rotate: Rotate | None = None  # None: all that the model allows for ROTATED_TYPES, else nothing
-    search_samples: int | None = QuantiseSettings.search_samples
-    search_loss: SearchLoss | None = QuantiseSettings.search_loss
-    grouped_o: bool = QuantiseSettings.grouped_o
-    clip: bool = QuantiseSettings.clip
-    propagate_error: bool = QuantiseSettings.propagate_error
-    error_correction: float = QuantiseSettings.error_correction
-    refits: int = QuantiseSettings.refits
-    learn_scales: int = QuantiseSettings.learn_scales
-    trust_remote_code: bool = False  # whether Python code in model_dir may run
-    work_dir: Path | None = None  # where finished layers are kept; None: beside out, until out is whole
-
-    @property
-    def mmproj(self) -> Path:
-        """The second file: vision tower and projector."""
-        return self.out.with_name(f"mmproj-{self.out.name}")
-
-    @property
-    def settings(self) -> QuantiseSettings:
-        """What the converter's core needs of this."""
-        shared = {field.name for field in fields(QuantiseSettings)} & {field.name for field in fields(self)}
-        chosen = {name: getattr(self, name) for name in shared} | {"rotate": self.rotate or QuantiseSettings.rotate}
-        return QuantiseSettings(type_name=quant_type(self.type).name, **chosen)
-
-    def with_rotation(self, loaded: LoadedModel) -> ConvertOptions:
-        """The same with the rotation that suits type and model where none was asked for."""
-        if self.rotate is not None:
-            return self
-        gains = quant_type(self.type).name in defaults.ROTATED_TYPES and self.rounding == "gptq" and self.method == "rtn"
-        return replace(self, rotate=widest_rotation(loaded) if gains and not self.target_bpw else "none")
-
-    @property
-    def work_root(self) -> Path:
-        """Where runs towards ``out`` keep their finished layers where no other place is given."""
-        return self.out.with_name(f"{self.out.name}.work")
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """What finished layers depend on beside the samples, by name.
-
-        The model's: names, sizes and times of its files, since hashing the weights would take minutes.
-        """
-        files = [path for path in sorted(self.model_dir.iterdir()) if path.is_file()]
-        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return {
-            "model": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
-            "settings": json.dumps(asdict(self.settings), sort_keys=True),
-            "code": code_hash("quantise"),
-        }
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether samples are needed."""
-        return bool(self.target_bpw or self.method != "rtn" or self.rounding != "nearest" or self.activations == "static")
-
-    @property
-    def unquantised(self) -> bool:
-        """Whether the file is to be what upstream's converter would write."""
-        return self.target_bpw is None and quant_type(self.type).name in REFERENCE_TYPES
 
 
 @dataclass(frozen=True)
@@ -136,6 +44,7 @@ class Quantised:
     result: QuantiseResult
     fingerprint: str
     samples: int
+    tower: VisionFile | None = None  # None: the checkpoint's own
 
 
 def convert(options: ConvertOptions, console: Console) -> ConvertReport:
@@ -158,13 +67,17 @@ def _convert(options: ConvertOptions, console: Console) -> ConvertReport:
     timer = Timer()
     with progress_bars(console) as bars:
         quantised: Quantised | None = None
+        tower: VisionFile | None = None
         if options.unquantised:
             with timer.timed("check"):
                 check_finite_files(files)
+            if options.changes_tower:
+                tower = run_tower_alone(options, console, bars, timer)
         else:
             quantised = run_quantisation(options, console, bars, timer)
+            tower = quantised.tower
         with timer.timed("write"):
-            text, vision = write_files(options, quantised, bars)
+            text, vision = write_files(options, quantised, tower, bars)
     weights = {} if quantised is None else {name: (w.type_name, w.columns) for name, w in quantised.result.quantised.items()}
     plan = None if quantised is None else quantised.result.plan
     sentences = fallback_sentences(quant_type(options.type).name, {} if plan else weights, text)
@@ -210,7 +123,34 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
         if options.work_dir is None and not any(work.path.glob("*.safetensors")):
             shutil.rmtree(options.work_root, ignore_errors=True)  # nothing to go on from
     timer.seconds.update(result.seconds)
-    return Quantised(result, calibration, len(samples))
+    turned = VisionFile({}, result.tensors_of("vision"), result.facts_of("vision"))
+    return Quantised(result, calibration, len(samples), change_tower(options, loaded, samples, turned, stages, timer))
+
+
+def run_tower_alone(options: ConvertOptions, console: Console, bars: Progress, timer: Timer) -> VisionFile:
+    """Load the model and change its tower, where the language model stays as it is."""
+    say = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
+    with timer.timed("check"):
+        model = outline(options.model_dir)
+        check_tower(options, model)
+        calibrates = options.tower_type is not None and options.rounding == "gptq"
+        drawn = draw_samples(options.calib, model.prompts, options.samples, options.seed, options.turns, say) if calibrates else Drawn()
+    with timer.timed("load"):
+        loaded = load(options.model_dir, options.device, prompts=model.prompts)
+    samples = drawn.answered(loaded, say) if drawn else []
+    return change_tower(options, loaded, samples, VisionFile(), Stages(bars), timer)
+
+
+def change_tower(
+    options: ConvertOptions, loaded: LoadedModel, samples: Sequence[Sample], turned: VisionFile, stages: Stages, timer: Timer
+) -> VisionFile:
+    """The vision file's tensors and metadata; ``turned`` is what the decoder's quantisation has changed of it. The tower of ``loaded`` is
+    changed in place."""
+    if not options.changes_tower:
+        return turned
+    with timer.timed("tower"):
+        settings = options.tower_settings(check_tower(options, loaded))
+        return quantise_tower(loaded, settings, samples if options.rounding == "gptq" else [], turned, partial(stages, "tower"))
 
 
 def open_work(options: ConvertOptions, calibration: str, tell: Callable[[str], object]) -> WorkDir:
@@ -221,16 +161,17 @@ def open_work(options: ConvertOptions, calibration: str, tell: Callable[[str], o
     return open_workdir(options.work_root / hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()[:16], fingerprints, tell)
 
 
-def write_files(options: ConvertOptions, quantised: Quantised | None, bars: Progress) -> tuple[list[TensorRecord], list[TensorRecord]]:
-    """Both files, under their names when both are whole."""
+def write_files(
+    options: ConvertOptions, quantised: Quantised | None, tower: VisionFile | None, bars: Progress
+) -> tuple[list[TensorRecord], list[TensorRecord]]:
+    """Both files, under their names when both are whole; ``tower`` None is the checkpoint's."""
     stages = Stages(bars)
     with staged(options.mmproj, options.out) as (mmproj_part, text_part):
         vision = write_mmproj(
             options.model_dir,
             mmproj_part,
             options.mmproj_type,
-            quantised.result.tensors_of("vision") if quantised else {},
-            quantised.result.facts_of("vision") if quantised else {},
+            tower or VisionFile(),
             stages.counter("write mmproj"),
         )
         text = write_text(options.model_dir, text_part, text_file(options, quantised), stages.counter("write GGUF"))

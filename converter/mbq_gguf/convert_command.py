@@ -51,7 +51,11 @@ research = option_group("Research (what each does to the figures: docs/results.m
 @everyday("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")
 @everyday("--work-dir", type=DIRECTORY, help="Where finished layers are kept (default: beside OUT until it is whole).")
 @everyday("--embedding-type", default=settings.EMBEDDING_TYPE, help="The type of embeddings and output head.")
-@everyday("--mmproj-type", default=settings.MMPROJ_TYPE, help="The type of vision tower and projector: F16, BF16, F32 or Q8_0.")
+@everyday(
+    "--mmproj-type",
+    default=settings.MMPROJ_TYPE,
+    help="The type of vision tower and projector: F16, BF16, F32, Q8_0, or W8A8 or W4A8 (one scale a row, int8 products).",
+)
 @everyday(settings.TRUST, "trust_remote_code", is_flag=True, default=False, help=settings.TRUST_HELP)
 @calibration("--samples", type=click.IntRange(min=1), default=settings.SAMPLES, help="How many samples of --calib are used.")
 @calibration("--seed", type=int, default=settings.SEED, help="Which samples are drawn.")
@@ -103,6 +107,11 @@ research = option_group("Research (what each does to the figures: docs/results.m
     type=click.Choice(["none", "offline", "full"]),
     help="Spread outliers by rotations: offline folds into weights, full adds a transform that the patched llama.cpp computes "
     "(default: full for W4A8 with GPTQ, else none).",
+)
+@research(
+    "--rotate-tower/--no-rotate-tower",
+    default=None,
+    help="Rotate the vision tower too, folded into its weights: any llama.cpp runs it (default: for --mmproj-type W4A8, where it can be).",
 )
 @research(
     "--activations",

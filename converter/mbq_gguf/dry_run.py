@@ -16,10 +16,10 @@ import torch
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from mbq_gguf.beforehand import check_inputs, look_ahead
+from mbq_gguf.beforehand import check_inputs, check_tower, look_ahead
 from mbq_gguf.convert import ConvertOptions, Quantised, text_file
 from mbq_gguf.export.atomic import check_output
-from mbq_gguf.export.gguf_writer import HEAD, TextFile, measure_mmproj, measure_text
+from mbq_gguf.export.gguf_writer import HEAD, TextFile, VisionFile, measure_mmproj, measure_text
 from mbq_gguf.export.report import ConvertReport, duration, megabytes, type_table
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
@@ -27,6 +27,7 @@ from mbq_gguf.models.load import outline
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.remote_code import remote_code
 from mbq_gguf.outcome import QuantiseResult
+from mbq_gguf.quantise_tower import tower_file, tower_keys
 from mbq_gguf.transforms.rotation import file_keys
 
 # Processor seconds of conversions of the reference VLM (106 million weights in layers) by samples and texts, from docs/results.md:
@@ -86,8 +87,7 @@ def _dry_run(options: ConvertOptions, console: Console) -> Expected:
     with TemporaryDirectory(prefix="mbq-gguf-") as folder:
         scratch = Path(folder)
         text, text_bytes = measure_text(options.model_dir, scratch, content)
-        turned = {} if options.unquantised else file_keys(options.rotate or "none")
-        vision, mmproj_bytes = measure_mmproj(options.model_dir, scratch, options.mmproj_type, turned)
+        vision, mmproj_bytes = measure_mmproj(options.model_dir, scratch, options.mmproj_type, expected_vision(options, model))
     if options.target_bpw is not None:  # types are chosen by what the samples say: the sum alone is known
         quantised = sum(tensor.data.size for tensor in content.quantised.values())
         text_bytes += round(weights * options.target_bpw / 8) - quantised
@@ -114,6 +114,16 @@ def expected_content(options: ConvertOptions, model: LoadedModel, samples: int) 
         result.put("metadata", key, value)
     content = text_file(options, Quantised(result, "0" * 64 if samples else "", samples))
     return replace(content, quantised=quantised, replaced=untied)
+
+
+def expected_vision(options: ConvertOptions, model: LoadedModel) -> VisionFile:
+    """The vision file likewise."""
+    keys = {} if options.unquantised else file_keys(options.rotate or "none")
+    if not options.changes_tower:
+        return VisionFile(metadata=keys)
+    tower = check_tower(options, model)
+    found = tower_file(tower, options.tower_type) if options.tower_type else VisionFile()
+    return replace(found, metadata={**found.metadata, **keys, **tower_keys(options.tower_settings(tower), options.rounding)})
 
 
 def expected_seconds(options: ConvertOptions, weights: int, samples: int) -> float:

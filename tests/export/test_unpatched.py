@@ -23,8 +23,9 @@ def ask(model: Path, mmproj: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_rotated_file_of_stock_types_answers(reference_dir: Path, tmp_path: Path) -> None:
-    """Q3_K with rotations folded in (rows of 576 are Q4_0): at most one question of six lost by rounding to nearest."""
-    options = ConvertOptions(reference_dir, tmp_path / "out.gguf", type="Q3_K", method="rtn", rounding="nearest", rotate="offline")
+    """Q3_K with rotations folded in (rows of 576 are Q4_0), the tower's too: at most one question of six lost by rounding to nearest."""
+    rotated = {"rotate": "offline", "rotate_tower": True}
+    options = ConvertOptions(reference_dir, tmp_path / "out.gguf", type="Q3_K", method="rtn", rounding="nearest", **rotated)
     convert(options, Console(quiet=True))
     done = ask(options.out, options.mmproj)
     assert done.returncode == 0, done.stderr[-2000:]

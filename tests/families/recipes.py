@@ -56,7 +56,7 @@ class Recipe:
 QWEN_TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>"}
 QWEN_TOKENS |= {"vision_end_token_id": "<|vision_end|>"}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
-QWEN3_VISION = {"depth": 3, "hidden_size": 64, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128, "patch_size": 16}
+QWEN3_VISION = {"depth": 3, "hidden_size": 64, "num_heads": 2, "intermediate_size": 100, "out_hidden_size": 128, "patch_size": 16}
 QWEN3_VISION |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [1]}
 SQUARES = {"size": {"shortest_edge": 1024, "longest_edge": 65536}, "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
 SQUARES |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_processor_type": "Qwen2VLImageProcessor"}

@@ -5,23 +5,32 @@ Costs about three seconds of processor time a family.
 
 from __future__ import annotations
 
+import copy
+import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mbq_cbind.model import Model
 from mbq_gguf.calibration.dataset import Sample
-from mbq_gguf.calibration.stream import advance, capture, logits, working_layer
+from mbq_gguf.calibration.stream import advance, capture, capture_encoded, logits, working_layer
 from mbq_gguf.errors import UsageError
 from mbq_gguf.export.checkpoint import names_of
 from mbq_gguf.export.gguf_header import read_header
+from mbq_gguf.export.gguf_writer import write_mmproj_gguf
 from mbq_gguf.export.rehearsal import rehearse
 from mbq_gguf.models.checks import weight_files
+from mbq_gguf.models.decoder import find_decoder
 from mbq_gguf.models.families import family_of
+from mbq_gguf.models.tower import Tower, find_tower
 from mbq_gguf.quantise import quantise
+from mbq_gguf.quantise_tower import TowerSettings, quantise_tower
 from mbq_gguf.settings import QuantiseSettings
+from mbq_gguf.transforms.tower import centre_tower, rotate_tower
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small import QUESTION, Small, compare, unpacked
@@ -106,6 +115,97 @@ def test_rotated_is_hugging_faces(small: Small) -> None:
     result = quantise(small.loaded, small.samples, replace(SETTINGS, type_name="Q8_0", rotate="offline", rounding="nearest"))
     _, difference = compare(small.ours(small.written("rotated", result)), small.theirs())
     assert difference <= INT8
+
+
+@torch.no_grad()
+def test_a_changed_tower_gives_the_same_features(small: Small) -> None:
+    """In float64: gains folded and the stream rotated, then LayerNorm as RMSNorm; where one is refused, it says why."""
+    model = copy.deepcopy(small.loaded.model).double()
+    exact_norms(model)
+    decoder = find_decoder(model, small.loaded.architecture)
+    assert decoder
+    loaded = replace(small.loaded, model=model, decoder=decoder, dtype=torch.float64)
+    tower = find_tower(loaded)
+    assert tower
+    encoded = loaded.encode(small.picture, [(QUESTION, "")])
+
+    def features() -> torch.Tensor:
+        stream = capture_encoded(loaded, encoded)
+        return torch.cat([stream.hidden, *stream.added.values()])
+
+    plain = features()
+    changes = [(tower.no_rotation(), partial(rotate_tower, tower, 0)), (tower.no_centring(), partial(centre_as_rms, tower))]
+    assert not all(reason for reason, _ in changes) or small.name in UNTURNED
+    for reason, change in changes:
+        if reason:
+            with pytest.raises(UsageError, match=re.escape(reason)):
+                change()
+        else:
+            change()
+            assert float((features() - plain).abs().max() / plain.abs().max()) < 1e-10
+
+
+UNTURNED = ("Gemma 3", "Mistral 3", "Pixtral", "GLM-4.1V")  # norms stand where no matrix takes their gain
+
+
+def exact_norms(model: torch.nn.Module) -> None:
+    """RMSNorms of transformers compute in float32: PyTorch's own in their place."""
+    for module in list(model.modules()):
+        for name, norm in module.named_children():
+            if type(norm).__name__.endswith("RMSNorm") and "Gemma" not in type(norm).__name__:
+                eps = getattr(norm, "variance_epsilon", None) or norm.eps
+                other = torch.nn.RMSNorm(norm.weight.shape, eps=eps, dtype=torch.float64)
+                other.weight.data.copy_(norm.weight)
+                setattr(module, name, other)
+
+
+class BiasedRms(torch.nn.Module):
+    """RMSNorm with the gain and bias of ``norm``, a LayerNorm."""
+
+    def __init__(self, norm: torch.nn.LayerNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, self.norm.normalized_shape, self.norm.weight, self.norm.eps) + self.norm.bias
+
+
+def centre_as_rms(tower: Tower) -> None:
+    centre_tower(tower)
+    for module in list(tower.holder.modules()):
+        for name, norm in module.named_children():
+            if isinstance(norm, torch.nn.LayerNorm):
+                setattr(module, name, BiasedRms(norm))
+
+
+ZEROS = "mm_input_projection_weight"  # Gemma 3's, which transformers makes of zeros, so that nothing behind it would show
+TOWER = 2.0  # scales of rows and tokens in place of scales of 32; measured: 1.2 to 1.6
+
+
+def test_a_tower_in_w8a8_gives_nearly_the_same(small: Small, tmp_path: Path) -> None:
+    """Every family's matrices find their place in the file, padded where they must be, and their products theirs in its graph."""
+    loaded = replace(small.loaded, model=copy.deepcopy(small.loaded.model))
+    result = quantise_tower(loaded, TowerSettings("W8A8", rotate=False), [])
+    projections = [value for name, value in small.loaded.model.named_parameters() if name.endswith(ZEROS)]
+    drawn = dict(
+        zip((ZEROS,), (torch.randn(value.shape, generator=torch.Generator().manual_seed(0)) for value in projections), strict=False)
+    )
+    content = {"quantised": result.quantised, "replaced": result.replaced | drawn, "metadata": result.metadata}
+    write_mmproj_gguf(small.directory, tmp_path / "W8A8.gguf", mmproj_type="W8A8", **content)
+    found = read_header(tmp_path / "W8A8.gguf")
+    assert len(found.metadata["mbq.row_scale"]) >= len(result.quantised)  # type: ignore[arg-type]
+    tower = find_tower(loaded)
+    assert tower
+    assert found.metadata["clip.vision.feed_forward_length"] % 32 == 0  # type: ignore[operator]
+    for other in ("F16", "Q8_0"):
+        write_mmproj_gguf(small.directory, tmp_path / f"{other}.gguf", mmproj_type=other, replaced=drawn)
+    text, features = small.written("towers")[0], {}
+    for name in ("F16", "Q8_0", "W8A8"):
+        with Model(text, tmp_path / f"{name}.gguf", context=512, threads=1) as model:
+            features[name] = np.concatenate(model.vision.encode(small.picture).embeddings)
+    moved = {name: np.linalg.norm(found - features["F16"]) / np.linalg.norm(features["F16"]) for name, found in features.items()}
+    print(f"features moved by {moved['W8A8']:.4f}, Q8_0's by {moved['Q8_0']:.4f}")
+    assert moved["W8A8"] < TOWER * moved["Q8_0"]
 
 
 def test_other_names_give_the_same_files(small: Small, tmp_path: Path) -> None:

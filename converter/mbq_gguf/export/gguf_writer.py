@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from mbq_gguf.formats import row_scale
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.snapshot import bearing_name, source_keys
 
-MMPROJ_TYPES = tuple(FILE_TYPES)
+MMPROJ_TYPES = (*FILE_TYPES, *row_scale.ROW_SCALES)
+FEED_FORWARD = "clip.vision.feed_forward_length"  # of a padded tower, in place of what the package writes
 BASE_TYPES = ("BF16", "F16")
 HEAD = "lm_head.weight"
 SPARE_BYTES = 64 << 20  # header, vocabulary and file system, beside the tensors' own bytes
@@ -36,6 +37,15 @@ class TextFile:
     embedding_type: str
     metadata: Mapping[str, Any]
     file_type: int | None
+
+
+@dataclass(frozen=True)
+class VisionFile:
+    """What goes into a vision GGUF, by the ends of the tensors' names in the checkpoint, and what its metadata say of it."""
+
+    quantised: Mapping[str, QuantisedTensor] = field(default_factory=dict)
+    replaced: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_text_gguf(
@@ -68,16 +78,19 @@ def write_mmproj_gguf(
     out: Path,
     *,
     mmproj_type: str,
+    quantised: Mapping[str, QuantisedTensor] | None = None,
     replaced: Mapping[str, torch.Tensor] | None = None,
     metadata: Mapping[str, Any] | None = None,
     advance: Advance | None = None,
 ) -> list[TensorRecord]:
     """Write vision tower and projector of ``model_dir`` to ``out`` in ``mmproj_type`` (F32, F16, BF16, Q8_0); whole or not at all.
 
-    ``replaced`` holds tensors by the end of their name in the checkpoint. Raises UserError as :func:`write_text_gguf` does.
+    ``quantised`` and ``replaced`` hold tensors by the end of their name in the checkpoint; they may have more rows and columns, where
+    the tower was padded. Of W8A8 and W4A8 the matrices come in ``quantised``, and the rest is F16. Raises UserError as
+    :func:`write_text_gguf` does.
     """
     with staged(out) as (part,):
-        return write_mmproj(model_dir, part, mmproj_type, replaced or {}, metadata or {}, advance)
+        return write_mmproj(model_dir, part, mmproj_type, VisionFile(quantised or {}, replaced or {}, metadata or {}), advance)
 
 
 def write_text(model_dir: Path, part: Path, content: TextFile, advance: Advance | None) -> list[TensorRecord]:
@@ -93,9 +106,9 @@ def measure_text(model_dir: Path, scratch: Path, content: TextFile) -> tuple[lis
     return _measure(*_text(model_dir, scratch / "text.gguf", content), model_dir)
 
 
-def measure_mmproj(model_dir: Path, scratch: Path, mmproj_type: str, metadata: Mapping[str, Any]) -> tuple[list[TensorRecord], int]:
+def measure_mmproj(model_dir: Path, scratch: Path, mmproj_type: str, content: VisionFile) -> tuple[list[TensorRecord], int]:
     """The same of the mmproj GGUF."""
-    return _measure(*_mmproj(model_dir, scratch / "mmproj.gguf", mmproj_type, {}, metadata), model_dir)
+    return _measure(*_mmproj(model_dir, scratch / "mmproj.gguf", mmproj_type, content), model_dir)
 
 
 def _text(model_dir: Path, part: Path, content: TextFile) -> tuple[Any, Injection, Mapping[str, Any], int | None]:
@@ -120,22 +133,35 @@ def write_mmproj(
     model_dir: Path,
     part: Path,
     mmproj_type: str,
-    replaced: Mapping[str, torch.Tensor],
-    metadata: Mapping[str, Any],
+    content: VisionFile,
     advance: Advance | None,
 ) -> list[TensorRecord]:
     """:func:`write_mmproj_gguf` into the file ``part``."""
-    return _write(*_mmproj(model_dir, part, mmproj_type, replaced, metadata), model_dir, advance)
+    return _write(*_mmproj(model_dir, part, mmproj_type, content), model_dir, advance)
 
 
-def _mmproj(
-    model_dir: Path, part: Path, mmproj_type: str, replaced: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
-) -> tuple[Any, Injection, Mapping[str, Any], int | None]:
-    model = open_model(model_dir, part, file_type=mmproj_type, mmproj=True)
-    ends = {end: taken for end in replaced for taken, name in model.checkpoint_names.items() if name.endswith(end)}
-    named = {_find(ends, end): tensor for end, tensor in replaced.items()}
+def _mmproj(model_dir: Path, part: Path, mmproj_type: str, content: VisionFile) -> tuple[Any, Injection, Mapping[str, Any], int | None]:
+    model = open_model(model_dir, part, file_type=mmproj_base(mmproj_type), mmproj=True)
     limits = picture_limits(model_dir, model.preprocessor_config)
-    return model, Injection(model, {}, named, None), {**metadata, **limits}, None
+    return model, vision_injection(model, content), {**content.metadata, **limits}, None
+
+
+def mmproj_base(mmproj_type: str) -> str:
+    """The type of what is not quantised in a vision file of ``mmproj_type``."""
+    return "F16" if mmproj_type in row_scale.ROW_SCALES else mmproj_type
+
+
+def vision_injection(model: Any, content: VisionFile) -> Injection:
+    """The injection of a vision file's tensors into ``model``; UserError where it has no such tensor."""
+    keys = [*content.quantised, *content.replaced]
+    ends = {end: taken for end in keys for taken, name in model.checkpoint_names.items() if f".{name}".endswith(f".{end}")}
+    quantised = {_find(ends, end): tensor for end, tensor in content.quantised.items()}
+    replaced = {_find(ends, end): tensor for end, tensor in content.replaced.items()}
+    if FEED_FORWARD in content.metadata:
+        wider = {name: (len(tensor.data), tensor.columns) for name, tensor in quantised.items()}
+        for name, shape in (wider | {name: tuple(tensor.shape) for name, tensor in replaced.items()}).items():
+            model.model_tensors[name] = lambda shape=shape: torch.zeros(()).expand(shape)
+    return Injection(model, quantised, replaced, None)
 
 
 def _find(names: Mapping[str, str], key: str) -> str:
@@ -190,8 +216,11 @@ def _complete(model: Any, injection: Injection, metadata: Mapping[str, Any], fil
         writer = model.gguf_writer
         written = {key for shard in writer.kv_data for key in shard}
         for key, value in {**metadata, **source_keys(model_dir), **row_scale.metadata(injection.row_scales)}.items():
-            if key not in written:  # the package has written the limits of pictures of some families, and a source that a model card names
-                add_metadata(writer, key, value)
+            if key == FEED_FORWARD and key in written:
+                writer.remove_key(key)
+            elif key in written:  # the limits of pictures of some families, and a source that a model card names
+                continue
+            add_metadata(writer, key, value)
         if file_type is not None:
             writer.remove_key("general.file_type")
             writer.add_file_type(file_type)

@@ -13,7 +13,7 @@ import torch
 from mbq_gguf.errors import UserError, said
 from mbq_gguf.export.checkpoint import names_of
 from mbq_gguf.export.conversion import conversion_errors, open_model, quiet
-from mbq_gguf.export.gguf_writer import BASE_TYPES, injected, prepare
+from mbq_gguf.export.gguf_writer import BASE_TYPES, VisionFile, injected, prepare, vision_injection
 from mbq_gguf.formats.quantised import QuantisedTensor
 
 # Parts that a file for pictures and text does without, and buffers that are computed anew.
@@ -60,6 +60,15 @@ def rehearse_quantised(model_dir: Path, shapes: Mapping[str, tuple[int, int]]) -
         key: QuantisedTensor("F16", np.broadcast_to(np.uint8(0), (rows, 2 * columns)), columns) for key, (rows, columns) in shapes.items()
     }
     injection = injected(model, weights, {}, None)
+    with quiet(), torch.inference_mode(), conversion_errors(model_dir):
+        model.prepare_tensors()
+    injection.check_used()
+
+
+def rehearse_tower(model_dir: Path, content: VisionFile) -> None:
+    """The same of a vision file with quantised matrices."""
+    model = open_model(model_dir, model_dir / "rehearsal.gguf", file_type=BASE_TYPES[1], mmproj=True)
+    injection = vision_injection(model, content)
     with quiet(), torch.inference_mode(), conversion_errors(model_dir):
         model.prepare_tensors()
     injection.check_used()

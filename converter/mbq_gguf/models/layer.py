@@ -15,7 +15,7 @@ from mbq_gguf.models.layout import Layout, Site
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class _ReachedError(Exception):
+class ReachedError(Exception):
     """Ends a layer's run where what was wanted is there; the rest would be thrown away."""
 
 
@@ -97,10 +97,10 @@ class Layer:
 
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             seen.append(args[0])
-            raise _ReachedError
+            raise ReachedError
 
         # The last of the module's hooks, so that an online transform before it has run already.
-        _until(self.holder(name).register_forward_pre_hook(hook), run)
+        until(self.holder(name).register_forward_pre_hook(hook), run)
         return seen[0]
 
     def call_of(self, name: str, run: Callable[[], object]) -> tuple[Arguments, torch.Tensor]:
@@ -109,16 +109,17 @@ class Layer:
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             seen.append(((args, kwargs), (output[0] if isinstance(output, tuple) else output)[0]))
-            raise _ReachedError
+            raise ReachedError
 
-        _until(self.part(name).register_forward_hook(hook, with_kwargs=True), run)
+        until(self.part(name).register_forward_hook(hook, with_kwargs=True), run)
         return seen[0]
 
 
-def _until(handle: torch.utils.hooks.RemovableHandle, run: Callable[[], object]) -> None:
+def until(handle: torch.utils.hooks.RemovableHandle, run: Callable[[], object]) -> None:
+    """Call ``run``, which the hook of ``handle`` ends by a :class:`ReachedError`, and take the hook away."""
     try:
         run()
-    except _ReachedError:
+    except ReachedError:
         pass
     finally:
         handle.remove()

@@ -1,0 +1,130 @@
+"""What ``mbq-gguf convert`` takes, and what follows from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from mbq_gguf import settings as defaults
+from mbq_gguf.calibration.dataset import Turns
+from mbq_gguf.calibration.magnitudes import Estimator
+from mbq_gguf.calibration.token_weights import Kind
+from mbq_gguf.code_hash import code_hash
+from mbq_gguf.formats.registry import quant_type
+from mbq_gguf.formats.row_scale import ROW_SCALES
+from mbq_gguf.models import LoadedModel
+from mbq_gguf.models.prompts import AnswerMask
+from mbq_gguf.models.tower import Tower
+from mbq_gguf.quantise_tower import TowerSettings
+from mbq_gguf.settings import Activations, Method, QuantiseSettings, Rounding, SearchLoss
+from mbq_gguf.transforms.rotation import Rotate, widest_rotation
+
+REFERENCE_TYPES = ("BF16", "F16", "F32")  # --type without quantisation: what upstream's converter would write
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What ``mbq-gguf convert`` takes; the defaults are the command's."""
+
+    model_dir: Path
+    out: Path
+    type: str = QuantiseSettings.type_name
+    target_bpw: float | None = None  # a type chosen for each tensor instead, to this many bits a weight of the decoder's matrices
+    method: Method = QuantiseSettings.method
+    rounding: Rounding = QuantiseSettings.rounding
+    calib: Path | None = None  # a JSONL set or a folder of images; None: the set that ships with the demonstration
+    samples: int = defaults.SAMPLES
+    seed: int = defaults.SEED
+    turns: Turns = defaults.TURNS
+    device: str = defaults.DEVICE
+    threads: int | None = None
+    embedding_type: str = defaults.EMBEDDING_TYPE  # of embeddings and output head
+    mmproj_type: str = defaults.MMPROJ_TYPE
+    synthetic: int = QuantiseSettings.synthetic
+    floor: bool = QuantiseSettings.floor  # no layer's ratio below the median over layers
+    answer_mask: AnswerMask = QuantiseSettings.answer_mask
+    token_weights: Kind = QuantiseSettings.token_weights
+    prompt_weight: float = QuantiseSettings.prompt_weight
+    activations: Activations = QuantiseSettings.activations
+    range_estimator: Estimator = QuantiseSettings.range_estimator
+    rotate: Rotate | None = None  # None: all that the model allows for ROTATED_TYPES, else nothing
+    rotate_tower: bool | None = None  # None: where mmproj_type is one of ROTATED_TYPES and the tower allows it
+    search_samples: int | None = QuantiseSettings.search_samples
+    search_loss: SearchLoss | None = QuantiseSettings.search_loss
+    grouped_o: bool = QuantiseSettings.grouped_o
+    clip: bool = QuantiseSettings.clip
+    propagate_error: bool = QuantiseSettings.propagate_error
+    error_correction: float = QuantiseSettings.error_correction
+    refits: int = QuantiseSettings.refits
+    learn_scales: int = QuantiseSettings.learn_scales
+    trust_remote_code: bool = False  # whether Python code in model_dir may run
+    work_dir: Path | None = None  # where finished layers are kept; None: beside out, until out is whole
+
+    @property
+    def mmproj(self) -> Path:
+        """The second file: vision tower and projector."""
+        return self.out.with_name(f"mmproj-{self.out.name}")
+
+    @property
+    def settings(self) -> QuantiseSettings:
+        """What the converter's core needs of this."""
+        shared = {field.name for field in fields(QuantiseSettings)} & {field.name for field in fields(self)}
+        chosen = {name: getattr(self, name) for name in shared} | {"rotate": self.rotate or QuantiseSettings.rotate}
+        return QuantiseSettings(type_name=quant_type(self.type).name, **chosen)
+
+    def with_rotation(self, loaded: LoadedModel) -> ConvertOptions:
+        """The same with the rotation that suits type and model where none was asked for."""
+        if self.rotate is not None:
+            return self
+        gains = quant_type(self.type).name in defaults.ROTATED_TYPES and self.rounding == "gptq" and self.method == "rtn"
+        return replace(self, rotate=widest_rotation(loaded) if gains and not self.target_bpw else "none")
+
+    @property
+    def work_root(self) -> Path:
+        """Where runs towards ``out`` keep their finished layers where no other place is given."""
+        return self.out.with_name(f"{self.out.name}.work")
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What finished layers depend on beside the samples, by name.
+
+        The model's: names, sizes and times of its files, since hashing the weights would take minutes.
+        """
+        files = [path for path in sorted(self.model_dir.iterdir()) if path.is_file()]
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return {
+            "model": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
+            "settings": json.dumps(asdict(self.settings), sort_keys=True),
+            "code": code_hash("quantise"),
+        }
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether samples are needed."""
+        return bool(self.target_bpw or self.method != "rtn" or self.rounding != "nearest" or self.activations == "static")
+
+    @property
+    def tower_type(self) -> str | None:
+        """The type with one scale a row that the tower's matrices get, or None."""
+        return self.mmproj_type if self.mmproj_type in ROW_SCALES else None
+
+    @property
+    def changes_tower(self) -> bool:
+        """Whether the vision file holds other weights than the checkpoint."""
+        return self.tower_type is not None or bool(self.rotate_tower)
+
+    def turns_tower(self, tower: Tower) -> bool:
+        """Whether ``tower`` is rotated."""
+        return self.tower_type in defaults.ROTATED_TYPES and tower.no_rotation() is None if self.rotate_tower is None else self.rotate_tower
+
+    def tower_settings(self, tower: Tower) -> TowerSettings:
+        """What is done to ``tower``."""
+        made = self.synthetic // 2
+        return TowerSettings(self.tower_type, self.turns_tower(tower), made, self.settings.damping, self.settings.refits)
+
+    @property
+    def unquantised(self) -> bool:
+        """Whether the file is to be what upstream's converter would write."""
+        return self.target_bpw is None and quant_type(self.type).name in REFERENCE_TYPES

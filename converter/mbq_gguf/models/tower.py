@@ -1,0 +1,240 @@
+"""Where the matrices of a vision tower are, what enters its residual stream and what reads its end: one table a family.
+
+Names in a layout are ends: blocks' are relative to a block, entries' to the tower, exits' to what holds the tower.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from mbq_gguf.models.loaded import LoadedModel
+
+BLOCK = 32  # weights of a Q4_0 or Q8_0 block: what a row must be a multiple of
+PADDED = 128  # to a multiple of which feed-forward widths are padded that are none of a block
+
+
+@dataclass(frozen=True)
+class TowerSite:
+    """An activation of a block: the ``norm`` that gives it (None: a branch's inside) and the linears that read it."""
+
+    norm: str | None
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Exit:
+    """What reads the end of the stream in each module whose name matches ``module``: ``norm``, then ``readers``, then ``later`` linears,
+    one group behind the other."""
+
+    module: str
+    norm: str | None
+    readers: tuple[str, ...]
+    later: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class TowerLayout:
+    """A kind of tower. ``path`` is its name in what holds it, ``blocks`` that of its blocks.
+
+    ``values`` is the linear whose last rows, as many as it has columns, are attention's values; ``scales`` are (parameter, the linear
+    before it) where a block multiplies a branch's output; ``entries`` are the convolution, embeddings and parameters whose channels are
+    the stream's; ``plain`` is a module that must be an Identity for a rotation; ``unturned`` says why none passes.
+    """
+
+    path: str
+    blocks: str
+    sites: tuple[TowerSite, ...]
+    values: str
+    entries: tuple[str, ...]
+    exits: tuple[Exit, ...]
+    scales: tuple[tuple[str, str], ...] = ()
+    plain: str | None = None
+    unturned: str | None = None
+
+    @property
+    def writers(self) -> tuple[str, str]:
+        """The linears that write into the stream: attention's output and the feed-forward's."""
+        return self.sites[1].readers[0], self.sites[3].readers[0]
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Every linear of a block."""
+        return tuple(name for site in self.sites for name in site.readers)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The tower of a model: ``holder`` holds it."""
+
+    layout: TowerLayout
+    holder: nn.Module
+
+    @property
+    def module(self) -> nn.Module:
+        """The tower itself."""
+        return self.holder.get_submodule(self.layout.path)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Its blocks in order."""
+        return list(self.module.get_submodule(self.layout.blocks).children())
+
+    @property
+    def width(self) -> int:
+        """Channels of its residual stream."""
+        return linear(self.blocks[0], self.layout.writers[0]).out_features
+
+    def block_name(self, index: int) -> str:
+        """The end of block ``index``'s name in a checkpoint: without what holds it, of which releases of transformers differ."""
+        return f"{self.layout.blocks}.{index}"
+
+    def exits(self) -> Iterator[tuple[Exit, str, nn.Module]]:
+        """Every exit with the name and the module of each place that it stands for."""
+        for found in self.layout.exits:
+            for name, module in self.holder.named_modules():
+                if re.fullmatch(found.module, name):
+                    yield found, name, module
+
+    def no_rotation(self) -> str | None:
+        """Why its stream cannot be rotated, or None."""
+        plain = self.layout.plain
+        if plain and not isinstance(self.module.get_submodule(plain), nn.Identity):
+            return f"its stream ends in a norm ({plain}) behind which another one stands"
+        return self.layout.unturned
+
+    def no_centring(self) -> str | None:
+        """Why LayerNorm cannot become RMSNorm, or None."""
+        if not isinstance(self.blocks[0].get_submodule(self.layout.sites[0].norm or ""), nn.LayerNorm):
+            return "its norms take no mean"
+        for place, name, _ in self.exits():
+            norm = self.holder.get_submodule(joined(name, place.norm)) if place.norm else None
+            if isinstance(norm, nn.LayerNorm) and norm.normalized_shape[0] != self.width:
+                return f"{joined(name, place.norm or '')} takes one mean of several patches"
+        return self.no_rotation()
+
+
+def linear(module: nn.Module, name: str) -> nn.Linear:
+    """The linear ``name`` of ``module``."""
+    found = module.get_submodule(name)
+    assert isinstance(found, nn.Linear)
+    return found
+
+
+def joined(module: str, name: str) -> str:
+    """The name of ``name`` in ``module``."""
+    return f"{module}.{name}" if module else name
+
+
+def find_tower(loaded: LoadedModel) -> Tower | None:
+    """The tower of a model whose family is in the table, or None."""
+    layout = TOWERS.get(loaded.architecture)
+    if layout is None:
+        return None
+    for name, holder in loaded.model.named_modules():
+        if hasattr(holder, layout.path) and not name.startswith("language_model"):
+            return Tower(layout, holder)
+    return None
+
+
+def _block(attention: tuple[str, ...], out: str, feed: tuple[str, ...], down: str, norms: tuple[str, str]) -> tuple[TowerSite, ...]:
+    return TowerSite(norms[0], attention), TowerSite(None, (out,)), TowerSite(norms[1], feed), TowerSite(None, (down,))
+
+
+NORMS = ("norm1", "norm2")
+GATED = ("mlp.gate_proj", "mlp.up_proj")
+
+QWEN2 = TowerLayout(
+    "visual",
+    "blocks",
+    _block(("attn.qkv",), "attn.proj", ("mlp.fc1",), "mlp.fc2", NORMS),
+    values="attn.qkv",
+    entries=("patch_embed.proj",),
+    exits=(Exit(r"visual\.merger", "ln_q", ("mlp.0",), (("mlp.2",),)),),
+)
+QWEN2_5 = replace(QWEN2, sites=_block(("attn.qkv",), "attn.proj", GATED, "mlp.down_proj", NORMS))
+QWEN3 = replace(
+    QWEN2,
+    sites=_block(("attn.qkv",), "attn.proj", ("mlp.linear_fc1",), "mlp.linear_fc2", NORMS),
+    entries=("patch_embed.proj", "pos_embed"),
+    exits=(Exit(r"visual\.(?:merger|deepstack_merger_list\.\d+)", "norm", ("linear_fc1",), (("linear_fc2",),)),),
+)
+GLM_OCR = replace(
+    QWEN2_5,
+    exits=(
+        Exit("visual", "post_layernorm", ("downsample",)),
+        Exit(r"visual\.merger", None, ("proj",), (("gate_proj", "up_proj"), ("down_proj",))),
+    ),
+)
+GLM = replace(GLM_OCR, unturned="a norm with a gain stands between its patches and its blocks (post_conv_layernorm)")
+
+SIGLIP = TowerLayout(
+    "vision_model",
+    "encoder.layers",
+    _block(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.out_proj",
+        ("mlp.fc1",),
+        "mlp.fc2",
+        ("layer_norm1", "layer_norm2"),
+    ),
+    values="self_attn.v_proj",
+    entries=("embeddings.patch_embedding", "embeddings.position_embedding"),
+    exits=(Exit("", "vision_model.post_layernorm", ("connector.modality_projection.proj",)),),
+)
+GEMMA3 = replace(
+    SIGLIP,
+    path="vision_tower",
+    exits=(),
+    unturned="its last norm, pooling and the projector's norm stand behind one another, no linear between",
+)
+INTERNVL = TowerLayout(
+    "vision_tower",
+    "encoder.layer",
+    _block(
+        ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+        "attention.projection_layer",
+        ("mlp.fc1",),
+        "mlp.fc2",
+        ("layernorm_before", "layernorm_after"),
+    ),
+    values="attention.v_proj",
+    entries=("embeddings.patch_embeddings.projection", "embeddings.cls_token", "embeddings.position_embeddings"),
+    exits=(Exit("multi_modal_projector", "layer_norm", ("linear_1",), (("linear_2",),)),),
+    scales=(("lambda_1", "attention.projection_layer"), ("lambda_2", "mlp.fc2")),
+    plain="layernorm",
+)
+PIXTRAL = TowerLayout(
+    "vision_tower",
+    "transformer.layers",
+    _block(
+        ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+        "attention.o_proj",
+        ("feed_forward.gate_proj", "feed_forward.up_proj"),
+        "feed_forward.down_proj",
+        ("attention_norm", "ffn_norm"),
+    ),
+    values="attention.v_proj",
+    entries=("patch_conv",),
+    exits=(Exit("multi_modal_projector", None, ("linear_1",), (("linear_2",),)),),
+    unturned="a norm with a gain stands between its patches and its blocks (ln_pre)",
+)
+MISTRAL3 = replace(PIXTRAL, exits=(Exit(r"multi_modal_projector\.patch_merger", None, ("merging_layer",)), *PIXTRAL.exits))
+
+TOWERS = {
+    "Qwen2VLForConditionalGeneration": QWEN2,
+    "Qwen2_5_VLForConditionalGeneration": QWEN2_5,
+    "Qwen3VLForConditionalGeneration": QWEN3,
+    "Qwen3_5ForConditionalGeneration": QWEN3,
+    "SmolVLMForConditionalGeneration": SIGLIP,
+    "Idefics3ForConditionalGeneration": SIGLIP,
+    "InternVLForConditionalGeneration": INTERNVL,
+    "Gemma3ForConditionalGeneration": GEMMA3,
+    "Mistral3ForConditionalGeneration": MISTRAL3,
+    "LlavaForConditionalGeneration": PIXTRAL,
+    "Glm4vForConditionalGeneration": GLM,
+    "GlmOcrForConditionalGeneration": GLM_OCR,
+}

@@ -1,0 +1,290 @@
+"""The vision tower in types with one scale a row: rotated where asked, its matrices rounded block by block on what pictures give.
+
+A block's Hessians are measured with everything before it rounded, all of its sites in one run; what reads the end of the stream is rounded
+behind the blocks, one group after the other. Feed-forward widths that are no multiple of a block are padded by channels that are 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from mbq_gguf.calibration.dataset import FREE_QUESTION, Sample
+from mbq_gguf.calibration.moments import Moments
+from mbq_gguf.calibration.pictures import picture
+from mbq_gguf.calibration.precision import bf16_products
+from mbq_gguf.calibration.stream import capture_encoded
+from mbq_gguf.export.gguf_writer import FEED_FORWARD, VisionFile
+from mbq_gguf.formats.grid import grid_of
+from mbq_gguf.formats.quantised import QuantisedTensor
+from mbq_gguf.formats.registry import quant_type_for
+from mbq_gguf.models.layer import ReachedError, until
+from mbq_gguf.models.loaded import LoadedModel
+from mbq_gguf.models.prompts import Encoded
+from mbq_gguf.models.tower import BLOCK, PADDED, Tower, find_tower, joined, linear
+from mbq_gguf.rounding.nearest import round_nearest
+from mbq_gguf.rounding.sequence import Refinement, refined
+from mbq_gguf.transforms.tower import rotate_tower
+
+SEED = 0
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TowerResult(VisionFile):
+    """What the vision file must hold of a changed tower."""
+
+    quantised: dict[str, QuantisedTensor] = field(default_factory=dict)
+    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TowerSettings:
+    """``type_name`` is W8A8 or W4A8 (None: matrices keep their type), ``made`` the number of procedural pictures beside the samples';
+    ``damping`` and ``refits`` are GPTQ's."""
+
+    type_name: str | None
+    rotate: bool
+    made: int = 0
+    damping: float = 0.01
+    refits: int = 2
+
+
+@torch.no_grad()
+def quantise_tower(
+    loaded: LoadedModel,
+    settings: TowerSettings,
+    samples: Sequence[Sample],
+    turned: VisionFile | None = None,
+    advance: Advance = lambda done, total: None,
+) -> TowerResult:
+    """Change the tower of ``loaded``, in place, and give what the vision file must hold of it.
+
+    GPTQ rounds on the pictures of ``samples`` and procedural ones; without samples matrices are rounded to the nearest. ``turned`` is what
+    a rotation of the decoder has changed in the projector. ``advance`` is told of finished blocks. UsageError where no rotation passes.
+    """
+    tower = find_tower(loaded)
+    assert tower is not None, "beforehand.check_tower comes first"
+    turned, rotate, type_name = turned or VisionFile(), settings.rotate, settings.type_name
+    result = TowerResult({}, dict(turned.replaced), dict(turned.metadata))
+    _put(loaded.model, turned.replaced)
+    names = _names(tower)
+    before = {name: parameter.detach().clone() for name, parameter in names.items()} if rotate else {}
+    if rotate:
+        rotate_tower(tower, SEED)
+        result.replaced.update({name: value.detach().cpu() for name, value in names.items() if not torch.equal(value, before[name])})
+    if type_name is not None:
+        _pad(tower, result)
+        _round(loaded, tower, settings, list(_encoded(loaded, samples, settings.made)), result, advance)
+    result.metadata.update(tower_keys(settings, "gptq" if samples else "nearest"))
+    return result
+
+
+def tower_keys(settings: TowerSettings, rounding: str) -> dict[str, Any]:
+    """What the vision file's metadata say of how its tower was changed."""
+    kind = {"mbq.tower.type": settings.type_name, "mbq.tower.rounding": rounding} if settings.type_name else {}
+    return {**kind, "mbq.tower.rotated": settings.rotate}
+
+
+def quantised_shapes(tower: Tower) -> dict[str, tuple[int, int]]:
+    """Rows and columns of every matrix that is rounded, padded ones as they will be, by the ends of their names."""
+    wide = padded_width(tower)
+    down, ups = tower.layout.sites[3].readers[0], tower.layout.sites[2].readers
+    found = {}
+    for index, block in enumerate(tower.blocks):
+        for name in tower.layout.readers:
+            rows, columns = linear(block, name).weight.shape
+            shape = (rows, wide or columns) if name == down else (wide or rows, columns) if name in ups else (rows, columns)
+            found[f"{tower.block_name(index)}.{name}.weight"] = shape
+    for groups in _exit_groups(tower):
+        found |= {f"{name}.weight": (module.out_features, module.in_features) for name, module in groups.items()}
+    return found
+
+
+def padded_width(tower: Tower) -> int:
+    """The feed-forward width that blocks of 32 need where the tower's own is no multiple of them, else 0."""
+    width = linear(tower.blocks[0], tower.layout.sites[3].readers[0]).in_features
+    return 0 if width % BLOCK == 0 else -(-width // PADDED) * PADDED
+
+
+def tower_file(tower: Tower, type_name: str) -> VisionFile:
+    """What a file of ``tower`` in ``type_name`` will hold, in zeros that take no memory."""
+    found, replaced, wide = {}, {}, padded_width(tower)
+    for name, (rows, columns) in quantised_shapes(tower).items():
+        kept = quant_type_for(type_name, columns)
+        found[name] = QuantisedTensor(kept.name, np.broadcast_to(np.uint8(0), (rows, kept.row_bytes(columns))), columns)
+    for index, block in enumerate(tower.blocks if wide else ()):
+        for name in tower.layout.sites[2].readers:
+            if linear(block, name).bias is not None:
+                replaced[f"{tower.block_name(index)}.{name}.bias"] = torch.zeros(()).expand(wide)
+    return VisionFile(found, replaced, {FEED_FORWARD: wide} if wide else {})
+
+
+def _names(tower: Tower) -> dict[str, nn.Parameter]:
+    """The parameters of the tower and of what reads it, each once, by the ends of their names in a checkpoint."""
+    names: dict[str, nn.Parameter] = {}
+    for place, name, _ in tower.exits():
+        parts = [place.norm, *place.readers, *(reader for group in place.later for reader in group)]
+        for part in filter(None, parts):
+            full = joined(name, part)
+            names |= {f"{full}.{end}": value for end, value in tower.holder.get_submodule(full).named_parameters()}
+    seen = {id(value) for value in names.values()}
+    return names | {name: value for name, value in tower.module.named_parameters() if id(value) not in seen}
+
+
+def _put(model: nn.Module, turned: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        for end, value in turned.items():
+            if name == end or name.endswith(f".{end}"):
+                parameter.copy_(value)
+
+
+def _pad(tower: Tower, result: TowerResult) -> None:
+    """Widen feed-forwards to :func:`padded_width`, by rows and columns of zeros: every activation function here gives 0 for 0."""
+    wide = padded_width(tower)
+    if not wide:
+        return
+    ups, down = tower.layout.sites[2].readers, tower.layout.sites[3].readers[0]
+    for index, block in enumerate(tower.blocks):
+        for name in (*ups, down):
+            module = linear(block, name)
+            more = wide - (module.in_features if name == down else module.out_features)
+            module.weight = nn.Parameter(
+                nn.functional.pad(module.weight, (0, more) if name == down else (0, 0, 0, more)), requires_grad=False
+            )
+            module.out_features, module.in_features = module.weight.shape
+            if module.bias is not None and name != down:
+                module.bias = nn.Parameter(nn.functional.pad(module.bias, (0, more)), requires_grad=False)
+                result.replaced[f"{tower.block_name(index)}.{name}.bias"] = module.bias.detach().cpu()
+    result.metadata[FEED_FORWARD] = wide
+
+
+def _encoded(loaded: LoadedModel, samples: Sequence[Sample], made: int) -> Iterator[Encoded]:
+    """Every picture of ``samples`` once, and ``made`` procedural ones."""
+    draw = np.random.default_rng(SEED)
+    pictures: list[Path | Image.Image] = list(dict.fromkeys(sample.image for sample in samples))
+    pictures += [picture(draw) for _ in range(made if samples else 0)]
+    for image in pictures:
+        yield loaded.encode(image, [(FREE_QUESTION, "")])
+
+
+@dataclass
+class _Entered:
+    """What one picture brings to the blocks."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def _round(
+    loaded: LoadedModel,
+    tower: Tower,
+    settings: TowerSettings,
+    pictures: list[Encoded],
+    result: TowerResult,
+    advance: Advance,
+) -> None:
+    assert settings.type_name
+    type_name = settings.type_name
+    refinement = Refinement(settings.damping, clip=True, error_correction=0.0, refits=settings.refits)
+    blocks = tower.blocks
+    groups = list(_exit_groups(tower))
+    entered = [_enter(loaded, blocks[0], encoded) for encoded in pictures]
+    for index, block in enumerate(blocks):
+        sites = [{name: linear(block, name) for name in site.readers} for site in tower.layout.sites]
+        with _hessians([next(iter(site.values())) for site in sites]) as found, bf16_products():
+            for state in entered:
+                block(*state.args, **state.kwargs)
+        for site in sites:
+            here = {f"{tower.block_name(index)}.{name}.weight": module for name, module in site.items()}
+            _round_site(here, found.get(next(iter(site.values()))), type_name, refinement, result)
+        with bf16_products():
+            for state in entered:
+                _advance(block, state)
+        advance(index + 1, len(blocks) + len(groups))
+    for number, group in enumerate(groups):
+        with _hessians(list(group.values())) as found, bf16_products():
+            for encoded in pictures:
+                capture_encoded(loaded, encoded)
+        for name, module in group.items():
+            _round_site({f"{name}.weight": module}, found.get(module), type_name, refinement, result)
+        advance(len(blocks) + number + 1, len(blocks) + len(groups))
+
+
+def _exit_groups(tower: Tower) -> Iterator[dict[str, nn.Linear]]:
+    """The linears behind the blocks by name, groups in the order in which they are computed; convolutions keep their type."""
+    places = list(tower.exits())
+    for step in range(max((1 + len(place.later) for place, _, _ in places), default=0)):
+        group = {}
+        for place, name, _ in places:
+            for reader in (place.readers, *place.later)[step] if step <= len(place.later) else ():
+                found = tower.holder.get_submodule(joined(name, reader))
+                if isinstance(found, nn.Linear):
+                    group[joined(name, reader)] = found
+        yield group
+
+
+def _round_site(
+    linears: dict[str, nn.Linear], hessian: torch.Tensor | None, type_name: str, refinement: Refinement, result: TowerResult
+) -> None:
+    """Round matrices that read one activation, in place; by GPTQ where there is a ``hessian`` and the rows fit the type."""
+    weights = [module.weight.detach().float() for module in linears.values()]
+    kept = quant_type_for(type_name, weights[0].shape[1])
+    grid = grid_of(kept)
+    if hessian is None or grid is None:
+        rounded = [round_nearest(weight, kept) for weight in weights]
+    else:
+        coded = refined(torch.cat(weights), Moments(hessian), grid, refinement)
+        rounded = [part.rounded(grid) for part in coded.split([len(weight) for weight in weights])]
+    for (name, module), part in zip(linears.items(), rounded, strict=True):
+        module.weight.copy_(part.weight)
+        result.quantised[name] = QuantisedTensor(kept.name, part.data, module.in_features)
+        result.replaced.pop(name, None)
+
+
+def _enter(loaded: LoadedModel, block: nn.Module, encoded: Encoded) -> _Entered:
+    """The arguments of the first block when the model sees ``encoded``, which ends there."""
+    seen: list[_Entered] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(_Entered(args, dict(kwargs)))
+        raise ReachedError
+
+    until(block.register_forward_pre_hook(hook, with_kwargs=True), lambda: capture_encoded(loaded, encoded))
+    return seen[0]
+
+
+def _advance(block: nn.Module, state: _Entered) -> None:
+    """Put the block's output where its input was."""
+    out = block(*state.args, **state.kwargs)
+    hidden = out[0] if isinstance(out, tuple) else out
+    if state.args:
+        state.args = (hidden, *state.args[1:])
+    else:
+        state.kwargs["hidden_states"] = hidden
+
+
+@contextmanager
+def _hessians(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, torch.Tensor]]:
+    """While open, the sums x^T x [columns, columns] of what each of ``modules`` is given."""
+    found: dict[nn.Module, torch.Tensor] = {}
+
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0].detach().flatten(0, -2).float()
+        found.setdefault(module, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.t(), x)
+
+    handles = [module.register_forward_pre_hook(hook) for module in modules]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

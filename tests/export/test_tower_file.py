@@ -1,0 +1,105 @@
+"""Vision files whose matrices have one scale a row: what they say, how libmtmd runs them, what it refuses; and rotated ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mbq_cbind.errors import BindingError
+from mbq_cbind.model import Model
+from mbq_gguf.convert import ConvertOptions, convert
+from mbq_gguf.evaluate.exact_match import SHIPPED, load_questions
+from mbq_gguf.export.gguf_header import read_header
+from mbq_gguf.export.gguf_writer import write_mmproj_gguf
+from mbq_gguf.formats import row_scale
+from mbq_gguf.formats.quantised import QuantisedTensor
+from mbq_gguf.formats.registry import quant_type_for
+from mbq_gguf.models import LoadedModel
+from mbq_gguf.models.tower import find_tower, linear
+from rich.console import Console
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@pytest.fixture(scope="module")
+def text(built_llama: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ConvertOptions:
+    """The language model that every vision file here stands beside, and the plain vision file."""
+    options = ConvertOptions(tiny_dir, tmp_path_factory.mktemp("plain") / "plain.gguf", type="BF16", mmproj_type="F32")
+    convert(options, Console(quiet=True))
+    return options
+
+
+def features(text: Path, mmproj: Path) -> Floats:
+    with Model(text, mmproj, context=128) as model:
+        return np.concatenate(model.vision.encode(load_questions(SHIPPED)[0].image).embeddings)
+
+
+def moved(found: Floats, plain: Floats) -> float:
+    return float(np.linalg.norm(found - plain) / np.linalg.norm(plain))
+
+
+def test_converted_towers(text: ConvertOptions, tiny_dir: Path, tmp_path: Path) -> None:
+    """GPTQ on two pictures: 4 bits move the features further than 8, both little; a rotated F16 tower only by rounding to F16."""
+    plain, off = features(text.out, text.mmproj), {}
+    shapes = [(tensor.name, tensor.shape) for tensor in read_header(text.mmproj).tensors]
+    for name, chosen in (("F16", {"rotate_tower": True}), ("W8A8", {}), ("W4A8", {})):
+        options = ConvertOptions(tiny_dir, tmp_path / f"{name}.gguf", type="BF16", mmproj_type=name, samples=2, synthetic=0, **chosen)
+        convert(options, Console(quiet=True))
+        header, off[name] = read_header(options.mmproj), moved(features(text.out, options.mmproj), plain)
+        assert [(tensor.name, tensor.shape) for tensor in header.tensors] == shapes  # only tensors change, never the graph
+        assert header.metadata.get("mbq.tower.type", "F16") == name
+        assert header.metadata["mbq.tower.rotated"] == (name != "W8A8")
+        if name in row_scale.ROW_SCALES:
+            assert header.lengths["mbq.row_scale"] == 3 * 6 + 2  # q, k, v, out, up and down of three blocks, and the projector's
+    assert off["F16"] < 2e-3  # fp16 has 11 bits, over some twenty matrices
+    assert off["F16"] < off["W8A8"] < off["W4A8"] < 0.1
+
+
+@pytest.fixture(scope="module")
+def matrices(tiny: LoadedModel) -> dict[str, QuantisedTensor]:
+    """The first block's output matrix of attention in W8A8."""
+    tower = find_tower(tiny)
+    assert tower
+    weight = linear(tower.blocks[0], "attn.proj").weight.detach()
+    kept = quant_type_for("W8A8", weight.shape[1])
+    return {"blocks.0.attn.proj.weight": QuantisedTensor(kept.name, kept.quantize(weight.float().numpy()), weight.shape[1])}
+
+
+def test_libmtmd_takes_the_other_product(
+    text: ConvertOptions, matrices: dict[str, QuantisedTensor], tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its key the file runs by other sums than without, and gives nearly the same: both round activations to 8 bits."""
+    write_mmproj_gguf(tiny_dir, tmp_path / "flagged.gguf", mmproj_type="W8A8", quantised=matrices)
+    monkeypatch.setattr(row_scale, "metadata", lambda tensors: {})
+    write_mmproj_gguf(tiny_dir, tmp_path / "plain.gguf", mmproj_type="W8A8", quantised=matrices)
+    flagged, plain = features(text.out, tmp_path / "flagged.gguf"), features(text.out, tmp_path / "plain.gguf")
+    assert not np.array_equal(flagged, plain)
+    assert moved(flagged, plain) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"mbq.row_scale": ["v.blk.0.attn_x.weight"]}, "holds no such tensor"),
+        ({"mbq.row_scale": ["v.blk.0.ln1.weight"]}, "must be Q4_0 or Q8_0 and is f32"),
+        ({"mbq.row_scale": [1, 2]}, "must be an array of strings"),
+        ({"mbq.row_scale.version": 2}, "is 2: this program knows 1"),
+        ({"mbq.row_scale.version": "1"}, "must be a u32"),
+    ],
+)
+def test_wrong_keys_are_refused(
+    changed: dict[str, Any],
+    sentence: str,
+    text: ConvertOptions,
+    matrices: dict[str, QuantisedTensor],
+    tiny_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = {**row_scale.metadata(["v.blk.0.attn_out.weight"]), **changed}
+    monkeypatch.setattr(row_scale, "metadata", lambda tensors: keys)
+    write_mmproj_gguf(tiny_dir, tmp_path / "tiny.gguf", mmproj_type="W8A8", quantised=matrices)
+    with pytest.raises(BindingError, match=sentence), Model(text.out, tmp_path / "tiny.gguf", context=128) as model:
+        assert model.vision
