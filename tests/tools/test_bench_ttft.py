@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import bench_tower
 import bench_ttft
 import numpy as np
 import pytest
@@ -27,6 +28,18 @@ def test_random_models_take_pictures_and_words(built_llama: Path, tmp_path: Path
         assert model.tokenize(bench_ttft.QUESTION) == words
         assert np.isfinite(model.logits(model.prompt("What?"), [image], [1])).all()
     assert not files[0].exists()
+
+
+def test_towers_of_every_type_are_timed(built_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bind()
+    monkeypatch.setattr(random_gguf, "TOWER", (1, 160))
+    monkeypatch.setattr(bench_tower, "SIDES", {64: 224})
+    monkeypatch.setitem(bench_ttft.SHAPES, "2B", random_gguf.LanguageShape(1, 256, 512, 2, 1, 0))
+    kinds = ["F16", "Q8_0", "W8A8", "W4A8"]
+    times = bench_tower.towers(tmp_path, kinds, 256, 2, {"threads": 1})
+    assert {key: len(found) for key, found in times.items()} == {(kind, 64): 2 for kind in kinds}
+    language = bench_tower.languages(tmp_path, ["2B:W4A8"], 1, {"threads": 1})
+    assert bench_tower.together(times, language).row_count == len(kinds)
 
 
 def test_ratios_are_within_a_round_and_the_first_of_it_alternates() -> None:
