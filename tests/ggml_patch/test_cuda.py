@@ -210,28 +210,41 @@ def test_measured_row_scale_plans_of_one_column(w4a8_plan: Path, case: tuple[int
     assert kw * groups * (1024 + stages * 16 * 144) + 256 * pieces <= 231296
 
 
-def test_what_a_product_finds_is_what_its_activations_are(tmp_path: Path) -> None:
-    """4000 random graphs whose tensors lie over one another, each run twice: nothing stale is found, nothing held outlives its graph."""
+@pytest.fixture(scope="module")
+def w4a8_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that decides on random graphs, and on a layer as llama.cpp builds it, what products share."""
     folder = paths.find_library("ggml-base").parent
-    program = tmp_path / "inputs"
-    libraries = [f"-L{folder}", "-lggml-base", "-Xlinker", f"-rpath={folder}"]
-    nvcc("-O1", "-arch=sm_90a", str(HERE / "mbq_w4a8_inputs.cu"), *libraries, "-o", str(program))
-    done = subprocess.run([program, "4000"], capture_output=True, text=True, check=False)
+    program = tmp_path_factory.mktemp("w4a8_graphs") / "graphs"
+    libraries = [f"-L{folder}", "-lggml-base", "-Xlinker", f"-rpath={folder}", "-Xlinker", "--unresolved-symbols=ignore-all"]
+    nvcc("-O1", "-arch=sm_90a", str(HERE / "mbq_w4a8_graphs.cu"), *libraries, "-o", str(program))
+    return program
+
+
+def decided(program: Path, *arguments: object) -> list[int]:
+    """The numbers that it prints."""
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    products, found, made = map(int, done.stdout.split())
+    return [int(word) for word in done.stdout.split()]
+
+
+def test_what_a_product_finds_is_what_its_activations_are(w4a8_graphs: Path) -> None:
+    """4000 random graphs whose tensors lie over one another, each run twice: nothing stale is found, nothing held outlives its graph."""
+    products, found, made = decided(w4a8_graphs, "inputs", 4000)
     assert products > found > made > 5000
 
 
-def test_products_of_one_column_run_before_their_turn(tmp_path: Path) -> None:
-    """3000 random graphs whose tensors lie over one another: each node gives what it gives in order, whatever CTA runs first."""
-    folder = paths.find_library("ggml-base").parent
-    program = tmp_path / "column"
-    libraries = [f"-L{folder}", "-lggml-base", "-Xlinker", f"-rpath={folder}", "-Xlinker", "--unresolved-symbols=ignore-all"]
-    nvcc("-O1", "-arch=sm_90a", str(HERE / "mbq_w4a8_column.cu"), *libraries, "-o", str(program))
-    done = subprocess.run([program, "3000"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    launches, early, added = map(int, done.stdout.split())
-    assert added > early > launches > 1000
+def test_products_of_one_column_run_before_their_turn(w4a8_graphs: Path) -> None:
+    """1500 random graphs whose tensors lie over one another: each node gives what it gives in order, whatever CTA runs first."""
+    launches, early, added = decided(w4a8_graphs, "column", 1500)
+    assert added > early > launches > 800
+
+
+@pytest.mark.parametrize("norm", [0, 1])
+@pytest.mark.parametrize("bias", [0, 1])
+def test_q_k_and_v_of_a_layer_are_one_kernel(w4a8_graphs: Path, bias: int, norm: int) -> None:
+    """With places kept as CUDA asks the scheduler; without, v and k would lie where q is still read (they share one kernel at v)."""
+    assert decided(w4a8_graphs, "layer", bias, norm, 1) == [3, 1]
+    assert decided(w4a8_graphs, "layer", bias, norm, 0) == [1, 2, 1]
 
 
 def backend_ops(operation: str, *prefix: str) -> subprocess.CompletedProcess[str]:

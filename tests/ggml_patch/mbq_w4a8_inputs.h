@@ -1,5 +1,7 @@
 // Random graphs through mbq-w4a8-inputs.cuh, without a GPU: tensors lie in a small arena, over one another, and each word of it knows which node wrote it
-// last. Whatever a product finds must be what its activations are then. Argument: graphs. Prints products, found, quantised for others. Run by test_cuda.py.
+// last. Whatever a product finds must be what its activations are then. Prints products, found, quantised for others. Part of mbq_w4a8_graphs.cu.
+
+#pragma once
 
 #include "mbq-w4a8-inputs.cuh"
 
@@ -7,11 +9,9 @@
 #include <cstdlib>
 #include <random>
 
-static constexpr int WORDS = 2048;
+namespace inputs_test {
 
-static mbq_w4a8_order mbq_w4a8_order_of(const ggml_backend_cuda_context &, const ggml_tensor * dst) {
-    return (mbq_w4a8_order) dst->src[0]->op_params[0];
-}
+static constexpr int WORDS = 2048;
 
 struct stack_pool : ggml_cuda_pool { // blocks go back in the reverse order, as in ggml_cuda_pool_vmm
     char * base = (char *) aligned_alloc(128, 1 << 20);
@@ -27,8 +27,6 @@ struct stack_pool : ggml_cuda_pool { // blocks go back in the reverse order, as 
         GGML_ASSERT(p == base + used);
     }
 };
-
-std::unique_ptr<ggml_cuda_pool> ggml_backend_cuda_context::new_pool_for_device(int, int) { return nullptr; }
 
 struct random_graph {
     std::mt19937 & rng;
@@ -80,8 +78,7 @@ struct random_graph {
     }
 };
 
-int main(int argc, char ** argv) {
-    const int graphs = argc > 1 ? atoi(argv[1]) : 100;
+static int run(const int graphs) {
     std::mt19937 rng(1);
     std::vector<float> arena(WORDS);
     std::vector<int>   writer(WORDS + 4096);
@@ -152,3 +149,5 @@ int main(int argc, char ** argv) {
     printf("%d %d %d\n", products, found, made);
     return 0;
 }
+
+} // namespace inputs_test

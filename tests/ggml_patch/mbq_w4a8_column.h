@@ -1,7 +1,9 @@
 // Random graphs through mbq-w4a8-column.cuh, without a GPU: what each node computes, as a number made of the words that it reads, when products of one column
 // run together and before their turn, must be what it is in the graph's order. Tensors lie in a small arena, over one another, except that a product lies
-// apart from what it reads and from what is added to it, as an allocator places it. Argument: graphs. Prints
-// launches of several sums, sums made early, and sums added to a bias. Run by test_cuda.py.
+// apart from what it reads and from what is added to it, as an allocator places it. Prints launches of several sums, sums
+// made early, and sums added to a bias. Part of mbq_w4a8_graphs.cu.
+
+#pragma once
 
 #include "mbq-w4a8-column.cuh"
 
@@ -9,11 +11,9 @@
 #include <cstdlib>
 #include <random>
 
-static constexpr int WORDS = 4096, LONG = 256, APART = 32*LONG; // the last: places of products that nobody needs
+namespace column_test {
 
-static mbq_w4a8_order mbq_w4a8_order_of(const ggml_backend_cuda_context &, const ggml_tensor * dst) {
-    return (mbq_w4a8_order) dst->src[0]->op_params[0];
-}
+static constexpr int WORDS = 4096, LONG = 256, APART = 32*LONG; // the last: places of products that nobody needs
 
 static float arena[WORDS + APART];
 
@@ -124,8 +124,7 @@ static void run(memory & words, std::vector<mbq_w4a8_sum> sums, std::mt19937 & r
     }
 }
 
-int main(int argc, char ** argv) {
-    const int graphs = argc > 1 ? atoi(argv[1]) : 100;
+static int run(const int graphs) {
     std::mt19937 rng(1);
     ggml_backend_cuda_context & cuda = *new ggml_backend_cuda_context(0);
     int launches = 0, early = 0, added = 0;
@@ -173,3 +172,5 @@ int main(int argc, char ** argv) {
     printf("%d %d %d\n", launches, early, added);
     return 0;
 }
+
+} // namespace column_test
