@@ -30,9 +30,12 @@ from tiny_vlm import DEMO, PROCESSOR_FILES  # noqa: E402
 
 SEEDS = HERE / "seeds"
 WIDTH, TOKENS, MERGES = 128, 288, 8
+Q8_0 = 8
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "patch_size": 8}
 QWEN, SIGLIP = SMALL | {"depth": 3, "num_heads": 1}, SMALL | {"num_attention_heads": 1, "image_size": 32}
+WIDER = QWEN | {"hidden_size": WIDTH, "embed_dim": 32, "mlp_ratio": 2}
 TOWERS: list[tuple[str, str, dict[str, object], dict[str, object]]] = [
+    ("w8a8", "Qwen2-VL", WIDER, {}),
     ("qwen2_5vl", "Qwen2.5-VL", QWEN | {"fullatt_block_indexes": [1]}, {}),
     ("qwen3vl", "Qwen3-VL", QWEN | {"deepstack_visual_indexes": [0], "out_hidden_size": WIDTH // 2, "num_position_embeddings": 16}, {}),
     ("idefics3", "Idefics3", SIGLIP, {}),
@@ -144,11 +147,15 @@ def towers() -> None:
             model = write(replace(recipe, config=config, processor=recipe.processor | {"patch_size": 8}), Path(folder) / "model")
             (weights,) = model.glob("*.safetensors")
             save_file({key: _few_values(value) for key, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
-            write_mmproj_gguf(model, Path(folder) / "mmproj.gguf", mmproj_type="F16")
+            write_mmproj_gguf(model, Path(folder) / "mmproj.gguf", mmproj_type="Q8_0" if name == "w8a8" else "F16")
             document = smaller((Path(folder) / "mmproj.gguf").read_bytes())
         for key, side in ((b"clip.vision.image_min_pixels", 16), (b"clip.vision.image_max_pixels", 64)):
-            if document.find(b"clip.vision.image_size") is None or name in ("qwen2_5vl", "qwen3vl", "glm4v"):
+            if document.find(b"clip.vision.image_size") is None or name in ("w8a8", "qwen2_5vl", "qwen3vl", "glm4v"):
                 document.put(Key(key, 4, u32(side * side)))
+        if name == "w8a8":  # of few values, so that the blocks of a row share a scale
+            names = [tensor.name for tensor in document.tensors if tensor.kind == Q8_0]
+            document.put(Key(b"mbq.row_scale.version", 4, u32(1)))
+            document.put(Key(b"mbq.row_scale", ARRAY, strings(names)))
         (SEEDS / "mmproj" / f"{name}.gguf").write_bytes(document.write())
 
 
