@@ -11,6 +11,7 @@ from mbq_gguf.beforehand import check_device
 from mbq_gguf.calibration.dataset import draw_samples
 from mbq_gguf.calibration.importance import importance
 from mbq_gguf.calibration.stream import capture
+from mbq_gguf.errors import UsageError
 from mbq_gguf.export.atomic import check_output
 from mbq_gguf.export.imatrix import write_imatrix
 from mbq_gguf.export.progress import Stages, progress_bars
@@ -47,6 +48,10 @@ def _make_imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, 
     rehearse(model_dir, weight_files(model_dir), MMPROJ_TYPE)
     say = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
     model = outline(model_dir)
+    if model.decoder.layout.stacks:
+        raise UsageError(
+            "llama.cpp keeps the importance of all experts of a layer in one array, which is not written here: use a model without experts"
+        )
     rehearse_quantised(model_dir, {f"{name}.weight": (linear.out_features, linear.in_features) for name, linear in model.decoder.linears()})
     ahead = draw_samples(calib, model.prompts, samples, seed, TURNS, say)
     with progress_bars(console) as bars:

@@ -78,6 +78,7 @@ def check_settings(loaded: LoadedModel, samples: Sized, settings: QuantiseSettin
     if settings.learn_scales and not (settings.propagate_error and settings.rounding == "gptq"):
         raise UsageError("learning scales follows the rounded layers' inputs: give --learn-scales with --propagate-error and GPTQ")
     check_heads(loaded.decoder, settings)
+    check_experts(loaded.decoder, settings)
     reason = loaded.decoder.layout.no_equalisation()
     if settings.method != "rtn" and reason:
         raise UsageError(f"{loaded.architecture} cannot be equalised, {reason}: use --method rtn")
@@ -99,6 +100,18 @@ def check_heads(decoder: Decoder, settings: QuantiseSettings) -> None:
                         f"llama.cpp moves the columns of {name} by heads of {channels}, which blocks of {block} ({kind.name}) cannot "
                         "follow: choose a type with smaller blocks, such as MBQ3S or Q4_0"
                     )
+
+
+def check_experts(decoder: Decoder, settings: QuantiseSettings) -> None:
+    """UsageError for what experts do not take: a type a matrix, static ranges, and weights by each token's gradient."""
+    if not decoder.layout.stacks:
+        return
+    if settings.target_bpw:
+        raise UsageError("the experts of a layer are one tensor of one type in llama.cpp: give one --type, no --target-bpw")
+    if settings.activations == "static":
+        raise UsageError("products of experts take no static ranges: leave out --activations static")
+    if settings.token_weights == "token":
+        raise UsageError("gradients of single tokens are not measured in experts: give other --token-weights")
 
 
 def check_activations(settings: QuantiseSettings) -> None:

@@ -19,7 +19,13 @@ def _named_tokenizer(built_llama: Path) -> Iterator[None]:
         yield
 
 
-LIKE_OTHERS = ("Qwen2.5-VL", "Idefics3", "Pixtral", "GLM-OCR")  # the same code as a neighbour's; the suite has a minute for all families
+LIKE_OTHERS = (
+    "Qwen2.5-VL",
+    "Idefics3",
+    "Pixtral",
+    "GLM-OCR",
+    "Qwen3.5-MoE",
+)  # the same code as a neighbour's; the suite has a minute for all families
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name in RECIPES])

@@ -32,14 +32,17 @@ CHATML = (
 )
 
 
+Tensors = dict[str, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a family's small checkpoint is made of.
 
     ``config`` are the settings of the model type, ``processor`` those of preprocessor_config.json, ``specials`` are added to the demo's
     tokenizer and named in the configuration by ``token_ids``. ``other_names`` renames a key that transformers saves today to that of
-    another kind of checkpoint: the published one, where it differs. ``size`` is that of the picture, which neither side has to resize;
-    pictures of ``sizes`` must take as many tokens on both.
+    another kind of checkpoint: the published one, where it differs; ``other_form`` makes its tensors. ``size`` is that of the picture,
+    which neither side has to resize; pictures of ``sizes`` must take as many tokens on both.
     """
 
     model_type: str
@@ -49,6 +52,7 @@ class Recipe:
     token_ids: dict[str, str] = field(default_factory=dict)
     template: str = CHATML
     other_names: Callable[[str], str] | None = None
+    other_form: Callable[[Tensors], Tensors] | None = None
     size: tuple[int, int] = (64, 96)
     sizes: tuple[tuple[int, int], ...] = ((100, 160), (192, 128))
 
@@ -58,6 +62,16 @@ QWEN_TOKENS |= {"vision_end_token_id": "<|vision_end|>"}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
 QWEN3_VISION = {"depth": 3, "hidden_size": 64, "num_heads": 2, "intermediate_size": 100, "out_hidden_size": 128, "patch_size": 16}
 QWEN3_VISION |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [1]}
+QWEN3_5: dict[str, Any] = {
+    **TEXT,
+    "num_hidden_layers": 4,  # llama.cpp takes every fourth layer for one with attention
+    "rope_parameters": {**MROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.25},
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 128}
 SQUARES = {"size": {"shortest_edge": 1024, "longest_edge": 65536}, "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
 SQUARES |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_processor_type": "Qwen2VLImageProcessor"}
 
@@ -105,6 +119,23 @@ def newer(name: str) -> str:
     return name if name.startswith(("model.", "lm_head")) else f"model.{name}"
 
 
+def turned_stacks(tensors: Tensors) -> Tensors:
+    """Qwen3-VL-MoE's stacks of experts as published, [experts, columns, rows]."""
+    return {name: tensor.transpose(1, 2).contiguous() if ".experts." in name else tensor for name, tensor in tensors.items()}
+
+
+def stacked(tensors: Tensors) -> Tensors:
+    """Qwen3.5-MoE's experts as published, in two stacks a layer, which transformers saves one by one."""
+    out = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for stem in dict.fromkeys(name.partition(".experts.")[0] for name in tensors if ".experts." in name):
+        gate, up, down = (
+            torch.stack([tensors[f"{stem}.experts.{number}.{matrix}_proj.weight"] for number in range(EXPERTS["num_experts"])])
+            for matrix in ("gate", "up", "down")
+        )
+        out |= {f"{stem}.experts.gate_up_proj": torch.cat([gate, up], dim=1), f"{stem}.experts.down_proj": down}
+    return out
+
+
 def nested(name: str) -> str:
     """SigLIP and CLIP towers as published, which transformers saves without the nesting today."""
     return name.replace("vision_tower.", "vision_tower.vision_model.")
@@ -136,19 +167,36 @@ RECIPES = {
     "Qwen3.5": Recipe(
         "qwen3_5",
         {
-            "text_config": {
-                **TEXT,
-                "num_hidden_layers": 4,  # llama.cpp takes every fourth layer for one with attention
-                "rope_parameters": {**MROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.25},
-                "linear_num_key_heads": 2,
-                "linear_num_value_heads": 4,
-                "linear_key_head_dim": 128,
-                "linear_value_head_dim": 128,
-            },
+            "text_config": QWEN3_5,
             "vision_config": {**QWEN3_VISION, "deepstack_visual_indexes": []},
         },
         SQUARES,
         token_ids=QWEN_TOKENS,
+    ),
+    "Qwen3-VL-MoE": Recipe(
+        "qwen3_vl_moe",
+        {"text_config": {**TEXT, **EXPERTS, "rope_parameters": MROPE}, "vision_config": QWEN3_VISION},
+        SQUARES,
+        token_ids=QWEN_TOKENS,
+        other_form=turned_stacks,
+    ),
+    "Qwen3.5-MoE": Recipe(
+        "qwen3_5_moe",
+        {"text_config": {**QWEN3_5, **EXPERTS}, "vision_config": {**QWEN3_VISION, "deepstack_visual_indexes": []}},
+        SQUARES,
+        token_ids=QWEN_TOKENS,
+        other_form=stacked,
+    ),
+    "GLM-4.5V": Recipe(
+        "glm4v_moe",
+        {
+            "text_config": {**TEXT, **EXPERTS, "n_routed_experts": 6, "first_k_dense_replace": 1, "rope_parameters": GLM_ROPE},
+            "vision_config": GLM_VISION,
+        },
+        PATCHES_14 | {"image_processor_type": "Glm46VImageProcessor"},
+        specials=(*GLM_TOKENS, "[gMASK]", "<|endoftext|>", "<|observation|>"),
+        token_ids=GLM_IDS,
+        size=(56, 84),
     ),
     "SmolVLM": Recipe(
         "smolvlm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -72,8 +73,10 @@ class Small:
         write_mmproj_gguf(self.directory, path, mmproj_type="BF16")
         return path
 
-    def written(self, name: str, result: QuantiseResult | None = None, directory: Path | None = None) -> tuple[Path, Path]:
-        """The two files of ``result``, or in BF16."""
+    def written(
+        self, name: str, result: QuantiseResult | None = None, directory: Path | None = None, base_type: str = "BF16"
+    ) -> tuple[Path, Path]:
+        """The two files of ``result``, what it has not quantised in ``base_type``."""
         path, mmproj = self.folder / f"{name}.gguf", self.mmproj
         result = result or QuantiseResult()
         if vision := result.tensors_of("vision"):
@@ -84,8 +87,8 @@ class Small:
             path,
             quantised=result.quantised,
             replaced=result.replaced,
-            base_type="BF16",
-            embedding_type="BF16",
+            base_type=base_type,
+            embedding_type=base_type,
             metadata=result.facts_of("metadata"),
             file_type=None,
         )
@@ -107,6 +110,31 @@ class Small:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def all_chosen(self) -> Iterator[Path]:
+        """Within the block each token goes to all experts, in the model and in the checkpoint that is given; without experts, as ever."""
+        routers = [module for module in self.loaded.decoder.module.modules() if hasattr(module, "top_k")]
+        if not routers:
+            yield self.directory
+            return
+        folder, experts = self.folder / "all-chosen", self.recipe.config["text_config"]["num_experts"]
+        if not folder.is_dir():
+            folder.mkdir()
+            for file in self.directory.iterdir():
+                if file.name != "config.json":
+                    (folder / file.name).symlink_to(file)
+            config = json.loads((self.directory / "config.json").read_text())
+            config["text_config"]["num_experts_per_tok"] = experts
+            (folder / "config.json").write_text(json.dumps(config))
+        kept = routers[0].top_k
+        try:
+            for router in routers:
+                router.top_k = experts
+            yield folder
+        finally:
+            for router in routers:
+                router.top_k = kept
 
     def theirs(self, weights: Mapping[str, Any] | None = None) -> Floats:
         """Hugging Face's logits of the answer's tokens, with decoder ``weights`` in place of its own."""

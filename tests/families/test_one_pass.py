@@ -15,6 +15,9 @@ LIMIT = 1e-4  # of max |logit|; measured: 4e-7 at most
 IN_TURNS = {
     "Gemma 3": "the model's attention has a sliding window",
     "Qwen3.5": "the model has a recurrent state",
+    "Qwen3.5-MoE": "the model has a recurrent state",
+    "Qwen3-VL-MoE": "its architecture is not among those that were tested",
+    "GLM-4.5V": "its architecture is not among those that were tested",
 }  # why mtmd_aifs_refusal says no
 # M stands for a picture
 PROMPTS = ("None at all", "MFirst", "In the M middle", "M then M then at last M")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mbq_gguf.calibration.batches import batches
-from mbq_gguf.calibration.observe import TokenWeights
+from mbq_gguf.calibration.observe import TokenWeights, Watch
 from mbq_gguf.calibration.stream import run_batch, split_back
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
@@ -51,6 +51,7 @@ class Replay:
         self.layer, self.streams = layer, streams
         self.batches = list(batches(streams, layer.index))
         self.branches = {branch.writer: branch for branch in layer.layout.branches}
+        self.routed: dict[str, Moments] = {}  # of experts whose stage has been run, by site
         self.kept: dict[str, list[torch.Tensor]] = {}  # by the last linear's name, one [1, tokens, columns] a batch
         self.kept_with: dict[str, list[int]] = {}  # the parameters that decided them, as _decisive tells
 
@@ -60,6 +61,10 @@ class Replay:
 
         ``originals`` are the same inputs in the original model, one [tokens, columns] a stream; without them there are no cross moments.
         """
+        if site.expert is not None:
+            if site.name not in self.routed:
+                self.routed = self._of_experts(site.stage, weights)
+            return self.routed.pop(site.name)
         found: Moments | None = None
         rest = iter(originals or ())
         for batch, x in zip(self.batches, self._inputs(site), strict=True):
@@ -74,6 +79,24 @@ class Replay:
                 found.cross.addmm_(difference.t(), rooted)
         assert found is not None
         found.hessian = found.hessian.triu() + found.hessian.triu(1).t()
+        return found
+
+    def _of_experts(self, stage: str, weights: TokenWeights) -> dict[str, Moments]:
+        """Moments of all sites of a ``stage`` of the experts, by their names, in one run."""
+        sites = [site for site in self.layer.sites if site.expert is not None and site.stage == stage]
+        found: dict[str, Moments] = {}
+        self._check_kept()
+        for number, batch in enumerate(self.batches):
+            with self._resumed(number), Watch(self.layer, sites) as watch:
+                run_batch(self.layer, batch)
+            of_tokens = torch.cat([weights(stream, sites[0]) for stream in batch]).to(self.layer.device)
+            for site in sites:
+                if site.name in watch.inputs:
+                    x = watch.inputs[site.name][0].float()
+                    total = found.setdefault(site.name, Moments(x.new_zeros(x.shape[1], x.shape[1])))
+                    _add_square(total.hessian, x * self.layer.row_weights(site, of_tokens).sqrt()[:, None])
+        for moments in found.values():
+            moments.hessian = moments.hessian.triu() + moments.hessian.triu(1).t()
         return found
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import nn
 from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.stream import run_batch, split_back
 from mbq_gguf.calibration.streamed import Streamed
-from mbq_gguf.models.layer import Layer
+from mbq_gguf.models.layer import Layer, batched
 from mbq_gguf.models.layout import Site
 
 # Inputs are kept only to be compared with those of the rounded model, which differ by far more than this type rounds off.
@@ -23,7 +23,7 @@ TokenWeights = Callable[[Streamed, Site], torch.Tensor]  # one weight a token [t
 @dataclass
 class Observed:
     """By site name: the Hessian of its input x on the device [columns, columns], the sum over tokens of w_t x_t x_t^T, and all inputs
-    where asked for, one [tokens, columns] a sample on the host."""
+    where asked for, one [tokens, columns] a sample on the host (none of experts, which see other tokens in another model)."""
 
     hessians: dict[str, torch.Tensor] = field(default_factory=dict)
     inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
@@ -44,23 +44,27 @@ def observe(
         with Watch(layer) as watch:
             hidden = run_batch(layer, batch)
         for site in layer.sites:
+            if site.name not in watch.inputs:  # of an expert that no token of the batch has reached
+                continue
             x = watch.inputs[site.name][0].float()
-            if keep_inputs:
+            if keep_inputs and site.expert is None:
                 observed.inputs[site.name] += torch.split(x.to(device="cpu", dtype=KEPT), [stream.hidden.shape[1] for stream in batch])
             if hessian_weights is not None:
                 # Both sides alike, so that the sum is positive however the product is rounded.
-                rooted = x * torch.cat([hessian_weights(stream, site) for stream in batch]).to(layer.device).sqrt()[:, None]
+                weights = torch.cat([hessian_weights(stream, site) for stream in batch]).to(layer.device)
+                rooted = x * layer.row_weights(site, weights).sqrt()[:, None]
                 observed.hessians.setdefault(site.name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(rooted.t(), rooted)
         split_back(batch, hidden)
     return observed
 
 
 class Watch:
-    """While open, keeps the latest input [1, tokens, columns] of each site's first linear, by the site's name."""
+    """While open, keeps the latest input [1, tokens, columns] of the first linear of each of ``sites`` (None: all), by the site's name."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, sites: Sequence[Site] | None = None) -> None:
         self.inputs: dict[str, torch.Tensor] = {}
-        self.handles = [layer.holder(site.readers[0]).register_forward_pre_hook(self._input(site.name)) for site in layer.sites]
+        watched = layer.sites if sites is None else sites
+        self.handles = [layer.holder(site.readers[0]).register_forward_pre_hook(self._input(site.name)) for site in watched]
 
     def __enter__(self) -> Watch:
         return self
@@ -71,6 +75,6 @@ class Watch:
 
     def _input(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            self.inputs[name] = args[0]
+            self.inputs[name] = batched(args[0])
 
         return hook

@@ -180,12 +180,16 @@ def _backward(
     seen: dict[str, torch.Tensor] = {}
     for name in layer.layout.readers:
         layer.holder(name).register_full_backward_hook(_keep(seen, name, layer))
+    for branch in layer.layout.branches:  # whose writer may be a module of many linears
+        if branch.writer not in layer.layout.readers:
+            layer.part(branch.writer).register_full_backward_hook(_keep(seen, branch.writer, layer))
     out: list[list[torch.Tensor]] = []
     for stream, hidden, ends, counts in zip(part, inputs, grads, counted, strict=True):
         hidden = hidden.to(loaded.device).requires_grad_()
         output = layer.run(hidden, to_device(stream.kwargs[index], loaded.device))
         out.append([])
         for end, count in zip(ends, (counts.loss, counts.fisher), strict=False):
+            seen.clear()  # of an expert that this sample does not reach
             (gradient,) = torch.autograd.grad(output, hidden, end.to(loaded.device), retain_graph=end is not ends[-1])
             out[-1].append(gradient.cpu())
             count(index, seen)

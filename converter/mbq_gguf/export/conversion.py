@@ -165,9 +165,25 @@ def either_layout(model_class: Any) -> Any:
                     return str(model_class.map_tensor_name(self, other, *suffixes, **options))
             raise
 
-    methods = {"filter_tensors": classmethod(filter_tensors), "map_tensor_name": map_tensor_name}
+    def modify_tensors(self: Any, tensor: Any, name: str, layer: int | None) -> Any:
+        return model_class.modify_tensors(self, columns_first(tensor, name, self.hparams["hidden_size"]), name, layer)
+
+    methods: dict[str, Any] = {"filter_tensors": classmethod(filter_tensors), "map_tensor_name": map_tensor_name}
+    if model_class.model_arch.name == "QWEN3VLMOE":
+        methods["modify_tensors"] = modify_tensors
     own = {"model_arch": model_class.model_arch, "checkpoint_names": checkpoint_names}  # each class has to name its model_arch
     return type(model_class.__name__, (model_class,), {**own, **methods})
+
+
+def columns_first(tensor: Any, name: str, width: int) -> Any:
+    """A stack of experts [experts, columns, rows], as Qwen3-VL's are published and the package takes them, from one of transformers' own.
+
+    transformers saves [experts, rows, columns] of a model that it has made itself, and tells the two apart by the shape, as here; a stack
+    of squares is taken for a published one.
+    """
+    axis = {"gate_up_proj": -1, "down_proj": -2}.get(name.rpartition(".experts.")[2])
+    square = axis is None or tensor.shape[-1] == tensor.shape[-2]
+    return tensor if square or axis is None or tensor.shape[axis] != width else tensor.transpose(-1, -2)
 
 
 def other_names(name: str) -> Iterable[str]:

@@ -12,7 +12,7 @@ import torch
 from mbq_gguf.errors import UserError
 from mbq_gguf.export.atomic import check_space, staged
 from mbq_gguf.export.conversion import FILE_TYPES, conversion_errors, decoder_names, open_model, quiet
-from mbq_gguf.export.injection import Injection, TensorRecord
+from mbq_gguf.export.injection import EXPERT, Injection, TensorRecord
 from mbq_gguf.export.picture_size import picture_limits
 from mbq_gguf.formats import row_scale
 from mbq_gguf.formats.quantised import QuantisedTensor
@@ -125,8 +125,9 @@ def injected(
     if HEAD in replaced and HEAD not in names:  # a rotation unties the head from the embedding
         model.model_tensors[HEAD] = model.model_tensors[names["embed_tokens.weight"]]
         names[HEAD] = HEAD
-    found = {_find(names, key): tensor for key, tensor in quantised.items()}
-    return Injection(model, found, {_find(names, key): tensor for key, tensor in replaced.items()}, embedding_type)
+    experts = {key: tensor for key, tensor in quantised.items() if EXPERT.fullmatch(key)}
+    found = {_find(names, key): tensor for key, tensor in quantised.items() if key not in experts}
+    return Injection(model, found, {_find(names, key): tensor for key, tensor in replaced.items()}, embedding_type, experts)
 
 
 def write_mmproj(

@@ -8,6 +8,7 @@ original methods still run: no list of architectures is needed here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -26,6 +27,9 @@ from mbq_gguf.formats.registry import quant_type, quant_type_for
 from mbq_gguf.formats.row_scale import QUANT_TYPES, stored_as
 
 CHUNK_WEIGHTS = 1 << 24  # weights of an embedding that are quantised at a time: 64 MB as float32
+# llama.cpp's tensor of all experts of a layer, and an expert's decoder key.
+STACK = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
+EXPERT = re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 
 
@@ -64,17 +68,27 @@ class Deferred:
 
 class Injection:
     """The changes to one model object; ``records`` lists its tensors once ``prepare_tensors`` has run, ``row_scales`` the names of those
-    that have one scale a row."""
+    that have one scale a row.
+
+    ``experts`` are quantised weights by decoder key. They lie in the checkpoint one by one or stacked, either way round, and in the file
+    always as [experts, rows, columns] with rows in their order, so they go by the file's name and not through ``modify_tensors``.
+    """
 
     def __init__(
-        self, model: Any, quantised: Mapping[str, QuantisedTensor], replaced: Mapping[str, torch.Tensor], embedding_type: str | None
+        self,
+        model: Any,
+        quantised: Mapping[str, QuantisedTensor],
+        replaced: Mapping[str, torch.Tensor],
+        embedding_type: str | None,
+        experts: Mapping[str, QuantisedTensor] | None = None,
     ) -> None:
         self.records: list[TensorRecord] = []
         self.row_scales: list[str] = []
         self._gguf = import_gguf()
         self._embedding_type = embedding_type
         self._quantised = quantised
-        self._pending = set(quantised)
+        self._stacks = stacks(experts or {})
+        self._pending = {*quantised, *self._stacks}
         self._rows: dict[str, tuple[QuantisedTensor, Order]] = {}
         self._modify, self._force, self._add = model.modify_tensors, model.tensor_force_quant, model.gguf_writer.add_tensor
         self._writer = model.gguf_writer
@@ -110,7 +124,7 @@ class Injection:
         return outputs
 
     def _tensor_force_quant(self, name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
-        if new_name in self._rows:
+        if new_name in self._rows or new_name in self._stacks:
             return self._gguf.GGMLQuantizationType.F16  # never computed: _add_tensor has the bytes
         if self._embedding_type is not None and new_name in EMBEDDINGS:
             return self._gguf.GGMLQuantizationType.F32
@@ -126,6 +140,16 @@ class Injection:
             raw_dtype = self._gguf.GGMLQuantizationType[stored_as(chosen.name)]
             if chosen.name in QUANT_TYPES:
                 self.row_scales.append(name)
+        elif name in self._stacks:
+            parts = self._stacks[name]
+            chosen = quant_type(parts[0].type_name)
+            if shape != (len(parts), len(parts[0].data), parts[0].columns):
+                raise UserError(f"{name} is {shape} in the checkpoint, which are not the experts that were quantised: run again")
+            deferred = Deferred(lambda: (part.data for part in parts), (*shape[:2], parts[0].data.shape[1]), np.uint8)
+            raw_dtype = self._gguf.GGMLQuantizationType[
+                stored_as(chosen.name)
+            ]  # not among row_scales, which products of experts know nothing of
+            self._pending.discard(name)
         elif self._embedding_type is not None and name in EMBEDDINGS:
             chosen = quant_type_for(self._embedding_type, shape[-1])
             wanted = self._embedding_type if chosen.name != self._embedding_type else None
@@ -136,6 +160,17 @@ class Injection:
         self._add(name, deferred, raw_shape=raw_shape, raw_dtype=raw_dtype)
         info = self._writer.tensors[-1][name]
         self.records.append(TensorRecord(name, info.dtype.name, tuple(info.shape), info.nbytes, wanted))
+
+
+def stacks(experts: Mapping[str, QuantisedTensor]) -> dict[str, list[QuantisedTensor]]:
+    """Quantised experts by the name of the tensor that takes them all, in their order."""
+    found: dict[str, dict[int, QuantisedTensor]] = {}
+    for key, tensor in experts.items():
+        match = EXPERT.fullmatch(key)
+        assert match is not None
+        layer, number, matrix = match.groups()
+        found.setdefault(f"blk.{layer}.ffn_{matrix}_exps.weight", {})[int(number)] = tensor
+    return {name: [parts[number] for number in range(len(parts))] for name, parts in found.items()}
 
 
 def _replace(model: Any, name: str, tensor: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mbq_gguf.errors import UsageError
+from mbq_gguf.models.experts import open_experts
 from mbq_gguf.models.layout import Layout, layout_of
 
 # Where transformers keeps the language model of a VLM, most specific first.
@@ -36,7 +37,7 @@ class Decoder:
 
 
 def find_decoder(model: nn.Module, architecture: str) -> Decoder | None:
-    """The decoder stack of ``model``, or None where no path of :data:`DECODER_PATHS` leads to one."""
+    """The decoder stack of ``model``, its experts opened, or None where no path of :data:`DECODER_PATHS` leads to one."""
     head = getattr(model, "lm_head", None)
     if head is None:
         head = getattr(getattr(model, "language_model", None), "lm_head", None)
@@ -52,7 +53,11 @@ def find_decoder(model: nn.Module, architecture: str) -> Decoder | None:
             and isinstance(embed, nn.Embedding)
             and isinstance(head, nn.Linear)
         ):
-            return Decoder(path, module, layers, norm, embed, head, layout_of(architecture))
+            layout = layout_of(architecture)
+            for layer in layers:
+                for name in layout.stacks:
+                    open_experts(layer, name)
+            return Decoder(path, module, layers, norm, embed, head, layout)
     return None
 
 

@@ -31,6 +31,9 @@ FAMILIES = (
     Family("Qwen2.5-VL", ("Qwen2_5_VLForConditionalGeneration",), "qwen2vl", pictures.QWEN),
     Family("Qwen3-VL", ("Qwen3VLForConditionalGeneration",), "qwen3vl", pictures.QWEN),
     Family("Qwen3.5", ("Qwen3_5ForConditionalGeneration",), "qwen35", pictures.QWEN),
+    Family("Qwen3-VL-MoE", ("Qwen3VLMoeForConditionalGeneration",), "qwen3vlmoe", pictures.QWEN),
+    Family("Qwen3.5-MoE", ("Qwen3_5MoeForConditionalGeneration",), "qwen35moe", pictures.QWEN),
+    Family("GLM-4.5V", ("Glm4vMoeForConditionalGeneration",), "glm4moe", pictures.GLM),
     Family("SmolVLM", ("SmolVLMForConditionalGeneration",), "llama", pictures.SMOLVLM),
     Family("Idefics3", ("Idefics3ForConditionalGeneration",), "llama", pictures.SMOLVLM),
     Family("InternVL 3 (-hf)", ("InternVLForConditionalGeneration",), "qwen2", pictures.INTERNVL),
@@ -44,13 +47,9 @@ FAMILIES = (
 # Families that people will ask for, by architecture or by the model type of the vision tower, and why they are refused.
 NEEDS_CODE = "its checkpoints need Python code of their directory"
 NO_RUNTIME = "llama.cpp does not know it"
-EXPERTS = "its layers have experts, which calibration cannot tell apart yet"
 REFUSED = {
     "Gemma4ForConditionalGeneration": "calibration goes layer by layer, and its layers share keys and values and take inputs of their own",
-    "Qwen3VLMoeForConditionalGeneration": EXPERTS,
-    "Qwen3_5MoeForConditionalGeneration": EXPERTS,
-    "Glm4vMoeForConditionalGeneration": EXPERTS,
-    "Llama4ForConditionalGeneration": EXPERTS,
+    "Llama4ForConditionalGeneration": "its experts lie the other way round, and nobody has tried them",
     "LlavaNextForConditionalGeneration": "llama.cpp's conversion has no place for its tower",
     "LlavaOnevisionForConditionalGeneration": "llama.cpp's conversion has no place for its tower, nor its runtime for its tiles",
     "clip_vision_model": "llama.cpp's conversion has no place for its CLIP tower",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mbq_gguf.models.experts import Experts
 from mbq_gguf.models.layout import Layout, Site
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -47,6 +48,19 @@ class Layer:
     def part(self, name: str) -> nn.Module:
         """The module called ``name``."""
         return self.module.get_submodule(name)
+
+    @property
+    def experts(self) -> Experts | None:
+        """The layer's experts, or None."""
+        found = self.part(self.layout.experts) if self.layout.experts else None
+        assert found is None or isinstance(found, Experts)
+        return found
+
+    def row_weights(self, site: Site, weights: torch.Tensor) -> torch.Tensor:
+        """What each row of the input of ``site`` counts in the latest run [rows], from what each of its tokens does [tokens]."""
+        if site.expert is None or self.experts is None:
+            return weights
+        return weights[self.experts.rows[site.expert]] * self.experts.weights[site.expert]
 
     def linear(self, name: str) -> nn.Linear:
         """The linear called ``name``, for its weight and bias.
@@ -96,7 +110,7 @@ class Layer:
         seen: list[torch.Tensor] = []
 
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            seen.append(args[0])
+            seen.append(batched(args[0]))
             raise ReachedError
 
         # The last of the module's hooks, so that an online transform before it has run already.
@@ -113,6 +127,11 @@ class Layer:
 
         until(self.part(name).register_forward_hook(hook, with_kwargs=True), run)
         return seen[0]
+
+
+def batched(x: torch.Tensor) -> torch.Tensor:
+    """[tokens, columns], as what all tokens pass among experts is given, as [1, tokens, columns]."""
+    return x if x.ndim == 3 else x[None]
 
 
 def until(handle: torch.utils.hooks.RemovableHandle, run: Callable[[], object]) -> None:

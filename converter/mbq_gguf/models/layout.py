@@ -4,20 +4,22 @@ A *site* is one activation that matrices read. It is the unit of Hessians, chann
 each activation (a static scale, say) adds it here.
 
 A *reader* of a site is a matrix that multiplies it: a linear, or rows of a fused one (:class:`Fused`). Readers have names that they would
-have as linears of their own, so that sites, absorbers and everything that calibrates and rounds are the same for both kinds. An expert of
-a stack would be a third kind: one slice [rows, columns] of a parameter [experts, rows, columns], declared as Fused is, with
-``Layer.linear`` giving that slice as a linear.
+have as linears of their own, so that sites, absorbers and everything that calibrates and rounds are the same for both kinds. Experts are
+linears already (models/experts.py); a layout tells where they are, and has sites for as many as a layer has (:meth:`Layout.of`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 from typing import TypeVar
 
 import torch
 from torch import nn
+
+from mbq_gguf.models.experts import Experts
 
 Value = TypeVar("Value")
 
@@ -29,6 +31,8 @@ class Site:
     ``absorber`` is the norm or linear before it that can take the inverse of channel factors (None: factors cannot be folded here);
     ``inspected`` is the module whose output tells what an error in the readers does; ``branch`` is the name of the site's branch.
     ``heads`` is where the layer keeps the channels of a head, where llama.cpp moves the readers' columns by heads (None: it does not).
+    ``expert`` is the number of the expert that the readers belong to (None: all tokens pass them); inputs of sites of one ``stage`` do not
+    depend on one another's readers.
     """
 
     name: str
@@ -37,6 +41,8 @@ class Site:
     inspected: str
     branch: str
     heads: str | None = None
+    expert: int | None = None
+    stage: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,8 @@ class Fused:
 
 @dataclass(frozen=True)
 class Branch:
-    """A part of a layer that ends by writing into the residual stream: ``module`` holds it, ``writer`` is its last linear.
+    """A part of a layer that ends by writing into the residual stream: ``module`` holds it, ``writer`` is its last linear, or the module
+    itself where many linears write.
 
     ``pair``: the module gives a second value beside its output (attention's weights), which no layer reads.
     """
@@ -86,7 +93,7 @@ class Layout:
     so samples cannot be run side by side. ``variants`` are the layouts of single layers where these differ (:meth:`of`): the layout itself
     then has the sites of all.
     ``embeds``: rows of the embeddings are among them, in the vision file (a token between rows of a picture). ``fused`` tells of readers
-    that are no linears of their own.
+    that are no linears of their own. ``experts`` is where a layer's experts are, of which sites know once a layer is at hand.
     """
 
     sites: tuple[Site, ...]
@@ -99,10 +106,17 @@ class Layout:
     alone: bool = False
     variants: tuple[Layout, ...] = ()
     fused: tuple[Fused, ...] = ()
+    experts: str | None = None
 
     def of(self, module: nn.Module) -> Layout:
-        """The layout of the layer ``module``: itself, or the variant that it is."""
-        return next((variant for variant in self.variants if variant.fault(module) is None), self)
+        """The layout of the layer ``module``: itself, or the variant that it is, with sites for each of its experts."""
+        found = next((variant for variant in self.variants if variant.fault(module) is None), self)
+        return with_experts(found, len(experts)) if isinstance(experts := _part(module, found.experts), Experts) else found
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """Where layers may have experts."""
+        return tuple(dict.fromkeys(layout.experts for layout in (self, *self.variants) if layout.experts))
 
     @property
     def readers(self) -> tuple[str, ...]:
@@ -160,6 +174,8 @@ class Layout:
         for name in self.linears:
             if not isinstance(modules.get(name), nn.Linear):
                 return f"has no linear {name}"
+        if self.experts and not isinstance(modules.get(self.experts), Experts):
+            return f"has no experts {self.experts} of gate, up and down alone"
         for fused in self.fused:
             try:
                 fused.rows(module)
@@ -173,6 +189,22 @@ class Layout:
             if _is_norm(child) and name not in norms:
                 return f"has a norm {name} that no layout knows"
         return None
+
+
+@cache
+def with_experts(layout: Layout, count: int) -> Layout:
+    """``layout`` with sites for ``count`` experts behind its others: what all of them read first, then what each writes from."""
+    stack = layout.experts
+    gate_up = (
+        Site(f"gate_up.{n}", (f"{stack}.{n}.gate_proj", f"{stack}.{n}.up_proj"), None, f"{stack}.{n}", "mlp", None, n, "gate_up")
+        for n in range(count)
+    )
+    down = (Site(f"down.{n}", (f"{stack}.{n}.down_proj",), None, f"{stack}.{n}.down_proj", "mlp", None, n, "down") for n in range(count))
+    return replace(layout, sites=(*layout.sites, *gate_up, *down))
+
+
+def _part(module: nn.Module, name: str | None) -> nn.Module | None:
+    return None if name is None else module.get_submodule(name)
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear:
@@ -241,6 +273,34 @@ HYBRID = replace(
     variants=(STANDARD, DELTA),
 )
 
+# Experts, and where all tokens pass some of them (``shared``) these as an MLP of their own, between the branch's other linears. A router
+# reads the norm too, so no factors fold into it, and no rotation passes.
+MOE = Branch("mlp", "mlp", "mlp")
+ROUTED = "its routers read the residual stream, and are not quantised"
+
+
+def routed(layout: Layout, shared: str | None = None) -> Layout:
+    """``layout`` with experts for an MLP."""
+    passed = (
+        ()
+        if shared is None
+        else (
+            Site("shared_gate_up", (f"{shared}.gate_proj", f"{shared}.up_proj"), None, shared, "mlp"),
+            Site("shared_down", (f"{shared}.down_proj",), None, f"{shared}.down_proj", "mlp"),
+        )
+    )
+    kept = tuple(site for site in layout.sites if site.branch != "mlp")
+    branches = tuple(branch for branch in layout.branches if branch.name != "mlp")
+    return replace(layout, sites=(*kept, *passed), branches=(*branches, MOE), unturned=ROUTED, experts="mlp.experts")
+
+
+def either(*variants: Layout) -> Layout:
+    """Layers of several kinds: the sites and branches of all."""
+    sites = dict.fromkeys(site for variant in variants for site in variant.sites)
+    branches = dict.fromkeys(branch for variant in variants for branch in variant.branches)
+    return replace(variants[-1], sites=tuple(sites), branches=tuple(branches), experts=None, variants=variants)
+
+
 LAYOUTS = {
     "Qwen2VLForConditionalGeneration": replace(STANDARD, projector=r"visual\.merger\.mlp\.2"),
     "Qwen2_5_VLForConditionalGeneration": replace(STANDARD, projector=r"visual\.merger\.mlp\.2"),
@@ -249,6 +309,9 @@ LAYOUTS = {
     "Idefics3ForConditionalGeneration": replace(STANDARD, projector=r"connector\.modality_projection\.proj"),
     "InternVLForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
     "Qwen3_5ForConditionalGeneration": HYBRID,
+    "Qwen3VLMoeForConditionalGeneration": routed(STANDARD),
+    "Qwen3_5MoeForConditionalGeneration": either(routed(STANDARD, "mlp.shared_expert"), routed(DELTA, "mlp.shared_expert")),
+    "Glm4vMoeForConditionalGeneration": either(STANDARD, routed(STANDARD, "mlp.shared_experts")),
     "Gemma3ForConditionalGeneration": SANDWICH,
     "Mistral3ForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2", embeds=True),
     "LlavaForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2", embeds=True),

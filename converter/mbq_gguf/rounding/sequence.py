@@ -79,7 +79,7 @@ def _rounded(weights: Sequence[torch.Tensor], kept: QuantType, found: Moments | 
 def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refinement) -> Coded:
     """``weight`` [rows, columns] corrected, rounded by GPTQ, then parameters and codes in turn made better."""
     factor = inverse_factor(found.hessian, refinement.damping)
-    if refinement.error_correction:
+    if refinement.error_correction and found.cross is not None:
         weight = corrected(weight, found, factor, refinement.error_correction)
     fit = partial(search_range, grid) if refinement.clip else None
     coded = code_gptq(weight, factor, grid, fit)

@@ -9,6 +9,7 @@ import numpy as np
 from mbq_gguf.allocation.allocate import total_weight
 from mbq_gguf.allocation.predict import Inputs, measured_costs
 from mbq_gguf.calibration.calls import Entering
+from mbq_gguf.calibration.experts import seeing_others, shares_of
 from mbq_gguf.calibration.moments import Moments, Replay
 from mbq_gguf.calibration.observe import TokenWeights, observe
 from mbq_gguf.calibration.precision import bf16_products
@@ -44,6 +45,9 @@ def pass_original(work: LayerWork) -> None:
     """Send the streams through the layer as it is, and observe what the next steps will ask for."""
     passed = [replace(stream) for stream in made(work.walk.streams)]
     with work.walk.timed("observe"), bf16_products():
+        if work.walk.settings.rounding == "gptq":
+            work.shares = shares_of(work.layer, passed)
+    with work.walk.timed("observe"), bf16_products(), seeing_others(work.layer, work.shares if _of_originals(work) else []):
         work.observed = observe(
             work.layer,
             passed,
@@ -91,7 +95,7 @@ def check_function(work: LayerWork) -> None:
 def round_layer(work: LayerWork) -> None:
     """Round every matrix, site after site."""
     layer = work.layer
-    with work.walk.timed("rounding"):
+    with work.walk.timed("rounding"), seeing_others(layer, work.shares):
         if work.walk.result.plan:
             work.before = {name: layer.linear(name).weight.detach().clone() for name in layer.layout.readers}
         work.matrices = round_in_order(layer, work.type_names, lambda site: _moments(work, site), _refinement(work.walk.settings))
@@ -191,7 +195,7 @@ def _moments(work: LayerWork, site: Site) -> Moments | None:
         return None
     if not settings.follows_prefix:
         return folded_moments(layer, site, observed, work.factors)
-    originals = folded_inputs(layer, site, observed, work.factors) if _corrects(settings) else None
+    originals = folded_inputs(layer, site, observed, work.factors) if _corrects(settings) and site.expert is None else None
     with work.walk.timed("moments"), bf16_products():
         return work.replay.moments(site, work.weights, originals)
 

@@ -85,7 +85,7 @@ class LayerWork:
     """The layer at hand: a copy on the device that the steps change, and what they have found.
 
     ``weights`` are of tokens in Hessians; ``type_names`` are by reader; ``passed`` are the walk's streams behind the original layer;
-    ``before`` are weights as they were rounded.
+    ``before`` are weights as they were rounded, ``shares`` what experts see of others' tokens.
     """
 
     walk: Walk
@@ -94,6 +94,7 @@ class LayerWork:
     type_names: dict[str, str]
     replay: Replay
     outcome: Outcome = field(default_factory=Outcome)
+    shares: list[float] = field(default_factory=list)
     passed: list[Streamed] | None = None
     observed: Observed | None = None
     matrices: dict[str, Matrix] | None = None

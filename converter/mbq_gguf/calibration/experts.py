@@ -1,0 +1,51 @@
+"""Tokens for experts that few tokens reach: with fewer than channels, a Hessian says nothing of most directions.
+
+GPTQ is free to move its errors there, and does: such an expert is worse for all tokens but the calibration set's. So it also sees tokens
+of others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from mbq_gguf.calibration.batches import batches
+from mbq_gguf.calibration.stream import run_batch
+from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.models.layer import Layer
+
+# Tokens that an expert is to see, for each channel of its input. In tests/calibration/test_experts.py an expert that 6 tokens reach has a
+# relative error of 0.335 on others of its kind by these alone, 0.270 at 1, 0.187 at 4, 0.173 with all; those that many reach 0.194.
+TOKENS = 4
+
+
+@torch.no_grad()
+def shares_of(layer: Layer, streams: Sequence[Streamed]) -> list[float]:
+    """For each expert of ``layer`` the share of other tokens of ``streams``, which are left as they are, that it is to see."""
+    experts = layer.experts
+    if experts is None:
+        return []
+    reached, total, width = [0] * len(experts), 0, 0
+    for batch in batches(streams, layer.index):
+        hidden = run_batch(layer, batch)
+        total, width = total + hidden.shape[1], hidden.shape[2]
+        for number, rows in experts.rows.items():
+            reached[number] += len(rows)
+    wanted = min(TOKENS * width, total)
+    return [(wanted - own) / (total - own) if own < wanted else 0.0 for own in reached]
+
+
+@contextmanager
+def seeing_others(layer: Layer, shares: list[float]) -> Iterator[None]:
+    """While open, experts of ``layer`` see ``shares`` of others' tokens; nothing for a layer without experts."""
+    experts = layer.experts
+    if experts is None:
+        yield
+        return
+    kept, experts.shares = experts.shares, shares or [0.0] * len(experts)
+    try:
+        yield
+    finally:
+        experts.shares = kept
