@@ -260,7 +260,7 @@ RECIPES = {
         specials=("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
         token_ids={"image_token_index": "[IMG]"},
         other_names=newer,
-        size=(256, 32),  # one row of tokens: llama.cpp takes what lies between two rows from memory that nobody has written
+        size=(160, 96),
     ),
     "Pixtral": Recipe(
         "llava",
@@ -270,7 +270,7 @@ RECIPES = {
         specials=("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
         token_ids={"image_token_index": "[IMG]"},
         other_names=newer,
-        size=(128, 16),
+        size=(64, 48),
         sizes=((64, 160), (192, 128)),  # others are rounded up by transformers and to the nearest by llama.cpp
     ),
     "GLM-4.1V": Recipe(

@@ -23,9 +23,6 @@ class Family:
     limits: Mapping[str, str] = field(default_factory=dict)
 
 
-# A tensor that is meant to be zero is made by multiplying what lies in memory by 0, which may be NaN (tools/mtmd/models/pixtral.cpp).
-ROWS = {"mmproj": "llama.cpp takes what stands between the rows of a picture from memory that nobody has written, so answers may be noise"}
-
 FAMILIES = (
     Family("Qwen2-VL", ("Qwen2VLForConditionalGeneration",), "qwen2vl", pictures.QWEN),
     Family("Qwen2.5-VL", ("Qwen2_5_VLForConditionalGeneration",), "qwen2vl", pictures.QWEN),
@@ -38,8 +35,8 @@ FAMILIES = (
     Family("Idefics3", ("Idefics3ForConditionalGeneration",), "llama", pictures.SMOLVLM),
     Family("InternVL 3 (-hf)", ("InternVLForConditionalGeneration",), "qwen2", pictures.INTERNVL),
     Family("Gemma 3", ("Gemma3ForConditionalGeneration",), "gemma3", pictures.GEMMA3),
-    Family("Mistral 3", ("Mistral3ForConditionalGeneration",), "mistral3", pictures.PIXTRAL, ROWS),
-    Family("Pixtral", ("LlavaForConditionalGeneration",), "llama", pictures.PIXTRAL, ROWS),
+    Family("Mistral 3", ("Mistral3ForConditionalGeneration",), "mistral3", pictures.PIXTRAL),
+    Family("Pixtral", ("LlavaForConditionalGeneration",), "llama", pictures.PIXTRAL),
     Family("GLM-4.1V", ("Glm4vForConditionalGeneration",), "glm4", pictures.GLM),
     Family("GLM-OCR", ("GlmOcrForConditionalGeneration",), "glm4", pictures.GLM),
 )
