@@ -206,6 +206,7 @@ def device(gpu_layers: int) -> str:
 @click.option("--mmproj", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--random", "shapes", default="", help="Random models, for example 2B:MBQ3S,7B:F16.")
 @click.option("--modes", default="off,on", show_default=True, help="Each is compared with the one before it; also reorder.")
+@click.option("--tower", type=click.Choice(["both", "included", "apart"]), default="both", show_default=True)
 @click.option("--questions", type=click.IntRange(min=1), default=18, show_default=True, help="How many of the set, by task.")
 @click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1))
@@ -219,6 +220,7 @@ def main(
     mmproj: Path | None,
     shapes: str,
     modes: str,
+    tower: str,
     questions: int,
     rounds: int,
     threads: int | None,
@@ -242,8 +244,11 @@ def main(
     rows: list[Row] = []
 
     def measure(name: str, files: tuple[Path, Path], cases: dict[str, list[Prompt]]) -> None:
-        found = over_http(files, options, chosen, cases, rounds, name), in_process(files, threads, gpu_layers, chosen, cases, rounds, name)
-        for row in chain(*found):
+        found = {
+            "included": over_http(files, options, chosen, cases, rounds, name),
+            "apart": in_process(files, threads, gpu_layers, chosen, cases, rounds, name),
+        }
+        for row in chain(*(found[kind] for kind in found if tower in (kind, "both"))):
             rows.append(row)
             if output is not None:
                 store(output, [row], where)

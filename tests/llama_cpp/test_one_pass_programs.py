@@ -143,6 +143,29 @@ def test_cancelled_within_a_picture(batches: int, in_turns: Asked, at_once: Aske
     same(at_once.ask(PROMPTS["three"])[0], in_turns.ask(PROMPTS["three"])[0])
 
 
+def batches(asked: Asked, parts: list[Path | str], slot: int) -> int:
+    """How many batches a prompt takes."""
+    body = {"messages": messages(parts), "max_tokens": 1, "stream": True, "return_progress": True, "cache_prompt": False, "id_slot": slot}
+    headers = {"Authorization": f"Bearer {asked.server.key}"}
+    with requests.post(asked.server.url + "/v1/chat/completions", json=body, headers=headers, stream=True, timeout=60) as reply:
+        lines = [json.loads(line[6:])["prompt_progress"] for line in reply.iter_lines() if b"prompt_progress" in line]
+    return len({line["processed"] for line in lines} - {0})
+
+
+def test_who_waits_for_a_token_waits_for_one_picture(exact: Pair, tmp_path: Path) -> None:
+    """Batches are full as long as nobody is answered; then a prompt encodes one picture a batch, as in the decode in turns."""
+    prompt: list[Path | str] = [*P[:3], "What are these?"]
+    body = {"messages": messages(["A story"]), "max_tokens": 700, "ignore_eos": True, "stream": True, "id_slot": 0}
+    for asked in start(exact, tmp_path / "log", "--aifs", "on", "-b", "512"):
+        assert batches(asked, prompt, 1) == 1
+        headers = {"Authorization": f"Bearer {asked.server.key}"}
+        with requests.post(asked.server.url + "/v1/chat/completions", json=body, headers=headers, stream=True, timeout=60) as listening:
+            lines = listening.iter_lines()
+            next(lines)
+            assert batches(asked, prompt, 1) == 3
+            assert b"data: [DONE]" not in [next(lines) for _ in range(20)]
+
+
 def test_what_keeps_the_old_path_says_so_once(exact: Pair, in_turns: Asked, tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter.gguf")
     cases = {

@@ -6,7 +6,8 @@
 // Included by server-context.cpp behind encode_mtmd_chunk(), whose types it needs.
 
 // whether the slot's prompt takes this path; the first time that a request with pictures does not, the log says why
-static bool aifs_applies(const server_slot & slot) {
+static bool aifs_applies(server_slot & slot) {
+    slot.aifs_encoded = 0;
     if (!slot.mctx || mtmd_aifs_refusal(slot.mctx, slot.ctx_tgt)) {
         return false; // the log said so when the model was loaded
     }
@@ -27,12 +28,15 @@ static bool aifs_applies(const server_slot & slot) {
 }
 
 // add the rows of the picture at the prompt's next token, as many as fit
-// returns false if it cannot be encoded
+// returns false if it cannot be encoded, or, with slot.aifs_encoded > 0, if it is to wait for the next batch
 static bool aifs_add_rows(server_slot & slot, server_batch & batch, int32_t n_batch, server_queue & queue) {
     const size_t idx = slot.prompt.n_tokens();
     const auto & chunk = slot.task->tokens.find_chunk(idx);
 
     const float * embd = slot.mbatch ? mtmd_batch_get_output_embd(slot.mbatch.get(), chunk.get()) : nullptr;
+    if (!embd && slot.aifs_encoded > 0 && !batch.tokens.front().is_prompt) {
+        return false; // others wait for a token of theirs (they come first in a batch), not for all of a prompt's pictures
+    }
     if (!embd) {
         // encode on the worker thread, so that metrics tasks are still handled
         int32_t res = 0;
@@ -40,6 +44,7 @@ static bool aifs_add_rows(server_slot & slot, server_batch & batch, int32_t n_ba
             res = encode_mtmd_chunk(slot, slot.mbatch, idx);
         });
         embd = res == 0 ? mtmd_batch_get_output_embd(slot.mbatch.get(), chunk.get()) : nullptr;
+        slot.aifs_encoded = embd ? slot.aifs_encoded + 1 : 0;
     }
     if (!embd) {
         SLT_ERR(slot, "failed to encode mtmd chunk, idx = %zu\n", idx);
