@@ -67,9 +67,7 @@ def test_row_scale_kernels_keep_within_registers(architecture: str, tmp_path: Pa
     said = compile_kernels(architecture, tmp_path, ROW_SCALE)
     assert "serialized" not in said, "wgmma waits for registers after every instruction"
     kernels = FUNCTION.findall(said)
-    assert sum("mbq_w4a8_gemm" in kernel[0] for kernel in kernels) == 10, (
-        "4 and 8 bits; 64, 128, 256 columns, rows of any alignment, and K split in clusters"
-    )
+    assert sum("mbq_w4a8_gemm" in kernel[0] for kernel in kernels) == 8, "4 and 8 bits; 64, 128, 256 columns, and rows of any alignment"
     for name, stores, loads, registers in kernels:
         assert int(registers) <= BOUNDS[architecture]["gemm_registers" if "mbq_w4a8_gemm" in name else "registers"], name
         assert int(stores) + int(loads) <= BOUNDS[architecture]["spill_bytes"], name
@@ -170,6 +168,7 @@ def test_row_scale_plans_cover_all_tiles(w4a8_plan: Path, rows: int, columns: in
     [
         ((4096, 512, 56), (1, 64, 1)),  # 4096 x 14336: 59 us with the quantising, 62 with 256 columns in two parts
         ((18944, 512, 14), (1, 60, 1)),  # 71 us, 72 with 256 columns
+        ((512, 512, 14), (0, 64, 2)),  # 12 us, 14 with 128 columns in two parts
         ((4096, 4096, 56), (2, 64, 1)),  # 428 us, 488 with 128 columns
         ((18944, 4096, 14), (2, 66, 1)),  # 462 us, 547 with 128 columns
     ],
@@ -177,21 +176,6 @@ def test_row_scale_plans_cover_all_tiles(w4a8_plan: Path, rows: int, columns: in
 def test_measured_row_scale_plans(w4a8_plan: Path, case: tuple[int, int, int], plan: tuple[int, int, int]) -> None:
     found = plan_of(w4a8_plan, "gemm", *case, 132, 1)
     assert (found[0], *found[5:]) == plan
-
-
-@pytest.mark.parametrize(
-    ("case", "split"),
-    [
-        ((512, 512, 14), True),  # 32 tiles; 12 us in 64 workers
-        ((4096, 64, 56), True),  # 32 tiles; 23 us in 128 workers
-        ((512, 512, 3), False),  # a part would have no step
-        ((4224, 64, 56), False),  # 33 tiles
-    ],
-)
-def test_few_row_scale_tiles_split_k_in_clusters(w4a8_plan: Path, case: tuple[int, int, int], split: bool) -> None:
-    shape, _, cluster, m_tiles, n_tiles, workers, parts = plan_of(w4a8_plan, "gemm", *case, 132, 1)
-    assert (shape == 4) == split
-    assert not split or (parts, workers, cluster) == (4, 4 * m_tiles * n_tiles, 1)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +280,7 @@ def row_scale_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.gpu
 def test_row_scale_products_are_exact(row_scale_products: Path) -> None:
-    """K from 64 to 29568, 1 to 1024 columns, 4 and 8 bits, extreme codes, zeros, static ranges: 662 products, no bit differs."""
+    """K from 64 to 29568, 1 to 1024 columns, 4 and 8 bits, extreme codes, zeros, static ranges: 632 products, no bit differs."""
     done = subprocess.run([row_scale_products], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
     assert done.stdout.count("ok ") > 500

@@ -3,8 +3,7 @@
 // W4A8 with many columns on Hopper: int8 wgmma, weights unpacked in the registers of its A operand.
 //
 //   CTA: an output tile of 128 rows and BN = 64, 128 or 256 columns. A cluster of CL = 1 or 2 CTAs has the same columns and the next rows; each copies 1/CL of
-//   the activations for all. A worker is such a cluster; mbq-stream-k.cuh shares out its tiles, in steps of 256 of K. Where tiles are few, SPLIT workers of
-//   one CTA are a cluster and have a tile's K among them: each adds up the sums of all for a share of the columns (mbq-w4a8-sums.cuh).
+//   the activations for all. A worker is such a cluster; mbq-stream-k.cuh shares out its tiles, in steps of 256 of K.
 //
 //     warps  0 to 7   consumers, two groups of 64 rows; each unpacks 128 weights of its rows while the tensor cores multiply the 128 before
 //     warps  8 to 10  producers of weights. dense: one lane names a box of the whole stage to the tensor memory accelerator. Else three warps copy
@@ -187,14 +186,6 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
             mbq_barrier_arrive<T::CL>(before);
         }
 
-        if constexpr (T::SPLIT > 1) { // one part each
-            constexpr int eights = T::BN/8/T::SPLIT;
-            const int first = at.worker % T::SPLIT*eights;
-            int v[4*eights] = {};
-            mbq_w4a8_add_cluster<T>(smem.sums, first, d, v);
-            mbq_w4a8_store<T, eights>(w4a8, n_tile*T::BN + 8*first, row, t, d_w, v);
-            return;
-        }
         if (work.first > 0) {
             mbq_w4a8_leave<T>(mbq_w4a8_part<T>(args, at, at.worker), d);
             __syncwarp();
@@ -211,14 +202,14 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
             }
             mbq_w4a8_add<T>(mbq_w4a8_part<T>(args, at, s), d);
         }
-        mbq_w4a8_store<T, T::BN/8>(w4a8, n_tile*T::BN, row, t, d_w, d);
+        mbq_w4a8_store<T>(w4a8, n_tile, row, t, d_w, d);
     }
 }
 
 #endif // MBQ_WGMMA
 
 template <typename T>
-static __global__ void MBQ_CLUSTER(T::CL*T::SPLIT) __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_w4a8_gemm(const mbq_w4a8_args args, MBQ_W4A8_MAP map) {
+static __global__ void MBQ_CLUSTER(T::CL) __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_w4a8_gemm(const mbq_w4a8_args args, MBQ_W4A8_MAP map) {
 #ifdef MBQ_WGMMA
     extern __shared__ char mbq_gemm_dynamic[];
     __shared__ uint64_t mbq_barriers[T::BARRIERS]; // its size tells the host that this is the code for sm_90a
@@ -243,17 +234,14 @@ static __global__ void MBQ_CLUSTER(T::CL*T::SPLIT) __launch_bounds__(MBQ_GEMM_TH
         } else {
             mbq_w4a8_produce_weights<T>(args, map, at, smem);
         }
-        if constexpr (T::SPLIT > 1) {
-            mbq_cluster_sync<T::SPLIT>(); // that of mbq_w4a8_add_cluster
-        }
     } else {
         if constexpr (T::BN == 256) {
             asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         }
         mbq_w4a8_consume<T>(args, at, smem);
     }
-    if constexpr (T::CL*T::SPLIT > 1) {
-        mbq_cluster_sync<T::CL*T::SPLIT>(); // no CTA leaves while another copies into it, arrives at its barriers or reads its sums
+    if constexpr (T::CL > 1) {
+        mbq_cluster_sync<T::CL>(); // no CTA leaves while another copies into it or arrives at its barriers
     }
 #else
     GGML_UNUSED_VARS(args, map);

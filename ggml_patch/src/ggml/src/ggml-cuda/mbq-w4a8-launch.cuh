@@ -69,13 +69,10 @@ static mbq_w4a8_map mbq_w4a8_make_map(const mbq_w4a8_matrix & m, const char * w,
 #endif
 
 // The tiles of MBQ_W4A8_SHAPES, in as many stages as fit
-static constexpr int MBQ_W4A8_STAGES[][2][2] = { // of activations and weights, with 4 and with 8 bits
-    { { 12, 6 }, { 12, 3 } }, { { 8, 4 }, { 6, 3 } }, { { 5, 3 }, { 4, 2 } }, { { 8, 4 }, { 6, 3 } }, { { 10, 5 }, { 10, 3 } },
-};
-
 template <int bits, int shape>
-using mbq_w4a8_tile_of = mbq_w4a8_tile<bits, MBQ_W4A8_SHAPES[shape].BN, MBQ_W4A8_SHAPES[shape].CL, MBQ_W4A8_STAGES[shape][bits == 8][0],
-    MBQ_W4A8_STAGES[shape][bits == 8][1], shape != MBQ_W4A8_ANY_ROWS, MBQ_W4A8_SHAPES[shape].split>;
+using mbq_w4a8_tile_of = mbq_w4a8_tile<bits, MBQ_W4A8_SHAPES[shape].BN, MBQ_W4A8_SHAPES[shape].CL,
+    shape == 0 ? 12 : shape == 2 ? (bits == 4 ? 5 : 4) : bits == 4 ? 8 : 6,
+    shape == 0 ? (bits == 4 ? 6 : 3) : shape == 2 ? (bits == 4 ? 3 : 2) : bits == 4 ? 4 : 3, shape != 3>;
 
 // Whether this device runs mbq_w4a8_gemm: see mbq_gemm_available
 template <int bits>
@@ -125,7 +122,7 @@ static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix
     args.gemm.m_tiles       = plan.m_tiles;
     args.gemm.n_tiles       = plan.n_tiles;
     args.gemm.streamk_tiles = plan.parts > 1 ? plan.m_tiles*plan.n_tiles : 0;
-    if (plan.parts > 1 && shape.split == 1) {
+    if (plan.parts > 1) {
         args.gemm.parts = parts.alloc((size_t) ctas*MBQ_GEMM_TILE_M*shape.BN);
     }
     mbq_w4a8_map map = {};
@@ -135,8 +132,7 @@ static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix
     }
 #endif
     const auto launch = plan.shape == 0 ? &mbq_w4a8_launch_gemm<bits, 0> : plan.shape == 1 ? &mbq_w4a8_launch_gemm<bits, 1> :
-        plan.shape == 2 ? &mbq_w4a8_launch_gemm<bits, 2> : plan.shape == MBQ_W4A8_ANY_ROWS ? &mbq_w4a8_launch_gemm<bits, MBQ_W4A8_ANY_ROWS> :
-        &mbq_w4a8_launch_gemm<bits, MBQ_W4A8_SPLIT_K>;
+        plan.shape == 2 ? &mbq_w4a8_launch_gemm<bits, 2> : &mbq_w4a8_launch_gemm<bits, 3>;
     launch(ctx, args, map, plan.workers);
 }
 

@@ -7,20 +7,17 @@
 
 // Tiles of mbq_w4a8_gemm: 128 rows times BN columns a CTA, CL CTAs a worker; and what they take on an H100, in 10 ns: a step of 256 of K, the end of a
 // tile, a product's beginning and end, and a tile cut in two and each further part (leaving sums and adding them). Fitted to products of Qwen2-VL-7B's shapes
-// by 16 to 4096 columns. split: as many parts, always, which are a cluster.
+// by 16 to 4096 columns.
 struct mbq_w4a8_shape {
-    int BN, CL, split, step, end, fixed, two, more;
+    int BN, CL, step, end, fixed, two, more;
 };
 
 static constexpr mbq_w4a8_shape MBQ_W4A8_SHAPES[] = {
-    {  64, 1, 1,  60, 120, 120, 190, 130 },
-    { 128, 2, 1,  70, 250, 400, 275, 155 },
-    { 256, 2, 1, 117, 550, 400, 400, 200 },
-    { 128, 1, 1,  95, 250, 400, 275, 155 }, // rows that are no multiples of 16 bytes; see mbq_w4a8_plan_gemm
-    {  64, 1, 4,  60, 120, 120,  90,   0 }, // 90: a guess
+    {  64, 1,  60, 120, 120, 190, 130 },
+    { 128, 2,  70, 250, 400, 275, 155 },
+    { 256, 2, 117, 550, 400, 400, 200 },
+    { 128, 1,  95, 250, 400, 275, 155 }, // rows that are no multiples of 16 bytes; see mbq_w4a8_plan_gemm
 };
-
-static constexpr int MBQ_W4A8_ANY_ROWS = 3, MBQ_W4A8_SPLIT_K = 4; // of these
 
 struct mbq_w4a8_gemm_plan {
     int shape, m_tiles, n_tiles; // tiles of workers
@@ -32,25 +29,13 @@ struct mbq_w4a8_gemm_plan {
 static mbq_w4a8_gemm_plan mbq_w4a8_plan_gemm(const int64_t M, const int64_t N, const int64_t steps, const int64_t multiprocessors, const bool dense) {
     mbq_w4a8_gemm_plan best = {};
     int64_t best_cost = INT64_MAX;
-    for (int i = 0; i < (int) (sizeof(MBQ_W4A8_SHAPES)/sizeof(MBQ_W4A8_SHAPES[0])); ++i) {
-        if (dense == (i == MBQ_W4A8_ANY_ROWS)) {
-            continue;
-        }
+    for (int i = dense ? 0 : 3; i < (dense ? 3 : 4); ++i) {
         const mbq_w4a8_shape & s = MBQ_W4A8_SHAPES[i];
         const int64_t m_tiles = (M + 128*s.CL - 1)/(128*s.CL);
         const int64_t n_tiles = (N + s.BN - 1)/s.BN;
         const int64_t tiles   = m_tiles*n_tiles;
         const int64_t most    = std::max<int64_t>(multiprocessors/s.CL, 1);
         const int64_t rounds  = (tiles + most - 1)/most;
-        if (s.split > 1) {
-            // One cluster less than there are multiprocessors for: groups of 16 or 18 of them hold 32 clusters of four out of 132.
-            const int64_t cost = s.fixed + (steps + s.split - 1)/s.split*s.step + s.end + s.two;
-            if (tiles <= multiprocessors/s.split - 1 && steps >= s.split && cost < best_cost) {
-                best_cost = cost;
-                best = { i, (int) m_tiles, (int) n_tiles, (int) (tiles*s.split), s.split };
-            }
-            continue;
-        }
         for (int64_t parts = 1; parts == 1 || (tiles*parts <= most && parts <= std::min<int64_t>(steps, 8)); ++parts) {
             const int64_t cost = s.fixed + rounds*((steps + parts - 1)/parts*s.step + s.end) + (parts > 1 ? s.two + (parts - 2)*s.more : 0);
             if (cost < best_cost) {

@@ -1,6 +1,6 @@
 #pragma once
 
-// The end of a tile of mbq_w4a8_gemm (mbq-w4a8-gemm.cuh): a consumer's sums, as wgmma leaves them, go to other workers or, scaled, to dst.
+// The end of a tile of mbq_w4a8_gemm (mbq-w4a8-gemm.cuh): a consumer's sums, as wgmma leaves them, go to another worker or, scaled, to dst.
 
 #include "mbq-w4a8-wgmma.cuh"
 
@@ -43,44 +43,22 @@ static __device__ __forceinline__ void mbq_w4a8_add(const int4 * part, int (&d)[
     }
 }
 
-// Of a tile whose K is split in a cluster: the cluster's sums of the BN/SPLIT columns from 8*first on, from the sums of all. Each CTA leaves its own in its
-// shared memory; no CTA may end before all have read them. All threads of the cluster meet in one mbq_cluster_sync.
+// Rows `row` and row + 1 of the tile's columns; d_w: the rows' scales
 template <typename T>
-static __device__ __forceinline__ void mbq_w4a8_add_cluster(const uint32_t sums, const int first, const int (&d)[T::BN/2], int (&v)[T::BN/2/T::SPLIT]) {
-    const uint32_t mine = sums + threadIdx.x*16;
-#pragma unroll
-    for (int i = 0; i < T::BN/8; ++i) {
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" : : "r"(mine + i*(256*16)), "r"(d[4*i]), "r"(d[4*i + 1]), "r"(d[4*i + 2]), "r"(d[4*i + 3]) : "memory");
-    }
-    mbq_cluster_sync<T::SPLIT>();
-#pragma unroll
-    for (int cta = 0; cta < T::SPLIT; ++cta) {
-        const uint32_t there = mbq_in_cta<T::SPLIT>(mine, cta) + first*(256*16);
-#pragma unroll
-        for (int i = 0; i < T::BN/8/T::SPLIT; ++i) {
-            int4 p;
-            asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(p.x), "=r"(p.y), "=r"(p.z), "=r"(p.w) : "r"(there + i*(256*16)) : "memory");
-            v[4*i] += p.x; v[4*i + 1] += p.y; v[4*i + 2] += p.z; v[4*i + 3] += p.w;
-        }
-    }
-}
-
-// Rows `row` and row + 1 of 8*eights columns, from `column` on; d_w: the rows' scales
-template <typename T, int eights>
-static __device__ __forceinline__ void mbq_w4a8_store(const mbq_w4a8_args & w4a8, const int column, const int row, const int t, const float (&d_w)[2], const int (&d)[4*eights]) {
+static __device__ __forceinline__ void mbq_w4a8_store(const mbq_w4a8_args & w4a8, const int n_tile, const int row, const int t, const float (&d_w)[2], const int (&d)[T::BN/2]) {
     using L = mbq_w4a8_layout<T::bits>;
     const mbq_gemm_args & args = w4a8.gemm;
-    const int first = column + 2*t; // and the next, and 8 on
+    const int first = n_tile*T::BN + 2*t; // column, and the next, and 8 on
     float * dst = args.dst + row + first*args.dst_column;
     const float * scale = w4a8.scale + first;
     const auto product = [&](const int i, const int c, const int r, const float s) {
         return mbq_w4a8_scale(d[4*i + 2*r + c] >> L::shift, d_w[r], s);
     };
-    if (((uintptr_t) args.dst | args.dst_column*4) % 8 == 0 && row + 1 < args.M && column + 8*eights <= args.N) {
+    if (((uintptr_t) args.dst | args.dst_column*4) % 8 == 0 && row + 1 < args.M && (n_tile + 1)*T::BN <= args.N) {
         // Scales are loaded many at a time: one before each store takes 6 us a tile of 128 columns.
-        constexpr int batch = eights < 16 ? eights : 16;
+        constexpr int batch = T::BN < 128 ? T::BN/8 : 16;
 #pragma unroll
-        for (int i0 = 0; i0 < eights; i0 += batch) {
+        for (int i0 = 0; i0 < T::BN/8; i0 += batch) {
             float2 s[batch];
 #pragma unroll
             for (int i = 0; i < batch; ++i) {
@@ -96,7 +74,7 @@ static __device__ __forceinline__ void mbq_w4a8_store(const mbq_w4a8_args & w4a8
         return;
     }
 #pragma unroll
-    for (int i = 0; i < eights; ++i) {
+    for (int i = 0; i < T::BN/8; ++i) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
             if (first + 8*i + c < args.N) {

@@ -5,16 +5,14 @@
 #include "mbq-gemm.cuh"
 #include "mbq-w4a8-quantize.cuh"
 
-// BN columns a tile, CL CTAs a worker, XS and WS stages of activations and weights. dense: see mbq_w4a8_pair. SPLIT > 1: so many workers of one CTA are a cluster
-// and have a tile's K among them.
-template <int bits_, int BN_, int CL_, int XS_, int WS_, bool dense_, int SPLIT_> struct mbq_w4a8_tile {
-    static constexpr int  bits = bits_, BN = BN_, CL = CL_, XS = XS_, WS = WS_, SPLIT = SPLIT_;
+// BN columns a tile, CL CTAs a cluster, XS and WS stages of activations and weights. dense: see mbq_w4a8_pair
+template <int bits_, int BN_, int CL_, int XS_, int WS_, bool dense_> struct mbq_w4a8_tile {
+    static constexpr int  bits = bits_, BN = BN_, CL = CL_, XS = XS_, WS = WS_;
     static constexpr bool dense = dense_;
     static constexpr int  X_BYTES   = BN*128;
     static constexpr int  ROW_BYTES = dense ? mbq_w4a8_layout<bits>::group_bytes : bits == 4 ? 176 : 304; // up to 15 bytes more; 4 or 12 banks from row to row
     static constexpr int  W_BYTES   = MBQ_GEMM_TILE_M*ROW_BYTES;
-    static constexpr int  SUM_BYTES = SPLIT > 1 ? MBQ_GEMM_TILE_M*BN*4 : 0;
-    static constexpr int  BYTES     = 1024 + XS*X_BYTES + WS*W_BYTES + SUM_BYTES;
+    static constexpr int  BYTES     = 1024 + XS*X_BYTES + WS*W_BYTES;
     static constexpr int  BARRIERS  = 2*XS + 2*WS;
 };
 
@@ -27,12 +25,11 @@ struct mbq_w4a8_args {
 #ifdef MBQ_WGMMA
 
 template <typename T> struct mbq_w4a8_smem {
-    uint32_t x, w, sums, full_x, empty_x, full_w, empty_w; // addresses in shared memory
+    uint32_t x, w, full_x, empty_x, full_w, empty_w; // addresses in shared memory
 
     __device__ __forceinline__ mbq_w4a8_smem(const char * dynamic, const uint64_t * barriers) {
         asm volatile("add.u32 %0, %1, 1023;\nand.b32 %0, %0, 0xFFFFFC00;" : "=r"(x) : "r"((uint32_t) __cvta_generic_to_shared(dynamic)));
         w       = x + T::XS*T::X_BYTES;
-        sums    = w + T::WS*T::W_BYTES;
         full_x  = __cvta_generic_to_shared(barriers);
         empty_x = full_x  + 8*T::XS;
         full_w  = empty_x + 8*T::XS;
