@@ -1,4 +1,4 @@
-"""Each family's text and pictures in one pass give the logits of the decode in turns, or the family is known to stay with that."""
+"""Each family's text and pictures in one pass give the logits of the decode in turns, or the table of families says that there are none."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ import numpy as np
 import pytest
 from mbq_cbind.model import Model
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
+from mbq_gguf.models.families import family_of
+from mbq_gguf.models.support import limits
 from PIL import Image
 from small import Small
 
 LIMIT = 1e-4  # of max |logit|; measured: 4e-7 at most
-IN_TURNS = {
-    "Gemma 3": "the model's attention has a sliding window",
-    "Qwen3.5": "the model has a recurrent state",
-    "Qwen3.5-MoE": "the model has a recurrent state",
-    "Qwen3-VL-MoE": "its architecture is not among those that were tested",
-    "GLM-4.5V": "its architecture is not among those that were tested",
-}  # why mtmd_aifs_refusal says no
 # M stands for a picture
 PROMPTS = ("None at all", "MFirst", "In the M middle", "M then M then at last M")
 
@@ -36,9 +31,16 @@ def models(small: Small) -> Iterator[tuple[Model, Model]]:
     once.close()
 
 
+def support(small: Small) -> str | None:
+    """Why the table of families says that it has none."""
+    family = family_of(small.loaded.architecture)
+    assert family is not None
+    return limits(family)["one pass"]
+
+
 def test_one_pass_is_the_decode_in_turns(small: Small, models: tuple[Model, Model]) -> None:
     turns, once = models
-    assert once.apart == IN_TURNS.get(small.name)
+    assert once.apart == support(small)
     pictures = [small.folder / f"one-pass-{seed}.png" for seed in range(3)]
     for seed, path in enumerate(pictures):
         Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*small.recipe.size[::-1], 3), dtype=np.uint8)).save(path)

@@ -41,12 +41,23 @@ FAMILIES = (
     Family("GLM-OCR", ("GlmOcrForConditionalGeneration",), "glm4", pictures.GLM),
 )
 
+# Language models whose text and pictures cannot go in one pass, and why: what the runtime says (mtmd_aifs_refusal).
+UNTESTED = "its architecture is not among those that were tested"
+RECURRENT = "the model has a recurrent state"
+IN_TURNS = {
+    "gemma3": "the model's attention has a sliding window",
+    "qwen35": RECURRENT,
+    "qwen35moe": RECURRENT,
+    "qwen3vlmoe": UNTESTED,
+    "glm4moe": UNTESTED,
+}
+
 # Families that people will ask for, by architecture or by the model type of the vision tower, and why they are refused.
 NEEDS_CODE = "its checkpoints need Python code of their directory"
 NO_RUNTIME = "llama.cpp does not know it"
 REFUSED = {
-    "Gemma4ForConditionalGeneration": "calibration goes layer by layer, and its layers share keys and values and take inputs of their own",
-    "Llama4ForConditionalGeneration": "its experts lie the other way round, and nobody has tried them",
+    "Gemma4ForConditionalGeneration": "its layers take inputs of their own or keys for values, which no layout describes",
+    "Llama4ForConditionalGeneration": "each of its experts takes all tokens, weighed by the router beforehand, which no layout describes",
     "LlavaNextForConditionalGeneration": "llama.cpp's conversion has no place for its tower",
     "LlavaOnevisionForConditionalGeneration": "llama.cpp's conversion has no place for its tower, nor its runtime for its tiles",
     "clip_vision_model": "llama.cpp's conversion has no place for its CLIP tower",

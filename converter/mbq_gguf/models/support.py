@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from mbq_gguf.models.families import FAMILIES, REFUSED, Family
+from mbq_gguf.models.families import FAMILIES, IN_TURNS, REFUSED, Family
 from mbq_gguf.models.layout import layout_of
 
 WORKS = "yes"
@@ -35,7 +35,7 @@ def support() -> list[Support]:
 
 
 def limits(family: Family) -> dict[str, str | None]:
-    """What can be done with ``family``: GPTQ needs no more than its sites, other methods ask the layout."""
+    """What can be done with ``family``: GPTQ needs no more than its sites, other methods ask the layout, one pass the runtime."""
     layout = layout_of(family.architectures[0])
     return {
         "calibration": None,
@@ -44,6 +44,7 @@ def limits(family: Family) -> dict[str, str | None]:
         "equalisation": layout.no_equalisation(),
         "rotation": layout.no_rotation(),
         "mmproj": None,
+        "one pass": IN_TURNS.get(family.gguf),
         **family.limits,
     }
 
