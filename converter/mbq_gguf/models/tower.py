@@ -228,7 +228,9 @@ TOWERS = {
     "Qwen2VLForConditionalGeneration": QWEN2,
     "Qwen2_5_VLForConditionalGeneration": QWEN2_5,
     "Qwen3VLForConditionalGeneration": QWEN3,
+    "Qwen3VLMoeForConditionalGeneration": QWEN3,
     "Qwen3_5ForConditionalGeneration": QWEN3,
+    "Qwen3_5MoeForConditionalGeneration": QWEN3,
     "SmolVLMForConditionalGeneration": SIGLIP,
     "Idefics3ForConditionalGeneration": SIGLIP,
     "InternVLForConditionalGeneration": INTERNVL,
@@ -236,5 +238,6 @@ TOWERS = {
     "Mistral3ForConditionalGeneration": MISTRAL3,
     "LlavaForConditionalGeneration": PIXTRAL,
     "Glm4vForConditionalGeneration": GLM,
+    "Glm4vMoeForConditionalGeneration": GLM,
     "GlmOcrForConditionalGeneration": GLM_OCR,
 }
