@@ -32,6 +32,7 @@ from mbq_gguf.quantise_tower import TowerSettings, quantise_tower
 from mbq_gguf.settings import QuantiseSettings
 from mbq_gguf.transforms.tower import centre_tower, rotate_tower
 from PIL import Image
+from quirks import QUIRKS
 from safetensors.torch import load_file, save_file
 from small import QUESTION, Small, compare, unpacked
 
@@ -74,6 +75,23 @@ def test_bf16_is_hugging_faces(small: Small) -> None:
     )
     assert top1 >= TOP1
     assert difference <= BF16
+
+
+def test_a_quirk_ignored_would_show(small: Small) -> None:
+    """By more than the bound above, which so holds both sides to it. Costs a tenth of a second a quirk."""
+    if small.name not in QUIRKS:
+        pytest.skip("no quirk is listed")
+    expected = small.theirs()
+    for pattern, change in QUIRKS[small.name]:
+        found = [module for name, module in small.loaded.model.named_modules() if re.fullmatch(rf"(?:model\.)?{pattern}", name)]
+        assert found, pattern
+        handles = [module.register_forward_hook(change) for module in found]
+        try:
+            _, difference = compare(small.theirs(), expected)
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert difference > BF16, pattern
 
 
 @torch.no_grad()
