@@ -39,6 +39,7 @@ TOWERS: list[tuple[str, str, dict[str, object], dict[str, object]]] = [
     ("qwen2_5vl", "Qwen2.5-VL", QWEN | {"fullatt_block_indexes": [1]}, {}),
     ("qwen3vl", "Qwen3-VL", QWEN | {"deepstack_visual_indexes": [0], "out_hidden_size": WIDTH // 2, "num_position_embeddings": 16}, {}),
     ("idefics3", "Idefics3", SIGLIP, {}),
+    ("pixtral", "Mistral 3", SIGLIP | {"head_dim": 16}, {}),
     ("internvl", "InternVL 3 (-hf)", SIGLIP | {"patch_size": [8, 8], "image_size": [32, 32]}, {}),
     ("gemma3", "Gemma 3", SIGLIP, {"mm_tokens_per_image": 4}),
     ("glm4v", "GLM-4.1V", QWEN | {"image_size": 32}, {}),
@@ -150,7 +151,7 @@ def towers() -> None:
             write_mmproj_gguf(model, Path(folder) / "mmproj.gguf", mmproj_type="Q8_0" if name == "w8a8" else "F16")
             document = smaller((Path(folder) / "mmproj.gguf").read_bytes())
         for key, side in ((b"clip.vision.image_min_pixels", 16), (b"clip.vision.image_max_pixels", 64)):
-            if document.find(b"clip.vision.image_size") is None or name in ("w8a8", "qwen2_5vl", "qwen3vl", "glm4v"):
+            if document.find(b"clip.vision.image_size") is None or name in ("w8a8", "pixtral", "qwen2_5vl", "qwen3vl", "glm4v"):
                 document.put(Key(key, 4, u32(side * side)))
         if name == "w8a8":  # of few values, so that the blocks of a row share a scale
             names = [tensor.name for tensor in document.tensors if tensor.kind == Q8_0]

@@ -32,26 +32,46 @@ static int64_t number(const llama_model_loader & ml, const char * name) {
 // the sections of a rotary embedding over several positions: ggml_rope_multi wants some, and no more than a head is wide
 static void check_rope_sections(const llama_model_loader & ml) {
     const int64_t key = find(ml, "rope.dimension_sections", GGUF_TYPE_ARRAY);
-    if (key < 0 || gguf_get_arr_type(ml.metadata, key) != GGUF_TYPE_INT32) {
+    const int64_t one = find(ml, "rope.dimension_sections", GGUF_TYPE_INT32); // read as an array of it
+    if (one < 0 && (key < 0 || gguf_get_arr_type(ml.metadata, key) != GGUF_TYPE_INT32)) {
         return;
     }
-    const int32_t * sections = (const int32_t *) gguf_get_arr_data(ml.metadata, key);
+    const int32_t repeated = one < 0 ? 0 : gguf_get_val_i32(ml.metadata, one);
+    const int32_t four[4] = { repeated, repeated, repeated, repeated };
+    const int32_t * sections = one < 0 ? (const int32_t *) gguf_get_arr_data(ml.metadata, key) : four;
+    const size_t n = one < 0 ? gguf_get_arr_n(ml.metadata, key) : 4;
     const int64_t n_head = number(ml, "attention.head_count");
     int64_t width = number(ml, "attention.key_length");
     if (width < 0 && n_head > 0) {
         width = number(ml, "embedding_length") / n_head;
     }
     int64_t sum = 0;
-    for (size_t i = 0; i < gguf_get_arr_n(ml.metadata, key); ++i) {
+    int64_t first = 0; // of time, height and width: ggml wants some of them
+    for (size_t i = 0; i < n; ++i) {
         if (sections[i] < 0 || (width > 0 && sections[i] > width)) {
             throw std::runtime_error(format("rope.dimension_sections holds %d for heads of %d channels", sections[i], (int) width));
         }
         sum += sections[i];
+        first = i < 3 ? sum : first;
     }
     const llm_arch arch = ml.get_arch();
     const bool needed = arch == LLM_ARCH_QWEN2VL || arch == LLM_ARCH_QWEN3VL || arch == LLM_ARCH_QWEN3VLMOE;
-    if ((needed && sum == 0) || (width > 0 && sum > width)) {
-        throw std::runtime_error(format("rope.dimension_sections are %d in all for heads of %d channels", (int) sum, (int) width));
+    if ((needed && first == 0) || (width > 0 && sum > width)) {
+        throw std::runtime_error(format("rope.dimension_sections are %d in all, the first three %d, for heads of %d channels",
+            (int) sum, (int) first, (int) width));
+    }
+}
+
+// norms and biases are multiplied and added as floats, matrices need a product with floats or a row of them
+static void check_type(const std::string & name, const ggml_tensor * t) {
+    const bool vector = ggml_n_dims(t) == 1 && (ends_with(name, "norm.weight") || ends_with(name, ".bias"));
+    if (vector && t->type != GGML_TYPE_F32) {
+        throw std::runtime_error(format("%s is of type %s: norms and biases are F32", name.c_str(), ggml_type_name(t->type)));
+    }
+    const bool number = t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16 || ggml_is_quantized(t->type);
+    const bool matrix = ggml_n_dims(t) > 1 && ends_with(name, ".weight") && !ends_with(name, "tid2eid.weight"); // numbers of experts
+    if (matrix && !number) {
+        throw std::runtime_error(format("%s is of type %s, which nothing computes with", name.c_str(), ggml_type_name(t->type)));
     }
 }
 
@@ -69,10 +89,6 @@ void llama_mbq_check_file(llama_model_loader & ml) {
     }
     check_rope_sections(ml);
     for (const auto & it : ml.weights_map) {
-        const ggml_tensor * t = it.second.tensor;
-        const bool vector = ggml_n_dims(t) == 1 && (ends_with(it.first, "norm.weight") || ends_with(it.first, ".bias"));
-        if (vector && t->type != GGML_TYPE_F32 && t->type != GGML_TYPE_F16) {
-            throw std::runtime_error(format("%s is of type %s: norms and biases are F32", it.first.c_str(), ggml_type_name(t->type)));
-        }
+        check_type(it.first, it.second.tensor);
     }
 }

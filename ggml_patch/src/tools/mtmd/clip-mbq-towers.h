@@ -198,6 +198,18 @@ struct clip_mbq_tower {
         }
     }
 
+    // Pixtral's, and Mistral 3's, which merges patches first
+    void pixtral_projector(int64_t n_merged) const {
+        int64_t n_in = n_embd;
+        if (find("mm.patch_merger.weight") != nullptr) {
+            vector(TN_MM_INP_NORM, n_embd);
+            n_in = linear("mm.patch_merger", n_merged);
+        } else {
+            want(hparams.n_merge == 1, "patches are merged by mm.patch_merger.weight, which is not there");
+        }
+        vector(TN_TOK_IMG_BREAK, linear("mm.2", linear("mm.1", n_in)));
+    }
+
     void glm4v_projector() const {
         const ggml_tensor * merger = get("mm.patch_merger.weight");
         kernel("mm.patch_merger.weight", hparams.n_merge, n_embd, merger->ne[3]);
@@ -236,6 +248,12 @@ static void clip_mbq_check_tower(const clip_mbq_tower & tower, projector_type ty
             }
             tower.layers(false, false, false);
             tower.glm4v_projector();
+            break;
+        case PROJECTOR_TYPE_PIXTRAL:
+            tower.heads(true);
+            tower.patches(false);
+            tower.layers(false, false, false);
+            tower.pixtral_projector(n_merged);
             break;
         case PROJECTOR_TYPE_GEMMA3:
         case PROJECTOR_TYPE_IDEFICS3:
