@@ -78,7 +78,7 @@ def test_bf16_is_hugging_faces(small: Small) -> None:
 
 
 def test_a_quirk_ignored_would_show(small: Small) -> None:
-    """By more than the bound above, which so holds both sides to it. Costs a tenth of a second a quirk."""
+    """By more than the bound above, which so holds both sides to it."""
     if small.name not in QUIRKS:
         pytest.skip("no quirk is listed")
     expected = small.theirs()
