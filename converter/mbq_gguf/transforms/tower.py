@@ -80,7 +80,7 @@ def centre_tower(tower: Tower) -> None:
     """
     reason = tower.no_centring()
     if reason:
-        raise UsageError(f"LayerNorm cannot become RMSNorm in the vision tower, {reason}: leave it as it is")
+        raise UsageError(f"the vision tower's LayerNorm cannot become RMSNorm, {reason}: leave it as it is")
     fold_gains(tower)
     width = tower.width
     change_stream(tower, torch.eye(width, dtype=torch.float64) - torch.full((width, width), 1.0 / width, dtype=torch.float64))
