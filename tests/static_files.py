@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 from mbq_cbind.model import Model
-from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
+from mbq_gguf.export.gguf_writer import write_mmproj_gguf
 from mbq_gguf.formats.gguf_types import import_gguf
-from mbq_gguf.formats.quantised import QuantisedTensor
-from mbq_gguf.formats.registry import quant_type_for
-from mbq_gguf.models import load
+from nearest_files import write_nearest
 from PIL import Image
 
 SITES = ("qkv", "o", "gate_up", "down")
@@ -34,14 +32,7 @@ def keys(text: float = TEXT, vision: float = VISION, **more: Any) -> dict[str, A
 
 def write_plain(tiny_dir: Path, path: Path) -> Path:
     """The tiny VLM as W4A8, without static ranges."""
-    weights = {}
-    for key, parameter in load(tiny_dir).decoder.module.named_parameters():
-        if key.startswith("layers.") and parameter.ndim == 2:
-            chosen = quant_type_for("W4A8", parameter.shape[1])
-            weights[key] = QuantisedTensor(chosen.name, chosen.quantize(parameter.float().numpy()), parameter.shape[1])
-    common = {"replaced": {}, "base_type": "BF16", "embedding_type": "BF16", "metadata": {}, "file_type": None}
-    write_text_gguf(tiny_dir, path, quantised=weights, **common)  # type: ignore[arg-type]
-    return path
+    return write_nearest(tiny_dir, path, "W4A8")
 
 
 def write_mmproj(tiny_dir: Path, out: Path) -> Path:

@@ -10,8 +10,8 @@ import torch
 from mbq_gguf.evaluate.exact_match import SHIPPED, Question, load_questions, stratified
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
 from mbq_gguf.formats.quantised import QuantisedTensor
-from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models import load
+from nearest_files import nearest_weights
 from reference_models import Files, HuggingFace
 from static_files import Seen, with_keys, write_mmproj, write_plain
 
@@ -48,12 +48,7 @@ def bf16_files(reference_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def mbq3_weights(hugging_face: HuggingFace) -> dict[str, QuantisedTensor]:
     """Every linear of the decoder rounded to the nearest: MBQ3 in even layers, MBQ3S in odd ones, their _64 where rows need it."""
-    quantised = {}
-    for key, parameter in hugging_face.loaded.decoder.module.named_parameters():
-        if key.startswith("layers.") and parameter.ndim == 2:
-            quant_type = quant_type_for("MBQ3S" if int(key.split(".")[1]) % 2 else "MBQ3", parameter.shape[1])
-            quantised[key] = QuantisedTensor(quant_type.name, quant_type.quantize(parameter.numpy()), parameter.shape[1])
-    return quantised
+    return nearest_weights(hugging_face.loaded, lambda name: "MBQ3S" if int(name.split(".")[1]) % 2 else "MBQ3")
 
 
 @pytest.fixture(scope="session")

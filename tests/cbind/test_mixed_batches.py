@@ -19,9 +19,7 @@ from mbq_cbind.model import Model
 from mbq_cbind.types import Bytes, Floats
 from mbq_cbind.vision import EncodedImage
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
-from mbq_gguf.formats.quantised import QuantisedTensor
-from mbq_gguf.formats.registry import quant_type_for
-from mbq_gguf.models import load
+from nearest_files import write_nearest
 from reference_models import Files
 
 ROOT = Path(__file__).parents[2]
@@ -167,7 +165,7 @@ def test_a_cut_changes_no_bit_with_flash_attention(tiny_dir: Path, files: Files,
 
     One token has logits, since the output matrix is in F32, whose products are not.
     """
-    write_mbq3s(tiny_dir, tmp_path / "mbq3s.gguf")
+    write_nearest(tiny_dir, tmp_path / "mbq3s.gguf", "MBQ3S", base_type="F32")
     made = Files(tmp_path / "mbq3s.gguf", files.mmproj)
     found = []
     for aifs, batch in ((False, 512), (True, 512), (True, UBATCH), (True, 7), (True, 100)):
@@ -176,17 +174,6 @@ def test_a_cut_changes_no_bit_with_flash_attention(tiny_dir: Path, files: Files,
             found.append([model.logits(prompt(model, words), pictures, [1]) for words, pictures in shown.items()])
     for one in found[1:]:
         assert all(np.array_equal(*pair) for pair in zip(one, found[0], strict=True))
-
-
-def write_mbq3s(source: Path, path: Path) -> None:
-    """All matrices in MBQ3S, rounded to nearest; embeddings in F32."""
-    weights = {}
-    for key, parameter in load(source).decoder.module.named_parameters():
-        if key.startswith("layers.") and parameter.ndim == 2:
-            chosen = quant_type_for("MBQ3S", parameter.shape[1])
-            weights[key] = QuantisedTensor(chosen.name, chosen.quantize(parameter.float().numpy()), parameter.shape[1])
-    common = {"replaced": {}, "base_type": "F32", "embedding_type": "F32", "metadata": {}, "file_type": None}
-    write_text_gguf(source, path, quantised=weights, **common)  # type: ignore[arg-type]
 
 
 KINDS = [

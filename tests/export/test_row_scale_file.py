@@ -10,11 +10,8 @@ import pytest
 from mbq_cbind.errors import BindingError
 from mbq_cbind.model import Model
 from mbq_gguf.export.gguf_header import Header, read_header
-from mbq_gguf.export.gguf_writer import write_text_gguf
 from mbq_gguf.formats import row_scale
-from mbq_gguf.formats.quantised import QuantisedTensor
-from mbq_gguf.formats.registry import quant_type_for
-from mbq_gguf.models import load
+from nearest_files import write_nearest
 
 KINDS = pytest.mark.parametrize("kind", list(row_scale.ROW_SCALES))
 PROMPT = "The quick brown fox jumps over the lazy dog."
@@ -26,13 +23,7 @@ def _built(built_llama: Path) -> None:
 
 
 def write(tiny_dir: Path, out: Path, kind: str) -> Header:
-    quantised = {}
-    for key, parameter in load(tiny_dir).decoder.module.named_parameters():
-        if key.startswith("layers.") and parameter.ndim == 2:
-            chosen = quant_type_for(kind, parameter.shape[1])
-            quantised[key] = QuantisedTensor(chosen.name, chosen.quantize(parameter.float().numpy()), parameter.shape[1])
-    write_text_gguf(tiny_dir, out, quantised=quantised, replaced={}, base_type="BF16", embedding_type="BF16", metadata={}, file_type=None)
-    return read_header(out)
+    return read_header(write_nearest(tiny_dir, out, kind))
 
 
 def logits(path: Path) -> np.ndarray:

@@ -12,14 +12,12 @@ from typing import Any
 
 import pytest
 from mbq_gguf.errors import UserError
-from mbq_gguf.export.gguf_writer import write_text_gguf
 from mbq_gguf.formats import row_scale
-from mbq_gguf.formats.quantised import QuantisedTensor
-from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.llama_cpp import closed
 from mbq_gguf.llama_cpp.paths import find_program
 from mbq_gguf.llama_cpp.server import Server, data_url
 from mbq_gguf.models import LoadedModel
+from nearest_files import write_nearest
 from tiny_pair import Pair
 
 PICTURES = sorted((Path(__file__).parents[2] / "converter/mbq_gguf/demo/data/eval/images").glob("*.png"))[:2]
@@ -68,14 +66,7 @@ def wait_for(port: int) -> None:
 
 def write(tiny: LoadedModel, source: Path, out: Path, kind: str, metadata: dict[str, Any]) -> Path:
     """The tiny VLM with its layers rounded to the nearest of ``kind``."""
-    quantised = {}
-    for key, parameter in tiny.decoder.module.named_parameters():
-        if key.startswith("layers.") and parameter.ndim == 2:
-            chosen = quant_type_for(kind, parameter.shape[1])
-            quantised[key] = QuantisedTensor(chosen.name, chosen.quantize(parameter.detach().float().numpy()), parameter.shape[1])
-    common: dict[str, Any] = {"replaced": {}, "base_type": "BF16", "embedding_type": "BF16", "file_type": None}
-    write_text_gguf(source, out, quantised=quantised, metadata=metadata, **common)
-    return out
+    return write_nearest(source, out, kind, metadata=metadata, loaded=tiny)
 
 
 def ask(model: Path, mmproj: Path, options: Sequence[str] = (), log: Path | None = None) -> Answer:
