@@ -17,7 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import activations
 import click
 import numpy as np
 from mbq_gguf.errors import UsageError, UserError
@@ -25,7 +24,6 @@ from mbq_gguf.export.gguf_writer import add_metadata
 from mbq_gguf.formats import row_scale
 from mbq_gguf.formats.gguf_types import import_gguf
 from mbq_gguf.llama_cpp import paths
-from random_gguf import LanguageShape
 from rich.console import Console
 from rich.table import Table
 
@@ -254,17 +252,6 @@ def print_table(rows: Sequence[Row], title: str, console: Console) -> None:
     console.print(table)
 
 
-def compare_activations(folder: Path, layers: int, rounds: int, prompt: int, threads: int, out: Path | None, console: Console) -> None:
-    """What quantising costs in prompts of W4A8 (activations.py), as a table and in ``out``."""
-    shape = LanguageShape(layers, HIDDEN, FFN, HEADS, KV_HEADS, VOCABULARY)
-    rows = activations.on_cpu(folder, shape, prompt, threads, rounds)
-    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    activations.print_prompts(console, rows, f"{_processor()}, {threads} threads, {layers} layers, {date}")
-    if out is not None:
-        facts = {"date": date, "processor": _processor(), "threads": threads, "layers": layers}
-        out.write_text(json.dumps({**facts, "activations": rows}, indent=1))
-
-
 def _spread(values: Sequence[float]) -> float:
     return (max(values) - min(values)) / statistics.median(values)
 
@@ -277,7 +264,8 @@ def _run(command: Sequence[str | Path]) -> str:
     return done.stdout
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "unknown")
@@ -292,7 +280,6 @@ def _chosen(types: str) -> list[str]:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--activations", "quantising", is_flag=True, help="W4A8 alone: activations dynamic, static, not quantised at all.")
 @click.option("--types", default=",".join(FILE_TYPES), help="Types to compare, with commas between them.")
 @click.option("--layers", default=8, type=click.IntRange(1), help="Layers of the random model. 8 take 750 MB as F16, 160 MB as MBQ3.")
 @click.option("--rounds", default=5, type=click.IntRange(1), help="How often all types are measured in turn; medians are shown.")
@@ -301,9 +288,7 @@ def _chosen(types: str) -> list[str]:
 @click.option("--threads", default=os.cpu_count() or 1, type=click.IntRange(1), help="Threads of llama-bench.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder that keeps the models between runs. [default: a temporary one]")
 @click.option("--out", type=click.Path(path_type=Path), help="Write everything that was measured to this JSON file.")
-def main(
-    quantising: bool, types: str, layers: int, rounds: int, prompt: int, generate: int, threads: int, work: Path | None, out: Path | None
-) -> None:
+def main(types: str, layers: int, rounds: int, prompt: int, generate: int, threads: int, work: Path | None, out: Path | None) -> None:
     """Compare the speed of quantised types on this CPU.
 
     Writes a decoder with Qwen2-VL-2B's layer shapes and random weights, quantises it to each type with llama-quantize and times them with
@@ -314,9 +299,6 @@ def main(
     says that there was some.
 
     \b
-    --activations is another question: what W4A8's products pay for quantising, against an experimental build that skips it.
-
-    \b
     Example: python tools/bench_cpu.py --types Q3_K,MBQ3,MBQ3_64 --rounds 9 --work /tmp/bench --out bench.json
     """
     console = Console()
@@ -325,9 +307,6 @@ def main(
         with tempfile.TemporaryDirectory() as temporary:
             folder = work or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
-            if quantising:
-                compare_activations(folder, layers, rounds, prompt, threads, out, console)
-                return
             models = prepare_models(folder, names, layers, threads, console)
             bandwidth = memory_bandwidth(threads)
             results = measure(models, prompt, generate, rounds, threads, console)
@@ -336,10 +315,10 @@ def main(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    title = f"{_processor()}, {threads} threads, {bandwidth / 1e9:.1f} GB/s, pp{prompt} tg{generate}, {layers} layers, {date}"
+    title = f"{processor()}, {threads} threads, {bandwidth / 1e9:.1f} GB/s, pp{prompt} tg{generate}, {layers} layers, {date}"
     print_table(rows, title, console)
     if out is not None:
-        facts = {"date": date, "processor": _processor(), "threads": threads, "bandwidth": bandwidth, "layers": layers}
+        facts = {"date": date, "processor": processor(), "threads": threads, "bandwidth": bandwidth, "layers": layers}
         out.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows], "results": results}, indent=1))
 
 

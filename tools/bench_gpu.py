@@ -2,11 +2,9 @@
 
     MBQ_GGUF_BACKEND=cuda python tools/bench_gpu.py
     MBQ_GGUF_BACKEND=cuda python tools/bench_gpu.py --row-scale
-    MBQ_GGUF_BACKEND=cuda python tools/bench_gpu.py --activations
 
 Products are timed by bench_mul_mat.cu (cold and warm in L2) and, as what they are held against, cuBLASLt's by bench_cublas.cu, both built
 here with nvcc; whole models by llama-bench on random weights (random_gguf.py), with flash attention. What is measured is stored at once.
---activations is another question, of W4A8 alone: what its pass of quantising costs, dynamic, static and skipped (bench_gpu_activations.py).
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import bench_gpu_activations
 import click
 from mbq_gguf.errors import UserError
 from mbq_gguf.formats.gguf_types import import_gguf
@@ -209,7 +206,6 @@ def print_models(console: Console, models: list[Json]) -> None:
 @click.command()
 @click.option("--bin", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of the built programs.")
 @click.option("--row-scale", is_flag=True, help="W4A8 and W8A8, with cuBLASLt's products beside them: about 5 minutes on an H100.")
-@click.option("--activations", is_flag=True, help="W4A8 with dynamic, static and skipped activations: about 7 minutes on an H100.")
 @click.option("--types", help="Types of the single products, if not the usual ones.")
 @click.option("--models/--no-models", default=True, show_default=True, help="Whole models too.")
 @click.option(
@@ -218,27 +214,19 @@ def print_models(console: Console, models: list[Json]) -> None:
     help="Where the random models go (5 GB, F16 16 GB); else a temporary folder.",
 )
 @click.option(
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Else docs/results/gpu.json, with --row-scale gpu_row_scale.json, with --activations gpu_activations.json.",
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Else docs/results/gpu.json, with --row-scale gpu_row_scale.json."
 )
-def main(
-    folder: Path | None, row_scale: bool, activations: bool, types: str | None, models: bool, work: Path | None, output: Path | None
-) -> None:
+def main(folder: Path | None, row_scale: bool, types: str | None, models: bool, work: Path | None, output: Path | None) -> None:
     """Time products and models, print the tables and store the figures."""
     console = Console(width=200)
     plan = ROW_SCALE if row_scale else MBQ
     plan = replace(plan, types=tuple(types.split(","))) if types else plan
-    output = output or Path("docs/results") / ("gpu_activations.json" if activations else plan.store)
+    output = output or Path("docs/results") / plan.store
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = folder or paths.find_program("llama-bench").parent
     device = run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()[0]
     record: Json = {"device": device, "date": datetime.now(UTC).date().isoformat(), "command": shlex.join(["python", *sys.argv])}
     with tempfile.TemporaryDirectory(dir=work) as temporary:
-        if activations:
-            program = compile_products(folder, Path(temporary))
-            bench_gpu_activations.compare(program, folder, Path(temporary), record, output, console)
-            return
         record["read_tb_s"], record["mul_mat"] = time_products(folder, Path(temporary), plan)
         record |= {"anchors": time_anchors(Path(temporary), plan), "end_to_end": []}
         print_products(console, record["read_tb_s"], record["mul_mat"], record["anchors"], plan)

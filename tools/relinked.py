@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mbq_gguf.errors import UserError
+from mbq_gguf.llama_cpp.machine import find_tool
 
 HERE = Path(__file__).parent
 LAUNCHES = ("cudaLaunchKernel", "__cudaLaunchKernel", "cudaLaunchKernelExC")
@@ -64,11 +65,10 @@ def _compile(build: Path, replaced: Path, to: Path) -> str:
 
 
 def _link_command(build: Path, library: str) -> str:
-    cache = (build / "CMakeCache.txt").read_text(encoding="utf-8")
-    ninja = re.search(r"^CMAKE_MAKE_PROGRAM:\w+=(.*ninja.*)$", cache, re.MULTILINE)
-    if ninja is None:
-        raise UserError(f"{build} was not made by ninja: install it and run `mbq-gguf build` again")
-    said = _run(f"{ninja[1]} -t commands bin/lib{library}.so", build)
+    ninja = find_tool("ninja", "ninja-build")  # whichever there is: that of a build in the cache may have gone with its environment
+    if ninja is None or not (build / "build.ninja").is_file():
+        raise UserError(f"{build} was not made by ninja, or there is none: install it and run `mbq-gguf build` again")
+    said = _run(f"{ninja} -t commands bin/lib{library}.so", build)
     return [line for line in said.splitlines() if "-Wl,-soname" in line and f"lib{library}.so" in line][-1]
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import bench_cpu
 import pytest
 from click.testing import CliRunner
-from mbq_gguf.llama_cpp.paths import find_program
 
 
 def test_one_round(built_llama: Path, tmp_path: Path) -> None:
@@ -23,21 +21,6 @@ def test_one_round(built_llama: Path, tmp_path: Path) -> None:
     assert rows["Q3_K"]["generation_ratio"] == rows["Q3_K"]["prompt_ratio"] == 1.0
     assert found["bandwidth"] > 0
     assert sorted(path.name for path in tmp_path.glob("*.gguf")) == ["random-1-MBQ3.gguf", "random-1-Q3_K.gguf"]
-
-
-@pytest.mark.slow
-def test_what_quantising_costs(built_llama: Path, tmp_path: Path) -> None:
-    """A file of the build is compiled again without quantising: the program takes it, and the build stays as it is."""
-    out = tmp_path / "bench.json"
-    arguments = ["--activations", "--layers", "1", "--rounds", "2", "--prompt", "128", "--threads", "1"]
-    done = CliRunner().invoke(bench_cpu.main, [*arguments, "--work", str(tmp_path), "--out", str(out)])
-    assert done.exit_code == 0, done.output
-    rows = json.loads(out.read_text())["activations"]
-    assert [row["activations"] for row in rows] == ["dynamic", "static", "skipped"]
-    assert rows[0]["ratios"] == [1.0, 1.0]
-    command = ["ldd", str(find_program("llama-bench"))]
-    skipped = subprocess.run(command, env={"LD_LIBRARY_PATH": str(tmp_path / "skipped")}, capture_output=True, text=True, check=True).stdout
-    assert f"{tmp_path / 'skipped'}/libggml-cpu" in skipped
 
 
 def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:

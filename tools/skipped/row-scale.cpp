@@ -1,5 +1,5 @@
 // Products of weights with one scale a row without quantising: rows of activations are whatever lies in their memory, and answers are wrong. For
-// bench_cpu.py --activations, which puts it in the place of the file of this name and so times what no quantiser can beat.
+// bench_activations.py, which puts it in the place of the file of this name and so times what no quantiser can beat.
 
 #include "row-scale-panel.h"
 

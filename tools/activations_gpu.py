@@ -1,4 +1,4 @@
-"""bench_gpu.py --activations: W4A8's products and prompts, activations dynamic, static or skipped, with fusion and without.
+"""bench_activations.py --gpu: W4A8's products and prompts, activations dynamic, static or skipped, with fusion and without.
 
 Skipped is another build of one file (skipped/mbq-w4a8.cu), and launches are counted by a library linked once more (relinked.py): about two
 minutes of compiling for them.
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from activations import MODES, Json, print_prompts, prompts, run, static_keys
+from bench_gpu import compile_products
 from mbq_gguf.errors import UserError
 from random_gguf import QWEN2_VL_7B, write_random_gguf
 from relinked import counting, relink
@@ -27,13 +28,14 @@ REPETITIONS, WARM = 30, 10
 FUSION = {"with": {}, "without": {"GGML_CUDA_DISABLE_FUSION": "1"}}
 
 
-def compare(program: Path, folder: Path, work: Path, record: Json, output: Path, console: Console) -> None:
-    """Time everything, with the programs in ``folder`` and bench_mul_mat; ``record`` is stored in ``output`` after each part."""
+def on_gpu(folder: Path, work: Path, record: Json, output: Path, console: Console) -> None:
+    """Time everything with the programs in ``folder``; ``record`` is stored in ``output`` after each part."""
 
     def store() -> None:
         output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     console.print("compiling without the pass of quantising, and what counts launches: two minutes")
+    program = compile_products(folder, work)
     plain, skipped = dict(os.environ), relink(folder.parent, "ggml-cuda", work / "skipped", SKIPPED)
     environments = {"dynamic": plain, "static": plain, "skipped": skipped}
     record["linears"] = [row for mode in MODES for row in linears(program, mode, environments[mode])]
