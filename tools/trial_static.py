@@ -160,13 +160,15 @@ def answers(run: Run, streams: Sequence[Streamed], sinks: Sinks, counted: Counte
 
 
 def described(counted: Counted, asked: Counted) -> Table:
-    """By site, medians over layers: vision over text range, sinks over text, and what lies beyond the calibrated min-max range."""
-    table = Table("site", "vision / text", "text, lowest to highest", "sinks / text", "beyond: text", "vision")
+    """By site, medians over layers: vision over text range, sinks over text, text's largest value over its 99.99th percentile, and what
+    lies beyond the calibrated min-max range."""
+    table = Table("site", "vision / text", "text, lowest to highest", "sinks / text", "largest / 99.99 %", "beyond: text", "vision")
     for site in dict.fromkeys(site for _, site, _ in counted):
         of = {kind: [m for (_, name, k), m in sorted(counted.items()) if (name, k) == (site, kind)] for kind in (TEXT, VISION, SINK)}
         new = {kind: [m for (_, name, k), m in sorted(asked.items()) if (name, k) == (site, kind)] for kind in (TEXT, VISION, SINK)}
         text = [m.largest for m in of[TEXT]]
         ratios = [[m.largest / t for m, t in zip(of[kind], text, strict=True)] for kind in (VISION, SINK)]
+        tails = [m.largest / m.quantile(0.9999) for m in of[TEXT] if m.largest]
         cut = [sum(b.beyond(a.largest) for a, b in zip(of[kind], new[kind], strict=True)) / len(text) for kind in (TEXT, VISION)]
         spread = f"{min(ratios[0]):.2f} to {max(ratios[0]):.2f}"
         table.add_row(
@@ -174,6 +176,7 @@ def described(counted: Counted, asked: Counted) -> Table:
             f"{median(ratios[0]):.2f} ({spread})",
             f"{min(text):.3g} to {max(text):.3g}",
             f"{median(ratios[1]):.2f} (most {max(ratios[1]):.3g})",
+            f"{median(tails):.2f} (most {max(tails):.3g})",
             *(f"{share:.2e}" for share in cut),
         )
     return table
