@@ -43,8 +43,8 @@ FUNCTION_NAMES = """
     llama_vocab_n_tokens llama_vocab_get_add_bos llama_vocab_bos llama_vocab_eos llama_vocab_is_eog llama_vocab_get_text
     llama_tokenize llama_detokenize
     mtmd_default_marker mtmd_context_params_default mtmd_init_from_file mtmd_free mtmd_support_vision mtmd_log_set
-    mtmd_bitmap_init mtmd_bitmap_get_nx mtmd_bitmap_get_ny mtmd_bitmap_free mtmd_input_chunks_init mtmd_input_chunks_size
-    mtmd_input_chunks_get mtmd_input_chunks_free mtmd_input_chunk_get_type mtmd_input_chunk_get_tokens_text
+    mtmd_bitmap_init mtmd_bitmap_get_nx mtmd_bitmap_get_ny mtmd_bitmap_get_id mtmd_bitmap_free mtmd_input_chunks_init
+    mtmd_input_chunks_size mtmd_input_chunks_get mtmd_input_chunks_free mtmd_input_chunk_get_type mtmd_input_chunk_get_tokens_text
     mtmd_input_chunk_get_n_tokens mtmd_input_chunk_get_n_pos mtmd_tokenize mtmd_encode_chunk mtmd_get_output_embd
     mtmd_helper_log_set mtmd_helper_init_opt_default mtmd_helper_bitmap_init_from_file mtmd_helper_decode_image_chunk
     mtmd_helper_eval_chunks mtmd_aifs_init mtmd_aifs_refusal mtmd_aifs_add_rows

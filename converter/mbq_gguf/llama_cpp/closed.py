@@ -45,9 +45,15 @@ def brings_own_key(options: Sequence[str]) -> bool:
     return any(option in KEY_OPTIONS for option in options)
 
 
-def request(method: str, url: str, key: str | None, timeout: float, body: dict[str, Any] | None = None) -> requests.Response:
-    """One request to a server of ours; proxies and .netrc of the environment do not see it. Raises requests.RequestException."""
+def request(method: str, url: str, key: str | None, timeout: float, body: dict[str, Any] | bytes | None = None) -> requests.Response:
+    """One request to a server of ours, ``body`` as JSON (bytes: it is JSON already); proxies and .netrc of the environment do not see it.
+
+    Raises requests.RequestException.
+    """
     with requests.Session() as session:
         session.trust_env = False
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        if isinstance(body, bytes):
+            headers["Content-Type"] = "application/json"
+            return session.request(method, url, data=body, timeout=timeout, headers=headers)
         return session.request(method, url, json=body, timeout=timeout, headers=headers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import socket
 import subprocess
@@ -34,7 +35,7 @@ START_TRIES = 3  # another program may take the free port before the server does
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server answered. ``seconds`` is the whole request as the client sees it; token counts are the server's own."""
+    """What the server answered. ``seconds``: the request as the client sees it, from its first byte; token counts are the server's own."""
 
     text: str
     seconds: float
@@ -115,9 +116,10 @@ class Server:
             "seed": seed,
             "cache_prompt": False,  # an answer must not depend on what was asked before
         }
+        sent = json.dumps(body).encode()  # before the clock starts: a picture is a megabyte of it
         begin = time.monotonic()
         try:
-            response = closed.request("POST", f"{self.url}/v1/chat/completions", self.key, ANSWER_SECONDS, body)
+            response = closed.request("POST", f"{self.url}/v1/chat/completions", self.key, ANSWER_SECONDS, sent)
         except requests.Timeout as error:
             raise UserError(
                 f"llama-server gave no answer within {ANSWER_SECONDS:.0f} s: ask for fewer tokens or use more threads"
