@@ -8,6 +8,11 @@ mask of qh give 1, 4 or 16 times the code without any shift, at most 7 * 16 = 11
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import reduce
+from operator import or_
+from typing import Any
+
 import numpy as np
 
 from mbq_gguf.formats.quant_type import Bytes, Floats, QuantType
@@ -40,8 +45,13 @@ def nearest_codes(blocks: Floats, scale: Floats, minimum: Floats) -> Bytes:
 
 def pack_blocks(codes: Bytes, scale: Floats, minimum: Floats) -> Bytes:
     """Codes [n, N] with fp16-exact scale and minimum [n, 1] to packed blocks [n, 4 + 3 N / 8]."""
-    pair = np.concatenate([scale, minimum], axis=1).astype("<f2").view(np.uint8)
-    return np.concatenate([pair, pack_planes(codes)], axis=1)
+    packed: Bytes = np.concatenate([pair_bytes(scale, minimum), pack_planes(codes)], axis=1)
+    return packed
+
+
+def pair_bytes(scale: Floats, minimum: Floats) -> Bytes:
+    """What a block of scale and minimum [n, 1] begins with [n, 4]."""
+    return np.concatenate([scale, minimum], axis=1).astype("<f2").view(np.uint8)
 
 
 def unpack_blocks(blocks: Bytes) -> tuple[Bytes, Floats, Floats]:
@@ -50,18 +60,14 @@ def unpack_blocks(blocks: Bytes) -> tuple[Bytes, Floats, Floats]:
     return unpack_planes(blocks[:, SCALE_BYTES:]), pair[:, :1], pair[:, 1:]
 
 
-def pack_planes(codes: Bytes) -> Bytes:
-    """Codes [n, N] to ql and qh [n, 3 N / 8]."""
+def pack_planes(codes: Any, joined: Callable[..., Any] = np.concatenate) -> Any:
+    """Codes [n, N] to ql and qh [n, 3 N / 8], uint8; of a tensor a tensor, with PyTorch's ``joined``."""
     n, size = codes.shape
     planes = codes.reshape(n, PLANES, size // PLANES)
-    ql = np.zeros((n, size // 4), np.uint8)
-    qh = np.zeros((n, size // 8), np.uint8)
-    for plane in range(PLANES):
-        ql |= (planes[:, plane] & 3) << (2 * plane)
-        halves = (planes[:, plane] >> 2).reshape(n, 2, size // 8)
-        bit = (2 * plane + 2) % 8
-        qh |= halves[:, 0] << bit | halves[:, 1] << (bit + 1)
-    return np.concatenate([ql, qh], axis=1)
+    high = (planes >> 2).reshape(n, PLANES, 2, size // 8)
+    ql = [(planes[:, plane] & 3) << 2 * plane for plane in range(PLANES)]
+    qh = [high[:, plane, half] << (2 * plane + 2) % 8 + half for plane in range(PLANES) for half in range(2)]
+    return joined([reduce(or_, ql), reduce(or_, qh)], axis=1)
 
 
 def unpack_planes(packed: Bytes) -> Bytes:

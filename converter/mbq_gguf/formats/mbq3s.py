@@ -45,11 +45,15 @@ def nearest_parameters(scale: Floats, minimum: Floats) -> tuple[Floats, Floats]:
 
 def pack_blocks(codes: Bytes, scale: Floats, minimum: Floats) -> Bytes:
     """Codes [n, N] with scale and minimum [n, 2] as scale words hold them to packed blocks [n, 4 + 3 N / 8]."""
+    return np.concatenate([scale_words(scale, minimum), pack_planes(codes)], axis=1)
+
+
+def scale_words(scale: Floats, minimum: Floats) -> Bytes:
+    """What a block of scale and minimum [n, 2] begins with [n, 4]."""
     upper = scale.astype(np.float16).view(np.uint16) >> DROPPED_BITS
     with np.errstate(divide="ignore", invalid="ignore"):
         zero = np.where(scale > 0, np.rint(minimum * np.float32(-ZERO_STEPS) / scale), 0).astype(np.uint16)
-    words = (upper << ZERO_BITS | zero).astype("<u2").view(np.uint8)
-    return np.concatenate([words, pack_planes(codes)], axis=1)
+    return (upper << ZERO_BITS | zero).astype("<u2").view(np.uint8)
 
 
 def unpack_blocks(blocks: Bytes) -> tuple[Bytes, Floats, Floats]:

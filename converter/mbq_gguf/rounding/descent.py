@@ -8,29 +8,41 @@ nearly the same share on samples that were not seen.
 
 from __future__ import annotations
 
+from functools import cache, partial
+
 import torch
 
 from mbq_gguf.formats.grid import Grid, reciprocal
 from mbq_gguf.rounding.gptq import COLUMNS_AT_ONCE, Coded, damped
+from mbq_gguf.rounding.recorded import Recorded, Tensors
 
 
 @torch.no_grad()
 def descend(grid: Grid, weight: torch.Tensor, coded: Coded, hessian: torch.Tensor, damping: float) -> Coded:
     """``coded`` with every column's codes chosen anew, one column after the other, for ``weight`` [rows, columns]; parameters stay."""
     matrix = damped(hessian, damping).float()
-    diagonal = matrix.diagonal().tolist()
     scales = coded.scale.repeat_interleave(grid.group, 1).t().contiguous()  # [columns, rows]: a column's lie together
-    inverses = reciprocal(scales)
     codes = coded.codes.t().contiguous()
     slope = matrix @ (weight - coded.values(grid)).t()  # G, with every change so far taken off
+    descend_columns = _recorded(grid)
     for start in range(0, len(codes), COLUMNS_AT_ONCE):
         end = min(start + COLUMNS_AT_ONCE, len(codes))
-        changes = torch.empty(end - start, codes.shape[1], device=codes.device)
-        for column in range(start, end):
-            better = (codes[column] + slope[column] * inverses[column] / diagonal[column]).round_().clamp_(grid.low, grid.high)
-            change = changes[column - start]
-            torch.sub(better, codes[column], out=change).mul_(scales[column])
-            codes[column] = better
-            slope[column + 1 : end].addr_(matrix[column + 1 : end, column], change, alpha=-1)
-        slope[end:].addmm_(matrix[end:, start:end], changes, alpha=-1)
+        here = slice(start, end)
+        codes[here], changes = descend_columns(slope[here], matrix[here, here], scales[here], codes[here])
+        slope[end:].addmm_(matrix[end:, here], changes, alpha=-1)
     return Coded(codes.t().contiguous(), coded.scale, coded.offset, coded.steps)
+
+
+@cache
+def _recorded(grid: Grid) -> Recorded:
+    return Recorded(partial(_descend_columns, grid))
+
+
+def _descend_columns(grid: Grid, slope: torch.Tensor, matrix: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor) -> Tensors:
+    """Better codes and what changes in the weights [columns, rows], as all but the columns' part of ``matrix`` is; ``slope`` is changed."""
+    better, changes, inverses = torch.empty_like(codes), torch.empty_like(codes), reciprocal(scales)
+    for column, own in enumerate(matrix.diagonal().unbind()):
+        found = torch.mul(slope[column], inverses[column], out=better[column]).div_(own).add_(codes[column]).round_()
+        change = torch.sub(found.clamp_(grid.low, grid.high), codes[column], out=changes[column]).mul_(scales[column])
+        slope[column + 1 :].addr_(matrix[column + 1 :, column], change, alpha=-1)
+    return better, changes

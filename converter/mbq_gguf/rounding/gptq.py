@@ -8,19 +8,18 @@ objective that they have where all groups of a super-block are fitted at its sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 
 from mbq_gguf.formats.grid import Grid, reciprocal
 from mbq_gguf.rounding.nearest import Rounded
-from mbq_gguf.rounding.ranges import search_range, search_steps
+from mbq_gguf.rounding.ranges import Fit, search_steps, searched
+from mbq_gguf.rounding.recorded import Recorded, Tensors
 
-# Groups [rows, group], what a squared error in each column costs [group], and steps [rows, 2], to scale and offset [rows, 1].
-Fit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 COLUMNS_AT_ONCE = 128  # updates of later columns wait for this many (or for a group's size, if that is larger)
+COLUMNS_SOLVED = 4096  # of the inverse factor at a time: all of it in float64 takes 2.9 GB for 18944 columns
 
 
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
@@ -28,7 +27,7 @@ def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
     Channels that no token excites (zero diagonal) get the mean diagonal, so they are rounded to nearest by themselves.
     """
-    matrix = hessian.double().clone()
+    matrix = hessian.to(torch.float64, copy=True)
     diagonal = matrix.diagonal()
     mean = float(diagonal.mean()) or 1.0
     diagonal[diagonal == 0] = mean
@@ -38,15 +37,27 @@ def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
 def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """U [columns, columns] float32 with damped(H)^-1 = U^T U, upper triangular; factored in float64."""
-    return upper_factor(damped(hessian, damping)).float()
+    reverse = _reverse_cholesky(damped(hessian, damping), check=True)
+    factor = torch.empty_like(hessian, dtype=torch.float32)
+    for start in range(0, len(factor), COLUMNS_SOLVED):
+        columns = slice(start, start + COLUMNS_SOLVED)
+        unit = torch.zeros_like(reverse[:, columns])
+        unit[columns].fill_diagonal_(1.0)
+        factor[:, columns] = torch.linalg.solve_triangular(reverse, unit, upper=True)
+    return factor
 
 
 def upper_factor(matrix: torch.Tensor, check: bool = True) -> torch.Tensor:
     """Upper triangular U with matrix^-1 = U^T U for ``matrix`` [..., n, n]; without ``check`` anything where there is none."""
-    # In reverse order of rows and columns L L^T becomes R R^T with R upper triangular, so that U = R^-1 without inverting the matrix.
-    reverse = torch.linalg.cholesky_ex(matrix.flip(-2, -1), check_errors=check).L.flip(-2, -1)
-    factor: torch.Tensor = torch.linalg.solve_triangular(reverse, torch.eye(matrix.shape[-1]).to(matrix), upper=True)
+    unit = torch.eye(matrix.shape[-1]).to(matrix)
+    factor: torch.Tensor = torch.linalg.solve_triangular(_reverse_cholesky(matrix, check), unit, upper=True)
     return factor
+
+
+def _reverse_cholesky(matrix: torch.Tensor, check: bool) -> torch.Tensor:
+    """Upper triangular R with matrix = R R^T, so that U is R^-1: L L^T in reverse order of rows and columns."""
+    lower: torch.Tensor = torch.linalg.cholesky_ex(matrix.flip(-2, -1), check_errors=check).L
+    return lower.flip(-2, -1)
 
 
 @dataclass(frozen=True)
@@ -79,46 +90,71 @@ def round_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit 
     return code_gptq(weight, factor, grid, fit).rounded(grid)
 
 
+@cache
 def own_fit(grid: Grid) -> Fit:
     """The type's plain rule where it has one, else the range search."""
     rule = grid.fit
-    return partial(search_range, grid) if rule is None else lambda groups, costs, steps: rule(groups)
+    return searched(grid) if rule is None else lambda groups, costs, steps: rule(groups)
 
 
 @torch.no_grad()
 def code_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit | None = None) -> Coded:
     """GPTQ's codes for ``weight`` [rows, columns]; scales and offsets are ``fit``'s, or the grid's own without it."""
     fit = fit or own_fit(grid)
-    diagonal = factor.diagonal().tolist()
     costs = factor.diagonal().square().reciprocal()
     work = weight.float().t().contiguous()  # [columns, rows]: a column's weights lie together
     columns, rows = work.shape
     codes = torch.empty(columns, rows, device=work.device)
-    scales = torch.empty(columns // grid.group, rows, device=work.device)
-    offsets = torch.empty_like(scales)
     steps = torch.zeros(columns // grid.block, rows, 2, device=work.device)
-    whole_rows = grid.group == columns  # fitted once, before any update
-    at_once = COLUMNS_AT_ONCE if whole_rows else max(COLUMNS_AT_ONCE // grid.group, 1) * grid.group
+    lines: list[torch.Tensor] = []  # [2, groups, rows] each
+    if grid.group == columns:  # whole rows, fitted once, before any update
+        lines.append(_line(fit, work, costs, steps[0]))
+    at_once = COLUMNS_AT_ONCE if lines else max(COLUMNS_AT_ONCE // grid.group, 1) * grid.group
+    round_columns = _recorded(grid, fit)
     for start in range(0, columns, at_once):
-        end = min(start + at_once, columns)
-        errors = torch.empty(end - start, rows, device=work.device)
-        for column in range(start, end):
-            block, group = column // grid.block, column // grid.group
-            if column % grid.block == 0 and (grid.scale.stepped or grid.offset.stepped):
-                here = slice(column, column + grid.block)
-                steps[block] = search_steps(grid, work[here].t(), costs[here])
-            if column % grid.group == 0:
-                here = slice(column, column + grid.group)
-                found = fit(work[here].t(), costs[here], steps[block])
-                scales[group], offsets[group] = (part[:, 0] for part in found)
-                scale, offset, inverse = scales[group], offsets[group], reciprocal(scales[group])
-            code = grid.codes_by(work[column], inverse, offset)
-            error = errors[column - start]
-            torch.sub(work[column], (code * scale).add_(offset), out=error).div_(diagonal[column])
-            codes[column] = code
-            work[column + 1 : end].addr_(factor[column, column + 1 : end], error, alpha=-1)
-        work[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+        block, end = start // grid.block, min(start + at_once, columns)
+        here, later = slice(start, end), slice(end, columns)
+        if start % grid.block == 0 and (grid.scale.stepped or grid.offset.stepped):
+            whole = slice(start, start + grid.block)
+            steps[block] = search_steps(grid, work[whole].t(), costs[whole])
+        given = lines if grid.group == columns else []
+        codes[here], errors, line = round_columns(work[here], factor[here, here], steps[block], *given)
+        if not given:
+            lines.append(line.clone())
+        work[later].addmm_(factor[here, later].t(), errors, alpha=-1)
+    scales, offsets = torch.cat(lines, dim=1)
     return Coded(codes.t().contiguous(), scales.t().contiguous(), offsets.t().contiguous(), steps.transpose(0, 1))
+
+
+@cache
+def _recorded(grid: Grid, fit: Fit) -> Recorded:
+    return Recorded(partial(_round_columns, grid, fit))
+
+
+def _round_columns(
+    grid: Grid, fit: Fit, work: torch.Tensor, factor: torch.Tensor, steps: torch.Tensor, given: torch.Tensor | None = None
+) -> Tensors:
+    """Codes, errors [columns, rows] and scales with offsets [2, groups, rows] of ``work`` [columns, rows], which is changed; ``factor`` is
+    these columns' part of U, ``given`` scale and offset [2, 1, rows] of whole rows."""
+    codes, errors = torch.empty_like(work), torch.empty_like(work)
+    diagonal = factor.diagonal()
+    costs, own = diagonal.square().reciprocal(), diagonal.unbind()
+    lines = []
+    for start in range(0, len(work), grid.group):
+        group = slice(start, start + grid.group)
+        lines.append(_line(fit, work[group], costs[group], steps) if given is None else given)
+        scale, offset = lines[-1][:, 0]
+        inverse = reciprocal(scale)
+        for column in range(*group.indices(len(work))):
+            code = codes[column] = grid.codes_by(work[column], inverse, offset)
+            torch.sub(work[column], (code * scale).add_(offset), out=errors[column]).div_(own[column])
+            work[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+    return codes, errors, torch.cat(lines, dim=1)
+
+
+def _line(fit: Fit, columns: torch.Tensor, costs: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Scale and offset [2, 1, rows] of a group's ``columns`` [group, rows]."""
+    return torch.stack([part[:, 0] for part in fit(columns.t(), costs, steps)])[:, None]
 
 
 def objective(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:

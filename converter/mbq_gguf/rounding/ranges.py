@@ -8,12 +8,15 @@ The same search serves every grid; in the stock types it alone (no GPTQ, importa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import torch
 
 from mbq_gguf.formats.grid import Grid, Pair
 
+# Groups [rows, group], what a squared error in each column costs [group], and steps [rows, 2], to scale and offset [rows, 1].
+Fit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Pair]
 TRIMS = (0.0, 0.7, 1.4, 2.1)  # the code steps by which a range is shrunk at either end
 LARGEST_GROUP = 256
 ROW_SHARES = tuple(0.95**step for step in range(24))  # of the range where a grid serves more weights: outliers are rarer and further out
@@ -34,6 +37,12 @@ def search_range(grid: Grid, groups: torch.Tensor, costs: torch.Tensor, steps: t
         candidate = _line(grid, groups, costs, grid.codes(groups, *best), steps)
         best, least = _better(grid, groups, costs, candidate, best, least)
     return best
+
+
+@cache
+def searched(grid: Grid) -> Fit:
+    """:func:`search_range` for ``grid``; always the same object, by which recorded loops are found again."""
+    return partial(search_range, grid)
 
 
 def search_steps(grid: Grid, blocks: torch.Tensor, costs: torch.Tensor) -> torch.Tensor:

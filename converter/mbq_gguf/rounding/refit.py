@@ -8,12 +8,18 @@ In turn with descent.py, which changes the codes, this lowers the objective step
 
 from __future__ import annotations
 
+import math
+from functools import cache, partial
+
 import torch
 
 from mbq_gguf.formats.grid import Grid, Pair, to_f16
 from mbq_gguf.rounding.gptq import upper_factor
+from mbq_gguf.rounding.recorded import Recorded
 
 ROWS_AT_ONCE = 256
+SYSTEMS_BYTES = 1 << 28  # of the rows' systems on a card, at least ROWS_AT_ONCE: their solution takes many small steps
+PRODUCT_BYTES = 1 << 27  # of a part of F H for some groups
 RIDGE = 1e-4  # of each diagonal entry: groups whose codes are all alike cannot tell scale from offset
 
 
@@ -24,31 +30,50 @@ def refit(grid: Grid, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Te
     A row keeps what it had where rounding the solution makes its objective worse, or a scale is not positive.
     """
     new_scale, new_offset = scale.clone(), offset.clone()
-    for start in range(0, weight.shape[0], ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    at_once = _rows_at_once(scale)
+    for start in range(0, weight.shape[0], at_once):
+        rows = slice(start, start + at_once)
         new_scale[rows], new_offset[rows] = _refit_rows(grid, weight[rows].float(), codes[rows], scale[rows], offset[rows], hessian.float())
     return new_scale, new_offset
+
+
+def _rows_at_once(scale: torch.Tensor) -> int:
+    """How many rows of ``scale`` [rows, groups] are refitted at a time, in parts of one size where that can be."""
+    if scale.device.type != "cuda":
+        return ROWS_AT_ONCE
+    rows, groups = scale.shape
+    most = max(ROWS_AT_ONCE, SYSTEMS_BYTES // (8 * (2 * groups) ** 2))
+    return math.ceil(rows / math.ceil(rows / most))
 
 
 def _refit_rows(
     grid: Grid, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, hessian: torch.Tensor
 ) -> Pair:
-    rows, groups = scale.shape
-    split = codes.view(rows, groups, -1)
-    tiles = hessian.view(groups, split.shape[2], groups, -1)
-    by_scale = torch.einsum("rgi,gihj->grhj", split, tiles)  # the rows of F H that belong to scales
-    ss = torch.einsum("grhj,rhj->rgh", by_scale, split)
-    so = by_scale.sum(dim=3).transpose(0, 1)
-    oo = tiles.sum(dim=(1, 3)).expand(rows, groups, groups)
-    system = torch.cat([torch.cat([ss, so], 2), torch.cat([so.transpose(1, 2), oo], 2)], 1).double()
-    pull = ((weight - _values(codes, scale, offset)) @ hessian).view_as(split)  # of the error as it is: the system is solved for changes
-    right = torch.cat([(pull * split).sum(dim=2), pull.sum(dim=2)], 1).double()
+    system, right = _systems(weight, codes, scale, offset, hessian)
     ridge = RIDGE * system.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
     new_scale, new_offset = _held_in_turn(grid, scale, offset, system + torch.diag_embed(ridge), right)
     change = torch.cat([new_scale - scale, new_offset - offset], 1).double()
     gain = (change * (2 * right - torch.einsum("rij,rj->ri", system, change))).sum(dim=1)  # how much the objective falls
     better = (gain > 0) & (new_scale > 0).all(dim=1) & new_offset.isfinite().all(dim=1)
     return torch.where(better[:, None], new_scale, scale), torch.where(better[:, None], new_offset, offset)
+
+
+def _systems(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, hessian: torch.Tensor) -> Pair:
+    """F H F^T [rows, 2 groups, 2 groups] and F H (w - v) [rows, 2 groups], float64: the system is solved for changes."""
+    rows, groups = scale.shape
+    split = codes.view(rows, groups, -1)
+    tiles = hessian.view(groups, split.shape[2], groups, -1)
+    ss, so = (codes.new_empty(rows, groups, groups) for _ in range(2))
+    at_once = max(1, PRODUCT_BYTES // (4 * codes.numel()))
+    for start in range(0, groups, at_once):
+        some = slice(start, start + at_once)
+        by_scale = torch.einsum("rgi,gihj->grhj", split[:, some], tiles[some])  # the rows of F H that belong to scales
+        ss[:, some] = torch.einsum("grhj,rhj->rgh", by_scale, split)
+        so[:, some] = by_scale.sum(dim=3).transpose(0, 1)
+    oo = tiles.sum(dim=(1, 3)).expand(rows, groups, groups)
+    system = torch.cat([torch.cat([ss, so], 2), torch.cat([so.transpose(1, 2), oo], 2)], 1).double()
+    pull = ((weight - _values(codes, scale, offset)) @ hessian).view_as(split)  # of the error as it is
+    return system, torch.cat([(pull * split).sum(dim=2), pull.sum(dim=2)], 1).double()
 
 
 def _held_in_turn(grid: Grid, scale: torch.Tensor, offset: torch.Tensor, system: torch.Tensor, right: torch.Tensor) -> Pair:
@@ -62,8 +87,20 @@ def _held_in_turn(grid: Grid, scale: torch.Tensor, offset: torch.Tensor, system:
     ordered = system[:, order][:, :, order]
     factor = upper_factor(ordered, check=False)  # a row without one gets nonsense, which its caller finds no better than what it had
     step = (factor.mT @ (factor @ right[:, order, None]))[..., 0]
+    new_scale, new_offset = _recorded(grid)(step, factor, scale, offset)
+    return new_scale, new_offset
+
+
+@cache
+def _recorded(grid: Grid) -> Recorded:
+    return Recorded(partial(_take_steps, grid))
+
+
+def _take_steps(grid: Grid, step: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> Pair:
+    """``scale`` and ``offset`` [rows, groups] after each ``step`` [rows, 2 groups] in turn, which is changed; ``factor`` [rows, 2 groups, 2
+    groups] tells what the numbers not yet rounded make good."""
     new_scale, new_offset = torch.empty_like(scale), torch.empty_like(offset)
-    for index in range(2 * groups):
+    for index in range(step.shape[1]):
         group = index // 2
         if index % 2 == 0:
             wanted, had = scale[:, group] + step[:, index], scale[:, group]

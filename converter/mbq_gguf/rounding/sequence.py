@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -22,7 +21,7 @@ from mbq_gguf.models.layout import Site
 from mbq_gguf.rounding.descent import descend
 from mbq_gguf.rounding.gptq import Coded, code_gptq, inverse_factor
 from mbq_gguf.rounding.nearest import Rounded, round_nearest
-from mbq_gguf.rounding.ranges import search_range
+from mbq_gguf.rounding.ranges import searched
 from mbq_gguf.rounding.refit import refit, refit_row_scale
 
 
@@ -81,7 +80,7 @@ def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refine
     factor = inverse_factor(found.hessian, refinement.damping)
     if refinement.error_correction and found.cross is not None:
         weight = corrected(weight, found, factor, refinement.error_correction)
-    fit = partial(search_range, grid) if refinement.clip else None
+    fit = searched(grid) if refinement.clip else None
     coded = code_gptq(weight, factor, grid, fit)
     for turn in range(refinement.refits):
         if turn > 0:
