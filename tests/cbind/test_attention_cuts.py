@@ -64,6 +64,29 @@ def test_rows_cut_anyhow_give_the_same_bits(data: st.DataObject) -> None:
         assert np.array_equal(part[0], whole[alone, begin:end]), f"rows {begin} to {end - 1} of stream {alone}"
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3, TILE - 1, TILE, 80]), st.integers(0, 3), st.sampled_from(WIDTHS))
+def test_other_sequences_in_one_cache_move_no_bit(seed: int, rows: int, tiles: int, widths: tuple[int, int]) -> None:
+    """What other sequences' cells hold does not matter, nor whole tiles of them; only how one's own cells lie within tiles does."""
+    random = np.random.default_rng(seed)
+    cells, before = int(random.integers(1, 300)), tiles * TILE
+    q = random.normal(size=(1, 4, rows, widths[0])).astype(np.float32)
+    k, v = (random.normal(size=(1, 2, cells, size)).astype(np.float32) for size in widths)
+    mask = causal(random, 1, rows, cells)
+    others = np.concatenate([np.ones(before, dtype=bool), ~np.isfinite(mask[0]).any(axis=0), np.ones(40, dtype=bool)])
+
+    def among_others(loudness: float) -> Floats:
+        keys, values = (np.pad(x, [(0, 0), (0, 0), (before, 40), (0, 0)]) for x in (k, v))
+        for x in (keys, values):
+            x[:, :, others] = random.normal(size=x[:, :, others].shape) * loudness
+        seen = np.pad(mask, [(0, 0), (0, 0), (before, 40)], constant_values=-np.inf)
+        return flash_attention(q, keys, values, seen)
+
+    alone = flash_attention(q, k, v, mask)
+    assert np.array_equal(among_others(1), alone)
+    assert np.array_equal(among_others(1000), alone)
+
+
 @pytest.mark.parametrize("rows", [1, 5, TILE, 80])
 def test_it_is_attention(rows: int) -> None:
     """Sums are fp32: within 1e-6 of the largest value; fp16 sums, as llama.cpp has for few rows, are off by 1e-3."""
