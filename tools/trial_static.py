@@ -4,10 +4,10 @@
     python tools/trial_static.py MODEL_DIR --questions 24 --samples 24 --synthetic 0 --text README.md
     python tools/trial_static.py MODEL_DIR --weights W4A8 --questions 612 --device cuda --photographs photographs --output static.jsonl
 
-One range for all tokens or one a class (vision, text), with or without the sinks apart (dynamic, and out of the ranges), each by several
-estimators, with full rotation and without; dynamic beside them. Weights are the original's, so that nothing but the activations differs, or
-rounded as `convert --type W4A8` rounds them, with ranges of the rounded model as a file has them. Divergence is from the original with
-16-bit activations in either case. Also prints the sinks, the ratio of ranges by site, and the share of values beyond a range.
+One range for all tokens or one a class (vision, text), with or without the sinks apart (dynamic, and out of the ranges) and outliers that
+no rule names left out of the ranges, each by several estimators, with full rotation and without; dynamic beside them. Weights are the
+original's, so that only activations differ, or rounded as `convert --type W4A8` rounds them, with ranges of the rounded model as a file has
+them. Divergence is from the original with 16-bit activations. Also prints sinks, ratios of ranges by site, and what lies beyond a range.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.dataset import load_samples
 from mbq_gguf.calibration.magnitudes import Estimator, Magnitudes
 from mbq_gguf.calibration.observe import Watch
-from mbq_gguf.calibration.sinks import Sinks, find_sinks
+from mbq_gguf.calibration.sinks import Sinks, find_outliers, name_sinks
 from mbq_gguf.calibration.stream import capture, logits, run_batch, split_back, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.synthetic import synthetic_streams
@@ -43,9 +43,11 @@ from mbq_gguf.walk.before import ROTATION_SEED
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from trial_rows import asked, device_name, figures, keep_texts
+from trial_rows import asked, device_name, divergences, figures, keep_texts
+from trial_w4a8 import added
 
 TEXT, VISION, SINK = 0, 1, 2
+OUTLIER = 3  # and more: an outlier among TEXT or VISION that is no SINK, in the calibration set
 CARD_TOKENS = 16384  # of a batch on a card, where a launch costs more than the products of a layer
 Counted = dict[tuple[int, str, int], Magnitudes]  # by layer, site and class
 
@@ -57,11 +59,13 @@ class Variant:
     estimator: Estimator | None = None
     two: bool = False
     apart: bool = False
+    cleaned: bool = False  # outliers are left out of the ranges
 
     def __str__(self) -> str:
         if self.estimator is None:
             return "dynamic"
-        return f"{'two ranges' if self.two else 'one range'}{', sinks apart' if self.apart else ''}, {self.estimator}"
+        said = "two ranges" if self.two else "one range", self.apart and "sinks apart", self.cleaned and "outliers left out", self.estimator
+        return ", ".join(filter(None, said))
 
     def range(self, counted: Counted, layer: int, site: str, kind: int) -> float:
         """Of a token of class ``kind``; 0 is dynamic."""
@@ -70,8 +74,10 @@ class Variant:
         kinds = [VISION if kind == VISION else TEXT] if self.two else [TEXT, VISION]
         if not self.apart and TEXT in kinds:
             kinds.append(SINK)
+        if not self.cleaned:
+            kinds += [OUTLIER + each for each in kinds if each != SINK]
         joined = Magnitudes()
-        for each in (counted[layer, site, each] for each in kinds):
+        for each in (counted[layer, site, each] for each in kinds if (layer, site, each) in counted):
             joined.counts, joined.largest = joined.counts + each.counts, max(joined.largest, each.largest)
         return joined.range(self.estimator)
 
@@ -82,6 +88,7 @@ VARIANTS = {
         Variant(),
         *(Variant("minmax", *form) for form in FORMS),
         *(Variant(kind, *form) for kind in ("p99.9", "p99.99", "least-squares") for form in FORMS[2:]),
+        *(Variant(kind, *form, cleaned=True) for kind in ("minmax", "p99.99", "least-squares") for form in FORMS[2:]),
     ),
     "none": (
         Variant(),
@@ -91,8 +98,9 @@ VARIANTS = {
 }
 
 
-def classes(stream: Streamed, sinks: Sinks) -> torch.Tensor:
-    return torch.where(sinks.of(stream), SINK, stream.vision.long())
+def classes(stream: Streamed, sinks: Sinks, outlier: torch.Tensor | None = None) -> torch.Tensor:
+    kinds = stream.vision.long() if outlier is None else stream.vision.long() + OUTLIER * outlier
+    return torch.where(sinks.of(stream), SINK, kinds)
 
 
 @dataclass(frozen=True)
@@ -119,17 +127,20 @@ def run_of(loaded: LoadedModel, rotation: Rotation | None = None, result: Quanti
 
 
 @torch.no_grad()
-def count(run: Run, streams: Sequence[Streamed], sinks: Sinks) -> Counted:
-    """How large the inputs of every site are, by class."""
+def count(run: Run, streams: Sequence[Streamed], sinks: Sinks, outliers: Sequence[torch.Tensor] = ()) -> Counted:
+    """How large the inputs of every site are, by class; ``outliers`` are known of the calibration set."""
+    of_all = torch.cat([classes(*each) for each in zip(streams, [sinks] * len(streams), outliers or [None] * len(streams), strict=True)])
     running = [replace(stream, hidden=trial.turned(stream.hidden, run.rotation)) for stream in streams]
     counted: Counted = {}
     for layer in run.layers:
+        done = 0  # tokens
         for batch in batches(running, layer.index):
             with Watch(layer) as watch:
                 hidden = run_batch(layer, batch)
-            kinds = torch.cat([classes(stream, sinks) for stream in batch])
+            kinds = of_all[done : done + hidden.shape[1]]
+            done += len(kinds)
             for site in layer.sites:
-                for kind in (TEXT, VISION, SINK):
+                for kind in range(OUTLIER + VISION + 1):
                     counted.setdefault((layer.index, site.name, kind), Magnitudes()).add(watch.inputs[site.name][0][kinds == kind])
             split_back(batch, hidden)
     return counted
@@ -166,19 +177,13 @@ def described(counted: Counted, asked: Counted) -> Table:
     for site in dict.fromkeys(site for _, site, _ in counted):
         of = {kind: [m for (_, name, k), m in sorted(counted.items()) if (name, k) == (site, kind)] for kind in (TEXT, VISION, SINK)}
         new = {kind: [m for (_, name, k), m in sorted(asked.items()) if (name, k) == (site, kind)] for kind in (TEXT, VISION, SINK)}
-        text = [m.largest for m in of[TEXT]]
+        text = [m.largest for m in of[TEXT]]  # without outliers
         ratios = [[m.largest / t for m, t in zip(of[kind], text, strict=True)] for kind in (VISION, SINK)]
         tails = [m.largest / m.quantile(0.9999) for m in of[TEXT] if m.largest]
         cut = [sum(b.beyond(a.largest) for a, b in zip(of[kind], new[kind], strict=True)) / len(text) for kind in (TEXT, VISION)]
-        spread = f"{min(ratios[0]):.2f} to {max(ratios[0]):.2f}"
-        table.add_row(
-            site,
-            f"{median(ratios[0]):.2f} ({spread})",
-            f"{min(text):.3g} to {max(text):.3g}",
-            f"{median(ratios[1]):.2f} (most {max(ratios[1]):.3g})",
-            f"{median(tails):.2f} (most {max(tails):.3g})",
-            *(f"{share:.2e}" for share in cut),
-        )
+        vision = f"{median(ratios[0]):.2f} ({min(ratios[0]):.2f} to {max(ratios[0]):.2f})"
+        most = [f"{median(of):.2f} (most {max(of):.3g})" for of in (ratios[1], tails)]
+        table.add_row(site, vision, f"{min(text):.3g} to {max(text):.3g}", *most, *(f"{share:.2e}" for share in cut))
     return table
 
 
@@ -201,9 +206,9 @@ def shown(found: dict[str, float], beyond: dict[str, float]) -> list[str]:
     return [f"{found['exact']:.3f}", f"{found['kld']:.2g} ± {found['error']:.1g}", share]
 
 
-def calibration_streams(loaded: LoadedModel, samples: int, synthetic: int) -> list[Streamed]:
+def calibration_streams(loaded: LoadedModel, samples: int, synthetic: int, seed: int) -> list[Streamed]:
     """The shipped set, and what the model writes itself, as a conversion has them."""
-    loaded_samples = load_samples(None, loaded, samples, 0)
+    loaded_samples = load_samples(None, loaded, samples, seed)
     streams = list(capture(loaded, loaded_samples))
     if synthetic:
         texts = walk.written(loaded, synthetic, lambda _done, _total: None)  # type: ignore[attr-defined]
@@ -216,19 +221,19 @@ def calibration_streams(loaded: LoadedModel, samples: int, synthetic: int) -> li
 @click.option("--questions", default=24, show_default=True, help="About scenes.")
 @click.option("--samples", default=SAMPLES, show_default=True, help="Of the shipped calibration set.")
 @click.option("--synthetic", default=QuantiseSettings.synthetic, show_default=True, help="Texts that the model writes, beside them.")
+@click.option("--seed", default=0, show_default=True, help="Which samples are drawn.")
 @click.option("--weights", type=click.Choice(["W4A8", "W8A8"]), help="Rounded so; left out: the original's.")
 @click.option("--text", "file", type=click.Path(exists=True, path_type=Path), help="A plain text, scored too.")
 @click.option("--photographs", "folder", type=click.Path(exists=True, path_type=Path), help="What photographs.py wrote.")
 @click.option("--rotate", "rotations", multiple=True, type=click.Choice(list(VARIANTS)), default=list(VARIANTS), show_default=True)
-@click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Every row is added here as a line of JSON once it is done."
-)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Every row is added here as a line of JSON at once.")
 @click.option("--device", default="cpu", show_default=True)
 def main(
     model_dir: Path,
     questions: int,
     samples: int,
     synthetic: int,
+    seed: int,
     weights: str | None,
     file: Path | None,
     folder: Path | None,
@@ -242,7 +247,7 @@ def main(
     if device.startswith("cuda"):
         batching.TOKENS = CARD_TOKENS
     keep_texts()
-    calibration = calibration_streams(loaded, samples, synthetic)
+    calibration = calibration_streams(loaded, samples, synthetic, seed)
     sets = {"scenes": asked(loaded, questions)}
     if folder:
         sets["photographs"] = trial.photographs(loaded, folder)
@@ -250,8 +255,10 @@ def main(
         sets["text"] = trial.text(loaded, file)
     for streams in (calibration, *sets.values()):
         streams.sort(key=lambda stream: len(stream.ids))  # attention takes neighbours of one length at once
-    sinks = find_sinks(loaded, calibration)
-    console.print(sinks)
+    outliers = find_outliers(loaded, calibration)
+    sinks = name_sinks(calibration, outliers)
+    unnamed = [outlier & ~sinks.of(stream) for stream, outlier in zip(calibration, outliers, strict=True)]
+    console.print(sinks, f"beside them {sum(int(outlier.sum()) for outlier in unnamed)} outliers that nothing names")
     original = run_of(loaded)
     reference = {name: answers(original, streams, sinks, {}, None) for name, streams in sets.items()}
     for rotate, variants in ((rotate, VARIANTS[rotate]) for rotate in rotations):
@@ -259,19 +266,25 @@ def main(
         result = None
         if weights:
             settings = QuantiseSettings(type_name=weights, rotate=rotate, synthetic=synthetic)  # type: ignore[arg-type]
-            result = quantise(loaded, load_samples(None, loaded, samples, 0), settings)
+            result = quantise(loaded, load_samples(None, loaded, samples, seed), settings)
         run = run_of(loaded, rotation, result)
-        counted = count(run, calibration, sinks)
+        counted = count(run, calibration, sinks, outliers)
         found = {name: count(run, streams, sinks) for name, streams in sets.items()}
         for name in sets:
             console.print(f"rotation {rotate}, {name}", described(counted, found[name]))
+        dynamic: dict[str, list[torch.Tensor]] = {}  # whose divergences the others are compared with, token by token
         table = Table("activations", *(f"{name}: {what}" for name in sets for what in ("exact", "KLD", "% cut, text / vision")))
         for variant in track((None, *variants), description=f"rotation {rotate}", console=Console(stderr=True)):
             row: dict[str, object] = {"weights": weights or "16-bit", "rotate": rotate, "activations": str(variant or "16-bit")}
-            row |= {"device": device_name(device), "samples": samples, "synthetic": synthetic}
+            row |= {"device": device_name(device), "samples": samples, "synthetic": synthetic, "seed": seed}
             cells = []
             for name, streams in sets.items():
-                scores = figures(reference[name], answers(run, streams, sinks, counted, variant), streams)
+                given = answers(run, streams, sinks, counted, variant)
+                scores = figures(reference[name], given, streams)
+                if variant == Variant():
+                    dynamic[name] = divergences(reference[name], given)
+                elif variant:
+                    scores |= added(dynamic[name], divergences(reference[name], given))
                 beyond = clipped(variant, counted, found[name])
                 row[name] = scores | {"beyond": beyond}
                 cells += shown(scores, beyond)

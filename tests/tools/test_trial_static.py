@@ -9,13 +9,17 @@ import pytest
 import torch
 import trial_static
 from click.testing import CliRunner
+from mbq_gguf.calibration.dataset import load_samples
 from mbq_gguf.calibration.magnitudes import Magnitudes
-from trial_static import SINK, TEXT, VISION, Variant
+from mbq_gguf.calibration.sinks import Sinks
+from mbq_gguf.calibration.stream import capture
+from mbq_gguf.models import LoadedModel
+from trial_static import OUTLIER, SINK, TEXT, VISION, Variant
 
 
 def test_a_variant_takes_what_its_classes_hold() -> None:
     counted = {}
-    for kind, size in ((TEXT, 1.0), (VISION, 2.0), (SINK, 100.0)):
+    for kind, size in ((TEXT, 1.0), (VISION, 2.0), (SINK, 100.0), (OUTLIER + TEXT, 30.0)):
         counted[0, "o", kind] = Magnitudes()
         counted[0, "o", kind].add(torch.tensor([size]))
 
@@ -25,8 +29,20 @@ def test_a_variant_takes_what_its_classes_hold() -> None:
     assert ranges(Variant()) == [0, 0, 0]
     assert ranges(Variant("minmax")) == [100, 100, 100]
     assert ranges(Variant("minmax", two=True)) == [100, 2, 100]
-    assert ranges(Variant("minmax", apart=True)) == [2, 2, 0]
-    assert ranges(Variant("minmax", two=True, apart=True)) == [1, 2, 0]
+    assert ranges(Variant("minmax", apart=True)) == [30, 30, 0]
+    assert ranges(Variant("minmax", two=True, apart=True)) == [30, 2, 0]
+    assert ranges(Variant("minmax", apart=True, cleaned=True)) == [2, 2, 0]
+    assert ranges(Variant("minmax", two=True, apart=True, cleaned=True)) == [1, 2, 0]
+
+
+def test_outliers_that_nothing_names_are_a_class_of_their_own(tiny: LoadedModel) -> None:
+    (stream,) = capture(tiny, load_samples(None, tiny, 1, 0))
+    outlier = torch.zeros(len(stream.ids), dtype=torch.bool)
+    outlier[[0, 3]] = True
+    kinds = trial_static.classes(stream, Sinks((0,)), outlier)
+    assert kinds[0] == SINK
+    assert kinds[3] == OUTLIER + int(stream.vision[3])
+    assert torch.equal(kinds[4:], stream.vision[4:].long())
 
 
 def test_what_is_cut() -> None:

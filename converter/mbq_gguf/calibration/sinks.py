@@ -39,9 +39,19 @@ class Sinks:
         return found
 
 
-@torch.no_grad()
 def find_sinks(loaded: LoadedModel, streams: Sequence[Streamed], progress: Callable[[int, int], None] = lambda done, total: None) -> Sinks:
-    """Send copies of ``streams``, as they enter the first layer, through the model, and look for outliers among their activations."""
+    """Sinks among ``streams``, as they enter the first layer: what names most of their outliers."""
+    return name_sinks(streams, find_outliers(loaded, streams, progress))
+
+
+@torch.no_grad()
+def find_outliers(
+    loaded: LoadedModel, streams: Sequence[Streamed], progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[torch.Tensor]:
+    """Which tokens have an activation beyond all others of their class in any layer, bool [tokens] a stream.
+
+    Copies of ``streams``, as they enter the first layer, go through the model.
+    """
     running = [Streamed(s.hidden, s.kwargs, s.ids, s.vision, s.answer, s.labels) for s in streams]
     vision = torch.cat([stream.vision for stream in streams])
     outlier = torch.zeros(len(vision), dtype=torch.bool)
@@ -65,7 +75,7 @@ def find_sinks(loaded: LoadedModel, streams: Sequence[Streamed], progress: Calla
                 limit = BEYOND * counted[site.name, seen].quantile(QUANTILE)
                 outlier |= (vision == seen) & (size > limit)
         progress(index + 1, len(loaded.decoder.layers))
-    return name_sinks(streams, list(torch.split(outlier, [len(stream.ids) for stream in streams])))
+    return list(torch.split(outlier, [len(stream.ids) for stream in streams]))
 
 
 def name_sinks(streams: Sequence[Streamed], outliers: Sequence[torch.Tensor]) -> Sinks:
