@@ -15,10 +15,11 @@ from mbq_gguf.models import LoadedModel, load
 def nearest_weights(loaded: LoadedModel, kind: str | Callable[[str], str]) -> dict[str, QuantisedTensor]:
     """Every matrix of the layers in the type ``kind``, or the type that ``kind`` gives for its name, or what its rows fall to."""
     found = {}
-    for key, parameter in loaded.decoder.module.named_parameters():
-        if key.startswith("layers.") and parameter.ndim == 2:
-            chosen = quant_type_for(kind if isinstance(kind, str) else kind(key), parameter.shape[1])
-            found[key] = QuantisedTensor(chosen.name, chosen.quantize(parameter.detach().float().numpy()), parameter.shape[1])
+    with loaded.whole():
+        for key, parameter in loaded.decoder.module.named_parameters():
+            if key.startswith("layers.") and parameter.ndim == 2:
+                chosen = quant_type_for(kind if isinstance(kind, str) else kind(key), parameter.shape[1])
+                found[key] = QuantisedTensor(chosen.name, chosen.quantize(parameter.detach().float().numpy()), parameter.shape[1])
     return found
 
 

@@ -19,13 +19,13 @@ from mbq_gguf.calibration.dataset import Drawn, Sample, draw_samples, fingerprin
 from mbq_gguf.convert_options import ConvertOptions as ConvertOptions
 from mbq_gguf.export import metadata
 from mbq_gguf.export.atomic import check_output, claimed, staged
-from mbq_gguf.export.checkpoint import check_finite_files
 from mbq_gguf.export.gguf_writer import TextFile, VisionFile, write_mmproj, write_text
 from mbq_gguf.export.injection import TensorRecord
 from mbq_gguf.export.progress import Stages, progress_bars
 from mbq_gguf.export.report import ConvertReport, fallback_sentences, nearest_sentences, static_sentences, transform_sentences
 from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models import LoadedModel, load
+from mbq_gguf.models.checks import check_finite
 from mbq_gguf.models.load import outline
 from mbq_gguf.models.remote_code import remote_code
 from mbq_gguf.outcome import QuantiseResult
@@ -70,7 +70,7 @@ def _convert(options: ConvertOptions, console: Console) -> ConvertReport:
         tower: VisionFile | None = None
         if options.unquantised:
             with timer.timed("check"):
-                check_finite_files(files)
+                check_finite(files, partial(Stages(bars), "check weights"))
             if options.changes_tower:
                 tower = run_tower_alone(options, console, bars, timer)
         else:
@@ -112,7 +112,7 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
         ahead = look_ahead(options, say)
     options = ahead.options
     with timer.timed("load"):
-        loaded = load(options.model_dir, options.device, prompts=ahead.model.prompts)
+        loaded = load(options.model_dir, options.device, prompts=ahead.model.prompts, progress=partial(stages, "check weights"))
     with timer.timed("samples"):
         samples = ahead.drawn.answered(loaded, say) if ahead.drawn else []
     calibration = fingerprint(samples) if samples else ""
@@ -136,7 +136,7 @@ def run_tower_alone(options: ConvertOptions, console: Console, bars: Progress, t
         calibrates = options.tower_type is not None and options.rounding == "gptq"
         drawn = draw_samples(options.calib, model.prompts, options.samples, options.seed, options.turns, say) if calibrates else Drawn()
     with timer.timed("load"):
-        loaded = load(options.model_dir, options.device, prompts=model.prompts)
+        loaded = load(options.model_dir, options.device, prompts=model.prompts, progress=partial(Stages(bars), "check weights"))
     samples = drawn.answered(loaded, say) if drawn else []
     return change_tower(options, loaded, samples, VisionFile(), Stages(bars), timer)
 

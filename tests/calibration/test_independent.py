@@ -33,11 +33,10 @@ Key = tuple[str, int]  # block, layer
 def whole(tiny: LoadedModel) -> Iterator[LoadedModel]:
     """The tiny VLM in float32, whose graph begins at the embeddings."""
     weight = tiny.decoder.embed_tokens.weight
-    tiny.decoder.layers.float()
-    weight.requires_grad_()
-    yield tiny
-    weight.requires_grad_(False).grad = None
-    tiny.decoder.layers.bfloat16()
+    with tiny.whole(torch.float32):
+        weight.requires_grad_()
+        yield tiny
+        weight.requires_grad_(False).grad = None
 
 
 def keep_output(outputs: dict[Key, torch.Tensor], key: Key, _module: object, _args: object, out: torch.Tensor) -> None:

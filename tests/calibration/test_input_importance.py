@@ -25,18 +25,13 @@ def test_sums_are_those_of_the_whole_model(tiny: LoadedModel, samples: list[Samp
 
         handles.append(module.register_forward_pre_hook(hook))
     tokens = 0
-    layers = tiny.decoder.layers
-    stored = next(layers.parameters()).dtype
-    try:
-        layers.to(tiny.dtype)
+    with tiny.whole(tiny.dtype):
         for sample in samples:
             encoded = tiny.encode(sample.image, list(sample.turns))
             tokens += len(encoded.ids)
             tiny.model(**encoded.inputs, use_cache=False)
-    finally:
-        layers.to(stored)
-        for handle in handles:
-            handle.remove()
+    for handle in handles:
+        handle.remove()
     assert (found.tokens, found.samples) == (tokens, len(samples))
     assert found.sums.keys() == direct.keys()
     for key, sums in direct.items():

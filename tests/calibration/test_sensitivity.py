@@ -23,7 +23,6 @@ def full_autograd(tiny: LoadedModel, sample: Sample) -> dict[tuple[str, int], to
     """dL/dY [tokens, channels] by linear and layer, from the model's own forward with labels."""
     encoded = tiny.encode(sample.image, list(sample.turns))
     labels = torch.where(encoded.answer, encoded.ids, -100)[None]
-    tiny.decoder.layers.float()
     seen: dict[tuple[str, int], torch.Tensor] = {}
     handles = []
     for index, layer in enumerate(tiny.decoder.layers):
@@ -34,12 +33,12 @@ def full_autograd(tiny: LoadedModel, sample: Sample) -> dict[tuple[str, int], to
 
             handles.append(layer.get_submodule(name).register_full_backward_hook(hook))
     embedding = tiny.decoder.embed_tokens.weight.requires_grad_()
-    tiny.model(**encoded.inputs, labels=labels, use_cache=False).loss.backward()
+    with tiny.whole(torch.float32):
+        tiny.model(**encoded.inputs, labels=labels, use_cache=False).loss.backward()
     embedding.requires_grad_(False)
     embedding.grad = None
     for handle in handles:
         handle.remove()
-    tiny.decoder.layers.bfloat16()
     return seen
 
 

@@ -31,6 +31,7 @@ def test_a_tame_model_has_none(tiny: LoadedModel, streams: list[Streamed]) -> No
 def test_a_planted_sink_is_found(tiny: LoadedModel, streams: list[Streamed]) -> None:
     """One channel of the second layer's down_proj answers to what the first token brings, and to little else: ridge regression says how."""
     loaded = replace(tiny, decoder=replace(tiny.decoder, layers=copy.deepcopy(tiny.decoder.layers)))
+    loaded.hold()
     hidden, kwargs = working_layer(tiny, 0).run(streams[0].hidden, streams[0].kwargs[0]), streams[0].kwargs[1]
     layer = working_layer(tiny, 1)
     x = layer.input_of("mlp.gate_proj", lambda: layer.run(hidden, kwargs))[0].detach()

@@ -32,7 +32,7 @@ def questions() -> list[Question]:
 def hugging_face(reference_dir: Path) -> HuggingFace:
     """The model in float32."""
     loaded = load(reference_dir)
-    loaded.model.to(torch.float32)
+    loaded.hold(torch.float32)
     return HuggingFace(loaded)
 
 

@@ -49,7 +49,9 @@ class Files:
 def files(built_llama: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
     folder = tmp_path_factory.mktemp("eval")
     found = Files(*(folder / name for name in ("bf16.gguf", "mbq3.gguf", "mmproj.gguf", "data.jsonl", "text.txt")))
-    parameters = dict(load(tiny_dir).decoder.module.named_parameters())
+    loaded = load(tiny_dir)
+    loaded.hold()
+    parameters = dict(loaded.decoder.module.named_parameters())
     quantised = {
         key: QuantisedTensor("MBQ3_64", MBQ3_64.quantize(weight.float().numpy()), weight.shape[1])
         for key, weight in parameters.items()

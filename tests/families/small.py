@@ -49,7 +49,7 @@ class Small:
     def loaded(self) -> LoadedModel:
         """In float32, layers too."""
         loaded = load(self.directory)
-        loaded.model.float()
+        loaded.hold(torch.float32)
         return loaded
 
     @property

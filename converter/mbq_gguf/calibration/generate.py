@@ -85,8 +85,8 @@ def _whole_decoder(loaded: LoadedModel) -> Iterator[None]:
         decoder.head.register_forward_pre_hook(lambda _module, args: (args[0].contiguous(),)),
     ]
     try:
-        decoder.layers.to(device=loaded.device, dtype=dtype)
-        yield
+        with loaded.whole(dtype):
+            yield
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{loaded.device} cannot hold the whole decoder to write texts with: give --synthetic 0 and a JSONL set, or --device cpu"
@@ -94,4 +94,3 @@ def _whole_decoder(loaded: LoadedModel) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        decoder.layers.to(device="cpu", dtype=stored)

@@ -178,11 +178,10 @@ def _backward(
     """Take the gradients of layer ``index``'s output to its input, and count those of its linears' outputs."""
     layer = working_layer(loaded, index)
     seen: dict[str, torch.Tensor] = {}
-    for name in layer.layout.readers:
-        layer.holder(name).register_full_backward_hook(_keep(seen, name, layer))
+    watched: dict[str, nn.Module] = {name: layer.holder(name) for name in layer.layout.readers}
     for branch in layer.layout.branches:  # whose writer may be a module of many linears
-        if branch.writer not in layer.layout.readers:
-            layer.part(branch.writer).register_full_backward_hook(_keep(seen, branch.writer, layer))
+        watched.setdefault(branch.writer, layer.part(branch.writer))
+    handles = [module.register_full_backward_hook(_keep(seen, name, layer)) for name, module in watched.items()]
     out: list[list[torch.Tensor]] = []
     for stream, hidden, ends, counts in zip(part, inputs, grads, counted, strict=True):
         hidden = hidden.to(loaded.device).requires_grad_()
@@ -193,6 +192,8 @@ def _backward(
             (gradient,) = torch.autograd.grad(output, hidden, end.to(loaded.device), retain_graph=end is not ends[-1])
             out[-1].append(gradient.cpu())
             count(index, seen)
+    for handle in handles:  # which hold the layer, as it holds them: its memory would wait for Python's collector
+        handle.remove()
     return out
 
 

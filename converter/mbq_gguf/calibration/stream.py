@@ -16,6 +16,7 @@ from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import AnswerMask, Encoded
+from mbq_gguf.models.stored import read_into
 
 
 def capture(loaded: LoadedModel, samples: Iterable[Sample], answer_mask: AnswerMask = "header") -> Iterator[Streamed]:
@@ -90,8 +91,9 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def working_layer(loaded: LoadedModel, index: int) -> Layer:
-    """A copy of decoder layer ``index`` on the device in the computing dtype; the stored layer stays as it is."""
-    module = copy.deepcopy(loaded.decoder.layers[index]).to(device=loaded.device, dtype=loaded.dtype)
+    """A copy of decoder layer ``index`` on the device in the computing dtype, read from its files; the stored layer stays as it is."""
+    module = copy.deepcopy(loaded.decoder.layers[index])  # of what is still in files, only that it is
+    read_into(module, loaded.device, loaded.dtype)
     return Layer(module, index, loaded.decoder.layout.of(module))
 
 

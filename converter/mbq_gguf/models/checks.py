@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from mbq_gguf.errors import UsageError, UserError, said
 
@@ -111,9 +111,20 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def check_finite(model: nn.Module) -> None:
-    """Raise a UserError that names the first weight with a NaN or an infinity."""
-    for name, parameter in model.named_parameters():
-        # The sum is finite unless an entry is not (float32 sums of bf16 weights do not overflow), and costs no mask in memory.
-        if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
-            raise UserError(f"the weight {name} holds NaN or infinite values: fetch the model again, or mend it before converting")
+def check_finite(files: Sequence[Path], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Raise a UserError that names the first weight in ``files`` with a NaN or an infinity. Everything is read once, one tensor at a time.
+
+    ``progress`` is called with megabytes, done and in all.
+    """
+    done, total = 0, sum(file.stat().st_size for file in files)
+    for file in files:
+        with safe_open(str(file), framework="pt") as opened:
+            names = list(opened.keys())
+        for name in names:
+            with safe_open(str(file), framework="pt") as opened:  # anew: what is mapped of the tensor before is given back
+                tensor = opened.get_tensor(name)
+            # The sum is finite unless an entry is not (float32 sums of bf16 weights do not overflow), and costs no mask in memory.
+            if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+                raise UserError(f"the weight {name} in {file} holds NaN or infinite values: fetch the model again, or mend it")
+            done += tensor.nbytes
+            progress(done >> 20, total >> 20)

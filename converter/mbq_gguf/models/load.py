@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mbq_gguf.models.families import FAMILIES, family_of, refusal
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, RuntimePrompt
 from mbq_gguf.models.remote_code import runs_remote_code
+from mbq_gguf.models.stored import read_into, stored_tensors
 from mbq_gguf.settings import TRUST
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -23,32 +24,34 @@ SUPPORTED = f"a family that `mbq-gguf models` lists ({', '.join(family.name for 
 
 
 def load(
-    model_dir: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, prompts: Prompts | None = None
+    model_dir: Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    prompts: Prompts | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LoadedModel:
     """Load a VLM from a Hugging Face directory for calibration.
 
-    ``dtype`` is the dtype of the computation; decoder layers stay in the stored one until they are needed. ``prompts`` are
-    those of an :func:`outline` of the same directory, where there is one. Raises UserError or UsageError
-    for a directory that is no model, an unsupported or text-only architecture, missing or truncated weights, and NaN weights.
+    ``dtype`` is the dtype of the computation; decoder layers stay in their files until they are needed. ``prompts`` are those of an
+    :func:`outline` of the same directory, where there is one. ``progress`` is told of the look through all weights, in megabytes.
+    Raises UserError or UsageError for a directory that is no model, an unsupported or text-only architecture, missing or truncated
+    weights, and NaN weights.
     """
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     model_dir = Path(model_dir)
     architecture = check_source(model_dir)
-    weight_files(model_dir)
-    model = _load_weights(model_dir, architecture)
-    check_finite(model)
+    files = weight_files(model_dir)
+    model = _load_weights(model_dir, architecture, files)
+    check_finite(files, progress)
     decoder = find_decoder(model, architecture)
     if decoder is None:
         raise UsageError(f"{architecture} is not supported, its decoder layers were not found: use a model of {SUPPORTED}")
     check_layers(decoder, architecture, SUPPORTED)
     model.requires_grad_(False)
     device = torch.device(device)
-    layers = decoder.layers
-    decoder.module.layers = torch.nn.ModuleList()  # the layers stay behind
-    model.to(device=device, dtype=dtype)
-    decoder.module.layers = layers
+    read_into(model, device, dtype, left=[decoder.layers])
     return LoadedModel(model_dir, architecture, model, decoder, prompts or _load_prompts(model_dir, architecture, model), device, dtype)
 
 
@@ -57,15 +60,9 @@ def outline(model_dir: Path) -> LoadedModel:
 
     Raises UserError or UsageError as :func:`load` does, for everything but the weights.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
-
     architecture = check_source(model_dir)
-    with model_errors(model_dir, architecture), torch.device("meta"):
-        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=runs_remote_code())
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=runs_remote_code())
-    if (model_dir / "generation_config.json").is_file():  # which loading reads too: it names the tokens that end an answer
-        with settings_errors(model_dir, architecture):
-            model.generation_config = GenerationConfig.from_pretrained(str(model_dir), local_files_only=True)
+    model = _bare(model_dir, architecture)
+    _read_generation(model, model_dir, architecture)
     decoder = find_decoder(model, architecture)
     if decoder is None:
         raise UsageError(f"{architecture} is not supported, its decoder layers were not found: use a model of {SUPPORTED}")
@@ -133,18 +130,37 @@ def model_errors(model_dir: Path, architecture: str) -> AbstractContextManager[N
     return raised_as(f"{model_dir} cannot be loaded as {architecture}", "fetch the model again", architecture)
 
 
-def _load_weights(model_dir: Path, architecture: str) -> Any:
-    from transformers import AutoModelForImageTextToText
+def _bare(model_dir: Path, architecture: str) -> Any:
+    """The model's class with its configuration, on the meta device."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
+    with model_errors(model_dir, architecture), torch.device("meta"):
+        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=runs_remote_code())
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=runs_remote_code())
+
+
+def _read_generation(model: Any, model_dir: Path, architecture: str) -> None:
+    """Generation settings, where there are some: they name the tokens that end an answer."""
+    from transformers import GenerationConfig
+
+    if (model_dir / "generation_config.json").is_file():
+        with settings_errors(model_dir, architecture):
+            model.generation_config = GenerationConfig.from_pretrained(str(model_dir), local_files_only=True)
+
+
+def _load_weights(model_dir: Path, architecture: str, files: Sequence[Path]) -> Any:
+    """The model with all of its weights still in ``files``."""
+    bare = _bare(model_dir, architecture)
     with model_errors(model_dir, architecture):
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            str(model_dir),
+        model, info = type(bare).from_pretrained(
+            None,
+            config=bare.config,
+            state_dict=stored_tensors(files),
             dtype="auto",
-            local_files_only=True,
             output_loading_info=True,
             attn_implementation="sdpa",
-            trust_remote_code=runs_remote_code(),
         )
+    _read_generation(model, model_dir, architecture)
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
         raise UserError(f"{model_dir} lacks {len(info['missing_keys'])} weights, {first} first: fetch the model again")

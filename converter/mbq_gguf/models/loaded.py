@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,15 @@ from torch import nn
 
 from mbq_gguf.models.decoder import Decoder
 from mbq_gguf.models.prompts import Encoded, Prompts
+from mbq_gguf.models.stored import put, read_into, tensors_of
 
 
 @dataclass
 class LoadedModel:
     """The transformers model with what the converter must know about it.
 
-    Decoder layers keep the stored dtype and stay on the host; calibration copies one at a time to ``device`` in ``dtype``. Everything
-    else (vision tower, projector, embeddings, final norm, head) is on ``device`` in ``dtype`` already.
+    Decoder layers stay in the checkpoint's files (models/stored.py); calibration reads one at a time, to ``device`` and ``dtype``.
+    Everything else (vision tower, projector, embeddings, final norm, head) is on ``device`` in ``dtype`` already.
     """
 
     directory: Path
@@ -43,6 +46,22 @@ class LoadedModel:
             value = value.to(self.device)
             encoded.inputs[name] = value.to(self.dtype) if value.is_floating_point() else value
         return encoded
+
+    def hold(self, dtype: torch.dtype | None = None) -> None:
+        """Read all decoder layers, to ``device`` and ``dtype`` (None: as stored), for who runs the whole model."""
+        for layer in self.decoder.layers:
+            read_into(layer, self.device, dtype)
+
+    @contextmanager
+    def whole(self, dtype: torch.dtype | None = None) -> Iterator[None]:
+        """While open, all decoder layers are held so."""
+        before = list(tensors_of(self.decoder.layers))
+        try:
+            self.hold(dtype)
+            yield
+        finally:
+            for owner, name, value in before:
+                put(owner, name, value)
 
     @property
     def tied(self) -> bool:

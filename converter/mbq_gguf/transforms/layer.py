@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from mbq_gguf.calibration.calls import Entering, observed_calls
 from mbq_gguf.calibration.observe import TokenWeights
@@ -14,6 +15,7 @@ from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.formats.row_scale import QUANT_TYPES as ROW_SCALED
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
+from mbq_gguf.models.stored import Made, read_to
 from mbq_gguf.rounding.sequence import Refinement
 from mbq_gguf.transforms.candidate import Rounder, by_gptq, by_nearest
 from mbq_gguf.transforms.equalise import Choice, search
@@ -88,12 +90,12 @@ def fold_layer(layer: Layer, factors: Mapping[str, torch.Tensor]) -> None:
             fold(layer, site, factors[site.name].to(layer.device))
 
 
-def changed_parameters(layer: Layer, stored: Layer) -> dict[str, torch.Tensor]:
-    """Every parameter of ``layer`` that is no quantised linear's weight and differs from ``stored``'s: norms and biases."""
+def changed_parameters(layer: Layer, stored: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter of ``layer`` that is no quantised linear's weight and differs from that of the ``stored`` layer: norms and biases."""
     quantised = {f"{name}.weight" for name in layer.layout.linears}
-    before = dict(stored.module.named_parameters())
+    before, made = dict(stored.named_parameters()), Made()
     return {
         name: parameter.detach().clone()
         for name, parameter in layer.module.named_parameters()
-        if name not in quantised and not torch.equal(parameter, before[name])
+        if name not in quantised and not torch.equal(parameter, read_to(before[name], layer.device, parameter.dtype, made))
     }

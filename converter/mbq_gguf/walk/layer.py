@@ -14,7 +14,7 @@ from mbq_gguf.calibration.moments import Moments, Replay
 from mbq_gguf.calibration.observe import TokenWeights, observe
 from mbq_gguf.calibration.precision import bf16_products
 from mbq_gguf.calibration.ranges import count_magnitudes, range_key
-from mbq_gguf.calibration.stream import advance, working_layer
+from mbq_gguf.calibration.stream import advance
 from mbq_gguf.calibration.token_weights import modality, uniform
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.models.layer import Layer
@@ -123,7 +123,7 @@ def keep_parameters(work: LayerWork) -> None:
     for name, parts in layer.layout.by_linear(made(work.matrices)).items():
         data = np.concatenate([part.rounded.data for part in parts])
         work.outcome.put_quantised(f"{name}.weight", QuantisedTensor(parts[0].type_name, data, parts[0].rounded.weight.shape[1]))
-    for name, value in changed_parameters(layer, working_layer(work.walk.loaded, layer.index)).items():
+    for name, value in changed_parameters(layer, work.walk.loaded.decoder.layers[layer.index]).items():
         work.outcome.put("replaced", name, value)
 
 

@@ -111,7 +111,7 @@ class Safetensors:
             files = self.checks.weight_files(folder)
             names, shapes = self.checkpoint.names_of(files), list(self.checkpoint.shapes(files))
             assert len(names) == len(shapes)
-            self.checkpoint.check_finite_files(files)
+            self.checks.check_finite(files)
         except UserError as error:
             return refusal(error)
         return TAKEN

@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""What a conversion takes: seconds by stage, memory of the host and of the card, as JSON.
+
+    python tools/random_model.py qwen2-vl-7b big --layers 4
+    python tools/measure_scale.py big out.gguf --device cuda --json 7b-4.json
+    python tools/measure_scale.py huge out.gguf --device cuda --stop-after 2 --json 72b.json
+
+The host's memory is told twice: what the process holds itself (anonymous pages, which must fit), and all of its resident pages, mapped
+files included, which the system takes back where it needs them. With --stop-after the run ends behind so many decoder layers; what the
+others would take is then added at the same time a layer. Further options go to `mbq-gguf convert`'s options by name (--set samples=8).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import threading
+import time
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from mbq_gguf import convert as converting
+from mbq_gguf.convert import ConvertOptions
+from mbq_gguf.export.progress import Stages
+from rich.console import Console
+
+EVERY = 0.1  # seconds between two looks at the memory
+
+
+class StoppedError(Exception):
+    """Ends a run behind the layers that were asked for."""
+
+
+class Memory:
+    """Watches this process's memory in bytes while it is open: ``peak`` by kind, ``by_stage`` the anonymous peak of each stage."""
+
+    def __init__(self) -> None:
+        self.peak = {"anonymous": 0, "resident": 0}
+        self.by_stage: dict[str, int] = {}
+        self.stage = "start"
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._end.wait(EVERY):
+            found = {}
+            for line in Path("/proc/self/status").read_text().splitlines():
+                name, _, value = line.partition(":")
+                found[name] = value.split()
+            anonymous, resident = (int(found[name][0]) * 1024 for name in ("RssAnon", "VmRSS"))
+            self.peak["anonymous"] = max(self.peak["anonymous"], anonymous)
+            self.peak["resident"] = max(self.peak["resident"], resident)
+            self.by_stage[self.stage] = max(self.by_stage.get(self.stage, 0), anonymous)
+
+
+class Times:
+    """When each stage's progress was told: seconds from the first to the last call, and each layer's."""
+
+    def __init__(self, memory: Memory, stop_after: int | None) -> None:
+        self.memory, self.stop_after = memory, stop_after
+        self.begun = time.perf_counter()
+        self.stages: dict[str, list[float]] = {}
+        self.layers: list[float] = []
+        self.of = 0
+        self.card: dict[str, int] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.perf_counter() - self.begun
+        self.memory.stage = stage
+        self.stages.setdefault(stage, [now, now])[1] = now
+        if torch.cuda.is_available():
+            self.card[stage] = max(self.card.get(stage, 0), torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+        if stage == "layers":
+            self.layers.append(now)
+            self.of = total
+            if self.stop_after == done:
+                raise StoppedError
+
+
+def measured(options: ConvertOptions, stop_after: int | None) -> dict[str, Any]:
+    """Convert, and tell what it took."""
+    with Memory() as memory:
+        times = Times(memory, stop_after)
+        shown = Stages.__call__
+
+        def told(self: Stages, stage: str, done: int, total: int) -> None:
+            shown(self, stage, done, total)
+            times(stage, done, total)
+
+        Stages.__call__ = told  # type: ignore[method-assign]
+        report, ended = None, "whole"
+        try:
+            report = converting.convert(options, Console(force_terminal=False))
+        except StoppedError:
+            ended = f"stopped behind layer {stop_after}"
+        finally:
+            Stages.__call__ = shown  # type: ignore[method-assign]
+        seconds = time.perf_counter() - times.begun
+    steps = [later - earlier for earlier, later in zip(times.layers, times.layers[1:], strict=False)]
+    a_layer = sum(steps) / len(steps) if steps else 0.0
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
+        "ended": ended,
+        "seconds": seconds,
+        "seconds_a_layer": a_layer,
+        "seconds_predicted": seconds + a_layer * (times.of - len(times.layers)),
+        "layers": [len(times.layers), times.of],
+        "by_stage": None if report is None else report.seconds,
+        "told": times.stages,
+        "host_gib": {kind: value / 2**30 for kind, value in memory.peak.items()},
+        "host_gib_by_stage": {stage: value / 2**30 for stage, value in memory.by_stage.items()},
+        "gpu_gib_by_stage": {stage: value / 2**30 for stage, value in times.card.items()},
+        "gpu_gib_reserved": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0,
+    }
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--device", default="cpu")
+@click.option("--type", "type_", default=ConvertOptions.type)
+@click.option("--stop-after", type=click.IntRange(min=1))
+@click.option("--set", "chosen", multiple=True, help="NAME=VALUE of a conversion's options, as Python has them.")
+@click.option("--json", "store", type=click.Path(dir_okay=False, path_type=Path))
+def main(model: Path, out: Path, device: str, type_: str, stop_after: int | None, chosen: tuple[str, ...], store: Path | None) -> None:
+    """Convert MODEL to OUT and tell what it took."""
+    options = ConvertOptions(model, out, type=type_, device=device)
+    for pair in chosen:
+        name, _, value = pair.partition("=")
+        options = replace(options, **{name: json.loads(value)})
+    found = {"model": model.name, "set": list(chosen), **measured(options, stop_after)}
+    text = json.dumps(found, indent=1)
+    if store:
+        store.write_text(text + "\n", encoding="utf-8")
+    click.echo(text)
+
+
+if __name__ == "__main__":
+    main()
