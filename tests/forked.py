@@ -7,7 +7,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
@@ -15,10 +17,20 @@ _context.set_forkserver_preload(["mbq_gguf.cli", "mbq_gguf.convert", "transforme
 
 
 class Command:
-    """``mbq-gguf ARGUMENTS``, started; what it prints goes to the file ``printed``."""
+    """``mbq-gguf ARGUMENTS``, started; what it prints goes to the file ``printed``.
 
-    def __init__(self, printed: Path, *arguments: object) -> None:
-        self._process = _context.Process(target=_run, args=(printed, [str(argument) for argument in arguments]))
+    ``variables`` are added to its environment; ``work``, a function of a module, is called with the arguments instead of the command.
+    """
+
+    def __init__(
+        self,
+        printed: Path,
+        *arguments: object,
+        variables: dict[str, str] | None = None,
+        work: Callable[..., object] | None = None,
+    ) -> None:
+        given = [str(argument) for argument in arguments]
+        self._process = _context.Process(target=_run, args=(printed, given, variables or {}, work or command))
         self._process.start()
 
     @property
@@ -41,14 +53,40 @@ class Command:
         return self._process.exitcode
 
 
-def _run(printed: Path, arguments: list[str]) -> None:
-    """What the forked process does: the command, with the signals' defaults as a shell leaves them."""
+def command(*arguments: str) -> None:
+    """``mbq-gguf ARGUMENTS``."""
+    from mbq_gguf.cli import main
+
+    sys.argv = ["mbq-gguf", *arguments]
+    main()
+
+
+def of_several(count: int, port: int) -> list[dict[str, str]]:
+    """The variables with which torchrun starts so many processes of one run; they meet at ``port``."""
+    shared = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    each = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+    return [{name: str(value) for name, value in variables.items()} for variables in each]
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return int(made.getsockname()[1])
+
+
+def _run(printed: Path, arguments: list[str], variables: dict[str, str], work: Callable[..., object]) -> None:
+    """What the forked process does, with the signals' defaults as a shell leaves them."""
+    os.environ.update(variables)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     with printed.open("w") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
-    from mbq_gguf.cli import main
-
-    sys.argv = ["mbq-gguf", *arguments]
-    main()
+    work(*arguments)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from forked import Command
+from forked import Command, free_port, of_several
 from golden import one_thread
 from mbq_gguf.cli import main
 
@@ -22,6 +22,13 @@ OPTIONS = ["--type", "MBQ3", "--rounding", "gptq", "--samples", "2", "--syntheti
 def convert(model: Path, folder: Path, *more: object) -> Command:
     """The conversion of ``model`` to ``folder``/out.gguf, started; what it says is beside ``folder``."""
     return Command(folder.with_suffix(".log"), "convert", model, folder / "out.gguf", *OPTIONS, *more)
+
+
+def convert_together(count: int, model: Path, folder: Path) -> list[Command]:
+    """The same by so many processes, as torchrun starts them; what process 0 says is where a single one's is."""
+    arguments = ("convert", model, folder / "out.gguf", *OPTIONS)
+    started = enumerate(of_several(count, free_port()))
+    return [Command(folder.with_suffix(f".{rank}.log" if rank else ".log"), *arguments, variables=own) for rank, own in started]
 
 
 def new_process(model: Path, folder: Path) -> list[str]:
@@ -80,6 +87,22 @@ def test_killed_runs_end_in_the_same_bytes(calm: Path, tiny_dir: Path, folder: P
         assert (folder / "out.gguf").exists() or finished_layers(folder) >= layers
     assert convert(tiny_dir, folder).wait(SECONDS) == 0
     assert same_files(folder, calm)
+
+
+def test_one_of_two_processes_dies_and_three_go_on(calm: Path, tiny_dir: Path, folder: Path) -> None:
+    """The other one ends with a sentence, and its work is what three go on from (5 s of two cores)."""
+    first, second = convert_together(2, tiny_dir, folder)
+    await_layers(first, folder, 1)
+    second.send_signal(signal.SIGKILL)
+    assert first.wait(SECONDS) == 1
+    said = folder.with_suffix(".log").read_text()
+    assert "error: another process of this run has ended" in said
+    assert "Traceback" not in said
+    assert finished_layers(folder) >= 1
+    assert not (folder / "out.gguf").exists()
+    assert [process.wait(SECONDS) for process in convert_together(3, tiny_dir, folder)] == [0, 0, 0]
+    assert same_files(folder, calm)
+    assert not folder.with_suffix(".1.log").read_text()  # the others are quiet
 
 
 @pytest.mark.usefixtures("built_llama")

@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from mbq_gguf import __version__, settings
+from mbq_gguf import __version__, launch, settings
 from mbq_gguf.convert_command import convert
 from mbq_gguf.errors import SHOWN
 from mbq_gguf.evaluate.command import eval_command
@@ -30,9 +30,10 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; 1 means it failed, 2 that the call was wrong, 128 and its number that a signal ended it (Ctrl-C: 130)."""
         try:
-            with termination_as_exit():
+            with launch.ended_by_signal(), termination_as_exit():
                 return super().invoke(ctx)
         except SHOWN as error:
+            launch.wait_for_the_first()
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             sys.exit(error.exit_code)
         except OSError as error:
@@ -50,8 +51,11 @@ class Commands(click.Group):
 
 
 def _say_stopped() -> None:
+    if not launch.first():
+        return
+    left = launch.ENDED if launch.count() > 1 else "nothing half-written is left; the same command goes on from here"
     with suppress(OSError):  # SIGHUP: the terminal is gone
-        Console(stderr=True).print("stopped: nothing half-written is left; the same command goes on from here", highlight=False)
+        Console(stderr=True).print(f"stopped: {left}", highlight=False, soft_wrap=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

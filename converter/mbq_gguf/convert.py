@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from mbq_gguf import launch
 from mbq_gguf.allocation.plan import plan_table
 from mbq_gguf.beforehand import check_inputs, check_tower, look_ahead
 from mbq_gguf.calibration.dataset import Drawn, Sample, draw_samples, fingerprint
@@ -29,6 +31,7 @@ from mbq_gguf.models.checks import check_finite
 from mbq_gguf.models.load import outline
 from mbq_gguf.models.remote_code import remote_code
 from mbq_gguf.outcome import QuantiseResult
+from mbq_gguf.parallel import together
 from mbq_gguf.quantise import quantise
 from mbq_gguf.quantise_tower import quantise_tower
 from mbq_gguf.timing import Timer
@@ -62,8 +65,7 @@ def convert(options: ConvertOptions, console: Console) -> ConvertReport:
 
 def _convert(options: ConvertOptions, console: Console) -> ConvertReport:
     files = check_inputs(options)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_threads(options)
     timer = Timer()
     with progress_bars(console) as bars:
         quantised: Quantised | None = None
@@ -96,6 +98,25 @@ def _convert(options: ConvertOptions, console: Console) -> ConvertReport:
     )
 
 
+def assist(options: ConvertOptions) -> None:
+    """What every process but the first of several does: it computes with the first, and writes nothing. Raises as :func:`convert` does."""
+    if options.unquantised:
+        return
+    console = Console(quiet=True)
+    with remote_code(options.trust_remote_code), progress_bars(console) as bars:
+        check_inputs(options)
+        set_threads(options)
+        run_quantisation(options, console, bars, Timer())
+
+
+def set_threads(options: ConvertOptions) -> None:
+    """The threads that were asked for; of several processes, which torchrun gives one thread each, an equal share of the processor."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    elif launch.neighbours() > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.neighbours()))
+
+
 def calibrated(options: ConvertOptions, quantised: Quantised | None) -> str:
     """How much a file was calibrated on, in a sentence; "" where it was not."""
     if quantised is None or not quantised.samples:
@@ -113,16 +134,19 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
     options = ahead.options
     with timer.timed("load"):
         loaded = load(options.model_dir, options.device, prompts=ahead.model.prompts, progress=partial(stages, "check weights"))
-    with timer.timed("samples"):
-        samples = ahead.drawn.answered(loaded, say) if ahead.drawn else []
-    calibration = fingerprint(samples) if samples else ""
-    work = open_work(options, calibration, say)
-    try:
-        result = quantise(loaded, samples, options.settings, work, stages)
-    finally:
-        if options.work_dir is None and not any(work.path.glob("*.safetensors")):
-            shutil.rmtree(options.work_root, ignore_errors=True)  # nothing to go on from
+    with together(options.device):
+        with timer.timed("samples"):
+            samples = ahead.drawn.answered(loaded, say) if ahead.drawn else []
+        calibration = fingerprint(samples) if samples else ""
+        work = open_work(options, calibration, say)
+        try:
+            result = quantise(loaded, samples, options.settings, work, stages)
+        finally:
+            if launch.first() and options.work_dir is None and not any(work.path.glob("*.safetensors")):
+                shutil.rmtree(options.work_root, ignore_errors=True)  # nothing to go on from
     timer.seconds.update(result.seconds)
+    if not launch.first():
+        return Quantised(result, calibration, len(samples))
     turned = VisionFile({}, result.tensors_of("vision"), result.facts_of("vision"))
     return Quantised(result, calibration, len(samples), change_tower(options, loaded, samples, turned, stages, timer))
 
@@ -154,8 +178,11 @@ def change_tower(
 
 
 def open_work(options: ConvertOptions, calibration: str, tell: Callable[[str], object]) -> WorkDir:
-    """The work directory of this model, these samples, these settings and this code; ``tell`` hears of damage in it."""
+    """The work directory of this model, these samples, these settings and this code; ``tell`` hears of damage in it. Of several processes
+    the first alone opens it."""
     fingerprints = options.fingerprints | {"data": calibration}
+    if not launch.first():
+        return WorkDir(options.work_dir or options.work_root, "")
     if options.work_dir is not None:
         return open_workdir(options.work_dir, fingerprints, tell)
     return open_workdir(options.work_root / hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()[:16], fingerprints, tell)

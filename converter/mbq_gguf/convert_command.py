@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
-from mbq_gguf import settings
+from mbq_gguf import launch, settings
 from mbq_gguf.errors import UsageError
 from mbq_gguf.export.atomic import check_output
 from mbq_gguf.hub import model_directory
@@ -187,23 +187,35 @@ def convert(context: click.Context, /, model: str, type_: str, revision: str | N
     Calibrates with pictures and answers: GPTQ rounds on the type's own grid, layer by layer, from what the rounded layers before give;
     MBQ (--method mbq, arXiv 2412.19509) weighs each modality by how much the answer depends on it. A run that is stopped goes on after its
     last finished layer when the same command is given again.
+
+    Several cards of one machine (docs/cards.md): `torchrun --nproc-per-node 4 -m mbq_gguf convert MODEL out.gguf --device cuda`.
     """
     if options["target_bpw"] and context.get_parameter_source("type_") is not ParameterSource.DEFAULT:
         raise UsageError("give --type or --target-bpw: a target size chooses the types itself")
     # Before torch is loaded. OpenMP threads that spin while they wait take the cores from whatever else runs: beside another conversion on
     # two cores the texts took seven minutes instead of half a minute. llama.cpp, whose waits are short, is left to spin.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    console = Console()
+    if launch.count() > 1:  # torch warns of processes that were killed in the middle of a call
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if dry_run and not launch.first():
+        return
+    console = Console(quiet=not launch.first())
     check_output(options["out"])  # before gigabytes are fetched
     if card:
         from mbq_gguf.card import check_card
 
         check_card(options["out"])
+    options["device"] = launch.device(options["device"])
     model_dir = model_directory(model, revision, console, options["trust_remote_code"])
     from mbq_gguf.convert import ConvertOptions
     from mbq_gguf.convert import convert as convert_model
 
     chosen = ConvertOptions(model_dir, type=type_, **options)
+    if not launch.first():
+        from mbq_gguf.convert import assist
+
+        assist(chosen)
+        return
     if dry_run:
         from mbq_gguf.dry_run import dry_run as rehearsed
 

@@ -7,6 +7,7 @@ from operator import attrgetter
 
 import torch
 
+from mbq_gguf import launch
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.errors import UsageError
 from mbq_gguf.formats.registry import quant_type, quant_type_for
@@ -135,4 +136,5 @@ def quantise_layer(walk: Walk, index: int) -> None:
     if not work.outcome.tensors:  # an earlier run's: this layer has its own weights still
         layer.put_back(work, outcome)
     layer.leave_layer(work)
-    walk.result.add_layer(index, outcome)
+    if launch.first():  # which writes
+        walk.result.add_layer(index, outcome)

@@ -20,8 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from mbq_gguf import launch
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.export.atomic import new_file
+from mbq_gguf.parallel import from_first
 
 FINGERPRINT = "fingerprint.json"
 TEMPORARY = ".mbq-gguf-"
@@ -38,11 +40,15 @@ class WorkDir:
     tell: Callable[[str], object] = lambda sentence: None  # hears of items that are damaged
 
     def cached(self, name: str, make: Callable[[], Item]) -> Item:
-        """Item ``name`` as an earlier run has saved it, or as ``make`` makes it, which is then saved. Raises as :meth:`save` does."""
-        found = self.load(name)
+        """Item ``name`` as an earlier run has saved it, or as ``make`` makes it, which is then saved. Raises as :meth:`save` does.
+
+        Of several processes the first alone reads and writes.
+        """
+        found = from_first(lambda: self.load(name))
         if found is None:
             found = make()
-            self.save(name, *found)
+            if launch.first():
+                self.save(name, *found)
         return found
 
     def load(self, name: str) -> Item | None:

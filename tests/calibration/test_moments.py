@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mbq_gguf.calibration import batches, moments
+from mbq_gguf.calibration import batches, sums
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.moments import Replay
 from mbq_gguf.calibration.stream import advance, capture, working_layer
@@ -51,9 +51,9 @@ def whole_runs(layer: Layer, streams: list[Streamed], site: Site) -> list[torch.
     return seen
 
 
-@pytest.mark.parametrize("tile", [40, moments.TILE])
+@pytest.mark.parametrize("tile", [40, sums.TILE])
 def test_moments_equal_those_of_whole_runs(layer: Layer, streams: list[Streamed], tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, "TILE", tile)
+    monkeypatch.setattr(sums, "TILE", tile)
     replay = Replay(layer, [replace(stream) for stream in streams])
     for site in STANDARD.sites:
         inputs = whole_runs(layer, streams, site)

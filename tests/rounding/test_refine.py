@@ -14,6 +14,7 @@ from mbq_gguf.formats.mbq3 import MBQ3_64
 from mbq_gguf.formats.mbq3s import MBQ3S_64
 from mbq_gguf.formats.quant_type import QuantType
 from mbq_gguf.formats.registry import quant_type_for
+from mbq_gguf.rounding import gptq
 from mbq_gguf.rounding.descent import descend
 from mbq_gguf.rounding.gptq import Coded, code_gptq, damped, inverse_factor, objective
 from mbq_gguf.rounding.ranges import search_range
@@ -35,6 +36,19 @@ def drawn(seed: int, *shape: int) -> torch.Tensor:
 def inputs(seed: int) -> torch.Tensor:
     """Correlated inputs [300, COLUMNS]."""
     return drawn(seed, 300, 16) @ drawn(seed + 1, 16, COLUMNS) + 0.3 * drawn(seed + 2, 300, COLUMNS)
+
+
+@pytest.mark.parametrize("kind", ["MBQ3S_64", "Q4_0", "W4A8"])
+def test_rows_come_out_the_same_whichever_others_are_rounded_with_them(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of rows, to the bit: several processes share a matrix in such pieces."""
+    monkeypatch.setattr(gptq, "ROWS_AT_ONCE", 16)
+    grid, x, y = grid_for(quant_type_for(kind, COLUMNS)), inputs(0), inputs(5)
+    found, how = Moments(x.t() @ x, (y - x).t() @ x), Refinement(0.01, True, 0.5, 2)
+    weight = drawn(9, 72, COLUMNS)
+    whole = refined(weight, found, grid, how)
+    parts = [refined(weight[rows], found, grid, how) for rows in (slice(0, 16), slice(16, 64), slice(64, 72))]
+    for name in ("codes", "scale", "offset", "steps"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
 
 
 def test_a_searched_range_is_never_worse_and_ignores_an_outlier(grid: Grid) -> None:

@@ -15,6 +15,7 @@ from mbq_gguf.conversations import read_scenes
 from mbq_gguf.errors import UsageError, UserError, at
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import Prompts
+from mbq_gguf.parallel import spread_values
 from mbq_gguf.picture import open_picture, suffixes
 from mbq_gguf.words import check_words, tokenizer_specials
 
@@ -63,8 +64,11 @@ class Drawn:
     def answered(self, loaded: LoadedModel, say: Say) -> list[Sample]:
         """The samples, those of a folder with the model's answers; UserError where it has none."""
         samples = list(self.samples)
-        for image in self.pictures:
-            answer = greedy_answer(loaded, open_picture(image), FREE_QUESTION, FREE_ANSWER_TOKENS)
+
+        def answer_to(image: Path) -> str:
+            return greedy_answer(loaded, open_picture(image), FREE_QUESTION, FREE_ANSWER_TOKENS)
+
+        for image, answer in zip(self.pictures, spread_values(self.pictures, answer_to), strict=True):
             if answer:
                 samples.append(Sample(image, ((FREE_QUESTION, answer),)))
         if not samples:

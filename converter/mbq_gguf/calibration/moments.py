@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +16,10 @@ from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.observe import TokenWeights, Watch
 from mbq_gguf.calibration.stream import run_batch, split_back
 from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.calibration.sums import Sum
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
-
-TILE = 384  # columns of a symmetric sum computed at a time: 11 instead of 16 us a token for 1536 columns
+from mbq_gguf.parallel import Parts, spread
 
 
 @dataclass
@@ -31,20 +31,13 @@ class Moments:
     cross: torch.Tensor | None = None
 
 
-def _add_square(total: torch.Tensor, x: torch.Tensor) -> None:
-    """Add x^T x to ``total`` [columns, columns]: all of its upper triangle, and what else lies in the same tiles."""
-    for start in range(0, len(total), TILE):
-        end = start + TILE
-        total[start:end, start:].addmm_(x[:, start:end].t(), x[:, start:])
-
-
 class Replay:
     """Streams on their way through one layer while it is rounded.
 
     Sites are asked for in the layer's order, each when all before it are rounded, and a run stops at the site's first linear. Once the last
     site of a branch (attention, feed-forward) is reached, its input no longer changes: it is kept on the host, and later runs enter the
     branch there. So attention and the wide linears run once a batch, not four times. Where the layer has changed all the same before a kept
-    input, RuntimeError.
+    input, RuntimeError. Of several processes each runs its own batches and keeps their inputs.
     """
 
     def __init__(self, layer: Layer, streams: Sequence[Streamed]) -> None:
@@ -52,73 +45,90 @@ class Replay:
         self.batches = list(batches(streams, layer.index))
         self.branches = {branch.writer: branch for branch in layer.layout.branches}
         self.routed: dict[str, Moments] = {}  # of experts whose stage has been run, by site
-        self.kept: dict[str, list[torch.Tensor]] = {}  # by the last linear's name, one [1, tokens, columns] a batch
+        self.kept: dict[str, dict[int, torch.Tensor]] = {}  # by the last linear's name, then the batch's number [1, tokens, columns]
         self.kept_with: dict[str, list[int]] = {}  # the parameters that decided them, as _decisive tells
 
     @torch.no_grad()
     def moments(self, site: Site, weights: TokenWeights, originals: Sequence[torch.Tensor] | None = None) -> Moments:
         """Moments of ``site``'s input.
 
-        ``originals`` are the same inputs in the original model, one [tokens, columns] a stream; without them there are no cross moments.
+        ``originals`` are the same inputs in the original model, one [tokens, columns] a stream (of other processes' batches it does not
+        matter which); without them there are no cross moments.
         """
         if site.expert is not None:
             if site.name not in self.routed:
                 self.routed = self._of_experts(site.stage, weights)
             return self.routed.pop(site.name)
-        found: Moments | None = None
         rest = iter(originals or ())
-        for batch, x in zip(self.batches, self._inputs(site), strict=True):
-            root = torch.cat([weights(stream, site) for stream in batch]).to(x.device).sqrt()[:, None]
-            rooted = x * root  # both sides of the product alike, so that the sum is positive however it is rounded
-            if found is None:
-                square = x.new_zeros(x.shape[1], x.shape[1])
-                found = Moments(square, None if originals is None else square.clone())
-            _add_square(found.hessian, rooted)
-            if found.cross is not None:
-                difference = torch.cat(list(islice(rest, len(batch)))).to(x).sub_(x).mul_(root)
-                found.cross.addmm_(difference.t(), rooted)
-        assert found is not None
-        found.hessian = found.hessian.triu() + found.hessian.triu(1).t()
-        return found
+        of_batches = [list(islice(rest, len(batch))) for batch in self.batches]
+
+        def rooted_input(number: int, x: torch.Tensor) -> Parts:
+            root = torch.cat([weights(stream, site) for stream in self.batches[number]]).to(x.device).sqrt()[:, None]
+            parts = {"rooted": x * root}  # both sides of the product alike, so that the sum is positive however it is rounded
+            if originals is not None:
+                parts["difference"] = torch.cat(of_batches[number]).to(x).sub_(x).mul_(root)
+            return parts
+
+        square: Sum | None = None
+        cross: Sum | None = None
+        for parts in self._of_inputs(site, rooted_input):
+            if square is None:
+                square = Sum.like(parts["rooted"])
+                cross = None if originals is None else Sum.like(parts["rooted"])
+            square.add_square(parts["rooted"])
+            if cross is not None:
+                cross.add(parts["difference"], parts["rooted"])
+        assert square is not None
+        return Moments(square.whole_square(), None if cross is None else cross.whole())
 
     def _of_experts(self, stage: str, weights: TokenWeights) -> dict[str, Moments]:
         """Moments of all sites of a ``stage`` of the experts, by their names, in one run."""
         sites = [site for site in self.layer.sites if site.expert is not None and site.stage == stage]
-        found: dict[str, Moments] = {}
+        found: dict[str, Sum] = {}
         self._check_kept()
-        for number, batch in enumerate(self.batches):
+
+        def rooted_inputs(number: int) -> Parts:
+            batch = self.batches[number]
             with self._resumed(number), Watch(self.layer, sites) as watch:
                 run_batch(self.layer, batch)
             of_tokens = torch.cat([weights(stream, sites[0]) for stream in batch]).to(self.layer.device)
-            for site in sites:
-                if site.name in watch.inputs:
-                    x = watch.inputs[site.name][0].float()
-                    total = found.setdefault(site.name, Moments(x.new_zeros(x.shape[1], x.shape[1])))
-                    _add_square(total.hessian, x * self.layer.row_weights(site, of_tokens).sqrt()[:, None])
-        for moments in found.values():
-            moments.hessian = moments.hessian.triu() + moments.hessian.triu(1).t()
-        return found
+            seen = [(site, watch.inputs[site.name][0].float()) for site in sites if site.name in watch.inputs]
+            return {site.name: x * self.layer.row_weights(site, of_tokens).sqrt()[:, None] for site, x in seen}
+
+        for _, parts in spread(range(len(self.batches)), rooted_inputs):
+            for name, rooted in parts.items():
+                found.setdefault(name, Sum.like(rooted)).add_square(rooted)
+        return {name: Moments(total.whole_square()) for name, total in found.items()}
 
     @torch.no_grad()
     def advance(self) -> None:
         """Send the streams on to the next layer, in place, when the whole layer is rounded."""
         self._check_kept()
-        for number, batch in enumerate(self.batches):
+
+        def run(number: int) -> Parts:
             with self._resumed(number):
-                split_back(batch, run_batch(self.layer, batch))
+                return {"hidden": run_batch(self.layer, self.batches[number])}
+
+        for number, parts in spread(range(len(self.batches)), run):
+            split_back(self.batches[number], parts["hidden"])
         self.kept.clear()
 
-    def _inputs(self, site: Site) -> Iterator[torch.Tensor]:
-        """What the linears of ``site`` are given [tokens, columns] float32, batch by batch."""
+    def _of_inputs(self, site: Site, compute: Callable[[int, torch.Tensor], Parts]) -> Iterator[Parts]:
+        """What ``compute`` makes of each batch's number and what the linears of ``site`` are given [tokens, columns] float32."""
         name = site.readers[0]
-        reached = []
+        reached: dict[int, torch.Tensor] = {}
         self._check_kept()
-        for number, batch in enumerate(self.batches):
+
+        def run(number: int) -> Parts:
+            batch = self.batches[number]
             with self._resumed(number):
                 x = self.layer.input_of(name, partial(run_batch, self.layer, batch))
             if name in self.branches:
-                reached.append(x.to(batch[0].hidden.device))
-            yield x[0].float()
+                reached[number] = x.to(batch[0].hidden.device)
+            return compute(number, x[0].float())
+
+        for _, parts in spread(range(len(self.batches)), run):
+            yield parts
         if name in self.branches:
             self.kept[name], self.kept_with[name] = reached, self._decisive(name)
 

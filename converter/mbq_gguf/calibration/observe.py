@@ -11,11 +11,14 @@ from torch import nn
 from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.stream import run_batch, split_back
 from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.calibration.sums import Sum
 from mbq_gguf.models.layer import Layer, batched
 from mbq_gguf.models.layout import Site
+from mbq_gguf.parallel import Parts, spread
 
 # Inputs are kept only to be compared with those of the rounded model, which differ by far more than this type rounds off.
 KEPT = torch.bfloat16
+NONE = torch.empty(0, 1, dtype=KEPT)  # stands for inputs that another process keeps
 
 TokenWeights = Callable[[Streamed, Site], torch.Tensor]  # one weight a token [tokens], float32
 
@@ -23,7 +26,8 @@ TokenWeights = Callable[[Streamed, Site], torch.Tensor]  # one weight a token [t
 @dataclass
 class Observed:
     """By site name: the Hessian of its input x on the device [columns, columns], the sum over tokens of w_t x_t x_t^T, and all inputs
-    where asked for, one [tokens, columns] a sample on the host (none of experts, which see other tokens in another model)."""
+    where asked for, one [tokens, columns] a sample on the host (none of experts, which see other tokens in another model; an empty one for
+    a sample that another process has run)."""
 
     hessians: dict[str, torch.Tensor] = field(default_factory=dict)
     inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
@@ -39,23 +43,35 @@ def observe(
 ) -> Observed:
     """Run ``streams`` through ``layer``, in place, and keep what calibration needs; ``hessian_weights`` None means no
     Hessians."""
-    observed = Observed(inputs={site.name: [] for site in layer.sites})
-    for batch in batches(streams, layer.index):
+    inputs: dict[str, dict[int, torch.Tensor]] = {site.name: {} for site in layer.sites}
+    sums: dict[str, Sum] = {}
+
+    def run(batch: list[Streamed]) -> Parts:
         with Watch(layer) as watch:
-            hidden = run_batch(layer, batch)
+            parts = {"hidden": run_batch(layer, batch)}
         for site in layer.sites:
             if site.name not in watch.inputs:  # of an expert that no token of the batch has reached
                 continue
             x = watch.inputs[site.name][0].float()
             if keep_inputs and site.expert is None:
-                observed.inputs[site.name] += torch.split(x.to(device="cpu", dtype=KEPT), [stream.hidden.shape[1] for stream in batch])
+                each = torch.split(x.to(device="cpu", dtype=KEPT), [stream.hidden.shape[1] for stream in batch])
+                inputs[site.name] |= {id(stream): part for stream, part in zip(batch, each, strict=True)}
             if hessian_weights is not None:
                 # Both sides alike, so that the sum is positive however the product is rounded.
                 weights = torch.cat([hessian_weights(stream, site) for stream in batch]).to(layer.device)
-                rooted = x * layer.row_weights(site, weights).sqrt()[:, None]
-                observed.hessians.setdefault(site.name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(rooted.t(), rooted)
-        split_back(batch, hidden)
-    return observed
+                parts[f"site {site.name}"] = x * layer.row_weights(site, weights).sqrt()[:, None]
+        return parts
+
+    for batch, parts in spread(list(batches(streams, layer.index)), run):
+        for site in layer.sites:
+            if f"site {site.name}" in parts:
+                rooted = parts[f"site {site.name}"]
+                sums.setdefault(site.name, Sum.like(rooted)).add(rooted, rooted)
+        split_back(batch, parts["hidden"])
+    hessians = {name: found.whole() for name, found in sums.items()}
+    return Observed(
+        hessians, {name: [found.get(id(stream), NONE) for stream in streams] if found else [] for name, found in inputs.items()}
+    )
 
 
 class Watch:

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from mbq_gguf import parallel
 from mbq_gguf.calibration.stream import advance, logits, to_device, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
@@ -102,12 +103,18 @@ def measure(
     for number, part in enumerate(parts):
         start, total = 2 * layers * number, 2 * layers * len(parts)
         inputs = _forward(loaded, part, partial(_report, progress, start, total))
-        ends = list(zip(part, inputs.pop(), strict=True))
-        grads = [_end_gradients(loaded, stream, hidden, draw if fisher else None) for stream, hidden in ends]
-        counted = [sums.open(stream) for stream in part]
+        own, grads = parallel.own(len(part)), []
+        for place, (stream, hidden) in enumerate(zip(part, inputs.pop(), strict=True)):
+            signs = _signs(loaded, stream, draw) if fisher else None  # drawn for all, in one order
+            if place in own:
+                grads.append(_end_gradients(loaded, stream, hidden, signs))
+        counted = {place: sums.open(part[place]) for place in own}
         for index in reversed(range(layers)):
-            grads = _backward(loaded, index, part, inputs.pop(), grads, counted)
+            entered = inputs.pop()
+            grads = _backward(loaded, index, [part[i] for i in own], [entered[i] for i in own], grads, list(counted.values()))
             progress(start + 2 * layers - index, total)
+        for found in parallel.spread_values(range(len(part)), counted.__getitem__):
+            sums.add(found)
     return sums.result()
 
 
@@ -145,11 +152,16 @@ def _rows(values: torch.Tensor) -> torch.Tensor:
     return values.reshape(-1, values.shape[-1])
 
 
-def _end_gradients(loaded: LoadedModel, stream: Streamed, hidden: torch.Tensor, draw: torch.Generator | None) -> list[torch.Tensor]:
-    """Gradients at the last layer's output [samples, tokens, width], on the host: of each sample's mean cross entropy of answer tokens,
-    and with ``draw`` u.
+def _signs(loaded: LoadedModel, stream: Streamed, draw: torch.Generator) -> torch.Tensor:
+    """Random signs [answer tokens, vocabulary], -1 and 1."""
+    return 2 * torch.randint(2, (int(_rows(stream.labels)[:, 1:].sum()), loaded.decoder.head.out_features), generator=draw) - 1
 
-    With p an answer token's probabilities and r random signs, v = sqrt(p) r - p (sqrt(p) . r) has the covariance diag(p) - p p^T, the
+
+def _end_gradients(loaded: LoadedModel, stream: Streamed, hidden: torch.Tensor, signs: torch.Tensor | None) -> list[torch.Tensor]:
+    """Gradients at the last layer's output [samples, tokens, width], on the host: of each sample's mean cross entropy of answer tokens,
+    and with ``signs`` u.
+
+    With p an answer token's probabilities and r the signs, v = sqrt(p) r - p (sqrt(p) . r) has the covariance diag(p) - p p^T, the
     Fisher information of its logits, whatever the answer is; u is the gradient of sum(v . logits) / sqrt(answer tokens). Squared gradients
     of the answers' own loss would come from the few samples that the model gets wrong.
     """
@@ -159,9 +171,9 @@ def _end_gradients(loaded: LoadedModel, stream: Streamed, hidden: torch.Tensor, 
     labels = _rows(stream.ids)[:, 1:].to(loaded.device)[answered]
     share = (answered / answered.sum(dim=1, keepdim=True))[answered]
     losses = [torch.dot(nn.functional.cross_entropy(predicted, labels, reduction="none"), share)]
-    if draw is not None:
+    if signs is not None:
         p = predicted.detach().softmax(dim=1)
-        probe = p.sqrt() * (2 * torch.randint(2, p.shape, generator=draw) - 1).to(p)
+        probe = p.sqrt() * signs.to(p)
         probe -= p * probe.sum(dim=1, keepdim=True)
         losses.append(torch.dot((probe * predicted).sum(dim=1), share.sqrt()))
     return [torch.autograd.grad(loss, hidden, retain_graph=True)[0].cpu() for loss in losses]
@@ -187,7 +199,7 @@ def _backward(
         hidden = hidden.to(loaded.device).requires_grad_()
         output = layer.run(hidden, to_device(stream.kwargs[index], loaded.device))
         out.append([])
-        for end, count in zip(ends, (counts.loss, counts.fisher), strict=False):
+        for end, count in zip(ends, (counts.count_loss, counts.count_fisher), strict=False):
             seen.clear()  # of an expert that this sample does not reach
             (gradient,) = torch.autograd.grad(output, hidden, end.to(loaded.device), retain_graph=end is not ends[-1])
             out[-1].append(gradient.cpu())
@@ -209,23 +221,31 @@ class _Sums:
 
     def __init__(self, layout: Layout, layers: int, fisher: bool) -> None:
         self.layout, self.layers = layout, layers
-        self.mean = {
-            block: {c: torch.zeros(layers, dtype=torch.float64) for c in CLASSES} for block in (branch.name for branch in layout.branches)
-        }
+        self.mean = {branch.name: {c: torch.zeros(layers, dtype=torch.float64) for c in CLASSES} for branch in layout.branches}
         self.fisher = {name: torch.zeros(layers, dtype=torch.float64) for name in (layout.readers if fisher else ())}
         self.salience: list[torch.Tensor] = []
         self.having = dict.fromkeys(CLASSES, 0)  # samples that have tokens of the class
 
     def open(self, stream: Streamed) -> _Counted:
-        """Where the gradients of ``stream`` are to be added."""
+        """What the gradients of ``stream`` are to be added to."""
         masks = {name: _rows(getattr(stream, name)) for name in CLASSES}
-        for name, mask in masks.items():
-            self.having[name] += int(mask.any(dim=1).sum())
         samples, tokens = masks["answer"].shape
         salience = torch.zeros(samples, self.layers, len(self.layout.sites), tokens)
+        mean = {block: {c: torch.zeros_like(total) for c, total in classes.items()} for block, classes in self.mean.items()}
+        fisher = {name: torch.zeros_like(total) for name, total in self.fisher.items()}
+        return _Counted(self.layout, masks, mean, fisher, salience.view(*stream.ids.shape[:-1], *salience.shape[1:]))
+
+    def add(self, found: _Counted) -> None:
+        """Add one stream's; streams come in their order."""
+        for name, mask in found.masks.items():
+            self.having[name] += int(mask.any(dim=1).sum())
+        for block, classes in found.mean.items():
+            for token_class, values in classes.items():
+                self.mean[block][token_class] += values
+        for name, values in found.fisher.items():
+            self.fisher[name] += values
         if self.fisher:
-            self.salience.append(salience.view(*stream.ids.shape[:-1], *salience.shape[1:]))
-        return _Counted(self, masks, salience)
+            self.salience.append(found.salience)
 
     def result(self) -> Sensitivity:
         mean = {block: {c: total / max(1, self.having[c]) for c, total in classes.items()} for block, classes in self.mean.items()}
@@ -235,30 +255,34 @@ class _Sums:
 
 @dataclass
 class _Counted:
-    """Adds one stream's gradients to ``sums``; ``masks`` [samples, tokens], ``salience`` [samples, layers, sites, tokens]."""
+    """One stream's share of :class:`_Sums`: ``masks`` [samples, tokens], sums over its samples [layers] in ``mean`` and ``fisher``, and
+    ``salience`` [..., layers, sites, tokens]."""
 
-    sums: _Sums
+    layout: Layout
     masks: dict[str, torch.Tensor]
+    mean: dict[str, dict[str, torch.Tensor]]
+    fisher: dict[str, torch.Tensor]
     salience: torch.Tensor
 
-    def loss(self, index: int, gradients: Mapping[str, torch.Tensor]) -> None:
+    def count_loss(self, index: int, gradients: Mapping[str, torch.Tensor]) -> None:
         """Add the loss's gradients [samples, tokens, channels] at the outputs of layer ``index``'s linears, by name."""
-        for branch in self.sums.layout.branches:
+        for branch in self.layout.branches:
             if branch.writer not in gradients:  # of another kind of layer
                 continue
             absolute = gradients[branch.writer].float().abs().mean(dim=2).double().cpu()
             for token_class, mask in self.masks.items():
                 having = mask.any(dim=1)
                 of_class = (absolute * mask).sum(dim=1)[having] / mask.sum(dim=1)[having]
-                self.sums.mean[branch.name][token_class][index] += of_class.sum()
+                self.mean[branch.name][token_class][index] += of_class.sum()
 
-    def fisher(self, index: int, gradients: Mapping[str, torch.Tensor]) -> None:
+    def count_fisher(self, index: int, gradients: Mapping[str, torch.Tensor]) -> None:
         """Add u [samples, tokens, channels] at the outputs of layer ``index``'s linears, by name."""
-        for place, site in enumerate(self.sums.layout.sites):
+        salience = self.salience.view(-1, *self.salience.shape[-3:])
+        for place, site in enumerate(self.layout.sites):
             if site.readers[0] not in gradients:
                 continue
             squares = {name: gradients[name].float().square().mean(dim=2).cpu() for name in site.readers}
             for name, square in squares.items():
-                self.sums.fisher[name][index] += square.double().sum() / 2
+                self.fisher[name][index] += square.double().sum() / 2
             sizes = {name: gradients[name].shape[2] for name in site.readers}
-            self.salience[:, index, place] = sum(squares[name] * (size / sum(sizes.values())) for name, size in sizes.items())
+            salience[:, index, place] = sum(squares[name] * (size / sum(sizes.values())) for name, size in sizes.items())

@@ -17,12 +17,16 @@ from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import AnswerMask, Encoded
 from mbq_gguf.models.stored import read_into
+from mbq_gguf.parallel import spread, spread_values
 
 
 def capture(loaded: LoadedModel, samples: Iterable[Sample], answer_mask: AnswerMask = "header") -> Iterator[Streamed]:
     """Run vision tower and embeddings for each sample, and stop before decoder layer 0."""
-    for sample in samples:
-        yield capture_encoded(loaded, loaded.encode(sample.image, list(sample.turns)), answer_mask)
+
+    def captured(sample: Sample) -> Streamed:
+        return capture_encoded(loaded, loaded.encode(sample.image, list(sample.turns)), answer_mask)
+
+    yield from spread_values(list(samples), captured)
 
 
 @torch.no_grad()
@@ -114,8 +118,8 @@ def split_back(batch: Sequence[Streamed], hidden: torch.Tensor) -> None:
 @torch.no_grad()
 def advance(layer: Layer, streams: Sequence[Streamed]) -> None:
     """Send every stream through ``layer``, in place: ``hidden`` becomes the input of the next layer."""
-    for batch in batches(streams, layer.index):
-        split_back(batch, run_batch(layer, batch))
+    for batch, parts in spread(list(batches(streams, layer.index)), lambda batch: {"hidden": run_batch(layer, batch)}):
+        split_back(batch, parts["hidden"])
 
 
 def logits(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from mbq_gguf.calibration.pictures import picture
 from mbq_gguf.calibration.stream import capture_encoded
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.loaded import LoadedModel
+from mbq_gguf.parallel import spread_values
 
 TEXT_TOKENS = 128  # as long as the reference VLM's six minutes allow
 TEMPERATURE = 1.6  # 1.0 gives too plain texts: 0.60 to 0.64 nats on text, 0.53 to 0.57 with 1.3 to 2.0; photographs suffer from 2.0
@@ -32,10 +33,11 @@ def written(loaded: LoadedModel, count: int, progress: Callable[[int, int], None
 
 def synthetic_streams(loaded: LoadedModel, texts: torch.Tensor, samples: Sequence[Sample]) -> Iterator[Streamed]:
     """Each of ``texts`` [count, tokens] and half as many pictures, before layer 0. They have no answers."""
-    for ids in texts:
-        yield capture_encoded(loaded, loaded.encode_text(ids))
+    yield from spread_values(list(texts), lambda ids: capture_encoded(loaded, loaded.encode_text(ids)))
     draw = np.random.default_rng(SEED)
     asked = sorted({question for sample in samples for question, _ in sample.turns}) or [FREE_QUESTION]
+    drawn = []
     for _ in range(len(texts) // 2):
         question = FREE_QUESTION if draw.random() < FREE_SHARE else str(draw.choice(asked))
-        yield capture_encoded(loaded, loaded.encode(picture(draw), [(question, "")]))
+        drawn.append((picture(draw), question))
+    yield from spread_values(drawn, lambda pair: capture_encoded(loaded, loaded.encode(pair[0], [(pair[1], "")])))

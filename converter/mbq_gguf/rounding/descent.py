@@ -13,7 +13,7 @@ from functools import cache, partial
 import torch
 
 from mbq_gguf.formats.grid import Grid, reciprocal
-from mbq_gguf.rounding.gptq import COLUMNS_AT_ONCE, Coded, damped
+from mbq_gguf.rounding.gptq import COLUMNS_AT_ONCE, Coded, damped, row_blocks
 from mbq_gguf.rounding.recorded import Recorded, Tensors
 
 
@@ -23,13 +23,15 @@ def descend(grid: Grid, weight: torch.Tensor, coded: Coded, hessian: torch.Tenso
     matrix = damped(hessian, damping).float()
     scales = coded.scale.repeat_interleave(grid.group, 1).t().contiguous()  # [columns, rows]: a column's lie together
     codes = coded.codes.t().contiguous()
-    slope = matrix @ (weight - coded.values(grid)).t()  # G, with every change so far taken off
+    change_of = (weight - coded.values(grid)).t()
+    slope = torch.cat([matrix @ change_of[:, rows] for rows in row_blocks(len(weight))], 1)  # G, with every change so far taken off
     descend_columns = _recorded(grid)
     for start in range(0, len(codes), COLUMNS_AT_ONCE):
         end = min(start + COLUMNS_AT_ONCE, len(codes))
         here = slice(start, end)
         codes[here], changes = descend_columns(slope[here], matrix[here, here], scales[here], codes[here])
-        slope[end:].addmm_(matrix[end:, here], changes, alpha=-1)
+        for rows in row_blocks(len(weight)):
+            slope[end:, rows].addmm_(matrix[end:, here], changes[:, rows], alpha=-1)
     return Coded(codes.t().contiguous(), coded.scale, coded.offset, coded.steps)
 
 

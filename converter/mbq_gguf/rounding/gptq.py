@@ -20,6 +20,14 @@ from mbq_gguf.rounding.recorded import Recorded, Tensors
 
 COLUMNS_AT_ONCE = 128  # updates of later columns wait for this many (or for a group's size, if that is larger)
 COLUMNS_SOLVED = 4096  # of the inverse factor at a time: all of it in float64 takes 2.9 GB for 18944 columns
+# Rows of a matrix product at a time. Libraries choose the order of their sums by the shape; so a row comes out the same, to the bit,
+# whichever other blocks of rows are rounded with it, and several processes can share a matrix.
+ROWS_AT_ONCE = 256
+
+
+def row_blocks(rows: int) -> list[slice]:
+    """``rows`` in pieces of ROWS_AT_ONCE."""
+    return [slice(start, min(start + ROWS_AT_ONCE, rows)) for start in range(0, rows, ROWS_AT_ONCE)]
 
 
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
@@ -121,7 +129,8 @@ def code_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit |
         codes[here], errors, line = round_columns(work[here], factor[here, here], steps[block], *given)
         if not given:
             lines.append(line.clone())
-        work[later].addmm_(factor[here, later].t(), errors, alpha=-1)
+        for some in row_blocks(rows):
+            work[later, some].addmm_(factor[here, later].t(), errors[:, some], alpha=-1)
     scales, offsets = torch.cat(lines, dim=1)
     return Coded(codes.t().contiguous(), scales.t().contiguous(), offsets.t().contiguous(), steps.transpose(0, 1))
 

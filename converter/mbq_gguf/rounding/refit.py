@@ -14,11 +14,11 @@ from functools import cache, partial
 import torch
 
 from mbq_gguf.formats.grid import Grid, Pair, to_f16
-from mbq_gguf.rounding.gptq import upper_factor
+from mbq_gguf.rounding import gptq
+from mbq_gguf.rounding.gptq import row_blocks, upper_factor
 from mbq_gguf.rounding.recorded import Recorded
 
-ROWS_AT_ONCE = 256
-SYSTEMS_BYTES = 1 << 28  # of the rows' systems on a card, at least ROWS_AT_ONCE: their solution takes many small steps
+SYSTEMS_BYTES = 1 << 28  # of the rows' systems on a card, at least gptq.ROWS_AT_ONCE: their solution takes many small steps
 PRODUCT_BYTES = 1 << 27  # of a part of F H for some groups
 RIDGE = 1e-4  # of each diagonal entry: groups whose codes are all alike cannot tell scale from offset
 
@@ -38,18 +38,19 @@ def refit(grid: Grid, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Te
 
 
 def _rows_at_once(scale: torch.Tensor) -> int:
-    """How many rows of ``scale`` [rows, groups] are refitted at a time, in parts of one size where that can be."""
+    """How many rows of ``scale`` [rows, groups] are refitted at a time: whole blocks, in parts of one size where that can be."""
     if scale.device.type != "cuda":
-        return ROWS_AT_ONCE
-    rows, groups = scale.shape
-    most = max(ROWS_AT_ONCE, SYSTEMS_BYTES // (8 * (2 * groups) ** 2))
-    return math.ceil(rows / math.ceil(rows / most))
+        return gptq.ROWS_AT_ONCE
+    blocks, system = len(row_blocks(len(scale))), 8 * (2 * scale.shape[1]) ** 2
+    most = max(1, SYSTEMS_BYTES // system // gptq.ROWS_AT_ONCE)
+    return math.ceil(blocks / math.ceil(blocks / most)) * gptq.ROWS_AT_ONCE
 
 
 def _refit_rows(
     grid: Grid, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, hessian: torch.Tensor
 ) -> Pair:
-    system, right = _systems(weight, codes, scale, offset, hessian)
+    parts = [_systems(weight[some], codes[some], scale[some], offset[some], hessian) for some in row_blocks(len(weight))]
+    system, right = (torch.cat(of_rows) for of_rows in zip(*parts, strict=True))
     ridge = RIDGE * system.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
     new_scale, new_offset = _held_in_turn(grid, scale, offset, system + torch.diag_embed(ridge), right)
     change = torch.cat([new_scale - scale, new_offset - offset], 1).double()
@@ -119,7 +120,7 @@ def refit_row_scale(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tens
 
     A row keeps what it had where fp16 makes its objective no better.
     """
-    pull = codes @ hessian.float()
+    pull = torch.cat([codes[rows] @ hessian.float() for rows in row_blocks(len(codes))])
     curvature = (pull * codes).sum(dim=1, keepdim=True)
     slope = (pull * (weight.float() - codes * scale)).sum(dim=1, keepdim=True)
     found = to_f16(scale + torch.where(curvature > 0, slope / curvature, 0.0))

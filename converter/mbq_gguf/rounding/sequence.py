@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mbq_gguf import parallel
 from mbq_gguf.calibration.moments import Moments
 from mbq_gguf.formats.grid import Grid, grid_of
 from mbq_gguf.formats.quant_type import QuantType
@@ -19,7 +20,7 @@ from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 from mbq_gguf.rounding.descent import descend
-from mbq_gguf.rounding.gptq import Coded, code_gptq, inverse_factor
+from mbq_gguf.rounding.gptq import Coded, code_gptq, inverse_factor, row_blocks
 from mbq_gguf.rounding.nearest import Rounded, round_nearest
 from mbq_gguf.rounding.ranges import searched
 from mbq_gguf.rounding.refit import refit, refit_row_scale
@@ -67,12 +68,29 @@ def round_in_order(
 
 
 def _rounded(weights: Sequence[torch.Tensor], kept: QuantType, found: Moments | None, refinement: Refinement) -> list[Matrix]:
-    """Matrices with one input and one quant type. Rows are independent, so GPTQ takes all matrices as one."""
+    """Matrices with one input and one quant type. Rows are independent, so GPTQ takes all matrices as one, and each process some rows."""
     grid = grid_of(kept)
     if found is None or grid is None:
         return [Matrix(kept.name, round_nearest(weight.detach(), kept)) for weight in weights]
-    coded = refined(torch.cat([weight.detach().float() for weight in weights]), found, grid, refinement)
-    return [Matrix(kept.name, part.rounded(grid), grid, part) for part in coded.split([len(weight) for weight in weights])]
+    whole = torch.cat([weight.detach().float() for weight in weights])
+    coded, data = _shared_rows(whole, lambda rows: refined(rows, found, grid, refinement), grid)
+    lengths = [len(weight) for weight in weights]
+    parts = zip(coded.split(lengths), torch.split(data, lengths), strict=True)
+    return [Matrix(kept.name, Rounded(packed.cpu().numpy(), part.values(grid)), grid, part) for part, packed in parts]
+
+
+def _shared_rows(whole: torch.Tensor, code: Callable[[torch.Tensor], Coded], grid: Grid) -> tuple[Coded, torch.Tensor]:
+    """What ``code`` makes of the rows of ``whole``, and their bytes [rows, row_bytes]; each process takes an equal share of blocks."""
+    blocks = row_blocks(len(whole))
+    share = parallel.shares(len(blocks))[parallel.rank()]
+    parts = {}
+    if share:
+        own = code(whole[blocks[share[0]].start : blocks[share[-1]].stop])
+        data = torch.from_numpy(grid.packed(own.codes, own.scale, own.offset, own.steps)).to(whole.device)  # so that cards send it
+        parts = {"codes": own.codes, "scale": own.scale, "offset": own.offset, "steps": own.steps, "data": data}
+    found = [parts] if parallel.count() == 1 else [other for other in parallel.exchange(parts) if other]
+    rows = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    return Coded(rows["codes"], rows["scale"], rows["offset"], rows["steps"]), rows["data"]
 
 
 def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refinement) -> Coded:
@@ -96,5 +114,6 @@ def corrected(weight: torch.Tensor, found: Moments, factor: torch.Tensor, share:
     """W + share W C H^-1 with C the cross moments and H^-1 = U^T U of the damped Hessian; computed in float64."""
     assert found.cross is not None
     upper = factor.double()
-    change: torch.Tensor = torch.linalg.multi_dot([weight.double(), found.cross.double(), upper.t(), upper])
-    return weight + share * change.float()
+    cross = found.cross.double()
+    changes = [weight[rows].double() @ cross @ upper.t() @ upper for rows in row_blocks(len(weight))]
+    return weight + share * torch.cat(changes).float()

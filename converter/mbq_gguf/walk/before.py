@@ -14,6 +14,7 @@ from mbq_gguf.calibration.sensitivity import Sensitivity, measure
 from mbq_gguf.calibration.sinks import Sinks, find_sinks
 from mbq_gguf.calibration.stream import capture
 from mbq_gguf.calibration.synthetic import synthetic_streams, written
+from mbq_gguf.parallel import from_first
 from mbq_gguf.transforms.preserved import FunctionCheck
 from mbq_gguf.transforms.rotation import draw, file_keys, rotated_embeddings, rotated_projector
 from mbq_gguf.walk.state import Walk, made
@@ -58,7 +59,8 @@ def add_synthetic(walk: Walk) -> None:
 
     def texts() -> tuple[dict[str, torch.Tensor], None]:
         with walk.timed("texts"), bf16_products():
-            return {"ids": written(walk.loaded, count, walk.counted("write texts"))}, None
+            # by one process: a step of all texts takes as long as a step of some
+            return {"ids": from_first(lambda: written(walk.loaded, count, walk.counted("write texts")))}, None
 
     ids = walk.work.cached("texts", texts)[0]["ids"]
     with walk.timed("capture"):
@@ -75,7 +77,7 @@ def measure_sinks(walk: Walk) -> None:
 
     def found() -> tuple[dict[str, torch.Tensor], object]:
         with walk.timed("sinks"), bf16_products():
-            return {}, asdict(find_sinks(walk.loaded, captured, walk.counted("sinks")))
+            return {}, asdict(from_first(lambda: find_sinks(walk.loaded, captured, walk.counted("sinks"))))
 
     walk.sinks = Sinks(**walk.work.cached("sinks", found)[1])
     for key, value in static_keys(walk.settings.range_estimator, walk.sinks).items():

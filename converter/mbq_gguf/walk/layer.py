@@ -20,6 +20,7 @@ from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 from mbq_gguf.outcome import Outcome, put_into
+from mbq_gguf.parallel import from_first
 from mbq_gguf.rounding.learned import learn
 from mbq_gguf.rounding.sequence import Matrix, Refinement, round_in_order
 from mbq_gguf.settings import QuantiseSettings
@@ -63,7 +64,7 @@ def smooth(work: LayerWork) -> None:
     if walk.settings.method != "smoothquant":
         return
     with walk.timed("smooth"):
-        found = smooth_layer(Entering(layer, made(walk.streams)), _foldable(walk, layer))
+        found = from_first(lambda: smooth_layer(Entering(layer, made(walk.streams)), _foldable(walk, layer)))
     for site, factors in found.items():
         work.outcome.put("factors", site, factors)
     fold_layer(layer, work.factors)
@@ -79,7 +80,8 @@ def equalise(work: LayerWork) -> None:
         original = Entering(layer, made(walk.streams))
         prefix = Entering(layer, walk.prefix) if settings.follows_prefix else None
         judge = Judge(_search_weights(walk, layer.index), settings.power, settings.search_samples, gptq, made(work.observed).hessians)
-        choices = search_layer(original, prefix, work.type_names, judge, _foldable(walk, layer))
+        # one process alone: each candidate depends on those before it
+        choices = from_first(lambda: search_layer(original, prefix, work.type_names, judge, _foldable(walk, layer)))
     for site, choice in choices.items():
         work.outcome.put("factors", site, choice.factors)
         work.outcome.put("exponent", site, choice.exponent)
@@ -109,7 +111,7 @@ def learn_scales(work: LayerWork) -> None:
     coded = {name: (matrix.grid, matrix.coded) for name, matrix in matrices.items() if matrix.grid and matrix.coded}
     targets = [stream.hidden for stream in made(work.passed)]
     with walk.timed("learn scales"), bf16_products():
-        found = learn(layer, walk.prefix, targets, work.weights, coded, walk.settings.learn_scales)
+        found = from_first(lambda: learn(layer, walk.prefix, targets, work.weights, coded, walk.settings.learn_scales))
     for name, better in found.items():
         grid = coded[name][0]
         matrices[name] = Matrix(matrices[name].type_name, better.rounded(grid), grid, better)
@@ -134,7 +136,7 @@ def measure_ranges(work: LayerWork) -> None:
         return
     streams = [replace(stream) for stream in walk.prefix or made(walk.streams)]
     with walk.timed("ranges"), bf16_products():
-        counted = count_magnitudes(layer, streams, made(walk.sinks))
+        counted = from_first(lambda: count_magnitudes(layer, streams, made(walk.sinks)))
     for (site, kind), magnitudes in counted.items():
         work.outcome.put("metadata", range_key(site, kind), magnitudes.range(walk.settings.range_estimator))
 

@@ -1,0 +1,53 @@
+"""Sums of products a^T b over batches, in tiles of rows: each process adds up its own tiles, every batch in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mbq_gguf import parallel
+
+TILE = 384  # rows of a sum computed at a time; of a symmetric one half is left out: 11 instead of 16 us a token for 1536 columns
+
+
+@dataclass
+class Sum:
+    """``total`` [columns, columns] float32 on the device; other processes' tiles are zero until :meth:`whole`."""
+
+    total: torch.Tensor
+
+    @staticmethod
+    def like(x: torch.Tensor) -> Sum:
+        """Nothing yet, of inputs like ``x`` [tokens, columns]."""
+        return Sum(x.new_zeros(x.shape[1], x.shape[1]))
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Add a^T b for ``a`` and ``b`` [tokens, columns]."""
+        for start in self._tiles(parallel.rank()):
+            end = start + TILE
+            self.total[start:end].addmm_(a[:, start:end].t(), b)
+
+    def add_square(self, x: torch.Tensor) -> None:
+        """Add x^T x: all of its upper triangle, and what else lies in the same tiles."""
+        for start in self._tiles(parallel.rank()):
+            end = start + TILE
+            self.total[start:end, start:].addmm_(x[:, start:end].t(), x[:, start:])
+
+    def whole(self) -> torch.Tensor:
+        """The sum, when everything is added."""
+        if parallel.count() > 1:
+            own = list(self._tiles(parallel.rank()))
+            for process, parts in enumerate(parallel.exchange({str(start): self.total[start : start + TILE] for start in own})):
+                for start in self._tiles(process):
+                    self.total[start : start + TILE] = parts[str(start)]
+        return self.total
+
+    def whole_square(self) -> torch.Tensor:
+        """The symmetric sum of :meth:`add_square`."""
+        upper = self.whole()
+        return upper.triu() + upper.triu(1).t()
+
+    def _tiles(self, process: int) -> range:
+        """Where the tiles of ``process`` begin: every so many, since the later ones of a triangle are smaller."""
+        return range(process * TILE, len(self.total), parallel.count() * TILE)

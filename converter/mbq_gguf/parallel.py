@@ -1,0 +1,163 @@
+"""Work that several processes share (torchrun, one a card), with the same bytes for any number of them.
+
+All processes walk the same steps and hold the same state. What is worth sharing is cut into pieces that do not depend on how many processes
+there are: batches of samples, rows of a matrix, tiles of a sum. Each piece is computed by one process, as it would be by a single one, and
+sent to all, which go on from the same values: nothing is ever added up in an order that depends on their number. Batches of activations
+are far smaller than the Hessians that come of them, so it is they that travel.
+
+Tensors go from card to card (NCCL), or through the loopback (gloo); in a single process nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from mbq_gguf import launch
+from mbq_gguf.errors import UserError
+
+Value = TypeVar("Value")
+Piece = TypeVar("Piece")
+Parts = dict[str, torch.Tensor]
+
+LONGEST = timedelta(days=2)  # that a process waits for others: the first may write texts for an hour. torchrun ends all when one dies
+_apart = False  # inside from_first, where the first process is alone
+
+
+@contextmanager
+def together(device: str) -> Iterator[None]:
+    """Join the other processes for the time of the block; nothing where there are none."""
+    if launch.count() == 1:
+        yield
+        return
+    if launch.neighbours() == launch.count():  # of one machine: no need to ask for its name, which not every container can resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    card = torch.device(device)
+    if card.type == "cuda":
+        torch.cuda.set_device(card)
+    with _heard():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if card.type == "cuda" else "gloo", timeout=LONGEST)
+    yield
+    dist.destroy_process_group()
+
+
+def count() -> int:
+    """How many processes share the work at hand."""
+    return dist.get_world_size() if dist.is_initialized() and not _apart else 1
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def spread(pieces: Sequence[Piece], compute: Callable[[Piece], Parts]) -> Iterator[tuple[Piece, Parts]]:
+    """Each of ``pieces``, in order, with what ``compute`` makes of it, on its device.
+
+    Process r computes pieces r, r + count ...; those of one round at the same time.
+    """
+    if count() == 1:
+        for piece in pieces:
+            yield piece, compute(piece)
+        return
+    for start in range(0, len(pieces), count()):
+        here = pieces[start : start + count()]
+        found = exchange(compute(here[rank()]) if rank() < len(here) else {})
+        yield from zip(here, found, strict=False)
+
+
+def spread_values(pieces: Sequence[Piece], compute: Callable[[Piece], Value]) -> Iterator[Value]:
+    """What ``compute`` makes of each of ``pieces``, in order, as :func:`spread`; any value that can be pickled."""
+    if count() == 1:
+        yield from map(compute, pieces)
+        return
+    for _, parts in spread(pieces, lambda piece: {"value": _pickled(compute(piece))}):
+        yield _unpickled(parts["value"])
+
+
+def from_first(make: Callable[[], Value]) -> Value:
+    """What ``make`` gives in the first process, in all of them; there it works alone, and the others wait."""
+    global _apart
+    if count() == 1:
+        return make()
+    if rank() > 0:
+        value: Value = _unpickled(exchange({})[0]["value"])
+        return value
+    _apart = True
+    try:
+        made = make()
+    finally:
+        _apart = False
+    exchange({"value": _pickled(made)})
+    return made
+
+
+def own(pieces: int) -> range:
+    """Which of so many ``pieces`` this process computes in :func:`spread`."""
+    return range(rank(), pieces, count())
+
+
+def shares(pieces: int) -> list[range]:
+    """``pieces`` in a row, divided among the processes, in their order, as evenly as they can be."""
+    size = count()
+    return [range(pieces * each // size, pieces * (each + 1) // size) for each in range(size)]
+
+
+def exchange(own: Parts) -> list[Parts]:
+    """What each process gives, in their order; tensors may differ in names, shapes and types, and arrive on the device of their kind."""
+    with _heard():
+        described: list[Any] = [None] * count()
+        dist.all_gather_object(described, {name: (value.shape, value.dtype, value.device.type) for name, value in own.items()})
+        found, sending = [], []
+        for source, names in enumerate(described):
+            parts = {}
+            for name, (shape, dtype, kind) in names.items():
+                here = source == rank()
+                parts[name] = own[name].detach().contiguous() if here else torch.empty(shape, dtype=dtype, device=_device(kind))
+                if parts[name].numel():
+                    sending.append(dist.broadcast(_bytes(parts[name]), source, async_op=True))
+            found.append(parts)
+        for sent in sending:
+            assert sent is not None
+            sent.wait()
+        return found
+
+
+def _device(kind: str) -> torch.device:
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def _bytes(value: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous ``value``, of whatever type, as one that every backend sends."""
+    return value.reshape(-1).view(torch.uint8)
+
+
+def _pickled(value: object) -> torch.Tensor:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+
+
+def _unpickled(data: torch.Tensor) -> Any:
+    """The value, with tensors of another's card on this process's."""
+    return torch.load(io.BytesIO(data.numpy().data), map_location=_placed, weights_only=False)
+
+
+def _placed(storage: Any, location: str) -> Any:
+    return storage.cuda() if location.startswith("cuda") else storage
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """A process that does not answer, as one sentence."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed's errors are of this class, and gloo's have no other
+        raise UserError(launch.ENDED) from error

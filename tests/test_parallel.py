@@ -1,0 +1,75 @@
+"""Several processes that share a conversion: the same bytes for any number of them (2 and 3 here, on the CPU, through gloo)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from forked import Command, free_port, of_several
+from mbq_gguf import launch
+from mbq_gguf.calibration import batches, sums
+from mbq_gguf.calibration.dataset import SHIPPED, Sample, read_jsonl
+from mbq_gguf.errors import UsageError
+from mbq_gguf.models import load
+from mbq_gguf.parallel import from_first, own, shares, spread, spread_values, together
+from mbq_gguf.quantise import quantise
+from mbq_gguf.rounding import gptq
+from mbq_gguf.settings import QuantiseSettings
+from safetensors.torch import load_file, save_file
+
+SECONDS = 120  # for one run at most; it takes some 4 where nothing else runs
+# Weights by each token's gradient: samples are spread for the sensitivities too.
+SETTINGS = QuantiseSettings(token_weights="token", synthetic=2)
+
+
+def quantised(model: str, out: str) -> None:
+    """Quantise ``model`` in pieces so small that every process has several, and save what the first has to write to ``out``."""
+    torch.set_num_threads(1)
+    batches.TOKENS, sums.TILE, gptq.ROWS_AT_ONCE = 200, 48, 32
+    samples = [Sample(s.image, s.turns[:1]) for s in read_jsonl(SHIPPED)[:3]]
+    with together("cpu"):
+        result = quantise(load(Path(model)), samples, SETTINGS)
+    if launch.first():
+        save_file(result.tensors, out, {name: str(fact) for name, fact in result.facts.items()})
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a single process has to write."""
+    out = tmp_path_factory.mktemp("alone") / "out.safetensors"
+    assert Command(out.with_suffix(".log"), tiny_dir, out, work=quantised).wait(SECONDS) == 0
+    assert len(load_file(out)) > 20
+    return out
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_processes_gives_the_same_bytes(count: int, alone: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    variables = of_several(count, free_port())
+    run = [Command(tmp_path / f"{rank}.log", tiny_dir, out, variables=own, work=quantised) for rank, own in enumerate(variables)]
+    assert [process.wait(SECONDS) for process in run] == [0] * count
+    assert out.read_bytes() == alone.read_bytes()
+
+
+def test_a_single_process_does_all_by_itself() -> None:
+    with together("cpu"):
+        assert [(piece, parts["x"].item()) for piece, parts in spread([2, 3], lambda piece: {"x": torch.tensor(piece**2)})] == [
+            (2, 4),
+            (3, 9),
+        ]
+        assert list(spread_values("ab", str.upper)) == ["A", "B"]
+        assert from_first(lambda: 7) == 7
+        assert list(own(3)) == [0, 1, 2]
+        assert shares(5) == [range(5)]
+
+
+def test_each_process_takes_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.device("cuda:1") == "cuda:1"
+    for name, value in of_several(4, 1)[2].items():
+        monkeypatch.setenv(name, value)
+    assert (launch.count(), launch.rank(), launch.first()) == (4, 2, False)
+    assert launch.device("cuda") == "cuda:2"
+    assert launch.device("cpu") == "cpu"
+    with pytest.raises(UsageError, match="each of several processes takes a card of its own, not all cuda:1: give --device cuda"):
+        launch.device("cuda:1")
