@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""How much faster a conversion is on several cards, and whether the files are the same bytes.
+
+    python tools/random_model.py qwen2-vl-7b big --layers 3
+    python tools/bench_cards.py big --cards 4,2,1 --layers 28 --json cards.json -- --samples 96
+
+The time of a layer is that between the first finished one and the last (the first sets up what all use). MODEL_DIR may have fewer decoder
+layers than the model that it stands for: --layers says how many that has, and the whole is reckoned by adding layers. What stands behind
+`--` goes to `convert`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+SECONDS = re.compile(r"([a-z][a-z ]*?) (\d+\.\d) s")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One conversion on so many ``cards``: ``seconds`` from start to end, of a ``layer``, and by stage; a digest of both files."""
+
+    cards: int
+    seconds: float
+    layer: float
+    stages: dict[str, float]
+    digest: str
+
+
+def run(model: Path, cards: int, options: list[str]) -> Run:
+    """Convert ``model`` in a folder of its own; SystemExit with what was said where that fails."""
+    with tempfile.TemporaryDirectory(dir=model.parent) as folder:
+        out, work = Path(folder) / "out.gguf", Path(folder) / "work"
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(cards)] if cards > 1 else []
+        command = [sys.executable, *launcher, "-m", "mbq_gguf", "convert", str(model), str(out), "--work-dir", str(work), *options]
+        begin = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "1000"})
+        seconds = time.perf_counter() - begin
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        ends = sorted(path.stat().st_mtime for path in work.glob("layer-*.safetensors"))
+        layer = (ends[-1] - ends[0]) / max(1, len(ends) - 1)
+        stages = {name.strip(): float(value) for name, value in SECONDS.findall(done.stdout.strip().splitlines()[-1])}
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in (out, out.with_name(f"mmproj-{out.name}")))).hexdigest()
+        return Run(cards, seconds, layer, stages, digest)
+
+
+def shown(runs: list[Run], more: int) -> Table:
+    """The runs beside the one with the fewest cards; ``more`` layers are added to each."""
+    fewest = min(runs, key=lambda each: each.cards)
+    stages = list(dict.fromkeys(name for each in runs for name in each.stages))
+    table = Table("cards", *stages, "all", "a layer", "times", "reckoned", "times", "same bytes")
+    for each in runs:
+        whole, beside = each.seconds + more * each.layer, fewest.seconds + more * fewest.layer
+        figures = [*(each.stages.get(name, 0.0) for name in stages), each.seconds, each.layer]
+        ratios = f"{fewest.layer / each.layer if each.layer else 1:.2f}", f"{whole:.0f}", f"{beside / whole:.2f}"
+        table.add_row(str(each.cards), *(f"{value:.1f}" for value in figures), *ratios, "yes" if each.digest == fewest.digest else "NO")
+    return table
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--cards", default="4,2,1", show_default=True, help="How many, one run each.")
+@click.option("--layers", type=click.IntRange(min=1), help="Decoder layers of the model that MODEL stands for (default: its own).")
+@click.option("--device", default="cuda", show_default=True, help="cuda, or cpu for a trial.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the figures there, after each run.")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def main(model: Path, cards: str, layers: int | None, device: str, json_file: Path | None, options: tuple[str, ...]) -> None:
+    """Convert MODEL on so many cards, one number after the other."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    had: int = config.get("text_config", config)["num_hidden_layers"]
+    more = (layers or had) - had
+    runs: list[Run] = []
+    for count in map(int, cards.split(",")):
+        runs.append(run(model.absolute(), count, ["--device", device, *options]))
+        click.echo(f"{count}: {runs[-1].seconds:.1f} s, {runs[-1].layer:.2f} s a layer, {runs[-1].stages}", err=True)
+        if json_file:
+            figures = [asdict(each) | {"reckoned": each.seconds + more * each.layer} for each in runs]
+            json_file.write_text(json.dumps({"layers": had + more, "measured": had, "runs": figures}, indent=1) + "\n", encoding="utf-8")
+    Console().print(shown(runs, more))
+
+
+if __name__ == "__main__":
+    main()
