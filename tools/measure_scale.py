@@ -4,28 +4,40 @@
     python tools/random_model.py qwen2-vl-7b big --layers 4
     python tools/measure_scale.py big out.gguf --device cuda --json 7b-4.json
     python tools/measure_scale.py huge out.gguf --device cuda --stop-after 2 --json 72b.json
+    python tools/measure_scale.py one-layer-of-huge out.gguf --device cuda --texts-of 80 --card-gib 80 --json 72b-texts.json
 
 The host's memory is told twice: what the process holds itself (anonymous pages, which must fit), and all of its resident pages, mapped
 files included, which the system takes back where it needs them. With --stop-after the run ends behind so many decoder layers; what the
-others would take is then added at the same time a layer. Further options go to `mbq-gguf convert`'s options by name (--set samples=8).
+others would take is then added at the same time a layer. With --texts-of the model only writes its texts, with so many layers that all
+are the first one's files again. Further options go to `mbq-gguf convert`'s options by name (--set samples=8).
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
+import re
 import threading
 import time
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import click
 import torch
 from mbq_gguf import convert as converting
+from mbq_gguf.calibration import narrow
+from mbq_gguf.calibration.generate import writing_bits
+from mbq_gguf.calibration.precision import bf16_products
+from mbq_gguf.calibration.synthetic import written
 from mbq_gguf.convert import ConvertOptions
 from mbq_gguf.export.progress import Stages
+from mbq_gguf.models.load import load
+from mbq_gguf.settings import QuantiseSettings
 from rich.console import Console
 
 EVERY = 0.1  # seconds between two looks at the memory
@@ -90,14 +102,69 @@ class Times:
                 raise StoppedError
 
 
-def measured(options: ConvertOptions, stop_after: int | None) -> dict[str, Any]:
-    """Convert, and tell what it took."""
+def told_of(memory: Memory, times: Times) -> dict[str, Any]:
+    """Stages and memory so far."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
+        "told": times.stages,
+        "host_gib": {kind: value / 2**30 for kind, value in memory.peak.items()},
+        "host_gib_by_stage": {stage: value / 2**30 for stage, value in memory.by_stage.items()},
+        "gpu_gib_by_stage": {stage: value / 2**30 for stage, value in times.card.items()},
+        "gpu_gib_reserved": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0,
+    }
+
+
+def texts(model: Path, layers: int, device: str, count: int) -> dict[str, Any]:
+    """Let a model of so many layers write its texts; each layer is the first one's files again."""
+    loading = importlib.import_module("mbq_gguf.models.load")
+    first, known = re.compile(r"language_model\.layers\.0\."), loading.stored_tensors
+
+    def repeated(files: Any) -> dict[str, torch.Tensor]:
+        found = known(files)
+        for name in [name for name in found if first.search(name)]:
+            found |= {first.sub(f"language_model.layers.{number}.", name): found[name] for number in range(1, layers)}
+        return found
+
+    with TemporaryDirectory() as folder, patch.object(loading, "stored_tensors", repeated), Memory() as memory:
+        for file in model.iterdir():
+            (Path(folder) / file.name).symlink_to(file.absolute())
+        config = json.loads((model / "config.json").read_text())
+        config["text_config"] |= {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
+        (Path(folder) / "config.json").unlink()
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        times = Times(memory, None)
+        loaded = load(Path(folder), device, progress=lambda done, total: times("check weights", done, total))
+        times("load", 1, 1)
+        bits = writing_bits(loaded)
+        with bf16_products():
+            written(loaded, count, lambda done, total: times("write texts", done, total))
+        seconds = time.perf_counter() - times.begun
+    return {"ended": f"{count} texts of {layers} layers", "bits": bits, "seconds": seconds, **told_of(memory, times)}
+
+
+def limit_card(gib: float) -> None:
+    """Use no more of the card than a smaller one has."""
+    if torch.cuda.is_available():
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+        free = narrow.available
+        narrow.available = lambda device: max(0, free(device) - total + round(gib * 2**30))  # type: ignore[attr-defined]
+
+
+def measured(options: ConvertOptions, stop_after: int | None, store: Path | None) -> dict[str, Any]:
+    """Convert, and tell what it took; ``store`` has what is known so far."""
     with Memory() as memory:
         times = Times(memory, stop_after)
         shown = Stages.__call__
 
         def told(self: Stages, stage: str, done: int, total: int) -> None:
             shown(self, stage, done, total)
+            if store:
+                store.write_text(json.dumps({"ended": f"in {stage}", **told_of(memory, times)}, indent=1) + "\n", encoding="utf-8")
             times(stage, done, total)
 
         Stages.__call__ = told  # type: ignore[method-assign]
@@ -111,23 +178,14 @@ def measured(options: ConvertOptions, stop_after: int | None) -> dict[str, Any]:
         seconds = time.perf_counter() - times.begun
     steps = [later - earlier for earlier, later in zip(times.layers, times.layers[1:], strict=False)]
     a_layer = sum(steps) / len(steps) if steps else 0.0
-    cuda = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "date": date.today().isoformat(),
         "ended": ended,
         "seconds": seconds,
         "seconds_a_layer": a_layer,
         "seconds_predicted": seconds + a_layer * (times.of - len(times.layers)),
         "layers": [len(times.layers), times.of],
         "by_stage": None if report is None else report.seconds,
-        "told": times.stages,
-        "host_gib": {kind: value / 2**30 for kind, value in memory.peak.items()},
-        "host_gib_by_stage": {stage: value / 2**30 for stage, value in memory.by_stage.items()},
-        "gpu_gib_by_stage": {stage: value / 2**30 for stage, value in times.card.items()},
-        "gpu_gib_reserved": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0,
+        **told_of(memory, times),
     }
 
 
@@ -137,15 +195,30 @@ def measured(options: ConvertOptions, stop_after: int | None) -> dict[str, Any]:
 @click.option("--device", default="cpu")
 @click.option("--type", "type_", default=ConvertOptions.type)
 @click.option("--stop-after", type=click.IntRange(min=1))
+@click.option("--texts-of", type=click.IntRange(min=1), help="Only write the texts, with so many layers.")
+@click.option("--card-gib", type=float, help="Use no more of the card.")
 @click.option("--set", "chosen", multiple=True, help="NAME=VALUE of a conversion's options, as Python has them.")
 @click.option("--json", "store", type=click.Path(dir_okay=False, path_type=Path))
-def main(model: Path, out: Path, device: str, type_: str, stop_after: int | None, chosen: tuple[str, ...], store: Path | None) -> None:
+def main(
+    model: Path,
+    out: Path,
+    device: str,
+    type_: str,
+    stop_after: int | None,
+    texts_of: int | None,
+    card_gib: float | None,
+    chosen: tuple[str, ...],
+    store: Path | None,
+) -> None:
     """Convert MODEL to OUT and tell what it took."""
     options = ConvertOptions(model, out, type=type_, device=device)
     for pair in chosen:
         name, _, value = pair.partition("=")
         options = replace(options, **{name: json.loads(value)})
-    found = {"model": model.name, "set": list(chosen), **measured(options, stop_after)}
+    if card_gib:
+        limit_card(card_gib)
+    found = texts(model, texts_of, device, QuantiseSettings.synthetic) if texts_of else measured(options, stop_after, store)
+    found = {"model": model.name, "set": list(chosen), "card_gib": card_gib, **found}
     text = json.dumps(found, indent=1)
     if store:
         store.write_text(text + "\n", encoding="utf-8")

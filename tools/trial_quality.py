@@ -23,7 +23,7 @@ from typing import Any
 import click
 import torch
 from mbq_gguf.calibration.dataset import Sample, Turns, load_samples, read_jsonl
-from mbq_gguf.calibration.generate import greedy_answer
+from mbq_gguf.calibration.generate import greedy_answer, whole_decoder
 from mbq_gguf.calibration.stream import advance, capture, capture_encoded, logits, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.evaluate.exact_match import MAX_TOKENS, SHIPPED
@@ -138,10 +138,11 @@ def scenes(loaded: LoadedModel, count: int) -> Streams:
 def photographs(loaded: LoadedModel, folder: Path) -> Streams:
     """The questions of photographs.py, each with the model's own answer."""
     samples = []
-    for entry in map(json.loads, (folder / "photographs.jsonl").read_text(encoding="utf-8").splitlines()):
-        path = folder / entry["image"]
-        for question in (turn["question"] for turn in entry["turns"]):
-            samples.append(Sample(path, ((question, greedy_answer(loaded, open_picture(path), question, MAX_TOKENS) or "."),)))
+    with whole_decoder(loaded):
+        for entry in map(json.loads, (folder / "photographs.jsonl").read_text(encoding="utf-8").splitlines()):
+            path = folder / entry["image"]
+            for question in (turn["question"] for turn in entry["turns"]):
+                samples.append(Sample(path, ((question, greedy_answer(loaded, open_picture(path), question, MAX_TOKENS) or "."),)))
     return list(capture(loaded, samples))
 
 

@@ -42,13 +42,14 @@ class WorkDir:
     def cached(self, name: str, make: Callable[[], Item]) -> Item:
         """Item ``name`` as an earlier run has saved it, or as ``make`` makes it, which is then saved. Raises as :meth:`save` does.
 
-        Of several processes the first alone reads and writes.
+        Its tensors lie in the mapped file, so that what is finished takes no memory. Of several processes the first alone reads and writes.
         """
         found = from_first(lambda: self.load(name))
         if found is None:
             found = make()
             if launch.first():
                 self.save(name, *found)
+                found = self.load(name) or found
         return found
 
     def load(self, name: str) -> Item | None:
@@ -57,12 +58,10 @@ class WorkDir:
         if not os.path.lexists(file):
             return None
         try:
-            with safe_open(str(file), framework="pt") as opened:
-                written = opened.metadata()
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            written, tensors = _opened(file)
             if written["checksum"] != self._checksum(name, tensors, written["data"]):
                 raise ValueError("its checksum differs")
-            return tensors, json.loads(written["data"])
+            return _opened(file)[1], json.loads(written["data"])  # mapped anew: no page of it is in memory yet
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             self.tell(f"{file} is damaged ({_cause(error)}): it will be made again")
             return None
@@ -133,6 +132,12 @@ def open_workdir(path: Path, fingerprint: Mapping[str, str], tell: Callable[[str
     except OSError as error:
         raise UsageError(f"the work directory {path} cannot be used ({error}): choose another") from error
     return WorkDir(path, text, tell)
+
+
+def _opened(file: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Metadata and tensors of a safetensors file."""
+    with safe_open(str(file), framework="pt") as opened:
+        return opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
 
 
 def _read_fingerprint(file: Path) -> dict[str, Any] | None:

@@ -6,11 +6,12 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from mbq_gguf.calibration.generate import greedy_answer
+from mbq_gguf.calibration.generate import greedy_answer, whole_decoder
 from mbq_gguf.conversations import read_scenes
 from mbq_gguf.errors import UsageError, UserError, at
 from mbq_gguf.models.loaded import LoadedModel
@@ -68,9 +69,10 @@ class Drawn:
         def answer_to(image: Path) -> str:
             return greedy_answer(loaded, open_picture(image), FREE_QUESTION, FREE_ANSWER_TOKENS)
 
-        for image, answer in zip(self.pictures, spread_values(self.pictures, answer_to), strict=True):
-            if answer:
-                samples.append(Sample(image, ((FREE_QUESTION, answer),)))
+        with whole_decoder(loaded) if self.pictures else nullcontext():
+            for image, answer in zip(self.pictures, spread_values(self.pictures, answer_to), strict=True):
+                if answer:
+                    samples.append(Sample(image, ((FREE_QUESTION, answer),)))
         if not samples:
             raise UserError(
                 f"the model answers nothing to {FREE_QUESTION!r} on the images in {self.folder}: give a JSONL file with answers"

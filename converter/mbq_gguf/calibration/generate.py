@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from mbq_gguf.calibration.narrow import bits_with_room, in_bits
 from mbq_gguf.errors import UserError
 from mbq_gguf.models.loaded import LoadedModel
 
 
 def greedy_answer(loaded: LoadedModel, image: Image.Image, question: str, max_tokens: int) -> str:
-    """What the model writes greedily after ``question`` about ``image``, at most ``max_tokens`` tokens."""
+    """What the model writes greedily after ``question`` about ``image``, at most ``max_tokens`` tokens, inside :func:`whole_decoder`."""
     encoded = loaded.encode(image, [(question, "")])
     out = _generate(loaded, encoded.inputs, do_sample=False, max_new_tokens=max_tokens)
     new = out[0, encoded.ids.shape[0] :]
@@ -37,7 +38,8 @@ def written_texts(
     other = torch.tensor(sorted(set(range(loaded.decoder.head.out_features)) - set(plain.tolist())), dtype=torch.long)
     sampler = _Sampler(other.to(loaded.device), temperature, draw, lambda done: progress(done, length))
     inputs = loaded.prompts.text_inputs(first.to(loaded.device))
-    return _generate(loaded, inputs, logits_processor=[sampler], do_sample=False, max_new_tokens=length - first.shape[1]).cpu()
+    with whole_decoder(loaded):
+        return _generate(loaded, inputs, logits_processor=[sampler], do_sample=False, max_new_tokens=length - first.shape[1]).cpu()
 
 
 class _Sampler:
@@ -66,26 +68,35 @@ def _plain_tokens(loaded: LoadedModel) -> torch.Tensor:
 @torch.no_grad()
 def _generate(loaded: LoadedModel, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
     mask = torch.ones_like(inputs["input_ids"])
-    with _whole_decoder(loaded):
-        model = loaded.model
-        out: torch.Tensor = model.generate(**inputs, attention_mask=mask, use_cache=True, pad_token_id=0, **options)  # type: ignore[operator]
+    model = loaded.model
+    out: torch.Tensor = model.generate(**inputs, attention_mask=mask, use_cache=True, pad_token_id=0, **options)  # type: ignore[operator]
     return out
 
 
-@contextmanager
-def _whole_decoder(loaded: LoadedModel) -> Iterator[None]:
-    """The whole decoder on the device, for the time of the block: in the stored dtype, where the device multiplies in it."""
-    decoder = loaded.decoder
-    stored = next(decoder.layers.parameters()).dtype
+def writing_bits(loaded: LoadedModel) -> int:
+    """The bits of the decoder's weights while the model writes; UserError where the device has no room for the fewest."""
+    return bits_with_room(loaded, _writing_dtype(loaded))
+
+
+def _writing_dtype(loaded: LoadedModel) -> torch.dtype:
+    """The stored dtype, where the device multiplies in it."""
+    stored = next(loaded.decoder.layers.parameters()).dtype
     low = loaded.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    dtype = stored if low else loaded.dtype
+    return stored if low else loaded.dtype
+
+
+@contextmanager
+def whole_decoder(loaded: LoadedModel) -> Iterator[None]:
+    """The whole decoder on the device, for the time of the block. UserError where that has no room for it."""
+    decoder, dtype = loaded.decoder, _writing_dtype(loaded)
+    bits = writing_bits(loaded)
     handles = [
         decoder.embed_tokens.register_forward_hook(lambda _module, _args, out: out.to(dtype)),
         # Of several tokens' states only the last are wanted; for such a slice torch copies the head's weight for every text (50 s of 80).
         decoder.head.register_forward_pre_hook(lambda _module, args: (args[0].contiguous(),)),
     ]
     try:
-        with loaded.whole(dtype):
+        with in_bits(loaded, bits, dtype):
             yield
     except torch.OutOfMemoryError as error:
         raise UserError(

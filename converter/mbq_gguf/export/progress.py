@@ -8,13 +8,18 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
-    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from mbq_gguf.memory import on_card, own
 
 
 def progress_bars(console: Console) -> Progress:
@@ -22,12 +27,26 @@ def progress_bars(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TaskProgressColumn(),
+        MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        MemoryColumn(),
         console=console,
     )
+
+
+class MemoryColumn(ProgressColumn):
+    """What the process holds now of host and card, beside the bars that are not full."""
+
+    max_refresh = 1.0  # seconds between two looks
+
+    def render(self, task: Task) -> Text:
+        """As "3.1 GB, card 20.4 GB"."""
+        if task.finished:
+            return Text("")
+        card = on_card()
+        return Text(f"{own() / 1e9:.1f} GB" + (f", card {card / 1e9:.1f} GB" if card else ""))
 
 
 def download_bars(console: Console) -> Progress:

@@ -8,6 +8,8 @@ import torch
 
 from mbq_gguf.allocation.allocate import allocate
 from mbq_gguf.allocation.plan import Plan
+from mbq_gguf.calibration.generate import writing_bits
+from mbq_gguf.calibration.narrow import NARROW
 from mbq_gguf.calibration.precision import bf16_products
 from mbq_gguf.calibration.ranges import static_keys
 from mbq_gguf.calibration.sensitivity import Sensitivity, measure
@@ -60,13 +62,18 @@ def add_synthetic(walk: Walk) -> None:
     def texts() -> tuple[dict[str, torch.Tensor], None]:
         with walk.timed("texts"), bf16_products():
             # by one process: a step of all texts takes as long as a step of some
-            return {"ids": from_first(lambda: written(walk.loaded, count, walk.counted("write texts")))}, None
+            return {"ids": from_first(lambda: written(walk.loaded, count, walk.counted(_writing_stage(walk))))}, None
 
     ids = walk.work.cached("texts", texts)[0]["ids"]
     with walk.timed("capture"):
         for number, stream in enumerate(synthetic_streams(walk.loaded, ids, walk.samples)):
             captured.append(stream)
             walk.progress("synthetic", number + 1, count + count // 2)
+
+
+def _writing_stage(walk: Walk) -> str:
+    bits = writing_bits(walk.loaded)
+    return "write texts" if bits > max(NARROW) else f"write texts, decoder in {bits} bits"
 
 
 def measure_sinks(walk: Walk) -> None:

@@ -1,0 +1,98 @@
+"""The decoder in the bits that a device has room for, while the model writes: as stored, or its matrices in 8 or 4 bits.
+
+A text takes 127 steps through all layers, so they must lie on the device: a 72B read from its files for each step would take hours. A copy
+in 4 bits, groups of 64 weights with a scale each, takes 38 GB. Texts that a model writes at temperature 1.6 are no reference for anything;
+where the stored weights fit, they are written with those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from mbq_gguf.errors import UserError
+from mbq_gguf.memory import available
+from mbq_gguf.models.loaded import LoadedModel
+from mbq_gguf.models.stored import put, read_into, tensors_of
+
+GROUP = 64  # weights with one scale
+SHARE = 0.85  # of what is free may be weights; the rest is for keys, values and scores
+NARROW = (8, 4)
+
+
+class Narrow(nn.Module):
+    """A linear in 8 or 4 bits, symmetric; its matrix is made again at each call, in the dtype of the input."""
+
+    def __init__(self, module: nn.Linear, bits: int) -> None:
+        super().__init__()
+        rows, columns = module.weight.shape
+        group = GROUP if columns % GROUP == 0 else columns
+        self.shape, self.bias = (rows, columns), module.bias
+        self.packed = bits == 4 and columns % 2 == 0
+        largest = 2 ** (bits - 1) - 1
+        groups = module.weight.detach().float().view(rows, -1, group)
+        self.scale = (groups.abs().amax(dim=2, keepdim=True) / largest).clamp(min=1e-30)
+        codes = (groups / self.scale).round_().to(torch.int8).view(rows, columns)
+        if self.packed:
+            codes = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
+        self.codes = codes
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix [rows, columns]."""
+        codes = torch.stack([(self.codes << 4) >> 4, self.codes >> 4], dim=2) if self.packed else self.codes
+        made: torch.Tensor = codes.view(*self.scale.shape[:2], -1).to(dtype) * self.scale.to(dtype)
+        return made.view(self.shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As a linear."""
+        return linear(x, self.weight(x.dtype), self.bias)
+
+
+def bits_with_room(loaded: LoadedModel, dtype: torch.dtype) -> int:
+    """The most bits a weight, those of ``dtype`` or one of :data:`NARROW`, in which the decoder's matrices find room on the device.
+
+    Raises UserError where none does.
+    """
+    matrices = sum(linear.weight.numel() for _, linear in loaded.decoder.linears())
+    others = sum(parameter.numel() for parameter in loaded.decoder.layers.parameters()) - matrices
+    room = SHARE * available(loaded.device)
+    for bits in (dtype.itemsize * 8, *NARROW):
+        scales = 0 if bits > max(NARROW) else 32 / GROUP
+        if matrices * (bits + scales) / 8 + others * dtype.itemsize <= room:
+            return bits
+    raise UserError(
+        f"{loaded.device} has no room for the decoder to write texts with, {matrices / 2e9:.1f} GB in 4 bits: give --synthetic 0 and a "
+        "JSONL set, or --device cpu"
+    )
+
+
+@contextmanager
+def in_bits(loaded: LoadedModel, bits: int, dtype: torch.dtype) -> Iterator[None]:
+    """While open, all decoder layers are on the device, in ``dtype``, their matrices in ``bits``; read from their files one by one."""
+    if bits > max(NARROW):
+        with loaded.whole(dtype):
+            yield
+        return
+    layers = loaded.decoder.layers
+    before, replaced = list(tensors_of(layers)), []
+    try:
+        for layer in layers:
+            names = loaded.decoder.layout.of(layer).linears
+            read_into(layer, loaded.device, dtype)
+            for name in names:
+                parent, _, own = name.rpartition(".")
+                owner, module = layer.get_submodule(parent), layer.get_submodule(name)
+                assert isinstance(module, nn.Linear)
+                replaced.append((owner, own, module))
+                setattr(owner, own, Narrow(module, bits))
+                module.weight = nn.Parameter(module.weight.detach().to("meta"), requires_grad=False)
+        yield
+    finally:
+        for owner, own, module in replaced:
+            setattr(owner, own, module)
+        for owner, name, value in before:
+            put(owner, name, value)

@@ -1,0 +1,50 @@
+"""How much memory there is and how much is taken, of the host and of a card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def available(device: torch.device) -> int:
+    """Bytes that are free on ``device``: what the driver and torch's own pool have left, or what the system can give without swapping,
+    within the limit of a container. Where the system does not say, all that one can address."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(_kilobytes(MEMINFO, "MemAvailable"), _left_in_container())
+
+
+def own() -> int:
+    """Bytes of the host that this process holds itself; pages of mapped files, which the system takes back at need, are none of them."""
+    return _kilobytes(STATUS, "RssAnon")
+
+
+def on_card() -> int:
+    """Bytes that torch has taken on all cards; 0 without one."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return 0
+    return sum(torch.cuda.memory_allocated(number) for number in range(torch.cuda.device_count()))
+
+
+def _left_in_container() -> int:
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        cache = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines()).get("inactive_file", "0")
+        return int(limit) - int(used) + int(cache)
+    except (OSError, ValueError):  # none, or one without a limit ("max")
+        return 1 << 62
+
+
+def _kilobytes(file: Path, name: str) -> int:
+    try:
+        for line in file.read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 1 << 62 if file is MEMINFO else 0
