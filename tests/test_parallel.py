@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from forked import Command, free_port, of_several
 from mbq_gguf import launch
 from mbq_gguf.calibration import batches, sums
 from mbq_gguf.calibration.dataset import SHIPPED, Sample, read_jsonl
+from mbq_gguf.cli import main
 from mbq_gguf.errors import UsageError
 from mbq_gguf.models import load
 from mbq_gguf.parallel import from_first, own, shares, spread, spread_values, together
@@ -31,7 +34,7 @@ def quantised(model: str, out: str) -> None:
     with together("cpu"):
         result = quantise(load(Path(model)), samples, SETTINGS)
     if launch.first():
-        save_file(result.tensors, out, {name: str(fact) for name, fact in result.facts.items()})
+        save_file(result.tensors, out, {"facts": json.dumps(result.facts)})
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,14 @@ def test_a_single_process_does_all_by_itself() -> None:
         assert from_first(lambda: 7) == 7
         assert list(own(3)) == [0, 1, 2]
         assert shares(5) == [range(5)]
+
+
+def test_other_commands_are_the_work_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in of_several(2, 1)[0].items():
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(main, ["imatrix", "model", "out.gguf"])
+    assert done.exit_code == 2
+    assert "imatrix is the work of one process: start it without torchrun" in done.output
 
 
 def test_each_process_takes_a_card(monkeypatch: pytest.MonkeyPatch) -> None:

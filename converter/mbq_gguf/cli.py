@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from mbq_gguf import __version__, launch, settings
 from mbq_gguf.convert_command import convert
-from mbq_gguf.errors import SHOWN
+from mbq_gguf.errors import SHOWN, UsageError
 from mbq_gguf.evaluate.command import eval_command
 from mbq_gguf.export.atomic import check_output
 from mbq_gguf.hub import model_directory
@@ -26,6 +26,13 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 class Commands(click.Group):
     """A group that prints one of :data:`SHOWN` as its sentence and ends with its exit code."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does; of several processes (torchrun) all but `convert` would do the same work and write the same files."""
+        found = super().resolve_command(ctx, args)
+        if launch.count() > 1 and found[0] != "convert":
+            raise UsageError(f"{found[0]} is the work of one process: start it without torchrun")
+        return found
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; 1 means it failed, 2 that the call was wrong, 128 and its number that a signal ended it (Ctrl-C: 130)."""

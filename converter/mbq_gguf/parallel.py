@@ -159,5 +159,7 @@ def _heard() -> Iterator[None]:
     """A process that does not answer, as one sentence."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # torch.distributed's errors are of this class, and gloo's have no other
         raise UserError(launch.ENDED) from error

@@ -12,6 +12,7 @@ from PIL import Image
 from mbq_gguf.calibration.narrow import bits_with_room, in_bits
 from mbq_gguf.errors import UserError
 from mbq_gguf.models.loaded import LoadedModel
+from mbq_gguf.parallel import from_first
 
 
 def greedy_answer(loaded: LoadedModel, image: Image.Image, question: str, max_tokens: int) -> str:
@@ -89,7 +90,7 @@ def _writing_dtype(loaded: LoadedModel) -> torch.dtype:
 def whole_decoder(loaded: LoadedModel) -> Iterator[None]:
     """The whole decoder on the device, for the time of the block. UserError where that has no room for it."""
     decoder, dtype = loaded.decoder, _writing_dtype(loaded)
-    bits = writing_bits(loaded)
+    bits = from_first(lambda: writing_bits(loaded))  # the same on all cards, whatever room each has
     handles = [
         decoder.embed_tokens.register_forward_hook(lambda _module, _args, out: out.to(dtype)),
         # Of several tokens' states only the last are wanted; for such a slice torch copies the head's weight for every text (50 s of 80).
