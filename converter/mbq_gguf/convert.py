@@ -18,6 +18,7 @@ from mbq_gguf import launch
 from mbq_gguf.allocation.plan import plan_table
 from mbq_gguf.beforehand import check_inputs, check_tower, look_ahead
 from mbq_gguf.calibration.dataset import Drawn, Sample, draw_samples, fingerprint
+from mbq_gguf.calibration.spill import spilling
 from mbq_gguf.convert_options import ConvertOptions as ConvertOptions
 from mbq_gguf.export import metadata
 from mbq_gguf.export.atomic import check_output, claimed, staged
@@ -26,6 +27,7 @@ from mbq_gguf.export.injection import TensorRecord
 from mbq_gguf.export.progress import Stages, progress_bars
 from mbq_gguf.export.report import ConvertReport, fallback_sentences, nearest_sentences, static_sentences, transform_sentences
 from mbq_gguf.formats.registry import quant_type
+from mbq_gguf.memory import available, own
 from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.checks import check_finite
 from mbq_gguf.models.load import outline
@@ -37,6 +39,7 @@ from mbq_gguf.quantise_tower import quantise_tower
 from mbq_gguf.timing import Timer
 from mbq_gguf.workdir import WorkDir, open_workdir
 
+FREE_SHARE = 0.7  # of the memory that is free before a conversion: activations beyond it go to disk
 BASE_TYPE = "BF16"  # matrices of a quantised file that no method touches; checkpoints are BF16 today, so nothing is lost
 
 
@@ -140,7 +143,8 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
         calibration = fingerprint(samples) if samples else ""
         work = open_work(options, calibration, say)
         try:
-            result = quantise(loaded, samples, options.settings, work, stages)
+            with spilling(host_bytes(options), work.path):
+                result = quantise(loaded, samples, options.settings, work, stages)
         finally:
             if launch.first() and options.work_dir is None and not any(work.path.glob("*.safetensors")):
                 shutil.rmtree(options.work_root, ignore_errors=True)  # nothing to go on from
@@ -149,6 +153,13 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
         return Quantised(result, calibration, len(samples))
     turned = VisionFile({}, result.tensors_of("vision"), result.facts_of("vision"))
     return Quantised(result, calibration, len(samples), change_tower(options, loaded, samples, turned, stages, timer))
+
+
+def host_bytes(options: ConvertOptions) -> int:
+    """What the process may hold of the host's memory before activations go to disk."""
+    if options.memory is not None:
+        return round(options.memory * 1e9)
+    return own() + round(FREE_SHARE * available(torch.device("cpu")) / launch.count())
 
 
 def run_tower_alone(options: ConvertOptions, console: Console, bars: Progress, timer: Timer) -> VisionFile:

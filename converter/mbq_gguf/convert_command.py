@@ -49,6 +49,11 @@ research = option_group("Research (what each does to the figures: docs/results.m
 @everyday("--revision", help="Of a MODEL on a hub: a branch, a tag or a commit (default: main).")
 @everyday("--device", default=settings.DEVICE, help="Where layers are computed: cpu, cuda, cuda:1.")
 @everyday("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")
+@everyday(
+    "--memory",
+    type=click.FloatRange(min=0),
+    help="GB of the host's memory to hold before samples' activations go to disk, beside finished layers (default: most of what is free).",
+)
 @everyday("--work-dir", type=DIRECTORY, help="Where finished layers are kept (default: beside OUT until it is whole).")
 @everyday("--embedding-type", default=settings.EMBEDDING_TYPE, help="The type of embeddings and output head.")
 @everyday(

@@ -40,6 +40,7 @@ class ConvertOptions:
     turns: Turns = defaults.TURNS
     device: str = defaults.DEVICE
     threads: int | None = None
+    memory: float | None = None  # GB of the host that the process holds before activations go to disk; None: FREE_SHARE of what is free
     embedding_type: str = defaults.EMBEDDING_TYPE  # of embeddings and output head
     mmproj_type: str = defaults.MMPROJ_TYPE
     synthetic: int = QuantiseSettings.synthetic

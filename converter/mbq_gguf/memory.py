@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # progress bars come with --help, which loads no torch
+    import torch
 
 STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
@@ -14,6 +17,8 @@ def available(device: torch.device) -> int:
     """Bytes that are free on ``device``: what the driver and torch's own pool have left, or what the system can give without swapping,
     within the limit of a container. Where the system does not say, all that one can address."""
     if device.type == "cuda":
+        import torch
+
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(_kilobytes(MEMINFO, "MemAvailable"), _left_in_container())
@@ -26,7 +31,8 @@ def own() -> int:
 
 def on_card() -> int:
     """Bytes that torch has taken on all cards; 0 without one."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
         return 0
     return sum(torch.cuda.memory_allocated(number) for number in range(torch.cuda.device_count()))
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.observe import TokenWeights, Watch
+from mbq_gguf.calibration.spill import to_host
 from mbq_gguf.calibration.stream import run_batch, split_back
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.sums import Sum
@@ -124,7 +125,7 @@ class Replay:
             with self._resumed(number):
                 x = self.layer.input_of(name, partial(run_batch, self.layer, batch))
             if name in self.branches:
-                reached[number] = x.to(batch[0].hidden.device)
+                reached[number] = to_host(x)
             return compute(number, x[0].float())
 
         for _, parts in spread(range(len(self.batches)), run):

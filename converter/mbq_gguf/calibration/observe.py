@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mbq_gguf.calibration.batches import batches
+from mbq_gguf.calibration.spill import to_host
 from mbq_gguf.calibration.stream import run_batch, split_back
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.sums import Sum
@@ -54,7 +55,7 @@ def observe(
                 continue
             x = watch.inputs[site.name][0].float()
             if keep_inputs and site.expert is None:
-                each = torch.split(x.to(device="cpu", dtype=KEPT), [stream.hidden.shape[1] for stream in batch])
+                each = torch.split(to_host(x, KEPT), [stream.hidden.shape[1] for stream in batch])
                 inputs[site.name] |= {id(stream): part for stream, part in zip(batch, each, strict=True)}
             if hessian_weights is not None:
                 # Both sides alike, so that the sum is positive however the product is rounded.

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mbq_gguf import parallel
+from mbq_gguf.calibration.spill import to_host
 from mbq_gguf.calibration.stream import advance, logits, to_device, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
@@ -202,7 +203,7 @@ def _backward(
         for end, count in zip(ends, (counts.count_loss, counts.count_fisher), strict=False):
             seen.clear()  # of an expert that this sample does not reach
             (gradient,) = torch.autograd.grad(output, hidden, end.to(loaded.device), retain_graph=end is not ends[-1])
-            out[-1].append(gradient.cpu())
+            out[-1].append(to_host(gradient))
             count(index, seen)
     for handle in handles:  # which hold the layer, as it holds them: its memory would wait for Python's collector
         handle.remove()

@@ -12,6 +12,7 @@ from torch import nn
 
 from mbq_gguf.calibration.batches import Apart, batches, joined
 from mbq_gguf.calibration.dataset import Sample
+from mbq_gguf.calibration.spill import to_host
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
@@ -44,7 +45,7 @@ def capture_encoded(loaded: LoadedModel, encoded: Encoded, answer_mask: AnswerMa
     first, *added = (catcher.hidden for catcher in catchers if isinstance(catcher, _Catcher))
     assert first is not None
     return Streamed(
-        first.cpu(),
+        to_host(first),
         kwargs,
         encoded.ids.cpu(),
         encoded.vision,
@@ -110,7 +111,7 @@ def run_batch(layer: Layer, batch: Sequence[Streamed]) -> torch.Tensor:
 
 def split_back(batch: Sequence[Streamed], hidden: torch.Tensor) -> None:
     """Give each stream of ``batch`` its part of ``hidden`` [1, tokens, width]."""
-    parts = torch.split(hidden.to(batch[0].hidden.device), [stream.hidden.shape[1] for stream in batch], dim=1)
+    parts = torch.split(to_host(hidden), [stream.hidden.shape[1] for stream in batch], dim=1)
     for stream, part in zip(batch, parts, strict=True):
         stream.hidden = part
 
