@@ -46,6 +46,7 @@ FUNCTION_NAMES = """
     mtmd_bitmap_init mtmd_bitmap_get_nx mtmd_bitmap_get_ny mtmd_bitmap_get_id mtmd_bitmap_free mtmd_input_chunks_init
     mtmd_input_chunks_size mtmd_input_chunks_get mtmd_input_chunks_free mtmd_input_chunk_get_type mtmd_input_chunk_get_tokens_text
     mtmd_input_chunk_get_n_tokens mtmd_input_chunk_get_n_pos mtmd_tokenize mtmd_encode_chunk mtmd_get_output_embd
+    mtmd_batch_init mtmd_batch_free mtmd_batch_add_chunk mtmd_batch_encode mtmd_batch_get_output_embd
     mtmd_helper_log_set mtmd_helper_init_opt_default mtmd_helper_bitmap_init_from_file mtmd_helper_decode_image_chunk
     mtmd_helper_eval_chunks mtmd_aifs_init mtmd_aifs_refusal mtmd_aifs_add_rows
     llama_batch_ext_init llama_batch_ext_free llama_batch_ext_add_token llama_batch_ext_add_embd llama_batch_ext_set_pos

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Vision:
             self.close()
             raise BindingError(f"{mmproj} holds no vision tower: give the mmproj file that was made with the model")
         self._width: int = c.llama_model_n_embd_inp(model)
+        self.passes = 0  # of the tower, until now
 
     def close(self) -> None:
         """Free the vision tower; a second call does nothing."""
@@ -78,23 +79,62 @@ class Vision:
 
     def encode(self, path: Path) -> EncodedImage:
         """The picture through vision tower and projector. Raises CallError where there is no such picture."""
+        c = self._binding.c
+        bitmap, embeddings = self._bitmap(path), []
+        with self._tokenized(self.marker, [bitmap]) as chunks:
+            for handle in self._images(chunks):
+                if c.mtmd_encode_chunk(self._context, handle) != 0:
+                    raise BindingError(f"the vision tower failed on {path} ({take_error('unknown reason')}): try a smaller picture")
+                self.passes += 1
+                embeddings.append(self._rows(handle, c.mtmd_get_output_embd(self._context)))
+        return EncodedImage(c.mtmd_bitmap_get_nx(bitmap), c.mtmd_bitmap_get_ny(bitmap), tuple(embeddings))
+
+    def encode_together(self, paths: Sequence[Path]) -> list[EncodedImage]:
+        """Pictures of one prompt: neighbours of one size in one pass of the tower where it has such a graph, as many as libmtmd allows
+        (1024 tokens), as llama-server encodes them; ``passes`` counts. Raises CallError where there is no such picture."""
+        c = self._binding.c
+        bitmaps = [self._bitmap(path) for path in paths]
+        with ExitStack() as stack:
+            images = [self._images(stack.enter_context(self._tokenized(self.marker, [bitmap]))) for bitmap in bitmaps]
+            embeddings = iter(self._encoded([handle for handles in images for handle in handles]))
+            return [
+                EncodedImage(c.mtmd_bitmap_get_nx(bitmap), c.mtmd_bitmap_get_ny(bitmap), tuple(next(embeddings) for _ in handles))
+                for bitmap, handles in zip(bitmaps, images, strict=True)
+            ]
+
+    def _encoded(self, handles: list[Any]) -> list[Floats]:
+        """The embeddings of image chunks, batch by batch."""
+        c = self._binding.c
+        found: list[Floats] = []
+        while len(found) < len(handles):
+            batch = self._binding.ffi.gc(c.mtmd_batch_init(self._context), c.mtmd_batch_free)
+            end = len(found)
+            while end < len(handles) and c.mtmd_batch_add_chunk(batch, handles[end]) == 0:
+                end += 1
+            taken = handles[len(found) : end]
+            if not taken or c.mtmd_batch_encode(batch) != 0:
+                raise BindingError(f"the vision tower failed on {len(taken)} pictures ({take_error('unknown reason')}): try smaller ones")
+            self.passes += 1
+            found += [self._rows(handle, c.mtmd_batch_get_output_embd(batch, handle)) for handle in taken]
+        return found
+
+    def _bitmap(self, path: Path) -> Any:
         ffi, c = self._binding.ffi, self._binding.c
         if not path.is_file():
             raise CallError(f"there is no picture {path}: give the path of a PNG, JPEG, BMP or GIF file")
         loaded = c.mtmd_helper_bitmap_init_from_file(self._context, os.fsencode(path), False, c.mtmd_helper_init_opt_default())
         if loaded.bitmap == ffi.NULL:
             raise BindingError(f"{path} cannot be read as a picture: give a PNG, JPEG, BMP or GIF file")
-        bitmap = ffi.gc(loaded.bitmap, c.mtmd_bitmap_free)
-        embeddings = []
-        with self._tokenized(self.marker, [bitmap]) as chunks:
-            for handle in chunks:
-                if c.mtmd_input_chunk_get_type(handle) == c.MTMD_INPUT_CHUNK_TYPE_IMAGE:
-                    if c.mtmd_encode_chunk(self._context, handle) != 0:
-                        raise BindingError(f"the vision tower failed on {path} ({take_error('unknown reason')}): try a smaller picture")
-                    size = c.mtmd_input_chunk_get_n_tokens(handle) * self._width
-                    output = ffi.buffer(c.mtmd_get_output_embd(self._context), 4 * size)
-                    embeddings.append(np.frombuffer(output, np.float32).reshape(-1, self._width).copy())
-        return EncodedImage(c.mtmd_bitmap_get_nx(bitmap), c.mtmd_bitmap_get_ny(bitmap), tuple(embeddings))
+        return ffi.gc(loaded.bitmap, c.mtmd_bitmap_free)
+
+    def _images(self, chunks: Sequence[Any]) -> list[Any]:
+        c = self._binding.c
+        return [chunk for chunk in chunks if c.mtmd_input_chunk_get_type(chunk) == c.MTMD_INPUT_CHUNK_TYPE_IMAGE]
+
+    def _rows(self, handle: Any, output: Any) -> Floats:
+        """A copy of an image chunk's embeddings [tokens, width]."""
+        size = self._binding.c.mtmd_input_chunk_get_n_tokens(handle) * self._width
+        return np.frombuffer(self._binding.ffi.buffer(output, 4 * size), np.float32).reshape(-1, self._width).copy()
 
     def tokens(self, width: int, height: int) -> int:
         """How many tokens a picture of so many pixels takes; nothing is encoded."""

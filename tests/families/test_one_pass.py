@@ -1,4 +1,5 @@
-"""Each family's text and pictures in one pass give the logits of the decode in turns, or the table of families says that there are none."""
+"""Each family's text and pictures in one pass give the logits of the decode in turns, or the table of families says that there are none;
+and pictures of one size that go through the tower together give what each alone does."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from PIL import Image
 from small import Small
 
 LIMIT = 1e-4  # of max |logit|; measured: 4e-7 at most
+TOGETHER = ("Qwen2-VL", "Qwen2.5-VL", "SmolVLM", "Idefics3", "InternVL 3 (-hf)")  # three pictures are one pass of the tower
 # M stands for a picture
 PROMPTS = ("None at all", "MFirst", "In the M middle", "M then M then at last M")
 
@@ -45,6 +47,11 @@ def test_one_pass_is_the_decode_in_turns(small: Small, models: tuple[Model, Mode
     for seed, path in enumerate(pictures):
         Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*small.recipe.size[::-1], 3), dtype=np.uint8)).save(path)
     images = [turns.vision.encode(path) for path in pictures]
+    passes = turns.vision.passes  # one for each slice of each picture
+    joined = turns.vision.encode_together(pictures)
+    assert turns.vision.passes - passes == (1 if small.name in TOGETHER else passes)
+    for together, apart in zip(joined, images, strict=True):
+        assert np.array_equal(np.concatenate(together.embeddings), np.concatenate(apart.embeddings))
     answer = turns.tokenize("seven of the blue circles")
     for words in PROMPTS:
         ours, theirs = (

@@ -1,0 +1,106 @@
+#pragma once
+
+// Several pictures of one size in one pass of the tower, for towers whose upstream graph takes one: Qwen2-VL's and Qwen2.5-VL's (where its batch is the two
+// frames of a video) and Idefics3's and SmolVLM's. The same operations as there; pictures stand behind one another as columns of each product, and
+// apart in attention (a dimension of their own, as clip_graph::build_vit has it).
+//
+// Included by clip.cpp in front of clip_get_graph_builder(). Which pictures may go together: clip-mbq-join.h.
+
+#include "clip-graph.h"
+#include "models/models.h"
+
+struct clip_graph_mbq_qwen : clip_graph_qwen2vl {
+    using clip_graph_qwen2vl::clip_graph_qwen2vl;
+
+    ggml_tensor * input_i32(const char * name, const int64_t n) {
+        ggml_tensor * t = ggml_new_tensor_1d(ctx0, GGML_TYPE_I32, n);
+        ggml_set_name(t, name);
+        ggml_set_input(t);
+        return t;
+    }
+
+    // groups of four patches, which are rows of cur, in each picture's own order
+    ggml_tensor * reorder(ggml_tensor * cur, const char * name) {
+        const int64_t n_groups = n_patches/4;
+        ggml_tensor * rows = ggml_repeat_4d(ctx0, input_i32(name, n_groups), n_groups, n_batch, 1, 1);
+        return ggml_get_rows(ctx0, ggml_reshape_3d(ctx0, cur, ggml_nelements(cur)/(n_groups*n_batch), n_groups, n_batch), rows);
+    }
+
+    // four patches that are merged stand behind one another
+    ggml_tensor * patches() {
+        ggml_tensor * raw = build_inp_raw();
+        ggml_tensor * cur = ggml_add(ctx0,
+            ggml_conv_2d(ctx0, model.patch_embeddings_0, raw, patch_size, patch_size, 0, 0, 1, 1),
+            ggml_conv_2d(ctx0, model.patch_embeddings_1, raw, patch_size, patch_size, 0, 0, 1, 1));
+        cur = ggml_permute(ctx0, cur, 1, 2, 0, 3); // [w, h, c, b] -> [c, w, h, b]
+        cur = ggml_cont_4d(ctx0, cur, 2*n_embd, n_patches_x/2, n_patches_y, n_batch);
+        cur = ggml_reshape_4d(ctx0, cur, 2*n_embd, n_patches_x/2, 2, n_batch*(n_patches_y/2));
+        cur = ggml_permute(ctx0, cur, 0, 2, 1, 3);
+        return ggml_cont_3d(ctx0, cur, n_embd, n_patches, n_batch);
+    }
+
+    ggml_cgraph * build() override {
+        const int  n_wa    = hparams.n_wa_pattern; // every n-th layer's attention is global, the others' within windows; 0: there are none
+        ggml_tensor * cur = patches();
+        ggml_tensor * positions = input_i32("positions", n_patches*4);
+        build_vit_opts opts;
+        if (n_wa > 0) {
+            ggml_tensor * mask = ggml_new_tensor_2d(ctx0, GGML_TYPE_F32, n_patches, n_patches);
+            ggml_set_name(mask, "window_mask");
+            ggml_set_input(mask);
+            if (flash_attn_type == CLIP_FLASH_ATTN_TYPE_ENABLED) {
+                mask = ggml_cast(ctx0, mask, GGML_TYPE_F16);
+            }
+            for (int il = 0; il < n_layer; il++) {
+                opts.attn_mask_layers.push_back((il + 1) % n_wa == 0 ? nullptr : mask);
+            }
+            cur = ggml_reshape_3d(ctx0, reorder(cur, "inv_window_idx"), n_embd, n_patches, n_batch);
+        }
+        const auto rope = [&](ggml_tensor * x, const clip_layer &) {
+            int sections[4] = { d_head/4, d_head/4, d_head/4, d_head/4 };
+            return ggml_rope_multi(ctx0, x, positions, nullptr, d_head/2, sections, GGML_ROPE_TYPE_VISION, 32768, 10000, 1, 0, 1, 32, 1);
+        };
+        const norm_type norm = proj_type == PROJECTOR_TYPE_QWEN25VL ? NORM_TYPE_RMS : NORM_TYPE_NORMAL;
+        cur = build_vit(cur, n_patches, norm, hparams.ffn_op, nullptr, rope, opts);
+        cur = ggml_reshape_2d(ctx0, cur, n_embd*4, n_patches/4*n_batch);
+        cur = build_ffn(cur, model.mm_0_w, model.mm_0_b, nullptr, nullptr, model.mm_1_w, model.mm_1_b, FFN_GELU, -1);
+        if (n_wa > 0) {
+            cur = reorder(cur, "window_idx");
+        }
+        ggml_build_forward_expand(gf, ggml_reshape_3d(ctx0, cur, cur->ne[0], n_patches/4, n_batch));
+        return gf;
+    }
+};
+
+struct clip_graph_mbq_idefics3 : clip_graph_siglip {
+    using clip_graph_siglip::clip_graph_siglip;
+
+    // see clip_graph::build_patch_merge_permute
+    ggml_tensor * merge(ggml_tensor * cur, const int n) {
+        const int64_t width = CLIP_ALIGN(n_patches_x, n), height = CLIP_ALIGN(n_patches_y, n);
+        cur = ggml_reshape_4d(ctx0, cur, n_embd, n_patches_x, n_patches_y, n_batch);
+        cur = ggml_pad(ctx0, cur, 0, width - n_patches_x, height - n_patches_y, 0);
+        cur = ggml_reshape_4d(ctx0, cur, n_embd*n, width/n, height, n_batch);
+        cur = ggml_permute(ctx0, cur, 0, 2, 1, 3);
+        cur = ggml_cont_4d(ctx0, cur, n_embd*n*n, height/n, width/n, n_batch);
+        cur = ggml_permute(ctx0, cur, 0, 2, 1, 3);
+        return ggml_cont_2d(ctx0, cur, cur->ne[0], width/n*(height/n)*n_batch);
+    }
+
+    ggml_cgraph * build() override {
+        ggml_tensor * cur = build_vit(build_inp(), n_patches, NORM_TYPE_NORMAL, hparams.ffn_op, model.position_embeddings, nullptr);
+        cur = build_mm(model.mm_fc_w, merge(cur, hparams.n_merge));
+        ggml_build_forward_expand(gf, ggml_reshape_3d(ctx0, cur, cur->ne[0], cur->ne[1]/n_batch, n_batch));
+        return gf;
+    }
+};
+
+// the graph of several pictures; nullptr: such a tower takes them one by one, or as upstream says
+static std::unique_ptr<clip_graph> clip_mbq_batch_builder(clip_ctx * ctx, const clip_image_f32 & img) {
+    switch (ctx->proj_type()) {
+        case PROJECTOR_TYPE_QWEN2VL:
+        case PROJECTOR_TYPE_QWEN25VL: return std::make_unique<clip_graph_mbq_qwen>(ctx, img);
+        case PROJECTOR_TYPE_IDEFICS3: return std::make_unique<clip_graph_mbq_idefics3>(ctx, img);
+        default:                      return nullptr;
+    }
+}
