@@ -31,8 +31,8 @@ def text(built_llama: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPathFac
     return options
 
 
-def features(text: Path, mmproj: Path) -> Floats:
-    with Model(text, mmproj, context=128) as model:
+def features(text: Path, mmproj: Path, gpu_layers: int = 0) -> Floats:
+    with Model(text, mmproj, context=128, gpu_layers=gpu_layers) as model:
         return np.concatenate(model.vision.encode(load_questions(SHIPPED)[0].image).embeddings)
 
 
@@ -55,6 +55,15 @@ def test_converted_towers(text: ConvertOptions, tiny_dir: Path, tmp_path: Path) 
             assert header.lengths["mbq.row_scale"] == 3 * 6 + 2  # q, k, v, out, up and down of three blocks, and the projector's
     assert off["F16"] < 2e-3  # fp16 has 11 bits, over some twenty matrices
     assert off["F16"] < off["W8A8"] < off["W4A8"] < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["F16", "W8A8", "W4A8"])
+def test_towers_on_a_card(name: str, text: ConvertOptions, tiny_dir: Path, tmp_path: Path) -> None:
+    """CUDA gives what the CPU does, up to its attention and, in F16, its sums in F16; products with one scale a row are the same bits."""
+    options = ConvertOptions(tiny_dir, tmp_path / f"{name}.gguf", type="BF16", mmproj_type=name, rounding="nearest")
+    convert(options, Console(quiet=True))
+    assert moved(features(text.out, options.mmproj, -1), features(text.out, options.mmproj)) < 0.01
 
 
 @pytest.fixture(scope="module")

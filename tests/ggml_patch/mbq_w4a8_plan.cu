@@ -10,7 +10,8 @@
 int main(int argc, char ** argv) {
     const auto a = [&](const int i) { return atoll(argv[i + 2]); };
     if (argc == 7 && strcmp(argv[1], "gemm") == 0) {
-        const mbq_w4a8_gemm_plan plan = mbq_w4a8_plan_gemm(a(0), a(1), a(2), a(3), a(4));
+        const int64_t rows = a(0);
+        const mbq_w4a8_gemm_plan plan = mbq_w4a8_plan_gemm(&rows, 1, a(1), a(2), a(3), a(4));
         const mbq_w4a8_shape & shape = MBQ_W4A8_SHAPES[plan.shape];
         printf("%d %d %d %d %d %d %d\n", plan.shape, shape.BN, shape.CL, plan.m_tiles, plan.n_tiles, plan.workers, plan.parts);
         return 0;

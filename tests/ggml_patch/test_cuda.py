@@ -278,6 +278,12 @@ def row_scale_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gpu_program("row_scale_graphs", tmp_path_factory.mktemp("row_scale"))
 
 
+@pytest.fixture(scope="module")
+def tower_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for blocks of a vision tower."""
+    return gpu_program("tower_graphs", tmp_path_factory.mktemp("row_scale"))
+
+
 @pytest.mark.gpu
 def test_row_scale_products_are_exact(row_scale_products: Path) -> None:
     """K from 64 to 29568, 1 to 1024 columns, 4 and 8 bits, extreme codes, zeros, static ranges: 632 products, no bit differs."""
@@ -298,24 +304,51 @@ def test_products_share_what_is_quantised_and_fused(row_scale_graphs: Path) -> N
     assert len(counts) == 55
     layers = {name: found for name, found in counts.items() if name.startswith("layers") and name.split()[3] != "1"}
     early = {found for name, found in layers.items() if not name.endswith("late")}
-    assert early == {(2, 2 * 6, 2 * 2, 2, 0)}, "of each layer: attention, two norms, GLU; all products but wo find theirs"
-    late = {found for name, found in layers.items() if name.endswith("late")}
+    assert {found[:5] for found in early} == {(2, 2 * 6, 2 * 2, 2, 0)}, "attention, two norms, GLU; all products but wo find theirs"
+    for (
+        name,
+        found,
+    ) in layers.items():  # of each layer q, k and v have a bias, wo and down the residual stream; q and k are one kernel (v has 8 bits)
+        columns, width = int(name.split()[3]), int(name.split()[1])
+        assert found[5:] == ((0, 0) if columns <= 8 else (2 * 4, 2) if width % 256 == 0 else (2 * 5, 0)), name
+    late = {found[:5] for name, found in layers.items() if name.endswith("late")}
     assert late == {(3, 11, 3, 2, 0)}, "the first norm runs before the static ranges are there"
     alone = {
         name: found for name, found in counts.items() if name.startswith("layers") and name.split()[3] == "1" and name.split()[1] != "576"
     }
     assert len(alone) == 4
-    assert set(alone.values()) == {(0, 0, 0, 0, 2 * 5)}, "q with k (v has 8 bits), v, wo, gate with up, down, each with what is added"
-    assert {found for name, found in counts.items() if name.startswith("three ")} == {(0, 0, 0, 0, 1)}
-    assert {found for name, found in counts.items() if name.startswith("one ")} == {(0, 0, 0, 0, 5)}
+    assert set(alone.values()) == {(0, 0, 0, 0, 2 * 5, 0, 0)}, "q with k (v has 8 bits), v, wo, gate with up, down, each with what is added"
+    assert {found for name, found in counts.items() if name.startswith("three ")} == {(0, 0, 0, 0, 1, 0, 0)}
+    assert {found for name, found in counts.items() if name.startswith("one ")} == {(0, 0, 0, 0, 5, 0, 0)}
     changed = [counts[f"changed {n}"] for n in (2, 8, 9, 64, 300)]
-    assert changed == [(4, 2, 0, 0, 0), *[(5, 2, 0, 0, 0)] * 4], "one column of two is quantised by the product itself"
-    assert {counts[f"norms {n}"] for n in (2, 8, 9, 64, 300)} == {(0, 4, 2, 0, 0)}
+    assert [found[:5] for found in changed] == [(4, 2, 0, 0, 0), *[(5, 2, 0, 0, 0)] * 4], (
+        "one column of two is quantised by the product itself"
+    )
+    assert {counts[f"norms {n}"][:5] for n in (2, 8, 9, 64, 300)} == {(0, 4, 2, 0, 0)}
+
+
+@pytest.mark.gpu
+def test_blocks_of_a_tower_are_fused(tower_graphs: Path) -> None:
+    """LayerNorm and GELUs with quantising, biases and the residual stream in the products: the bits of the graph run node by node.
+
+    The counts are Hopper's.
+    """
+    done = subprocess.run([tower_graphs], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    counts = {name: tuple(map(int, words.split())) for name, words in re.findall(r"^ok (.*): ([\d ]+)$", done.stdout, re.MULTILINE)}
+    assert len(counts) == 2 * (3 * 6 + 4 + 4 + 2) + 5
+    blocks = {name: found for name, found in counts.items() if name.startswith("blocks")}
+    for name, found in blocks.items():  # of each block: attention's output, two norms, a GELU; q, k, v, up and down find theirs
+        columns, width = int(name.split()[-1]), int(name.split()[3])
+        added = (0, 0) if columns <= 8 else (2 * 4, 2) if width % 256 == 0 else (2 * 6, 0)  # q, k and v together, with a bias each
+        assert columns == 1 or found == (2, 2 * 5, 2 * 2, 2, 0, *added), name
+    assert {sum(found[5:]) for name, found in counts.items() if name.startswith("added")} == {6}
+    assert {counts[f"read {n}"][2:4] for n in (2, 8, 9, 64, 300)} == {(2, 1)}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-@pytest.mark.parametrize("program", ["row_scale_products", "row_scale_graphs"])
+@pytest.mark.parametrize("program", ["row_scale_products", "row_scale_graphs", "tower_graphs"])
 def test_row_scale_sanitizer(program: str, tool: str, request: pytest.FixtureRequest) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:

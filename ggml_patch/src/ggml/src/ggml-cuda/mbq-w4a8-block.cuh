@@ -83,11 +83,15 @@ using mbq_w4a8_map = CUtensorMap;
 struct mbq_w4a8_map {};
 #endif
 
+static constexpr int MBQ_W4A8_MATRICES = 3; // that a kernel takes: q, k and v
+
+struct mbq_w4a8_maps {
+    mbq_w4a8_map of[MBQ_W4A8_MATRICES];
+};
+
 #if defined(MBQ_USE_TMA) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= GGML_CUDA_CC_VOLTA)
-#define MBQ_W4A8_MAP  const __grid_constant__ mbq_w4a8_map
 #define MBQ_W4A8_MAPS const __grid_constant__ mbq_w4a8_maps
 #else
-#define MBQ_W4A8_MAP  const mbq_w4a8_map
 #define MBQ_W4A8_MAPS const mbq_w4a8_maps
 #endif
 

@@ -1,21 +1,20 @@
 #pragma once
 
-// What comes before a product and its quantising in one kernel: RMS norm times weight, and SwiGLU with the Hadamard transform behind it where there
-// is one. One CTA a column, which it holds in shared memory:
+// What comes before a product and its quantising in one kernel: RMS norm times weight, LayerNorm times weight plus bias, and activation functions
+// (mbq-w4a8-activation.cuh). One CTA a column, which it holds in shared memory:
 //
 //   floats in -> the operation, as ggml's own kernel does it -> column in shared memory, largest |x| -> int8 in the order of mbq-w4a8-quantize.cuh
 //
-// The same bits as the kernels apart: the expressions are upstream's (norm.cu, unary.cu, fwht.cu), with the same options, the sum of squares by as
-// many threads in the same order; the quantiser is mbq_w4a8_quantize's.
+// The same bits as the kernels apart: the expressions are upstream's (norm.cu, binbcast.cu), with the same options, sums by as many threads in the same
+// order, or by fewer that each have the sums of several; the quantiser is mbq_w4a8_quantize's.
 
-#include "fwht.cuh"
 #include "mbq-w4a8-inputs.cuh"
 #include "mbq-w4a8-quantize.cuh"
-#include "unary.cuh"
 
 struct mbq_w4a8_fused_args {
     const float * x;
     const float * y;   // weight of the norm; what is multiplied with silu(x)
+    const float * z;   // what is added behind it; nullptr: nothing
     float * out;       // floats too; nullptr: nobody reads them
     int64_t x_column, y_column, out_column; // elements
     float eps;
@@ -81,61 +80,59 @@ static __global__ void __launch_bounds__(threads, MBQ_W4A8_CTAS(2)) mbq_w4a8_nor
     mbq_w4a8_quantize_shared<tiled>(args, mbq_column, amax);
 }
 
-// N floats of a warp's lanes, value i of lane t being element 32i + t: see fwht_cuda
-template <int N>
-static __device__ __forceinline__ void mbq_w4a8_hadamard(float (&v)[N/32], const float scale) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < N/32; ++i) {
-        v[i] = __fmul_rn(v[i], scale);
-    }
-#pragma unroll
-    for (int h = 1; h < 32; h *= 2) {
-#pragma unroll
-        for (int i = 0; i < N/32; ++i) {
-            const float other = __shfl_xor_sync(0xFFFFFFFF, v[i], h);
-            v[i] = (lane & h) == 0 ? __fadd_rn(v[i], other) : __fsub_rn(other, v[i]);
-        }
-    }
-#pragma unroll
-    for (int h = 1; h < N/32; h *= 2) {
-#pragma unroll
-        for (int i = 0; i < N/32; ++i) {
-            if ((i & h) == 0) {
-                const float a = v[i], b = v[i + h];
-                v[i]     = __fadd_rn(a, b);
-                v[i + h] = __fsub_rn(a, b);
-            }
-        }
-    }
-}
-
-// A warp takes `span` elements at a time: N, or 128 without a transform (N = 0). See unary_gated_op_kernel
-template <bool tiled, int N>
-static __global__ void __launch_bounds__(1024, MBQ_W4A8_CTAS(N < 512 ? 2 : 1)) mbq_w4a8_swiglu(const mbq_w4a8_fused_args args, const float hadamard) {
+// See norm_f32: sums of a column by 32 threads, or by 1024 (many) from K = 1024 on. Here 256 threads: the first in each warp alike, the other with
+// four of those threads' sums in each.
+template <bool tiled, bool many>
+static __global__ void __launch_bounds__(256, MBQ_W4A8_CTAS(4)) mbq_w4a8_layer_norm(const mbq_w4a8_fused_args args) {
     extern __shared__ __align__(16) float mbq_column[];
-    constexpr int span = N == 0 ? 128 : N;
+    __shared__ float2 sums[32];
     ggml_cuda_pdl_lc();
     const float * x = args.x + blockIdx.x*args.x_column;
-    const float * y = args.y + blockIdx.x*args.y_column;
-    int amax = 0;
+    const int lane = threadIdx.x % 32;
+    const auto add = [](float2 & sum, const float xi) {
+        sum.x += xi;
+        sum.y += xi * xi;
+    };
     ggml_cuda_pdl_sync();
-    for (int first = threadIdx.x/32*span + threadIdx.x%32; first < args.K; first += blockDim.x/32*span) {
-        float v[span/32];
+    for (int i = threadIdx.x; i < args.K; i += 256) {
+        mbq_column[i] = x[i];
+    }
+    float2 mean_var = make_float2(0.0f, 0.0f);
+    if constexpr (many) {
 #pragma unroll
-        for (int i = 0; i < span/32; ++i) {
-            const int k = first + 32*i;
-            v[i] = N == 0 && k >= args.K ? 0.0f : ggml_cuda_op_silu_single(x[k]) * y[k];
-        }
-        if constexpr (N > 0) {
-            mbq_w4a8_hadamard<N>(v, hadamard);
-        }
-#pragma unroll
-        for (int i = 0; i < span/32; ++i) {
-            if (N > 0 || first + 32*i < args.K) {
-                mbq_column[first + 32*i] = v[i];
+        for (int part = 0; part < 4; ++part) {
+            float2 sum = make_float2(0.0f, 0.0f);
+            for (int i = part*256 + threadIdx.x; i < args.K; i += 1024) {
+                add(sum, mbq_column[i]); // this thread's own
             }
-            amax = max(amax, mbq_w4a8_bits(v[i]));
+            sum = warp_reduce_sum(sum);
+            if (lane == 0) {
+                sums[part*8 + threadIdx.x/32] = sum;
+            }
+        }
+        __syncthreads();
+        mean_var = sums[lane];
+    } else {
+        __syncthreads();
+        for (int i = lane; i < args.K; i += 32) {
+            add(mean_var, mbq_column[i]);
+        }
+        __syncthreads(); // before the column changes
+    }
+    mean_var = warp_reduce_sum(mean_var);
+    const float mean    = mean_var.x / args.K;
+    const float var     = mean_var.y / args.K - mean * mean;
+    const float inv_std = rsqrtf(var + args.eps);
+    int amax = 0;
+    for (int i = threadIdx.x; i < args.K; i += 256) {
+        float v = __fmul_rn((mbq_column[i] - mean) * inv_std, args.y[i]);
+        if (args.z) {
+            v = __fadd_rn(v, args.z[i]);
+        }
+        mbq_column[i] = v;
+        amax = max(amax, mbq_w4a8_bits(v));
+        if (args.out) {
+            args.out[blockIdx.x*args.out_column + i] = v;
         }
     }
     mbq_w4a8_quantize_shared<tiled>(args, mbq_column, amax);
@@ -158,20 +155,16 @@ static void mbq_w4a8_launch_norm(ggml_backend_cuda_context & ctx, const mbq_w4a8
     launch(ctx, args, columns);
 }
 
-template <bool tiled, int N>
-static void mbq_w4a8_launch_swiglu(ggml_backend_cuda_context & ctx, const mbq_w4a8_fused_args & args, const int columns) {
-    const int threads = args.K <= 4096 ? 256 : 1024;
-    const float scale = N == 0 ? 1.0f : 1 / sqrtf(N);
-    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_swiglu<tiled, N>), mbq_w4a8_room(ctx));
-    const ggml_cuda_kernel_launch_params params(dim3(columns), dim3(threads), args.padded*sizeof(float), ctx.stream());
-    ggml_cuda_kernel_launch(mbq_w4a8_swiglu<tiled, N>, params, args, scale);
-}
-
 template <bool tiled>
-static void mbq_w4a8_launch_swiglu(ggml_backend_cuda_context & ctx, const mbq_w4a8_fused_args & args, const int columns, const int hadamard) {
-    const auto launch = hadamard == 0 ? &mbq_w4a8_launch_swiglu<tiled, 0> : hadamard == 64 ? &mbq_w4a8_launch_swiglu<tiled, 64> :
-        hadamard == 128 ? &mbq_w4a8_launch_swiglu<tiled, 128> : hadamard == 256 ? &mbq_w4a8_launch_swiglu<tiled, 256> : &mbq_w4a8_launch_swiglu<tiled, 512>;
-    launch(ctx, args, columns);
+static void mbq_w4a8_launch_layer_norm(ggml_backend_cuda_context & ctx, const mbq_w4a8_fused_args & args, const int columns) {
+    const auto kernel = args.K < 1024 ? &mbq_w4a8_layer_norm<tiled, false> : &mbq_w4a8_layer_norm<tiled, true>; // as norm_f32_cuda
+    if (args.K < 1024) {
+        CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_layer_norm<tiled, false>), mbq_w4a8_room(ctx));
+    } else {
+        CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_layer_norm<tiled, true>), mbq_w4a8_room(ctx));
+    }
+    const ggml_cuda_kernel_launch_params params(dim3(columns), dim3(256), args.padded*sizeof(float), ctx.stream());
+    ggml_cuda_kernel_launch(kernel, params, args);
 }
 
 // Who reads x, the result of node i, as int8
@@ -208,73 +201,40 @@ static mbq_w4a8_fused_args mbq_w4a8_hold_fused(ggml_backend_cuda_context & ctx, 
     return args;
 }
 
-// RMS_NORM, MUL: whether it has run them
-static bool mbq_w4a8_fuse_norm(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const int n_flags) {
-    if (!ggml_can_fuse(graph, i, { GGML_OP_RMS_NORM, GGML_OP_MUL })) {
-        return false;
-    }
+// NORM or RMS_NORM, MUL by a weight and, behind NORM, ADD of a bias: how many nodes behind i have run with it
+static int mbq_w4a8_fuse_norm(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const int n_flags) {
     const ggml_tensor * norm = graph->nodes[i];
-    const ggml_tensor * mul  = graph->nodes[i + 1];
-    const ggml_tensor * x    = norm->src[0];
-    const ggml_tensor * w    = mul->src[mul->src[0] == norm];
-    if (x->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float) || w->type != GGML_TYPE_F32 || !ggml_is_contiguous(w) || ggml_nelements(w) != x->ne[0]) {
-        return false;
+    if ((norm->op != GGML_OP_NORM && norm->op != GGML_OP_RMS_NORM) || !ggml_can_fuse(graph, i, { norm->op, GGML_OP_MUL })) {
+        return 0;
     }
-    const mbq_w4a8_fusion f = mbq_w4a8_readers_of(ctx, graph, i + 1);
+    const bool rms = norm->op == GGML_OP_RMS_NORM;
+    const int behind = !rms && ggml_can_fuse(graph, i, { GGML_OP_NORM, GGML_OP_MUL, GGML_OP_ADD }) ? 2 : 1;
+    const ggml_tensor * x = norm->src[0];
+    const ggml_tensor * read[2] = {}; // weight and bias
+    for (int j = 0; j < behind; ++j) {
+        const ggml_tensor * node = graph->nodes[i + 1 + j];
+        const ggml_tensor * t = node->src[node->src[0] == graph->nodes[i + j]];
+        if (t->type != GGML_TYPE_F32 || !ggml_is_contiguous(t) || t->ne[0] != x->ne[0] || ggml_nelements(t) != x->ne[0]) {
+            return 0;
+        }
+        read[j] = t;
+    }
+    if (x->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float)) {
+        return 0;
+    }
+    const mbq_w4a8_fusion f = mbq_w4a8_readers_of(ctx, graph, i + behind);
     if (f.readers.count == 0) {
-        return false;
+        return 0;
     }
     mbq_w4a8_fused_args args = mbq_w4a8_hold_fused(ctx, f, n_flags);
     args.x        = (const float *) x->data;
-    args.y        = (const float *) w->data;
+    args.y        = (const float *) read[0]->data;
+    args.z        = read[1] ? (const float *) read[1]->data : nullptr;
     args.x_column = x->nb[1]/sizeof(float);
     args.eps      = ggml_get_op_params_f32(norm, 0);
-    const auto launch = f.x.order == MBQ_W4A8_TILES ? &mbq_w4a8_launch_norm<true> : &mbq_w4a8_launch_norm<false>;
-    launch(ctx, args, mul->ne[1]);
-    return true;
-}
-
-// Behind the GLU at node i: RESHAPE, MUL_MAT with a Hadamard matrix that ggml_cuda_op_fwht multiplies by, RESHAPE to what it was. The size of the
-// matrix; 0: another node
-static int mbq_w4a8_hadamard_after(const ggml_cgraph * graph, const int i) {
-    if (i + 3 >= graph->n_nodes) {
-        return 0;
-    }
-    ggml_tensor * const * n = graph->nodes + i;
-    const bool chain = n[1]->op == GGML_OP_RESHAPE && n[1]->src[0] == n[0] && ggml_cuda_op_mul_mat_use_fwht(n[2]) && n[2]->src[1] == n[1] &&
-        n[3]->op == GGML_OP_RESHAPE && n[3]->src[0] == n[2] && ggml_are_same_shape(n[3], n[0]);
-    bool read_once = true;
-    for (int j = 0; j < 3; ++j) {
-        read_once = read_once && ggml_node_get_use_count(graph, i + j) == 1 && !(n[j]->flags & GGML_TENSOR_FLAG_OUTPUT);
-    }
-    const int64_t size = n[1]->ne[0];
-    return chain && read_once && n[1]->type == GGML_TYPE_F32 && (size == 64 || size == 128 || size == 256 || size == 512) ? size : 0;
-}
-
-// SWIGLU, with a transform or none: the node whose result it has made; -1: another node
-static int mbq_w4a8_fuse_glu(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const int n_flags) {
-    const ggml_tensor * glu = graph->nodes[i];
-    if (glu->op != GGML_OP_GLU || ggml_get_glu_op(glu) != GGML_GLU_OP_SWIGLU || !glu->src[1] || glu->view_src) {
-        return -1;
-    }
-    for (const ggml_tensor * src : { glu->src[0], glu->src[1] }) {
-        if (src->type != GGML_TYPE_F32 || !ggml_is_contiguous_1(src) || !ggml_are_same_shape(src, glu)) {
-            return -1;
-        }
-    }
-    const int hadamard = mbq_w4a8_hadamard_after(graph, i);
-    const int end      = hadamard > 0 ? i + 3 : i;
-    const mbq_w4a8_fusion f = mbq_w4a8_readers_of(ctx, graph, end);
-    const bool next = hadamard > 0 || mbq_w4a8_next_reader(ctx, graph, i, f.x) == i + 1; // see ggml_cuda_w4a8_fuse
-    if (f.readers.count == 0 || f.floats || !next) {
-        return -1;
-    }
-    mbq_w4a8_fused_args args = mbq_w4a8_hold_fused(ctx, f, n_flags);
-    args.x        = (const float *) glu->src[0]->data;
-    args.y        = (const float *) glu->src[1]->data;
-    args.x_column = glu->src[0]->nb[1]/sizeof(float);
-    args.y_column = glu->src[1]->nb[1]/sizeof(float);
-    const auto launch = f.x.order == MBQ_W4A8_TILES ? &mbq_w4a8_launch_swiglu<true> : &mbq_w4a8_launch_swiglu<false>;
-    launch(ctx, args, glu->ne[1], hadamard);
-    return end;
+    const bool tiled = f.x.order == MBQ_W4A8_TILES;
+    const auto of_rms   = tiled ? &mbq_w4a8_launch_norm<true> : &mbq_w4a8_launch_norm<false>;
+    const auto of_layer = tiled ? &mbq_w4a8_launch_layer_norm<true> : &mbq_w4a8_launch_layer_norm<false>;
+    (rms ? of_rms : of_layer)(ctx, args, norm->ne[1]);
+    return behind;
 }

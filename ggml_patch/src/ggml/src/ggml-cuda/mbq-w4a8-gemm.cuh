@@ -2,6 +2,8 @@
 
 // W4A8 with many columns on Hopper: int8 wgmma, weights unpacked in the registers of its A operand.
 //
+//   Up to three matrices of equal rows read the same activations: their tiles follow one another.
+//
 //   CTA: an output tile of 128 rows and BN = 64, 128 or 256 columns. A cluster of CL = 1 or 2 CTAs has the same columns and the next rows; each copies 1/CL of
 //   the activations for all. A worker is such a cluster; mbq-stream-k.cuh shares out its tiles, in steps of 256 of K.
 //
@@ -57,7 +59,7 @@ static __device__ __forceinline__ int mbq_w4a8_slot(const int row) {
 }
 
 template <typename T>
-static __device__ __forceinline__ void mbq_w4a8_produce_weights(const mbq_w4a8_args & w4a8, const mbq_w4a8_map & map, const mbq_gemm_thread & at, const mbq_w4a8_smem<T> & smem) {
+static __device__ __forceinline__ void mbq_w4a8_produce_weights(const mbq_w4a8_args & w4a8, const mbq_w4a8_maps & maps, const mbq_gemm_thread & at, const mbq_w4a8_smem<T> & smem) {
     using L = mbq_w4a8_layout<T::bits>;
     const mbq_gemm_args & args = w4a8.gemm;
     mbq_ring<T::WS> ring;
@@ -65,14 +67,16 @@ static __device__ __forceinline__ void mbq_w4a8_produce_weights(const mbq_w4a8_a
         return;
     }
     for (mbq_stream_k work(args, at.worker, at.workers); work.next(args, at.workers);) {
-        const int row_first = (work.tile / args.n_tiles*T::CL + at.rank)*MBQ_GEMM_TILE_M;
+        const int k = w4a8.matrix(work.tile / args.n_tiles);
+        const mbq_w4a8_gemm_matrix & m = w4a8.of[k];
+        const int row_first = ((work.tile / args.n_tiles - m.tile)*T::CL + at.rank)*MBQ_GEMM_TILE_M;
         for (int step = work.first; step < (int) work.last; ++step, ring.next()) {
             const uint32_t stage = smem.w + ring.stage*T::W_BYTES;
             const uint32_t full  = smem.full_w + ring.stage*8;
             mbq_barrier_wait(smem.empty_w + ring.stage*8, ring.phase ^ 1);
             if constexpr (T::dense) {
                 mbq_barrier_expect(full, T::W_BYTES, true);
-                mbq_box_copy_3d(stage, map, step*(L::group_bytes/4), row_first/2, full);
+                mbq_box_copy_3d(stage, maps.of[k], step*(L::group_bytes/4), row_first/2, full);
             } else {
                 constexpr int lanes = T::bits == 4 ? 16 : 32; // that copy a row
                 constexpr int rows  = 32/lanes;               // that a warp copies at a time
@@ -80,7 +84,7 @@ static __device__ __forceinline__ void mbq_w4a8_produce_weights(const mbq_w4a8_a
                 const int bytes  = min(w4a8.blocks - step*8, 8)*L::block_bytes;
 #pragma unroll 4
                 for (int i = (at.warp - 8)*rows + at.lane/lanes; i < MBQ_GEMM_TILE_M; i += 3*rows) {
-                    const char * row   = args.w + (int64_t) min(row_first + i, args.M - 1)*args.row_bytes;
+                    const char * row   = m.w + (int64_t) min(row_first + i, m.M - 1)*args.row_bytes;
                     const int    shift = (int) (uintptr_t) row & 15;
                     if (column < bytes + shift) {
                         const uint32_t to = stage + mbq_w4a8_slot<T>(i)*T::ROW_BYTES + column;
@@ -108,9 +112,10 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
     uint32_t before = 0; // empty barrier of the stage before x_ring's
     for (mbq_stream_k work(args, at.worker, at.workers); work.next(args, at.workers);) {
         const int n_tile = work.tile % args.n_tiles;
-        const int row    = (work.tile / args.n_tiles*T::CL + at.rank)*MBQ_GEMM_TILE_M + row_in_tile;
+        const mbq_w4a8_gemm_matrix & m = w4a8.of[w4a8.matrix(work.tile / args.n_tiles)];
+        const int row    = ((work.tile / args.n_tiles - m.tile)*T::CL + at.rank)*MBQ_GEMM_TILE_M + row_in_tile;
         const auto pair_of = [&](const int r) {
-            const int shift = T::dense ? 0 : (int) ((uintptr_t) args.w + (uintptr_t) min(row + r, args.M - 1)*args.row_bytes) & 15;
+            const int shift = T::dense ? 0 : (int) ((uintptr_t) m.w + (uintptr_t) min(row + r, m.M - 1)*args.row_bytes) & 15;
             return P(smem.w + (row_in_tile/2 + r*(MBQ_GEMM_TILE_M/2))*T::ROW_BYTES + shift + t*(2*L::block_bytes)); // see mbq_w4a8_slot
         };
         const P pairs[2] = { pair_of(0), pair_of(1) };
@@ -122,7 +127,7 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            d_w[r] = __half2float(*(const half *) (args.w + (int64_t) min(row + r, args.M - 1)*args.row_bytes));
+            d_w[r] = __half2float(*(const half *) (m.w + (int64_t) min(row + r, m.M - 1)*args.row_bytes));
         }
         mbq_w4a8_words<T::bits> words[2];
         const auto load = [&](const uint32_t stage, const int second) {
@@ -202,14 +207,14 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
             }
             mbq_w4a8_add<T>(mbq_w4a8_part<T>(args, at, s), d);
         }
-        mbq_w4a8_store<T>(w4a8, n_tile, row, t, d_w, d);
+        mbq_w4a8_store<T>(w4a8, m, n_tile, row, t, d_w, d);
     }
 }
 
 #endif // MBQ_WGMMA
 
 template <typename T>
-static __global__ void MBQ_CLUSTER(T::CL) __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_w4a8_gemm(const mbq_w4a8_args args, MBQ_W4A8_MAP map) {
+static __global__ void MBQ_CLUSTER(T::CL) __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_w4a8_gemm(const mbq_w4a8_args args, MBQ_W4A8_MAPS maps) {
 #ifdef MBQ_WGMMA
     extern __shared__ char mbq_gemm_dynamic[];
     __shared__ uint64_t mbq_barriers[T::BARRIERS]; // its size tells the host that this is the code for sm_90a
@@ -232,7 +237,7 @@ static __global__ void MBQ_CLUSTER(T::CL) __launch_bounds__(MBQ_GEMM_THREADS, 1)
         if (at.warp == 11) {
             mbq_w4a8_produce_activations<T>(args.gemm, at, smem);
         } else {
-            mbq_w4a8_produce_weights<T>(args, map, at, smem);
+            mbq_w4a8_produce_weights<T>(args, maps, at, smem);
         }
     } else {
         if constexpr (T::BN == 256) {
@@ -244,7 +249,7 @@ static __global__ void MBQ_CLUSTER(T::CL) __launch_bounds__(MBQ_GEMM_THREADS, 1)
         mbq_cluster_sync<T::CL>(); // no CTA leaves while another copies into it or arrives at its barriers
     }
 #else
-    GGML_UNUSED_VARS(args, map);
+    GGML_UNUSED_VARS(args, maps);
     NO_DEVICE_CODE;
 #endif // MBQ_WGMMA
 }

@@ -20,8 +20,6 @@ static constexpr int MBQ_W4A8_UNITS      = 4; // of 16 activations, that a threa
 
 static constexpr int MBQ_W4A8_STATIC_BYTES = MBQ_MAX_WARPS*MBQ_W4A8_MAX_STAGES*8 + 32*4; // of shared memory: barriers, and what a reduction takes
 
-static constexpr int MBQ_W4A8_MATRICES   = 3; // q, k and v
-
 enum mbq_w4a8_columns { MBQ_W4A8_SEVERAL, MBQ_W4A8_ONE, MBQ_W4A8_GATED }; // GATED: one, gate and up
 
 struct mbq_w4a8_mmv_matrix {
@@ -40,10 +38,6 @@ struct mbq_w4a8_mmv_args {
     int tiles, row_bytes, K, N; // K: a multiple of 256
     int x_aligned, stages;
     mbq_w4a8_ranges ranges; // of one column
-};
-
-struct mbq_w4a8_maps {
-    mbq_w4a8_map of[MBQ_W4A8_MATRICES];
 };
 
 // Weights of a piece and, for more than one column, the records of its activations

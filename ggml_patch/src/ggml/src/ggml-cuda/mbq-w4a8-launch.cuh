@@ -17,6 +17,9 @@ struct mbq_w4a8_matrix {
     float * dst;
     int64_t M, N, K, row_bytes, x_column, dst_column;
     mbq_w4a8_ranges ranges;
+    const float * bias = nullptr; // see mbq_w4a8_gemm_matrix; only mbq_w4a8_many adds them
+    const float * more = nullptr;
+    int64_t more_column = 0;
 
     int64_t padded() const { return (K + 255)/256*256; }
     bool    dense()  const { return ((uintptr_t) w | row_bytes) % 16 == 0; } // then K is a multiple of 256
@@ -92,17 +95,23 @@ static bool mbq_w4a8_gemm_available(const int id) {
 }
 
 template <int bits, int shape>
-static void mbq_w4a8_launch_gemm(ggml_backend_cuda_context & ctx, const mbq_w4a8_args & args, const mbq_w4a8_map & map, const int workers) {
+static void mbq_w4a8_launch_gemm(ggml_backend_cuda_context & ctx, const mbq_w4a8_args & args, const mbq_w4a8_maps & maps, const int workers) {
     using T = mbq_w4a8_tile_of<bits, shape>;
     CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_gemm<T>), T::BYTES);
     const ggml_cuda_kernel_launch_params params(dim3(workers*T::CL), dim3(MBQ_GEMM_THREADS), (size_t) T::BYTES, ctx.stream());
-    ggml_cuda_kernel_launch(mbq_w4a8_gemm<T>, params, args, map);
+    ggml_cuda_kernel_launch(mbq_w4a8_gemm<T>, params, args, maps);
 }
 
+// n matrices of equal rows by the activations of the first; more than one only where each is dense and has an even number of rows
 template <int bits>
-static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_int8 & x) {
+static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix * matrices, const int n, const mbq_w4a8_int8 & x) {
+    const mbq_w4a8_matrix & m = matrices[0];
     const bool dense = m.dense() && m.M % 2 == 0;
-    const mbq_w4a8_gemm_plan plan = mbq_w4a8_plan_gemm(m.M, m.N, m.padded()/256, ggml_cuda_info().devices[ctx.device].nsm, dense);
+    int64_t M[MBQ_W4A8_MATRICES];
+    for (int k = 0; k < n; ++k) {
+        M[k] = matrices[k].M;
+    }
+    const mbq_w4a8_gemm_plan plan = mbq_w4a8_plan_gemm(M, n, m.N, m.padded()/256, ggml_cuda_info().devices[ctx.device].nsm, dense);
     const mbq_w4a8_shape & shape  = MBQ_W4A8_SHAPES[plan.shape];
     const int ctas = plan.workers*shape.CL;
     GGML_ASSERT(8*ctas <= x.n_flags);
@@ -110,12 +119,8 @@ static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix
     mbq_w4a8_args args = {};
     args.scale              = x.scale;
     args.blocks             = m.K/32;
-    args.gemm.w             = m.w;
     args.gemm.x_tiles       = (half *) x.q;
     args.gemm.done          = x.flags;
-    args.gemm.dst           = m.dst;
-    args.gemm.dst_column    = m.dst_column;
-    args.gemm.M             = m.M;
     args.gemm.N             = m.N;
     args.gemm.K             = m.padded()/2;
     args.gemm.row_bytes     = m.row_bytes;
@@ -125,15 +130,21 @@ static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix
     if (plan.parts > 1) {
         args.gemm.parts = parts.alloc((size_t) ctas*MBQ_GEMM_TILE_M*shape.BN);
     }
-    mbq_w4a8_map map = {};
+    mbq_w4a8_maps maps = {};
+    int tile = 0;
+    for (int k = 0; k < MBQ_W4A8_MATRICES; ++k) {
+        const mbq_w4a8_matrix & mk = matrices[std::min(k, n - 1)];
+        args.of[k] = { mk.w, mk.dst, mk.bias, mk.more, mk.dst_column, mk.more_column, (int) mk.M, k < n ? tile : INT_MAX };
+        tile += (mk.M + 128*shape.CL - 1)/(128*shape.CL);
 #ifdef MBQ_USE_TMA
-    if (dense) {
-        map = mbq_w4a8_make_map<bits>(m, m.w, m.M, 2, MBQ_GEMM_TILE_M/2);
-    }
+        if (dense) {
+            maps.of[k] = k < n ? mbq_w4a8_make_map<bits>(mk, mk.w, mk.M, 2, MBQ_GEMM_TILE_M/2) : maps.of[0];
+        }
 #endif
+    }
     const auto launch = plan.shape == 0 ? &mbq_w4a8_launch_gemm<bits, 0> : plan.shape == 1 ? &mbq_w4a8_launch_gemm<bits, 1> :
         plan.shape == 2 ? &mbq_w4a8_launch_gemm<bits, 2> : &mbq_w4a8_launch_gemm<bits, 3>;
-    launch(ctx, args, map, plan.workers);
+    launch(ctx, args, maps, plan.workers);
 }
 
 template <int bits, int N>
@@ -209,9 +220,12 @@ static int mbq_w4a8_n_flags(const ggml_backend_cuda_context & ctx, const mbq_w4a
     return order == MBQ_W4A8_TILES ? 8*ggml_cuda_info().devices[ctx.device].nsm : 0;
 }
 
-// A matrix whose activations are there, as its order says
+// n matrices whose activations are there, as their order says; more than one only of tiles
 template <int bits>
-static void mbq_w4a8_product(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_order order, const mbq_w4a8_int8 & x) {
-    const auto product = order == MBQ_W4A8_TILES ? &mbq_w4a8_many<bits> : &mbq_w4a8_few<bits>;
-    product(ctx, m, x);
+static void mbq_w4a8_product(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix * m, const int n, const mbq_w4a8_order order, const mbq_w4a8_int8 & x) {
+    if (order == MBQ_W4A8_TILES) {
+        mbq_w4a8_many<bits>(ctx, m, n, x);
+    } else {
+        mbq_w4a8_few<bits>(ctx, m[0], x);
+    }
 }

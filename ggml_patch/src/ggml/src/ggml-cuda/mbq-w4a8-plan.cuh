@@ -26,12 +26,16 @@ struct mbq_w4a8_gemm_plan {
 
 // Whole tiles, or each tile cut into equal parts where that occupies more multiprocessors. Shares of other lengths (stream-K as in mbq_plan_gemm) were slower
 // almost everywhere, since workers at different places of K find less of the other's data in L2: 3584 x 18944 by 512 66 us instead of 56.
-static mbq_w4a8_gemm_plan mbq_w4a8_plan_gemm(const int64_t M, const int64_t N, const int64_t steps, const int64_t multiprocessors, const bool dense) {
+// M: rows of each of n matrices, whose tiles follow one another
+static mbq_w4a8_gemm_plan mbq_w4a8_plan_gemm(const int64_t * M, const int n, const int64_t N, const int64_t steps, const int64_t multiprocessors, const bool dense) {
     mbq_w4a8_gemm_plan best = {};
     int64_t best_cost = INT64_MAX;
     for (int i = dense ? 0 : 3; i < (dense ? 3 : 4); ++i) {
         const mbq_w4a8_shape & s = MBQ_W4A8_SHAPES[i];
-        const int64_t m_tiles = (M + 128*s.CL - 1)/(128*s.CL);
+        int64_t m_tiles = 0;
+        for (int k = 0; k < n; ++k) {
+            m_tiles += (M[k] + 128*s.CL - 1)/(128*s.CL);
+        }
         const int64_t n_tiles = (N + s.BN - 1)/s.BN;
         const int64_t tiles   = m_tiles*n_tiles;
         const int64_t most    = std::max<int64_t>(multiprocessors/s.CL, 1);

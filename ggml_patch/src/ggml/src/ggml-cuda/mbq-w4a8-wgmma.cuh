@@ -16,10 +16,26 @@ template <int bits_, int BN_, int CL_, int XS_, int WS_, bool dense_> struct mbq
     static constexpr int  BARRIERS  = 2*XS + 2*WS;
 };
 
+struct mbq_w4a8_gemm_matrix {
+    const char  * w;
+    float       * dst;
+    const float * bias;   // of each row, added to its products; nullptr: none
+    const float * more;   // of each product, added behind that; nullptr: none
+    int64_t dst_column, more_column; // elements
+    int M;
+    int tile;             // its first one of workers, in rows
+};
+
 struct mbq_w4a8_args {
-    mbq_gemm_args gemm;   // x_tiles: int8; parts: integers; K in pairs of activations (2 bytes, as fp16 there), of rows padded to 256 activations
+    mbq_gemm_args gemm;   // x_tiles: int8; parts: integers; K in pairs of activations (2 bytes, as fp16 there), of rows padded to 256 activations. Without
+                          // w, dst, dst_column and M, which are of each matrix
+    mbq_w4a8_gemm_matrix of[MBQ_W4A8_MATRICES]; // one behind the other; tile = INT_MAX: no such one
     const float * scale;  // of each column
     int blocks;           // of a row
+
+    __device__ __forceinline__ int matrix(const int m_tile) const {
+        return (m_tile >= of[1].tile) + (m_tile >= of[2].tile);
+    }
 };
 
 #ifdef MBQ_WGMMA

@@ -1,5 +1,6 @@
 #include "mbq-w4a8.cuh"
-#include "mbq-w4a8-fuse.cuh"
+#include "mbq-w4a8-activation.cuh"
+#include "mbq-w4a8-added.cuh"
 #include "mbq-w4a8-launch.cuh"
 #include "mbq-w4a8-one.cuh"
 
@@ -36,7 +37,7 @@ static void mbq_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const mbq_w4a8_mat
         x = mbq_w4a8_int8::at(memory.alloc(mbq_w4a8_int8::bytes(m.K, m.N, order, n_flags)), m.K, m.N, order, n_flags);
         mbq_w4a8_quantise(ctx, m, order, x);
     }
-    mbq_w4a8_product<bits>(ctx, m, order, x);
+    mbq_w4a8_product<bits>(ctx, &m, 1, order, x);
 }
 
 // Of a whole product
@@ -49,23 +50,55 @@ static mbq_w4a8_order mbq_w4a8_order_of(const ggml_backend_cuda_context & ctx, c
     return src0->type == GGML_TYPE_Q4_0 ? mbq_w4a8_order_in<4>(ctx, m) : mbq_w4a8_order_in<8>(ctx, m);
 }
 
-// The product at the node that runs, if others read the same activations
-static bool mbq_w4a8_mul_mat_shared(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
-    const mbq_w4a8_matrix m    = mbq_w4a8_matrix_of(dst, 0, 0);
+// The product dst at the node that runs, as the first of n matrices says it, and the others, if products behind it read the same activations
+static bool mbq_w4a8_mul_mat_shared(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const mbq_w4a8_matrix * m, const int n) {
     const mbq_w4a8_order order = mbq_w4a8_order_of(ctx, dst);
     bool found = true;
     const auto quantise = [&](const mbq_w4a8_int8 & to) {
-        mbq_w4a8_quantise(ctx, m, order, to);
+        mbq_w4a8_quantise(ctx, m[0], order, to);
         found = false;
     };
     if (!mbq_w4a8_share(ctx, dst, order, mbq_w4a8_n_flags(ctx, order), quantise)) {
         return false;
     }
-    mbq_w4a8_counts[GGML_CUDA_W4A8_FOUND] += found;
+    mbq_w4a8_counts[GGML_CUDA_W4A8_FOUND] += found ? n : n - 1;
     const auto product = dst->src[0]->type == GGML_TYPE_Q4_0 ? &mbq_w4a8_product<4> : &mbq_w4a8_product<8>;
-    product(ctx, m, order, mbq_w4a8_inputs(ctx).held);
+    product(ctx, m, n, order, mbq_w4a8_inputs(ctx).held);
     mbq_w4a8_inputs(ctx).read();
     return true;
+}
+
+// The product at node i, of many columns, with what is added to it, and others with it: how many nodes behind it have run with it
+static int mbq_w4a8_fuse_added(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
+    const ggml_tensor * dst = graph->nodes[i];
+    if (!mbq_w4a8_of_tiles(ctx, dst)) {
+        return 0;
+    }
+    std::vector<int> & early = mbq_w4a8_inputs(ctx).early;
+    const mbq_w4a8_added a = mbq_w4a8_added_to(graph, i);
+    const auto others = mbq_w4a8_others_of(ctx, graph, i, early);
+    const bool next   = i + 1 < graph->n_nodes && ggml_op_is_empty(graph->nodes[i + 1]->op);
+    if (a.nodes == 0 && (others.empty() || !next)) {
+        return 0;
+    }
+    mbq_w4a8_matrix m[MBQ_W4A8_MATRICES] = { mbq_w4a8_matrix_of(dst, a) };
+    int n = 1;
+    for (const auto & other : others) {
+        m[n++] = mbq_w4a8_matrix_of(graph->nodes[other.first], other.second);
+    }
+    if (mbq_w4a8_mul_mat_shared(ctx, dst, m, n)) {
+        for (const auto & other : others) {
+            early.push_back(other.first);
+        }
+        mbq_w4a8_counts[GGML_CUDA_W4A8_TOGETHER] += n > 1;
+    } else if (a.nodes > 0) {
+        const auto mul_mat = dst->src[0]->type == GGML_TYPE_Q4_0 ? &mbq_w4a8_mul_mat<4> : &mbq_w4a8_mul_mat<8>;
+        mul_mat(ctx, m[0]);
+    } else {
+        return 0;
+    }
+    mbq_w4a8_counts[GGML_CUDA_W4A8_ADDED] += a.nodes > 0;
+    return std::max(a.nodes, 1);
 }
 
 bool ggml_cuda_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst) {
@@ -73,7 +106,8 @@ bool ggml_cuda_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor *
         return false;
     }
     GGML_ASSERT(src0->nb[0] == ggml_type_size(src0->type) && src1->nb[0] == sizeof(float) && dst->nb[0] == sizeof(float));
-    if (mbq_w4a8_mul_mat_shared(ctx, dst)) {
+    const mbq_w4a8_matrix whole = mbq_w4a8_matrix_of(dst, 0, 0);
+    if (mbq_w4a8_mul_mat_shared(ctx, dst, &whole, 1)) {
         return true;
     }
     for (int64_t i3 = 0; i3 < dst->ne[3]; ++i3) {
@@ -91,7 +125,13 @@ int ggml_cuda_w4a8_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
     if (mbq_w4a8_is_in(inputs.early, i)) {
         return 1;
     }
-    if (!inputs.graph || inputs.memory) {
+    if (!inputs.graph) {
+        return 0;
+    }
+    if (const int behind = mbq_w4a8_fuse_added(ctx, graph, i)) {
+        return behind;
+    }
+    if (inputs.memory) {
         return 0;
     }
     if (const int behind = mbq_w4a8_fuse_one(ctx, graph, i)) {
@@ -99,11 +139,11 @@ int ggml_cuda_w4a8_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
         return behind;
     }
     const int n_flags = mbq_w4a8_n_flags(ctx, MBQ_W4A8_TILES);
-    if (mbq_w4a8_fuse_norm(ctx, graph, i, n_flags)) {
+    if (const int behind = mbq_w4a8_fuse_norm(ctx, graph, i, n_flags)) {
         mbq_w4a8_counts[GGML_CUDA_W4A8_NORM]++;
-        return 1;
+        return behind;
     }
-    const int made = mbq_w4a8_fuse_glu(ctx, graph, i, n_flags);
+    const int made = mbq_w4a8_fuse_activation(ctx, graph, i, n_flags);
     if (made < 0) {
         return 0;
     }
@@ -111,7 +151,10 @@ int ggml_cuda_w4a8_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
     if (made > i) {
         return made - i;
     }
-    inputs.step(ctx, graph, i + 1); // no node behind the GLU has run: the caller takes 0 for nothing fused
+    inputs.step(ctx, graph, i + 1); // no node behind the function has run: the caller takes 0 for nothing fused
+    if (const int behind = mbq_w4a8_fuse_added(ctx, graph, i + 1)) {
+        return 1 + behind;
+    }
     ggml_tensor * product = graph->nodes[i + 1];
     GGML_ASSERT(ggml_cuda_w4a8_mul_mat(ctx, product->src[0], product->src[1], product));
     return 1;

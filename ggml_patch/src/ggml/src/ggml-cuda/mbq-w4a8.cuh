@@ -12,8 +12,8 @@
 bool ggml_cuda_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst);
 
 // Before node i of a graph runs, for every i that does: finds out which products read the same activations (mbq-w4a8-inputs.cuh) and runs what can be
-// fused with their quantising (mbq-w4a8-fuse.cuh) or, of one column, with products (mbq-w4a8-one.cuh). Without it (GGML_CUDA_DISABLE_FUSION) each product quantises its own. The number of nodes behind i
-// that have run with it, as ggml_cuda_try_fuse.
+// fused with their quantising (mbq-w4a8-fuse.cuh) or with products (mbq-w4a8-added.cuh and, of one column, mbq-w4a8-one.cuh). Without it
+// (GGML_CUDA_DISABLE_FUSION) each product quantises its own. The number of nodes behind i that have run with it, as ggml_cuda_try_fuse.
 int ggml_cuda_w4a8_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
 
 // Before a graph is given memory: keep(i, last) where what is made and read from node i on must stay in its place until node `last`, so that one kernel can make
@@ -25,8 +25,10 @@ enum ggml_cuda_w4a8_counted {
     GGML_CUDA_W4A8_QUANTISED, // passes of mbq_w4a8_quantize
     GGML_CUDA_W4A8_FOUND,     // products that found their activations quantised
     GGML_CUDA_W4A8_NORM,      // passes fused into a norm
-    GGML_CUDA_W4A8_GLU,       // and into SwiGLU
+    GGML_CUDA_W4A8_GLU,       // and into SwiGLU or a GELU
     GGML_CUDA_W4A8_ONE_COLUMN, // products of one column with what reads them
+    GGML_CUDA_W4A8_ADDED,     // products of many columns with a bias, the residual stream or both
+    GGML_CUDA_W4A8_TOGETHER,  // of several matrices
     GGML_CUDA_W4A8_COUNTS,
 };
 extern "C" GGML_BACKEND_API int64_t ggml_cuda_w4a8_count(ggml_cuda_w4a8_counted what);

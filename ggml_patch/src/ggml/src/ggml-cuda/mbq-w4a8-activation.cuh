@@ -1,0 +1,180 @@
+#pragma once
+
+// Activation functions together with the quantising behind them (mbq-w4a8-fuse.cuh): SwiGLU, with a Hadamard transform behind it or none, and the three
+// GELUs. The expressions are upstream's (unary.cu, fwht.cu).
+
+#include "fwht.cuh"
+#include "mbq-w4a8-fuse.cuh"
+#include "unary.cuh"
+
+// N floats of a warp's lanes, value i of lane t being element 32i + t: see fwht_cuda
+template <int N>
+static __device__ __forceinline__ void mbq_w4a8_hadamard(float (&v)[N/32], const float scale) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < N/32; ++i) {
+        v[i] = __fmul_rn(v[i], scale);
+    }
+#pragma unroll
+    for (int h = 1; h < 32; h *= 2) {
+#pragma unroll
+        for (int i = 0; i < N/32; ++i) {
+            const float other = __shfl_xor_sync(0xFFFFFFFF, v[i], h);
+            v[i] = (lane & h) == 0 ? __fadd_rn(v[i], other) : __fsub_rn(other, v[i]);
+        }
+    }
+#pragma unroll
+    for (int h = 1; h < N/32; h *= 2) {
+#pragma unroll
+        for (int i = 0; i < N/32; ++i) {
+            if ((i & h) == 0) {
+                const float a = v[i], b = v[i + h];
+                v[i]     = __fadd_rn(a, b);
+                v[i + h] = __fsub_rn(a, b);
+            }
+        }
+    }
+}
+
+enum mbq_w4a8_function { MBQ_W4A8_SWIGLU, MBQ_W4A8_GELU, MBQ_W4A8_GELU_ERF, MBQ_W4A8_GELU_QUICK };
+
+// See unary_op_kernel and unary_gated_op_kernel
+template <mbq_w4a8_function f>
+static __device__ __forceinline__ float mbq_w4a8_activate(const float x, const float * y, const int k) {
+    if constexpr (f == MBQ_W4A8_SWIGLU) {
+        return ggml_cuda_op_silu_single(x) * y[k];
+    } else if constexpr (f == MBQ_W4A8_GELU) {
+        return ggml_cuda_op_gelu_single(x);
+    } else if constexpr (f == MBQ_W4A8_GELU_ERF) {
+        return 0.5f*x*(1.0f + erff(x*0.70710678118654752440084436210484f));
+    } else {
+        return x * (1.0f / (1.0f + expf(-1.702f * x)));
+    }
+}
+
+// A warp takes `span` elements at a time: N, or 128 without a transform (N = 0).
+template <bool tiled, mbq_w4a8_function f, int N>
+static __global__ void __launch_bounds__(1024, MBQ_W4A8_CTAS(N < 512 ? 2 : 1)) mbq_w4a8_activation(const mbq_w4a8_fused_args args, const float hadamard) {
+    extern __shared__ __align__(16) float mbq_column[];
+    constexpr int span = N == 0 ? 128 : N;
+    ggml_cuda_pdl_lc();
+    const float * x = args.x + blockIdx.x*args.x_column;
+    const float * y = args.y + blockIdx.x*args.y_column;
+    int amax = 0;
+    ggml_cuda_pdl_sync();
+    for (int first = threadIdx.x/32*span + threadIdx.x%32; first < args.K; first += blockDim.x/32*span) {
+        float v[span/32];
+#pragma unroll
+        for (int i = 0; i < span/32; ++i) {
+            const int k = first + 32*i;
+            v[i] = N == 0 && k >= args.K ? 0.0f : mbq_w4a8_activate<f>(x[k], y, k);
+        }
+        if constexpr (N > 0) {
+            mbq_w4a8_hadamard<N>(v, hadamard);
+        }
+#pragma unroll
+        for (int i = 0; i < span/32; ++i) {
+            if (N > 0 || first + 32*i < args.K) {
+                mbq_column[first + 32*i] = v[i];
+            }
+            amax = max(amax, mbq_w4a8_bits(v[i]));
+        }
+    }
+    mbq_w4a8_quantize_shared<tiled>(args, mbq_column, amax);
+}
+
+// As many warps as take their spans in equal turns: 5120 is 40 spans, two for each of 20 warps
+static int mbq_w4a8_activation_threads(const mbq_w4a8_function f, const int K) {
+    if (f == MBQ_W4A8_SWIGLU) {
+        return K <= 4096 ? 256 : 1024;
+    }
+    const int spans = (K + 127)/128;
+    const int turns = (spans + 31)/32;
+    return 32*((spans + turns - 1)/turns);
+}
+
+template <bool tiled, mbq_w4a8_function f, int N>
+static void mbq_w4a8_launch_activation(ggml_backend_cuda_context & ctx, const mbq_w4a8_fused_args & args, const int columns) {
+    const float scale = N == 0 ? 1.0f : 1 / sqrtf(N);
+    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_activation<tiled, f, N>), mbq_w4a8_room(ctx));
+    const dim3 threads(mbq_w4a8_activation_threads(f, args.K));
+    const ggml_cuda_kernel_launch_params params(dim3(columns), threads, args.padded*sizeof(float), ctx.stream());
+    ggml_cuda_kernel_launch(mbq_w4a8_activation<tiled, f, N>, params, args, scale);
+}
+
+template <bool tiled>
+static void mbq_w4a8_launch_activation(ggml_backend_cuda_context & ctx, const mbq_w4a8_fused_args & args, const int columns, const mbq_w4a8_function f, const int hadamard) {
+    const auto of_swiglu = hadamard == 0 ? &mbq_w4a8_launch_activation<tiled, MBQ_W4A8_SWIGLU, 0> :
+        hadamard ==  64 ? &mbq_w4a8_launch_activation<tiled, MBQ_W4A8_SWIGLU,  64> : hadamard == 128 ? &mbq_w4a8_launch_activation<tiled, MBQ_W4A8_SWIGLU, 128> :
+        hadamard == 256 ? &mbq_w4a8_launch_activation<tiled, MBQ_W4A8_SWIGLU, 256> : &mbq_w4a8_launch_activation<tiled, MBQ_W4A8_SWIGLU, 512>;
+    const auto launch = f == MBQ_W4A8_SWIGLU ? of_swiglu : f == MBQ_W4A8_GELU ? &mbq_w4a8_launch_activation<tiled, MBQ_W4A8_GELU, 0> :
+        f == MBQ_W4A8_GELU_ERF ? &mbq_w4a8_launch_activation<tiled, MBQ_W4A8_GELU_ERF, 0> : &mbq_w4a8_launch_activation<tiled, MBQ_W4A8_GELU_QUICK, 0>;
+    launch(ctx, args, columns);
+}
+
+// Behind the function at node i: RESHAPE, MUL_MAT with a Hadamard matrix that ggml_cuda_op_fwht multiplies by, RESHAPE to what it was. The size of the
+// matrix; 0: another node
+static int mbq_w4a8_hadamard_after(const ggml_cgraph * graph, const int i) {
+    if (i + 3 >= graph->n_nodes) {
+        return 0;
+    }
+    ggml_tensor * const * n = graph->nodes + i;
+    const bool chain = n[1]->op == GGML_OP_RESHAPE && n[1]->src[0] == n[0] && ggml_cuda_op_mul_mat_use_fwht(n[2]) && n[2]->src[1] == n[1] &&
+        n[3]->op == GGML_OP_RESHAPE && n[3]->src[0] == n[2] && ggml_are_same_shape(n[3], n[0]);
+    bool read_once = true;
+    for (int j = 0; j < 3; ++j) {
+        read_once = read_once && ggml_node_get_use_count(graph, i + j) == 1 && !(n[j]->flags & GGML_TENSOR_FLAG_OUTPUT);
+    }
+    const int64_t size = n[1]->ne[0];
+    return chain && read_once && n[1]->type == GGML_TYPE_F32 && (size == 64 || size == 128 || size == 256 || size == 512) ? size : 0;
+}
+
+// Which function the node is; -1: none of these
+static int mbq_w4a8_function_of(const ggml_tensor * node) {
+    if (node->view_src) {
+        return -1;
+    }
+    if (node->op == GGML_OP_GLU) {
+        return ggml_get_glu_op(node) == GGML_GLU_OP_SWIGLU && node->src[1] ? MBQ_W4A8_SWIGLU : -1;
+    }
+    if (node->op != GGML_OP_UNARY) {
+        return -1;
+    }
+    switch (ggml_get_unary_op(node)) {
+        case GGML_UNARY_OP_GELU:       return MBQ_W4A8_GELU;
+        case GGML_UNARY_OP_GELU_ERF:   return MBQ_W4A8_GELU_ERF;
+        case GGML_UNARY_OP_GELU_QUICK: return MBQ_W4A8_GELU_QUICK;
+        default:                       return -1;
+    }
+}
+
+// SWIGLU, with a transform or none, or a GELU: the node whose result it has made; -1: another node
+static int mbq_w4a8_fuse_activation(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const int n_flags) {
+    const ggml_tensor * node = graph->nodes[i];
+    const int function = mbq_w4a8_function_of(node);
+    if (function < 0) {
+        return -1;
+    }
+    const ggml_tensor * x = node->src[0];
+    const ggml_tensor * y = function == MBQ_W4A8_SWIGLU ? node->src[1] : x;
+    for (const ggml_tensor * src : { x, y }) {
+        if (src->type != GGML_TYPE_F32 || !ggml_is_contiguous_1(src) || !ggml_are_same_shape(src, node)) {
+            return -1;
+        }
+    }
+    const int hadamard = function == MBQ_W4A8_SWIGLU ? mbq_w4a8_hadamard_after(graph, i) : 0;
+    const int end      = hadamard > 0 ? i + 3 : i;
+    const mbq_w4a8_fusion f = mbq_w4a8_readers_of(ctx, graph, end);
+    const bool next = hadamard > 0 || mbq_w4a8_next_reader(ctx, graph, i, f.x) == i + 1; // see ggml_cuda_w4a8_fuse
+    if (f.readers.count == 0 || f.floats || !next) {
+        return -1;
+    }
+    mbq_w4a8_fused_args args = mbq_w4a8_hold_fused(ctx, f, n_flags);
+    args.x        = (const float *) x->data;
+    args.y        = (const float *) y->data;
+    args.x_column = x->nb[1]/sizeof(float);
+    args.y_column = y->nb[1]/sizeof(float);
+    const auto launch = f.x.order == MBQ_W4A8_TILES ? &mbq_w4a8_launch_activation<true> : &mbq_w4a8_launch_activation<false>;
+    launch(ctx, args, node->ne[1], (mbq_w4a8_function) function, hadamard);
+    return end;
+}

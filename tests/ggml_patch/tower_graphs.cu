@@ -1,0 +1,99 @@
+// Graphs of a vision tower's weights with one scale a row on every GPU, against the same graphs node by node (row_scale_builder.h): LayerNorm and GELU fused
+// with quantising, biases and the residual stream added by the products. With an argument only small ones, for the sanitizer. Run by test_cuda.py.
+
+#include "row_scale_builder.h"
+
+using function = ggml_tensor * (*)(ggml_context *, ggml_tensor *);
+
+// One block; attention is q + k*v, which reads q, k and v late as attention does
+static ggml_tensor * block(builder & b, ggml_tensor * x, const int64_t ff, const ggml_type type, const function f) {
+    ggml_tensor * y = b.layer_norm(x);
+    ggml_tensor * parts[3];
+    for (ggml_tensor *& part : parts) {
+        part = b.biased(b.product(y, x->ne[0], type));
+        ggml_build_forward_expand(b.graph, part);
+    }
+    ggml_tensor * attention = ggml_add(b.nodes, parts[0], ggml_mul(b.nodes, parts[1], parts[2]));
+    x = ggml_add(b.nodes, b.biased(b.product(attention, x->ne[0], type)), x);
+    ggml_tensor * h = f(b.nodes, b.biased(b.product(b.layer_norm(x), ff, type)));
+    return ggml_add(b.nodes, x, b.biased(b.product(h, x->ne[0], type)));
+}
+
+static int check_blocks(ggml_backend_t backend, const std::string & name, const int64_t k, const int64_t ff, const int64_t n, const ggml_type type, const function f) {
+    builder b;
+    ggml_tensor * x = block(b, b.floats(k, n), ff, type, f);
+    b.output(block(b, x, ff, type, f));
+    return check(backend, "blocks " + name + " " + ggml_type_name(type) + " " + std::to_string(k) + " " + std::to_string(ff) + " " + std::to_string(n), b);
+}
+
+// What is added to a product: six times something, one of them before a bias that stays apart; and what must not be taken along: for a product that is an output,
+// one added to itself, one number a column
+static int check_added(ggml_backend_t backend, const ggml_type type, const int64_t k, const int64_t m, const int64_t n) {
+    builder b;
+    ggml_tensor * x = ggml_scale(b.nodes, b.floats(k, n), 0.5f);
+    const auto product = [&] { return b.product(x, m, type); };
+    const auto early   = [&](ggml_tensor * t) { ggml_build_forward_expand(b.graph, t); return t; };
+    const auto matrix  = [&] { return early(ggml_scale(b.nodes, b.floats(m, n), 0.5f)); };
+    b.output(ggml_add(b.nodes, b.biased(product()), matrix()));
+    b.output(b.biased(ggml_add(b.nodes, product(), matrix())));
+    b.output(ggml_add(b.nodes, matrix(), product()));
+    b.output(ggml_add_inplace(b.nodes, matrix(), product()));
+    b.output(b.biased(b.biased(product())));
+    ggml_tensor * wide = ggml_scale(b.nodes, b.floats(m + 5, n), 0.5f);
+    ggml_tensor * odd  = early(ggml_view_2d(b.nodes, wide, m, n, wide->nb[1], sizeof(float))); // columns at odd places
+    b.output(ggml_add(b.nodes, product(), odd));
+    ggml_tensor * shown = b.output(product());
+    b.output(b.biased(shown));
+    ggml_tensor * twice = product();
+    b.output(ggml_add(b.nodes, twice, twice));
+    b.output(ggml_add(b.nodes, product(), b.floats(1, n)));
+    return check(backend, std::string("added ") + ggml_type_name(type) + " " + std::to_string(k) + " " + std::to_string(m) + " " + std::to_string(n), b);
+}
+
+// Norms and functions that others read too, or are outputs; a norm without a bias; functions read by two products
+static int check_read(ggml_backend_t backend, const int64_t n) {
+    builder b;
+    ggml_tensor * y = b.layer_norm(b.floats(1024, n));
+    b.output(b.product(y, 96));
+    b.output(ggml_add(b.nodes, b.product(y, 1024), y));
+    ggml_tensor * z = ggml_mul(b.nodes, ggml_norm(b.nodes, b.outputs.back(), 1e-6f), b.floats(1024, 1));
+    b.output(z);
+    b.output(b.product(z, 64));
+    ggml_tensor * g = ggml_gelu(b.nodes, b.outputs.back());
+    b.output(b.product(g, 32));
+    b.output(b.product(g, 64));
+    ggml_tensor * h = ggml_gelu_quick(b.nodes, b.outputs.back());
+    b.output(b.product(h, 32));
+    b.output(ggml_add(b.nodes, b.product(h, 64), h));
+    return check(backend, "read " + std::to_string(n), b);
+}
+
+int main(int argc, char **) {
+    const bool small = argc > 1;
+    int bad = 0;
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        ggml_backend_dev_t device = ggml_backend_dev_get(i);
+        if (ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_GPU) {
+            continue;
+        }
+        ggml_backend_t backend = ggml_backend_dev_init(device, nullptr);
+        for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0 }) {
+            for (const int64_t n : small ? std::vector<int64_t>{ 2, 64 } : std::vector<int64_t>{ 1, 2, 8, 9, 64, 300 }) {
+                bad += check_blocks(backend, "gelu", 256, 512, n, type, ggml_gelu) + check_blocks(backend, "quick", 576, 1536, n, type, ggml_gelu_quick);
+                bad += check_blocks(backend, "erf", 1024, 256, n, type, ggml_gelu_erf);
+            }
+            for (const int64_t n : { 64, 77 }) {
+                bad += check_added(backend, type, 256, 128, n) + check_added(backend, type, 256, 41, n);
+            }
+            if (!small) {
+                bad += check_blocks(backend, "quick", 1280, 5120, 1024, type, ggml_gelu_quick) + check_blocks(backend, "gelu", 1152, 4608, 729, type, ggml_gelu);
+                bad += check_blocks(backend, "quick", 1280, 5120, 4096, type, ggml_gelu_quick) + check_blocks(backend, "erf", 1024, 4096, 1025, type, ggml_gelu_erf);
+                bad += check_added(backend, type, 1280, 1280, 4096) + check_added(backend, type, 5120, 1280, 1024);
+            }
+        }
+        for (const int64_t n : { 2, 8, 9, 64, 300 }) { bad += check_read(backend, n); }
+        ggml_backend_free(backend);
+    }
+    printf("%d graphs wrong\n", bad);
+    return bad != 0;
+}
