@@ -89,8 +89,8 @@ def test_killed_runs_end_in_the_same_bytes(calm: Path, tiny_dir: Path, folder: P
     assert same_files(folder, calm)
 
 
-def test_one_of_two_processes_dies_and_three_go_on(calm: Path, tiny_dir: Path, folder: Path) -> None:
-    """The other one ends with a sentence, and its work is what three go on from (5 s of two cores)."""
+def test_one_of_two_processes_dies_and_one_alone_goes_on(calm: Path, tiny_dir: Path, folder: Path) -> None:
+    """The other one ends with a sentence; what it has finished serves any number of processes (tests/test_parallel.py has three)."""
     first, second = convert_together(2, tiny_dir, folder)
     await_layers(first, folder, 1)
     second.send_signal(signal.SIGKILL)
@@ -100,9 +100,9 @@ def test_one_of_two_processes_dies_and_three_go_on(calm: Path, tiny_dir: Path, f
     assert "Traceback" not in said
     assert finished_layers(folder) >= 1
     assert not (folder / "out.gguf").exists()
-    assert [process.wait(SECONDS) for process in convert_together(3, tiny_dir, folder)] == [0, 0, 0]
+    assert not folder.with_suffix(".1.log").read_text()  # only the first process speaks
+    assert convert(tiny_dir, folder).wait(SECONDS) == 0
     assert same_files(folder, calm)
-    assert not folder.with_suffix(".1.log").read_text()  # the others are quiet
 
 
 @pytest.mark.usefixtures("built_llama")

@@ -19,6 +19,7 @@ from mbq_gguf.parallel import from_first, own, shares, spread, spread_values, to
 from mbq_gguf.quantise import quantise
 from mbq_gguf.rounding import gptq
 from mbq_gguf.settings import QuantiseSettings
+from mbq_gguf.workdir import WorkDir, open_workdir
 from safetensors.torch import load_file, save_file
 
 SECONDS = 120  # for one run at most; it takes some 4 where nothing else runs
@@ -26,13 +27,14 @@ SECONDS = 120  # for one run at most; it takes some 4 where nothing else runs
 SETTINGS = QuantiseSettings(token_weights="token", synthetic=2)
 
 
-def quantised(model: str, out: str) -> None:
+def quantised(model: str, out: str, work: str) -> None:
     """Quantise ``model`` in pieces so small that every process has several, and save what the first has to write to ``out``."""
     torch.set_num_threads(1)
     batches.TOKENS, sums.TILE, gptq.ROWS_AT_ONCE = 200, 48, 32
     samples = [Sample(s.image, s.turns[:1]) for s in read_jsonl(SHIPPED)[:3]]
     with together("cpu"):
-        result = quantise(load(Path(model)), samples, SETTINGS)
+        kept = open_workdir(Path(work), {"model": "tiny"}) if launch.first() else WorkDir(Path(work), "")
+        result = quantise(load(Path(model)), samples, SETTINGS, kept)
     if launch.first():
         save_file(result.tensors, out, {"facts": json.dumps(result.facts)})
 
@@ -41,18 +43,20 @@ def quantised(model: str, out: str) -> None:
 def alone(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a single process has to write."""
     out = tmp_path_factory.mktemp("alone") / "out.safetensors"
-    assert Command(out.with_suffix(".log"), tiny_dir, out, work=quantised).wait(SECONDS) == 0
+    assert Command(out.with_suffix(".log"), tiny_dir, out, out.with_suffix(".work"), work=quantised).wait(SECONDS) == 0
     assert len(load_file(out)) > 20
     return out
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_any_number_of_processes_gives_the_same_bytes(count: int, alone: Path, tiny_dir: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.safetensors"
-    variables = of_several(count, free_port())
-    run = [Command(tmp_path / f"{rank}.log", tiny_dir, out, variables=own, work=quantised) for rank, own in enumerate(variables)]
-    assert [process.wait(SECONDS) for process in run] == [0] * count
-    assert out.read_bytes() == alone.read_bytes()
+def test_two_processes_give_the_same_bytes_and_three_go_on_from_their_first_layer(alone: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    for count in (2, 3):
+        out, work = tmp_path / f"{count}.safetensors", tmp_path / "work"
+        for later in work.glob("layer-000[12].safetensors"):
+            later.unlink()
+        started = enumerate(of_several(count, free_port()))
+        run = [Command(tmp_path / f"{rank}.log", tiny_dir, out, work, variables=own, work=quantised) for rank, own in started]
+        assert [process.wait(SECONDS) for process in run] == [0] * count
+        assert out.read_bytes() == alone.read_bytes()
 
 
 def test_a_single_process_does_all_by_itself() -> None:

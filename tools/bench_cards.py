@@ -26,7 +26,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-SECONDS = re.compile(r"([a-z][a-z ]*?) (\d+\.\d) s")
+STAGE = re.compile(r"([a-z][a-z ]*?) (?:(\d+) min )?(\d+(?:\.\d)?) s")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def run(model: Path, cards: int, options: list[str]) -> Run:
             raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         ends = sorted(path.stat().st_mtime for path in work.glob("layer-*.safetensors"))
         layer = (ends[-1] - ends[0]) / max(1, len(ends) - 1)
-        stages = {name.strip(): float(value) for name, value in SECONDS.findall(done.stdout.strip().splitlines()[-1])}
+        told = STAGE.findall(done.stdout.strip().splitlines()[-1])
+        stages = {name: 60 * float(minutes or 0) + float(rest) for name, minutes, rest in told}
         digest = hashlib.sha256(b"".join(path.read_bytes() for path in (out, out.with_name(f"mmproj-{out.name}")))).hexdigest()
         return Run(cards, seconds, layer, stages, digest)
 
@@ -61,13 +62,12 @@ def run(model: Path, cards: int, options: list[str]) -> Run:
 def shown(runs: list[Run], more: int) -> Table:
     """The runs beside the one with the fewest cards; ``more`` layers are added to each."""
     fewest = min(runs, key=lambda each: each.cards)
-    stages = list(dict.fromkeys(name for each in runs for name in each.stages))
-    table = Table("cards", *stages, "all", "a layer", "times", "reckoned", "times", "same bytes")
+    table = Table("cards", "seconds", "a layer", "times", "reckoned", "times", "same bytes")
     for each in runs:
         whole, beside = each.seconds + more * each.layer, fewest.seconds + more * fewest.layer
-        figures = [*(each.stages.get(name, 0.0) for name in stages), each.seconds, each.layer]
-        ratios = f"{fewest.layer / each.layer if each.layer else 1:.2f}", f"{whole:.0f}", f"{beside / whole:.2f}"
-        table.add_row(str(each.cards), *(f"{value:.1f}" for value in figures), *ratios, "yes" if each.digest == fewest.digest else "NO")
+        ratio = fewest.layer / each.layer if each.layer else 1.0
+        figures = f"{each.seconds:.1f}", f"{each.layer:.2f}", f"{ratio:.2f}", f"{whole:.0f}", f"{beside / whole:.2f}"
+        table.add_row(str(each.cards), *figures, "yes" if each.digest == fewest.digest else "NO")
     return table
 
 
