@@ -159,7 +159,7 @@ def host_bytes(options: ConvertOptions) -> int:
     """What the process may hold of the host's memory before activations go to disk."""
     if options.memory is not None:
         return round(options.memory * 1e9)
-    return own() + round(FREE_SHARE * available(torch.device("cpu")) / launch.count())
+    return own() + round(FREE_SHARE * available(torch.device("cpu")) / launch.neighbours())
 
 
 def run_tower_alone(options: ConvertOptions, console: Console, bars: Progress, timer: Timer) -> VisionFile:
