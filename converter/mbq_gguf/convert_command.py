@@ -200,6 +200,8 @@ def convert(context: click.Context, /, model: str, type_: str, revision: str | N
     # Before torch is loaded. OpenMP threads that spin while they wait take the cores from whatever else runs: beside another conversion on
     # two cores the texts took seven minutes instead of half a minute. llama.cpp, whose waits are short, is left to spin.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # A card's memory in pieces that join: Hessians of 18944 columns do not fit where the decoder's many matrices were.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
     if launch.count() > 1:  # torch warns of processes that were killed in the middle of a call
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if dry_run and not launch.first():
