@@ -3,9 +3,11 @@
 
     python tools/soak_server.py FILE.gguf                 500 requests; the table goes to the terminal
     python tools/soak_server.py FILE.gguf --write         and into docs/results.md
+    python tools/soak_server.py FILE.gguf --gpu-layers 99     on a card; its memory is watched too
 
 Warms up with every hostile request, one at a time, and with as many requests by all clients as it then counts, in another order. Fails
-(exit code 1) where an answer differs, hostile input is not refused, the server dies, or its memory grows by 1 % or more after that.
+(exit code 1) where an answer differs, hostile input is not refused, the server dies, or its memory or what is in use on the card grows by
+1 % or more after that.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from mbq_gguf.errors import SHOWN
 from mbq_gguf.evaluate.exact_match import SHIPPED, Question, load_questions
 from mbq_gguf.llama_cpp import closed
 from mbq_gguf.llama_cpp.server import LlamaServer, data_url
+from server_memory import growth, on_card, resident
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 BEGIN, END = "<!-- soak table: tools/soak_server.py -->", "<!-- end of soak table -->"
@@ -41,6 +44,7 @@ SHARES = {"text": 0.25, "one picture": 0.25, "three pictures": 0.15, "cancelled"
 PICTURES = {"text": 0, "one picture": 1, "three pictures": 3}
 DISTINCT = 8  # questions of each kind
 GROWTH_LIMIT = 0.01
+EVERY = 10  # requests between two looks at the card
 Ask = tuple[str, tuple[Path, ...], str]  # kind, pictures, question
 
 
@@ -52,6 +56,7 @@ class Tally:
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     statuses: Counter[str] = field(default_factory=Counter)
     memory: list[int] = field(default_factory=list)  # bytes after each request
+    card: list[int] | None = None  # bytes in use on the card, every few requests; None without one
     differing: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
@@ -94,12 +99,6 @@ def cancel(server: LlamaServer, ask: Ask, seconds: float) -> None:
             next(response.iter_lines(), None)
 
 
-def resident(pid: int) -> int:
-    """Bytes of memory that the server holds."""
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
-
-
 def serve_one(
     server: LlamaServer, task: Ask | Hostile | str, distinct: list[Ask], expected: dict[Ask, str], seed: int, tally: Tally
 ) -> None:
@@ -127,11 +126,16 @@ def serve_one(
         tally.wrong += [wrong] if wrong else []
         if len(tally.memory) % 50 == 0:
             click.echo(f"{len(tally.memory)} requests, {len(tally.differing)} answers that differ, {tally.memory[-1] / 1e6:.0f} MB")
+        look = tally.card is not None and len(tally.memory) % EVERY == 0
+    if look and tally.card is not None:
+        tally.card.append(on_card())
 
 
-def soak(server: LlamaServer, clients: int, distinct: list[Ask], tasks: list[Any], expected: dict[Ask, str]) -> Tally:
-    """All of ``tasks``, by ``clients`` at a time."""
-    tally, waiting = Tally(), queue.SimpleQueue[tuple[int, Any]]()
+def soak(
+    server: LlamaServer, clients: int, distinct: list[Ask], tasks: list[Any], expected: dict[Ask, str], *, card: bool = False
+) -> Tally:
+    """All of ``tasks``, by ``clients`` at a time; with ``card`` its memory is watched."""
+    tally, waiting = Tally(card=[] if card else None), queue.SimpleQueue[tuple[int, Any]]()
     for item in enumerate(tasks):
         waiting.put(item)
 
@@ -144,12 +148,6 @@ def soak(server: LlamaServer, clients: int, distinct: list[Ask], tasks: list[Any
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(client, range(clients)))
     return tally
-
-
-def growth(memory: list[int]) -> tuple[float, float]:
-    """Bytes at the beginning and at the end, each the median over a tenth of the requests."""
-    span = max(1, len(memory) // 10)
-    return statistics.median(memory[:span]), statistics.median(memory[-span:])
 
 
 def table(tally: Tally, file: Path, asked_by: str) -> str:
@@ -176,6 +174,9 @@ def table(tally: Tally, file: Path, asked_by: str) -> str:
         f"Memory: {early / 1e6:.1f} MB after as many requests that warmed up, {late / 1e6:.1f} MB at the end "
         f"({100 * (late / early - 1):+.2f} %).",
     ]
+    if tally.card:
+        early, late = growth(tally.card)
+        lines.append(f"In use on the card: {early / 1e6:.1f} MB, {late / 1e6:.1f} MB at the end ({100 * (late / early - 1):+.2f} %).")
     return "\n".join(lines)
 
 
@@ -198,14 +199,16 @@ def write(text: str) -> None:
 @click.option("--requests", "count", default=500, show_default=True, type=click.IntRange(min=20))
 @click.option("--clients", default=8, show_default=True, type=click.IntRange(min=1))
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1))
+@click.option("--gpu-layers", default=0, show_default=True, type=click.IntRange(min=0), help="On a card; a build for one is needed.")
 @click.option("--seed", default=0, show_default=True, help="Another order.")
 @click.option("--write", "into_page", is_flag=True, help="Put the table into docs/results.md.")
-def main(file: Path, mmproj: Path | None, count: int, clients: int, threads: int, seed: int, into_page: bool) -> None:
+def main(file: Path, mmproj: Path | None, count: int, clients: int, threads: int, gpu_layers: int, seed: int, into_page: bool) -> None:
     """Soak a llama-server with FILE."""
     questions = load_questions(SHIPPED)
     (distinct, tasks), (_, first) = plan(questions, count, random.Random(seed)), plan(questions, count, random.Random(seed + 1))
     try:
-        with LlamaServer(file, mmproj or file.with_name(f"mmproj-{file.name}"), threads=threads, ctx=CONTEXT, parallel=clients) as server:
+        options: dict[str, Any] = {"threads": threads, "ctx": CONTEXT, "parallel": clients, "gpu_layers": gpu_layers}
+        with LlamaServer(file, mmproj or file.with_name(f"mmproj-{file.name}"), **options) as server:
             click.echo(f"{len(distinct)} questions and {len(HOSTILE)} hostile requests one at a time")
             expected = {ask: server.ask(ask[1], ask[2], TOKENS).text for ask in distinct}
             for one in HOSTILE:  # the largest of them sets the memory that the server needs
@@ -213,7 +216,7 @@ def main(file: Path, mmproj: Path | None, count: int, clients: int, threads: int
             warmed = soak(server, clients, distinct, first, expected)
             click.echo("warm: from here on all is counted")
             began = time.monotonic()
-            tally = soak(server, clients, distinct, tasks, expected)
+            tally = soak(server, clients, distinct, tasks, expected, card=gpu_layers > 0)
             wall = time.monotonic() - began
             if closed.request("GET", f"{server.url}/v1/models", server.key, 60).status_code != 200:
                 raise click.ClickException("the server answers no more: see its log")
@@ -221,12 +224,12 @@ def main(file: Path, mmproj: Path | None, count: int, clients: int, threads: int
         raise click.ClickException(str(error)) from error
     for words in (failed := warmed.differing + warmed.wrong + tally.differing + tally.wrong):
         click.echo(words)
-    text = table(tally, file, f"{clients} clients in {wall:.0f} s, {threads} threads")
+    text = table(tally, file, f"{clients} clients in {wall:.0f} s, {threads} threads{', on a card' if gpu_layers else ''}")
     click.echo(text)
     if into_page:
         write(text)
-    early, late = growth(tally.memory)
-    sys.exit(1 if failed or late / early - 1 >= GROWTH_LIMIT else 0)
+    grown = any(late / early - 1 >= GROWTH_LIMIT for early, late in map(growth, filter(None, (tally.memory, tally.card))))
+    sys.exit(1 if failed or grown else 0)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,27 @@ def test_modes_are_compared_within_rounds_and_the_first_one_warms_up() -> None:
 
     def run(mode: str) -> Round:
         order.append(mode)
-        return Round(((0.001, 0.001), (next(gaps[mode]), 0.1), (99.0, 99.0)), asked=7)
+        gap = next(gaps[mode])
+        return Round(((0.001, 0.001, 0.001), (gap, 0.1, gap / 2), (99.0, 99.0, 99.0)), asked=7)
 
     words = bench_gaps.summary(bench_gaps.interleaved(3, run)).splitlines()
     assert order == ["on", "off", *("off", "on"), *("on", "off"), *("off", "on")]
     assert words == [
-        "clock, off: longest gap 200 ms (100 to 400)",
-        "clock, on: longest gap 200 ms (100 to 400)",
-        "clock, on / off: 1.00 (median of 3 rounds, 0.50 to 2.00)",
-        "processor, off: longest gap 100 ms (100 to 100)",
-        "processor, on: longest gap 100 ms (100 to 100)",
-        "processor, on / off: 1.00 (median of 3 rounds, 1.00 to 1.00)",
+        "longest gap, clock, off: 200 ms (100 to 400)",
+        "longest gap, clock, on: 200 ms (100 to 400)",
+        "longest gap, clock, on / off: 1.00 (median of 3 rounds, 95 % 0.50 to 2.00, all 0.50 to 2.00)",
+        "longest gap, processor, off: 100 ms (100 to 100)",
+        "longest gap, processor, on: 100 ms (100 to 100)",
+        "longest gap, processor, on / off: 1.00 (median of 3 rounds, 95 % 1.00 to 1.00, all 1.00 to 1.00)",
+        "99th percentile, clock, off: 100 ms (50 to 200)",
+        "99th percentile, clock, on: 100 ms (50 to 200)",
+        "99th percentile, clock, on / off: 1.00 (median of 3 rounds, 95 % 0.50 to 2.00, all 0.50 to 2.00)",
         "questions answered in a round: off 7, on 7",
     ]
+
+
+def test_the_interval_of_a_median_leaves_out_what_chance_may() -> None:
+    """Of 9 values one on each side: 2 (1 + 9) / 512 is 0.039; of 20 five: 0.041."""
+    assert bench_gaps.interval([float(value) for value in range(9)]) == (1.0, 7.0)
+    assert bench_gaps.interval([float(value) for value in range(20)]) == (5.0, 14.0)
+    assert bench_gaps.interval([3.0, 1.0]) == (1.0, 3.0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import bench_request
 import bench_tower
 import bench_ttft
 import numpy as np
@@ -54,3 +56,21 @@ def test_ratios_are_within_a_round_and_the_first_of_it_alternates() -> None:
     assert order == ["off", "on", *("on", "off"), *("off", "on"), *("on", "off")]  # the first two warm up
     assert (row.before, row.mode) == ("off", "on")
     assert (row.ratio, row.least, row.greatest, row.before_ms, row.mode_ms) == (2.0, 1.0, 4.0, 4000.0, 1000.0)
+
+
+def test_a_request_is_taken_apart(
+    built_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bind()
+    monkeypatch.setattr(random_gguf, "TOWER", (1, 160))
+    monkeypatch.setattr(bench_request, "SIDES", {64: 224})
+    monkeypatch.setattr(bench_request, "RANDOM_CASES", ((2, 64),))
+    monkeypatch.setattr(bench_request, "BLOCKS", (1,))
+    monkeypatch.setitem(bench_ttft.SHAPES, "2B", random_gguf.LanguageShape(1, 256, 512, 2, 1, 0))
+    assert bench_request.main.main(["--rounds", "2"], standalone_mode=False) is None
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["64 tokens, 1 blocks", "2 x 64"]
+    assert all(part in lines[0] for part in ("read", "preprocessed", "tower"))
+    whole, slot, rest = (float(number) for number in re.findall(r"\d+\.\d", lines[-1]))
+    assert whole >= slot > 0
+    assert rest > 0
