@@ -20,9 +20,10 @@ OPTIONS = ("--offline", "--no-slots", "--no-agent", "--cors-origins", "localhost
 # llama-server reads options from LLAMA_*, and under AIP_MODE its port and routes from AIP_*.
 FOREIGN = ("LLAMA_", "AIP_")
 # glibc keeps what a thread has freed for that thread: each answer of a large request (probabilities of all tokens: 280 MB as JSON) added as
-# much again, since another thread sent it, up to eight times the cores. One heap for all, and large pieces given back at once, hold it
-# still (docs/log.md). Other systems' allocators do not read these; who sets them himself has his own way.
-MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+# much again, since another thread sent it, up to eight times the cores. One heap for all, and pieces of 32 MB given back at once, hold it
+# still. Of smaller pieces, as a picture's pixels are, 64 MB of pages are kept, which were zeroed anew for each picture (docs/log.md). Other
+# systems' allocators do not read these; who sets them himself has his own way.
+MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
 KEY_OPTIONS = ("--api-key", "--api-key-file")
 
 
