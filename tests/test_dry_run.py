@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mbq_gguf.convert import ConvertOptions, convert
+from mbq_gguf.cost import CARD, CPU, CPU_RATE, Site, Work, memory, stage_seconds
 from mbq_gguf.dry_run import dry_run, expected_seconds
 from mbq_gguf.errors import UserError
 from rich.console import Console
@@ -60,10 +62,86 @@ def test_a_bad_calibration_set_is_found(built_llama: Path, tiny_dir: Path, tmp_p
         dry_run(ConvertOptions(tiny_dir, tmp_path / "out.gguf", calib=tmp_path / "folder"), Console(file=StringIO()))
 
 
-def test_time_grows_with_samples_weights_and_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mbq_gguf.dry_run.measure_rate", lambda device: 48e9)
-    plain = ConvertOptions(tmp_path, tmp_path / "out.gguf")
-    searched = ConvertOptions(tmp_path, tmp_path / "out.gguf", method="mbq")
-    assert expected_seconds(plain, 106_000_000, 96) == pytest.approx(752, rel=0.01)  # what machine B took (docs/log.md)
-    assert expected_seconds(plain, 212_000_000, 96) == pytest.approx(2 * 752, rel=0.01)
-    assert expected_seconds(searched, 106_000_000, 96) > 3 * expected_seconds(plain, 106_000_000, 32)
+WORK = Work(
+    layers=[[Site(576, 960), Site(576, 576), Site(576, 3072), Site(1536, 576)]] * 30,
+    ends=28_000_000,
+    tower=10_000_000,
+    vocabulary=49152,
+    width=576,
+    checkpoint=290_000_000,
+    files=112_000_000,
+    streams=216,
+    tokens=39_000,
+    texts=80,
+)
+
+
+def test_time_grows_with_tokens_weights_and_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mbq_gguf.dry_run.measure_rate", lambda device: CPU_RATE)
+    plain, searched = (ConvertOptions(tmp_path, tmp_path / "out.gguf", method=method) for method in ("rtn", "mbq"))  # type: ignore[arg-type]
+    twice = replace(WORK, layers=[*WORK.layers, *WORK.layers])
+    seconds = expected_seconds(plain, WORK)
+    assert seconds < expected_seconds(plain, replace(WORK, tokens=2 * WORK.tokens)) < 2 * seconds
+    assert 1.5 * seconds < expected_seconds(plain, twice) < 2 * seconds
+    assert expected_seconds(searched, WORK) > 2 * seconds
+    monkeypatch.setattr("mbq_gguf.dry_run.measure_rate", lambda device: CPU_RATE / 2)
+    assert expected_seconds(plain, WORK) == pytest.approx(2 * seconds)
+
+
+SEVEN = [Site(3584, 4608), Site(3584, 3584), Site(3584, 37888), Site(18944, 3584)]
+
+
+@pytest.mark.parametrize(("layers", "seconds", "host", "card"), [(2, 93.9, 10.5, 21.7), (4, 133.6, 11.9, 21.6)])
+def test_a_card_is_foretold_within_a_third(layers: int, seconds: float, host: float, card: float) -> None:
+    """Seconds, GiB of the host and of the card of a 7B's shapes on an H200 (docs/log.md), to which the rates were fitted."""
+    work = Work(
+        [SEVEN] * layers,
+        ends=2 * 152064 * 3584,
+        tower=675_000_000,
+        vocabulary=152064,
+        width=3584,
+        checkpoint=(4_700 + 466 * layers - 932) * 10**6,
+        files=(2_700 + 100 * layers) * 10**6,
+        streams=216,
+        tokens=39_000,
+        texts=80,
+    )
+    assert sum(stage_seconds(work, CARD).values()) == pytest.approx(seconds, rel=1 / 3)
+    found = [bytes_ / 2**30 for bytes_ in memory(work, "cuda")]
+    assert found == pytest.approx([host, card], rel=1 / 3)
+
+
+def sites(width: int, heads: int, kv_heads: int, ffn: int) -> list[Site]:
+    rows = width + 2 * kv_heads * width // heads
+    return [Site(width, rows), Site(width, width), Site(width, 2 * ffn), Site(ffn, width)]
+
+
+MEASURED = [  # layers, sites, samples' streams, tokens of samples, texts, processor seconds of capture, texts and layers
+    (1, sites(576, 9, 3, 1536), 24, 4788, 16, (7.7, 12.3, 12.3)),
+    (1, sites(1024, 8, 2, 2816), 24, 4788, 16, (6.6, 19.8, 37.5)),
+    (30, sites(576, 9, 3, 1536), 96, 20727, 80, (32.0, 120.3, 30 * 26.0)),  # the reference VLM; two of its layers took 52 s
+]
+
+
+@pytest.mark.parametrize(("layers", "layer", "samples", "tokens", "texts", "seconds"), MEASURED)
+def test_a_cpu_is_foretold_within_a_third(
+    layers: int, layer: list[Site], samples: int, tokens: int, texts: int, seconds: tuple[float, ...]
+) -> None:
+    """Each stage, and the sum within a quarter: machine B, one thread (docs/log.md)."""
+    made = texts // 2
+    work = Work(
+        [layer] * layers,
+        ends=0,
+        tower=10_100_000,
+        vocabulary=49152,
+        width=layer[0].columns,
+        checkpoint=0,
+        files=0,
+        streams=samples + texts + made,
+        tokens=round(tokens * (1 + made / samples)) + 128 * texts,
+        texts=texts,
+    )
+    found = stage_seconds(work, CPU)
+    stages = [found[stage] for stage in ("capture", "texts", "layers")]
+    assert stages == pytest.approx(seconds, rel=1 / 3)
+    assert sum(stages) == pytest.approx(sum(seconds), rel=1 / 4)

@@ -1,6 +1,7 @@
 """A conversion without its work: everything that can fail early, and what to expect of files, memory and time. Nothing is written.
 
-Sizes come from the very code that writes the files, given the shapes of the quantised weights. Memory and time are measured rates, scaled.
+Sizes come from the very code that writes the files, given the shapes of the quantised weights. Memory and time follow from shapes and
+measured rates (cost.py).
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from mbq_gguf.beforehand import check_inputs, check_tower, look_ahead
+from mbq_gguf.calibration.dataset import FREE_ANSWER_TOKENS, FREE_QUESTION, Drawn
 from mbq_gguf.convert import ConvertOptions, Quantised, text_file
+from mbq_gguf.cost import CARD, CPU, CPU_RATE, Work, memory, stage_seconds, work_of
 from mbq_gguf.export.atomic import check_output
 from mbq_gguf.export.gguf_writer import HEAD, TextFile, VisionFile, measure_mmproj, measure_text
 from mbq_gguf.export.report import ConvertReport, duration, megabytes, type_table
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
+from mbq_gguf.memory import available
 from mbq_gguf.models.load import outline
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.remote_code import remote_code
@@ -30,18 +34,8 @@ from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise_tower import tower_file, tower_keys
 from mbq_gguf.transforms.rotation import file_keys
 
-# Processor seconds of conversions of the reference VLM (106 million weights in layers) by samples and texts, from docs/results.md:
-# 32, 96 and 256 samples took 305, 435 and 850 s (993 with another seed), 96 without texts 369 s; the line through them is within 21 %.
-REFERENCE_WEIGHTS = 106e6
-FIXED, A_SAMPLE, A_TEXT = 158.0, 2.2, 0.83
-# Machine B took 752 s of one thread for what that line puts at 435 s, and multiplies 48e9 floats a second on one (measure_rate). Larger
-# models have only been scaled, by weights: expect the right order, not the minute.
-OPERATIONS = 752 / 435 * 48e9
-SLOWER = {"awq": 3.4, "mbq": 3.4}  # the search: 1483 s for 435
-A_PASS = 1.4  # of --learn-scales: 2855 s for 435 with four passes
-# Peak memory of the same conversions: 2.35, 2.56 and 3.65 GB by samples, 2.11 without texts. This rule gives 2.23, 2.60, 3.52 and 2.14.
-PROCESS_BYTES = 1.3e9  # Python, torch, transformers and their buffers
-STREAM_BYTES = 10e3  # of a sample or text, for each channel of the hidden state
+NEAREST = 6e-8  # seconds of a weight that is rounded to the nearest: the disk keeps up
+SAMPLED = 8  # samples that are encoded to know how long one is
 
 
 @dataclass(frozen=True)
@@ -52,15 +46,19 @@ class Expected:
     text_bytes: int
     mmproj_bytes: int
     memory: float
+    card: float  # of a card's memory; 0 without one
     seconds: float
     samples: int
 
     def render(self) -> RenderableType:
         """Files and types as after a conversion, then what it takes."""
+        card = f", {megabytes(round(self.card))} of the card's" if self.card else ""
         return Group(
             type_table(self.report),
             Text(f"{self.report.out.name} {megabytes(self.text_bytes)}, {self.report.mmproj.name} {megabytes(self.mmproj_bytes)}"),
-            Text(f"about {megabytes(round(self.memory))} of memory and {duration(self.seconds)} on this machine as busy as it is now"),
+            Text(
+                f"about {megabytes(round(self.memory))} of memory{card} and {duration(self.seconds)} on this machine as busy as it is now"
+            ),
             Text("nothing was written: the same command without --dry-run converts"),
         )
 
@@ -93,9 +91,30 @@ def _dry_run(options: ConvertOptions, console: Console) -> Expected:
         text_bytes += round(weights * options.target_bpw / 8) - quantised
     before = sum(file.stat().st_size for file in files)
     report = ConvertReport(options.out, options.mmproj, text, vision, before, [])
-    width = model.decoder.embed_tokens.embedding_dim
-    memory = PROCESS_BYTES + before + STREAM_BYTES * width * (samples + (options.synthetic if samples else 0))
-    return Expected(report, text_bytes, mmproj_bytes, memory, expected_seconds(options, weights, samples), samples)
+    drawn = None if options.unquantised else ahead.drawn
+    work = work_of(
+        model,
+        checkpoint=before,
+        files=text_bytes + mmproj_bytes,
+        samples=samples,
+        sample_tokens=sample_tokens(model, drawn) if drawn else 0.0,
+        texts=options.synthetic if samples else 0,
+    )
+    return Expected(
+        report,
+        text_bytes,
+        mmproj_bytes,
+        *memory(work, options.device, available(torch.device(options.device))),
+        expected_seconds(options, work),
+        samples,
+    )
+
+
+def sample_tokens(model: LoadedModel, drawn: Drawn) -> float:
+    """Tokens of a sample, the mean of the first few; of a picture that has no answer yet, with a long one."""
+    found = [len(model.prompts.encode(sample.image, list(sample.turns)).ids) for sample in drawn.samples[:SAMPLED]]
+    found += [len(model.prompts.encode(image, [(FREE_QUESTION, "")]).ids) + FREE_ANSWER_TOKENS for image in drawn.pictures[:SAMPLED]]
+    return sum(found) / len(found)
 
 
 def expected_content(options: ConvertOptions, model: LoadedModel, samples: int) -> TextFile:
@@ -126,13 +145,15 @@ def expected_vision(options: ConvertOptions, model: LoadedModel) -> VisionFile:
     return replace(found, metadata={**found.metadata, **keys, **tower_keys(options.tower_settings(tower), options.rounding)})
 
 
-def expected_seconds(options: ConvertOptions, weights: int, samples: int) -> float:
-    """By the rules above, at the rate that this machine has now."""
-    if not samples:
-        return 60 * weights / REFERENCE_WEIGHTS / 10  # writing: seconds where the disk keeps up
-    units = FIXED + A_SAMPLE * samples + A_TEXT * options.synthetic
-    units *= SLOWER.get(options.method, 1.0) + A_PASS * options.learn_scales
-    return units * weights / REFERENCE_WEIGHTS * OPERATIONS / measure_rate(options.device)
+def expected_seconds(options: ConvertOptions, work: Work) -> float:
+    """All stages together, at the rate that this machine has now."""
+    searched = options.method in ("awq", "mbq")
+    on_card = options.device != "cpu"
+    scale = 1.0 if on_card else CPU_RATE / measure_rate(options.device)
+    rates = CARD if on_card else CPU
+    if not work.tokens:
+        return scale * (work.weights * NEAREST + stage_seconds(work, rates)["write"])
+    return scale * sum(stage_seconds(work, rates, searched, options.learn_scales).values())
 
 
 def measure_rate(device: str, least: float = 0.5) -> float:

@@ -1,0 +1,202 @@
+"""What a conversion takes, from a model's shapes: seconds of each stage by a few measured rates, memory by what lies there at once.
+
+:data:`CPU` and :data:`CARD` are all that was measured, and say where and when. Seconds of a CPU are those of one that does
+:data:`CPU_RATE` floating-point operations a second, and go with the rate that the machine has now; a card waits for launches and copies
+more than for products, so its seconds are taken as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mbq_gguf.calibration.narrow import NARROW, SHARE
+from mbq_gguf.models.layer import Layer
+from mbq_gguf.models.loaded import LoadedModel
+
+CPU_RATE = 48e9  # of one quiet thread of machine B, on which CPU was measured
+TEXT_TOKENS = 128
+STEPS = TEXT_TOKENS - 1
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds for one of each."""
+
+    start: float  # checks, imports, opening the model
+    read: float  # a byte of the checkpoint, looked through once and read once more for its layer
+    stream: float  # a sample, text or picture on its way to the first layer
+    seen: float  # a weight of the vision tower times a picture token of such a stream
+    step: float  # a token of all texts at once, whatever the layers
+    layer_step: float  # the same, a layer
+    written: float  # a weight of a layer or the head times a token of all texts
+    scored: float  # an entry of the vocabulary times a token of all texts
+    moved: float  # a token times a channel of a site: observed, kept, fetched again
+    multiplied: float  # a token times a weight: runs through the layers
+    squared: float  # a token times a site's channel squared: second moments
+    column: float  # a column of a site: rounding goes column by column
+    rounded: float  # a weight: ranges, codes, refits
+    product: float  # a weight times a column of its site: errors carried on, codes improved
+    packed: float  # a weight of embeddings and head, packed on the host
+    stored: float  # a byte of the two files
+
+
+# Machine B (2 cores of an AMD EPYC, AVX2), one thread, processor time of one layer of 576 and of 1024 channels, 24 samples, 2026-11-28.
+CPU = Rates(
+    start=20.0,
+    read=1e-9,
+    stream=0.05,
+    seen=5.5e-11,
+    step=0.02,
+    layer_step=8e-3,
+    written=4.2e-11,
+    scored=6.1e-8,
+    moved=0.0,
+    multiplied=8.3e-11,
+    squared=6.2e-11,
+    column=0.0,
+    rounded=1.8e-6,
+    product=2e-10,
+    packed=2e-8,
+    stored=3e-9,
+)
+# One H200 (4 threads of its machine, which two other programs shared), 2 and 4 layers of a 7B's shapes, defaults, 2026-11-28.
+CARD = Rates(
+    start=8.0,
+    read=1e-9,
+    stream=0.045,
+    seen=0.0,
+    step=5e-3,
+    layer_step=0.025,
+    written=0.0,
+    scored=0.0,
+    moved=7.9e-9,
+    multiplied=0.0,
+    squared=0.0,
+    column=2.9e-4,
+    rounded=0.0,
+    product=0.0,
+    packed=1.1e-8,
+    stored=1.0e-9,
+)
+SEARCHED = 3.4  # times a layer's seconds where channel factors are searched (MBQ, AWQ): 1483 s for 435 on the reference VLM
+LEARNED = 1.4  # a pass of --learn-scales: 2855 s for 435 with four passes
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site of a layer: the columns and rows of the matrices that read it, and the share of the tokens that pass them (experts)."""
+
+    columns: int
+    rows: int
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to do: ``layers`` by sites, other weights of the model, and tokens by kind."""
+
+    layers: Sequence[Sequence[Site]]
+    ends: int  # weights of embeddings and head
+    tower: int
+    vocabulary: int
+    width: int
+    checkpoint: int  # bytes
+    files: int  # bytes of what is written
+    streams: int  # samples, texts and pictures
+    tokens: int  # of all of them
+    texts: int
+
+    @property
+    def weights(self) -> int:
+        """Of all layers."""
+        return sum(site.columns * site.rows for layer in self.layers for site in layer)
+
+
+def work_of(model: LoadedModel, *, checkpoint: int, files: int, samples: int, sample_tokens: float, texts: int) -> Work:
+    """The work on ``model``, of which an outline will do; half as many pictures as ``texts`` have as many tokens as a sample has."""
+    layers = []
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+    for module in model.decoder.layers:
+        layout = model.decoder.layout.of(module)
+        linears = {name: Layer(module, 0, layout).holder(name) for name in layout.readers}
+        sites = []
+        for site in layout.sites:
+            readers = {id(linears[name]): linears[name] for name in site.readers}.values()  # rows of one fused linear count once
+            share = 1.0 if site.expert is None else chosen / sum(other.stage == site.stage for other in layout.sites)
+            sites.append(Site(max(each.in_features for each in readers), sum(each.out_features for each in readers), share))
+        layers.append(sites)
+    decoder = model.decoder
+    ends = decoder.embed_tokens.weight.numel() + (0 if model.tied else decoder.head.weight.numel())
+    whole = sum(parameter.numel() for parameter in model.model.parameters())
+    layer_weights = sum(parameter.numel() for parameter in decoder.layers.parameters())
+    pictures = texts // 2
+    return Work(
+        layers=layers,
+        ends=ends,
+        tower=whole - layer_weights - ends,
+        vocabulary=decoder.head.out_features,
+        width=decoder.embed_tokens.embedding_dim,
+        checkpoint=checkpoint,
+        files=files,
+        streams=samples + texts + pictures,
+        tokens=round((samples + pictures) * sample_tokens) + TEXT_TOKENS * texts,
+        texts=texts,
+    )
+
+
+def layer_seconds(work: Work, sites: Sequence[Site], rates: Rates) -> float:
+    """Of one decoder layer."""
+    weights = sum(site.columns * site.rows for site in sites)
+    total = 0.0
+    for site in sites:
+        tokens = work.tokens * site.share
+        total += tokens * site.columns * (site.rows * rates.multiplied + rates.moved + site.columns * rates.squared)
+        total += site.columns * rates.column + site.columns**2 * site.rows * rates.product
+    return total + weights * rates.rounded
+
+
+def stage_seconds(work: Work, rates: Rates, searched: bool = False, learned: int = 0) -> dict[str, float]:
+    """Seconds by stage, as a conversion tells them."""
+    times = (SEARCHED if searched else 1.0) + LEARNED * learned
+    texts = STEPS * (rates.step + rates.layer_step * len(work.layers))
+    texts += STEPS * work.texts * ((work.weights + work.vocabulary * work.width) * rates.written + work.vocabulary * rates.scored)
+    return {
+        "load": rates.start + work.checkpoint * rates.read,
+        "capture": work.streams * rates.stream + work.tokens * work.tower * rates.seen,
+        "texts": texts if work.texts else 0.0,
+        "layers": times * sum(layer_seconds(work, sites, rates) for sites in work.layers) if work.tokens else 0.0,
+        "write": work.ends * rates.packed + work.files * rates.stored,
+    }
+
+
+# Memory, in bytes. 2 layers of a 7B's shapes held 10.5 GiB of the host and 21.7 of the card (the run of CARD). On machine B the reference
+# VLM held 2.35, 2.56 and 3.65 GB with 32, 96 and 256 samples, its 0.29 GB of weights among them, which are no longer held whole.
+PROCESS = 1.1e9  # Python, torch, transformers and their buffers
+DRIVER = 1.9e9  # of a card's driver on the host
+SQUARED = 42.0  # for each two channels of the widest site: Hessian, cross moments, factors in float64 and what refits take
+
+
+def memory(work: Work, device: str, room: float = float("inf")) -> tuple[float, float]:
+    """What the host and the card (0 without one) hold at the most; ``room`` is what is free on the device."""
+    ends = 4.0 * (work.ends + work.tower)
+    widest = max((site.columns for sites in work.layers for site in sites), default=0)
+    layer = max((sum(site.columns * site.rows for site in sites) for sites in work.layers), default=0)
+    rounding = 4.0 * layer + SQUARED * widest**2 if work.tokens else 4.0 * layer
+    a_token = max((2 * sum(_shared(sites)) + 4 * sum(_shared(sites[1::2])) for sites in work.layers), default=0) + 12 * work.width
+    activations = float(work.tokens * a_token)
+    if device != "cpu":
+        texts = _writing(work, 16, room - ends)
+        return PROCESS + DRIVER + activations + 4.0 * layer, ends + max(texts, rounding)
+    return PROCESS + ends + max(_writing(work, 32, room - ends), activations + rounding), 0.0
+
+
+def _writing(work: Work, bits: int, room: float) -> float:
+    """Bytes of the layers while the model writes texts: in the most bits that find room (calibration/narrow.py)."""
+    sizes = [work.weights * each / 8 for each in (bits, *NARROW)] if work.texts else [0.0]
+    return next((size for size in sizes if size <= SHARE * room), sizes[-1])
+
+
+def _shared(sites: Sequence[Site]) -> list[float]:
+    """Channels of the inputs that a token leaves; those of every other site, attention's and the feed-forward's last, are kept twice."""
+    return [site.columns * site.share for site in sites]
