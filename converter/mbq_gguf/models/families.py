@@ -42,14 +42,11 @@ FAMILIES = (
 )
 
 # Language models whose text and pictures cannot go in one pass, and why: what the runtime says (mtmd_aifs_refusal).
-UNTESTED = "its architecture is not among those that were tested"
 RECURRENT = "the model has a recurrent state"
 IN_TURNS = {
     "gemma3": "the model's attention has a sliding window",
     "qwen35": RECURRENT,
     "qwen35moe": RECURRENT,
-    "qwen3vlmoe": UNTESTED,
-    "glm4moe": UNTESTED,
 }
 
 # Families that people will ask for, by architecture or by the model type of the vision tower, and why they are refused.
