@@ -30,11 +30,17 @@ QUIRKS: dict[str, list[tuple[str, Change]]] = {
     "Qwen2.5-VL": [QKV_BIASES],
     "Qwen3-VL": [QK_NORMS, (r"visual\.deepstack_merger_list\.0", nothing)],
     "Qwen3.5": [QK_NORMS, (r".*linear_attn\.norm", passed_by)],
+    "MiniCPM-V 4.6": [
+        (r".*linear_attn\.norm", passed_by),
+        (r"vision_tower\.vit_merger\.self_attn\.out_proj", nothing),
+        (r"vision_tower\.vit_merger\.linear_2", nothing),
+    ],
     "Qwen3-VL-MoE": [QK_NORMS, (r".*mlp\.experts\.3", nothing)],
     "Qwen3.5-MoE": [(r".*mlp\.shared_expert", nothing)],
     "GLM-4.5V": [(r".*mlp\.shared_experts", nothing), QKV_BIASES],
     "InternVL 3 (-hf)": [QKV_BIASES],
     "Gemma 3": [QK_NORMS, (r"language_model\..*post_attention_layernorm", passed_by), (r".*post_feedforward_layernorm", passed_by)],
+    "Gemma 4": [QK_NORMS, (r"language_model\..*post_attention_layernorm", passed_by), (r".*post_feedforward_layernorm", passed_by)],
     "GLM-4.1V": [QKV_BIASES, (r".*post_self_attn_layernorm", passed_by), (r".*post_mlp_layernorm", passed_by)],
     "GLM-OCR": [(r".*post_self_attn_layernorm", passed_by), (r".*post_mlp_layernorm", passed_by)],
 }

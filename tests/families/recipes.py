@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_vlm import DEMO
+from published import internvl
+from tokens import plain, spaced
 
 SEED = 0
-TOKENS = 1152  # of the demo's vocabulary, two line ends among them: a whole one takes seconds to convert
+SCALES = ("layer_scalar", "std_bias", "std_scale")  # buffers that a checkpoint holds
 TEXT: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -40,9 +40,10 @@ class Recipe:
     """What a family's small checkpoint is made of.
 
     ``config`` are the settings of the model type, ``processor`` those of preprocessor_config.json, ``specials`` are added to the demo's
-    tokenizer and named in the configuration by ``token_ids``. ``other_names`` renames a key that transformers saves today to that of
-    another kind of checkpoint: the published one, where it differs; ``other_form`` makes its tensors. ``size`` is that of the picture,
-    which neither side has to resize; pictures of ``sizes`` must take as many tokens on both.
+    tokenizer (``spaced``: one of Gemma's kind) and named in the configuration by ``token_ids``. ``other_names`` renames a key that
+    transformers saves today to that of another kind of checkpoint: the published one, where it differs; ``other_form`` makes its tensors.
+    ``publish`` makes of the checkpoint one that only its authors' code reads. ``size`` is that of the picture, which neither side has to
+    resize; pictures of ``sizes`` must take as many tokens on both.
     """
 
     model_type: str
@@ -51,8 +52,10 @@ class Recipe:
     specials: tuple[str, ...] = ()
     token_ids: dict[str, str] = field(default_factory=dict)
     template: str = CHATML
+    spaced: bool = False
     other_names: Callable[[str], str] | None = None
     other_form: Callable[[Tensors], Tensors] | None = None
+    publish: Callable[[Path], None] | None = None
     size: tuple[int, int] = (64, 96)
     sizes: tuple[tuple[int, int], ...] = ((100, 160), (192, 128))
 
@@ -134,6 +137,11 @@ def stacked(tensors: Tensors) -> Tensors:
         )
         out |= {f"{stem}.experts.gate_up_proj": torch.cat([gate, up], dim=1), f"{stem}.experts.down_proj": down}
     return out
+
+
+def older(name: str) -> str:
+    """LLaVA's as published, and its tower's."""
+    return nested(newer(name)) if name.startswith("vision_tower.") else newer(name)
 
 
 def nested(name: str) -> str:
@@ -234,6 +242,22 @@ RECIPES = {
         size=(128, 64),
         sizes=((128, 128), (64, 64)),  # llama.cpp has a rule of its own for how many tiles suit another shape
     ),
+    "InternVL 2 to 3.5": Recipe(
+        "internvl",
+        {
+            "text_config": {**TEXT, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+            "vision_config": {**SIGLIP, "num_hidden_layers": 4, "image_size": [64, 64], "patch_size": [16, 16], "attention_bias": True},
+            "image_seq_length": 4,
+            "tie_word_embeddings": False,
+            "downsample_ratio": 0.5,
+        },
+        NORMAL | {"size": 64, "image_processor_type": "CLIPFeatureExtractor"},
+        specials=("<img>", "</img>", "<IMG_CONTEXT>"),
+        token_ids={"image_token_id": "<IMG_CONTEXT>"},
+        publish=internvl,
+        size=(128, 64),
+        sizes=((128, 128), (64, 64)),
+    ),
     "Gemma 3": Recipe(
         "gemma3",
         {
@@ -247,6 +271,37 @@ RECIPES = {
         token_ids={"image_token_id": "<image_soft_token>", "boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>"},
         other_names=nested,
         size=(64, 64),
+    ),
+    "Gemma 4": Recipe(
+        "gemma4",
+        {
+            "text_config": {**TEXT, "num_hidden_layers": 3, "sliding_window": 16, "tie_word_embeddings": True}
+            | {"layer_types": ["sliding_attention"] * 2 + ["full_attention"], "global_head_dim": 64, "num_global_key_value_heads": 1}
+            | {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision"}
+            | {"final_logit_softcapping": 30.0},
+            "vision_config": {**SIGLIP, "num_key_value_heads": 2, "head_dim": 32, "position_embedding_size": 64, "standardize": True},
+            "audio_config": None,
+        },
+        {"max_soft_tokens": 70, "image_mean": [0.0] * 3, "image_std": [1.0] * 3, "image_processor_type": "Gemma4ImageProcessor"},
+        specials=("<|image>", "<image|>", "<|image|>"),
+        token_ids={"image_token_id": "<|image|>", "boi_token_id": "<|image>", "eoi_token_id": "<image|>"},
+        spaced=True,
+        size=(480, 336),
+        sizes=((100, 160), (700, 500)),
+    ),
+    "MiniCPM-V 4.6": Recipe(
+        "minicpmv4_6",
+        {
+            "text_config": {**QWEN3_5, "model_type": "qwen3_5_text"},
+            # llama.cpp takes a table of 70 by 70 positions for granted
+            "vision_config": {**SIGLIP, "image_size": 980, "patch_size": 14},
+            "insert_layer_id": 1,
+        },
+        NORMAL | {"patch_size": 14, "scale_resolution": 112, "image_processor_type": "MiniCPMV4_6ImageProcessor"},
+        specials=("<image>", "</image>", "<slice>", "</slice>", "<image_pad>"),
+        token_ids={"image_token_id": "<image_pad>"},
+        size=(112, 112),
+        sizes=((224, 112), (336, 224)),
     ),
     "Mistral 3": Recipe(
         "mistral3",
@@ -273,6 +328,19 @@ RECIPES = {
         size=(64, 48),
         sizes=((64, 160), (192, 128)),  # others are rounded up by transformers and to the nearest by llama.cpp
     ),
+    "LLaVA-1.5": Recipe(
+        "llava",
+        {
+            "text_config": {**TEXT, "model_type": "llama"},
+            "vision_config": {"model_type": "clip_vision_model", **SIGLIP, "num_hidden_layers": 4, "projection_dim": 64},
+            "image_seq_length": 16,
+        },
+        NORMAL | {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}, "image_processor_type": "CLIPImageProcessor"},
+        specials=("<image>",),
+        token_ids={"image_token_index": "<image>"},
+        other_names=older,
+        size=(64, 64),
+    ),
     "GLM-4.1V": Recipe(
         "glm4v",
         {"text_config": {**TEXT, "rope_parameters": GLM_ROPE}, "vision_config": GLM_VISION},
@@ -297,7 +365,9 @@ def write(recipe: Recipe, folder: Path) -> Path:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     folder.mkdir(parents=True)
-    ids = write_tokenizer(recipe, folder)
+    write_tokenizer = spaced if recipe.spaced else plain
+    ids = write_tokenizer(recipe.specials, folder)
+    (folder / "chat_template.jinja").write_text(recipe.template)
     settings = copy.deepcopy(recipe.config)
     settings["text_config"] |= {"vocab_size": max(ids.values()) + 1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     settings |= {name: ids[token] for name, token in recipe.token_ids.items()}
@@ -311,23 +381,13 @@ def write(recipe: Recipe, folder: Path) -> Path:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             elif "layers" in name or "blocks" in name:
                 parameter.mul_(4)
+            elif not parameter.any():  # Gemma 3's projector, behind which nothing would show
+                parameter.normal_(std=0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith(SCALES):
+                buffer.copy_(1 + 0.3 * torch.randn_like(buffer))
     model.to(torch.bfloat16).save_pretrained(str(folder))
     (folder / "preprocessor_config.json").write_text(json.dumps(recipe.processor))
+    if recipe.publish:
+        recipe.publish(folder)
     return folder
-
-
-def write_tokenizer(recipe: Recipe, folder: Path) -> dict[str, int]:
-    """The first tokens and merges of the demo's tokenizer, and the recipe's special tokens; returns the id of every token."""
-    tokenizer = json.loads((DEMO / "tokenizer.json").read_text())
-    model = tokenizer["model"]
-    ids: dict[str, int] = {token: number for token, number in model["vocab"].items() if number < TOKENS}
-    merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
-    model["merges"] = [merge for merge in merges if "".join(merge) in ids and all(part in ids for part in merge)]
-    for token in recipe.specials:
-        added = {"id": ids.setdefault(token, len(ids)), "content": token, "special": True}
-        tokenizer["added_tokens"].append(added | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False))
-    model["vocab"] = ids
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    shutil.copy(DEMO / "tokenizer_config.json", folder)
-    (folder / "chat_template.jinja").write_text(recipe.template)
-    return ids

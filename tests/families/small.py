@@ -14,6 +14,7 @@ import torch
 from mbq_cbind.model import Model
 from mbq_cbind.types import Floats
 from mbq_gguf.calibration.dataset import Sample
+from mbq_gguf.calibration.stream import capture_encoded
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
 from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.formats.row_scale import stored_as
@@ -144,7 +145,7 @@ class Small:
         inputs = {**self.encoded.inputs, "logits_to_keep": answer + 1}
         with torch.inference_mode():
             out: Any = torch.func.functional_call(self.loaded.model, changed, (), inputs)
-        logits: Floats = out.logits[0, :-1].numpy()
+        logits: Floats = out.logits[0, -answer - 1 : -1].numpy()  # of all tokens, where a model knows no logits_to_keep
         return logits
 
     def ours(self, files: tuple[Path, Path]) -> Floats:
@@ -152,6 +153,24 @@ class Small:
         answer = self.encoded.ids[self.encoded.answer].tolist()
         with Model(*files, context=512, threads=1) as model:
             return model.logits(model.prompt(QUESTION), [model.vision.encode(self.picture)], answer)
+
+    def features(self) -> Floats:
+        """What Hugging Face's tower puts in the place of the picture [picture tokens, width]."""
+        stream = capture_encoded(self.loaded, self.loaded.encode(self.picture, [(QUESTION, "")]))
+        features: Floats = stream.hidden[0, stream.vision].numpy()
+        return features
+
+    def our_features(self, files: tuple[Path, Path]) -> Floats:
+        """What libmtmd's does, without what it adds to layers further on."""
+        with Model(*files, context=512, threads=1) as model:
+            return np.concatenate(model.vision.encode(self.picture).embeddings)[:, : self.loaded.decoder.head.in_features]
+
+
+def moved(ours: Floats, theirs: Floats) -> float:
+    """The difference as a share of ``theirs``, in root mean square."""
+    difference = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+    print(f"features moved by {difference:.4f}")
+    return difference
 
 
 def unpacked(result: QuantiseResult) -> dict[str, Any]:

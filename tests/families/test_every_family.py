@@ -23,6 +23,7 @@ from mbq_gguf.export.checkpoint import names_of, shapes
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf
 from mbq_gguf.export.rehearsal import rehearse
+from mbq_gguf.llama_cpp.server import LlamaServer
 from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.decoder import find_decoder
 from mbq_gguf.models.families import family_of
@@ -34,11 +35,12 @@ from mbq_gguf.transforms.tower import centre_tower, rotate_tower
 from PIL import Image
 from quirks import QUIRKS
 from safetensors.torch import load_file, save_file
-from small import QUESTION, Small, compare, unpacked
+from small import QUESTION, Small, compare, moved, unpacked
 
 TOP1 = 0.97  # of the answer's tokens
 # The largest difference over the range of the logits. llama.cpp rounds activations to bfloat16 before products with bfloat16 weights.
 BF16 = 0.03
+FEATURES = 0.02  # of a picture, in root mean square; the same rounding, measured: 0.014 at most (Gemma 3), others 0.004
 # Activations of quantised products are rounded to int8, in blocks of 32 or a whole row: llama.cpp may move the logits little further than
 # the same rounding does in Hugging Face. Largest differences of few tokens, of which delta nets make more than attention does.
 ROUNDING = 1.5  # times that; measured: 1.3 at most
@@ -77,21 +79,42 @@ def test_bf16_is_hugging_faces(small: Small) -> None:
     assert difference <= BF16
 
 
+def test_an_answer_over_http_is_that_of_the_bindings(small: Small) -> None:
+    """About a picture and about none: llama-server renders the template, takes the picture and cuts the prompt itself."""
+    files = small.written("bf16")
+    with Model(*files, context=512, threads=1) as model:
+        pictures = [[], [model.vision.encode(small.picture)]]
+        prompts = [model.prompt(QUESTION, images=len(found)) for found in pictures]
+        counts = [len(model.prompt_tokens(prompt, found)) for prompt, found in zip(prompts, pictures, strict=True)]
+        texts = [model.text(model.generate(prompt, found, limit=12)) for prompt, found in zip(prompts, pictures, strict=True)]
+    with LlamaServer(*files, threads=1, ctx=512) as server:
+        answers = [server.ask(path, QUESTION, 12) for path in (None, small.picture)]
+    assert [answer.prompt_tokens for answer in answers] == counts
+    for answer, text in zip(answers, texts, strict=True):  # a random model may end in half a character, which is not sent
+        assert answer.text.rstrip("\ufffd") == text.rstrip("\ufffd")
+    assert answers[0].text != answers[1].text
+
+
+def test_a_picture_is_what_hugging_face_sees(small: Small) -> None:
+    assert moved(small.our_features(small.written("bf16")), small.features()) <= FEATURES
+
+
 def test_a_quirk_ignored_would_show(small: Small) -> None:
-    """By more than the bound above, which so holds both sides to it."""
+    """By more than one of the bounds above, which so hold both sides to it."""
     if small.name not in QUIRKS:
         pytest.skip("no quirk is listed")
-    expected = small.theirs()
+    expected, features = small.theirs(), small.features()
     for pattern, change in QUIRKS[small.name]:
         found = [module for name, module in small.loaded.model.named_modules() if re.fullmatch(rf"(?:model\.)?{pattern}", name)]
         assert found, pattern
         handles = [module.register_forward_hook(change) for module in found]
         try:
             _, difference = compare(small.theirs(), expected)
+            seen = moved(small.features(), features)
         finally:
             for handle in handles:
                 handle.remove()
-        assert difference > BF16, pattern
+        assert difference > BF16 or seen > FEATURES, pattern
 
 
 @torch.no_grad()
@@ -185,7 +208,16 @@ def test_a_changed_tower_gives_the_same_features(small: Small) -> None:
             assert float((features() - plain).abs().max() / plain.abs().max()) < 1e-10
 
 
-UNTURNED = ("Gemma 3", "Mistral 3", "Pixtral", "GLM-4.1V", "GLM-4.5V")  # norms stand where no matrix takes their gain
+UNTURNED = (
+    "LLaVA-1.5",
+    "Gemma 3",
+    "Gemma 4",
+    "MiniCPM-V 4.6",
+    "Mistral 3",
+    "Pixtral",
+    "GLM-4.1V",
+    "GLM-4.5V",
+)  # norms stand where no matrix takes their gain
 
 
 def exact_norms(model: torch.nn.Module) -> None:
@@ -218,7 +250,6 @@ def centre_as_rms(tower: Tower) -> None:
                 setattr(module, name, BiasedRms(norm))
 
 
-ZEROS = "mm_input_projection_weight"  # Gemma 3's, which transformers makes of zeros, so that nothing behind it would show
 TOWER = 2.0  # scales of rows and tokens in place of scales of 32; measured: 1.2 to 1.6
 
 
@@ -226,11 +257,7 @@ def test_a_tower_in_w8a8_gives_nearly_the_same(small: Small, tmp_path: Path) -> 
     """Every family's matrices find their place in the file, padded where they must be, and their products theirs in its graph."""
     loaded = replace(small.loaded, model=copy.deepcopy(small.loaded.model))
     result = quantise_tower(loaded, TowerSettings("W8A8", rotate=False), [])
-    projections = [value for name, value in small.loaded.model.named_parameters() if name.endswith(ZEROS)]
-    drawn = dict(
-        zip((ZEROS,), (torch.randn(value.shape, generator=torch.Generator().manual_seed(0)) for value in projections), strict=False)
-    )
-    content = {"quantised": result.quantised, "replaced": result.replaced | drawn, "metadata": result.metadata}
+    content = {"quantised": result.quantised, "replaced": result.replaced, "metadata": result.metadata}
     write_mmproj_gguf(small.directory, tmp_path / "W8A8.gguf", mmproj_type="W8A8", **content)
     found = read_header(tmp_path / "W8A8.gguf")
     assert len(found.metadata["mbq.row_scale"]) >= len(result.quantised)  # type: ignore[arg-type]
@@ -238,7 +265,7 @@ def test_a_tower_in_w8a8_gives_nearly_the_same(small: Small, tmp_path: Path) -> 
     assert tower
     assert found.metadata["clip.vision.feed_forward_length"] % 32 == 0  # type: ignore[operator]
     for other in ("F16", "Q8_0"):
-        write_mmproj_gguf(small.directory, tmp_path / f"{other}.gguf", mmproj_type=other, replaced=drawn)
+        write_mmproj_gguf(small.directory, tmp_path / f"{other}.gguf", mmproj_type=other)
     text, features = small.written("towers")[0], {}
     for name in ("F16", "Q8_0", "W8A8"):
         with Model(text, tmp_path / f"{name}.gguf", context=512, threads=1) as model:

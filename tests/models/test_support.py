@@ -40,9 +40,8 @@ def test_the_command_says_the_same_in_both_forms() -> None:
 
 @pytest.mark.parametrize("architecture", REFUSED)
 def test_a_refusal_says_why(architecture: str) -> None:
-    config = {"architectures": [architecture], "model_type": "novel", "vision_config": {}}
-    if architecture.islower():  # a tower
-        config |= {"architectures": ["LlavaForConditionalGeneration"], "vision_config": {"model_type": architecture}}
+    name, _, setting = architecture.partition("/")
+    config = {"architectures": [name], "model_type": "novel", "vision_config": {}, "text_config": {setting: 1} if setting else {}}
     with pytest.raises(UsageError, match=re.escape(f" is not supported, {REFUSED[architecture]}: use a model of")):
         check_architecture(config)
 

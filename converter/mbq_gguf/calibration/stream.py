@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -59,7 +60,7 @@ def capture_encoded(loaded: LoadedModel, encoded: Encoded, answer_mask: AnswerMa
 class _Catcher(nn.Module):
     """Stands where a decoder layer was and keeps what it is given; what it gives is zero, so that the next one sees what is added.
 
-    ``hidden`` is None where nothing is.
+    ``hidden`` is None where nothing is. Families may have a second argument, which is None in what is supported.
     """
 
     def __init__(self, first: bool) -> None:
@@ -68,7 +69,7 @@ class _Catcher(nn.Module):
         self.hidden: torch.Tensor | None = None
         self.kwargs: dict[str, Any] = {}
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *_none: None, **kwargs: Any) -> torch.Tensor:
         self.hidden, self.kwargs = hidden_states if self.first or hidden_states.any() else None, kwargs
         return torch.zeros_like(hidden_states)
 
@@ -77,6 +78,8 @@ def _to_host(value: Any, seen: dict[int, torch.Tensor]) -> Any:
     """``value`` with its tensors on the host; a tensor that many layers share is kept once (``seen`` by identity)."""
     if isinstance(value, torch.Tensor):
         return seen.setdefault(id(value), value.cpu())
+    if isinstance(value, UserDict):  # what layers hand on to later ones (Gemma 4), of which those that are supported take nothing
+        return {}
     if isinstance(value, dict):
         return {key: _to_host(item, seen) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -16,9 +16,11 @@ from typing import Any
 
 from mbq_gguf.errors import UserError, said
 from mbq_gguf.export.checkpoint import names_of
+from mbq_gguf.export.clip_tower import CLIP, clip_class
 from mbq_gguf.export.vocabulary import quicken
 from mbq_gguf.formats.gguf_types import import_from_tree, import_gguf
 from mbq_gguf.llama_cpp import paths
+from mbq_gguf.models import internvl
 from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.remote_code import runs_remote_code
 
@@ -31,6 +33,7 @@ FOREIGN = re.compile(r"(?:^|\.)(?:visual|vision\w*|vit|vpm|audio\w*|mtp|resample
 NEWER_PREFIX = "model."
 EMBEDDING = "embed_tokens.weight"
 MTP = re.compile(r"(?:model\.)?mtp\.")
+HEADS = re.compile(r"(?:model\.)?(?:lm_head|mtp)\.")  # of the language model, which no other name makes a tower's
 TOWERS = {"internvl_vision": "InternVisionModel"}  # vision towers by their model type, where that alone names them
 
 
@@ -123,7 +126,11 @@ def open_model(model_dir: Path, out: Path, *, file_type: str, mmproj: bool) -> A
     name = architecture(model_dir, mmproj=mmproj)
     with quiet(), conversion_errors(model_dir):
         file_type_value = package.gguf.LlamaFileType[FILE_TYPES[file_type]]
-        model_class = either_layout(package.conversion.get_model_class(name, mmproj=mmproj))
+        hparams = package.conversion.ModelBase.load_hparams(model_dir, False)
+        ours = mmproj and (hparams.get("vision_config") or {}).get("model_type") == CLIP
+        model_class = either_layout(clip_class(package) if ours else package.conversion.get_model_class(name, mmproj=mmproj))
+        if mmproj and internvl.PUBLISHED in (hparams.get("architectures") or ()):
+            model_class = published_internvl(model_class)
         # Heads for tokens further on stay with the file where the checkpoint has them; transformers saves a model without.
         model_class.no_mtp = not any(MTP.match(tensor) for tensor in names_of(weight_files(model_dir)))
         model = model_class(model_dir, file_type_value, out)
@@ -149,7 +156,8 @@ def either_layout(model_class: Any) -> Any:
         if pixtral:  # takes every name, and drops later what has none that it knows
             forms: tuple[str, ...] = (name.removeprefix(NEWER_PREFIX),)
         else:  # the text model's filters name what they leave out, which under another name they would take
-            forms = (name, *other_names(name)) if model_class.model_type.name == "MMPROJ" else (name,)
+            renamed = model_class.model_type.name == "MMPROJ" and not HEADS.match(name)
+            forms = (name, *other_names(name)) if renamed else (name,)
         found = (model_class.filter_tensors.__func__(cls, (form, get)) for form in forms)
         taken = next((taken for taken in found if taken is not None), None)
         if taken is not None:
@@ -173,6 +181,23 @@ def either_layout(model_class: Any) -> Any:
         methods["modify_tensors"] = modify_tensors
     own = {"model_arch": model_class.model_arch, "checkpoint_names": checkpoint_names}  # each class has to name its model_arch
     return type(model_class.__name__, (model_class,), {**own, **methods})
+
+
+def published_internvl(model_class: Any) -> Any:
+    """``model_class`` of :func:`either_layout`, whose tensors are taken for those of transformers' own layout: q, k and v apart."""
+    names: dict[str, str] = model_class.checkpoint_names
+
+    def index_tensors(self: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for taken, get in model_class.index_tensors(self, *args, **options).items():
+            theirs = internvl.names_of(names.pop(taken))
+            for place, name in enumerate(theirs):
+                part = taken.replace(".attn.qkv.", f".self_attn.{'qkv'[place]}_proj.")
+                names[part] = name
+                found[part] = get if len(theirs) == 1 else lambda get=get, place=place: get().chunk(3)[place]
+        return found
+
+    return type(model_class.__name__, (model_class,), {"model_arch": model_class.model_arch, "index_tensors": index_tensors})
 
 
 def columns_first(tensor: Any, name: str, width: int) -> Any:

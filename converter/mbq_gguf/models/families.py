@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from mbq_gguf.models import pictures
 from mbq_gguf.models.pictures import Picture
@@ -13,6 +14,8 @@ from mbq_gguf.models.pictures import Picture
 class Family:
     """VLMs of one kind: ``architectures`` are the class names in config.json, ``gguf`` what llama.cpp calls the language model.
 
+    Where one class has several kinds, what tells them stands behind it and a slash: the tower's model type, the language model's, or
+    a setting of that which is on.
     ``limits`` says of something why it cannot be done, or not reliably, beyond what the layout tells.
     """
 
@@ -23,6 +26,7 @@ class Family:
     limits: Mapping[str, str] = field(default_factory=dict)
 
 
+CLIP = "clip_vision_model"
 FAMILIES = (
     Family("Qwen2-VL", ("Qwen2VLForConditionalGeneration",), "qwen2vl", pictures.QWEN),
     Family("Qwen2.5-VL", ("Qwen2_5_VLForConditionalGeneration",), "qwen2vl", pictures.QWEN),
@@ -34,36 +38,44 @@ FAMILIES = (
     Family("SmolVLM", ("SmolVLMForConditionalGeneration",), "llama", pictures.SMOLVLM),
     Family("Idefics3", ("Idefics3ForConditionalGeneration",), "llama", pictures.SMOLVLM),
     Family("InternVL 3 (-hf)", ("InternVLForConditionalGeneration",), "qwen2", pictures.INTERNVL),
+    Family("InternVL 2 to 3.5", ("InternVLChatModel",), "qwen2", pictures.INTERNVL),
     Family("Gemma 3", ("Gemma3ForConditionalGeneration",), "gemma3", pictures.GEMMA3),
+    Family("Gemma 4", ("Gemma4ForConditionalGeneration",), "gemma4", pictures.GEMMA4),
+    Family("MiniCPM-V 4.6", ("MiniCPMV4_6ForConditionalGeneration",), "qwen35", pictures.MINICPM),
     Family("Mistral 3", ("Mistral3ForConditionalGeneration",), "mistral3", pictures.PIXTRAL),
     Family("Pixtral", ("LlavaForConditionalGeneration",), "llama", pictures.PIXTRAL),
+    Family("LLaVA-1.5", (f"LlavaForConditionalGeneration/{CLIP}",), "llama", pictures.LLAVA),
     Family("GLM-4.1V", ("Glm4vForConditionalGeneration",), "glm4", pictures.GLM),
     Family("GLM-OCR", ("GlmOcrForConditionalGeneration",), "glm4", pictures.GLM),
 )
 
 # Language models whose text and pictures cannot go in one pass, and why: what the runtime says (mtmd_aifs_refusal).
+WINDOW = "the model's attention has a sliding window"
 RECURRENT = "the model has a recurrent state"
 IN_TURNS = {
-    "gemma3": "the model's attention has a sliding window",
+    "gemma3": WINDOW,
+    "gemma4": WINDOW,
     "qwen35": RECURRENT,
     "qwen35moe": RECURRENT,
 }
 
-# Families that people will ask for, by architecture or by the model type of the vision tower, and why they are refused.
+# Families that people will ask for, by architecture, and why they are refused.
 NEEDS_CODE = "its checkpoints need Python code of their directory"
 NO_RUNTIME = "llama.cpp does not know it"
 REFUSED = {
-    "Gemma4ForConditionalGeneration": "its layers take inputs of their own or keys for values, which no layout describes",
+    "Gemma4ForConditionalGeneration/num_kv_shared_layers": "its last layers take the keys and values of others (as E2B's and E4B's), "
+    "which no calibration layer by layer hands on",
+    "Gemma4ForConditionalGeneration/enable_moe_block": "its experts lie beside its MLPs, where no layout has them",
     "Llama4ForConditionalGeneration": "each of its experts takes all tokens, weighed by the router beforehand, which no layout describes",
     "LlavaNextForConditionalGeneration": "llama.cpp's conversion has no place for its tower",
     "LlavaOnevisionForConditionalGeneration": "llama.cpp's conversion has no place for its tower, nor its runtime for its tiles",
-    "clip_vision_model": "llama.cpp's conversion has no place for its CLIP tower",
     "QWenLMHeadModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of Qwen-VL alone",
     "ChatGLMModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of GLM-4V alone",
     "CogVLMForCausalLM": NEEDS_CODE,
     "DotsOCRForCausalLM": NEEDS_CODE,
     "MiniCPMV": f"{NEEDS_CODE}, and llama.cpp converts it by scripts of another kind",
-    "InternVLChatModel": f"{NEEDS_CODE}: the same models are published for transformers itself, with -hf in their name",
+    "InternVLChatModel/internlm2": "its language model, InternLM2, is no class of transformers",
+    "InternVLChatModel/phi3": "its language model, Phi-3, has q, k and v in one matrix and no template for pictures here",
     "Qwen2_5OmniModel": "its language model lies among parts for speech",
     "MolmoForCausalLM": NO_RUNTIME,
     "MllamaForConditionalGeneration": NO_RUNTIME,
@@ -71,9 +83,13 @@ REFUSED = {
 }
 
 
-def refusal(architecture: str, tower: str | None) -> str | None:
-    """Why models of an architecture, with a vision tower of a model type, are refused, or None."""
-    return REFUSED.get(architecture) or REFUSED.get(tower or "")
+def kind(architecture: str, config: Mapping[str, Any]) -> str:
+    """The name by which the tables know models of an architecture whose config.json is ``config``."""
+    parts = (config.get("text_config") or config.get("llm_config"), config.get("vision_config"))
+    text, vision = (part if isinstance(part, dict) else {} for part in parts)
+    suffixes = (vision.get("model_type"), text.get("model_type"), *(name for name, value in text.items() if value))
+    names = (f"{architecture}/{suffix}" for suffix in suffixes)
+    return next((name for name in names if family_of(name) or name in REFUSED), architecture)
 
 
 def family_of(architecture: str) -> Family | None:

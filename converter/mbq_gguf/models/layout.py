@@ -244,6 +244,10 @@ SANDWICH = Layout(
     norms_after=("post_attention_layernorm", "post_feedforward_layernorm"),
 )
 
+# Gemma 4's: in full layers keys may be values too, and values pass a norm of their heads, so that no factors fold into what makes them.
+GEMMA4 = replace(SANDWICH, sites=(SANDWICH.sites[0], replace(SANDWICH.sites[1], absorber=None), *SANDWICH.sites[2:]))
+KEYS_AS_VALUES = replace(GEMMA4, sites=(replace(GEMMA4.sites[0], readers=("self_attn.q_proj", "self_attn.k_proj")), *GEMMA4.sites[1:]))
+
 # GLM-4.1V's: the same places, plain norms, gate and up in one linear.
 GLM = Layout(
     _gated("input_layernorm", "post_attention_layernorm"),
@@ -308,13 +312,17 @@ LAYOUTS = {
     "SmolVLMForConditionalGeneration": replace(STANDARD, projector=r"connector\.modality_projection\.proj"),
     "Idefics3ForConditionalGeneration": replace(STANDARD, projector=r"connector\.modality_projection\.proj"),
     "InternVLForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
+    "InternVLChatModel": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
     "Qwen3_5ForConditionalGeneration": HYBRID,
     "Qwen3VLMoeForConditionalGeneration": routed(STANDARD),
     "Qwen3_5MoeForConditionalGeneration": either(routed(STANDARD, "mlp.shared_expert"), routed(DELTA, "mlp.shared_expert")),
     "Glm4vMoeForConditionalGeneration": either(STANDARD, routed(STANDARD, "mlp.shared_experts")),
+    "Gemma4ForConditionalGeneration": either(GEMMA4, KEYS_AS_VALUES),
+    "MiniCPMV4_6ForConditionalGeneration": HYBRID,
     "Gemma3ForConditionalGeneration": SANDWICH,
     "Mistral3ForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2", embeds=True),
     "LlavaForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2", embeds=True),
+    "LlavaForConditionalGeneration/clip_vision_model": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
     "Glm4vForConditionalGeneration": GLM,
     "GlmOcrForConditionalGeneration": GLM,
 }

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from mbq_gguf.errors import UsageError, UserError, said
+from mbq_gguf.models import internvl
 from mbq_gguf.models.checks import check_finite, check_unquantised, check_whole, read_config, read_object, weight_files
 from mbq_gguf.models.decoder import check_layers, find_decoder
-from mbq_gguf.models.families import FAMILIES, family_of, refusal
+from mbq_gguf.models.families import FAMILIES, REFUSED, family_of, kind
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, RuntimePrompt
 from mbq_gguf.models.remote_code import runs_remote_code
@@ -87,9 +88,9 @@ def check_architecture(config: dict[str, Any]) -> str:
     architecture = str(names[0]) if isinstance(names, list) and names else str(config.get("model_type", "unknown"))
     if not isinstance(config.get("vision_config", {}), dict):
         raise UsageError(f"vision_config in the model's config.json is no JSON object: fetch the model again ({architecture})")
-    why = refusal(architecture, config.get("vision_config", {}).get("model_type"))
-    if why:
-        raise UsageError(f"{architecture} is not supported, {why}: use a model of {SUPPORTED}")
+    architecture = kind(architecture, config)
+    if architecture in REFUSED:
+        raise UsageError(f"{architecture} is not supported, {REFUSED[architecture]}: use a model of {SUPPORTED}")
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as texts
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as known
 
@@ -98,6 +99,8 @@ def check_architecture(config: dict[str, Any]) -> str:
     if "vision_config" not in config:
         raise UsageError(f"{architecture} is not supported, its config.json tells of no vision tower: use a model of {SUPPORTED}")
 
+    if family_of(architecture):
+        return architecture
     if "auto_map" in config and str(config.get("model_type")) not in known:
         if not runs_remote_code():
             raise UsageError(f"{architecture} needs code of its directory: give {TRUST} if you trust whoever wrote it, or another model")
@@ -134,8 +137,10 @@ def _bare(model_dir: Path, architecture: str) -> Any:
     """The model's class with its configuration, on the meta device."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    published = architecture == internvl.PUBLISHED
+    options = {"local_files_only": True, "trust_remote_code": runs_remote_code()}
     with model_errors(model_dir, architecture), torch.device("meta"):
-        config = AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=runs_remote_code())
+        config = internvl.configuration(model_dir) if published else AutoConfig.from_pretrained(str(model_dir), **options)
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=runs_remote_code())
 
 
@@ -150,12 +155,12 @@ def _read_generation(model: Any, model_dir: Path, architecture: str) -> None:
 
 def _load_weights(model_dir: Path, architecture: str, files: Sequence[Path]) -> Any:
     """The model with all of its weights still in ``files``."""
-    bare = _bare(model_dir, architecture)
+    bare, tensors = _bare(model_dir, architecture), stored_tensors(files)
     with model_errors(model_dir, architecture):
         model, info = type(bare).from_pretrained(
             None,
             config=bare.config,
-            state_dict=stored_tensors(files),
+            state_dict=internvl.respelled(tensors) if architecture == internvl.PUBLISHED else tensors,
             dtype="auto",
             output_loading_info=True,
             attn_implementation="sdpa",
@@ -179,7 +184,9 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
         image_prompt: ImagePrompt
         template: Any
         if family:
-            images = AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil", trust_remote_code=runs_remote_code())
+            published = architecture == internvl.PUBLISHED
+            options = {"local_files_only": True, "backend": "pil", "trust_remote_code": runs_remote_code()}
+            images = internvl.image_processor(model_dir) if published else AutoImageProcessor.from_pretrained(path, **options)
             template = tokenizer
             image_prompt = RuntimePrompt(template, tokenizer, images, family.picture, image_token_id, model.config)
         else:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image, ImageOps
+
 Piece = str | int  # text, or a number of picture tokens
 Counted = Callable[[Mapping[str, Any], Any, Any], list[Piece]]
 
@@ -20,7 +22,8 @@ class Picture:
 
     ``pieces`` makes them of what the image processor gives, asked with ``options``, the processor and the model's configuration.
     ``features`` are what the model takes of the processor's output; ``types`` is the argument of its forward, if any, that marks picture
-    tokens with 1 [1, tokens]. ``inside`` are texts whose tokens come from the vision file at run time.
+    tokens with 1 [1, tokens]. ``inside`` are texts whose tokens come from the vision file at run time. ``prepare`` makes of the picture,
+    before the image processor has it, what llama.cpp makes of it where the two differ.
     """
 
     pieces: Counted
@@ -28,6 +31,7 @@ class Picture:
     types: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     inside: tuple[str, ...] = ()
+    prepare: Callable[[Image.Image], Image.Image] | None = None
 
 
 def grid(before: str, after: str) -> Counted:
@@ -61,6 +65,16 @@ def crops(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piec
     return ["<img>", int(features["num_patches"][0]) * config.image_seq_length, "</img>"]
 
 
+def slices(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece]:
+    """The whole picture, then its slices, row by row (MiniCPM-V)."""
+    first, *others = (features["target_sizes"].prod(-1) // (4 if processor.downsample_mode == "4x" else 16)).tolist()
+    pieces: list[Piece] = ["<image>", first, "</image>"]
+    for number, count in enumerate(others):
+        pieces += ["\n"] if number and number % features["grids"][0][1] == 0 else []
+        pieces += ["<slice>", count, "</slice>"]
+    return pieces
+
+
 def rows(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece]:
     """Rows of patches with a token between them (Pixtral)."""
     side = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
@@ -68,10 +82,35 @@ def rows(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece
     return [*[width, "[IMG_BREAK]"] * (height - 1), width, "[IMG_END]"]
 
 
+def soft(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece]:
+    """As many tokens as patches were pooled to (Gemma 4)."""
+    return ["<|image>", int(features["num_soft_tokens_per_image"][0]), "<image|>"]
+
+
+def measured(picture: Image.Image) -> Image.Image:
+    """Of 70 to 1120 tokens of 48 by 48 pixels; transformers makes every picture as large as 280 tokens allow."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    width, height = picture.size
+    rows, columns = smart_resize(height, width, factor=48, min_pixels=70 * 48**2, max_pixels=1120 * 48**2)
+    return picture.convert("RGB").resize((columns, rows), Image.Resampling.BICUBIC) if (width, height) != (columns, rows) else picture
+
+
+PAD = (122, 116, 104)  # image_pad_color of clip.cpp
+
+
+def squared(picture: Image.Image) -> Image.Image:
+    """In the middle of a square, as LLaVA-1.5's authors have it; transformers cuts its sides off."""
+    side = max(picture.size)
+    return ImageOps.pad(picture.convert("RGB"), (side, side), color=PAD)
+
+
 GEMMA3 = Picture(fixed("<start_of_image>", "mm_tokens_per_image", "<end_of_image>"), types="token_type_ids")
-LLAVA = Picture(fixed("", "image_seq_length", ""))
+GEMMA4 = Picture(soft, ("pixel_values", "image_position_ids"), "mm_token_type_ids", {"do_resize": False}, prepare=measured)
+LLAVA = Picture(fixed("", "image_seq_length", ""), prepare=squared)
 SMOLVLM = Picture(tiles, ("pixel_values", "pixel_attention_mask"), options={"return_row_col_info": True})
 INTERNVL = Picture(crops, options={"crop_to_patches": True})
+MINICPM = Picture(slices, ("pixel_values", "target_sizes"))
 PIXTRAL = Picture(rows, ("pixel_values", "image_sizes"), inside=("[IMG_BREAK]",))
 GLM = Picture(grid("<|begin_of_image|>", "<|end_of_image|>"), ("pixel_values", "image_grid_thw"), "mm_token_type_ids")
 QWEN = Picture(grid("<|vision_start|>", "<|vision_end|>"), ("pixel_values", "image_grid_thw"), "mm_token_type_ids")

@@ -99,6 +99,7 @@ class RuntimePrompt:
 
     def __call__(self, text: str, image: Image.Image) -> dict[str, torch.Tensor]:
         """Each piece is cut into tokens by itself, as libmtmd does."""
+        image = self.picture.prepare(image) if self.picture.prepare else image
         found = self.image_processor(images=[image], return_tensors="pt", **self.picture.options)
         before, _, after = text.removeprefix(self.tokenizer.bos_token if self.begin else "").partition(MARK)
         pieces: list[str | int] = [before, *self.picture.pieces(found, self.image_processor, self.config), after]

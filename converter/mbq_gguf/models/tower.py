@@ -191,6 +191,29 @@ GEMMA3 = replace(
     exits=(),
     unturned="its last norm, pooling and the projector's norm stand behind one another, no linear between",
 )
+GEMMA4 = TowerLayout(
+    "vision_tower",
+    "encoder.layers",
+    _block(
+        ("self_attn.q_proj.linear", "self_attn.k_proj.linear", "self_attn.v_proj.linear"),
+        "self_attn.o_proj.linear",
+        ("mlp.gate_proj.linear", "mlp.up_proj.linear"),
+        "mlp.down_proj.linear",
+        ("input_layernorm", "pre_feedforward_layernorm"),
+    ),
+    values="self_attn.v_proj.linear",
+    entries=("patch_embedder.input_proj",),
+    exits=(),
+    unturned="its blocks have norms after their branches",
+)
+MINICPM = replace(SIGLIP, path="vision_tower", exits=(), unturned="layers of another kind merge its patches between two blocks")
+CLIP = replace(
+    SIGLIP,
+    path="vision_tower",
+    entries=("embeddings.patch_embedding", "embeddings.position_embedding", "embeddings.class_embedding"),
+    exits=(Exit("multi_modal_projector", None, ("linear_1",), (("linear_2",),)),),
+    unturned="a norm with a gain stands between its patches and its blocks (pre_layrnorm)",
+)
 INTERNVL = TowerLayout(
     "vision_tower",
     "encoder.layer",
@@ -234,9 +257,13 @@ TOWERS = {
     "SmolVLMForConditionalGeneration": SIGLIP,
     "Idefics3ForConditionalGeneration": SIGLIP,
     "InternVLForConditionalGeneration": INTERNVL,
+    "InternVLChatModel": INTERNVL,
     "Gemma3ForConditionalGeneration": GEMMA3,
+    "Gemma4ForConditionalGeneration": GEMMA4,
+    "MiniCPMV4_6ForConditionalGeneration": MINICPM,
     "Mistral3ForConditionalGeneration": MISTRAL3,
     "LlavaForConditionalGeneration": PIXTRAL,
+    "LlavaForConditionalGeneration/clip_vision_model": CLIP,
     "Glm4vForConditionalGeneration": GLM,
     "Glm4vMoeForConditionalGeneration": GLM,
     "GlmOcrForConditionalGeneration": GLM_OCR,

@@ -1,0 +1,114 @@
+"""InternVL as OpenGVLab publishes it (InternVLChatModel, code of its directory) as transformers' own class: settings, tensors, pictures.
+
+The same models are published once more for transformers, with -hf in their name; what differs is spelling. No code of the directory runs.
+The settings are those of OpenGVLab's configuration_intern_vit.py and configuration_internvl_chat.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mbq_gguf.errors import UserError
+from mbq_gguf.models.checks import read_object
+
+PUBLISHED = "InternVLChatModel"
+IMAGE_TOKEN = "<IMG_CONTEXT>"
+# A tensor's name, from its beginning, and transformers'; of "qkv" there are three.
+SPELLED = (
+    ("vision_model.embeddings.class_embedding", "vision_tower.embeddings.cls_token"),
+    ("vision_model.embeddings.position_embedding", "vision_tower.embeddings.position_embeddings"),
+    ("vision_model.embeddings.patch_embedding", "vision_tower.embeddings.patch_embeddings.projection"),
+    ("vision_model.encoder.layers.", "vision_tower.encoder.layer."),
+    ("mlp1.0", "multi_modal_projector.layer_norm"),
+    ("mlp1.1", "multi_modal_projector.linear_1"),
+    ("mlp1.3", "multi_modal_projector.linear_2"),
+)
+BLOCK = (
+    (".attn.proj.", ".attention.projection_layer."),
+    (".attn.q_norm.", ".attention.q_norm."),
+    (".attn.k_norm.", ".attention.k_norm."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".ls1", ".lambda_1"),
+    (".ls2", ".lambda_2"),
+)
+MERGED = ".attn.qkv."
+PARTS = (".attention.q_proj.", ".attention.k_proj.", ".attention.v_proj.")
+VISION = {
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "hidden_act": "hidden_act",
+    "layer_norm_eps": "layer_norm_eps",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "norm_type": "norm_type",
+    "qkv_bias": "attention_bias",
+    "qk_normalization": "use_qk_norm",
+}
+
+
+def names_of(name: str) -> list[str]:
+    """What transformers calls the tensor that is published as ``name``: three of them where q, k and v are one."""
+    for beginning, ours in SPELLED:
+        if name.startswith(beginning):
+            name = ours + name.removeprefix(beginning)
+            break
+    if not name.startswith("vision_tower."):
+        return [name]
+    for theirs, ours in BLOCK:
+        name = name.replace(theirs, ours)
+    return [name.replace(MERGED, part) for part in PARTS] if MERGED in name else [name]
+
+
+def respelled(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A published checkpoint's tensors under transformers' names."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        names = names_of(name)
+        found |= zip(names, tensor.chunk(len(names)), strict=True) if len(names) > 1 else {names[0]: tensor}
+    return found
+
+
+def configuration(model_dir: Path) -> Any:
+    """transformers' configuration of the published model in ``model_dir``. Raises UserError where it is of an older kind."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    published = read_object(model_dir / "config.json")
+    if published.get("ps_version", "v2") != "v2" or published.get("select_layer", -1) != -1:
+        raise UserError(f"{model_dir} is of an InternVL older than 2 (ps_version, select_layer): use a newer one")
+    vision = {ours: published["vision_config"][name] for name, ours in VISION.items() if name in published["vision_config"]}
+    ratio, side = published.get("downsample_ratio", 0.5), int(vision["image_size"]) // int(vision["patch_size"])
+    text = published["llm_config"]
+    tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
+    return AutoConfig.for_model(
+        "internvl",
+        text_config=text,
+        vision_config=vision | {"use_mean_pooling": True},
+        downsample_ratio=ratio,
+        image_seq_length=int(side**2 * ratio**2),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
+        architectures=["InternVLForConditionalGeneration"],
+    )
+
+
+def image_processor(model_dir: Path) -> Any:
+    """transformers' image processor for it, which cuts pictures into tiles as the configuration says."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    published, settings = (read_object(model_dir / name) for name in ("config.json", "preprocessor_config.json"))
+    side = published.get("force_image_size") or published["vision_config"]["image_size"]
+    return GotOcr2ImageProcessorPil(
+        size={"height": side, "width": side},
+        image_mean=settings["image_mean"],
+        image_std=settings["image_std"],
+        min_patches=published.get("min_dynamic_patch", 1),
+        max_patches=published.get("max_dynamic_patch", 12),
+        crop_to_patches=True,
+    )

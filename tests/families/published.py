@@ -1,0 +1,59 @@
+"""Checkpoints that transformers has saved, in the layout in which their authors publish them with code of their own."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+NAMES = (
+    (r"(?:model\.)?vision_tower\.embeddings\.cls_token", "vision_model.embeddings.class_embedding"),
+    (r"(?:model\.)?vision_tower\.embeddings\.position_embeddings", "vision_model.embeddings.position_embedding"),
+    (r"(?:model\.)?vision_tower\.embeddings\.patch_embeddings\.projection", "vision_model.embeddings.patch_embedding"),
+    (r"(?:model\.)?vision_tower\.encoder\.layer\.", "vision_model.encoder.layers."),
+    (r"attention\.projection_layer", "attn.proj"),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"lambda_", "ls"),
+    (r"(?:model\.)?multi_modal_projector\.layer_norm", "mlp1.0"),
+    (r"(?:model\.)?multi_modal_projector\.linear_1", "mlp1.1"),
+    (r"(?:model\.)?multi_modal_projector\.linear_2", "mlp1.3"),
+    (r"^(?:model\.language_model\.|language_model\.model\.)", "language_model.model."),
+    (r"^lm_head", "language_model.lm_head"),
+)
+PARTS = ("q_proj", "k_proj", "v_proj")
+
+
+def internvl(folder: Path) -> None:
+    """OpenGVLab's InternVLChatModel."""
+    config = json.loads((folder / "config.json").read_text())
+    vision, text = config["vision_config"], config["text_config"]
+    published = {
+        "architectures": ["InternVLChatModel"],
+        "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+        "model_type": "internvl_chat",
+        "ps_version": "v2",
+        "select_layer": -1,
+        "downsample_ratio": config["downsample_ratio"],
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 12,
+        "llm_config": text | {"architectures": ["Qwen2ForCausalLM"]},
+        "vision_config": {name: vision[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+        | {name: vision[name] for name in ("hidden_act", "layer_norm_eps", "norm_type")}
+        | {"architectures": ["InternVisionModel"], "model_type": "intern_vit_6b", "image_size": vision["image_size"][0]}
+        | {"patch_size": vision["patch_size"][0], "qkv_bias": True, "qk_normalization": False},
+    }
+    (folder / "config.json").write_text(json.dumps(published))
+    (weights,) = folder.glob("*.safetensors")
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(weights).items():
+        for pattern, theirs in NAMES:
+            name = re.sub(pattern, theirs, name)
+        tensors[name] = tensor
+    for name in [name for name in tensors if name.startswith("vision_model") and ".attention.q_proj." in name]:
+        parts = [tensors.pop(name.replace("q_proj", part)) for part in PARTS]
+        tensors[name.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+    save_file(tensors, weights, {"format": "pt"})

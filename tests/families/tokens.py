@@ -1,0 +1,69 @@
+"""Small tokenizers, from a part of the demo's: a whole vocabulary takes seconds to convert."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tiny_vlm import DEMO
+
+TOKENS = 1152  # of the demo's vocabulary, two line ends among them
+SPACE = "▁"
+
+
+def plain(specials: Iterable[str], folder: Path) -> dict[str, int]:
+    """Write the first tokens and merges of the demo's tokenizer, and ``specials``; returns the id of every token."""
+    tokenizer = json.loads((DEMO / "tokenizer.json").read_text())
+    model = tokenizer["model"]
+    ids: dict[str, int] = {token: number for token, number in model["vocab"].items() if number < TOKENS}
+    return _write(tokenizer, ids, specials, folder)
+
+
+def spaced(specials: Iterable[str], folder: Path) -> dict[str, int]:
+    """The same in Gemma's manner: a space is a letter, bytes that no letter has are tokens, and a text begins with BOS."""
+    tokenizer = json.loads((DEMO / "tokenizer.json").read_text())
+    model = tokenizer["model"]
+    ordered = sorted((number, token.replace("Ġ", SPACE)) for token, number in model["vocab"].items() if number < TOKENS)
+    named = [token["content"] for token in tokenizer["added_tokens"]]
+    letters = [token for _, token in ordered if token not in named and all("!" <= letter <= "~" or letter == SPACE for letter in token)]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    ids = {token: number for number, token in enumerate(dict.fromkeys([*named, *bytes_, "\n", "\n\n", *letters]))}
+    model["merges"] = [["\n", "\n"], *([part.replace("Ġ", SPACE) for part in _parts(merge)] for merge in model["merges"])]
+    model |= {"byte_fallback": True, "fuse_unk": True, "unk_token": named[0]}
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    begin = {"id": named[1], "ids": [ids[named[1]]], "tokens": [named[1]]}
+    tokenizer |= {
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": named[1], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {named[1]: begin},
+        },
+    }
+    _write(tokenizer, ids, specials, folder)
+    file = folder / "tokenizer_config.json"  # which llama.cpp's conversion asks for special tokens, of this kind alone
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"additional_special_tokens": [*specials, *named]}))
+    return ids
+
+
+def _write(tokenizer: dict[str, Any], ids: dict[str, int], specials: Iterable[str], folder: Path) -> dict[str, int]:
+    model = tokenizer["model"]
+    merges = [_parts(merge) for merge in model["merges"]]
+    model["merges"] = [merge for merge in merges if "".join(merge) in ids and all(part in ids for part in merge)]
+    for token in specials:
+        added = {"id": ids.setdefault(token, len(ids)), "content": token, "special": True}
+        tokenizer["added_tokens"].append(added | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False))
+    model["vocab"] = ids
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(DEMO / "tokenizer_config.json", folder)
+    return ids
+
+
+def _parts(merge: Any) -> list[str]:
+    return merge if isinstance(merge, list) else merge.split(" ")
