@@ -1,14 +1,103 @@
-"""What is particular to a family, as a change of the model that ignores it: which modules, and what becomes of their output."""
+"""What is particular to a family, as a change of the model, its settings or its inputs that ignores it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from small import Small
 from torch import nn
 
-Change = Callable[[nn.Module, tuple[Any, ...], Any], Any]  # a forward hook: module, its arguments, its output to another output
+Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]  # a forward hook: module, its arguments, its output to another output
+
+
+class Quirk(Protocol):
+    """``name`` says which; within ``ignored`` the small model runs without it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def ignored(self, small: Small) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Module:
+    """What modules whose names match ``name`` give is changed by ``hook``."""
+
+    name: str
+    hook: Hook
+
+    @contextmanager
+    def ignored(self, small: Small) -> Iterator[None]:
+        found = [module for name, module in small.loaded.model.named_modules() if re.fullmatch(rf"(?:model\.)?{self.name}", name)]
+        assert found, self.name
+        handles = [module.register_forward_hook(self.hook) for module in found]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@dataclass(frozen=True)
+class Held:
+    """Parameters and buffers whose names end so are ``value`` everywhere."""
+
+    name: str
+    value: float
+
+    @contextmanager
+    def ignored(self, small: Small) -> Iterator[None]:
+        model = small.loaded.model
+        found = [tensor for name, tensor in (*model.named_parameters(), *model.named_buffers()) if name.endswith(self.name)]
+        assert found, self.name
+        kept = [tensor.detach().clone() for tensor in found]
+        try:
+            for tensor in found:
+                tensor.fill_(self.value)
+            yield
+        finally:
+            for tensor, before in zip(found, kept, strict=True):
+                tensor.copy_(before)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting of the language model is another."""
+
+    name: str
+    value: object
+
+    @contextmanager
+    def ignored(self, small: Small) -> Iterator[None]:
+        config = small.loaded.config.text_config
+        kept = getattr(config, self.name)
+        setattr(config, self.name, self.value)
+        try:
+            yield
+        finally:
+            setattr(config, self.name, kept)
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input is zero everywhere."""
+
+    name: str
+
+    @contextmanager
+    def ignored(self, small: Small) -> Iterator[None]:
+        inputs = small.encoded.inputs
+        kept = inputs[self.name]
+        inputs[self.name] = torch.zeros_like(kept)
+        try:
+            yield
+        finally:
+            inputs[self.name] = kept
 
 
 def passed_by(_module: nn.Module, args: tuple[Any, ...], _out: Any) -> Any:
@@ -23,24 +112,54 @@ def without_bias(module: nn.Module, _args: tuple[Any, ...], out: Any) -> Any:
     return out - module.bias
 
 
-QK_NORMS = (r"language_model\..*self_attn\.[qk]_norm", passed_by)
-QKV_BIASES = (r"language_model\..*self_attn\.[qkv]_proj", without_bias)
-QUIRKS: dict[str, list[tuple[str, Change]]] = {
+def without_one(module: nn.Module, _args: tuple[Any, ...], out: Any) -> Any:
+    """Of a norm that multiplies by 1 + weight."""
+    return out * module.weight / (1 + module.weight)
+
+
+def twice(_module: nn.Module, _args: tuple[Any, ...], out: Any) -> Any:
+    """The angles of half of a head's channels, for all of them."""
+    return tuple(torch.cat([angles, angles], dim=-1) for angles in out)
+
+
+QK_NORMS = Module(r"language_model\..*self_attn\.[qk]_norm", passed_by)
+QKV_BIASES = Module(r"language_model\..*self_attn\.[qkv]_proj", without_bias)
+ONE = Module(r"language_model\.layers\.\d+\.input_layernorm", without_one)
+DELTA_NORM = Module(r".*linear_attn\.norm", passed_by)
+SHARED = Module(r".*mlp\.shared_experts?", nothing)
+WINDOW = Setting("sliding_window", 1 << 20)
+AFTER_ATTENTION = Module(r"language_model\..*post_attention_layernorm", passed_by)
+AFTER_MLP = Module(r".*post_feedforward_layernorm", passed_by)
+GLM_NORMS = [Module(r".*post_self_attn_layernorm", passed_by), Module(r".*post_mlp_layernorm", passed_by)]
+PARTIAL = Module(r"language_model\.rotary_emb", twice)
+LAYER_SCALES = [Held("lambda_1", 1.0), Held("lambda_2", 1.0)]
+
+QUIRKS: dict[str, list[Quirk]] = {
     "Qwen2-VL": [QKV_BIASES],
     "Qwen2.5-VL": [QKV_BIASES],
-    "Qwen3-VL": [QK_NORMS, (r"visual\.deepstack_merger_list\.0", nothing)],
-    "Qwen3.5": [QK_NORMS, (r".*linear_attn\.norm", passed_by)],
+    "Qwen3-VL": [QK_NORMS, Module(r"visual\.deepstack_merger_list\.0", nothing)],
+    "Qwen3.5": [QK_NORMS, DELTA_NORM, ONE],
     "MiniCPM-V 4.6": [
-        (r".*linear_attn\.norm", passed_by),
-        (r"vision_tower\.vit_merger\.self_attn\.out_proj", nothing),
-        (r"vision_tower\.vit_merger\.linear_2", nothing),
+        DELTA_NORM,
+        Module(r"vision_tower\.vit_merger\.self_attn\.out_proj", nothing),
+        Module(r"vision_tower\.vit_merger\.linear_2", nothing),
     ],
-    "Qwen3-VL-MoE": [QK_NORMS, (r".*mlp\.experts\.3", nothing)],
-    "Qwen3.5-MoE": [(r".*mlp\.shared_expert", nothing)],
-    "GLM-4.5V": [(r".*mlp\.shared_experts", nothing), QKV_BIASES],
-    "InternVL 3 (-hf)": [QKV_BIASES],
-    "Gemma 3": [QK_NORMS, (r"language_model\..*post_attention_layernorm", passed_by), (r".*post_feedforward_layernorm", passed_by)],
-    "Gemma 4": [QK_NORMS, (r"language_model\..*post_attention_layernorm", passed_by), (r".*post_feedforward_layernorm", passed_by)],
-    "GLM-4.1V": [QKV_BIASES, (r".*post_self_attn_layernorm", passed_by), (r".*post_mlp_layernorm", passed_by)],
-    "GLM-OCR": [(r".*post_self_attn_layernorm", passed_by), (r".*post_mlp_layernorm", passed_by)],
+    "Qwen3-VL-MoE": [QK_NORMS, Module(r".*mlp\.experts\.3", nothing)],
+    "Qwen3.5-MoE": [SHARED],
+    "GLM-4.5V": [SHARED, QKV_BIASES, Held("e_score_correction_bias", 0.0)],
+    "InternVL 3 (-hf)": [QKV_BIASES, *LAYER_SCALES],
+    "InternVL 2 to 3.5": [*LAYER_SCALES, Held("embeddings.position_embeddings", 0.0)],
+    "LLaVA-1.5": [Held("embeddings.class_embedding", 0.0), Module(r"vision_tower\.pre_layrnorm", passed_by)],
+    "Gemma 3": [QK_NORMS, AFTER_ATTENTION, AFTER_MLP, ONE, WINDOW, Input("token_type_ids")],
+    "Gemma 4": [
+        QK_NORMS,
+        AFTER_ATTENTION,
+        AFTER_MLP,
+        WINDOW,
+        Input("mm_token_type_ids"),
+        Held("layer_scalar", 1.0),
+        Held("std_scale", 1.0),
+    ],
+    "GLM-4.1V": [QKV_BIASES, *GLM_NORMS, PARTIAL],
+    "GLM-OCR": [*GLM_NORMS, PARTIAL],
 }

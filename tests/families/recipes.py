@@ -14,7 +14,7 @@ from published import internvl
 from tokens import plain, spaced
 
 SEED = 0
-SCALES = ("layer_scalar", "std_bias", "std_scale")  # buffers that a checkpoint holds
+HELD = ("layer_scalar", "std_bias", "std_scale", "e_score_correction_bias")  # buffers that a checkpoint holds
 TEXT: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -261,16 +261,16 @@ RECIPES = {
     "Gemma 3": Recipe(
         "gemma3",
         {
-            "text_config": {**TEXT, "num_hidden_layers": 6, "sliding_window": 16, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
+            "text_config": {**TEXT, "num_hidden_layers": 6, "sliding_window": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
             | {"layer_types": ["sliding_attention"] * 5 + ["full_attention"]},  # llama.cpp takes every sixth layer for a full one
-            "vision_config": {**SIGLIP, "vision_use_head": False},
-            "mm_tokens_per_image": 4,
+            "vision_config": {**SIGLIP, "image_size": 128, "vision_use_head": False},
+            "mm_tokens_per_image": 16,
         },
-        NORMAL | {"size": {"height": 64, "width": 64}, "image_seq_length": 4, "image_processor_type": "Gemma3ImageProcessor"},
+        NORMAL | {"size": {"height": 128, "width": 128}, "image_seq_length": 16, "image_processor_type": "Gemma3ImageProcessor"},
         specials=("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
         token_ids={"image_token_id": "<image_soft_token>", "boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>"},
         other_names=nested,
-        size=(64, 64),
+        size=(128, 128),
     ),
     "Gemma 4": Recipe(
         "gemma4",
@@ -384,7 +384,7 @@ def write(recipe: Recipe, folder: Path) -> Path:
             elif not parameter.any():  # Gemma 3's projector, behind which nothing would show
                 parameter.normal_(std=0.3)
         for name, buffer in model.named_buffers():
-            if name.endswith(SCALES):
+            if name.endswith(HELD):
                 buffer.copy_(1 + 0.3 * torch.randn_like(buffer))
     model.to(torch.bfloat16).save_pretrained(str(folder))
     (folder / "preprocessor_config.json").write_text(json.dumps(recipe.processor))

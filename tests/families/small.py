@@ -160,9 +160,11 @@ class Small:
         features: Floats = stream.hidden[0, stream.vision].numpy()
         return features
 
-    def our_features(self, files: tuple[Path, Path]) -> Floats:
-        """What libmtmd's does, without what it adds to layers further on."""
-        with Model(*files, context=512, threads=1) as model:
+    def our_features(self) -> Floats:
+        """What libmtmd's does in float32, without what it adds to layers further on."""
+        exact = self.folder / "mmproj-exact.gguf"
+        write_mmproj_gguf(self.directory, exact, mmproj_type="F32")
+        with Model(self.written("features")[0], exact, context=512, threads=1) as model:
             return np.concatenate(model.vision.encode(self.picture).embeddings)[:, : self.loaded.decoder.head.in_features]
 
 

@@ -13,7 +13,8 @@ from mbq_gguf.errors import UsageError
 from mbq_gguf.models import support
 from mbq_gguf.models.families import FAMILIES, REFUSED
 from mbq_gguf.models.layout import LAYOUTS
-from mbq_gguf.models.load import check_architecture
+from mbq_gguf.models.load import check_architecture, load
+from transformers import AutoConfig
 
 README = Path(__file__).parents[2] / "README.md"
 TABLE = re.compile(r"(?<=<!-- mbq-gguf models -->\n).*?\n?(?=<!-- end -->)", re.DOTALL)
@@ -44,6 +45,33 @@ def test_a_refusal_says_why(architecture: str) -> None:
     config = {"architectures": [name], "model_type": "novel", "vision_config": {}, "text_config": {setting: 1} if setting else {}}
     with pytest.raises(UsageError, match=re.escape(f" is not supported, {REFUSED[architecture]}: use a model of")):
         check_architecture(config)
+
+
+# Of those that are refused, transformers' own, with what tells the kind; the others are code of their directories, or no classes at all.
+CLASSES = {
+    "Gemma4ForConditionalGeneration/num_kv_shared_layers": ("gemma4", {"num_kv_shared_layers": 2}),
+    "Gemma4ForConditionalGeneration/enable_moe_block": (
+        "gemma4",
+        {"enable_moe_block": True, "num_experts": 4, "moe_intermediate_size": 32},
+    ),
+    "Llama4ForConditionalGeneration": ("llama4", {}),
+    "LlavaNextForConditionalGeneration": ("llava_next", {}),
+    "LlavaOnevisionForConditionalGeneration": ("llava_onevision", {}),
+    "MiniCPMV4_7ForConditionalGeneration": ("minicpmv4_7", {}),
+    "MllamaForConditionalGeneration": ("mllama", {}),
+    "PaliGemmaForConditionalGeneration": ("paligemma", {}),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_configurations_of_transformers_are_refused_so(name: str, tmp_path: Path) -> None:
+    """As transformers saves them, before a weight is looked for."""
+    model_type, text = CLASSES[name]
+    config = AutoConfig.for_model(model_type, **({"text_config": text} if text else {}))
+    config.architectures = [name.partition("/")[0]]
+    config.save_pretrained(str(tmp_path))
+    with pytest.raises(UsageError, match=re.escape(f"{name} is not supported, {REFUSED[name]}: use a model of")):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

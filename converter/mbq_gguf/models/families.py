@@ -73,6 +73,7 @@ REFUSED = {
     "ChatGLMModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of GLM-4V alone",
     "CogVLMForCausalLM": NEEDS_CODE,
     "DotsOCRForCausalLM": NEEDS_CODE,
+    "MiniCPMV4_7ForConditionalGeneration": NO_RUNTIME,
     "MiniCPMV": f"{NEEDS_CODE}, and llama.cpp converts it by scripts of another kind",
     "InternVLChatModel/internlm2": "its language model, InternLM2, is no class of transformers",
     "InternVLChatModel/phi3": "its language model, Phi-3, has q, k and v in one matrix and no template for pictures here",

@@ -86,7 +86,7 @@ def check_architecture(config: dict[str, Any]) -> str:
     """The architecture's name; a UsageError unless it is a VLM that transformers knows."""
     names = config.get("architectures")
     architecture = str(names[0]) if isinstance(names, list) and names else str(config.get("model_type", "unknown"))
-    if not isinstance(config.get("vision_config", {}), dict):
+    if not isinstance(config.get("vision_config") or {}, dict):
         raise UsageError(f"vision_config in the model's config.json is no JSON object: fetch the model again ({architecture})")
     architecture = kind(architecture, config)
     if architecture in REFUSED:
