@@ -239,8 +239,8 @@ RECIPES = {
         specials=("<img>", "</img>", "<IMG_CONTEXT>"),
         token_ids={"image_token_id": "<IMG_CONTEXT>"},
         other_names=newer,
-        size=(128, 64),
-        sizes=((128, 128), (64, 64)),  # llama.cpp has a rule of its own for how many tiles suit another shape
+        size=(64, 64),
+        sizes=((128, 128), (128, 64)),  # llama.cpp has a rule of its own for how many tiles suit another shape
     ),
     "InternVL 2 to 3.5": Recipe(
         "internvl",

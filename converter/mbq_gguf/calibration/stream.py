@@ -131,4 +131,5 @@ def logits(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:
     decoder = loaded.decoder
     out = decoder.head(decoder.norm(hidden.to(device=loaded.device)))
     assert isinstance(out, torch.Tensor)
-    return out
+    cap = getattr(loaded.config.get_text_config(), "final_logit_softcapping", None)
+    return torch.tanh(out / cap) * cap if cap else out
