@@ -15,7 +15,8 @@ from PIL import Image
 from small import Small
 
 LIMIT = 1e-4  # of max |logit|; measured: 4e-7 at most
-TOGETHER = ("Qwen2-VL", "Qwen2.5-VL", "SmolVLM", "Idefics3", "InternVL 3 (-hf)")  # three pictures are one pass of the tower
+# Three pictures are one pass of the tower.
+TOGETHER = ("Qwen2-VL", "Qwen2.5-VL", "SmolVLM", "Idefics3", "InternVL 3 (-hf)", "InternVL 2 to 3.5", "Gemma 4")
 # M stands for a picture
 PROMPTS = ("None at all", "MFirst", "In the M middle", "M then M then at last M")
 
