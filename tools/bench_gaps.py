@@ -50,8 +50,8 @@ class Round:
 
 
 def processor_seconds(pid: int) -> float:
-    """What all threads of a process have had of the processors so far."""
-    return sum(int(file.read_text().split()[0]) for file in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
+    """What all threads of a process, ended ones too, have had of the processors so far: its clock on Linux (clock_getcpuclockid)."""
+    return time.clock_gettime(~pid << 3 | 2)
 
 
 def gaps_of(server: Server, tokens: int) -> tuple[float, ...]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 import random_gguf
+from bench_tower import prepared
 from bench_ttft import CONTEXT, QUESTION, RANDOM_CASES, SHAPES, SIDES, demo_tokenizer, noise
 from mbq_cbind.model import Model
 from mbq_cbind.vision import Vision
@@ -44,13 +45,6 @@ def middle(run: Callable[[], object], rounds: int) -> str:
     return f"{statistics.median(times[1:]):.2f} ms ({min(times[1:]):.2f} to {max(times[1:]):.2f})"
 
 
-def load(vision: Vision, picture: Path) -> Any:
-    """The picture as a bitmap of libmtmd's."""
-    ffi, c = vision._binding.ffi, vision._binding.c
-    loaded = c.mtmd_helper_bitmap_init_from_file(vision._context, str(picture).encode(), False, c.mtmd_helper_init_opt_default())
-    return ffi.gc(loaded.bitmap, c.mtmd_bitmap_free)
-
-
 def preprocess(vision: Vision, bitmap: Any) -> None:
     with vision._tokenized(vision.marker, [bitmap]):
         pass
@@ -58,12 +52,10 @@ def preprocess(vision: Vision, bitmap: Any) -> None:
 
 def picture_parts(vision: Vision, picture: Path, rounds: int) -> dict[str, str]:
     """What reading, preprocessing and the tower take of one picture."""
-    c = vision._binding.c
-    bitmap = load(vision, picture)
-    with vision._tokenized(vision.marker, [bitmap]) as chunks:
-        chunk = next(one for one in chunks if c.mtmd_input_chunk_get_type(one) == c.MTMD_INPUT_CHUNK_TYPE_IMAGE)
-        tower = middle(lambda: c.mtmd_encode_chunk(vision._context, chunk), rounds)
-    read, preprocessed = middle(lambda: load(vision, picture), rounds), middle(lambda: preprocess(vision, bitmap), rounds)
+    bitmap = vision._bitmap(picture)
+    with prepared(vision, picture) as run:
+        tower = middle(run, rounds)
+    read, preprocessed = middle(lambda: vision._bitmap(picture), rounds), middle(lambda: preprocess(vision, bitmap), rounds)
     return {"read": read, "preprocessed": preprocessed, "tower": tower}
 
 

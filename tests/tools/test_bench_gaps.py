@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
+
 import bench_gaps
+import pytest
 from bench_gaps import Round
 
 
@@ -36,3 +41,15 @@ def test_the_interval_of_a_median_leaves_out_what_chance_may() -> None:
     assert bench_gaps.interval([float(value) for value in range(9)]) == (1.0, 7.0)
     assert bench_gaps.interval([float(value) for value in range(20)]) == (5.0, 14.0)
     assert bench_gaps.interval([3.0, 1.0]) == (1.0, 3.0)
+
+
+def test_threads_that_ended_are_counted() -> None:
+    def work() -> None:
+        while time.thread_time() < 0.1:
+            pass
+
+    before = bench_gaps.processor_seconds(os.getpid())
+    (thread := threading.Thread(target=work)).start()
+    thread.join()
+    assert bench_gaps.processor_seconds(os.getpid()) - before >= 0.1
+    assert bench_gaps.processor_seconds(os.getpid()) == pytest.approx(time.process_time(), abs=0.05)
