@@ -284,6 +284,20 @@ def tower_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gpu_program("tower_graphs", tmp_path_factory.mktemp("row_scale"))
 
 
+@pytest.fixture(scope="module")
+def mbq_columns(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that compares columns of MBQ products with the same columns alone, and fused nodes with the nodes by themselves."""
+    return gpu_program("mbq_columns", tmp_path_factory.mktemp("mbq_columns"))
+
+
+@pytest.mark.gpu
+def test_columns_have_the_bits_that_they_have_alone(mbq_columns: Path) -> None:
+    """Four types, K from one block to 29568, 1 to 8 columns, batches, experts, bias, residual, SwiGLU: no bit differs."""
+    done = subprocess.run([mbq_columns], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert done.stdout.count("ok ") > 1000
+
+
 @pytest.mark.gpu
 def test_row_scale_products_are_exact(row_scale_products: Path) -> None:
     """K from 64 to 29568, 1 to 1024 columns, 4 and 8 bits, extreme codes, zeros, static ranges: 632 products, no bit differs."""
@@ -348,8 +362,8 @@ def test_blocks_of_a_tower_are_fused(tower_graphs: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-@pytest.mark.parametrize("program", ["row_scale_products", "row_scale_graphs", "tower_graphs"])
-def test_row_scale_sanitizer(program: str, tool: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("program", ["mbq_columns", "row_scale_products", "row_scale_graphs", "tower_graphs"])
+def test_programs_under_the_sanitizer(program: str, tool: str, request: pytest.FixtureRequest) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")

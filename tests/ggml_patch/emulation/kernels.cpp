@@ -79,40 +79,71 @@ static void check(bool good, const char * what, int QK, int words, int columns, 
     }
 }
 
-template <typename L, int NT> static void check_product(int rows, int k, int columns) {
-    const int blocks = k/L::QK, row_bytes = blocks*4*L::block_words;
-    const std::vector<uint8_t> w = random_blocks<L>(rows*blocks);
-    const std::vector<float> x = random_activations(columns*k);
+// Columns of x [columns][k] times `rows` rows of w, as the kernel of up to 8*NT columns (NT = 0: of one) gives them; with a gate both go through SwiGLU.
+template <typename L, int NT>
+static std::vector<float> product(const std::vector<uint8_t> & w, const uint8_t * gate, const std::vector<float> & x, int rows, int k, int columns) {
+    const int row_bytes = k/L::QK*4*L::block_words;
     std::vector<char> records((k + 127)/128*NT*mbq_record<L>::bytes, 0x55);
     std::vector<float> dst(rows*columns, NAN);
     const bool aligned = row_bytes % 16 == 0;
     mbq_mmv_args args = {};
     args.w = (const char *) w.data();
+    args.gate = (const char *) gate;
     args.x = NT == 0 ? (const void *) x.data() : records.data();
     args.dst = dst.data();
     args.M = args.dst_column = rows;
     args.row_bytes = row_bytes;
-    args.blocks = blocks;
+    args.blocks = k/L::QK;
     args.N = columns;
     args.channel_ratio = args.sample_ratio = 1;
     args.stage_row = mbq_stage_row<L>(aligned);
+    args.glu_op = GGML_GLU_OP_SWIGLU;
     if (NT > 0) {
         launch({ (k + 255u)/256, NT, 1 }, { 256, 1, 1 }, [&]() { mbq_quantize_records<L>(x.data(), records.data(), k, columns, k, 0, 0, 1, 0); });
     }
-    const mbq_mmv_plan plan = mbq_plan_mmv<L>(NT, false, aligned, rows, blocks, 3, sizeof(mbq_shared));
+    const int64_t room = NT == 1 ? 64 << 10 : sizeof(mbq_shared); // fewer warps than for one column
+    const mbq_mmv_plan plan = mbq_plan_mmv<L>(NT, gate, aligned, rows, args.blocks, 3, room);
+    args.slots = plan.slots;
     memset(mbq_shared, 0x7F, sizeof(mbq_shared));
     launch({ (unsigned) plan.ctas, 1, 1 }, { 32u*plan.kw, (unsigned) plan.groups, 1 }, [&]() { mbq_mmv<L, NT, false>(args, {}); });
+    return dst;
+}
+
+template <typename L, int NT> static void check_product(int rows, int k, int columns) {
+    const std::vector<uint8_t> w = random_blocks<L>(rows*(k/L::QK));
+    const std::vector<float> x = random_activations(columns*k);
+    const std::vector<float> dst = product<L, NT>(w, nullptr, x, rows, k, columns);
     bool good = true;
     for (int i = 0; i < rows*columns; ++i) {
         double sum = 0, size = 0;
         for (int j = 0; j < k; ++j) {
-            const double product = weight<L>(w.data() + i%rows*row_bytes + j/L::QK*4*L::block_words, j%L::QK)*x[i/rows*k + j];
+            const double product = weight<L>(w.data() + (i%rows*(k/L::QK) + j/L::QK)*4*L::block_words, j%L::QK)*x[i/rows*k + j];
             sum  += product;
             size += std::fabs(product);
         }
         good = good && std::fabs(dst[i] - sum) <= SUMS*size; // not for NaN
     }
     check(good, "product", L::QK, L::scales, columns, rows, k);
+}
+
+// Each of up to 8 columns, whose activations are anything, has the bits that it has alone, and so has a gated unit of one.
+template <typename L> static void check_columns(int rows, int k, int columns) {
+    const std::vector<uint8_t> w = random_blocks<L>(rows*(k/L::QK)), gate = random_blocks<L>(rows*(k/L::QK));
+    std::vector<float> x(columns*k);
+    std::normal_distribution<float> normal;
+    std::generate(x.begin(), x.end(), [&]() { return normal(rng); });
+    const std::vector<float> many = product<L, 1>(w, nullptr, x, rows, k, columns), gates = product<L, 1>(gate, nullptr, x, rows, k, columns);
+    bool good = true, same = true;
+    for (int c = 0; c < columns; ++c) {
+        const std::vector<float> column(x.begin() + c*k, x.begin() + (c + 1)*k);
+        const std::vector<float> one = product<L, 0>(w, nullptr, column, rows, k, 1), unit = product<L, 0>(w, gate.data(), column, rows, k, 1);
+        good = good && !memcmp(one.data(), many.data() + c*rows, 4*rows);
+        for (int i = 0; i < rows; ++i) {
+            same = same && unit[i] == ggml_cuda_op_silu_single(gates[c*rows + i])*many[c*rows + i];
+        }
+    }
+    check(good, "column of several", L::QK, L::scales, columns, rows, k);
+    check(same, "gated unit", L::QK, L::scales, columns, rows, k);
 }
 
 // wgmma's A operand for 128 weights of a row: in each 16, lane t has weights 4t + 0, 4t + 2, then 4t + 1, 4t + 3.
@@ -152,7 +183,10 @@ template <typename L> static void check_type() {
         check_product<L, 1>(17, k, 8);
         check_product<L, 2>(17, k, 13);
         check_product<L, 4>(17, k, 32);
+        check_columns<L>(19, k, 3);
     }
+    check_columns<L>(50, 1536 + L::QK, 2);
+    check_columns<L>(9, 2048 + 3*L::QK, 8);
     for (int i = 0; i < 50; ++i) {
         check_registers<L>();
         check_dequantized<L>();

@@ -14,14 +14,14 @@
 //    128 bytes: [t][group][columns 2t, 2t + 1] scales;  64 bytes: [t][64][columns 2t, 2t + 1] sums, or 128: [t][group][...] (MBQ3S_64)
 //
 // A scale includes the power of four that takes back the codes' (mbq_layout::unscale). A group's minimum m is multiplied by a sum of activations: over
-// the record (MBQ3: stored twice), over 64 of it or over 32. They are summed as rounded, not as given, so that the error that rounding makes in an
+// 64 of them, also where the group is of 128, or over 32 (MBQ3S_64). They are summed as rounded, not as given, so that the error that rounding makes in an
 // activation is multiplied by the whole weight, d*code + m. With the exact sum it would be multiplied by d*code alone, which is larger.
 
 #include "mbq-block.cuh"
 
 // Records of 8 columns
 template <typename L> struct mbq_record {
-    static constexpr int span  = L::QK/L::scales;             // weights with the same minimum
+    static constexpr int span  = L::QK/L::scales == 32 ? 32 : 64; // activations that are summed: one minimum for all of them
     static constexpr int sums  = span == 32 ? 4 : 2;         // of a column
     static constexpr int bytes = 1024 + 128 + 8*4*sums;
 };
@@ -85,7 +85,7 @@ static __device__ __forceinline__ int2 mbq_quantize_8(const float (&v)[8], float
 template <typename L>
 static __device__ __forceinline__ void mbq_quantize_one(const float * x, const int k, const bool aligned, char * xs, const int warp, const int warps) {
     constexpr int ahead = 4; // loads of so many rounds are started together: a round's latency is most of its time
-    constexpr int span  = mbq_record<L>::span == 32 ? 32 : 64;
+    constexpr int span  = mbq_record<L>::span;
     const int lane  = threadIdx.x % 32;
     const int n     = (k + 255)/256;
     float   * sums  = (float *) (xs + n*256) + lane/8*4;
@@ -198,7 +198,7 @@ static __device__ __forceinline__ void mbq_dot_one(const uint32_t * const (&p)[2
             mbq_add<L>(sum[r], mbq_scale<L>(*block, 1), f1*s.y, s.w);
         } else { // both groups have the same minimum
             const uint32_t word = L::scales == 1 ? *block : ((const uint16_t *) block)[t % 2];
-            mbq_add<L>(sum[r], mbq_scale<L>(word, 0), f0*s.x + f1*s.y, s.z);
+            mbq_add<L>(sum[r], mbq_scale<L>(word, 0), fmaf(f1, s.y, f0*s.x), s.z);
         }
     }
 }
@@ -207,8 +207,9 @@ static __device__ __forceinline__ void mbq_dot_one(const uint32_t * const (&p)[2
 template <typename L> struct mbq_b_operand {
     int    b[L::QK/32][2];
     float2 s[L::QK/32];
-    struct __align__(8*L::scales) {
-        float2 of[L::scales];
+    static constexpr int spans = L::QK/mbq_record<L>::span;
+    struct __align__(8*spans) {
+        float2 of[spans];
     } m;
 };
 
@@ -225,17 +226,20 @@ static __device__ __forceinline__ mbq_b_operand<L> mbq_load_record(const char * 
         c.s[2*j] = make_float2(s.x, s.y);
         c.s[2*j + 1] = make_float2(s.z, s.w);
     }
-    c.m = ((const decltype(c.m) *) (record + 1152))[t*mbq_record<L>::sums/L::scales + which];
+    c.m = ((const decltype(c.m) *) (record + 1152))[t*mbq_record<L>::sums/c.spans + which];
     return c;
 }
 
-// sum += rows g, g + 8 of one block times 8 columns. sum[r*2 + c]: row g + 8r, column 2t + c.
-template <typename L>
+// sum += rows g, g + 8 of one block times 8 columns. sum[][r*2 + c]: row g + 8r, column 2t + c. Each 64 weights have sums of their own, from `first` on
+// (apart), or all of the block the same.
+template <typename L, bool apart, int n>
 static __device__ __forceinline__ void mbq_dot(const int (&a)[L::QK/32][4], const float2 (&scale)[2][L::scales], const mbq_b_operand<L> & x,
-        float (&sum)[4]) {
-    constexpr int groups = L::QK/32/L::scales;
+        float (&sum)[n][4], const int first) {
+    constexpr int spans  = mbq_b_operand<L>::spans;
+    constexpr int parts  = apart ? spans : L::scales;
+    constexpr int groups = L::QK/32/parts;
 #pragma unroll
-    for (int h = 0; h < L::scales; ++h) {
+    for (int h = 0; h < parts; ++h) {
         float part[4] = {};
 #pragma unroll
         for (int j = h*groups; j < (h + 1)*groups; ++j) {
@@ -243,12 +247,18 @@ static __device__ __forceinline__ void mbq_dot(const int (&a)[L::QK/32][4], cons
             mbq_mma(d, a[j], x.b[j]);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                part[i] += (__int_as_float(d[i]) - __int_as_float(MBQ_MAGIC))*(i % 2 ? x.s[j].y : x.s[j].x);
+                const float f = __int_as_float(d[i]) - __int_as_float(MBQ_MAGIC);
+                const float s = i % 2 ? x.s[j].y : x.s[j].x;
+                part[i] = fmaf(f, s, part[i]);
             }
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            mbq_add<L>(sum[i], scale[i/2][h], part[i], i % 2 ? x.m.of[h].y : x.m.of[h].x);
+            float m = i % 2 ? x.m.of[h].y : x.m.of[h].x;
+            if constexpr (parts < spans) { // one minimum for all
+                m += i % 2 ? x.m.of[1].y : x.m.of[1].x;
+            }
+            mbq_add<L>(sum[first + (apart ? h*groups/2 : 0)][i], scale[i/2][L::scales == 1 ? 0 : h], part[i], m);
         }
     }
 }

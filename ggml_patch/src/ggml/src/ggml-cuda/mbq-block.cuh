@@ -78,14 +78,14 @@ static __host__ __device__ __forceinline__ float2 mbq_scale(const uint32_t word,
     }
 }
 
-// sum += the products of weights and activations, from those of their codes, `part`, and the activations' sum
+// sum += the products of weights and activations, from those of their codes, `part`, and the activations' sum. What is fused is written down: the
+// compiler's choice could differ between kernels, whose sums are the same bits.
 template <typename L>
 static __device__ __forceinline__ void mbq_add(float & sum, const float2 scale, const float part, const float x) {
     if constexpr (L::scales == 1) {
-        sum += scale.x*part;
-        sum += scale.y*x;
+        sum = fmaf(scale.y, x, fmaf(scale.x, part, sum));
     } else {
-        sum += scale.x*(part + scale.y*x);
+        sum = fmaf(scale.x, fmaf(scale.y, x, part), sum);
     }
 }
 

@@ -5,7 +5,7 @@
 //   output rows   tile 0 (16 rows)   tile 1   tile 2   ...        CTA c, group of warps g: tiles c + g*gridDim.x, then every gridDim.x*groups
 //
 //   K of a tile   | piece 0 | piece 1 | piece 2 | piece 3 | ...   warp kw of the group's KW: pieces kw, kw + KW, ...
-//                   512 weights of each of the 16 rows
+//                   512 weights of each of the 16 rows; with up to 8 columns kw may stand for a slot of sums (mbq_slots): slots kw, kw + KW, ...
 //
 // One CTA a multiprocessor. Each warp streams its pieces through its own ring of shared-memory stages, with the tensor memory accelerator (one
 // lane names a box of 8 rows) or cp.async: no barrier but __syncwarp in the main loop, and about 100 KB are on their way to each multiprocessor,
@@ -74,13 +74,25 @@ template <typename L, int NT, bool tma> struct mbq_mmv_producer {
     char     * ring;
     uint64_t * ready;       // a barrier for each stage
     int stage_bytes, pieces;
-    int tile, piece;
+    int tile, slot, piece;
 
     __device__ __forceinline__ void next() {
-        piece += at.KW;
-        if (piece >= pieces) {
-            piece = at.kw;
-            tile += at.tile_step;
+        if constexpr (NT > 1) {
+            piece += at.KW;
+            if (piece >= pieces) {
+                piece = at.kw;
+                tile += at.tile_step;
+            }
+        } else {
+            piece += args.slots;
+            if (piece >= pieces) {
+                slot += at.KW;
+                if (slot >= args.slots) {
+                    slot  = at.kw;
+                    tile += at.tile_step;
+                }
+                piece = slot;
+            }
         }
     }
 
@@ -133,28 +145,6 @@ template <typename L, int NT, bool tma> struct mbq_mmv_producer {
     }
 };
 
-// A warp's sums of a tile, for the warps of its group
-template <int NT>
-static __device__ __forceinline__ void mbq_leave_sums(float (&sum)[NT == 0 ? 1 : NT][NT == 0 ? 2 : 4], float * mine, const int lane) {
-    if constexpr (NT == 0) {
-        const int g = lane / 4;
-        const int t = lane % 4;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            sum[0][r] += __shfl_xor_sync(0xFFFFFFFF, sum[0][r], 1);
-            sum[0][r] += __shfl_xor_sync(0xFFFFFFFF, sum[0][r], 2);
-        }
-        if (t < 2) {
-            mine[g + 8*t] = t == 0 ? sum[0][0] : sum[0][1];
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < NT; ++i) {
-            ((float4 *) mine)[i*32 + lane] = make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
-        }
-    }
-}
-
 #endif // TURING_MMA_AVAILABLE
 
 // dst = w * x. NT = 0: one column of floats, quantised here, with bias and gate; else up to 8*NT columns of mbq_quantize_records.
@@ -179,6 +169,7 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
     const int pieces      = (args.blocks + L::piece_blocks - 1)/L::piece_blocks;
     const int length      = (args.blocks*L::QK + 255)/256;
     const int stage_bytes = mbq_stage_bytes<L>(NT, args.stage_row);
+    const int slots       = NT > 1 ? at.KW : args.slots;
 
     float * dst = args.dst + blockIdx.y*args.dst_channel + blockIdx.z*args.dst_sample;
     const mbq_mmv_offsets offsets(args);
@@ -188,7 +179,7 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
 
     char  * ring = mbq_shared + at.warp*(MBQ_STAGES*stage_bytes);
     char  * one  = mbq_shared + at.warps*(MBQ_STAGES*stage_bytes); // quantised column
-    float * sums = (float *) (one + (NT == 0 ? length*MBQ_ONE_BYTES : 0)) + at.group*at.KW*2*mbq_sum_floats(NT);
+    float * sums = (float *) (one + (NT == 0 ? length*MBQ_ONE_BYTES : 0)) + at.group*slots*mbq_sum_sets(NT)*mbq_sum_floats(NT);
 
     // Weights never depend on the kernel before, so the first copies start while it still runs.
 #ifdef MBQ_TMA_AVAILABLE
@@ -206,7 +197,7 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
     uint64_t * ready = nullptr;
 #endif
     mbq_mmv_producer<L, NT, tma> producer = { args, maps, at, w, gate, x, offsets.w_row, ring, ready, stage_bytes, pieces,
-        at.kw < pieces ? at.tile_first : at.tiles, at.kw };
+        at.tile_first, at.kw, at.kw };
     producer.fill(0, true, false);
     if constexpr (NT != 1) {
         producer.next();
@@ -230,6 +221,7 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
         }
     }
 
+    constexpr int n = mbq_sum_floats(NT);
     int count  = 0; // of pieces
     int parity = 0;
     for (int tile = at.tile_first; tile < at.tiles; tile += at.tile_step) {
@@ -238,12 +230,13 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
         for (int r = 0; r < 2; ++r) {
             base[r] = (8*r + g)*args.stage_row + (tma ? 0 : (int) (uintptr_t) mbq_row(args, w, gate, tile, g + 8*r) & 15);
         }
-        float sum[NT == 0 ? 1 : NT][NT == 0 ? 2 : 4] = {};
-        for (int piece = at.kw; piece < pieces; piece += at.KW) {
+        float * all = sums + parity*slots*n;
+        float sum[mbq_sums(NT)][NT == 0 ? 2 : 4] = {};
+        const auto multiply = [&](const int piece) {
             const int stage   = count % MBQ_STAGES;
             const char * here = ring + stage*stage_bytes;
-            const int first = piece*L::piece_blocks;
-            const int n     = min(args.blocks - first, L::piece_blocks);
+            const int first  = piece*L::piece_blocks;
+            const int blocks = min(args.blocks - first, L::piece_blocks);
 #ifdef MBQ_TMA_AVAILABLE
             if constexpr (tma) {
                 mbq_barrier_wait(__cvta_generic_to_shared(&ready[stage]), count/MBQ_STAGES%2);
@@ -254,27 +247,43 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
             }
             __syncwarp(); // all lanes' copies are there
             if constexpr (NT == 0) {
-                mbq_piece_one<L>(here, base, x, length, first, n, sum[0]);
+                mbq_piece_one<L>(here, base, x, length, first, blocks, sum[0]);
             } else {
-                mbq_piece_many<L, NT>(here, base, x, here + 16*args.stage_row, first, n, sum);
+                mbq_piece_many<L, NT>(here, base, x, here + 16*args.stage_row, first, blocks, sum);
             }
             __syncwarp(); // all lanes are done with the stage
             producer.fill(stage, true, true);
             producer.next();
             count++;
+        };
+        if constexpr (NT > 1) {
+            for (int piece = at.kw; piece < pieces; piece += at.KW) {
+                multiply(piece);
+            }
+            mbq_leave_sums<NT>(sum, all + at.kw*n, at.lane);
+        } else {
+            for (int slot = at.kw, piece = at.kw; slot < slots;) {
+                multiply(piece);
+                piece += slots;
+                if (piece >= pieces) {
+                    mbq_leave_sums<NT>(sum, all + slot*n, at.lane);
+                    memset(sum, 0, sizeof(sum));
+                    slot += at.KW;
+                    piece = slot;
+                }
+            }
         }
-
-        // Two buffers of sums: a warp that is ahead writes the next tile's while this tile's are read.
-        constexpr int n = mbq_sum_floats(NT);
-        float * all = sums + parity*at.KW*n;
-        mbq_leave_sums<NT>(sum, all + at.kw*n, at.lane);
         mbq_group_sync(at.group, at.KW);
         if constexpr (NT > 0) {
-            mbq_store_many<NT>(args, all, tile, dst, at.KW);
+            mbq_store_many<NT>(args, all, tile, dst, at.KW, slots);
         } else if (at.kw == 0) {
-            mbq_store_one(args, all, tile, dst, offsets.bias, at.KW);
+            mbq_store_one(args, all, tile, dst, offsets.bias);
         }
-        parity ^= 1;
+        if constexpr (mbq_sum_sets(NT) == 2) {
+            parity ^= 1; // a warp that is ahead writes the next tile's sums while this tile's are read
+        } else {
+            mbq_group_sync(at.group, at.KW);
+        }
     }
 #else
     GGML_UNUSED_VARS(args, maps);

@@ -33,6 +33,7 @@ static bool mbq_launch_mmv(ggml_backend_cuda_context & ctx, mbq_mmv_args args, c
         return false;
     }
     args.stage_row = mbq_stage_row<L>(aligned);
+    args.slots     = plan.slots;
     const ggml_cuda_kernel_launch_params params(dim3(plan.ctas, channels, samples), dim3(32*plan.kw, plan.groups), (size_t) plan.smem, ctx.stream());
     mbq_mmv_maps maps = {};
 #ifdef MBQ_USE_TMA

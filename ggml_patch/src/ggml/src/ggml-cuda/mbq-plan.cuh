@@ -22,6 +22,7 @@ struct mbq_mmv_args {
     int channel_ratio, sample_ratio;          // broadcast of the weights over channels and samples
     int x_channels, ids_stride;               // only with ids
     int stage_row;                            // see mbq_stage_row
+    int slots;                                // of sums, see mbq_slots
     int x_aligned;                            // columns may be read 16 bytes at a time
     int glu_op;
     float glu_limit;
@@ -56,14 +57,26 @@ static constexpr __host__ __device__ int mbq_stage_bytes(const int NT, const int
     return 16*stage_row + (NT == 1 ? MBQ_PIECE/128*mbq_record<L>::bytes : 0);
 }
 
-// Floats of a warp's partial sums of a tile
+// Sums of a tile that are added at its end: slot s has pieces s, s + slots, ... of up to 8 columns, in as many as a function of their length tells, so that no
+// sum depends on the number of columns, of warps or of multiprocessors. As many as there are warps at most, since one column is fastest where a warp has one
+// slot of a tile. Of more columns a slot is a warp.
+static constexpr __host__ __device__ int64_t mbq_slots(const int NT, const int64_t pieces, const int64_t kw) {
+    return NT > 1 ? kw : pieces < MBQ_MAX_WARPS ? pieces : MBQ_MAX_WARPS;
+}
+
+// Sets of them: while one tile's are read, the next one's are written, unless all warps read (and 8 columns need the room for warps).
+static constexpr __host__ __device__ int mbq_sum_sets(const int NT) {
+    return NT == 1 ? 1 : 2;
+}
+
+// Floats of a slot
 static constexpr __host__ __device__ int mbq_sum_floats(const int NT) {
     return NT == 0 ? 16 : 128*NT;
 }
 
 struct mbq_mmv_plan {
-    int     kw, groups, ctas; // warps that share a tile, such groups in a CTA, CTAs that share the tiles; kw = 0: does not fit
-    int64_t smem;             // bytes of shared memory: activations, rings, two tiles' partial sums
+    int     kw, groups, ctas, slots; // warps that share a tile, such groups in a CTA, CTAs that share the tiles; kw = 0: does not fit
+    int64_t smem;                    // bytes of shared memory: activations, rings, partial sums
 };
 
 // The fewest pieces one after the other; for up to 1 % more of them a warp more in a group (both fitted to all splits of nine shapes on
@@ -74,18 +87,26 @@ static mbq_mmv_plan mbq_plan_mmv(const int NT, const bool gate, const bool align
     const int64_t pieces   = (blocks*L::QK + MBQ_PIECE - 1)/MBQ_PIECE;
     const int64_t tiles    = gate ? (M + 7)/8 : (M + 15)/16;
     const int64_t fixed    = NT == 0 ? (blocks*L::QK + 255)/256*MBQ_ONE_BYTES : 0;
-    const int64_t per_warp = MBQ_STAGES*mbq_stage_bytes<L>(NT, mbq_stage_row<L>(aligned)) + 2*4*mbq_sum_floats(NT);
-    const int64_t warps    = std::min<int64_t>(MBQ_MAX_WARPS, (smem_limit - fixed)/per_warp);
-    mbq_mmv_plan best = { 0, 0, 0, 0 };
+    const int64_t per_warp = MBQ_STAGES*mbq_stage_bytes<L>(NT, mbq_stage_row<L>(aligned));
+    mbq_mmv_plan best = { 0, 0, 0, 0, 0 };
     int64_t best_cost = INT64_MAX;
-    for (int64_t kw = 1; kw <= std::min(warps, pieces); ++kw) {
-        const int64_t groups = std::min({ warps/kw, (tiles + multiprocessors - 1)/multiprocessors, (int64_t) MBQ_MAX_GROUPS });
+    for (int64_t kw = 1; kw <= std::min<int64_t>(MBQ_MAX_WARPS, pieces); ++kw) {
+        const int64_t slots     = mbq_slots(NT, pieces, kw);
+        const int64_t per_group = kw*per_warp + slots*mbq_sum_sets(NT)*4*mbq_sum_floats(NT);
+        const int64_t groups    = std::min({ MBQ_MAX_WARPS/kw, (smem_limit - fixed)/per_group, (tiles + multiprocessors - 1)/multiprocessors,
+            (int64_t) MBQ_MAX_GROUPS });
+        if (groups <= 0) {
+            break;
+        }
         const int64_t rounds = (tiles + multiprocessors*groups - 1)/(multiprocessors*groups);
-        const int64_t turns  = (pieces + kw - 1)/kw;
-        const int64_t cost   = rounds*turns*(100 - kw) + (turns == 1 ? 50 : 0);
+        int64_t turns = 0; // of the first warp, which has the most
+        for (int64_t slot = 0; slot < slots; slot += kw) {
+            turns += (pieces - slot + slots - 1)/slots;
+        }
+        const int64_t cost = rounds*turns*(100 - kw) + (turns == 1 ? 50 : 0);
         if (cost <= best_cost) {
             best_cost = cost;
-            best = { (int) kw, (int) groups, (int) std::min<int64_t>(multiprocessors, tiles), fixed + kw*groups*per_warp };
+            best = { (int) kw, (int) groups, (int) std::min<int64_t>(multiprocessors, tiles), (int) slots, fixed + groups*per_group };
         }
     }
     return best;
