@@ -173,8 +173,8 @@ def write_random_tower(path: Path, width: int, kind: str = "F16") -> None:
     matrices = [name for name, dimensions in shapes.items() if len(dimensions) == 2]
     stored = row_scale.stored_as(kind)
     for name, dimensions in shapes.items():
-        if len(dimensions) == 1:
-            writer.add_tensor(name, np.zeros(dimensions, np.float32))
+        if len(dimensions) == 1:  # a norm's weight must not be 0, or nothing behind it is anything else
+            writer.add_tensor(name, np.full(dimensions, float(name.endswith(".weight")), np.float32))
         elif kind == "F16" or name not in matrices:
             writer.add_tensor(name, np.resize(pattern, dimensions))
         else:

@@ -51,3 +51,47 @@ def test_kernels_on_the_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     ran = subprocess.run([program], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout
+
+
+CAST = """
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <cstdint>
+struct dim3_ { int x; } blockIdx, blockDim, threadIdx;
+struct half2 { float x, y; };
+struct float4 { float x, y, z, w; };
+#define __global__
+static void ggml_cuda_pdl_lc() {}
+static void ggml_cuda_pdl_sync() {}
+static half2 __floats2half2_rn(float x, float y) { return { x, y }; }
+KERNEL
+int main() { // a view whose heads and columns have changed places, as keys have: [8, 5 columns, 3 heads, 2 pictures], columns apart
+    enum { D = 8, N = 5, H = 3, B = 2, PITCH = D*H + 4 };
+    static float x[B*N*PITCH], y[B*H*N*D];
+    for (int i = 0; i < B*N*PITCH; ++i) { x[i] = i; }
+    const mbq_cast_args args = { (const char *) x, (half2 *) y, B*H*N*D/4, D/4, N, H, PITCH*4, D*4, N*PITCH*4 };
+    blockDim.x = 32;
+    for (blockIdx.x = 0; blockIdx.x < (args.quads + 31)/32; ++blockIdx.x) {
+        for (threadIdx.x = 0; threadIdx.x < 32; ++threadIdx.x) { mbq_cast(args); }
+    }
+    for (int i = 0; i < B*H*N*D; ++i) {
+        const int d = i % D, n = i/D % N, h = i/D/N % H, b = i/D/N/H;
+        if (y[i] != x[(b*N + n)*PITCH + h*D + d]) { printf("%d\\n", i); return 1; }
+    }
+    return 0;
+}
+"""
+
+
+def test_keys_and_values_change_places(tmp_path: Path) -> None:
+    """mbq_cast's own source with floats in the place of halves: every number where the permuted view has it."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    (tmp_path / "cast.cpp").write_text(
+        CAST.replace("KERNEL", between(read("mbq-cast.cuh"), "struct mbq_cast_args", "static bool mbq_cast_takes"))
+    )
+    subprocess.run([compiler, "-std=c++17", "-O1", str(tmp_path / "cast.cpp"), "-o", str(tmp_path / "cast")], check=True)
+    ran = subprocess.run([tmp_path / "cast"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout

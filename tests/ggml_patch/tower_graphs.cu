@@ -68,6 +68,23 @@ static int check_read(ggml_backend_t backend, const int64_t n) {
     return check(backend, "read " + std::to_string(n), b);
 }
 
+// Keys and values in F16, heads and columns changed, as attention takes them (mbq-cast.cuh)
+static int check_casts(ggml_backend_t backend, const int64_t head, const int64_t heads, const int64_t n) {
+    builder b;
+    ggml_tensor * f16[2];
+    for (ggml_tensor *& t : f16) {
+        ggml_tensor * x = ggml_scale(b.nodes, b.floats(head*heads, n), 0.5f);
+        t = ggml_permute(b.nodes, ggml_reshape_3d(b.nodes, x, head, heads, n), 0, 2, 1, 3);
+        ggml_build_forward_expand(b.graph, x);
+    }
+    for (ggml_tensor *& t : f16) {
+        t = ggml_cast(b.nodes, t, GGML_TYPE_F16);
+        ggml_build_forward_expand(b.graph, t);
+    }
+    b.output(ggml_add(b.nodes, ggml_cast(b.nodes, f16[0], GGML_TYPE_F32), ggml_cast(b.nodes, f16[1], GGML_TYPE_F32)));
+    return check(backend, "casts " + std::to_string(head) + " " + std::to_string(heads) + " " + std::to_string(n), b);
+}
+
 int main(int argc, char **) {
     const bool small = argc > 1;
     int bad = 0;
@@ -92,6 +109,7 @@ int main(int argc, char **) {
             }
         }
         for (const int64_t n : { 2, 8, 9, 64, 300 }) { bad += check_read(backend, n); }
+        bad += check_casts(backend, 80, 16, 300) + check_casts(backend, 6, 3, 5);
         ggml_backend_free(backend);
     }
     printf("%d graphs wrong\n", bad);

@@ -1,4 +1,5 @@
 #include "mbq-w4a8.cuh"
+#include "mbq-cast.cuh"
 #include "mbq-w4a8-activation.cuh"
 #include "mbq-w4a8-added.cuh"
 #include "mbq-w4a8-launch.cuh"
@@ -124,6 +125,9 @@ int ggml_cuda_w4a8_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
     inputs.step(ctx, graph, i);
     if (mbq_w4a8_is_in(inputs.early, i)) {
         return 1;
+    }
+    if (const int behind = mbq_cast_two(ctx, graph, i)) {
+        return behind;
     }
     if (!inputs.graph) {
         return 0;
