@@ -160,6 +160,7 @@ QUIRKS: dict[str, list[Quirk]] = {
         Held("layer_scalar", 1.0),
         Held("std_scale", 1.0),
     ],
+    "Gemma 4 (experts)": [Module(r".*\.experts\.3", nothing), Held("per_expert_scale", 1.0), Held("router.scale", 1.0)],
     "GLM-4.1V": [QKV_BIASES, *GLM_NORMS, PARTIAL],
     "GLM-OCR": [*GLM_NORMS, PARTIAL],
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,25 @@ def nested(name: str) -> str:
     return name.replace("vision_tower.", "vision_tower.vision_model.")
 
 
+GEMMA4 = Recipe(
+    "gemma4",
+    {
+        "text_config": {**TEXT, "num_hidden_layers": 3, "sliding_window": 16, "tie_word_embeddings": True}
+        | {"layer_types": ["sliding_attention"] * 2 + ["full_attention"], "global_head_dim": 64, "num_global_key_value_heads": 1}
+        | {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision"}
+        | {"final_logit_softcapping": 30.0},
+        "vision_config": {**SIGLIP, "num_key_value_heads": 2, "head_dim": 32, "position_embedding_size": 64, "standardize": True},
+        "audio_config": None,
+    },
+    {"max_soft_tokens": 70, "image_mean": [0.0] * 3, "image_std": [1.0] * 3, "image_processor_type": "Gemma4ImageProcessor"},
+    specials=("<|image>", "<image|>", "<|image|>"),
+    token_ids={"image_token_id": "<|image|>", "boi_token_id": "<|image>", "eoi_token_id": "<image|>"},
+    spaced=True,
+    size=(480, 336),
+    sizes=((100, 160), (700, 500)),
+)
+GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 256}
+
 RECIPES = {
     "Qwen2-VL": Recipe(
         "qwen2_vl",
@@ -272,23 +291,8 @@ RECIPES = {
         other_names=nested,
         size=(128, 128),
     ),
-    "Gemma 4": Recipe(
-        "gemma4",
-        {
-            "text_config": {**TEXT, "num_hidden_layers": 3, "sliding_window": 16, "tie_word_embeddings": True}
-            | {"layer_types": ["sliding_attention"] * 2 + ["full_attention"], "global_head_dim": 64, "num_global_key_value_heads": 1}
-            | {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision"}
-            | {"final_logit_softcapping": 30.0},
-            "vision_config": {**SIGLIP, "num_key_value_heads": 2, "head_dim": 32, "position_embedding_size": 64, "standardize": True},
-            "audio_config": None,
-        },
-        {"max_soft_tokens": 70, "image_mean": [0.0] * 3, "image_std": [1.0] * 3, "image_processor_type": "Gemma4ImageProcessor"},
-        specials=("<|image>", "<image|>", "<|image|>"),
-        token_ids={"image_token_id": "<|image|>", "boi_token_id": "<|image>", "eoi_token_id": "<image|>"},
-        spaced=True,
-        size=(480, 336),
-        sizes=((100, 160), (700, 500)),
-    ),
+    "Gemma 4": GEMMA4,
+    "Gemma 4 (experts)": replace(GEMMA4, config=GEMMA4.config | {"text_config": GEMMA4.config["text_config"] | GEMMA4_EXPERTS}),
     "MiniCPM-V 4.6": Recipe(
         "minicpmv4_6",
         {

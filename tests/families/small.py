@@ -115,8 +115,10 @@ class Small:
     @contextmanager
     def all_chosen(self) -> Iterator[Path]:
         """Within the block each token goes to all experts, in the model and in the checkpoint that is given; without experts, as ever."""
+        text = self.loaded.config.text_config  # which Gemma 4's routers ask
         routers = [module for module in self.loaded.decoder.module.modules() if hasattr(module, "top_k")]
-        if not routers:
+        setting = "num_experts_per_tok" if routers else "top_k_experts"
+        if not self.loaded.decoder.layout.stacks:
             yield self.directory
             return
         folder, experts = self.folder / "all-chosen", self.recipe.config["text_config"]["num_experts"]
@@ -126,14 +128,16 @@ class Small:
                 if file.name != "config.json":
                     (folder / file.name).symlink_to(file)
             config = json.loads((self.directory / "config.json").read_text())
-            config["text_config"]["num_experts_per_tok"] = experts
+            config["text_config"][setting] = experts
             (folder / "config.json").write_text(json.dumps(config))
-        kept = routers[0].top_k
+        kept = getattr(text, setting)
         try:
+            setattr(text, setting, experts)
             for router in routers:
                 router.top_k = experts
             yield folder
         finally:
+            setattr(text, setting, kept)
             for router in routers:
                 router.top_k = kept
 

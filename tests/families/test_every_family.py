@@ -212,6 +212,7 @@ UNTURNED = (
     "LLaVA-1.5",
     "Gemma 3",
     "Gemma 4",
+    "Gemma 4 (experts)",
     "MiniCPM-V 4.6",
     "Mistral 3",
     "Pixtral",

@@ -50,10 +50,6 @@ def test_a_refusal_says_why(architecture: str) -> None:
 # Of those that are refused, transformers' own, with what tells the kind; the others are code of their directories, or no classes at all.
 CLASSES = {
     "Gemma4ForConditionalGeneration/num_kv_shared_layers": ("gemma4", {"num_kv_shared_layers": 2}),
-    "Gemma4ForConditionalGeneration/enable_moe_block": (
-        "gemma4",
-        {"enable_moe_block": True, "num_experts": 4, "moe_intermediate_size": 32},
-    ),
     "Llama4ForConditionalGeneration": ("llama4", {}),
     "LlavaNextForConditionalGeneration": ("llava_next", {}),
     "LlavaOnevisionForConditionalGeneration": ("llava_onevision", {}),

@@ -29,7 +29,9 @@ from mbq_gguf.formats.row_scale import QUANT_TYPES, stored_as
 CHUNK_WEIGHTS = 1 << 24  # weights of an embedding that are quantised at a time: 64 MB as float32
 # llama.cpp's tensor of all experts of a layer, and an expert's decoder key.
 STACK = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
-EXPERT = re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
+EXPERT = re.compile(r"layers\.(\d+)\.(?:mlp\.)?experts\.(\d+)\.(gate|up|down)_proj\.weight")
+MERGED = "_gate_up_"  # in the name of one that takes each expert's gate and then its up
+Stacks = dict[str, list[tuple[QuantisedTensor, ...]]]
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 
 
@@ -88,7 +90,7 @@ class Injection:
         self._embedding_type = embedding_type
         self._quantised = quantised
         self._stacks = stacks(experts or {})
-        self._pending = {*quantised, *self._stacks}
+        self._pending = {*quantised, *(name for name in self._stacks if MERGED not in name)}
         self._rows: dict[str, tuple[QuantisedTensor, Order]] = {}
         self._modify, self._force, self._add = model.modify_tensors, model.tensor_force_quant, model.gguf_writer.add_tensor
         self._writer = model.gguf_writer
@@ -142,14 +144,16 @@ class Injection:
                 self.row_scales.append(name)
         elif name in self._stacks:
             parts = self._stacks[name]
-            chosen = quant_type(parts[0].type_name)
-            if shape != (len(parts), len(parts[0].data), parts[0].columns):
+            chosen, rows, columns = quant_type(parts[0][0].type_name), sum(len(part.data) for part in parts[0]), parts[0][0].columns
+            if shape != (len(parts), rows, columns):
                 raise UserError(f"{name} is {shape} in the checkpoint, which are not the experts that were quantised: run again")
-            deferred = Deferred(lambda: (part.data for part in parts), (*shape[:2], parts[0].data.shape[1]), np.uint8)
+            deferred = Deferred(
+                lambda: (part.data for expert in parts for part in expert), (*shape[:2], parts[0][0].data.shape[1]), np.uint8
+            )
             raw_dtype = self._gguf.GGMLQuantizationType[
                 stored_as(chosen.name)
             ]  # not among row_scales, which products of experts know nothing of
-            self._pending.discard(name)
+            self._pending -= {name, name.replace(MERGED, "_gate_"), name.replace(MERGED, "_up_")}
         elif self._embedding_type is not None and name in EMBEDDINGS:
             chosen = quant_type_for(self._embedding_type, shape[-1])
             wanted = self._embedding_type if chosen.name != self._embedding_type else None
@@ -162,15 +166,18 @@ class Injection:
         self.records.append(TensorRecord(name, info.dtype.name, tuple(info.shape), info.nbytes, wanted))
 
 
-def stacks(experts: Mapping[str, QuantisedTensor]) -> dict[str, list[QuantisedTensor]]:
-    """Quantised experts by the name of the tensor that takes them all, in their order."""
+def stacks(experts: Mapping[str, QuantisedTensor]) -> Stacks:
+    """Quantised experts by the name of the tensor that takes them all, in their order; gate and up also as one, as some files have them."""
     found: dict[str, dict[int, QuantisedTensor]] = {}
     for key, tensor in experts.items():
         match = EXPERT.fullmatch(key)
         assert match is not None
         layer, number, matrix = match.groups()
         found.setdefault(f"blk.{layer}.ffn_{matrix}_exps.weight", {})[int(number)] = tensor
-    return {name: [parts[number] for number in range(len(parts))] for name, parts in found.items()}
+    ordered: Stacks = {name: [(parts[number],) for number in range(len(parts))] for name, parts in found.items()}
+    gates = [name for name in ordered if "_gate_" in name]
+    pairs = {name: zip(ordered[name], ordered[name.replace("_gate_", "_up_")], strict=True) for name in gates}
+    return {**ordered, **{name.replace("_gate_", MERGED): [(*gate, *up) for gate, up in both] for name, both in pairs.items()}}
 
 
 def _replace(model: Any, name: str, tensor: torch.Tensor) -> None:

@@ -41,6 +41,7 @@ FAMILIES = (
     Family("InternVL 2 to 3.5", ("InternVLChatModel",), "qwen2", pictures.INTERNVL),
     Family("Gemma 3", ("Gemma3ForConditionalGeneration",), "gemma3", pictures.GEMMA3),
     Family("Gemma 4", ("Gemma4ForConditionalGeneration",), "gemma4", pictures.GEMMA4),
+    Family("Gemma 4 (experts)", ("Gemma4ForConditionalGeneration/enable_moe_block",), "gemma4", pictures.GEMMA4),
     Family("MiniCPM-V 4.6", ("MiniCPMV4_6ForConditionalGeneration",), "qwen35", pictures.MINICPM),
     Family("Mistral 3", ("Mistral3ForConditionalGeneration",), "mistral3", pictures.PIXTRAL),
     Family("Pixtral", ("LlavaForConditionalGeneration",), "llama", pictures.PIXTRAL),
@@ -65,7 +66,6 @@ NO_RUNTIME = "llama.cpp does not know it"
 REFUSED = {
     "Gemma4ForConditionalGeneration/num_kv_shared_layers": "its last layers take the keys and values of others (as E2B's and E4B's), "
     "which no calibration layer by layer hands on",
-    "Gemma4ForConditionalGeneration/enable_moe_block": "its experts lie beside its MLPs, where no layout has them",
     "Llama4ForConditionalGeneration": "each of its experts takes all tokens, weighed by the router beforehand, which no layout describes",
     "LlavaNextForConditionalGeneration": "llama.cpp's conversion has no place for its tower",
     "LlavaOnevisionForConditionalGeneration": "llama.cpp's conversion has no place for its tower, nor its runtime for its tiles",

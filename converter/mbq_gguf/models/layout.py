@@ -305,6 +305,16 @@ def either(*variants: Layout) -> Layout:
     return replace(variants[-1], sites=tuple(sites), branches=tuple(branches), experts=None, variants=variants)
 
 
+def beside(layout: Layout) -> Layout:
+    """``layout`` with experts beside its MLP, each with norms of its own (Gemma 4's)."""
+    return replace(
+        layout,
+        norms=(*layout.norms, "pre_feedforward_layernorm_2"),
+        norms_after=(*layout.norms_after, "post_feedforward_layernorm_1", "post_feedforward_layernorm_2"),
+        experts="experts",
+    )
+
+
 LAYOUTS = {
     "Qwen2VLForConditionalGeneration": replace(STANDARD, projector=r"visual\.merger\.mlp\.2"),
     "Qwen2_5_VLForConditionalGeneration": replace(STANDARD, projector=r"visual\.merger\.mlp\.2"),
@@ -318,6 +328,7 @@ LAYOUTS = {
     "Qwen3_5MoeForConditionalGeneration": either(routed(STANDARD, "mlp.shared_expert"), routed(DELTA, "mlp.shared_expert")),
     "Glm4vMoeForConditionalGeneration": either(STANDARD, routed(STANDARD, "mlp.shared_experts")),
     "Gemma4ForConditionalGeneration": either(GEMMA4, KEYS_AS_VALUES),
+    "Gemma4ForConditionalGeneration/enable_moe_block": either(beside(GEMMA4), beside(KEYS_AS_VALUES)),
     "MiniCPMV4_6ForConditionalGeneration": HYBRID,
     "Gemma3ForConditionalGeneration": SANDWICH,
     "Mistral3ForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2", embeds=True),

@@ -260,6 +260,7 @@ TOWERS = {
     "InternVLChatModel": INTERNVL,
     "Gemma3ForConditionalGeneration": GEMMA3,
     "Gemma4ForConditionalGeneration": GEMMA4,
+    "Gemma4ForConditionalGeneration/enable_moe_block": GEMMA4,
     "MiniCPMV4_6ForConditionalGeneration": MINICPM,
     "Mistral3ForConditionalGeneration": MISTRAL3,
     "LlavaForConditionalGeneration": PIXTRAL,
