@@ -163,4 +163,9 @@ QUIRKS: dict[str, list[Quirk]] = {
     "Gemma 4 (experts)": [Module(r".*\.experts\.3", nothing), Held("per_expert_scale", 1.0), Held("router.scale", 1.0)],
     "GLM-4.1V": [QKV_BIASES, *GLM_NORMS, PARTIAL],
     "GLM-OCR": [*GLM_NORMS, PARTIAL],
+    "PaddleOCR-VL": [
+        Input("mm_token_type_ids"),
+        Held("embeddings.position_embedding.weight", 0.0),
+        Module(r"projector\.pre_norm", passed_by),
+    ],
 }

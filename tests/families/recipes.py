@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from published import internvl
-from tokens import plain, spaced
+from tokens import pieces, plain, spaced
 
 SEED = 0
 HELD = ("layer_scalar", "std_bias", "std_scale", "e_score_correction_bias")  # buffers that a checkpoint holds
@@ -40,7 +40,8 @@ class Recipe:
     """What a family's small checkpoint is made of.
 
     ``config`` are the settings of the model type, ``processor`` those of preprocessor_config.json, ``specials`` are added to the demo's
-    tokenizer (``spaced``: one of Gemma's kind) and named in the configuration by ``token_ids``. ``other_names`` renames a key that
+    tokenizer (``spaced``: one of Gemma's kind,
+    ``pieces``: that with a tokenizer.model) and named in the configuration by ``token_ids``. ``other_names`` renames a key that
     transformers saves today to that of another kind of checkpoint: the published one, where it differs; ``other_form`` makes its tensors.
     ``publish`` makes of the checkpoint one that only its authors' code reads. ``size`` is that of the picture, which neither side has to
     resize; pictures of ``sizes`` must take as many tokens on both.
@@ -53,6 +54,7 @@ class Recipe:
     token_ids: dict[str, str] = field(default_factory=dict)
     template: str = CHATML
     spaced: bool = False
+    pieces: bool = False
     other_names: Callable[[str], str] | None = None
     other_form: Callable[[Tensors], Tensors] | None = None
     publish: Callable[[Path], None] | None = None
@@ -361,6 +363,19 @@ RECIPES = {
         token_ids=GLM_IDS,
         size=(56, 84),
     ),
+    "PaddleOCR-VL": Recipe(
+        "paddleocr_vl",
+        {"text_config": {**TEXT, "rope_parameters": MROPE}, "vision_config": {**SIGLIP, "image_size": 56, "patch_size": 14}},
+        # a table of 4 by 4 positions, not more than patches on any side: shrinking it, llama.cpp smooths and transformers does not
+        NORMAL
+        | {"patch_size": 14, "temporal_patch_size": 1, "merge_size": 2, "min_pixels": 3136, "max_pixels": 50176}
+        | {"image_processor_type": "PaddleOCRVLImageProcessor"},
+        specials=("<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>"),
+        token_ids={"image_token_id": "<|IMAGE_PLACEHOLDER|>", "vision_start_token_id": "<|IMAGE_START|>"}
+        | {"vision_end_token_id": "<|IMAGE_END|>"},
+        pieces=True,
+        size=(56, 84),
+    ),
 }
 
 
@@ -369,7 +384,7 @@ def write(recipe: Recipe, folder: Path) -> Path:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     folder.mkdir(parents=True)
-    write_tokenizer = spaced if recipe.spaced else plain
+    write_tokenizer = pieces if recipe.pieces else spaced if recipe.spaced else plain
     ids = write_tokenizer(recipe.specials, folder)
     (folder / "chat_template.jinja").write_text(recipe.template)
     settings = copy.deepcopy(recipe.config)
@@ -385,6 +400,8 @@ def write(recipe: Recipe, folder: Path) -> Path:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             elif "layers" in name or "blocks" in name:
                 parameter.mul_(4)
+            elif "visual.vision_model.embeddings.position" in name:  # PaddleOCR-VL's, which would not show in its features
+                parameter.mul_(20)
             elif not parameter.any():  # Gemma 3's projector, behind which nothing would show
                 parameter.normal_(std=0.3)
         for name, buffer in model.named_buffers():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,40 @@ def spaced(specials: Iterable[str], folder: Path) -> dict[str, int]:
     file = folder / "tokenizer_config.json"  # which llama.cpp's conversion asks for special tokens, of this kind alone
     file.write_text(json.dumps(json.loads(file.read_text()) | {"additional_special_tokens": [*specials, *named]}))
     return ids
+
+
+def pieces(specials: Iterable[str], folder: Path) -> dict[str, int]:
+    """Of Gemma's kind again, with the tokenizer.model of SentencePiece that llama.cpp's conversion reads of some families.
+
+    SentencePiece joins the pair whose whole has the best score, whatever its halves; so tokenizer.json gets every pair, in that order.
+    """
+    ids = spaced(specials, folder)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    named = {token["content"] for token in tokenizer["added_tokens"]}
+    words = [token for token in ids if token not in named and not token.startswith("<0x")]
+    halves = {word: [(word[:cut], word[cut:]) for cut in range(1, len(word))] for word in words}
+    tokenizer["model"]["merges"] = [list(pair) for word in words for pair in halves[word] if ids.keys() >= set(pair)]
+    file.write_text(json.dumps(tokenizer))
+    kinds = dict.fromkeys(named, 3) | {token: 6 for token in ids if token.startswith("<0x")} | {tokenizer["model"]["unk_token"]: 2}
+    model = b"".join(_field(1, _piece(token, -float(number), kinds.get(token, 1))) for token, number in ids.items())
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"add_prefix_space": False}))
+    (folder / "tokenizer.model").write_bytes(model + _field(2, b"\x18\x02\x98\x02\x01"))  # a trainer_spec: of type BPE, with byte_fallback
+    return ids
+
+
+def _piece(token: str, score: float, kind: int) -> bytes:
+    """SentencePiece's message of a piece: its text, score and type."""
+    return _field(1, token.encode()) + b"\x15" + struct.pack("<f", score) + bytes([0x18, kind])
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of bytes in protobuf's wire format."""
+    size, length = len(content), b""
+    while size > 127:
+        length, size = length + bytes([size & 127 | 128]), size >> 7
+    return bytes([number << 3 | 2]) + length + bytes([size]) + content
 
 
 def _write(tokenizer: dict[str, Any], ids: dict[str, int], specials: Iterable[str], folder: Path) -> dict[str, int]:

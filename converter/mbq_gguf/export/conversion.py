@@ -34,7 +34,12 @@ NEWER_PREFIX = "model."
 EMBEDDING = "embed_tokens.weight"
 MTP = re.compile(r"(?:model\.)?mtp\.")
 HEADS = re.compile(r"(?:model\.)?(?:lm_head|mtp)\.")  # of the language model, which no other name makes a tower's
-TOWERS = {"internvl_vision": "InternVisionModel"}  # vision towers by their model type, where that alone names them
+TOWERS = {
+    "internvl_vision": "InternVisionModel",
+    "paddleocr_vl_vision": "PaddleOCRVisionModel",
+}  # vision towers by their model type, where that alone names them
+
+SAVED = {"mlp_AR.": "projector."}  # what transformers saves under another name than its model has it by, to that name
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,8 @@ def either_layout(model_class: Any) -> Any:
         found = (model_class.filter_tensors.__func__(cls, (form, get)) for form in forms)
         taken = next((taken for taken in found if taken is not None), None)
         if taken is not None:
-            checkpoint_names[taken[0]] = name
+            saved = next((part for part in SAVED if name.startswith(part)), "")
+            checkpoint_names[taken[0]] = SAVED.get(saved, "") + name.removeprefix(saved)
         return taken
 
     def map_tensor_name(self: Any, name: str, *suffixes: Any, **options: Any) -> str:

@@ -185,6 +185,11 @@ SIGLIP = TowerLayout(
     entries=("embeddings.patch_embedding", "embeddings.position_embedding"),
     exits=(Exit("", "vision_model.post_layernorm", ("connector.modality_projection.proj",)),),
 )
+PADDLE = replace(
+    SIGLIP,
+    exits=(),
+    unturned="its last norm and the projector's stand behind one another, no linear between",
+)
 GEMMA3 = replace(
     SIGLIP,
     path="vision_tower",
@@ -268,4 +273,5 @@ TOWERS = {
     "Glm4vForConditionalGeneration": GLM,
     "Glm4vMoeForConditionalGeneration": GLM,
     "GlmOcrForConditionalGeneration": GLM_OCR,
+    "PaddleOCRVLForConditionalGeneration": PADDLE,
 }
