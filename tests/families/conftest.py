@@ -22,6 +22,7 @@ def _named_tokenizer(built_llama: Path) -> Iterator[None]:
 LIKE_OTHERS = (
     "Qwen2.5-VL",
     "Idefics3",
+    "InternVL 3 (-hf)",
     "Pixtral",
     "GLM-OCR",
     "Qwen3.5-MoE",

@@ -14,6 +14,7 @@ from mbq_gguf.rounding.ranges import search_range, search_steps
 from mbq_gguf.rounding.sequence import Refinement, refined
 
 STOCK = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+pytestmark = pytest.mark.usefixtures("built_llama")
 K_QUANTS = [name for name in STOCK if name.endswith("_K")]
 COLUMNS = 512
 
