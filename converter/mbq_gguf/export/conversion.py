@@ -17,6 +17,8 @@ from typing import Any
 from mbq_gguf.errors import UserError, said
 from mbq_gguf.export.checkpoint import names_of
 from mbq_gguf.export.clip_tower import CLIP, clip_class
+from mbq_gguf.export.gemma4 import ARCHITECTURE as GEMMA4
+from mbq_gguf.export.gemma4 import of_gemma4
 from mbq_gguf.export.vocabulary import quicken
 from mbq_gguf.formats.gguf_types import import_from_tree, import_gguf
 from mbq_gguf.llama_cpp import paths
@@ -134,6 +136,8 @@ def open_model(model_dir: Path, out: Path, *, file_type: str, mmproj: bool) -> A
         hparams = package.conversion.ModelBase.load_hparams(model_dir, False)
         ours = mmproj and (hparams.get("vision_config") or {}).get("model_type") == CLIP
         model_class = either_layout(clip_class(package) if ours else package.conversion.get_model_class(name, mmproj=mmproj))
+        if GEMMA4 in (hparams.get("architectures") or ()):
+            model_class = of_gemma4(model_class)
         if mmproj and internvl.PUBLISHED in (hparams.get("architectures") or ()):
             model_class = published_internvl(model_class)
         # Heads for tokens further on stay with the file where the checkpoint has them; transformers saves a model without.
