@@ -44,28 +44,19 @@ def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """U [columns, columns] float32 with damped(H)^-1 = U^T U, upper triangular; factored in float64."""
-    reverse = _reverse_cholesky(damped(hessian, damping), check=True)
+    """U [columns, columns] float32 with damped(H)^-1 = U^T U, upper triangular; factored in float64.
+
+    With the matrix in reverse order of rows and columns as L L^T, U is L^-1 in reverse order.
+    """
+    lower = torch.linalg.cholesky_ex(damped(hessian, damping).flip(0, 1), check_errors=True).L
+    count = len(lower)
     factor = torch.empty_like(hessian, dtype=torch.float32)
-    for start in range(0, len(factor), COLUMNS_SOLVED):
-        columns = slice(start, start + COLUMNS_SOLVED)
-        unit = torch.zeros_like(reverse[:, columns])
-        unit[columns].fill_diagonal_(1.0)
-        factor[:, columns] = torch.linalg.solve_triangular(reverse, unit, upper=True)
+    for start in range(0, count, COLUMNS_SOLVED):
+        end = min(start + COLUMNS_SOLVED, count)
+        unit = lower.new_zeros(count, end - start)
+        unit[start:end].fill_diagonal_(1.0)
+        factor[:, count - end : count - start] = torch.linalg.solve_triangular(lower, unit, upper=False).flip(0, 1)
     return factor
-
-
-def upper_factor(matrix: torch.Tensor, check: bool = True) -> torch.Tensor:
-    """Upper triangular U with matrix^-1 = U^T U for ``matrix`` [..., n, n]; without ``check`` anything where there is none."""
-    unit = torch.eye(matrix.shape[-1]).to(matrix)
-    factor: torch.Tensor = torch.linalg.solve_triangular(_reverse_cholesky(matrix, check), unit, upper=True)
-    return factor
-
-
-def _reverse_cholesky(matrix: torch.Tensor, check: bool) -> torch.Tensor:
-    """Upper triangular R with matrix = R R^T, so that U is R^-1: L L^T in reverse order of rows and columns."""
-    lower: torch.Tensor = torch.linalg.cholesky_ex(matrix.flip(-2, -1), check_errors=check).L
-    return lower.flip(-2, -1)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import torch
 
 from mbq_gguf.formats.grid import Grid, Pair, to_f16
 from mbq_gguf.rounding import gptq
-from mbq_gguf.rounding.gptq import row_blocks, upper_factor
+from mbq_gguf.rounding.gptq import row_blocks
 from mbq_gguf.rounding.recorded import Recorded
 
-SYSTEMS_BYTES = 1 << 28  # of the rows' systems on a card, at least gptq.ROWS_AT_ONCE: their solution takes many small steps
+SYSTEMS_BYTES = 1 << 28  # of the rows' systems on a card, at least those of LEAST_BLOCKS: their solution takes many small steps
+LEAST_BLOCKS = 2
 PRODUCT_BYTES = 1 << 27  # of a part of F H for some groups
 RIDGE = 1e-4  # of each diagonal entry: groups whose codes are all alike cannot tell scale from offset
 
@@ -42,25 +43,46 @@ def _rows_at_once(scale: torch.Tensor) -> int:
     if scale.device.type != "cuda":
         return gptq.ROWS_AT_ONCE
     blocks, system = len(row_blocks(len(scale))), 8 * (2 * scale.shape[1]) ** 2
-    most = max(1, SYSTEMS_BYTES // system // gptq.ROWS_AT_ONCE)
+    most = max(LEAST_BLOCKS, SYSTEMS_BYTES // system // gptq.ROWS_AT_ONCE)
     return math.ceil(blocks / math.ceil(blocks / most)) * gptq.ROWS_AT_ONCE
 
 
 def _refit_rows(
     grid: Grid, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, hessian: torch.Tensor
 ) -> Pair:
-    parts = [_systems(weight[some], codes[some], scale[some], offset[some], hessian) for some in row_blocks(len(weight))]
-    system, right = (torch.cat(of_rows) for of_rows in zip(*parts, strict=True))
-    ridge = RIDGE * system.diagonal(dim1=1, dim2=2).clamp(min=1e-12)
-    new_scale, new_offset = _held_in_turn(grid, scale, offset, system + torch.diag_embed(ridge), right)
-    change = torch.cat([new_scale - scale, new_offset - offset], 1).double()
-    gain = (change * (2 * right - torch.einsum("rij,rj->ri", system, change))).sum(dim=1)  # how much the objective falls
+    rows, groups = scale.shape
+    system = torch.empty(rows, 2 * groups, 2 * groups, dtype=torch.float64, device=scale.device)
+    right = torch.empty(rows, 2 * groups, dtype=torch.float64, device=scale.device)
+    for some in row_blocks(rows):
+        _fill(system[some], right[some], weight[some], codes[some], scale[some], offset[some], hessian)
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    ridge = RIDGE * diagonal.clamp(min=1e-12)
+    diagonal += ridge
+    new_scale, new_offset = _held_in_turn(grid, scale, offset, system, right)
+    change = _backwards(new_scale - scale, new_offset - offset).double()
+    pull = (system @ change[..., None])[..., 0] - ridge * change
+    gain = (change * (2 * right - pull)).sum(dim=1)  # how much the objective falls
     better = (gain > 0) & (new_scale > 0).all(dim=1) & new_offset.isfinite().all(dim=1)
     return torch.where(better[:, None], new_scale, scale), torch.where(better[:, None], new_offset, offset)
 
 
-def _systems(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, hessian: torch.Tensor) -> Pair:
-    """F H F^T [rows, 2 groups, 2 groups] and F H (w - v) [rows, 2 groups], float64: the system is solved for changes."""
+def _backwards(of_scales: torch.Tensor, of_offsets: torch.Tensor) -> torch.Tensor:
+    """Numbers [rows, groups] of scales and of offsets in the order of the systems [rows, 2 groups]: the last group first, and in each its
+    offset first, so that what :func:`_held_in_turn` takes first comes last."""
+    return torch.stack([of_scales, of_offsets], 2).flatten(1).flip(1)
+
+
+def _fill(
+    system: torch.Tensor,
+    right: torch.Tensor,
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+    hessian: torch.Tensor,
+) -> None:
+    """F H F^T into ``system`` [rows, 2 groups, 2 groups] and F H (w - v) into ``right`` [rows, 2 groups], in the order of
+    :func:`_backwards`: the system is solved for changes."""
     rows, groups = scale.shape
     split = codes.view(rows, groups, -1)
     tiles = hessian.view(groups, split.shape[2], groups, -1)
@@ -71,10 +93,13 @@ def _systems(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, off
         by_scale = torch.einsum("rgi,gihj->grhj", split[:, some], tiles[some])  # the rows of F H that belong to scales
         ss[:, some] = torch.einsum("grhj,rhj->rgh", by_scale, split)
         so[:, some] = by_scale.sum(dim=3).transpose(0, 1)
-    oo = tiles.sum(dim=(1, 3)).expand(rows, groups, groups)
-    system = torch.cat([torch.cat([ss, so], 2), torch.cat([so.transpose(1, 2), oo], 2)], 1).double()
+    placed = system.view(rows, groups, 2, groups, 2)
+    placed[:, :, 1, :, 1] = ss.flip(1, 2)
+    placed[:, :, 1, :, 0] = so.flip(1, 2)
+    placed[:, :, 0, :, 1] = so.transpose(1, 2).flip(1, 2)
+    placed[:, :, 0, :, 0] = tiles.sum(dim=(1, 3)).flip(0, 1)
     pull = ((weight - _values(codes, scale, offset)) @ hessian).view_as(split)  # of the error as it is
-    return system, torch.cat([(pull * split).sum(dim=2), pull.sum(dim=2)], 1).double()
+    right.copy_(_backwards((pull * split).sum(dim=2), pull.sum(dim=2)))
 
 
 def _held_in_turn(grid: Grid, scale: torch.Tensor, offset: torch.Tensor, system: torch.Tensor, right: torch.Tensor) -> Pair:
@@ -82,13 +107,12 @@ def _held_in_turn(grid: Grid, scale: torch.Tensor, offset: torch.Tensor, system:
 
     They are rounded one after the other, and the numbers not yet rounded move to compensate the error, as columns do in GPTQ. Where a
     group has a scale word (MBQ3S) this gives 0.83 to 0.95 of the objective that rounding all at once gives; with fp16 numbers the same.
+    With the system as L L^T, the second half of solving it, L^T x = y from the last number to the first, is where that is done: the best
+    value of a number follows from those after it, whatever they were rounded to.
     """
-    groups = scale.shape[1]
-    order = torch.arange(2 * groups, device=scale.device).view(2, groups).t().reshape(-1)  # each scale before its offset
-    ordered = system[:, order][:, :, order]
-    factor = upper_factor(ordered, check=False)  # a row without one gets nonsense, which its caller finds no better than what it had
-    step = (factor.mT @ (factor @ right[:, order, None]))[..., 0]
-    new_scale, new_offset = _recorded(grid)(step, factor, scale, offset)
+    lower = torch.linalg.cholesky_ex(system).L  # a row without one gets nonsense, which its caller finds no better than what it had
+    halfway = torch.linalg.solve_triangular(lower, right[..., None], upper=False)[..., 0]
+    new_scale, new_offset = _recorded(grid)(halfway, lower, scale, offset)
     return new_scale, new_offset
 
 
@@ -97,20 +121,19 @@ def _recorded(grid: Grid) -> Recorded:
     return Recorded(partial(_take_steps, grid))
 
 
-def _take_steps(grid: Grid, step: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> Pair:
-    """``scale`` and ``offset`` [rows, groups] after each ``step`` [rows, 2 groups] in turn, which is changed; ``factor`` [rows, 2 groups, 2
-    groups] tells what the numbers not yet rounded make good."""
+def _take_steps(grid: Grid, halfway: torch.Tensor, lower: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> Pair:
+    """``scale`` and ``offset`` [rows, groups] after the changes x of L^T x = y, rounded in turn: L is ``lower`` [rows, 2 groups, 2 groups],
+    y is ``halfway`` [rows, 2 groups], which is changed."""
     new_scale, new_offset = torch.empty_like(scale), torch.empty_like(offset)
-    for index in range(step.shape[1]):
-        group = index // 2
-        if index % 2 == 0:
-            wanted, had = scale[:, group] + step[:, index], scale[:, group]
-            new = new_scale[:, group] = grid.held(wanted.float(), offset[:, group])[0]
+    for index in reversed(range(halfway.shape[1])):
+        group, change = scale.shape[1] - 1 - index // 2, halfway[:, index] / lower[:, index, index]
+        if index % 2 == 1:
+            had = scale[:, group]
+            new = new_scale[:, group] = grid.held((had + change).float(), offset[:, group])[0]
         else:
-            wanted, had = offset[:, group] + step[:, index], offset[:, group]
-            new = new_offset[:, group] = grid.held(new_scale[:, group], wanted.float())[1]
-        missed = (step[:, index] - (new - had)) / factor[:, index, index]
-        step[:, index:] -= missed[:, None] * factor[:, index, index:]
+            had = offset[:, group]
+            new = new_offset[:, group] = grid.held(new_scale[:, group], (had + change).float())[1]
+        halfway[:, :index] -= (new - had)[:, None] * lower[:, index, :index]
     return new_scale, new_offset
 
 
