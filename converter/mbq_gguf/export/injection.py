@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from typing import Any, BinaryIO
@@ -189,11 +190,17 @@ def _replace(model: Any, name: str, tensor: torch.Tensor) -> None:
 
 
 def in_chunks(tensor: Any, chosen: QuantType) -> Iterable[Bytes]:
-    """``tensor`` (lazy, [rows, columns]) in the type ``chosen``, some rows at a time."""
-    values = eager(tensor)
+    """``tensor`` (lazy, [rows, columns]) in the type ``chosen``, some rows at a time, as many at once as torch has threads."""
+    values, threads = eager(tensor), torch.get_num_threads()
     step = max(1, CHUNK_WEIGHTS // values.shape[-1])
-    for start in range(0, values.shape[0], step):
-        yield chosen.quantize(np.ascontiguousarray(values[start : start + step], np.float32))
+    starts = range(0, values.shape[0], step)
+
+    def coded(start: int) -> Bytes:
+        return chosen.quantize(np.ascontiguousarray(values[start : start + step], np.float32))
+
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(0, len(starts), threads):
+            yield from pool.map(coded, starts[first : first + threads])
 
 
 def eager(tensor: Any) -> Any:
