@@ -30,12 +30,10 @@ from unittest.mock import patch
 import click
 import torch
 from mbq_gguf import convert as converting
-from mbq_gguf.calibration import narrow
 from mbq_gguf.calibration.generate import writing_bits
-from mbq_gguf.calibration.precision import bf16_products
+from mbq_gguf.calibration.precision import coarse_products
 from mbq_gguf.calibration.synthetic import written
 from mbq_gguf.convert import ConvertOptions
-from mbq_gguf.export.progress import Stages
 from mbq_gguf.models.load import load
 from mbq_gguf.settings import QuantiseSettings
 from rich.console import Console
@@ -140,7 +138,7 @@ def texts(model: Path, layers: int, device: str, count: int) -> dict[str, Any]:
         loaded = load(Path(folder), device, progress=lambda done, total: times("check weights", done, total))
         times("load", 1, 1)
         bits = writing_bits(loaded)
-        with bf16_products():
+        with coarse_products():
             written(loaded, count, lambda done, total: times("write texts", done, total))
         seconds = time.perf_counter() - times.begun
     return {"ended": f"{count} texts of {layers} layers", "bits": bits, "seconds": seconds, **told_of(memory, times)}
@@ -151,30 +149,23 @@ def limit_card(gib: float) -> None:
     if torch.cuda.is_available():
         total = torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
-        free = narrow.available
-        narrow.available = lambda device: max(0, free(device) - total + round(gib * 2**30))  # type: ignore[attr-defined]
 
 
 def measured(options: ConvertOptions, stop_after: int | None, store: Path | None) -> dict[str, Any]:
     """Convert, and tell what it took; ``store`` has what is known so far."""
     with Memory() as memory:
         times = Times(memory, stop_after)
-        shown = Stages.__call__
 
-        def told(self: Stages, stage: str, done: int, total: int) -> None:
-            shown(self, stage, done, total)
+        def told(stage: str, done: int, total: int) -> None:
             if store:
                 store.write_text(json.dumps({"ended": f"in {stage}", **told_of(memory, times)}, indent=1) + "\n", encoding="utf-8")
             times(stage, done, total)
 
-        Stages.__call__ = told  # type: ignore[method-assign]
         report, ended = None, "whole"
         try:
-            report = converting.convert(options, Console(force_terminal=False))
+            report = converting.convert(options, Console(force_terminal=False), told)
         except StoppedError:
             ended = f"stopped behind layer {stop_after}"
-        finally:
-            Stages.__call__ = shown  # type: ignore[method-assign]
         seconds = time.perf_counter() - times.begun
     steps = [later - earlier for earlier, later in zip(times.layers, times.layers[1:], strict=False)]
     a_layer = sum(steps) / len(steps) if steps else 0.0

@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from mbq_gguf import launch
 from mbq_gguf.allocation.plan import plan_table
@@ -20,6 +19,7 @@ from mbq_gguf.beforehand import check_inputs, check_tower, look_ahead
 from mbq_gguf.calibration.dataset import Drawn, Sample, draw_samples, fingerprint
 from mbq_gguf.calibration.spill import spilling
 from mbq_gguf.convert_options import ConvertOptions as ConvertOptions
+from mbq_gguf.cost import sites_of, to_round
 from mbq_gguf.export import metadata
 from mbq_gguf.export.atomic import check_output, claimed, staged
 from mbq_gguf.export.gguf_writer import TextFile, VisionFile, write_mmproj, write_text
@@ -53,8 +53,8 @@ class Quantised:
     tower: VisionFile | None = None  # None: the checkpoint's own
 
 
-def convert(options: ConvertOptions, console: Console) -> ConvertReport:
-    """Write ``options.out`` and the mmproj file beside it, with progress on ``console``.
+def convert(options: ConvertOptions, console: Console, told: Callable[[str, int, int], None] | None = None) -> ConvertReport:
+    """Write ``options.out`` and the mmproj file beside it, with progress on ``console``; ``told`` hears each stage, done and total.
 
     Both files appear when both are whole; a run that was stopped goes on after its last finished layer. Raises UserError or UsageError
     for everything a user can mend: directory, architecture, weights, images, types, and output paths and disks.
@@ -63,26 +63,27 @@ def convert(options: ConvertOptions, console: Console) -> ConvertReport:
     check_output(options.mmproj)
     shared = [] if options.work_dir is None else [options.work_dir]
     with claimed(options.out, options.mmproj, *shared), remote_code(options.trust_remote_code):
-        return _convert(options, console)
+        return _convert(options, console, told)
 
 
-def _convert(options: ConvertOptions, console: Console) -> ConvertReport:
+def _convert(options: ConvertOptions, console: Console, told: Callable[[str, int, int], None] | None) -> ConvertReport:
     files = check_inputs(options)
     set_threads(options)
     timer = Timer()
     with progress_bars(console) as bars:
+        stages = Stages(bars, told)
         quantised: Quantised | None = None
         tower: VisionFile | None = None
         if options.unquantised:
             with timer.timed("check"):
-                check_finite(files, partial(Stages(bars), "check weights"))
+                check_finite(files, partial(stages, "check weights"))
             if options.changes_tower:
-                tower = run_tower_alone(options, console, bars, timer)
+                tower = run_tower_alone(options, console, stages, timer)
         else:
-            quantised = run_quantisation(options, console, bars, timer)
+            quantised = run_quantisation(options, console, stages, timer)
             tower = quantised.tower
         with timer.timed("write"):
-            text, vision = write_files(options, quantised, tower, bars)
+            text, vision = write_files(options, quantised, tower, stages)
     weights = {} if quantised is None else {name: (w.type_name, w.columns) for name, w in quantised.result.quantised.items()}
     plan = None if quantised is None else quantised.result.plan
     sentences = fallback_sentences(quant_type(options.type).name, {} if plan else weights, text)
@@ -109,7 +110,7 @@ def assist(options: ConvertOptions) -> None:
     with remote_code(options.trust_remote_code), progress_bars(console) as bars:
         check_inputs(options)
         set_threads(options)
-        run_quantisation(options, console, bars, Timer())
+        run_quantisation(options, console, Stages(bars), Timer())
 
 
 def set_threads(options: ConvertOptions) -> None:
@@ -129,9 +130,9 @@ def calibrated(options: ConvertOptions, quantised: Quantised | None) -> str:
     return f"calibrated on {quantised.samples} samples{asked} of {options.calib or 'the drawn scenes of mbq-gguf'}{beside}"
 
 
-def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, timer: Timer) -> Quantised:
+def run_quantisation(options: ConvertOptions, console: Console, stages: Stages, timer: Timer) -> Quantised:
     """Look at all that can be refused, load the model, calibrate, equalise and round."""
-    stages, say = Stages(bars), partial(console.print, style="yellow", highlight=False, soft_wrap=True)
+    say = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
     with timer.timed("check"):
         ahead = look_ahead(options, say)
     options = ahead.options
@@ -143,7 +144,7 @@ def run_quantisation(options: ConvertOptions, console: Console, bars: Progress, 
         calibration = fingerprint(samples) if samples else ""
         work = open_work(options, calibration, say)
         try:
-            with spilling(host_bytes(options), work.path):
+            with spilling(host_bytes(options), work.path, round(to_round(sites_of(loaded)))):
                 result = quantise(loaded, samples, options.settings, work, stages)
         finally:
             if launch.first() and options.work_dir is None and not any(work.path.glob("*.safetensors")):
@@ -162,7 +163,7 @@ def host_bytes(options: ConvertOptions) -> int:
     return own() + round(FREE_SHARE * available(torch.device("cpu")) / launch.neighbours())
 
 
-def run_tower_alone(options: ConvertOptions, console: Console, bars: Progress, timer: Timer) -> VisionFile:
+def run_tower_alone(options: ConvertOptions, console: Console, stages: Stages, timer: Timer) -> VisionFile:
     """Load the model and change its tower, where the language model stays as it is."""
     say = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
     with timer.timed("check"):
@@ -171,9 +172,9 @@ def run_tower_alone(options: ConvertOptions, console: Console, bars: Progress, t
         calibrates = options.tower_type is not None and options.rounding == "gptq"
         drawn = draw_samples(options.calib, model.prompts, options.samples, options.seed, options.turns, say) if calibrates else Drawn()
     with timer.timed("load"):
-        loaded = load(options.model_dir, options.device, prompts=model.prompts, progress=partial(Stages(bars), "check weights"))
+        loaded = load(options.model_dir, options.device, prompts=model.prompts, progress=partial(stages, "check weights"))
     samples = drawn.answered(loaded, say) if drawn else []
-    return change_tower(options, loaded, samples, VisionFile(), Stages(bars), timer)
+    return change_tower(options, loaded, samples, VisionFile(), stages, timer)
 
 
 def change_tower(
@@ -200,10 +201,9 @@ def open_work(options: ConvertOptions, calibration: str, tell: Callable[[str], o
 
 
 def write_files(
-    options: ConvertOptions, quantised: Quantised | None, tower: VisionFile | None, bars: Progress
+    options: ConvertOptions, quantised: Quantised | None, tower: VisionFile | None, stages: Stages
 ) -> tuple[list[TensorRecord], list[TensorRecord]]:
     """Both files, under their names when both are whole; ``tower`` None is the checkpoint's."""
-    stages = Stages(bars)
     with staged(options.mmproj, options.out) as (mmproj_part, text_part):
         vision = write_mmproj(
             options.model_dir,

@@ -115,18 +115,8 @@ class Work:
 
 def work_of(model: LoadedModel, *, checkpoint: int, files: int, samples: int, sample_tokens: float, texts: int) -> Work:
     """The work on ``model``, of which an outline will do; half as many pictures as ``texts`` have as many tokens as a sample has."""
-    layers = []
-    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
-    for module in model.decoder.layers:
-        layout = model.decoder.layout.of(module)
-        linears = {name: Layer(module, 0, layout).holder(name) for name in layout.readers}
-        sites = []
-        for site in layout.sites:
-            readers = {id(linears[name]): linears[name] for name in site.readers}.values()  # rows of one fused linear count once
-            share = 1.0 if site.expert is None else chosen / sum(other.stage == site.stage for other in layout.sites)
-            sites.append(Site(max(each.in_features for each in readers), sum(each.out_features for each in readers), share))
-        layers.append(sites)
     decoder = model.decoder
+    layers = sites_of(model)
     ends = decoder.embed_tokens.weight.numel() + (0 if model.tied else decoder.head.weight.numel())
     whole = sum(parameter.numel() for parameter in model.model.parameters())
     layer_weights = sum(parameter.numel() for parameter in decoder.layers.parameters())
@@ -143,6 +133,22 @@ def work_of(model: LoadedModel, *, checkpoint: int, files: int, samples: int, sa
         tokens=round((samples + pictures) * sample_tokens) + TEXT_TOKENS * texts,
         texts=texts,
     )
+
+
+def sites_of(model: LoadedModel) -> list[list[Site]]:
+    """The sites of each decoder layer."""
+    layers = []
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+    for module in model.decoder.layers:
+        layout = model.decoder.layout.of(module)
+        linears = {name: Layer(module, 0, layout).holder(name) for name in layout.readers}
+        sites = []
+        for site in layout.sites:
+            readers = {id(linears[name]): linears[name] for name in site.readers}.values()  # rows of one fused linear count once
+            share = 1.0 if site.expert is None else chosen / sum(other.stage == site.stage for other in layout.sites)
+            sites.append(Site(max(each.in_features for each in readers), sum(each.out_features for each in readers), share))
+        layers.append(sites)
+    return layers
 
 
 def layer_seconds(work: Work, sites: Sequence[Site], rates: Rates) -> float:
@@ -174,21 +180,27 @@ def stage_seconds(work: Work, rates: Rates, searched: bool = False, learned: int
 # VLM held 2.35, 2.56 and 3.65 GB with 32, 96 and 256 samples, its 0.29 GB of weights among them, which are no longer held whole.
 PROCESS = 1.1e9  # Python, torch, transformers and their buffers
 DRIVER = 1.9e9  # of a card's driver on the host
-SQUARED = 42.0  # for each two channels of the widest site: Hessian, cross moments, factors in float64 and what refits take
+SQUARED = 34.0  # for each two channels of a site: Hessian, cross moments, factors in float64 and what refits take
+CODED = 64.0  # for each weight of a site: codes, scales, changes and what ranges are searched with
 
 
 def memory(work: Work, device: str, room: float = float("inf")) -> tuple[float, float]:
     """What the host and the card (0 without one) hold at the most; ``room`` is what is free on the device."""
     ends = 4.0 * (work.ends + work.tower)
-    widest = max((site.columns for sites in work.layers for site in sites), default=0)
     layer = max((sum(site.columns * site.rows for site in sites) for sites in work.layers), default=0)
-    rounding = 4.0 * layer + SQUARED * widest**2 if work.tokens else 4.0 * layer
+    rounding = 4.0 * layer + (to_round(work.layers) if work.tokens else 0.0)
     a_token = max((2 * sum(_shared(sites)) + 4 * sum(_shared(sites[1::2])) for sites in work.layers), default=0) + 12 * work.width
     activations = float(work.tokens * a_token)
     if device != "cpu":
         texts = _writing(work, 16, room - ends)
         return PROCESS + DRIVER + activations + 4.0 * layer, ends + max(texts, rounding)
     return PROCESS + ends + max(_writing(work, 32, room - ends), activations + rounding), 0.0
+
+
+def to_round(layers: Sequence[Sequence[Site]]) -> float:
+    """Bytes of the device that rounding takes beside the layer itself, at its largest site."""
+    sites = [site for sites in layers for site in sites]
+    return max((max(SQUARED * site.columns**2, CODED * site.columns * site.rows) for site in sites), default=0.0)
 
 
 def _writing(work: Work, bits: int, room: float) -> float:

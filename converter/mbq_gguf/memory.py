@@ -14,13 +14,15 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available(device: torch.device) -> int:
-    """Bytes that are free on ``device``: what the driver and torch's own pool have left, or what the system can give without swapping,
-    within the limit of a container. Where the system does not say, all that one can address."""
+    """Bytes that are free on ``device``: what the driver and torch's own pool have left, as far as torch may take it, or what the
+    system can give without swapping, within the limit of a container. Where the system does not say, all that one can address."""
     if device.type == "cuda":
         import torch
 
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        taken = torch.cuda.memory_allocated(device)
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+        return max(0, min(free + torch.cuda.memory_reserved(device) - taken, allowed - taken))
     return min(_kilobytes(MEMINFO, "MemAvailable"), _left_in_container())
 
 

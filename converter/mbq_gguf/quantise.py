@@ -61,9 +61,10 @@ def quantise(
     walk = Walk(loaded, samples, settings, work or Unkept(), progress)
     for step in BEFORE:
         step(walk)
-    for index in range(len(loaded.decoder.layers)):
-        quantise_layer(walk, index)
-        progress("layers", index + 1, len(loaded.decoder.layers))
+    with loaded.layers_alone():
+        for index in range(len(loaded.decoder.layers)):
+            quantise_layer(walk, index)
+            progress("layers", index + 1, len(loaded.decoder.layers))
     before.finish(walk)
     return walk.result
 

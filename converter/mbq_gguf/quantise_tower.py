@@ -20,7 +20,7 @@ from torch import nn
 from mbq_gguf.calibration.dataset import FREE_QUESTION, Sample
 from mbq_gguf.calibration.moments import Moments
 from mbq_gguf.calibration.pictures import picture
-from mbq_gguf.calibration.precision import bf16_products
+from mbq_gguf.calibration.precision import coarse_products
 from mbq_gguf.calibration.stream import capture_encoded
 from mbq_gguf.export.gguf_writer import FEED_FORWARD, VisionFile
 from mbq_gguf.formats.grid import grid_of
@@ -201,18 +201,18 @@ def _round(
     entered = [_enter(loaded, blocks[0], encoded) for encoded in pictures]
     for index, block in enumerate(blocks):
         sites = [{name: linear(block, name) for name in site.readers} for site in tower.layout.sites]
-        with _hessians([next(iter(site.values())) for site in sites]) as found, bf16_products():
+        with _hessians([next(iter(site.values())) for site in sites]) as found, coarse_products():
             for state in entered:
                 block(*state.args, **state.kwargs)
         for site in sites:
             here = {f"{tower.block_name(index)}.{name}.weight": module for name, module in site.items()}
             _round_site(here, found.get(next(iter(site.values()))), type_name, refinement, result)
-        with bf16_products():
+        with coarse_products():
             for state in entered:
                 _advance(block, state)
         advance(index + 1, len(blocks) + len(groups))
     for number, group in enumerate(groups):
-        with _hessians(list(group.values())) as found, bf16_products():
+        with _hessians(list(group.values())) as found, coarse_products():
             for encoded in pictures:
                 capture_encoded(loaded, encoded)
         for name, module in group.items():

@@ -9,7 +9,7 @@ import torch
 from mbq_gguf.calibration import batches as module
 from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.dataset import Sample
-from mbq_gguf.calibration.precision import bf16_products
+from mbq_gguf.calibration.precision import coarse_products
 from mbq_gguf.calibration.stream import advance, capture, capture_encoded, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models import LoadedModel
@@ -37,7 +37,7 @@ def test_together_as_alone(tiny: LoadedModel, streams: list[Streamed], tokens: i
     with torch.no_grad():
         alone = [layer.run(stream.hidden, stream.kwargs[0]) for stream in streams]
     if low:
-        with bf16_products():
+        with coarse_products():
             advance(layer, together)
     else:
         advance(layer, together)

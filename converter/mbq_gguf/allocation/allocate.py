@@ -11,7 +11,7 @@ from mbq_gguf.allocation.knapsack import Option
 from mbq_gguf.allocation.plan import Plan, make_plan
 from mbq_gguf.allocation.predict import Inputs, layer_options
 from mbq_gguf.calibration.observe import TokenWeights, observe
-from mbq_gguf.calibration.precision import bf16_products
+from mbq_gguf.calibration.precision import coarse_products
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
@@ -39,7 +39,7 @@ def allocate(
     counts: dict[str, int] = {}
     for index in range(layers):
         layer, weights = layer_of(index), weights_of(index)
-        with bf16_products():
+        with coarse_products():
             hessians = observe(layer, running, hessian_weights=weights).hessians
         inputs = {}
         for site in layer.sites:

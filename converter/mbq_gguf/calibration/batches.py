@@ -41,7 +41,7 @@ def joined(batch: Sequence[Streamed], index: int) -> tuple[torch.Tensor, dict[st
     if len(batch) == 1:
         return batch[0].entering(index), batch[0].kwargs[index]
     kwargs = {name: _joined([stream.kwargs[index][name] for stream in batch], _axis(name)) for name in batch[0].kwargs[index]}
-    return torch.cat([stream.entering(index) for stream in batch], dim=1), kwargs
+    return _joined([stream.entering(index) for stream in batch], 1), kwargs
 
 
 class Apart(TorchFunctionMode):
@@ -83,6 +83,8 @@ def _joinable(value: Any, other: Any, axis: int | None) -> bool:
 def _joined(values: list[Any], axis: int | None) -> Any:
     if isinstance(values[0], torch.Tensor):
         assert axis is not None
+        if len({value.device for value in values}) > 1:  # a card's room has ended within the batch
+            values = [value.cpu() for value in values]
         return torch.cat(values, dim=axis)
     if isinstance(values[0], list | tuple):
         return type(values[0])(_joined(list(parts), axis) for parts in zip(*values, strict=True))

@@ -14,7 +14,7 @@ from torch import nn
 
 from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.observe import TokenWeights, Watch
-from mbq_gguf.calibration.spill import to_host
+from mbq_gguf.calibration.spill import kept
 from mbq_gguf.calibration.stream import run_batch, split_back
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.sums import Sum
@@ -36,7 +36,7 @@ class Replay:
     """Streams on their way through one layer while it is rounded.
 
     Sites are asked for in the layer's order, each when all before it are rounded, and a run stops at the site's first linear. Once the last
-    site of a branch (attention, feed-forward) is reached, its input no longer changes: it is kept on the host, and later runs enter the
+    site of a branch (attention, feed-forward) is reached, its input no longer changes: it is kept, and later runs enter the
     branch there. So attention and the wide linears run once a batch, not four times. Where the layer has changed all the same before a kept
     input, RuntimeError. Of several processes each runs its own batches and keeps their inputs.
     """
@@ -125,7 +125,7 @@ class Replay:
             with self._resumed(number):
                 x = self.layer.input_of(name, partial(run_batch, self.layer, batch))
             if name in self.branches:
-                reached[number] = to_host(x)
+                reached[number] = kept(x)
             return compute(number, x[0].float())
 
         for _, parts in spread(range(len(self.batches)), run):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mbq_gguf.calibration.batches import batches
-from mbq_gguf.calibration.spill import to_host
+from mbq_gguf.calibration.spill import kept
 from mbq_gguf.calibration.stream import run_batch, split_back
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.sums import Sum
@@ -27,7 +27,7 @@ TokenWeights = Callable[[Streamed, Site], torch.Tensor]  # one weight a token [t
 @dataclass
 class Observed:
     """By site name: the Hessian of its input x on the device [columns, columns], the sum over tokens of w_t x_t x_t^T, and all inputs
-    where asked for, one [tokens, columns] a sample on the host (none of experts, which see other tokens in another model; an empty one for
+    where asked for, one [tokens, columns] a sample (none of experts, which see other tokens in another model; an empty one for
     a sample that another process has run)."""
 
     hessians: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -55,7 +55,7 @@ def observe(
                 continue
             x = watch.inputs[site.name][0].float()
             if keep_inputs and site.expert is None:
-                each = torch.split(to_host(x, KEPT), [stream.hidden.shape[1] for stream in batch])
+                each = torch.split(kept(x, KEPT), [stream.hidden.shape[1] for stream in batch])
                 inputs[site.name] |= {id(stream): part for stream, part in zip(batch, each, strict=True)}
             if hessian_weights is not None:
                 # Both sides alike, so that the sum is positive however the product is rounded.

@@ -1,7 +1,7 @@
 """How much the answer depends on each linear's output: the gradients dL/dY of one backward pass, reduced three ways.
 
 L is the mean cross entropy of a sample's answer tokens through the whole model in floating point. Layers are run one at a time: forward,
-each layer's input is kept on the host; backward, each layer is run again with its graph and handed the gradient of its output. The result
+each layer's input is kept; backward, each layer is run again with its graph and handed the gradient of its output. The result
 equals one backward pass through the whole model, at the memory of one layer.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mbq_gguf import parallel
-from mbq_gguf.calibration.spill import to_host
+from mbq_gguf.calibration.spill import kept
 from mbq_gguf.calibration.stream import advance, logits, to_device, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
@@ -203,7 +203,7 @@ def _backward(
         for end, count in zip(ends, (counts.count_loss, counts.count_fisher), strict=False):
             seen.clear()  # of an expert that this sample does not reach
             (gradient,) = torch.autograd.grad(output, hidden, end.to(loaded.device), retain_graph=end is not ends[-1])
-            out[-1].append(to_host(gradient))
+            out[-1].append(kept(gradient))
             count(index, seen)
     for handle in handles:  # which hold the layer, as it holds them: its memory would wait for Python's collector
         handle.remove()

@@ -1,4 +1,5 @@
-"""Where activations wait on the host: in memory as long as there is some, then in files on disk, mapped, which no name leads to.
+"""Where activations wait: on the card that made them and in the host's memory as long as there is room, then in files on disk, mapped,
+which no name leads to.
 
 What lies in a mapped file is an ordinary tensor; the system writes it out and takes its pages back when others need them. Disk space is
 reserved before anything is written, so a full disk is a sentence and no signal.
@@ -16,17 +17,19 @@ from tempfile import NamedTemporaryFile
 import torch
 
 from mbq_gguf.errors import UserError, said
-from mbq_gguf.memory import own
+from mbq_gguf.memory import available, own
 
 SMALLEST = 1 << 20  # bytes that are worth a file
 
 
 @dataclass
 class Room:
-    """``limit`` bytes are what the process may hold itself before activations go to files in ``folder``; ``spilled`` counts theirs."""
+    """``limit`` bytes are what the process may hold itself before activations go to files in ``folder``; ``spilled`` counts theirs. So many
+    bytes of a ``card`` are left free for whatever is computed there next (None: no activation stays there)."""
 
     limit: int
     folder: Path
+    card: int | None = None
     spilled: int = 0
 
 
@@ -34,19 +37,22 @@ _rooms: list[Room] = []
 
 
 @contextmanager
-def spilling(limit: int, folder: Path) -> Iterator[Room]:
-    """While open, :func:`to_host` has that much room."""
-    _rooms.append(Room(limit, folder))
+def spilling(limit: int, folder: Path, card: int | None = None) -> Iterator[Room]:
+    """While open, :func:`kept` has that much room."""
+    _rooms.append(Room(limit, folder, card))
     try:
         yield _rooms[-1]
     finally:
         _rooms.pop()
 
 
-def to_host(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """``x`` on the host, in ``dtype`` (None: its own); in a file where memory has ended. UserError where the disk has, too."""
+def kept(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """``x`` where it can wait, in ``dtype`` (None: its own): where it is, or on the host where a card has no room, or in a file where
+    memory has ended. UserError where the disk has, too."""
     size = x.numel() * (dtype or x.dtype).itemsize
     room = _rooms[-1] if _rooms else None
+    if x.device.type == "cuda" and room and room.card is not None and room.card + size <= available(x.device):
+        return x.to(dtype=dtype)
     if room is None or size < SMALLEST or own() + size <= room.limit:
         return x.to(device="cpu", dtype=dtype)
     made = _in_file(x.shape, dtype or x.dtype, size, room.folder)

@@ -13,7 +13,7 @@ from torch import nn
 
 from mbq_gguf.calibration.batches import Apart, batches, joined
 from mbq_gguf.calibration.dataset import Sample
-from mbq_gguf.calibration.spill import to_host
+from mbq_gguf.calibration.spill import kept
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
@@ -42,18 +42,18 @@ def capture_encoded(loaded: LoadedModel, encoded: Encoded, answer_mask: AnswerMa
     finally:
         decoder.module.layers = decoder.layers
     seen: dict[int, torch.Tensor] = {}
-    kwargs = [_to_host(catcher.kwargs, seen) for catcher in catchers if isinstance(catcher, _Catcher)]
+    kwargs = [_kept(catcher.kwargs, seen) for catcher in catchers if isinstance(catcher, _Catcher)]
     first, *added = (catcher.hidden for catcher in catchers if isinstance(catcher, _Catcher))
     assert first is not None
     return Streamed(
-        to_host(first),
+        kept(first),
         kwargs,
         encoded.ids.cpu(),
         encoded.vision,
         encoded.counted(answer_mask),
         encoded.answer,
         alone=frozenset(index for index, layer in enumerate(decoder.layers) if decoder.layout.of(layer).alone),
-        added={index: hidden.cpu() for index, hidden in enumerate(added, start=1) if hidden is not None},
+        added={index: kept(hidden) for index, hidden in enumerate(added, start=1) if hidden is not None},
     )
 
 
@@ -74,16 +74,16 @@ class _Catcher(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-def _to_host(value: Any, seen: dict[int, torch.Tensor]) -> Any:
-    """``value`` with its tensors on the host; a tensor that many layers share is kept once (``seen`` by identity)."""
+def _kept(value: Any, seen: dict[int, torch.Tensor]) -> Any:
+    """``value`` with its tensors where they can wait; a tensor that many layers share is kept once (``seen`` by identity)."""
     if isinstance(value, torch.Tensor):
-        return seen.setdefault(id(value), value.cpu())
+        return seen.setdefault(id(value), kept(value))
     if isinstance(value, UserDict):  # what layers hand on to later ones (Gemma 4), of which those that are supported take nothing
         return {}
     if isinstance(value, dict):
-        return {key: _to_host(item, seen) for key, item in value.items()}
+        return {key: _kept(item, seen) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_to_host(item, seen) for item in value)
+        return type(value)(_kept(item, seen) for item in value)
     return value
 
 
@@ -114,7 +114,7 @@ def run_batch(layer: Layer, batch: Sequence[Streamed]) -> torch.Tensor:
 
 def split_back(batch: Sequence[Streamed], hidden: torch.Tensor) -> None:
     """Give each stream of ``batch`` its part of ``hidden`` [1, tokens, width]."""
-    parts = torch.split(to_host(hidden), [stream.hidden.shape[1] for stream in batch], dim=1)
+    parts = torch.split(kept(hidden), [stream.hidden.shape[1] for stream in batch], dim=1)
     for stream, part in zip(batch, parts, strict=True):
         stream.hidden = part
 

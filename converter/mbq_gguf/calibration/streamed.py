@@ -10,7 +10,7 @@ import torch
 
 @dataclass
 class Streamed:
-    """One sample on the host between two decoder layers.
+    """One sample between two decoder layers; its activations wait on the card, the host or the disk (spill.py), the rest on the host.
 
     ``hidden`` [1, tokens, width] is the output of the layer before, ``added`` what the model adds to it before a layer, by the layer's
     number (DeepStack: features of a picture from further down in the vision tower), ``kwargs`` what the model hands to each layer
@@ -31,11 +31,11 @@ class Streamed:
 
     def entering(self, index: int) -> torch.Tensor:
         """The input of layer ``index`` [1, tokens, width], where ``hidden`` is the output of the one before it."""
-        return self.hidden + self.added[index] if index in self.added else self.hidden
+        return self.hidden + self.added[index].to(self.hidden.device) if index in self.added else self.hidden
 
     def turned(self, basis: torch.Tensor) -> Streamed:
-        """The same with the residual stream in another ``basis`` [width, width], float64."""
-        hidden, *added = ((x.double() @ basis.to(x.device)).to(x) for x in (self.hidden, *self.added.values()))
+        """The same with the residual stream in another ``basis`` [width, width], float64, on whose device this is computed."""
+        hidden, *added = ((x.to(basis.device).double() @ basis).to(x) for x in (self.hidden, *self.added.values()))
         return replace(self, hidden=hidden, added=dict(zip(self.added, added, strict=True)))
 
     @property

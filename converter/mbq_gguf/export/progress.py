@@ -55,10 +55,11 @@ def download_bars(console: Console) -> Progress:
 
 
 class Stages:
-    """Calls (stage, done, total) to bars: a stage's bar appears with its first call."""
+    """Calls (stage, done, total) to bars: a stage's bar appears with its first call. ``told`` is called with the same."""
 
-    def __init__(self, bars: Progress) -> None:
+    def __init__(self, bars: Progress, told: Callable[[str, int, int], None] | None = None) -> None:
         self._bars = bars
+        self._told = told
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -66,6 +67,8 @@ class Stages:
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=total)
         self._bars.update(self._tasks[stage], completed=done, total=total)
+        if self._told:
+            self._told(stage, done, total)
 
     def counter(self, stage: str) -> Callable[[int, int], None]:
         """For callers that tell (newly done, total): a function that keeps the sum."""

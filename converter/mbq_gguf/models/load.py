@@ -17,7 +17,7 @@ from mbq_gguf.models.families import FAMILIES, REFUSED, family_of, kind
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, RuntimePrompt
 from mbq_gguf.models.remote_code import runs_remote_code
-from mbq_gguf.models.stored import read_into, stored_tensors
+from mbq_gguf.models.stored import Stored, read_into, stored_tensors, tensors_of
 from mbq_gguf.settings import TRUST
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -52,8 +52,11 @@ def load(
     check_layers(decoder, architecture, SUPPORTED)
     model.requires_grad_(False)
     device = torch.device(device)
+    of_layers = set(decoder.layers.modules())
+    in_files = [found for found in tensors_of(model) if isinstance(found[2], Stored) and found[0] not in of_layers]
     read_into(model, device, dtype, left=[decoder.layers])
-    return LoadedModel(model_dir, architecture, model, decoder, prompts or _load_prompts(model_dir, architecture, model), device, dtype)
+    prompts = prompts or _load_prompts(model_dir, architecture, model)
+    return LoadedModel(model_dir, architecture, model, decoder, prompts, device, dtype, in_files)
 
 
 def outline(model_dir: Path) -> LoadedModel:

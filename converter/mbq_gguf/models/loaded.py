@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ class LoadedModel:
     prompts: Prompts
     device: torch.device
     dtype: torch.dtype
+    in_files: list[tuple[nn.Module, str, torch.Tensor]] = field(
+        default_factory=list
+    )  # owner, name and stored value of that everything else
 
     def encode(self, image: Path | Image.Image, turns: list[tuple[str, str]]) -> Encoded:
         """Model inputs of a conversation about ``image``; ``turns`` are (question, answer), an empty last answer is left open."""
@@ -62,6 +65,17 @@ class LoadedModel:
         finally:
             for owner, name, value in before:
                 put(owner, name, value)
+
+    @contextmanager
+    def layers_alone(self) -> Iterator[None]:
+        """While open, a card holds nothing of the model but what is read of decoder layers; the rest is read again behind it."""
+        if self.device.type == "cpu":
+            yield
+            return
+        for owner, name, value in self.in_files:
+            put(owner, name, value)
+        yield
+        read_into(self.model, self.device, self.dtype, left=[self.decoder.layers])
 
     @property
     def tied(self) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from mbq_gguf.calibration.calls import Call
-from mbq_gguf.calibration.precision import bf16_products
+from mbq_gguf.calibration.precision import coarse_products
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 from mbq_gguf.transforms.activations import int8_inputs
@@ -79,7 +79,7 @@ def search(
             for module, values in zip(linears, rounded, strict=True):
                 module.weight.copy_(values if int8 else values / factors)
             # bfloat16 keeps no more of an activation than int8 does
-            with int8_inputs((layer.holder(name) for name in site.readers), factors) if int8 else bf16_products():
+            with int8_inputs((layer.holder(name) for name in site.readers), factors) if int8 else coarse_products():
                 losses.append(output_loss(inspected, calls, power))
             best = min(best, number, key=losses.__getitem__)
             if number - best == patience:

@@ -33,7 +33,7 @@ class FunctionCheck:
         advance(working_layer(self.loaded, transformed.index), self.plain)
         advance(transformed, self.transformed)
         for ours, stored in zip(self.transformed, self.plain, strict=True):
-            wanted = self._into_basis(stored.hidden)
+            wanted = self._into_basis(stored.hidden).to(ours.hidden.device)
             change = float((ours.hidden - wanted).norm() / wanted.norm())
             if not change <= BOUND:
                 raise UserError(

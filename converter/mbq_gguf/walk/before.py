@@ -10,7 +10,7 @@ from mbq_gguf.allocation.allocate import allocate
 from mbq_gguf.allocation.plan import Plan
 from mbq_gguf.calibration.generate import writing_bits
 from mbq_gguf.calibration.narrow import NARROW
-from mbq_gguf.calibration.precision import bf16_products
+from mbq_gguf.calibration.precision import coarse_products
 from mbq_gguf.calibration.ranges import static_keys
 from mbq_gguf.calibration.sensitivity import Sensitivity, measure
 from mbq_gguf.calibration.sinks import Sinks, find_sinks
@@ -42,7 +42,7 @@ def measure_sensitivity(walk: Walk) -> None:
     answered = [stream for stream in made(walk.captured) if stream.labels.any()]
 
     def found() -> tuple[dict[str, torch.Tensor], None]:
-        with walk.timed("sensitivity"), bf16_products():
+        with walk.timed("sensitivity"), coarse_products():
             return measure(walk.loaded, answered, walk.counted("sensitivity"), fisher=fisher).tensors(), None
 
     walk.sensitivity = Sensitivity.restored(walk.work.cached("sensitivity", found)[0])
@@ -60,7 +60,7 @@ def add_synthetic(walk: Walk) -> None:
         return
 
     def texts() -> tuple[dict[str, torch.Tensor], None]:
-        with walk.timed("texts"), bf16_products():
+        with walk.timed("texts"), coarse_products():
             # by one process: a step of all texts takes as long as a step of some
             return {"ids": from_first(lambda: written(walk.loaded, count, walk.counted(_writing_stage(walk))))}, None
 
@@ -83,7 +83,7 @@ def measure_sinks(walk: Walk) -> None:
     captured = made(walk.captured)
 
     def found() -> tuple[dict[str, torch.Tensor], object]:
-        with walk.timed("sinks"), bf16_products():
+        with walk.timed("sinks"), coarse_products():
             return {}, asdict(from_first(lambda: find_sinks(walk.loaded, captured, walk.counted("sinks"))))
 
     walk.sinks = Sinks(**walk.work.cached("sinks", found)[1])
@@ -108,7 +108,8 @@ def enter_decoder(walk: Walk) -> None:
     captured, rotation = made(walk.captured), walk.rotation
     if walk.settings.method != "rtn" or rotation:
         walk.check = FunctionCheck(walk.loaded, captured, rotation)
-    streams = [stream.turned(rotation.residual) if rotation else replace(stream) for stream in captured]
+    basis = rotation.residual.to(walk.loaded.device) if rotation else None
+    streams = [replace(stream) if basis is None else stream.turned(basis) for stream in captured]
     walk.captured, walk.streams = None, streams
     if walk.settings.follows_prefix:
         walk.prefix = [replace(stream) for stream in streams]

@@ -12,7 +12,7 @@ from mbq_gguf.calibration.calls import Entering
 from mbq_gguf.calibration.experts import seeing_others, shares_of
 from mbq_gguf.calibration.moments import Moments, Replay
 from mbq_gguf.calibration.observe import TokenWeights, observe
-from mbq_gguf.calibration.precision import bf16_products
+from mbq_gguf.calibration.precision import coarse_products
 from mbq_gguf.calibration.ranges import count_magnitudes, range_key
 from mbq_gguf.calibration.stream import advance
 from mbq_gguf.calibration.token_weights import modality, uniform
@@ -45,10 +45,10 @@ def enter_layer(walk: Walk, index: int) -> LayerWork:
 def pass_original(work: LayerWork) -> None:
     """Send the streams through the layer as it is, and observe what the next steps will ask for."""
     passed = [replace(stream) for stream in made(work.walk.streams)]
-    with work.walk.timed("observe"), bf16_products():
+    with work.walk.timed("observe"), coarse_products():
         if work.walk.settings.rounding == "gptq":
             work.shares = shares_of(work.layer, passed)
-    with work.walk.timed("observe"), bf16_products(), seeing_others(work.layer, work.shares if _of_originals(work) else []):
+    with work.walk.timed("observe"), coarse_products(), seeing_others(work.layer, work.shares if _of_originals(work) else []):
         work.observed = observe(
             work.layer,
             passed,
@@ -110,7 +110,7 @@ def learn_scales(work: LayerWork) -> None:
         return
     coded = {name: (matrix.grid, matrix.coded) for name, matrix in matrices.items() if matrix.grid and matrix.coded}
     targets = [stream.hidden for stream in made(work.passed)]
-    with walk.timed("learn scales"), bf16_products():
+    with walk.timed("learn scales"), coarse_products():
         found = from_first(lambda: learn(layer, walk.prefix, targets, work.weights, coded, walk.settings.learn_scales))
     for name, better in found.items():
         grid = coded[name][0]
@@ -135,7 +135,7 @@ def measure_ranges(work: LayerWork) -> None:
     if walk.settings.activations != "static":
         return
     streams = [replace(stream) for stream in walk.prefix or made(walk.streams)]
-    with walk.timed("ranges"), bf16_products():
+    with walk.timed("ranges"), coarse_products():
         counted = from_first(lambda: count_magnitudes(layer, streams, made(walk.sinks)))
     for (site, kind), magnitudes in counted.items():
         work.outcome.put("metadata", range_key(site, kind), magnitudes.range(walk.settings.range_estimator))
@@ -159,7 +159,7 @@ def measure_losses(work: LayerWork) -> None:
 def put_back(work: LayerWork, outcome: Outcome) -> None:
     """Bring the layer to the ``outcome`` that an earlier run has kept, past the same checks."""
     work.passed = [replace(stream) for stream in made(work.walk.streams)]
-    with work.walk.timed("observe"), bf16_products():
+    with work.walk.timed("observe"), coarse_products():
         advance(work.layer, work.passed)
     fold_layer(work.layer, outcome.tensors_of("factors"))
     check_function(work)
@@ -168,7 +168,7 @@ def put_back(work: LayerWork, outcome: Outcome) -> None:
 
 def leave_layer(work: LayerWork) -> None:
     """Move the walk behind the finished layer."""
-    with work.walk.timed("moments"), bf16_products():
+    with work.walk.timed("moments"), coarse_products():
         work.replay.advance()
     work.walk.streams = made(work.passed)
 
@@ -198,7 +198,7 @@ def _moments(work: LayerWork, site: Site) -> Moments | None:
     if not settings.follows_prefix:
         return folded_moments(layer, site, observed, work.factors)
     originals = folded_inputs(layer, site, observed, work.factors) if _corrects(settings) and site.expert is None else None
-    with work.walk.timed("moments"), bf16_products():
+    with work.walk.timed("moments"), coarse_products():
         return work.replay.moments(site, work.weights, originals)
 
 
