@@ -15,6 +15,7 @@ from mbq_gguf.formats.row_scale import QUANT_TYPES, stored_as
 from mbq_gguf.models.decoder import Decoder
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
+from mbq_gguf.models.stored import read_ahead
 from mbq_gguf.outcome import Outcome, QuantiseResult
 from mbq_gguf.settings import QuantiseSettings
 from mbq_gguf.transforms.rotation import check_rotatable
@@ -127,6 +128,8 @@ def check_activations(settings: QuantiseSettings) -> None:
 def quantise_layer(walk: Walk, index: int) -> None:
     """Quantise layer ``index``, or take it from the work directory, and move the walk behind it."""
     work = layer.enter_layer(walk, index)
+    for following in walk.loaded.decoder.layers[index + 1 : index + 2]:
+        read_ahead(following)
 
     def steps() -> tuple[dict[str, torch.Tensor], object]:
         for step in LAYER:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32}
+PAGE = 4096  # bytes that the system reads at least
 Made = dict[int, Any]  # what has been read already, by the identity of what it came from
 
 
@@ -118,6 +120,34 @@ def read_into(module: nn.Module, device: torch.device, dtype: torch.dtype | None
         if id(value) not in placed:
             placed[id(value)] = read_to(value, device, dtype, made)
         put(owner, name, placed[id(value)])
+
+
+def read_ahead(module: nn.Module) -> Thread:
+    """Bring what ``module`` has in files into the system's memory, in a thread that nobody needs to wait for: whoever reads it then need
+    not wait for the disk."""
+    thread = Thread(target=_touch, args=([leaf for _, _, value in tensors_of(module) for leaf in _leaves(value)],), daemon=True)
+    thread.start()
+    return thread
+
+
+def _leaves(value: Any) -> Iterator[_InFile]:
+    """The checkpoint's tensors that ``value``, or what is in it, is made of."""
+    match value.source if isinstance(value, Stored) else value:
+        case _InFile() as leaf:
+            yield leaf
+        case _Part() as part:
+            yield from _leaves(part.call)
+        case _Call() as call:
+            yield from _leaves([*call.args, *call.kwargs.values()])
+        case list() | tuple() as several:
+            for each in several:
+                yield from _leaves(each)
+
+
+def _touch(leaves: Sequence[_InFile]) -> None:
+    for leaf in leaves:
+        whole = leaf({})
+        whole.view(-1)[:: max(1, PAGE // whole.element_size())].sum()
 
 
 def put(owner: nn.Module, name: str, value: torch.Tensor) -> None:
