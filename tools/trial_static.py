@@ -28,7 +28,7 @@ from mbq_gguf.calibration.dataset import load_samples
 from mbq_gguf.calibration.magnitudes import Estimator, Magnitudes
 from mbq_gguf.calibration.observe import Watch
 from mbq_gguf.calibration.sinks import Sinks, find_outliers, name_sinks
-from mbq_gguf.calibration.stream import capture, logits, run_batch, split_back, working_layer
+from mbq_gguf.calibration.stream import capture, logits, pass_batch, split_back, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.synthetic import synthetic_streams
 from mbq_gguf.models import LoadedModel, load
@@ -136,13 +136,13 @@ def count(run: Run, streams: Sequence[Streamed], sinks: Sinks, outliers: Sequenc
         done = 0  # tokens
         for batch in batches(running, layer.index):
             with Watch(layer) as watch:
-                hidden = run_batch(layer, batch)
-            kinds = of_all[done : done + hidden.shape[1]]
+                parts = pass_batch(layer, batch)
+            kinds = of_all[done : done + parts["hidden"].shape[1]]
             done += len(kinds)
             for site in layer.sites:
                 for kind in range(OUTLIER + VISION + 1):
                     counted.setdefault((layer.index, site.name, kind), Magnitudes()).add(watch.inputs[site.name][0][kinds == kind])
-            split_back(batch, hidden)
+            split_back(batch, parts)
     return counted
 
 
@@ -161,8 +161,8 @@ def answers(run: Run, streams: Sequence[Streamed], sinks: Sinks, counted: Counte
                 for site, of in ranges.items():
                     readers = [layer.holder(name) for name in site.readers]
                     stack.enter_context(int8_inputs(readers, ranges=of[kinds].to(layer.device)))
-                hidden = run_batch(layer, batch)
-            split_back(batch, hidden)
+                parts = pass_batch(layer, batch)
+            split_back(batch, parts)
     out = []
     for stream in running:
         hidden = trial.turned(stream.hidden, run.rotation, back=True)

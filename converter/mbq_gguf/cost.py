@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from mbq_gguf.calibration.narrow import NARROW, SHARE
+from mbq_gguf.models.file_rows import TABLE
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
 
@@ -106,6 +109,7 @@ class Work:
     streams: int  # samples, texts and pictures
     tokens: int  # of all of them
     texts: int
+    table: int = 0  # weights of an embedding that stays in its file
 
     @property
     def weights(self) -> int:
@@ -118,13 +122,15 @@ def work_of(model: LoadedModel, *, checkpoint: int, files: int, samples: int, sa
     decoder = model.decoder
     layers = sites_of(model)
     ends = decoder.embed_tokens.weight.numel() + (0 if model.tied else decoder.head.weight.numel())
+    table = sum(parameter.numel() for parameter in getattr(decoder.module, TABLE, nn.Module()).parameters())
     whole = sum(parameter.numel() for parameter in model.model.parameters())
     layer_weights = sum(parameter.numel() for parameter in decoder.layers.parameters())
     pictures = texts // 2
     return Work(
         layers=layers,
         ends=ends,
-        tower=whole - layer_weights - ends,
+        table=table,
+        tower=whole - layer_weights - ends - table,
         vocabulary=decoder.head.out_features,
         width=decoder.embed_tokens.embedding_dim,
         checkpoint=checkpoint,
@@ -172,7 +178,7 @@ def stage_seconds(work: Work, rates: Rates, searched: bool = False, learned: int
         "capture": work.streams * rates.stream + work.tokens * work.tower * rates.seen,
         "texts": texts if work.texts else 0.0,
         "layers": times * sum(layer_seconds(work, sites, rates) for sites in work.layers) if work.tokens else 0.0,
-        "write": work.ends * rates.packed + work.files * rates.stored,
+        "write": (work.ends + work.table) * rates.packed + work.files * rates.stored,
     }
 
 

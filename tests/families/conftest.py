@@ -26,6 +26,7 @@ LIKE_OTHERS = (
     "Pixtral",
     "GLM-OCR",
     "Qwen3.5-MoE",
+    "Gemma 4",
     "Gemma 4 (experts)",
 )  # the same code as a neighbour's; the suite has a minute for all families
 

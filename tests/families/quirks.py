@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from mbq_gguf.calibration.stream import takes_others
 from small import Small
 from torch import nn
 
@@ -100,6 +101,28 @@ class Input:
             inputs[self.name] = kept
 
 
+@dataclass(frozen=True)
+class OthersKeys:
+    """Layers that take the keys and values of others take some that say nothing."""
+
+    name: str = "keys and values of other layers"
+
+    @contextmanager
+    def ignored(self, small: Small) -> Iterator[None]:
+        def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            given = {kind: tuple(torch.zeros_like(part) for part in pair) for kind, pair in kwargs["shared_kv_states"].items()}
+            return args, kwargs | {"shared_kv_states": given}
+
+        found = [layer.self_attn for layer in small.loaded.decoder.layers if takes_others(layer)]
+        assert found
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in found]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
 def passed_by(_module: nn.Module, args: tuple[Any, ...], _out: Any) -> Any:
     return args[0]
 
@@ -133,6 +156,7 @@ AFTER_MLP = Module(r".*post_feedforward_layernorm", passed_by)
 GLM_NORMS = [Module(r".*post_self_attn_layernorm", passed_by), Module(r".*post_mlp_layernorm", passed_by)]
 PARTIAL = Module(r"language_model\.rotary_emb", twice)
 LAYER_SCALES = [Held("lambda_1", 1.0), Held("lambda_2", 1.0)]
+GEMMA4 = [QK_NORMS, AFTER_ATTENTION, AFTER_MLP, WINDOW, Input("mm_token_type_ids"), Held("layer_scalar", 1.0)]
 
 QUIRKS: dict[str, list[Quirk]] = {
     "Qwen2-VL": [QKV_BIASES],
@@ -151,14 +175,14 @@ QUIRKS: dict[str, list[Quirk]] = {
     "InternVL 2 to 3.5": [*LAYER_SCALES, Held("embeddings.position_embeddings", 0.0)],
     "LLaVA-1.5": [Held("embeddings.class_embedding", 0.0), Module(r"vision_tower\.pre_layrnorm", passed_by)],
     "Gemma 3": [QK_NORMS, AFTER_ATTENTION, AFTER_MLP, ONE, WINDOW, Input("token_type_ids")],
-    "Gemma 4": [
-        QK_NORMS,
-        AFTER_ATTENTION,
-        AFTER_MLP,
-        WINDOW,
-        Input("mm_token_type_ids"),
-        Held("layer_scalar", 1.0),
-        Held("std_scale", 1.0),
+    "Gemma 4": [*GEMMA4, Held("std_scale", 1.0)],
+    "Gemma 4 (E2B, E4B)": [
+        Module(r"language_model\.embed_tokens_per_layer", nothing),
+        Module(r"language_model\.per_layer_model_projection", nothing),
+        Module(r"language_model\.layers\.\d+\.per_layer_projection", nothing),
+        OthersKeys(),
+        Held("output_max", 1e6),
+        *GEMMA4,
     ],
     "Gemma 4 (experts)": [Module(r".*\.experts\.3", nothing), Held("per_expert_scale", 1.0), Held("router.scale", 1.0)],
     "GLM-4.1V": [QKV_BIASES, *GLM_NORMS, PARTIAL],

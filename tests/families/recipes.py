@@ -168,6 +168,25 @@ GEMMA4 = Recipe(
     size=(480, 336),
     sizes=((100, 160), (700, 500)),
 )
+# As E2B: its last layers take keys and values of the last ones of their kind before them and have twice the MLP, and each layer is given
+# something of each token. The runtime tells by a width of 1536 or 2560 that pictures do not see themselves, which others' do.
+GEMMA4_SMALL = {"num_hidden_layers": 5, "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 32}
+GEMMA4_SMALL |= {"layer_types": ["sliding_attention"] * 2 + ["full_attention", "sliding_attention", "full_attention"]}
+GEMMA4_SMALL |= {"attention_k_eq_v": False, "num_global_key_value_heads": None, "pad_token_id": 0}
+
+
+def with_unread(tensors: Tensors) -> Tensors:
+    """As published: the layers that take others' keys and values have matrices for their own, which nothing reads."""
+    out = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith("mlp.gate_proj.weight") and int(name.split(".layers.")[1].split(".")[0]) >= 3 and "language_model" in name:
+            stem = name.removesuffix("mlp.gate_proj.weight") + "self_attn."
+            out |= {f"{stem}{matrix}_proj.weight": tensor[:64].clone() for matrix in "kv"} | {
+                f"{stem}k_norm.weight": tensor[0, :32].clone()
+            }
+    return out
+
+
 GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 256}
 
 RECIPES = {
@@ -295,6 +314,13 @@ RECIPES = {
     ),
     "Gemma 4": GEMMA4,
     "Gemma 4 (experts)": replace(GEMMA4, config=GEMMA4.config | {"text_config": GEMMA4.config["text_config"] | GEMMA4_EXPERTS}),
+    "Gemma 4 (E2B, E4B)": replace(
+        GEMMA4,
+        config=GEMMA4.config
+        | {"text_config": GEMMA4.config["text_config"] | GEMMA4_SMALL}
+        | {"vision_config": GEMMA4.config["vision_config"] | {"standardize": False, "use_clipped_linears": True}},
+        other_form=with_unread,
+    ),
     "MiniCPM-V 4.6": Recipe(
         "minicpmv4_6",
         {
@@ -388,7 +414,9 @@ def write(recipe: Recipe, folder: Path) -> Path:
     ids = write_tokenizer(recipe.specials, folder)
     (folder / "chat_template.jinja").write_text(recipe.template)
     settings = copy.deepcopy(recipe.config)
-    settings["text_config"] |= {"vocab_size": max(ids.values()) + 1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    size = max(ids.values()) + 1
+    text = {"vocab_size": size, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2} | settings["text_config"]
+    settings["text_config"] = text | ({"vocab_size_per_layer_input": size} if text.get("hidden_size_per_layer_input") else {})
     settings |= {name: ids[token] for name, token in recipe.token_ids.items()}
     config = AutoConfig.for_model(recipe.model_type, **settings)
     torch.manual_seed(SEED)
@@ -398,6 +426,8 @@ def write(recipe: Recipe, folder: Path) -> Path:
             # Random norms and biases, so that what forgets one of them shows; larger linears, so that layers matter beside the residual.
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+                if name.endswith("q_norm.weight") and settings["text_config"].get("num_kv_shared_layers"):
+                    parameter.mul_(0.4)  # Gemma 4 does not scale scores: keys chosen so sharply, by more layers, turn with any rounding
             elif "layers" in name or "blocks" in name:
                 parameter.mul_(4)
             elif "visual.vision_model.embeddings.position" in name:  # PaddleOCR-VL's, which would not show in its features
@@ -407,6 +437,8 @@ def write(recipe: Recipe, folder: Path) -> Path:
         for name, buffer in model.named_buffers():
             if name.endswith(HELD):
                 buffer.copy_(1 + 0.3 * torch.randn_like(buffer))
+            elif name.endswith(("_min", "_max")) and buffer.ndim == 0:  # of clipped linears
+                buffer.copy_((2 + 0.3 * torch.randn_like(buffer)) * (1 if name.endswith("_max") else -1))
     model.to(torch.bfloat16).save_pretrained(str(folder))
     (folder / "preprocessor_config.json").write_text(json.dumps(recipe.processor))
     if recipe.publish:

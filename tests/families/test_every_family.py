@@ -214,6 +214,7 @@ UNTURNED = (
     "Gemma 3",
     "Gemma 4",
     "Gemma 4 (experts)",
+    "Gemma 4 (E2B, E4B)",
     "MiniCPM-V 4.6",
     "Mistral 3",
     "Pixtral",

@@ -17,7 +17,8 @@ from mbq_gguf.calibration.streamed import Streamed
 
 TOKENS = 2048  # of a batch at most, unless one sample has more
 # Where a layer's tensor arguments have their tokens, by the beginning of their names. Masks are not here: with one, a sample goes alone.
-TOKEN_AXES = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
+TOKEN_AXES = {"position_embeddings": -2, "per_layer_input": -2, "position_ids": -1, "cache_position": -1}
+SHARED = "shared_kv_states"  # the argument in which layers hand on keys and values to later ones (Gemma 4), by their kind
 
 
 def batches(streams: Sequence[Streamed], index: int) -> Iterator[list[Streamed]]:
@@ -38,10 +39,13 @@ def batches(streams: Sequence[Streamed], index: int) -> Iterator[list[Streamed]]
 
 def joined(batch: Sequence[Streamed], index: int) -> tuple[torch.Tensor, dict[str, Any]]:
     """Hidden states [1, tokens, width] and keyword arguments with which layer ``index`` takes all of ``batch``, inside :class:`Apart`."""
-    if len(batch) == 1:
-        return batch[0].entering(index), batch[0].kwargs[index]
-    kwargs = {name: _joined([stream.kwargs[index][name] for stream in batch], _axis(name)) for name in batch[0].kwargs[index]}
-    return _joined([stream.entering(index) for stream in batch], 1), kwargs
+    kwargs, handed = batch[0].kwargs[index], batch[0].handed
+    if len(batch) > 1:
+        kwargs = {name: _joined([stream.kwargs[index][name] for stream in batch], _axis(name)) for name in kwargs}
+    if handed:
+        kwargs = kwargs | {SHARED: {kind: _joined([(stream.handed or {})[kind] for stream in batch], -2) for kind in handed}}
+    entering = [stream.entering(index) for stream in batch]
+    return _joined(entering, 1) if len(batch) > 1 else entering[0], kwargs
 
 
 class Apart(TorchFunctionMode):

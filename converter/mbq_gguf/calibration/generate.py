@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from mbq_gguf.calibration.narrow import bits_with_room, in_bits
 from mbq_gguf.errors import UserError
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.parallel import from_first
+
+INPUTS = "per_layer_model_projection"  # what makes the inputs of single layers out of the embeddings (Gemma 4's small models)
 
 
 def greedy_answer(loaded: LoadedModel, image: Image.Image, question: str, max_tokens: int) -> str:
@@ -41,6 +44,11 @@ def written_texts(
     inputs = loaded.prompts.text_inputs(first.to(loaded.device))
     with whole_decoder(loaded):
         return _generate(loaded, inputs, logits_processor=[sampler], do_sample=False, max_new_tokens=length - first.shape[1]).cpu()
+
+
+def to_dtype(values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """``values`` with the floating point tensors among them in ``dtype``."""
+    return tuple(value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value for value in values)
 
 
 class _Sampler:
@@ -94,8 +102,11 @@ def whole_decoder(loaded: LoadedModel) -> Iterator[None]:
     handles = [
         decoder.embed_tokens.register_forward_hook(lambda _module, _args, out: out.to(dtype)),
         # Of several tokens' states only the last are wanted; for such a slice torch copies the head's weight for every text (50 s of 80).
-        decoder.head.register_forward_pre_hook(lambda _module, args: (args[0].contiguous(),)),
+        decoder.head.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype).contiguous(),)),
+        *(layer.register_forward_pre_hook(lambda _module, args: to_dtype(args, dtype)) for layer in decoder.layers),
     ]
+    if isinstance(projection := getattr(decoder.module, INPUTS, None), nn.Linear):
+        handles.append(projection.register_forward_pre_hook(lambda module, args: to_dtype(args, module.weight.dtype)))
     try:
         with in_bits(loaded, bits, dtype):
             yield

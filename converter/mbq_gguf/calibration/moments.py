@@ -15,7 +15,7 @@ from torch import nn
 from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.observe import TokenWeights, Watch
 from mbq_gguf.calibration.spill import kept
-from mbq_gguf.calibration.stream import run_batch, split_back
+from mbq_gguf.calibration.stream import pass_batch, run_batch, split_back
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.sums import Sum
 from mbq_gguf.models.layer import Layer
@@ -47,6 +47,7 @@ class Replay:
         self.branches = {branch.writer: branch for branch in layer.layout.branches}
         self.routed: dict[str, Moments] = {}  # of experts whose stage has been run, by site
         self.kept: dict[str, dict[int, torch.Tensor]] = {}  # by the last linear's name, then the batch's number [1, tokens, columns]
+        self.handed: dict[int, Parts] = {}  # keys and values for later layers, by the batch's number, where a run has come past them
         self.kept_with: dict[str, list[int]] = {}  # the parameters that decided them, as _decisive tells
 
     @torch.no_grad()
@@ -108,11 +109,12 @@ class Replay:
 
         def run(number: int) -> Parts:
             with self._resumed(number):
-                return {"hidden": run_batch(self.layer, self.batches[number])}
+                return self.handed.get(number, {}) | pass_batch(self.layer, self.batches[number])
 
         for number, parts in spread(range(len(self.batches)), run):
-            split_back(self.batches[number], parts["hidden"])
+            split_back(self.batches[number], parts)
         self.kept.clear()
+        self.handed.clear()
 
     def _of_inputs(self, site: Site, compute: Callable[[int, torch.Tensor], Parts]) -> Iterator[Parts]:
         """What ``compute`` makes of each batch's number and what the linears of ``site`` are given [tokens, columns] float32."""
@@ -122,8 +124,11 @@ class Replay:
 
         def run(number: int) -> Parts:
             batch = self.batches[number]
+            handed: Parts = {}
             with self._resumed(number):
-                x = self.layer.input_of(name, partial(run_batch, self.layer, batch))
+                x = self.layer.input_of(name, partial(run_batch, self.layer, batch, handed))
+            if handed:  # anew by each run, until attention is entered behind them
+                self.handed[number] = {name: kept(pair) for name, pair in handed.items()}
             if name in self.branches:
                 reached[number] = kept(x)
             return compute(number, x[0].float())

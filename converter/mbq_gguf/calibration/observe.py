@@ -10,7 +10,7 @@ from torch import nn
 
 from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.spill import kept
-from mbq_gguf.calibration.stream import run_batch, split_back
+from mbq_gguf.calibration.stream import pass_batch, split_back
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.sums import Sum
 from mbq_gguf.models.layer import Layer, batched
@@ -49,7 +49,7 @@ def observe(
 
     def run(batch: list[Streamed]) -> Parts:
         with Watch(layer) as watch:
-            parts = {"hidden": run_batch(layer, batch)}
+            parts = pass_batch(layer, batch)
         for site in layer.sites:
             if site.name not in watch.inputs:  # of an expert that no token of the batch has reached
                 continue
@@ -68,7 +68,7 @@ def observe(
             if f"site {site.name}" in parts:
                 rooted = parts[f"site {site.name}"]
                 sums.setdefault(site.name, Sum.like(rooted)).add(rooted, rooted)
-        split_back(batch, parts["hidden"])
+        split_back(batch, parts)
     hessians = {name: found.whole() for name, found in sums.items()}
     return Observed(
         hessians, {name: [found.get(id(stream), NONE) for stream in streams] if found else [] for name, found in inputs.items()}

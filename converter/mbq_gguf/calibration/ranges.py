@@ -14,7 +14,7 @@ from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.magnitudes import Estimator, Magnitudes
 from mbq_gguf.calibration.observe import Watch
 from mbq_gguf.calibration.sinks import BEYOND, QUANTILE, Sinks
-from mbq_gguf.calibration.stream import run_batch, split_back
+from mbq_gguf.calibration.stream import pass_batch, split_back
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
 
@@ -41,11 +41,11 @@ def count_magnitudes(layer: Layer, streams: Sequence[Streamed], sinks: Sinks) ->
     counted = {(site.name, kind): Magnitudes() for site in layer.sites for kind in CLASSES}
     for batch in batches(streams, layer.index):
         with Watch(layer) as watch:
-            hidden = run_batch(layer, batch)
-        vision, left = (torch.cat(parts).to(layer.device) for parts in ([s.vision for s in batch], [sinks.of(s) for s in batch]))
+            parts = pass_batch(layer, batch)
+        vision, left = (torch.cat(masks).to(layer.device) for masks in ([s.vision for s in batch], [sinks.of(s) for s in batch]))
         for site in layer.sites:
             x = watch.inputs[site.name][0]
             counted[site.name, "text"].add(x[~vision & ~left])
             counted[site.name, "vision"].add(x[vision & ~left])
-        split_back(batch, hidden)
+        split_back(batch, parts)
     return counted

@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 from mbq_gguf import parallel
+from mbq_gguf.calibration.batches import SHARED, joined
 from mbq_gguf.calibration.spill import kept
-from mbq_gguf.calibration.stream import advance, logits, to_device, working_layer
+from mbq_gguf.calibration.stream import advance, handed_on, logits, to_device, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.models.layout import Layout
+from mbq_gguf.models.layout import Layout, Site
 from mbq_gguf.models.loaded import LoadedModel
+from mbq_gguf.parallel import Parts
 
 # Layer inputs kept on the host at a time; a larger calibration set goes through the layers in parts.
 HOST_BYTES = 4 << 30
@@ -103,16 +105,18 @@ def measure(
     parts = _parts(streams, layers)
     for number, part in enumerate(parts):
         start, total = 2 * layers * number, 2 * layers * len(parts)
-        inputs = _forward(loaded, part, partial(_report, progress, start, total))
+        inputs, part = _forward(loaded, part, partial(_report, progress, start, total))
         own, grads = parallel.own(len(part)), []
         for place, (stream, hidden) in enumerate(zip(part, inputs.pop(), strict=True)):
             signs = _signs(loaded, stream, draw) if fisher else None  # drawn for all, in one order
             if place in own:
                 grads.append(_end_gradients(loaded, stream, hidden, signs))
         counted = {place: sums.open(part[place]) for place in own}
+        owed: list[list[Parts]] = [[{} for _ in ends] for ends in grads]
         for index in reversed(range(layers)):
             entered = inputs.pop()
-            grads = _backward(loaded, index, [part[i] for i in own], [entered[i] for i in own], grads, list(counted.values()))
+            streams_of = [replace(part[i], hidden=entered[i], added={}) for i in own]
+            grads = _backward(loaded, index, streams_of, grads, owed, list(counted.values()))
             progress(start + 2 * layers - index, total)
         for found in parallel.spread_values(range(len(part)), counted.__getitem__):
             sums.add(found)
@@ -137,15 +141,15 @@ def _parts(streams: Sequence[Streamed], layers: int) -> list[list[Streamed]]:
     return parts
 
 
-def _forward(loaded: LoadedModel, part: list[Streamed], done: Callable[[int], None]) -> list[list[torch.Tensor]]:
-    """Inputs of every layer, and the last one's output: [layers + 1][streams]."""
+def _forward(loaded: LoadedModel, part: list[Streamed], done: Callable[[int], None]) -> tuple[list[list[torch.Tensor]], list[Streamed]]:
+    """Inputs of every layer, and the last one's output: [layers + 1][streams]; and the streams behind it."""
     running = [replace(stream) for stream in part]
     inputs = []
     for index in range(len(loaded.decoder.layers)):
         inputs.append([stream.entering(index) for stream in running])
         advance(working_layer(loaded, index), running)
         done(index + 1)
-    return [*inputs, [stream.hidden for stream in running]]
+    return [*inputs, [stream.hidden for stream in running]], running
 
 
 def _rows(values: torch.Tensor) -> torch.Tensor:
@@ -183,12 +187,15 @@ def _end_gradients(loaded: LoadedModel, stream: Streamed, hidden: torch.Tensor, 
 def _backward(
     loaded: LoadedModel,
     index: int,
-    part: list[Streamed],
-    inputs: list[torch.Tensor],
+    entering: list[Streamed],
     grads: list[list[torch.Tensor]],
+    owed: list[list[Parts]],
     counted: list[_Counted],
 ) -> list[list[torch.Tensor]]:
-    """Take the gradients of layer ``index``'s output to its input, and count those of its linears' outputs."""
+    """Take the gradients of layer ``index``'s output to its input, and count those of its linears' outputs.
+
+    ``owed`` are gradients of keys and values that layers behind have taken, by kind, for each stream and gradient; the layer adds its own.
+    """
     layer = working_layer(loaded, index)
     seen: dict[str, torch.Tensor] = {}
     watched: dict[str, nn.Module] = {name: layer.holder(name) for name in layer.layout.readers}
@@ -196,15 +203,28 @@ def _backward(
         watched.setdefault(branch.writer, layer.part(branch.writer))
     handles = [module.register_full_backward_hook(_keep(seen, name, layer)) for name, module in watched.items()]
     out: list[list[torch.Tensor]] = []
-    for stream, hidden, ends, counts in zip(part, inputs, grads, counted, strict=True):
-        hidden = hidden.to(loaded.device).requires_grad_()
-        output = layer.run(hidden, to_device(stream.kwargs[index], loaded.device))
+    for stream, ends, debts, counts in zip(entering, grads, owed, counted, strict=True):
+        hidden, kwargs = to_device(joined([stream], index), loaded.device)
+        sources = {"": hidden.requires_grad_()} | {kind: pair.requires_grad_() for kind, pair in kwargs.get(SHARED, {}).items()}
+        results = {"": layer.run(hidden, kwargs)}
+        results |= {kind: pair for kind, pair in handed_on(kwargs).items() if kind in debts[0]}
         out.append([])
-        for end, count in zip(ends, (counts.count_loss, counts.count_fisher), strict=False):
+        for end, debt, count in zip(ends, debts, (counts.count_loss, counts.count_fisher), strict=False):
             seen.clear()  # of an expert that this sample does not reach
-            (gradient,) = torch.autograd.grad(output, hidden, end.to(loaded.device), retain_graph=end is not ends[-1])
-            out[-1].append(kept(gradient))
-            count(index, seen)
+            back = [end, *(debt.pop(kind) for kind in results if kind)]
+            found = torch.autograd.grad(
+                list(results.values()),
+                list(sources.values()),
+                [gradient.to(loaded.device) for gradient in back],
+                retain_graph=end is not ends[-1],
+                allow_unused=True,
+            )
+            own, *others = found
+            out[-1].append(kept(own))
+            for kind, gradient in zip(list(sources)[1:], others, strict=True):
+                if gradient is not None:
+                    debt[kind] = kept(gradient + debt[kind].to(gradient) if kind in debt else gradient)
+            count(index, seen, layer.layout.sites)
     for handle in handles:  # which hold the layer, as it holds them: its memory would wait for Python's collector
         handle.remove()
     return out
@@ -265,7 +285,7 @@ class _Counted:
     fisher: dict[str, torch.Tensor]
     salience: torch.Tensor
 
-    def count_loss(self, index: int, gradients: Mapping[str, torch.Tensor]) -> None:
+    def count_loss(self, index: int, gradients: Mapping[str, torch.Tensor], _sites: Sequence[Site]) -> None:
         """Add the loss's gradients [samples, tokens, channels] at the outputs of layer ``index``'s linears, by name."""
         for branch in self.layout.branches:
             if branch.writer not in gradients:  # of another kind of layer
@@ -276,11 +296,11 @@ class _Counted:
                 of_class = (absolute * mask).sum(dim=1)[having] / mask.sum(dim=1)[having]
                 self.mean[branch.name][token_class][index] += of_class.sum()
 
-    def count_fisher(self, index: int, gradients: Mapping[str, torch.Tensor]) -> None:
-        """Add u [samples, tokens, channels] at the outputs of layer ``index``'s linears, by name."""
+    def count_fisher(self, index: int, gradients: Mapping[str, torch.Tensor], sites: Sequence[Site]) -> None:
+        """Add u [samples, tokens, channels] at the outputs of layer ``index``'s linears, by name; ``sites`` are the layer's."""
         salience = self.salience.view(-1, *self.salience.shape[-3:])
         for place, site in enumerate(self.layout.sites):
-            if site.readers[0] not in gradients:
+            if site not in sites:  # of another kind of layer
                 continue
             squares = {name: gradients[name].float().square().mean(dim=2).cpu() for name in site.readers}
             for name, square in squares.items():

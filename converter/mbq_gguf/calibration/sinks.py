@@ -7,14 +7,14 @@ what a runtime knows of a token before it computes: its position, or its id.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.magnitudes import Magnitudes
 from mbq_gguf.calibration.observe import Watch
-from mbq_gguf.calibration.stream import run_batch, split_back, working_layer
+from mbq_gguf.calibration.stream import pass_batch, split_back, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.loaded import LoadedModel
 
@@ -52,7 +52,7 @@ def find_outliers(
 
     Copies of ``streams``, as they enter the first layer, go through the model.
     """
-    running = [Streamed(s.hidden, s.kwargs, s.ids, s.vision, s.answer, s.labels) for s in streams]
+    running = [replace(stream) for stream in streams]
     vision = torch.cat([stream.vision for stream in streams])
     outlier = torch.zeros(len(vision), dtype=torch.bool)
     for index in range(len(loaded.decoder.layers)):
@@ -61,14 +61,14 @@ def find_outliers(
         counted = {(site.name, seen): Magnitudes() for site in layer.sites for seen in (False, True)}
         for batch in batches(running, index):
             with Watch(layer) as watch:
-                hidden = run_batch(layer, batch)
-            mask = torch.cat([stream.vision for stream in batch]).to(hidden.device)
+                parts = pass_batch(layer, batch)
+            mask = torch.cat([stream.vision for stream in batch]).to(layer.device)
             for site in layer.sites:
                 x = watch.inputs[site.name][0]
                 sizes[site.name].append(x.abs().amax(dim=1).float().cpu())
                 for seen in (False, True):
                     counted[site.name, seen].add(x[mask == seen])
-            split_back(batch, hidden)
+            split_back(batch, parts)
         for site in layer.sites:
             size = torch.cat(sizes[site.name])
             for seen in (False, True):

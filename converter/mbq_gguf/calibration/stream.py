@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mbq_gguf.calibration.batches import Apart, batches, joined
+from mbq_gguf.calibration.batches import SHARED, Apart, batches, joined
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.spill import kept
 from mbq_gguf.calibration.streamed import Streamed
@@ -19,7 +19,9 @@ from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import AnswerMask, Encoded
 from mbq_gguf.models.stored import read_into
-from mbq_gguf.parallel import spread, spread_values
+from mbq_gguf.parallel import Parts, spread, spread_values
+
+HANDED = "handed "  # begins the names of keys and values among the parts of a batch
 
 
 def capture(loaded: LoadedModel, samples: Iterable[Sample], answer_mask: AnswerMask = "header") -> Iterator[Streamed]:
@@ -38,47 +40,65 @@ def capture_encoded(loaded: LoadedModel, encoded: Encoded, answer_mask: AnswerMa
     catchers = nn.ModuleList([_Catcher(index == 0) for index in range(len(decoder.layers))])
     decoder.module.layers = catchers
     try:
-        loaded.model(**encoded.inputs, use_cache=False, logits_to_keep=1)
+        # of one token, by its place: for a number Gemma 4 leaves the others out of its last layers
+        loaded.model(**encoded.inputs, use_cache=False, logits_to_keep=torch.tensor([-1], device=loaded.device))
     finally:
         decoder.module.layers = decoder.layers
-    seen: dict[int, torch.Tensor] = {}
-    kwargs = [_kept(catcher.kwargs, seen) for catcher in catchers if isinstance(catcher, _Catcher)]
-    first, *added = (catcher.hidden for catcher in catchers if isinstance(catcher, _Catcher))
+    caught = [catcher for catcher in catchers if isinstance(catcher, _Catcher)]
+    first, *added = (catcher.hidden for catcher in caught)
     assert first is not None
     return Streamed(
         kept(first),
-        kwargs,
+        _arguments(caught),
         encoded.ids.cpu(),
         encoded.vision,
         encoded.counted(answer_mask),
         encoded.answer,
         alone=frozenset(index for index, layer in enumerate(decoder.layers) if decoder.layout.of(layer).alone),
         added={index: kept(hidden) for index, hidden in enumerate(added, start=1) if hidden is not None},
+        handed={} if any(takes_others(layer) for layer in decoder.layers) else None,
     )
+
+
+def takes_others(layer: nn.Module) -> bool:
+    """Whether ``layer`` has no keys and values of its own, and takes those that an earlier one has handed on."""
+    return bool(getattr(getattr(layer, "self_attn", None), "is_kv_shared_layer", False))
 
 
 class _Catcher(nn.Module):
     """Stands where a decoder layer was and keeps what it is given; what it gives is zero, so that the next one sees what is added.
 
-    ``hidden`` is None where nothing is. Families may have a second argument, which is None in what is supported.
+    ``hidden`` is None where nothing is. ``own`` is what the layer is given of each token (Gemma 4's small models), or None.
     """
 
     def __init__(self, first: bool) -> None:
         super().__init__()
         self.first = first
         self.hidden: torch.Tensor | None = None
+        self.own: torch.Tensor | None = None
         self.kwargs: dict[str, Any] = {}
 
-    def forward(self, hidden_states: torch.Tensor, *_none: None, **kwargs: Any) -> torch.Tensor:
-        self.hidden, self.kwargs = hidden_states if self.first or hidden_states.any() else None, kwargs
+    def forward(self, hidden_states: torch.Tensor, per_layer_input: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        self.hidden, self.own, self.kwargs = hidden_states if self.first or hidden_states.any() else None, per_layer_input, kwargs
         return torch.zeros_like(hidden_states)
+
+
+def _arguments(caught: Sequence[_Catcher]) -> list[dict[str, Any]]:
+    """What each layer is given beside the residual stream, where it can wait."""
+    seen: dict[int, torch.Tensor] = {}
+    kwargs = [_kept(catcher.kwargs, seen) for catcher in caught]
+    own = [catcher.own for catcher in caught if catcher.own is not None]
+    if own:  # as one tensor, which is large enough for a file where memory ends
+        for given, part in zip(kwargs, kept(torch.stack(own)), strict=True):
+            given["per_layer_input"] = part
+    return kwargs
 
 
 def _kept(value: Any, seen: dict[int, torch.Tensor]) -> Any:
     """``value`` with its tensors where they can wait; a tensor that many layers share is kept once (``seen`` by identity)."""
     if isinstance(value, torch.Tensor):
         return seen.setdefault(id(value), kept(value))
-    if isinstance(value, UserDict):  # what layers hand on to later ones (Gemma 4), of which those that are supported take nothing
+    if isinstance(value, UserDict):  # what layers hand on to later ones (Gemma 4): nothing yet
         return {}
     if isinstance(value, dict):
         return {key: _kept(item, seen) for key, item in value.items()}
@@ -105,25 +125,47 @@ def working_layer(loaded: LoadedModel, index: int) -> Layer:
     return Layer(module, index, loaded.decoder.layout.of(module))
 
 
-def run_batch(layer: Layer, batch: Sequence[Streamed]) -> torch.Tensor:
-    """Output [1, tokens, width] of ``layer``, on its device, for one of :func:`batches`."""
+def run_batch(layer: Layer, batch: Sequence[Streamed], handed: Parts | None = None) -> torch.Tensor:
+    """Output [1, tokens, width] of ``layer``, on its device, for one of :func:`batches`.
+
+    Keys and values that the layer hands on go into ``handed``, also where a hook ends the run behind them.
+    """
     hidden, kwargs = joined(batch, layer.index)
+    kwargs = to_device(kwargs, layer.device)
     with Apart([stream.hidden.shape[1] for stream in batch]) if len(batch) > 1 else nullcontext():
-        return layer.run(hidden.to(layer.device), to_device(kwargs, layer.device))
+        try:
+            return layer.run(hidden.to(layer.device), kwargs)
+        finally:
+            if handed is not None and batch[0].handed is not None:
+                handed |= {f"{HANDED}{kind}": pair for kind, pair in handed_on(kwargs).items()}
 
 
-def split_back(batch: Sequence[Streamed], hidden: torch.Tensor) -> None:
-    """Give each stream of ``batch`` its part of ``hidden`` [1, tokens, width]."""
-    parts = torch.split(kept(hidden), [stream.hidden.shape[1] for stream in batch], dim=1)
-    for stream, part in zip(batch, parts, strict=True):
+def handed_on(kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Keys and values [2, ...] by kind that a layer has put into its arguments; what it was given there is one tensor a kind already."""
+    return {kind: torch.stack(pair) for kind, pair in kwargs.get(SHARED, {}).items() if isinstance(pair, tuple)}
+
+
+def pass_batch(layer: Layer, batch: Sequence[Streamed]) -> Parts:
+    """What ``layer`` makes of one of :func:`batches`, for :func:`split_back`."""
+    handed: Parts = {}
+    return {"hidden": run_batch(layer, batch, handed), **handed}
+
+
+def split_back(batch: Sequence[Streamed], parts: Parts) -> None:
+    """Give each stream of ``batch`` its part of ``hidden`` [1, tokens, width], and of keys and values that are handed on."""
+    lengths = [stream.hidden.shape[1] for stream in batch]
+    for stream, part in zip(batch, torch.split(kept(parts["hidden"]), lengths, dim=1), strict=True):
         stream.hidden = part
+    for name in (name for name in parts if name.startswith(HANDED)):
+        for stream, part in zip(batch, torch.split(kept(parts[name]), lengths, dim=-2), strict=True):
+            stream.handed = {**(stream.handed or {}), name.removeprefix(HANDED): part}
 
 
 @torch.no_grad()
 def advance(layer: Layer, streams: Sequence[Streamed]) -> None:
     """Send every stream through ``layer``, in place: ``hidden`` becomes the input of the next layer."""
-    for batch, parts in spread(list(batches(streams, layer.index)), lambda batch: {"hidden": run_batch(layer, batch)}):
-        split_back(batch, parts["hidden"])
+    for batch, parts in spread(list(batches(streams, layer.index)), lambda batch: pass_batch(layer, batch)):
+        split_back(batch, parts)
 
 
 def logits(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:

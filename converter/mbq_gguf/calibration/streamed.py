@@ -16,7 +16,8 @@ class Streamed:
     number (DeepStack: features of a picture from further down in the vision tower), ``kwargs`` what the model hands to each layer
     beside it (rotary embeddings, mask), ``ids`` [tokens]. Bool [tokens]: ``vision``; ``answer``, the tokens that stand for the answer
     (Encoded.counted); ``labels``, the tokens that the loss is about: answers and their ends. ``salience`` [layers, sites, tokens] is there
-    once the sensitivity is measured (see Sensitivity). In layers ``alone`` no other sample may stand beside it.
+    once the sensitivity is measured (see Sensitivity). In layers ``alone`` no other sample may stand beside it. ``handed`` are the keys and
+    values that layers have handed on, by the layers' kind [2, 1, heads, tokens, channels]; None where none takes those of others.
     """
 
     hidden: torch.Tensor
@@ -28,6 +29,7 @@ class Streamed:
     salience: torch.Tensor | None = None
     added: dict[int, torch.Tensor] = field(default_factory=dict)
     alone: frozenset[int] = frozenset()
+    handed: dict[str, torch.Tensor] | None = None
 
     def entering(self, index: int) -> torch.Tensor:
         """The input of layer ``index`` [1, tokens, width], where ``hidden`` is the output of the one before it."""

@@ -137,7 +137,7 @@ def open_model(model_dir: Path, out: Path, *, file_type: str, mmproj: bool) -> A
         ours = mmproj and (hparams.get("vision_config") or {}).get("model_type") == CLIP
         model_class = either_layout(clip_class(package) if ours else package.conversion.get_model_class(name, mmproj=mmproj))
         if GEMMA4 in (hparams.get("architectures") or ()):
-            model_class = of_gemma4(model_class)
+            model_class = of_gemma4(model_class, hparams)
         if mmproj and internvl.PUBLISHED in (hparams.get("architectures") or ()):
             model_class = published_internvl(model_class)
         # Heads for tokens further on stay with the file where the checkpoint has them; transformers saves a model without.

@@ -33,7 +33,7 @@ STACK = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
 EXPERT = re.compile(r"layers\.(\d+)\.(?:mlp\.)?experts\.(\d+)\.(gate|up|down)_proj\.weight")
 MERGED = "_gate_up_"  # in the name of one that takes each expert's gate and then its up
 Stacks = dict[str, list[tuple[QuantisedTensor, ...]]]
-EMBEDDINGS = ("token_embd.weight", "output.weight")
+EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class Injection:
         self._stacks = stacks(experts or {})
         self._pending = {*quantised, *(name for name in self._stacks if MERGED not in name)}
         self._rows: dict[str, tuple[QuantisedTensor, Order]] = {}
+        self._sources: dict[str, Any] = {}  # embeddings, lazy, in the checkpoint's type, which may lie mapped in its file
         self._modify, self._force, self._add = model.modify_tensors, model.tensor_force_quant, model.gguf_writer.add_tensor
         self._writer = model.gguf_writer
         for name, tensor in replaced.items():
@@ -113,6 +114,7 @@ class Injection:
 
     def _modify_tensors(self, data: Any, name: str, bid: int | None) -> list[tuple[str, Any]]:
         outputs = list(self._modify(data, name, bid))
+        self._sources |= {output: tensor for output, tensor in outputs if output in EMBEDDINGS}
         quantised = self._quantised.get(name)
         if quantised is not None:
             shape = (quantised.data.shape[0], quantised.columns)
@@ -158,7 +160,7 @@ class Injection:
         elif self._embedding_type is not None and name in EMBEDDINGS:
             chosen = quant_type_for(self._embedding_type, shape[-1])
             wanted = self._embedding_type if chosen.name != self._embedding_type else None
-            deferred = Deferred(lambda: in_chunks(tensor, chosen), (*shape[:-1], chosen.row_bytes(shape[-1])), np.uint8)
+            deferred = Deferred(lambda: in_chunks(self._sources[name], chosen), (*shape[:-1], chosen.row_bytes(shape[-1])), np.uint8)
             raw_dtype = self._gguf.GGMLQuantizationType[chosen.name]
         else:
             deferred = Deferred(lambda: [eager(tensor)], shape, tensor.dtype)
@@ -190,13 +192,13 @@ def _replace(model: Any, name: str, tensor: torch.Tensor) -> None:
 
 
 def in_chunks(tensor: Any, chosen: QuantType) -> Iterable[Bytes]:
-    """``tensor`` (lazy, [rows, columns]) in the type ``chosen``, some rows at a time, as many at once as torch has threads."""
+    """``tensor`` (torch's, lazy, [rows, columns]) in the type ``chosen``, some rows at a time, as many at once as torch has threads."""
     values, threads = eager(tensor), torch.get_num_threads()
     step = max(1, CHUNK_WEIGHTS // values.shape[-1])
     starts = range(0, values.shape[0], step)
 
     def coded(start: int) -> Bytes:
-        return chosen.quantize(np.ascontiguousarray(values[start : start + step], np.float32))
+        return chosen.quantize(values[start : start + step].float().contiguous().numpy())
 
     with ThreadPoolExecutor(threads) as pool:
         for first in range(0, len(starts), threads):

@@ -15,7 +15,7 @@ from mbq_gguf.errors import UserError
 from mbq_gguf.export.conversion import FOREIGN
 
 LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
-EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|lm_head)\.weight$")
+EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|embed_tokens_per_layer|lm_head)\.weight$")
 OTHER_BITS = 16  # matrices of the text file that no type is chosen for
 VECTOR_BITS = 32
 

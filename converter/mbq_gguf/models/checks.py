@@ -124,7 +124,10 @@ def check_finite(files: Sequence[Path], progress: Callable[[int, int], None] = l
             with safe_open(str(file), framework="pt") as opened:  # anew: what is mapped of the tensor before is given back
                 tensor = opened.get_tensor(name)
             # The sum is finite unless an entry is not (float32 sums of bf16 weights do not overflow), and costs no mask in memory.
-            if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+            # A single number may be a bound that nothing reaches (Gemma 4's clipped linears).
+            bound = tensor.ndim == 0 and not tensor.isnan()
+            suspect = tensor.is_floating_point() and not bound and not torch.isfinite(tensor.sum(dtype=torch.float32))
+            if suspect and not torch.isfinite(tensor).all():
                 raise UserError(f"the weight {name} in {file} holds NaN or infinite values: fetch the model again, or mend it")
             done += tensor.nbytes
             progress(done >> 20, total >> 20)

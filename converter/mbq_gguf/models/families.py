@@ -42,6 +42,7 @@ FAMILIES = (
     Family("Gemma 3", ("Gemma3ForConditionalGeneration",), "gemma3", pictures.GEMMA3),
     Family("Gemma 4", ("Gemma4ForConditionalGeneration",), "gemma4", pictures.GEMMA4),
     Family("Gemma 4 (experts)", ("Gemma4ForConditionalGeneration/enable_moe_block",), "gemma4", pictures.GEMMA4),
+    Family("Gemma 4 (E2B, E4B)", ("Gemma4ForConditionalGeneration/hidden_size_per_layer_input",), "gemma4", pictures.GEMMA4),
     Family("MiniCPM-V 4.6", ("MiniCPMV4_6ForConditionalGeneration",), "qwen35", pictures.MINICPM),
     Family("Mistral 3", ("Mistral3ForConditionalGeneration",), "mistral3", pictures.PIXTRAL),
     Family("Pixtral", ("LlavaForConditionalGeneration",), "llama", pictures.PIXTRAL),
@@ -67,8 +68,6 @@ IN_TURNS = {
 NEEDS_CODE = "its checkpoints need Python code of their directory"
 NO_RUNTIME = "llama.cpp does not know it"
 REFUSED = {
-    "Gemma4ForConditionalGeneration/num_kv_shared_layers": "its last layers take the keys and values of others (as E2B's and E4B's), "
-    "which no calibration layer by layer hands on",
     "Llama4ForConditionalGeneration": "each of its experts takes all tokens, weighed by the router beforehand, which no layout describes",
     "LlavaNextForConditionalGeneration": "llama.cpp's conversion has no place for its tower",
     "LlavaOnevisionForConditionalGeneration": "llama.cpp's conversion has no place for its tower, nor its runtime for its tiles",

@@ -247,6 +247,8 @@ SANDWICH = Layout(
 # Gemma 4's: in full layers keys may be values too, and values pass a norm of their heads, so that no factors fold into what makes them.
 GEMMA4 = replace(SANDWICH, sites=(SANDWICH.sites[0], replace(SANDWICH.sites[1], absorber=None), *SANDWICH.sites[2:]))
 KEYS_AS_VALUES = replace(GEMMA4, sites=(replace(GEMMA4.sites[0], readers=("self_attn.q_proj", "self_attn.k_proj")), *GEMMA4.sites[1:]))
+# Its small models' last layers take the keys and values of others.
+QUERIES = replace(GEMMA4, sites=(replace(GEMMA4.sites[0], readers=("self_attn.q_proj",)), *GEMMA4.sites[1:]))
 
 # GLM-4.1V's: the same places, plain norms, gate and up in one linear.
 GLM = Layout(
@@ -315,6 +317,24 @@ def beside(layout: Layout) -> Layout:
     )
 
 
+def with_inputs(layout: Layout) -> Layout:
+    """``layout`` with a third branch, whose gate reads the residual stream itself, and which is multiplied by what the layer is given of
+    each token (Gemma 4's small models)."""
+    branch = Branch("inputs", "per_layer_projection", "per_layer_projection")
+    sites = (
+        Site("inputs_gate", ("per_layer_input_gate",), None, "per_layer_input_gate", branch.name),
+        Site("inputs", (branch.writer,), None, branch.writer, branch.name),
+    )
+    return replace(
+        layout,
+        sites=(*layout.sites, *sites),
+        branches=(*layout.branches, branch),
+        norms_after=(*layout.norms_after, "post_per_layer_input_norm"),
+    )
+
+
+SMALL_GEMMA4 = either(*(with_inputs(layout) for layout in (GEMMA4, KEYS_AS_VALUES, QUERIES)))
+
 LAYOUTS = {
     "Qwen2VLForConditionalGeneration": replace(STANDARD, projector=r"visual\.merger\.mlp\.2"),
     "Qwen2_5_VLForConditionalGeneration": replace(STANDARD, projector=r"visual\.merger\.mlp\.2"),
@@ -329,6 +349,7 @@ LAYOUTS = {
     "Glm4vMoeForConditionalGeneration": either(STANDARD, routed(STANDARD, "mlp.shared_experts")),
     "Gemma4ForConditionalGeneration": either(GEMMA4, KEYS_AS_VALUES),
     "Gemma4ForConditionalGeneration/enable_moe_block": either(beside(GEMMA4), beside(KEYS_AS_VALUES)),
+    "Gemma4ForConditionalGeneration/hidden_size_per_layer_input": SMALL_GEMMA4,
     "MiniCPMV4_6ForConditionalGeneration": HYBRID,
     "Gemma3ForConditionalGeneration": SANDWICH,
     "Mistral3ForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2", embeds=True),

@@ -14,6 +14,7 @@ from mbq_gguf.models import internvl
 from mbq_gguf.models.checks import check_finite, check_unquantised, check_whole, read_config, read_object, weight_files
 from mbq_gguf.models.decoder import check_layers, find_decoder
 from mbq_gguf.models.families import FAMILIES, REFUSED, family_of, kind
+from mbq_gguf.models.file_rows import leave_in_file
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, RuntimePrompt
 from mbq_gguf.models.remote_code import runs_remote_code
@@ -52,9 +53,10 @@ def load(
     check_layers(decoder, architecture, SUPPORTED)
     model.requires_grad_(False)
     device = torch.device(device)
+    left = leave_in_file(decoder.module, device, dtype)
     of_layers = set(decoder.layers.modules())
     in_files = [found for found in tensors_of(model) if isinstance(found[2], Stored) and found[0] not in of_layers]
-    read_into(model, device, dtype, left=[decoder.layers])
+    read_into(model, device, dtype, left=[decoder.layers, *left])
     prompts = prompts or _load_prompts(model_dir, architecture, model)
     return LoadedModel(model_dir, architecture, model, decoder, prompts, device, dtype, in_files)
 

@@ -266,6 +266,7 @@ TOWERS = {
     "Gemma3ForConditionalGeneration": GEMMA3,
     "Gemma4ForConditionalGeneration": GEMMA4,
     "Gemma4ForConditionalGeneration/enable_moe_block": GEMMA4,
+    "Gemma4ForConditionalGeneration/hidden_size_per_layer_input": GEMMA4,
     "MiniCPMV4_6ForConditionalGeneration": MINICPM,
     "Mistral3ForConditionalGeneration": MISTRAL3,
     "LlavaForConditionalGeneration": PIXTRAL,

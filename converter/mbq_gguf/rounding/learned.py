@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mbq_gguf.calibration.batches import joined
 from mbq_gguf.calibration.observe import TokenWeights
 from mbq_gguf.calibration.stream import to_device
 from mbq_gguf.calibration.streamed import Streamed
@@ -109,9 +110,8 @@ def _error(layer: Layer, stream: Streamed, target: torch.Tensor, weights: TokenW
     Each token's is a share of its target's square, as the next norm divides by it: tokens that serve as sinks are 100 times as long.
     """
     device = layer.device
-    out = torch.func.functional_call(
-        layer.module, matrices, (stream.entering(layer.index).to(device),), to_device(stream.kwargs[layer.index], device)
-    )
+    entering, kwargs = joined([stream], layer.index)
+    out = torch.func.functional_call(layer.module, matrices, (entering.to(device),), to_device(kwargs, device))
     hidden = out[0] if isinstance(out, tuple) else out
     wanted = target.to(device)
     per_token = (hidden - wanted).square().sum(dim=-1)[0] / wanted.square().sum(dim=-1)[0]
