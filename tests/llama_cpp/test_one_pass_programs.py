@@ -143,27 +143,40 @@ def test_cancelled_within_a_picture(batches: int, in_turns: Asked, at_once: Aske
     same(at_once.ask(PROMPTS["three"])[0], in_turns.ask(PROMPTS["three"])[0])
 
 
-def batches(asked: Asked, parts: list[Path | str], slot: int) -> int:
-    """How many batches a prompt takes."""
+def steps(asked: Asked, parts: list[Path | str], slot: int) -> list[int]:
+    """How many tokens of a prompt are done after each of its batches."""
     body = {"messages": messages(parts), "max_tokens": 1, "stream": True, "return_progress": True, "cache_prompt": False, "id_slot": slot}
     headers = {"Authorization": f"Bearer {asked.server.key}"}
     with requests.post(asked.server.url + "/v1/chat/completions", json=body, headers=headers, stream=True, timeout=60) as reply:
         lines = [json.loads(line[6:])["prompt_progress"] for line in reply.iter_lines() if b"prompt_progress" in line]
-    return len({line["processed"] for line in lines} - {0})
+    return sorted({line["processed"] for line in lines} - {0})
 
 
 def test_who_waits_for_a_token_waits_for_one_picture(exact: Pair, tmp_path: Path) -> None:
-    """Batches are full as long as nobody is answered; then a prompt encodes one picture a batch, as in the decode in turns."""
+    """Batches are full as long as nobody is answered. Then a prompt takes the steps that it takes in turns, and however many prompts have
+    pictures, one is encoded and one decode call made between two tokens: pictures of the oldest request first."""
     prompt: list[Path | str] = [*P[:3], "What are these?"]
     body = {"messages": messages(["A story"]), "max_tokens": 700, "ignore_eos": True, "stream": True, "id_slot": 0}
-    for asked in start(exact, tmp_path / "log", "--aifs", "on", "-b", "512"):
-        assert batches(asked, prompt, 1) == 1
-        headers = {"Authorization": f"Bearer {asked.server.key}"}
-        with requests.post(asked.server.url + "/v1/chat/completions", json=body, headers=headers, stream=True, timeout=60) as listening:
-            lines = listening.iter_lines()
-            next(lines)
-            assert batches(asked, prompt, 1) == 3
-            assert b"data: [DONE]" not in [next(lines) for _ in range(20)]
+    found = {}
+    for mode in ("off", "on"):
+        for asked in start(exact, tmp_path / mode, "--aifs", mode, "-b", "512", "-lv", "5"):
+            assert len(steps(asked, prompt, 1)) == (1 if mode == "on" else 4)
+            headers = {"Authorization": f"Bearer {asked.server.key}"}
+            with requests.post(asked.server.url + "/v1/chat/completions", json=body, headers=headers, stream=True, timeout=60) as listening:
+                lines = listening.iter_lines()
+                next(lines)
+                found[mode] = steps(asked, prompt, 1)
+                with ThreadPoolExecutor(3) as pool:
+                    together = [pool.submit(steps, asked, prompt, slot) for slot in (1, 2, 3)]
+                assert [one.result() for one in together] == [found[mode]] * 3
+                assert b"data: [DONE]" not in [next(lines) for _ in range(20)]
+    assert found["on"] == found["off"]
+    between = re.split(r"id  0 \|.* slot decode token", (tmp_path / "on").read_text())[1:-1]
+    assert max(part.count("encoding mtmd batch") for part in between) == 1
+    assert {part.count("decode: n_batch") for part in between} == {1}
+    tasks = [int(number) for number in re.findall(r"task (\d+) \| encoding mtmd batch", "".join(between))]
+    assert len(tasks) == 4 * 3
+    assert tasks == sorted(tasks)
 
 
 def test_what_keeps_the_old_path_says_so_once(exact: Pair, in_turns: Asked, tmp_path: Path) -> None:

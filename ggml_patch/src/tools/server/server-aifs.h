@@ -7,7 +7,6 @@
 
 // whether the slot's prompt takes this path; the first time that a request with pictures does not, the log says why
 static bool aifs_applies(server_slot & slot) {
-    slot.aifs_encoded = 0;
     if (!slot.mctx || mtmd_aifs_refusal(slot.mctx, slot.ctx_tgt)) {
         return false; // the log said so when the model was loaded
     }
@@ -27,16 +26,38 @@ static bool aifs_applies(server_slot & slot) {
     return !refusal;
 }
 
+// Somebody waits for a token (slot.aifs_one): the server does no more until then than it does in turns, and less where several prompts
+// have pictures. A picture then begins a prompt's part of a batch, the text behind it follows, and of all prompts only one has a picture
+// in the batch: the oldest request that is at one.
+static bool aifs_waits(const server_slot & slot, const server_batch & batch, int32_t n_tokens_prev, const std::vector<server_slot> & slots) {
+    if (!slot.aifs_one) {
+        return false;
+    }
+    if (slot.aifs_rows == 0 && batch.size() > n_tokens_prev) {
+        return true;
+    }
+    for (const auto & t : batch.tokens) {
+        if (t.i_embd >= 0 && t.id_slot != slot.id) {
+            return true;
+        }
+    }
+    for (const auto & other : slots) {
+        const bool older = other.id != slot.id && other.state == SLOT_STATE_PROCESSING_PROMPT && other.task->id < slot.task->id;
+        if (older && lora_get_enabled_ids(other.lora).empty() && other.prompt.n_tokens() < other.task->n_tokens() &&
+                other.task->tokens[other.prompt.n_tokens()] == LLAMA_TOKEN_NULL) {
+            return true;
+        }
+    }
+    return false;
+}
+
 // add the rows of the picture at the prompt's next token, as many as fit
-// returns false if it cannot be encoded, or, with slot.aifs_encoded > 0, if it is to wait for the next batch
+// returns false if it cannot be encoded
 static bool aifs_add_rows(server_slot & slot, server_batch & batch, int32_t n_batch, server_queue & queue) {
     const size_t idx = slot.prompt.n_tokens();
     const auto & chunk = slot.task->tokens.find_chunk(idx);
 
     const float * embd = slot.mbatch ? mtmd_batch_get_output_embd(slot.mbatch.get(), chunk.get()) : nullptr;
-    if (!embd && slot.aifs_encoded > 0 && !batch.tokens.front().is_prompt) {
-        return false; // others wait for a token of theirs (they come first in a batch), not for all of a prompt's pictures
-    }
     if (!embd) {
         // encode on the worker thread, so that metrics tasks are still handled
         int32_t res = 0;
@@ -44,7 +65,6 @@ static bool aifs_add_rows(server_slot & slot, server_batch & batch, int32_t n_ba
             res = encode_mtmd_chunk(slot, slot.mbatch, idx);
         });
         embd = res == 0 ? mtmd_batch_get_output_embd(slot.mbatch.get(), chunk.get()) : nullptr;
-        slot.aifs_encoded = embd ? slot.aifs_encoded + 1 : 0;
     }
     if (!embd) {
         SLT_ERR(slot, "failed to encode mtmd chunk, idx = %zu\n", idx);
