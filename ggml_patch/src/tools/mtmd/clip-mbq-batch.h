@@ -9,6 +9,9 @@
 #include "clip-graph.h"
 #include "models/models.h"
 
+#include <future>
+#include <vector>
+
 struct clip_graph_mbq_qwen : clip_graph_qwen2vl {
     using clip_graph_qwen2vl::clip_graph_qwen2vl;
 
@@ -94,6 +97,31 @@ struct clip_graph_mbq_idefics3 : clip_graph_siglip {
         return gf;
     }
 };
+
+// the pixels of all entries, RGB by RGB, as the tower's input has them, a plane a channel; several pictures at a time
+// returns how many entries that are
+static int clip_mbq_planes(const clip_image_f32_batch & imgs, float * to) {
+    const size_t n = (size_t) imgs.entries[0].nx()*imgs.entries[0].ny();
+    auto one = [&](size_t b) {
+        const float * from = imgs.entries[b].get_ro_buf().data();
+        float * planes = to + b*3*n;
+        for (size_t i = 0; i < n; i++) {
+            planes[      i] = from[3*i    ];
+            planes[  n + i] = from[3*i + 1];
+            planes[2*n + i] = from[3*i + 2];
+        }
+    };
+
+    std::vector<std::future<void>> others;
+    for (size_t b = 1; b < imgs.entries.size(); b++) {
+        others.push_back(std::async(std::launch::async, one, b));
+    }
+    one(0);
+    for (auto & other : others) {
+        other.get();
+    }
+    return imgs.entries.size();
+}
 
 // the graph of several pictures; nullptr: such a tower takes them one by one, or as upstream says
 static std::unique_ptr<clip_graph> clip_mbq_batch_builder(clip_ctx * ctx, const clip_image_f32 & img) {

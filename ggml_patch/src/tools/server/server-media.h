@@ -13,44 +13,47 @@
 #include <thread>
 #include <vector>
 
-// up to the first character that is none of base64's, as base64_decode() does
-static raw_buffer media_base64_decode(const std::string & text) {
-    static const std::array<int8_t, 256> values = [] {
-        std::array<int8_t, 256> res;
-        res.fill(-1);
-        for (int8_t i = 0; i < 26; i++) {
-            res['A' + i] = i;
-            res['a' + i] = 26 + i;
+// n letters, up to the first that is none of base64's, as base64_decode() does
+static raw_buffer media_base64_decode(const char * text, size_t n) {
+    // what a letter means at each of the four places of a group; beyond 24 bits: none of base64's
+    static const std::array<std::array<uint32_t, 256>, 4> tables = [] {
+        std::array<std::array<uint32_t, 256>, 4> res;
+        for (int place = 0; place < 4; place++) {
+            res[place].fill(1u << 24);
+            const auto set = [&](char letter, uint32_t value) { res[place][(uint8_t) letter] = value << (18 - 6*place); };
+            for (int i = 0; i < 26; i++) {
+                set('A' + i, i);
+                set('a' + i, 26 + i);
+            }
+            for (int i = 0; i < 10; i++) {
+                set('0' + i, 52 + i);
+            }
+            set('+', 62);
+            set('/', 63);
         }
-        for (int8_t i = 0; i < 10; i++) {
-            res['0' + i] = 52 + i;
-        }
-        res['+'] = 62;
-        res['/'] = 63;
         return res;
     }();
 
-    const auto * in = (const uint8_t *) text.data();
-    const size_t n  = text.size();
+    const auto * in = (const uint8_t *) text;
     raw_buffer out(n/4*3 + 3);
     uint8_t * to = out.data();
 
     size_t i = 0;
     for (; i + 4 <= n; i += 4) {
-        const int v[4] = { values[in[i]], values[in[i + 1]], values[in[i + 2]], values[in[i + 3]] };
-        if ((v[0] | v[1] | v[2] | v[3]) < 0) {
+        const uint32_t bits = tables[0][in[i]] | tables[1][in[i + 1]] | tables[2][in[i + 2]] | tables[3][in[i + 3]];
+        if (bits >> 24) {
             break;
         }
-        *to++ = v[0] << 2 | v[1] >> 4;
-        *to++ = v[1] << 4 | v[2] >> 2;
-        *to++ = v[2] << 6 | v[3];
+        *to++ = bits >> 16;
+        *to++ = bits >> 8;
+        *to++ = bits;
     }
 
     // one to three characters are left of a group, two of them make a byte
     uint32_t bits = 0;
     int n_left = 0;
-    for (; i < n && values[in[i]] >= 0; i++) {
-        bits = bits << 6 | values[in[i]];
+    for (; i < n && !(tables[3][in[i]] >> 24); i++) {
+        bits = bits << 6 | tables[3][in[i]];
         n_left++;
     }
     if (n_left == 2) {
@@ -61,6 +64,21 @@ static raw_buffer media_base64_decode(const std::string & text) {
     }
     out.resize(to - out.data());
     return out;
+}
+
+// the usual form of a file within a request, "data:image/...;base64,...", without copies; false: handle_media() has its say
+static bool media_from_data_url(const std::string & url, std::vector<raw_buffer> & out_files) {
+    const size_t comma = url.find(',');
+    if (comma == std::string::npos || url.find(',', comma + 1) != std::string::npos) {
+        return false;
+    }
+    const std::string head = url.substr(0, comma);
+    const bool known = string_starts_with(head, "data:image/") || string_starts_with(head, "data:video/") || string_starts_with(head, "data:audio/");
+    if (!known || !string_ends_with(head, "base64")) {
+        return false;
+    }
+    out_files.push_back(media_base64_decode(url.data() + comma + 1, url.size() - comma - 1));
+    return true;
 }
 
 // the files of a prompt as bitmaps: each is hashed and decoded once, several at a time

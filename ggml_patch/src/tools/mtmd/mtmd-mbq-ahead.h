@@ -1,0 +1,67 @@
+#pragma once
+
+// The pictures of a prompt are preprocessed several at a time. Included by mtmd.cpp in front of mtmd_tokenizer.
+
+#include "mtmd-image.h"
+
+#include <algorithm>
+#include <atomic>
+#include <future>
+#include <map>
+#include <memory>
+#include <thread>
+#include <vector>
+
+struct mtmd_mbq_ahead {
+    // B has nx, ny, is_audio, is_placeholder() and get_ro_buf(), as mtmd_bitmap does; groups as the tokenizer has them
+    template <typename B>
+    void start(const mtmd_image_preprocessor * preprocessor, const std::vector<std::vector<const B *>> & groups) {
+        std::vector<const B *> pictures;
+        for (const auto & group : groups) {
+            for (const B * picture : group) {
+                if (!picture->is_audio && !picture->is_placeholder() && picture->nx > 0 && picture->ny > 0 && !results.count(picture)) {
+                    results[picture] = {};
+                    pictures.push_back(picture);
+                }
+            }
+        }
+        const size_t n_threads = std::min<size_t>(pictures.size(), std::max(1u, std::thread::hardware_concurrency()));
+        if (!preprocessor || n_threads < 2) {
+            results.clear();
+            return;
+        }
+
+        std::atomic<size_t> next = 0;
+        auto work = [&] {
+            for (size_t i = next++; i < pictures.size(); i = next++) {
+                clip_image_u8 img;
+                img.set_size({ (int) pictures[i]->nx, (int) pictures[i]->ny }, false);
+                img.cpy_buf(pictures[i]->get_ro_buf());
+                results.at(pictures[i]) = std::make_unique<mtmd_image_preproc_out>(preprocessor->preprocess(img));
+            }
+        };
+        std::vector<std::future<void>> others;
+        for (size_t i = 1; i < n_threads; i++) {
+            others.push_back(std::async(std::launch::async, work));
+        }
+        work();
+        for (auto & other : others) {
+            other.get(); // its error, too
+        }
+    }
+
+    // what start() made of a picture, once; who asks for another gets what make() does
+    template <typename B, typename F>
+    mtmd_image_preproc_out take(const B * picture, F make) {
+        auto it = results.find(picture);
+        if (it == results.end() || !it->second) {
+            return make();
+        }
+        mtmd_image_preproc_out res = std::move(*it->second);
+        results.erase(it);
+        return res;
+    }
+
+private:
+    std::map<const void *, std::unique_ptr<mtmd_image_preproc_out>> results;
+};
