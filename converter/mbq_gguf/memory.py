@@ -19,10 +19,11 @@ def available(device: torch.device) -> int:
     if device.type == "cuda":
         import torch
 
-        free, total = torch.cuda.mem_get_info(device)
-        taken = torch.cuda.memory_allocated(device)
-        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
-        return max(0, min(free + torch.cuda.memory_reserved(device) - taken, allowed - taken))
+        card = torch.cuda.current_device() if device.index is None else device.index
+        free, total = torch.cuda.mem_get_info(card)
+        taken = torch.cuda.memory_allocated(card)
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(card))
+        return max(0, min(free + torch.cuda.memory_reserved(card) - taken, allowed - taken))
     return min(_kilobytes(MEMINFO, "MemAvailable"), _left_in_container())
 
 
