@@ -51,6 +51,19 @@ def test_rows_come_out_the_same_whichever_others_are_rounded_with_them(kind: str
         assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
 
 
+def test_a_refit_in_parts_is_the_refit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of a few groups at a time, each with later groups alone, since the rest is there already."""
+    grid, hessian = grid_for(quant_type_for("MBQ3S_64", COLUMNS)), inputs(0).t() @ inputs(0)
+    weight = drawn(9, 40, COLUMNS)
+    coded = code_gptq(weight, inverse_factor(hessian, 0.01), grid)
+    given = (grid, weight, coded.codes, coded.scale, coded.offset, hessian)
+    whole = refit(*given)
+    monkeypatch.setattr("mbq_gguf.rounding.refit.PRODUCT_BYTES", 3 * 4 * coded.codes.numel())
+    for part, other in zip(refit(*given), whole, strict=True):
+        assert (part == other).float().mean() > 0.99  # sums of the same products in another order
+    assert not torch.equal(whole[0], coded.scale)
+
+
 def test_a_searched_range_is_never_worse_and_ignores_an_outlier(grid: Grid) -> None:
     blocks = drawn(0, 50, 64)
     blocks[0, 0] = 12.0  # one weight that the whole block would pay for

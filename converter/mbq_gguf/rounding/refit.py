@@ -18,7 +18,7 @@ from mbq_gguf.rounding import gptq
 from mbq_gguf.rounding.gptq import row_blocks
 from mbq_gguf.rounding.recorded import Recorded
 
-SYSTEMS_BYTES = 1 << 28  # of the rows' systems on a card, at least those of LEAST_BLOCKS: their solution takes many small steps
+SYSTEMS_BYTES = 1 << 29  # of the rows' systems, at least those of LEAST_BLOCKS: their solution takes many small steps
 LEAST_BLOCKS = 2
 PRODUCT_BYTES = 1 << 27  # of a part of F H for some groups
 RIDGE = 1e-4  # of each diagonal entry: groups whose codes are all alike cannot tell scale from offset
@@ -40,8 +40,6 @@ def refit(grid: Grid, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Te
 
 def _rows_at_once(scale: torch.Tensor) -> int:
     """How many rows of ``scale`` [rows, groups] are refitted at a time: whole blocks, in parts of one size where that can be."""
-    if scale.device.type != "cuda":
-        return gptq.ROWS_AT_ONCE
     blocks, system = len(row_blocks(len(scale))), 8 * (2 * scale.shape[1]) ** 2
     most = max(LEAST_BLOCKS, SYSTEMS_BYTES // system // gptq.ROWS_AT_ONCE)
     return math.ceil(blocks / math.ceil(blocks / most)) * gptq.ROWS_AT_ONCE
@@ -89,10 +87,13 @@ def _fill(
     ss, so = (codes.new_empty(rows, groups, groups) for _ in range(2))
     at_once = max(1, PRODUCT_BYTES // (4 * codes.numel()))
     for start in range(0, groups, at_once):
-        some = slice(start, start + at_once)
-        by_scale = torch.einsum("rgi,gihj->grhj", split[:, some], tiles[some])  # the rows of F H that belong to scales
-        ss[:, some] = torch.einsum("grhj,rhj->rgh", by_scale, split)
-        so[:, some] = by_scale.sum(dim=3).transpose(0, 1)
+        end = min(start + at_once, groups)
+        some = slice(start, end)
+        by_scale = torch.einsum("rgi,gihj->grhj", split[:, some], tiles[some, :, start:])  # the rows of F H that belong to scales
+        ss[:, some, start:] = torch.einsum("grhj,rhj->rgh", by_scale, split[:, start:])
+        so[:, some, start:] = by_scale.sum(dim=3).transpose(0, 1)
+        ss[:, end:, some] = ss[:, some, end:].transpose(1, 2)
+        so[:, some, :start] = torch.einsum("rgi,gih->rgh", split[:, some], tiles[some, :, :start].sum(dim=3))
     placed = system.view(rows, groups, 2, groups, 2)
     placed[:, :, 1, :, 1] = ss.flip(1, 2)
     placed[:, :, 1, :, 0] = so.flip(1, 2)
