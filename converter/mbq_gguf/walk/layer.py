@@ -199,7 +199,9 @@ def _moments(work: LayerWork, site: Site) -> Moments | None:
         return folded_moments(layer, site, observed, work.factors)
     originals = folded_inputs(layer, site, observed, work.factors) if _corrects(settings) and site.expert is None else None
     with work.walk.timed("moments"), coarse_products():
-        return work.replay.moments(site, work.weights, originals)
+        found = work.replay.moments(site, work.weights, originals)
+    observed.inputs.pop(site.name, None)  # a site is asked for once; a card has room for what comes next
+    return found
 
 
 def _search_weights(walk: Walk, index: int) -> TokenWeights:
