@@ -158,7 +158,7 @@ GEMMA4 = Recipe(
         | {"layer_types": ["sliding_attention"] * 2 + ["full_attention"], "global_head_dim": 64, "num_global_key_value_heads": 1}
         | {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision"}
         | {"final_logit_softcapping": 30.0},
-        "vision_config": {**SIGLIP, "num_key_value_heads": 2, "head_dim": 32, "position_embedding_size": 64, "standardize": True},
+        "vision_config": {**SIGLIP, "num_key_value_heads": 2, "head_dim": 32, "position_embedding_size": 3360, "standardize": True},
         "audio_config": None,
     },
     {"max_soft_tokens": 70, "image_mean": [0.0] * 3, "image_std": [1.0] * 3, "image_processor_type": "Gemma4ImageProcessor"},

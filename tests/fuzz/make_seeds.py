@@ -43,6 +43,9 @@ TOWERS: list[tuple[str, str, dict[str, object], dict[str, object]]] = [
     ("internvl", "InternVL 3 (-hf)", SIGLIP | {"patch_size": [8, 8], "image_size": [32, 32]}, {}),
     ("gemma3", "Gemma 3", SIGLIP, {"mm_tokens_per_image": 4}),
     ("glm4v", "GLM-4.1V", QWEN | {"image_size": 32}, {}),
+    ("llava", "LLaVA-1.5", SIGLIP, {}),
+    ("gemma4", "Gemma 4 (E2B, E4B)", SIGLIP | {"head_dim": 16, "num_key_value_heads": 1, "position_embedding_size": 32}, {}),
+    ("minicpmv4_6", "MiniCPM-V 4.6", SMALL | {"num_attention_heads": 1, "patch_size": 14}, {"insert_layer_id": 0}),
 ]
 HADAMARD = Key(b"mbq.hadamard.ffn_down", 4, u32(64))
 
@@ -151,8 +154,10 @@ def towers() -> None:
             write_mmproj_gguf(model, Path(folder) / "mmproj.gguf", mmproj_type="Q8_0" if name == "w8a8" else "F16")
             document = smaller((Path(folder) / "mmproj.gguf").read_bytes())
         for key, side in ((b"clip.vision.image_min_pixels", 16), (b"clip.vision.image_max_pixels", 64)):
-            if document.find(b"clip.vision.image_size") is None or name in ("w8a8", "pixtral", "qwen2_5vl", "qwen3vl", "glm4v"):
+            if document.find(b"clip.vision.image_size") is None or name in ("w8a8", "pixtral", "qwen2_5vl", "qwen3vl", "glm4v", "gemma4"):
                 document.put(Key(key, 4, u32(side * side)))
+        if name == "llava":  # of a tower of one layer
+            document.put(Key(b"clip.vision.feature_layer", ARRAY, u32(5) + u64(1) + u32(1)))
         if name == "w8a8":  # of few values, so that the blocks of a row share a scale
             names = [tensor.name for tensor in document.tensors if tensor.kind == Q8_0]
             document.put(Key(b"mbq.row_scale.version", 4, u32(1)))

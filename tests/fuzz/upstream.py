@@ -6,8 +6,8 @@ failure of it (none is left); MENDED were, until patch 0014 and llama-mbq-checks
 
 All were found with b11434 and need a file made to do it (or by a faulty converter): libllama checks what tensors there are and of which
 shape, but few of the numbers in its metadata; libmtmd checks neither shapes nor, for biases, whether they are there, and reads keys with
-functions that assert their type. Tensors and shapes are checked for the families that mbq-gguf converts (clip-mbq-towers.h): other
-families' graphs take their own for granted still.
+functions that assert their type. Tensors and shapes are checked for the families that mbq-gguf converts (clip-mbq-towers.h,
+clip-mbq-other-towers.h): other families' graphs take their own for granted still.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ NAN = struct.pack("<f", float("nan"))
 PATCH = "clip.vision.patch_size"
 SECTIONS = "qwen2vl.rope.dimension_sections"
 POSITIONS = "v.position_embd.weight"
+MERGES = "clip.vision.projector.scale_factor"
 FAULTS: list[Fault] = []
 MENDED = [
     Fault("a token twice", "text", (r"id_to_token.size\(\) == token_to_id.size\(\)",), twice),
@@ -147,6 +148,13 @@ MENDED = [
     Fault("tiles in the wrong order", "mmproj", (r"preproc_min_tiles <=",), key("clip.vision.preproc_min_tiles", U32, u32(13)), "internvl"),
     Fault("positions of Gemma 3", "mmproj", (r"ggml_can_repeat\(b, a\)",), tensor(POSITIONS, dims=(16, 15)), "gemma3"),
     Fault("a norm of Gemma 3", "mmproj", (r"ggml_can_repeat\(b, a\)",), tensor("mm.soft_emb_norm.weight", dims=(12,)), "gemma3"),
+    Fault("a matrix of LLaVA-1.5", "mmproj", (r"SIGSEGV",), without("mm.2.weight"), "llava"),
+    Fault("a class of LLaVA-1.5", "mmproj", (r"a->ne\[d\] == b->ne\[d\]",), tensor("v.class_embd", dims=(8,)), "llava"),
+    Fault("positions for two patches", "mmproj", (r"i01 >= 0 && i01 < ne01",), tensor(POSITIONS, dims=(16, 2, 2)), "gemma4"),
+    Fault("a norm of Gemma 4", "mmproj", (r"ggml_can_repeat\(b, a\)",), tensor("v.blk.0.attn_post_norm.weight", dims=(12,)), "gemma4"),
+    Fault("squares of 3 by 3 patches", "mmproj", (r"n_merge == 2 \|\|",), key(MERGES, U32, u32(3)), "minicpmv4_6"),
+    Fault("no square of patches", "mmproj", (r"Invalid number of output",), key("clip.vision.image_size", U32, u32(256)), "minicpmv4_6"),
+    Fault("a norm between layers", "mmproj", (r"ggml_can_repeat\(b, a\)",), tensor("v.vit_merger.ds_ln.weight", dims=(12,)), "minicpmv4_6"),
     # keys that the patch reads for every family of dynamic size
     Fault("pictures of no pixel", "mmproj", (r"SIG",), key("clip.vision.image_min_pixels", U32, u32(0))),
     Fault("pictures of less than that", "mmproj", (r"SIG",), key("clip.vision.image_max_pixels", U32, u32(1 << 31))),

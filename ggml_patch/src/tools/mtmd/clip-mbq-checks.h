@@ -1,6 +1,7 @@
 #pragma once
 
 #include "clip-impl.h"
+#include "clip-mbq-other-towers.h"
 #include "clip-mbq-towers.h"
 #include "clip-model.h"
 #include "ggml.h"
@@ -28,6 +29,17 @@ static void clip_mbq_expect_tiles(const gguf_context * ctx) {
     }
 }
 
+// MiniCPM-V 4.6 merges 2 x 2 or 4 x 4 patches, as upstream asserts
+static void clip_mbq_expect_merges(const gguf_context * ctx, uint32_t merges) {
+    for (const char * name : { "clip.projector_type", "clip.vision.projector_type" }) {
+        const int64_t key = gguf_find_key(ctx, name);
+        if (key >= 0 && gguf_get_kv_type(ctx, key) == GGUF_TYPE_STRING && gguf_get_val_str(ctx, key) == PROJECTOR_TYPE_NAMES[PROJECTOR_TYPE_MINICPMV4_6]
+            && merges != 2 && merges != 4) {
+            throw std::runtime_error(string_format("%s must be 2 or 4", KEY_PROJ_SCALE_FACTOR));
+        }
+    }
+}
+
 static void clip_mbq_expect(const gguf_context * ctx, int64_t key, gguf_type type) {
     if (gguf_get_kv_type(ctx, key) != type) {
         throw std::runtime_error(string_format("%s must be of type %s", gguf_get_key(ctx, key), gguf_type_name(type)));
@@ -35,6 +47,9 @@ static void clip_mbq_expect(const gguf_context * ctx, int64_t key, gguf_type typ
     const std::string name = gguf_get_key(ctx, key);
     if (name == KEY_PREPROC_MIN_TILES || name == KEY_PREPROC_MAX_TILES) {
         clip_mbq_expect_tiles(ctx);
+    }
+    if (name == KEY_PROJ_SCALE_FACTOR) {
+        clip_mbq_expect_merges(ctx, gguf_get_val_u32(ctx, key));
     }
 }
 
@@ -59,4 +74,5 @@ static void clip_mbq_check(const T & loader, projector_type type, const clip_hpa
     }
     clip_mbq_check_types(loader.ctx_meta.get());
     clip_mbq_check_tower(clip_mbq_tower(loader.ctx_meta.get(), hparams), type);
+    clip_mbq_check_other_tower(clip_mbq_tower(loader.ctx_meta.get(), hparams), type);
 }

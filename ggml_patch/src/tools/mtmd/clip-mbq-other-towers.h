@@ -1,0 +1,101 @@
+#pragma once
+
+#include "clip-mbq-towers.h"
+
+#include <algorithm>
+
+// As clip-mbq-towers.h, of families whose graphs have parts that no other has: LLaVA-1.5's CLIP, Gemma 4, MiniCPM-V 4.6.
+
+struct clip_mbq_other_tower : clip_mbq_tower {
+    explicit clip_mbq_other_tower(const clip_mbq_tower & tower) : clip_mbq_tower(tower) {}
+
+    // graphs that read q, k and v apart, whatever else is there
+    void apart() const {
+        for (int il = 0; il < hparams.n_layer; ++il) {
+            none(("v.blk." + std::to_string(il) + ".attn_qkv.weight").c_str());
+        }
+    }
+
+    void norm(const std::string & name, int64_t n) const {
+        vector(name + ".weight", n);
+        vector_if(name + ".bias", n);
+    }
+
+    // CLIP: a class token or none, the outputs of some layers side by side
+    void llava() const {
+        heads(false);
+        patches(false);
+        vector_if(TN_CLASS_EMBD, n_embd);
+        positions(find(TN_CLASS_EMBD) != nullptr);
+        layers(false, false, true);
+        apart();
+        int deepest = -1;
+        for (const int32_t layer : hparams.feature_layers) {
+            want(layer >= 0 && layer <= hparams.n_layer, "a layer whose output is read must be there");
+            deepest = std::max(deepest, (int) layer);
+        }
+        int64_t n_stacked = 0; // a layer named twice is read once
+        for (int layer = 0; layer <= deepest; ++layer) {
+            n_stacked += hparams.is_feature_layer(layer);
+        }
+        none("mm.3.weight"); // of another projector
+        vector_if(TN_IMAGE_NEWLINE, linear("mm.2", linear("mm.0", n_embd*std::max(n_stacked, (int64_t) 1), 0, true), 0, true));
+    }
+
+    // a table of positions for each direction, which must hold the longest picture
+    void gemma4() const {
+        heads(true);
+        patches(false);
+        const ggml_tensor * table = get("v.position_embd.weight");
+        shape("v.position_embd.weight", { n_embd, table->ne[1], 2, 1 });
+        type("v.position_embd.weight", { GGML_TYPE_F32, GGML_TYPE_F16 });
+        const int64_t side = (int64_t) hparams.patch_size*hparams.n_merge;
+        want(hparams.image_max_pixels/side/hparams.patch_size <= table->ne[1], "positions must reach the end of the longest picture");
+        layers(false, false, false);
+        vector_if(TN_STD_BIAS, n_embd);
+        vector_if(TN_STD_SCALE, n_embd);
+        shape(TN_MM_INP_PROJ, { n_embd, get(TN_MM_INP_PROJ)->ne[1], 1, 1 });
+    }
+
+    // 70 x 70 positions; squares of patches become one between two layers, and once more at the end
+    void minicpmv4_6() const {
+        heads(false);
+        patches(false);
+        const int64_t side = (int64_t) hparams.patch_size*hparams.n_merge;
+        want(hparams.image_size >= side && hparams.image_size % side == 0, "the patches that are merged must divide a picture's");
+        const int64_t n_pos = get("v.position_embd.weight")->ne[1];
+        want(n_pos >= 70*70, "there must be 70 x 70 positions");
+        shape("v.position_embd.weight", { n_embd, n_pos, 1, 1 });
+        type("v.position_embd.weight", { GGML_TYPE_F32 });
+        layers(false, false, true);
+        apart();
+        if (hparams.n_merge == 4) {
+            want(hparams.insert_layer_id >= 0 && hparams.insert_layer_id < hparams.n_layer, "the layer behind which patches merge must be there");
+            norm("v.vit_merger.ln1", n_embd);
+            for (const char * name : { "attn_q", "attn_k", "attn_v", "attn_out" }) {
+                linear(std::string("v.vit_merger.") + name, n_embd, n_embd);
+            }
+            norm("v.vit_merger.ds_ln", 4*n_embd);
+            linear("v.vit_merger.ds_ffn_down", linear("v.vit_merger.ds_ffn_up", 4*n_embd), n_embd);
+        }
+        norm("mm.input_norm", 4*n_embd);
+        linear("mm.down", linear("mm.up", 4*n_embd));
+    }
+};
+
+static void clip_mbq_check_other_tower(const clip_mbq_tower & known, projector_type type) {
+    const clip_mbq_other_tower tower(known);
+    switch (type) {
+        case PROJECTOR_TYPE_MLP:
+            tower.llava();
+            break;
+        case PROJECTOR_TYPE_GEMMA4V:
+            tower.gemma4();
+            break;
+        case PROJECTOR_TYPE_MINICPMV4_6:
+            tower.minicpmv4_6();
+            break;
+        default:
+            break;
+    }
+}
