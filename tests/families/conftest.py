@@ -28,6 +28,7 @@ LIKE_OTHERS = (
     "Qwen3.5-MoE",
     "Gemma 4",
     "Gemma 4 (experts)",
+    "MiniCPM-V 4.5",
 )  # the same code as a neighbour's; the suite has a minute for all families
 
 

@@ -57,3 +57,46 @@ def internvl(folder: Path) -> None:
         parts = [tensors.pop(name.replace("q_proj", part)) for part in PARTS]
         tensors[name.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
     save_file(tensors, weights, {"format": "pt"})
+
+
+MINICPMV_NAMES = (
+    (r"^(?:model\.language_model\.|language_model\.model\.)", "llm.model."),
+    (r"^(?:language_model\.)?lm_head", "llm.lm_head"),
+    (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "vpm."),
+    (r"^(?:model\.)?resampler\.", "resampler."),
+)
+
+
+def minicpmv(folder: Path, version: float) -> None:
+    """OpenBMB's MiniCPMV of ``version``: the language model's settings at the top, three matrices of the resampler's attention as one."""
+    config, pictures, tokens = (
+        json.loads((folder / name).read_text()) for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+    )
+    code = {"architectures": ["MiniCPMV"], "model_type": "minicpmv", "version": version}
+    code |= {"auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMVConfig", "AutoModel": "modeling_minicpmv.MiniCPMV"}}
+    vision = {name: value for name, value in config["vision_config"].items() if name not in ("architectures", "vision_use_head")}
+    own = {"query_num": config["query_num"], "image_size": 448, "patch_size": 14, "slice_mode": True, "drop_vision_last_layer": False}
+    text = config["text_config"]
+    text = {name: value for name, value in text.items() if name not in ("rope_parameters", "layer_types")} | {
+        "rope_theta": text["rope_parameters"]["rope_theta"]
+    }
+    published = text | code | own | {"vision_config": vision | {"model_type": "siglip"}}
+    (folder / "config.json").write_text(json.dumps(published))
+    pictures = {"norm_mean": [0.5] * 3, "norm_std": [0.5] * 3, "slice_mode": True, "use_image_id": True, **pictures}
+    pictures |= {"image_processor_type": "MiniCPMVImageProcessor", "version": version}
+    pictures |= {"auto_map": {"AutoImageProcessor": "image_processing_minicpmv.MiniCPMVImageProcessor"}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    tokens |= {"tokenizer_class": "MiniCPMVTokenizerFast"}
+    tokens |= {"auto_map": {"AutoTokenizer": [None, "tokenization_minicpmv_fast.MiniCPMVTokenizerFast"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    (weights,) = folder.glob("*.safetensors")
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(weights).items():
+        for pattern, theirs in MINICPMV_NAMES:
+            name = re.sub(pattern, theirs, name)
+        tensors[name] = tensor
+    for end in ("weight", "bias"):
+        parts = [tensors.pop(f"resampler.attn.in_proj_{part}.{end}") for part in "qkv"]
+        tensors[f"resampler.attn.in_proj_{end}"] = torch.cat(parts)
+    tensors["resampler.proj"] = tensors.pop("resampler.proj.weight").t().contiguous()
+    save_file(tensors, weights, {"format": "pt"})

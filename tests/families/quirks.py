@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from mbq_gguf.calibration.stream import takes_others
+from mbq_gguf.models import resampler
 from small import Small
 from torch import nn
 
@@ -123,6 +125,23 @@ class OthersKeys:
                 handle.remove()
 
 
+@dataclass(frozen=True)
+class Zero:
+    """What a function of a module of the converter gives is zero."""
+
+    module: ModuleType
+    name: str
+
+    @contextmanager
+    def ignored(self, small: Small) -> Iterator[None]:
+        kept = getattr(self.module, self.name)
+        setattr(self.module, self.name, lambda *args: torch.zeros_like(kept(*args)))
+        try:
+            yield
+        finally:
+            setattr(self.module, self.name, kept)
+
+
 def passed_by(_module: nn.Module, args: tuple[Any, ...], _out: Any) -> Any:
     return args[0]
 
@@ -168,6 +187,15 @@ QUIRKS: dict[str, list[Quirk]] = {
         Module(r"vision_tower\.vit_merger\.self_attn\.out_proj", nothing),
         Module(r"vision_tower\.vit_merger\.linear_2", nothing),
     ],
+    "MiniCPM-V 2.6": [
+        QKV_BIASES,
+        Zero(resampler, "nearest"),
+        Zero(resampler, "places"),
+        Held("resampler.query", 0.0),
+        Module(r"resampler\.ln_kv", passed_by),
+        Module(r"resampler\.ln_post", passed_by),
+    ],
+    "MiniCPM-V 4.5": [QK_NORMS],
     "Qwen3-VL-MoE": [QK_NORMS, Module(r".*mlp\.experts\.3", nothing)],
     "Qwen3.5-MoE": [SHARED],
     "GLM-4.5V": [SHARED, QKV_BIASES, Held("e_score_correction_bias", 0.0)],

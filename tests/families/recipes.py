@@ -6,11 +6,13 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from published import internvl
+from mbq_gguf.models.resampler import MiniCPMV
+from published import internvl, minicpmv
 from tokens import pieces, plain, spaced
 
 SEED = 0
@@ -43,8 +45,9 @@ class Recipe:
     tokenizer (``spaced``: one of Gemma's kind,
     ``pieces``: that with a tokenizer.model) and named in the configuration by ``token_ids``. ``other_names`` renames a key that
     transformers saves today to that of another kind of checkpoint: the published one, where it differs; ``other_form`` makes its tensors.
-    ``publish`` makes of the checkpoint one that only its authors' code reads. ``size`` is that of the picture, which neither side has to
-    resize; pictures of ``sizes`` must take as many tokens on both.
+    ``publish`` makes of the checkpoint one that only its authors' code reads; ``model`` makes the model where transformers has no class of
+    it. ``size`` is that of the picture, which neither side has to resize but to slice it; pictures of ``sizes`` must take as many tokens on
+    both.
     """
 
     model_type: str
@@ -58,6 +61,7 @@ class Recipe:
     other_names: Callable[[str], str] | None = None
     other_form: Callable[[Tensors], Tensors] | None = None
     publish: Callable[[Path], None] | None = None
+    model: Callable[[Any], Any] | None = None
     size: tuple[int, int] = (64, 96)
     sizes: tuple[tuple[int, int], ...] = ((100, 160), (192, 128))
 
@@ -167,6 +171,21 @@ GEMMA4 = Recipe(
     spaced=True,
     size=(480, 336),
     sizes=((100, 160), (700, 500)),
+)
+RESAMPLED = Recipe(
+    "llava",
+    {
+        "text_config": {**TEXT, "model_type": "qwen2", "hidden_size": 256, "num_attention_heads": 8},  # two heads of the resampler's 128
+        "vision_config": {**SIGLIP, "model_type": "siglip_vision_model", "vision_use_head": False, "image_size": 980, "patch_size": 14},
+        "query_num": 16,
+    },
+    {"max_slice_nums": 9, "scale_resolution": 112, "patch_size": 14},
+    specials=("<image>", "</image>", "<slice>", "</slice>", "<unk>"),
+    token_ids={"image_token_index": "<unk>"},
+    publish=partial(minicpmv, version=2.6),
+    model=MiniCPMV,
+    size=(224, 112),
+    sizes=((98, 126), (112, 500), (336, 224), (300, 30)),
 )
 # As E2B: its last layers take keys and values of the last ones of their kind before them and have twice the MLP, and each layer is given
 # something of each token. The runtime tells by a width of 1536 or 2560 that pictures do not see themselves, which others' do.
@@ -333,7 +352,13 @@ RECIPES = {
         specials=("<image>", "</image>", "<slice>", "</slice>", "<image_pad>"),
         token_ids={"image_token_id": "<image_pad>"},
         size=(112, 112),
-        sizes=((224, 112), (336, 224)),
+        sizes=((224, 112), (336, 224), (100, 40), (300, 30)),
+    ),
+    "MiniCPM-V 2.6": RESAMPLED,
+    "MiniCPM-V 4.5": replace(
+        RESAMPLED,
+        config=RESAMPLED.config | {"text_config": RESAMPLED.config["text_config"] | {"model_type": "qwen3"}},
+        publish=partial(minicpmv, version=4.5),
     ),
     "Mistral 3": Recipe(
         "mistral3",
@@ -420,7 +445,7 @@ def write(recipe: Recipe, folder: Path) -> Path:
     settings |= {name: ids[token] for name, token in recipe.token_ids.items()}
     config = AutoConfig.for_model(recipe.model_type, **settings)
     torch.manual_seed(SEED)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model = recipe.model(config) if recipe.model else AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Random norms and biases, so that what forgets one of them shows; larger linears, so that layers matter beside the residual.
@@ -430,6 +455,8 @@ def write(recipe: Recipe, folder: Path) -> Path:
                     parameter.mul_(0.4)  # Gemma 4 does not scale scores: keys chosen so sharply, by more layers, turn with any rounding
             elif "layers" in name or "blocks" in name:
                 parameter.mul_(4)
+            elif "resampler.attn.in_proj" in name:  # MiniCPM-V's, which would attend to all patches alike
+                parameter.mul_(3)
             elif "visual.vision_model.embeddings.position" in name:  # PaddleOCR-VL's, which would not show in its features
                 parameter.mul_(20)
             elif not parameter.any():  # Gemma 3's projector, behind which nothing would show

@@ -19,10 +19,11 @@ from mbq_gguf.export.checkpoint import names_of
 from mbq_gguf.export.clip_tower import CLIP, clip_class
 from mbq_gguf.export.gemma4 import ARCHITECTURE as GEMMA4
 from mbq_gguf.export.gemma4 import of_gemma4
+from mbq_gguf.export.minicpmv import text_class, vision_class
 from mbq_gguf.export.vocabulary import quicken
 from mbq_gguf.formats.gguf_types import import_from_tree, import_gguf
 from mbq_gguf.llama_cpp import paths
-from mbq_gguf.models import internvl
+from mbq_gguf.models import internvl, minicpmv
 from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.remote_code import runs_remote_code
 
@@ -99,6 +100,8 @@ def architecture(model_dir: Path, *, mmproj: bool) -> str:
         hparams = package.conversion.ModelBase.load_hparams(model_dir, False)
         kind = package.conversion.ModelType.MMPROJ if mmproj else package.conversion.ModelType.TEXT
         name = str(package.conversion.get_model_architecture(hparams, kind))
+    if version := minicpmv.version_of(hparams):
+        return minicpmv.ARCHITECTURE if mmproj else minicpmv.TEXTS[version][1]
     known = package.conversion.MMPROJ_MODEL_MAP if mmproj else package.conversion.TEXT_MODEL_MAP
     if name not in known:
         name = part_architecture(hparams, mmproj=mmproj) or name
@@ -134,8 +137,7 @@ def open_model(model_dir: Path, out: Path, *, file_type: str, mmproj: bool) -> A
     with quiet(), conversion_errors(model_dir):
         file_type_value = package.gguf.LlamaFileType[FILE_TYPES[file_type]]
         hparams = package.conversion.ModelBase.load_hparams(model_dir, False)
-        ours = mmproj and (hparams.get("vision_config") or {}).get("model_type") == CLIP
-        model_class = either_layout(clip_class(package) if ours else package.conversion.get_model_class(name, mmproj=mmproj))
+        model_class = either_layout(own_class(package, hparams, mmproj=mmproj) or package.conversion.get_model_class(name, mmproj=mmproj))
         if GEMMA4 in (hparams.get("architectures") or ()):
             model_class = of_gemma4(model_class, hparams)
         if mmproj and internvl.PUBLISHED in (hparams.get("architectures") or ()):
@@ -146,6 +148,13 @@ def open_model(model_dir: Path, out: Path, *, file_type: str, mmproj: bool) -> A
         if hasattr(model, "impl"):  # one that hands everything on to another (Mistral 3), whose methods are the ones to be changed
             model = either_layout(type(model.impl))(model_dir, file_type_value, out)
         return model
+
+
+def own_class(package: Package, hparams: Mapping[str, Any], *, mmproj: bool) -> Any | None:
+    """A class of ours for what the package has none for, or None."""
+    if version := minicpmv.version_of(hparams):
+        return (vision_class if mmproj else text_class)(package, version)
+    return clip_class(package) if mmproj and (hparams.get("vision_config") or {}).get("model_type") == CLIP else None
 
 
 def either_layout(model_class: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mbq_gguf.models import pictures
+from mbq_gguf.models import minicpmv, pictures
 from mbq_gguf.models.pictures import Picture
 
 
@@ -14,8 +14,8 @@ from mbq_gguf.models.pictures import Picture
 class Family:
     """VLMs of one kind: ``architectures`` are the class names in config.json, ``gguf`` what llama.cpp calls the language model.
 
-    Where one class has several kinds, what tells them stands behind it and a slash: the tower's model type, the language model's, or
-    a setting of that which is on.
+    Where one class has several kinds, what tells them stands behind it and a slash: the tower's model type, the language model's,
+    a setting of that which is on, or the version.
     ``limits`` says of something why it cannot be done, or not reliably, beyond what the layout tells.
     """
 
@@ -44,6 +44,8 @@ FAMILIES = (
     Family("Gemma 4 (experts)", ("Gemma4ForConditionalGeneration/enable_moe_block",), "gemma4", pictures.GEMMA4),
     Family("Gemma 4 (E2B, E4B)", ("Gemma4ForConditionalGeneration/hidden_size_per_layer_input",), "gemma4", pictures.GEMMA4),
     Family("MiniCPM-V 4.6", ("MiniCPMV4_6ForConditionalGeneration",), "qwen35", pictures.MINICPM),
+    Family("MiniCPM-V 2.6", (f"{minicpmv.ARCHITECTURE}/2.6",), "qwen2", pictures.RESAMPLED),
+    Family("MiniCPM-V 4.5", (f"{minicpmv.ARCHITECTURE}/4.5",), "qwen3", pictures.RESAMPLED),
     Family("Mistral 3", ("Mistral3ForConditionalGeneration",), "mistral3", pictures.PIXTRAL),
     Family("Pixtral", ("LlavaForConditionalGeneration",), "llama", pictures.PIXTRAL),
     Family("LLaVA-1.5", (f"LlavaForConditionalGeneration/{CLIP}",), "llama", pictures.LLAVA),
@@ -73,10 +75,11 @@ REFUSED = {
     "LlavaOnevisionForConditionalGeneration": "llama.cpp's conversion has no place for its tower, nor its runtime for its tiles",
     "QWenLMHeadModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of Qwen-VL alone",
     "ChatGLMModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of GLM-4V alone",
-    "CogVLMForCausalLM": NEEDS_CODE,
+    "CogVLMForCausalLM": f"{NEEDS_CODE}, no layout has matrices that a picture's tokens alone pass, and llama.cpp's conversion leaves "
+    "these out, nor has its runtime a place for CogVLM2's grouped heads and convolution",
     "DotsOCRForCausalLM": NEEDS_CODE,
     "MiniCPMV4_7ForConditionalGeneration": NO_RUNTIME,
-    "MiniCPMV": f"{NEEDS_CODE}, and llama.cpp converts it by scripts of another kind",
+    minicpmv.ARCHITECTURE: f"{NEEDS_CODE}, of which versions {' and '.join(minicpmv.TEXTS)} alone are known here without it",
     "InternVLChatModel/internlm2": "its language model, InternLM2, is no class of transformers",
     "InternVLChatModel/phi3": "its language model, Phi-3, has q, k and v in one matrix and no template for pictures here",
     "Qwen2_5OmniModel": "its language model lies among parts for speech",
@@ -90,7 +93,7 @@ def kind(architecture: str, config: Mapping[str, Any]) -> str:
     """The name by which the tables know models of an architecture whose config.json is ``config``."""
     parts = (config.get("text_config") or config.get("llm_config"), config.get("vision_config"))
     text, vision = (part if isinstance(part, dict) else {} for part in parts)
-    suffixes = (vision.get("model_type"), text.get("model_type"), *(name for name, value in text.items() if value))
+    suffixes = (vision.get("model_type"), text.get("model_type"), *(name for name, value in text.items() if value), config.get("version"))
     names = (f"{architecture}/{suffix}" for suffix in suffixes)
     return next((name for name in names if family_of(name) or name in REFUSED), architecture)
 

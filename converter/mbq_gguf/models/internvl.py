@@ -98,6 +98,13 @@ def configuration(model_dir: Path) -> Any:
     )
 
 
+def bare(model_dir: Path) -> Any:
+    """transformers' model of it, without weights where the default device is torch's meta device."""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_config(configuration(model_dir))
+
+
 def image_processor(model_dir: Path) -> Any:
     """transformers' image processor for it, which cuts pictures into tiles as the configuration says."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil

@@ -351,6 +351,8 @@ LAYOUTS = {
     "Gemma4ForConditionalGeneration/enable_moe_block": either(beside(GEMMA4), beside(KEYS_AS_VALUES)),
     "Gemma4ForConditionalGeneration/hidden_size_per_layer_input": SMALL_GEMMA4,
     "MiniCPMV4_6ForConditionalGeneration": HYBRID,
+    "MiniCPMV/2.6": replace(STANDARD, projector=r"resampler\.proj"),
+    "MiniCPMV/4.5": replace(STANDARD, projector=r"resampler\.proj"),
     "Gemma3ForConditionalGeneration": SANDWICH,
     "Mistral3ForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2", embeds=True),
     "LlavaForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2", embeds=True),

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from mbq_gguf.errors import UsageError, UserError, said
-from mbq_gguf.models import internvl
 from mbq_gguf.models.checks import check_finite, check_unquantised, check_whole, read_config, read_object, weight_files
 from mbq_gguf.models.decoder import check_layers, find_decoder
 from mbq_gguf.models.families import FAMILIES, REFUSED, family_of, kind
 from mbq_gguf.models.file_rows import leave_in_file
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, RuntimePrompt
+from mbq_gguf.models.published import PUBLISHED
 from mbq_gguf.models.remote_code import runs_remote_code
 from mbq_gguf.models.stored import Stored, read_into, stored_tensors, tensors_of
 from mbq_gguf.settings import TRUST
@@ -142,10 +142,11 @@ def _bare(model_dir: Path, architecture: str) -> Any:
     """The model's class with its configuration, on the meta device."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    published = architecture == internvl.PUBLISHED
     options = {"local_files_only": True, "trust_remote_code": runs_remote_code()}
     with model_errors(model_dir, architecture), torch.device("meta"):
-        config = internvl.configuration(model_dir) if published else AutoConfig.from_pretrained(str(model_dir), **options)
+        if architecture in PUBLISHED:
+            return PUBLISHED[architecture].bare(model_dir)
+        config = AutoConfig.from_pretrained(str(model_dir), **options)
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=runs_remote_code())
 
 
@@ -165,7 +166,7 @@ def _load_weights(model_dir: Path, architecture: str, files: Sequence[Path]) -> 
         model, info = type(bare).from_pretrained(
             None,
             config=bare.config,
-            state_dict=internvl.respelled(tensors) if architecture == internvl.PUBLISHED else tensors,
+            state_dict=PUBLISHED[architecture].respelled(tensors) if architecture in PUBLISHED else tensors,
             dtype="auto",
             output_loading_info=True,
             attn_implementation="sdpa",
@@ -189,9 +190,9 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
         image_prompt: ImagePrompt
         template: Any
         if family:
-            published = architecture == internvl.PUBLISHED
+            published = PUBLISHED.get(architecture)
             options = {"local_files_only": True, "backend": "pil", "trust_remote_code": runs_remote_code()}
-            images = internvl.image_processor(model_dir) if published else AutoImageProcessor.from_pretrained(path, **options)
+            images = published.image_processor(model_dir) if published else AutoImageProcessor.from_pretrained(path, **options)
             template = tokenizer
             image_prompt = RuntimePrompt(template, tokenizer, images, family.picture, image_token_id, model.config)
         else:

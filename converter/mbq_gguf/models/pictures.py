@@ -67,10 +67,21 @@ def crops(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piec
 
 def slices(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece]:
     """The whole picture, then its slices, row by row (MiniCPM-V)."""
-    first, *others = (features["target_sizes"].prod(-1) // (4 if processor.downsample_mode == "4x" else 16)).tolist()
+    return _sliced(
+        (features["target_sizes"].prod(-1) // (4 if processor.downsample_mode == "4x" else 16)).tolist(), features["grids"][0][1]
+    )
+
+
+def resampled(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece]:
+    """The same with as many tokens for each as the resampler has queries (MiniCPM-V until 4.5)."""
+    return _sliced([config.query_num] * len(features["target_sizes"]), features["grids"][0][1])
+
+
+def _sliced(counts: list[int], columns: int) -> list[Piece]:
+    first, *others = counts
     pieces: list[Piece] = ["<image>", first, "</image>"]
     for number, count in enumerate(others):
-        pieces += ["\n"] if number and number % features["grids"][0][1] == 0 else []
+        pieces += ["\n"] if number and number % columns == 0 else []
         pieces += ["<slice>", count, "</slice>"]
     return pieces
 
@@ -111,6 +122,7 @@ LLAVA = Picture(fixed("", "image_seq_length", ""), prepare=squared)
 SMOLVLM = Picture(tiles, ("pixel_values", "pixel_attention_mask"), options={"return_row_col_info": True})
 INTERNVL = Picture(crops, options={"crop_to_patches": True})
 MINICPM = Picture(slices, ("pixel_values", "target_sizes"))
+RESAMPLED = Picture(resampled, ("pixel_values", "target_sizes"))
 PIXTRAL = Picture(rows, ("pixel_values", "image_sizes"), inside=("[IMG_BREAK]",))
 GLM = Picture(grid("<|begin_of_image|>", "<|end_of_image|>"), ("pixel_values", "image_grid_thw"), "mm_token_type_ids")
 QWEN = Picture(grid("<|vision_start|>", "<|vision_end|>"), ("pixel_values", "image_grid_thw"), "mm_token_type_ids")

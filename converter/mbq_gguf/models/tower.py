@@ -212,6 +212,18 @@ GEMMA4 = TowerLayout(
     unturned="its blocks have norms after their branches",
 )
 MINICPM = replace(SIGLIP, path="vision_tower", exits=(), unturned="layers of another kind merge its patches between two blocks")
+RESAMPLED = replace(
+    SIGLIP,
+    path="vision_tower",
+    exits=(
+        Exit(
+            "",
+            "vision_tower.post_layernorm",
+            ("resampler.kv_proj",),
+            tuple((f"resampler.{name}",) for name in ("attn.in_proj_q", "attn.in_proj_k", "attn.in_proj_v", "attn.out_proj", "proj")),
+        ),
+    ),
+)
 CLIP = replace(
     SIGLIP,
     path="vision_tower",
@@ -268,6 +280,8 @@ TOWERS = {
     "Gemma4ForConditionalGeneration/enable_moe_block": GEMMA4,
     "Gemma4ForConditionalGeneration/hidden_size_per_layer_input": GEMMA4,
     "MiniCPMV4_6ForConditionalGeneration": MINICPM,
+    "MiniCPMV/2.6": RESAMPLED,
+    "MiniCPMV/4.5": RESAMPLED,
     "Mistral3ForConditionalGeneration": MISTRAL3,
     "LlavaForConditionalGeneration": PIXTRAL,
     "LlavaForConditionalGeneration/clip_vision_model": CLIP,
