@@ -18,6 +18,7 @@ from mbq_gguf.llama_cpp import paths
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "ggml_patch" / "src" / "ggml" / "src" / "ggml-cuda" / "mbq.cu"
 ROW_SCALE = SOURCE.with_name("mbq-w4a8.cu")
+ATTENTION = SOURCE.with_name("mbq-attention.cu")
 # Architecture -> the most registers and bytes of spills that any kernel may take; none of these lies in the loop over weights. 65536
 # registers are shared by 16 warps of mbq_mmv, which makes 128 for a thread, and by 12 of mbq_gemm, 168.
 BOUNDS: dict[str, dict[str, int]] = json.loads((HERE / "cuda_resources.json").read_text())
@@ -71,6 +72,17 @@ def test_row_scale_kernels_keep_within_registers(architecture: str, tmp_path: Pa
     for name, stores, loads, registers in kernels:
         assert int(registers) <= BOUNDS[architecture]["gemm_registers" if "mbq_w4a8_gemm" in name else "registers"], name
         assert int(stores) + int(loads) <= BOUNDS[architecture]["spill_bytes"], name
+
+
+@pytest.mark.slow
+def test_attention_keeps_within_registers(tmp_path: Path) -> None:
+    """12 seconds, so slow. Twelve warps begin with 168 registers a thread; setmaxnreg makes 240 of the consumers'."""
+    said = compile_kernels("90a", tmp_path, ATTENTION)
+    assert "serialized" not in said, "wgmma waits for registers after every instruction"
+    kernels = [kernel for kernel in FUNCTION.findall(said) if "mbq_attentionILi" in kernel[0]]
+    assert len(kernels) == 8, "heads of 64, 72, 80 and 128, with and without a mask"
+    assert {registers for *_, registers in kernels} == {"168"}
+    assert max(int(stores) + int(loads) for _, stores, loads, _ in kernels) <= 32, "4 registers, outside of the loop"
 
 
 def host_program(source: str, work: Path) -> Path:
@@ -285,6 +297,12 @@ def tower_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def tower_attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that compares attention with sums in double, and with upstream's kernel."""
+    return gpu_program("tower_attention", tmp_path_factory.mktemp("tower_attention"))
+
+
+@pytest.fixture(scope="module")
 def mbq_columns(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program that compares columns of MBQ products with the same columns alone, and fused nodes with the nodes by themselves."""
     return gpu_program("mbq_columns", tmp_path_factory.mktemp("mbq_columns"))
@@ -361,8 +379,21 @@ def test_blocks_of_a_tower_are_fused(tower_graphs: Path) -> None:
 
 
 @pytest.mark.gpu
+def test_attention_of_a_tower_is_as_exact_as_upstreams(tower_attention: Path) -> None:
+    """Heads of 64 to 128, tails, windows, numbers to add, scores of some hundred. The same bits each run, and for a picture alone.
+
+    The error against sums in double is at most 1.1 times upstream's, and at most 1e-3 of the output, what rounding queries and
+    probabilities to F16 leaves; 4e-3 with large scores.
+    """
+    done = subprocess.run([tower_attention], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert done.stdout.count("ok ") == 4 * (9 + 2 + 3) + 4
+    assert len(set(re.findall(r"ours (\d)", done.stdout))) == 1, "on Hopper our kernel takes all, elsewhere none"
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-@pytest.mark.parametrize("program", ["mbq_columns", "row_scale_products", "row_scale_graphs", "tower_graphs"])
+@pytest.mark.parametrize("program", ["mbq_columns", "row_scale_products", "row_scale_graphs", "tower_graphs", "tower_attention"])
 def test_programs_under_the_sanitizer(program: str, tool: str, request: pytest.FixtureRequest) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:

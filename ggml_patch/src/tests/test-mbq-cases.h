@@ -57,7 +57,14 @@ struct test_row_scale : public test_case {
     }
 };
 
-static void add_row_scale_cases(std::vector<std::unique_ptr<test_case>> & cases) {
+static void add_mbq_cases(std::vector<std::unique_ptr<test_case>> & cases) {
+    // Attention as vision towers have it: keys and values of their own, not views into a cache; upstream's cases have none such (-o FLASH_ATTN_EXT)
+    for (int64_t d : { 64, 72, 80, 128 }) {
+        for (int64_t pictures : { 1, 3 }) {
+            cases.emplace_back(new test_flash_attn_ext(d, d, 4, { 1, pictures }, 113,  75, false, false, 0, 0, GGML_PREC_F32, GGML_TYPE_F16, GGML_TYPE_F16, { 0, 1, 2, 3 }, false));
+            cases.emplace_back(new test_flash_attn_ext(d, d, 4, { 1, pictures }, 512, 130, true,  false, 0, 0, GGML_PREC_F32, GGML_TYPE_F16, GGML_TYPE_F16, { 0, 1, 2, 3 }, false));
+        }
+    }
     for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0 }) {
         for (int64_t k : { 64, 576, 1536 }) {
             for (int64_t n : { 1, 2, 8, 9, 33, 300 }) {

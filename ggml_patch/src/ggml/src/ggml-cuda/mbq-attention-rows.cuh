@@ -1,0 +1,159 @@
+#pragma once
+
+// The consumer's half of mbq_attention (mbq-attention.cuh): scores, softmax and output of 64 queries in the registers of four warps.
+
+#include "mbq-attention-wgmma.cuh"
+
+static constexpr int MBQ_ATTENTION_Q     = 128; // queries of a CTA
+static constexpr int MBQ_ATTENTION_KEYS  = 128; // of a tile
+static constexpr int MBQ_ATTENTION_TILES = 512; // with a mask at most
+static constexpr int MBQ_ATTENTION_THREADS = 384;
+
+template <int D> struct mbq_attention_shape {
+    static constexpr int SLICES = (D + 15)/16;
+    static constexpr int SLICE_BYTES = MBQ_ATTENTION_KEYS*32;
+    static constexpr int TILE_BYTES  = SLICES*SLICE_BYTES;
+    static constexpr int SMEM = 1024 + 4*TILE_BYTES;
+};
+
+struct mbq_attention_args {
+    const char * q;
+    const char * mask;      // F16, or nullptr
+    const uint8_t * seen;   // of each tile of the mask: MBQ_MASK_*
+    float * dst;            // [D, heads, queries, samples]
+    int queries, keys, heads;
+    int mask_samples;
+    int64_t q_row, q_head, q_sample, mask_row, mask_sample; // bytes
+    float scale;            // log2(e) included
+};
+
+#ifdef MBQ_WGMMA
+
+// 64 queries of four warps. A lane has rows g = lane/4 and g + 8 of its warp's 16: scores s[4*i + 2*r + c] of row g + 8*r and key 8*i + lane%4*2 + c, and
+// the same of the output.
+template <int D, bool masked> struct mbq_attention_rows {
+    using shape = mbq_attention_shape<D>;
+    static constexpr int N = MBQ_ATTENTION_KEYS;
+
+    uint32_t q[shape::SLICES][4], p[N/16][4];
+    float s[N/2], o[shape::SLICES*8];
+    float top[2] = { -INFINITY, -INFINITY }, sum[2] = { 0.0f, 0.0f };
+    int row; // of all queries
+
+    __device__ __forceinline__ void load(const mbq_attention_args & args) {
+        const int t = threadIdx.x % 4;
+        row = blockIdx.x*MBQ_ATTENTION_Q + threadIdx.x/32*16 + threadIdx.x%32/4;
+#pragma unroll
+        for (int j = 0; j < shape::SLICES; ++j) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int r = row + i%2*8, column = j*16 + i/2*8 + 2*t;
+                float2 x = make_float2(0.0f, 0.0f);
+                if (r < args.queries && (D % 16 == 0 || column < D)) {
+                    x = *(const float2 *) (args.q + r*args.q_row + blockIdx.y*args.q_head + blockIdx.z*args.q_sample + column*sizeof(float));
+                }
+                q[j][i] = mbq_pack_half2(x.x*args.scale, x.y*args.scale);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < shape::SLICES*8; ++i) {
+            o[i] = 0.0f;
+        }
+    }
+
+    // S = Q K, on its way
+    __device__ __forceinline__ void scores(const uint32_t k) {
+        mbq_settled(s);
+        mbq_settled(o);
+        asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
+        mbq_attention_wgmma<0, 0>(s, q[0], mbq_attention_operand(k, 16));
+#pragma unroll
+        for (int j = 1; j < shape::SLICES; ++j) {
+            mbq_attention_wgmma<1, 0>(s, q[j], mbq_attention_operand(k + j*shape::SLICE_BYTES, 16));
+        }
+        asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
+    }
+
+    // O += P V, on its way
+    __device__ __forceinline__ void values(const uint32_t v) {
+        asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
+#pragma unroll
+        for (int j = 0; j < N/16; ++j) {
+            mbq_attention_wgmma<1, 1>(o, p[j], mbq_attention_operand(v + j*512, shape::SLICE_BYTES));
+        }
+        asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
+    }
+
+    // Scores of keys from `key` on become exp2(score - the largest so far); `less` is what sums and output of before are to be multiplied by.
+    __device__ __forceinline__ void soften(const mbq_attention_args & args, const int key, const bool add, float (&less)[2]) {
+        mbq_settled(s);
+        const int first = key + threadIdx.x%4*2;
+        if (masked && add) {
+            const char * mask = args.mask + blockIdx.z%args.mask_samples*args.mask_sample;
+#pragma unroll
+            for (int i = 0; i < N/4; ++i) { // pairs; their number is even
+                const int at = first + i/2*8;
+                if (at < args.keys) {
+                    const float2 m = __half22float2(*(const half2 *) (mask + min(row + i%2*8, args.queries - 1)*args.mask_row + at*2));
+                    s[2*i]     = fmaf(m.x, 1.44269504f, s[2*i]);
+                    s[2*i + 1] = fmaf(m.y, 1.44269504f, s[2*i + 1]);
+                }
+            }
+        }
+        if (key + N > args.keys) {
+#pragma unroll
+            for (int i = 0; i < N/2; ++i) {
+                s[i] = first + i/4*8 + i%2 < args.keys ? s[i] : -INFINITY;
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float m = top[r];
+#pragma unroll
+            for (int i = 0; i < N/8; ++i) {
+                m = fmaxf(m, fmaxf(s[4*i + 2*r], s[4*i + 2*r + 1]));
+            }
+            m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFF, m, 1));
+            m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFF, m, 2));
+            const float base = masked && m == -INFINITY ? 0.0f : m; // nothing seen yet
+            less[r] = mbq_exp2(top[r] - base);
+            top[r]  = m;
+            float even = 0.0f, odd = 0.0f;
+#pragma unroll
+            for (int i = 0; i < N/8; ++i) {
+                even += s[4*i + 2*r]     = mbq_exp2(s[4*i + 2*r]     - base);
+                odd  += s[4*i + 2*r + 1] = mbq_exp2(s[4*i + 2*r + 1] - base);
+            }
+            sum[r] = sum[r]*less[r] + (even + odd);
+        }
+    }
+
+    __device__ __forceinline__ void to_f16() {
+#pragma unroll
+        for (int j = 0; j < N/16; ++j) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                p[j][i] = mbq_pack_half2(s[8*j + 2*i], s[8*j + 2*i + 1]);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void store(const mbq_attention_args & args) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float all = sum[r];
+            all += __shfl_xor_sync(0xFFFFFFFF, all, 1);
+            all += __shfl_xor_sync(0xFFFFFFFF, all, 2);
+            const float scale = all > 0.0f ? 1.0f/all : 0.0f;
+            if (row + 8*r < args.queries) {
+                float * dst = args.dst + (((int64_t) blockIdx.z*args.queries + row + 8*r)*args.heads + blockIdx.y)*D + threadIdx.x%4*2;
+#pragma unroll
+                for (int i = 0; i < D/8; ++i) {
+                    *(float2 *) (dst + 8*i) = make_float2(o[4*i + 2*r]*scale, o[4*i + 2*r + 1]*scale);
+                }
+            }
+        }
+    }
+};
+
+#endif // MBQ_WGMMA
