@@ -60,6 +60,7 @@ static bool aifs_add_rows(server_slot & slot, server_batch & batch, int32_t n_ba
     const float * embd = slot.mbatch ? mtmd_batch_get_output_embd(slot.mbatch.get(), chunk.get()) : nullptr;
     if (!embd) {
         // encode on the worker thread, so that metrics tasks are still handled
+        if (slot.mbatch) { aifs_kept.push_back(std::move(slot.mbatch)); } // its rows are in the batch, perhaps
         int32_t res = 0;
         queue.yield_to_queue([&]() {
             res = encode_mtmd_chunk(slot, slot.mbatch, idx);
@@ -76,8 +77,10 @@ static bool aifs_add_rows(server_slot & slot, server_batch & batch, int32_t n_ba
     for (; slot.aifs_rows < n_rows && batch.size() < n_batch; slot.aifs_rows++) {
         llama_pos pos[GGML_MROPE_SECTIONS];
         mtmd_aifs_row_pos(slot.mctx, chunk.get(), pos_0, slot.aifs_rows, pos);
-        const bool ok = batch.add_embd(slot.id, embd + (size_t) slot.aifs_rows*batch.n_embd, pos, /* output */ false, /* is_prompt */ true);
-        GGML_ASSERT(ok);
+        // not add_embd(): the row stays where the tower has put it
+        batch.tokens.push_back({ slot.id, LLAMA_TOKEN_NULL, { pos[0], pos[1], pos[2], pos[3] }, /* output */ false, /* is_prompt */ true });
+        batch.tokens.back().i_embd  = 0;
+        batch.tokens.back().row     = embd + (size_t) slot.aifs_rows*batch.n_embd;
         batch.tokens.back().picture = mtmd_input_chunk_get_type(chunk.get()) == MTMD_INPUT_CHUNK_TYPE_IMAGE ? mtmd_aifs_picture() : 0;
     }
     if (slot.aifs_rows == n_rows) {
