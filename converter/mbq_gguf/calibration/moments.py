@@ -46,6 +46,7 @@ class Replay:
         self.batches = list(batches(streams, layer.index))
         self.branches = {branch.writer: branch for branch in layer.layout.branches}
         self.routed: dict[str, Moments] = {}  # of experts whose stage has been run, by site
+        self.summed = 0  # bytes of the sums at hand, which rounding takes over
         self.kept: dict[str, dict[int, torch.Tensor]] = {}  # by the last linear's name, then the batch's number [1, tokens, columns]
         self.handed: dict[int, Parts] = {}  # keys and values for later layers, by the batch's number, where a run has come past them
         self.kept_with: dict[str, list[int]] = {}  # the parameters that decided them, as _decisive tells
@@ -71,12 +72,14 @@ class Replay:
                 parts["difference"] = torch.cat(of_batches[number]).to(x).sub_(x).mul_(root)
             return parts
 
+        self.summed = 0
         square: Sum | None = None
         cross: Sum | None = None
         for parts in self._of_inputs(site, rooted_input):
             if square is None:
                 square = Sum.like(parts["rooted"])
                 cross = None if originals is None else Sum.like(parts["rooted"])
+                self.summed = sum(each.total.nbytes for each in (square, cross) if each is not None)
             square.add_square(parts["rooted"])
             if cross is not None:
                 cross.add(parts["difference"], parts["rooted"])
@@ -130,7 +133,7 @@ class Replay:
             if handed:  # anew by each run, until attention is entered behind them
                 self.handed[number] = {name: kept(pair) for name, pair in handed.items()}
             if name in self.branches:
-                reached[number] = kept(x)
+                reached[number] = kept(x, there=self.summed)
             return compute(number, x[0].float())
 
         for _, parts in spread(range(len(self.batches)), run):

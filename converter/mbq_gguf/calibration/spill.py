@@ -46,12 +46,12 @@ def spilling(limit: int, folder: Path, card: int | None = None) -> Iterator[Room
         _rooms.pop()
 
 
-def kept(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def kept(x: torch.Tensor, dtype: torch.dtype | None = None, there: int = 0) -> torch.Tensor:
     """``x`` where it can wait, in ``dtype`` (None: its own): where it is, or on the host where a card has no room, or in a file where
-    memory has ended. UserError where the disk has, too."""
+    memory has ended; ``there`` are bytes on a card of what it is to have room for. UserError where the disk has ended, too."""
     size = x.numel() * (dtype or x.dtype).itemsize
     room = _rooms[-1] if _rooms else None
-    if x.device.type == "cuda" and room and room.card is not None and room.card + size <= available(x.device):
+    if x.device.type == "cuda" and room and room.card is not None and room.card + size <= available(x.device) + there:
         return x.to(dtype=dtype)
     if room is None or size < SMALLEST or own() + size <= room.limit:
         return x.to(device="cpu", dtype=dtype)
