@@ -363,12 +363,14 @@ def test_products_share_what_is_quantised_and_fused(row_scale_graphs: Path) -> N
 def test_blocks_of_a_tower_are_fused(tower_graphs: Path) -> None:
     """LayerNorm and GELUs with quantising, biases and the residual stream in the products: the bits of the graph run node by node.
 
+    LayerNorm in floats too; rotary embeddings: those of upstream's kernel.
+
     The counts are Hopper's.
     """
     done = subprocess.run([tower_graphs], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     counts = {name: tuple(map(int, words.split())) for name, words in re.findall(r"^ok (.*): ([\d ]+)$", done.stdout, re.MULTILINE)}
-    assert len(counts) == 2 * (3 * 6 + 4 + 4 + 2) + 5 + 2
+    assert len(counts) == 2 * (3 * 6 + 4 + 4 + 2) + 5 + 2 + 3 + 3
     blocks = {name: found for name, found in counts.items() if name.startswith("blocks")}
     for name, found in blocks.items():  # of each block: attention's output, two norms, a GELU; q, k, v, up and down find theirs
         columns, width = int(name.split()[-1]), int(name.split()[3])

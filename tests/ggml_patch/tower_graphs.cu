@@ -1,5 +1,5 @@
 // Graphs of a vision tower's weights with one scale a row on every GPU, against the same graphs node by node (row_scale_builder.h): LayerNorm and GELU fused
-// with quantising, biases and the residual stream added by the products. With an argument only small ones, for the sanitizer. Run by test_cuda.py.
+// with quantising, biases and the residual stream added by the products; norms in floats and rotary embeddings. With an argument only small ones, for the sanitizer. Run by test_cuda.py.
 
 #include "row_scale_builder.h"
 
@@ -85,6 +85,35 @@ static int check_casts(ggml_backend_t backend, const int64_t head, const int64_t
     return check(backend, "casts " + std::to_string(head) + " " + std::to_string(heads) + " " + std::to_string(n), b);
 }
 
+// LayerNorm that no product of such weights reads: one kernel too; columns apart from each other, one of them read twice
+static int check_norms(ggml_backend_t backend, const int64_t k, const int64_t n) {
+    builder b;
+    ggml_tensor * wide = ggml_scale(b.nodes, b.floats(k + 3, n), 0.5f);
+    b.output(b.layer_norm(ggml_view_2d(b.nodes, wide, k, n, wide->nb[1], sizeof(float))));
+    ggml_tensor * x = ggml_scale(b.nodes, b.floats(k, n), 2.0f);
+    b.output(b.layer_norm(x));
+    ggml_tensor * y = b.layer_norm(ggml_add(b.nodes, x, b.outputs[0]));
+    b.output(ggml_add(b.nodes, y, ggml_gelu(b.nodes, y)));
+    return check(backend, "norms " + std::to_string(k) + " " + std::to_string(n), b);
+}
+
+// The rotary embedding of towers (mbq-rope.cuh) against upstream's, which takes heads that are no multiples of 16 bytes apart: where they differ in a bit, the
+// logarithm is of a negative number
+static int check_rope(ggml_backend_t backend, const int64_t head, const int64_t heads, const int64_t n) {
+    builder b;
+    ggml_tensor * pos  = ggml_cast(b.nodes, ggml_scale(b.nodes, ggml_sqr(b.nodes, b.floats(4*n, 1)), 20.0f), GGML_TYPE_I32);
+    ggml_tensor * wide = ggml_scale(b.nodes, b.floats((head + 2)*heads, n), 0.5f);
+    ggml_tensor * odd  = ggml_view_3d(b.nodes, wide, head, heads, n, (head + 2)*sizeof(float), wide->nb[1], 0);
+    int sections[4] = { (int) head/4, (int) head/4, (int) head/4, (int) head/4 };
+    const auto turned = [&](ggml_tensor * x) {
+        return ggml_rope_multi(b.nodes, x, pos, nullptr, head/2, sections, GGML_ROPE_TYPE_VISION, 32768, 10000.0f, 1.0f, 0.0f, 1.0f, 32.0f, 1.0f);
+    };
+    ggml_tensor * upstream = b.output(turned(odd));
+    ggml_tensor * own = b.output(turned(ggml_cont(b.nodes, odd)));
+    b.output(ggml_log(b.nodes, ggml_scale_bias(b.nodes, ggml_sqr(b.nodes, ggml_sub(b.nodes, own, upstream)), -1e37f, 1.0f)));
+    return check(backend, "rope " + std::to_string(head) + " " + std::to_string(heads) + " " + std::to_string(n), b);
+}
+
 int main(int argc, char **) {
     const bool small = argc > 1;
     int bad = 0;
@@ -110,6 +139,8 @@ int main(int argc, char **) {
         }
         for (const int64_t n : { 2, 8, 9, 64, 300 }) { bad += check_read(backend, n); }
         bad += check_casts(backend, 80, 16, 300) + check_casts(backend, 6, 3, 5);
+        bad += check_norms(backend, 1280, 77) + check_norms(backend, 80, 1) + check_norms(backend, 1025, 5);
+        bad += check_rope(backend, 80, 16, 300) + check_rope(backend, 64, 12, 77) + check_rope(backend, 72, 3, 1);
         ggml_backend_free(backend);
     }
     printf("%d graphs wrong\n", bad);

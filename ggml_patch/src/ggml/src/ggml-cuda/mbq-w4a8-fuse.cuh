@@ -18,7 +18,7 @@ struct mbq_w4a8_fused_args {
     float * out;       // floats too; nullptr: nobody reads them
     int64_t x_column, y_column, out_column; // elements
     float eps;
-    int4  * q;
+    int4  * q;         // nullptr: floats alone, of LayerNorm
     float * scale;
     int   * flags;
     int n_flags, K, padded;
@@ -135,7 +135,9 @@ static __global__ void __launch_bounds__(256, MBQ_W4A8_CTAS(4)) mbq_w4a8_layer_n
             args.out[blockIdx.x*args.out_column + i] = v;
         }
     }
-    mbq_w4a8_quantize_shared<tiled>(args, mbq_column, amax);
+    if (args.q) {
+        mbq_w4a8_quantize_shared<tiled>(args, mbq_column, amax);
+    }
 }
 
 static size_t mbq_w4a8_room(const ggml_backend_cuda_context & ctx) { // bytes of a column in shared memory
@@ -201,6 +203,21 @@ static mbq_w4a8_fused_args mbq_w4a8_hold_fused(ggml_backend_cuda_context & ctx, 
     return args;
 }
 
+// LayerNorm with weight and bias, whose result no such product reads: in floats, in one kernel instead of three
+static mbq_w4a8_fused_args mbq_w4a8_floats_alone(const ggml_tensor * out) {
+    mbq_w4a8_fused_args args = {};
+    args.out        = (float *) out->data;
+    args.out_column = out->ne[0];
+    args.K          = out->ne[0];
+    args.padded     = GGML_PAD(out->ne[0], 256);
+    return args;
+}
+
+static bool mbq_w4a8_can_be_alone(const ggml_backend_cuda_context & ctx, const ggml_tensor * x, const ggml_tensor * out) {
+    return out->type == GGML_TYPE_F32 && ggml_is_contiguous(out) && out->ne[2]*out->ne[3] == 1 && GGML_PAD(out->ne[0], 256)*sizeof(float) <= mbq_w4a8_room(ctx) &&
+        ((x->data == out->data && x->nb[1] == out->nb[1]) || !mbq_w4a8_overlap(x, out)); // a CTA has read its column before it writes it
+}
+
 // NORM or RMS_NORM, MUL by a weight and, behind NORM, ADD of a bias: how many nodes behind i have run with it
 static int mbq_w4a8_fuse_norm(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const int n_flags) {
     const ggml_tensor * norm = graph->nodes[i];
@@ -223,10 +240,12 @@ static int mbq_w4a8_fuse_norm(ggml_backend_cuda_context & ctx, const ggml_cgraph
         return 0;
     }
     const mbq_w4a8_fusion f = mbq_w4a8_readers_of(ctx, graph, i + behind);
-    if (f.readers.count == 0) {
+    const bool alone = f.readers.count == 0;
+    const ggml_tensor * out = graph->nodes[i + behind];
+    if (alone && (behind != 2 || !mbq_w4a8_can_be_alone(ctx, x, out) || mbq_w4a8_overlap(read[0], out) || mbq_w4a8_overlap(read[1], out))) {
         return 0;
     }
-    mbq_w4a8_fused_args args = mbq_w4a8_hold_fused(ctx, f, n_flags);
+    mbq_w4a8_fused_args args = alone ? mbq_w4a8_floats_alone(out) : mbq_w4a8_hold_fused(ctx, f, n_flags);
     args.x        = (const float *) x->data;
     args.y        = (const float *) read[0]->data;
     args.z        = read[1] ? (const float *) read[1]->data : nullptr;

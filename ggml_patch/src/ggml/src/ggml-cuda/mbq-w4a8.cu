@@ -144,7 +144,7 @@ int ggml_cuda_w4a8_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
     }
     const int n_flags = mbq_w4a8_n_flags(ctx, MBQ_W4A8_TILES);
     if (const int behind = mbq_w4a8_fuse_norm(ctx, graph, i, n_flags)) {
-        mbq_w4a8_counts[GGML_CUDA_W4A8_NORM]++;
+        mbq_w4a8_counts[GGML_CUDA_W4A8_NORM] += inputs.memory.has_value();
         return behind;
     }
     const int made = mbq_w4a8_fuse_activation(ctx, graph, i, n_flags);

@@ -1,6 +1,7 @@
 #include "mbq.cuh"
 #include "unary.cuh"
 #include "mbq-launch.cuh"
+#include "mbq-rope.cuh"
 #include "ggml-mbq-common.h"
 
 #include <climits>
@@ -233,4 +234,12 @@ void ggml_cuda_mbq_mul_mat_vec(ggml_backend_cuda_context & ctx, const ggml_tenso
     }
     const auto launch = mbq_with_layout(src0->type, [](auto layout) { return &mbq_launch_mmv<decltype(layout), 0>; });
     GGML_ASSERT(launch(ctx, args, ids ? ne1 : ne12, ids ? ne2 : ne13));
+}
+
+bool ggml_cuda_mbq_rope(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const bool takes = mbq_rope_takes(dst);
+    if (takes) {
+        mbq_rope_run(ctx, dst);
+    }
+    return takes;
 }

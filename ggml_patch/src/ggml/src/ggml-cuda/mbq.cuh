@@ -31,6 +31,9 @@ void ggml_cuda_mbq_mul_mat_vec(ggml_backend_cuda_context & ctx, const ggml_tenso
 
 void ggml_cuda_mbq_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
+// ROPE of a vision tower. False: the caller goes on with upstream's.
+bool ggml_cuda_mbq_rope(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+
 // FLASH_ATTN_EXT as vision towers have it, on Hopper. False: the caller goes on with its own kernels.
 bool ggml_cuda_mbq_attention(ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
 
