@@ -100,3 +100,14 @@ def minicpmv(folder: Path, version: float) -> None:
         tensors[f"resampler.attn.in_proj_{end}"] = torch.cat(parts)
     tensors["resampler.proj"] = tensors.pop("resampler.proj.weight").t().contiguous()
     save_file(tensors, weights, {"format": "pt"})
+
+
+def dots_ocr(folder: Path) -> None:
+    """rednote-hilab's DotsOCRForCausalLM: tensors have these names already."""
+    config = json.loads((folder / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in ("rope_parameters", "layer_types", "dtype")}
+    config |= {"architectures": ["DotsOCRForCausalLM"], "model_type": "dots_ocr", "rope_theta": 10000.0, "rope_scaling": None}
+    config |= {
+        "auto_map": {"AutoConfig": "configuration_dots.DotsOCRConfig", "AutoModelForCausalLM": "modeling_dots_ocr.DotsOCRForCausalLM"}
+    }
+    (folder / "config.json").write_text(json.dumps(config))

@@ -215,6 +215,11 @@ QUIRKS: dict[str, list[Quirk]] = {
     "Gemma 4 (experts)": [Module(r".*\.experts\.3", nothing), Held("per_expert_scale", 1.0), Held("router.scale", 1.0)],
     "GLM-4.1V": [QKV_BIASES, *GLM_NORMS, PARTIAL],
     "GLM-OCR": [*GLM_NORMS, PARTIAL],
+    "dots.ocr": [
+        Module(r"layers\..*self_attn\.[qkv]_proj", without_bias),
+        Module(r"vision_tower\.patch_embed\.patchifier\.norm", passed_by),
+        Module(r"vision_tower\.post_trunk_norm", passed_by),
+    ],
     "PaddleOCR-VL": [
         Input("mm_token_type_ids"),
         Held("embeddings.position_embedding.weight", 0.0),

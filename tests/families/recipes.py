@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mbq_gguf.models.dots_tower import DotsOCR
 from mbq_gguf.models.resampler import MiniCPMV
-from published import internvl, minicpmv
+from published import dots_ocr, internvl, minicpmv
 from tokens import pieces, plain, spaced
 
 SEED = 0
@@ -46,8 +47,8 @@ class Recipe:
     ``pieces``: that with a tokenizer.model) and named in the configuration by ``token_ids``. ``other_names`` renames a key that
     transformers saves today to that of another kind of checkpoint: the published one, where it differs; ``other_form`` makes its tensors.
     ``publish`` makes of the checkpoint one that only its authors' code reads; ``model`` makes the model where transformers has no class of
-    it. ``size`` is that of the picture, which neither side has to resize but to slice it; pictures of ``sizes`` must take as many tokens on
-    both.
+    it, ``flat`` has the language model's settings beside the others. ``size`` is that of the picture, which neither side has to resize but
+    to slice it; pictures of ``sizes`` must take as many tokens on both.
     """
 
     model_type: str
@@ -62,6 +63,7 @@ class Recipe:
     other_form: Callable[[Tensors], Tensors] | None = None
     publish: Callable[[Path], None] | None = None
     model: Callable[[Any], Any] | None = None
+    flat: bool = False
     size: tuple[int, int] = (64, 96)
     sizes: tuple[tuple[int, int], ...] = ((100, 160), (192, 128))
 
@@ -414,6 +416,24 @@ RECIPES = {
         token_ids=GLM_IDS,
         size=(56, 84),
     ),
+    "dots.ocr": Recipe(
+        "qwen2",
+        {
+            "text_config": TEXT,
+            "vision_config": {"embed_dim": 128, "hidden_size": 128, "intermediate_size": 176, "num_hidden_layers": 3, "patch_size": 14}
+            | {"num_attention_heads": 4, "num_channels": 3, "spatial_merge_size": 2, "temporal_patch_size": 1, "rms_norm_eps": 1e-5}
+            | {"use_bias": False, "post_norm": True, "is_causal": False},
+        },
+        NORMAL
+        | {"patch_size": 14, "temporal_patch_size": 1, "merge_size": 2, "min_pixels": 3136, "max_pixels": 50176}
+        | {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "DotsVLProcessor"},
+        specials=("<|img|>", "<|endofimg|>", "<|imgpad|>"),
+        token_ids={"image_token_id": "<|imgpad|>"},
+        publish=dots_ocr,
+        model=DotsOCR,
+        flat=True,
+        size=(56, 84),
+    ),
     "PaddleOCR-VL": Recipe(
         "paddleocr_vl",
         {"text_config": {**TEXT, "rope_parameters": MROPE}, "vision_config": {**SIGLIP, "image_size": 56, "patch_size": 14}},
@@ -443,6 +463,8 @@ def write(recipe: Recipe, folder: Path) -> Path:
     text = {"vocab_size": size, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2} | settings["text_config"]
     settings["text_config"] = text | ({"vocab_size_per_layer_input": size} if text.get("hidden_size_per_layer_input") else {})
     settings |= {name: ids[token] for name, token in recipe.token_ids.items()}
+    if recipe.flat:
+        settings |= settings.pop("text_config")
     config = AutoConfig.for_model(recipe.model_type, **settings)
     torch.manual_seed(SEED)
     model = recipe.model(config) if recipe.model else AutoModelForImageTextToText.from_config(config, dtype=torch.float32)

@@ -115,12 +115,12 @@ class Small:
     @contextmanager
     def all_chosen(self) -> Iterator[Path]:
         """Within the block each token goes to all experts, in the model and in the checkpoint that is given; without experts, as ever."""
-        text = self.loaded.config.text_config  # which Gemma 4's routers ask
         routers = [module for module in self.loaded.decoder.module.modules() if hasattr(module, "top_k")]
         setting = "num_experts_per_tok" if routers else "top_k_experts"
         if not self.loaded.decoder.layout.stacks:
             yield self.directory
             return
+        text = self.loaded.config.text_config  # which Gemma 4's routers ask
         folder, experts = self.folder / "all-chosen", self.recipe.config["text_config"]["num_experts"]
         if not folder.is_dir():
             folder.mkdir()

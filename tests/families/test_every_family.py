@@ -211,6 +211,7 @@ def test_a_changed_tower_gives_the_same_features(small: Small) -> None:
 UNTURNED = (
     "LLaVA-1.5",
     "PaddleOCR-VL",
+    "dots.ocr",
     "Gemma 3",
     "Gemma 4",
     "Gemma 4 (experts)",

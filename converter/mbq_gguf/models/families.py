@@ -51,6 +51,7 @@ FAMILIES = (
     Family("LLaVA-1.5", (f"LlavaForConditionalGeneration/{CLIP}",), "llama", pictures.LLAVA),
     Family("GLM-4.1V", ("Glm4vForConditionalGeneration",), "glm4", pictures.GLM),
     Family("GLM-OCR", ("GlmOcrForConditionalGeneration",), "glm4", pictures.GLM),
+    Family("dots.ocr", ("DotsOCRForCausalLM",), "qwen2", pictures.DOTS),
     Family("PaddleOCR-VL", ("PaddleOCRVLForConditionalGeneration",), "paddleocr", pictures.PADDLE),
 )
 
@@ -77,7 +78,6 @@ REFUSED = {
     "ChatGLMModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of GLM-4V alone",
     "CogVLMForCausalLM": f"{NEEDS_CODE}, no layout has matrices that a picture's tokens alone pass, and llama.cpp's conversion leaves "
     "these out, nor has its runtime a place for CogVLM2's grouped heads and convolution",
-    "DotsOCRForCausalLM": NEEDS_CODE,
     "MiniCPMV4_7ForConditionalGeneration": NO_RUNTIME,
     minicpmv.ARCHITECTURE: f"{NEEDS_CODE}, of which versions {' and '.join(minicpmv.TEXTS)} alone are known here without it",
     "InternVLChatModel/internlm2": "its language model, InternLM2, is no class of transformers",

@@ -359,6 +359,7 @@ LAYOUTS = {
     "LlavaForConditionalGeneration/clip_vision_model": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
     "Glm4vForConditionalGeneration": GLM,
     "GlmOcrForConditionalGeneration": GLM,
+    "DotsOCRForCausalLM": replace(STANDARD, projector=r"vision_tower\.merger\.mlp\.2"),
     "PaddleOCRVLForConditionalGeneration": replace(STANDARD, projector=r"projector\.linear_2"),
 }
 ROTATABLE = tuple(name for name, layout in LAYOUTS.items() if layout.no_rotation() is None)

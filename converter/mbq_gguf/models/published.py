@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from mbq_gguf.models import internvl, minicpmv
+from mbq_gguf.models import dots_ocr, internvl, minicpmv
 
-PUBLISHED: dict[str, ModuleType] = {internvl.PUBLISHED: internvl, **dict.fromkeys(minicpmv.PUBLISHED, minicpmv)}
+PUBLISHED: dict[str, ModuleType] = {
+    internvl.PUBLISHED: internvl,
+    dots_ocr.PUBLISHED: dots_ocr,
+    **dict.fromkeys(minicpmv.PUBLISHED, minicpmv),
+}

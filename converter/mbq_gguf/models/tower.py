@@ -170,6 +170,14 @@ GLM_OCR = replace(
     ),
 )
 GLM = replace(GLM_OCR, unturned="a norm with a gain stands between its patches and its blocks (post_conv_layernorm)")
+DOTS = replace(
+    QWEN2,
+    path="vision_tower",
+    sites=_block(("attn.qkv",), "attn.proj", ("mlp.fc1", "mlp.fc3"), "mlp.fc2", NORMS),
+    entries=("patch_embed.patchifier.proj",),
+    exits=(),
+    unturned="norms with gains stand between its patches and its blocks, and behind one another at its end",
+)
 
 SIGLIP = TowerLayout(
     "vision_model",
@@ -288,5 +296,6 @@ TOWERS = {
     "Glm4vForConditionalGeneration": GLM,
     "Glm4vMoeForConditionalGeneration": GLM,
     "GlmOcrForConditionalGeneration": GLM_OCR,
+    "DotsOCRForCausalLM": DOTS,
     "PaddleOCRVLForConditionalGeneration": PADDLE,
 }

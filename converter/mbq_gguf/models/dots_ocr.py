@@ -1,0 +1,56 @@
+"""dots.ocr as its authors publish it (DotsOCRForCausalLM, code of its directory): settings and pictures. None of that code runs.
+
+Tensors have the same names in the model here (dots_tower.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mbq_gguf.errors import UserError
+from mbq_gguf.models.checks import read_object
+
+PUBLISHED = "DotsOCRForCausalLM"
+# Settings of the tower that llama.cpp takes for granted, with what the published configuration has where it is silent.
+GRANTED = {"post_norm": True, "temporal_patch_size": 1, "is_causal": False}
+
+
+def respelled(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A published checkpoint's tensors: their names are those of the model here."""
+    return dict(tensors)
+
+
+def configuration(model_dir: Path) -> Any:
+    """transformers' configuration of the language model, with the tower's settings as ``vision_config``.
+
+    Raises UserError for a tower that llama.cpp does not compute.
+    """
+    from transformers import AutoConfig
+
+    published = read_object(model_dir / "config.json")
+    vision = published["vision_config"]
+    other = [name for name, value in GRANTED.items() if vision.get(name, value) != value]
+    if other:
+        raise UserError(f"{model_dir} has a tower with another {other[0]} than dots.ocr's: use dots.ocr itself")
+    left = ("model_type", "architectures", "auto_map")
+    return AutoConfig.for_model("qwen2", **{name: value for name, value in published.items() if name not in left})
+
+
+def bare(model_dir: Path) -> Any:
+    """The model, without weights where the default device is torch's meta device."""
+    from mbq_gguf.models.dots_tower import DotsOCR
+
+    return DotsOCR(configuration(model_dir))
+
+
+def image_processor(model_dir: Path) -> Any:
+    """transformers' image processor for it: Qwen2-VL's, of one picture a patch."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    settings = read_object(model_dir / "preprocessor_config.json")
+    own = ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+    return Qwen2VLImageProcessorPil(**{name: settings[name] for name in own})
