@@ -436,8 +436,8 @@ RECIPES = {
     ),
     "PaddleOCR-VL": Recipe(
         "paddleocr_vl",
-        {"text_config": {**TEXT, "rope_parameters": MROPE}, "vision_config": {**SIGLIP, "image_size": 56, "patch_size": 14}},
-        # a table of 4 by 4 positions, not more than patches on any side: shrinking it, llama.cpp smooths and transformers does not
+        {"text_config": {**TEXT, "rope_parameters": MROPE}, "vision_config": {**SIGLIP, "image_size": 70, "patch_size": 14}},
+        # a table of 5 by 5 positions, which shrinks one way and grows the other for the picture's 4 by 6 patches
         NORMAL
         | {"patch_size": 14, "temporal_patch_size": 1, "merge_size": 2, "min_pixels": 3136, "max_pixels": 50176}
         | {"image_processor_type": "PaddleOCRVLImageProcessor"},

@@ -58,13 +58,11 @@ FAMILIES = (
 # Language models whose text and pictures cannot go in one pass, and why: what the runtime says (mtmd_aifs_refusal).
 WINDOW = "the model's attention has a sliding window"
 RECURRENT = "the model has a recurrent state"
-UNTRIED = "its architecture is not among those that were tested"
 IN_TURNS = {
     "gemma3": WINDOW,
     "gemma4": WINDOW,
     "qwen35": RECURRENT,
     "qwen35moe": RECURRENT,
-    "paddleocr": UNTRIED,
 }
 
 # Families that people will ask for, by architecture, and why they are refused.

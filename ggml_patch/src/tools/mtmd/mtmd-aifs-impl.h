@@ -12,7 +12,7 @@
 #include <cstring>
 
 // the architectures (general.architecture) of the families that tests/families/test_one_pass.py holds against the decode in turns
-static const char * const AIFS_ARCHS[] = { "qwen2vl", "qwen3vl", "qwen3vlmoe", "llama", "qwen2", "qwen3", "mistral3", "glm4", "glm4moe" };
+static const char * const AIFS_ARCHS[] = { "qwen2vl", "qwen3vl", "qwen3vlmoe", "llama", "qwen2", "qwen3", "mistral3", "glm4", "glm4moe", "paddleocr" };
 
 static std::atomic<bool> aifs_off     = false;
 static std::atomic<bool> aifs_reorder = false;
