@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "families")]
 
 from mutators.gguf_document import ARRAY, Document, Key, Tensor, copy_of, strings, u32, u64  # noqa: E402
-from recipes import RECIPES, write  # noqa: E402
+from recipes import RECIPES, TEXT, write  # noqa: E402
 from tiny_vlm import DEMO, PROCESSOR_FILES  # noqa: E402
 
 SEEDS = HERE / "seeds"
@@ -45,6 +45,7 @@ TOWERS: list[tuple[str, str, dict[str, object], dict[str, object]]] = [
     ("glm4v", "GLM-4.1V", QWEN | {"image_size": 32}, {}),
     ("llava", "LLaVA-1.5", SIGLIP, {}),
     ("gemma4", "Gemma 4 (E2B, E4B)", SIGLIP | {"head_dim": 16, "num_key_value_heads": 1, "position_embedding_size": 32}, {}),
+    ("minicpmv", "MiniCPM-V 2.6", SMALL | {"num_attention_heads": 1, "patch_size": 14}, {"text_config": TEXT | {"model_type": "qwen2"}}),
     ("minicpmv4_6", "MiniCPM-V 4.6", SMALL | {"num_attention_heads": 1, "patch_size": 14}, {"insert_layer_id": 0}),
 ]
 HADAMARD = Key(b"mbq.hadamard.ffn_down", 4, u32(64))

@@ -152,6 +152,8 @@ MENDED = [
     Fault("a class of LLaVA-1.5", "mmproj", (r"a->ne\[d\] == b->ne\[d\]",), tensor("v.class_embd", dims=(8,)), "llava"),
     Fault("positions for two patches", "mmproj", (r"i01 >= 0 && i01 < ne01",), tensor(POSITIONS, dims=(16, 2, 2)), "gemma4"),
     Fault("a norm of Gemma 4", "mmproj", (r"ggml_can_repeat\(b, a\)",), tensor("v.blk.0.attn_post_norm.weight", dims=(12,)), "gemma4"),
+    Fault("queries of MiniCPM-V", "mmproj", (r"ggml_nelements\(a\) == ne0",), key("clip.minicpmv_query_num", U32, u32(5)), "minicpmv"),
+    Fault("a norm of a resampler", "mmproj", (r"ggml_can_repeat\(b, a\)",), tensor("resampler.ln_kv.bias", dims=(12,)), "minicpmv"),
     Fault("squares of 3 by 3 patches", "mmproj", (r"n_merge == 2 \|\|",), key(MERGES, U32, u32(3)), "minicpmv4_6"),
     Fault("no square of patches", "mmproj", (r"Invalid number of output",), key("clip.vision.image_size", U32, u32(256)), "minicpmv4_6"),
     Fault("a norm between layers", "mmproj", (r"ggml_can_repeat\(b, a\)",), tensor("v.vit_merger.ds_ln.weight", dims=(12,)), "minicpmv4_6"),

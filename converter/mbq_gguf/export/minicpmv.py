@@ -14,7 +14,6 @@ MODEL = "model."
 LANGUAGE_MODEL = "llm."
 VISION = ("vpm.", "resampler.")
 PLACES = "resampler.pos_embed_k"
-SIDE = 70  # of the table of places that the runtime asks for, though it computes them itself by now
 FLOATS = (PLACES, "resampler.query", "v.position_embd.weight")  # which are no factors of products
 Item = tuple[str, Callable[[], Any]]
 
@@ -68,7 +67,7 @@ def vision_class(package: Any, version: str) -> Any:
     def generate_extra_tensors(self: Any) -> Iterable[tuple[str, torch.Tensor]]:
         from mbq_gguf.models.resampler import places
 
-        yield PLACES, places(SIDE, SIDE, self.n_embd_text)
+        yield PLACES, places(1, 1, self.n_embd_text)  # the runtime looks for it, and computes them itself
 
     def modify_tensors(self: Any, tensor: Any, name: str, layer: int | None) -> Iterable[tuple[str, Any]]:
         found: Iterable[tuple[str, Any]] = [(name, tensor)] if name == PLACES else base.modify_tensors(self, tensor, name, layer)

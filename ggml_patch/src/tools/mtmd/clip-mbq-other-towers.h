@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-// As clip-mbq-towers.h, of families whose graphs have parts that no other has: LLaVA-1.5's CLIP, Gemma 4, MiniCPM-V 4.6.
+// As clip-mbq-towers.h, of families whose graphs have parts that no other has: LLaVA-1.5's CLIP, Gemma 4, MiniCPM-V.
 
 struct clip_mbq_other_tower : clip_mbq_tower {
     explicit clip_mbq_other_tower(const clip_mbq_tower & tower) : clip_mbq_tower(tower) {}
@@ -57,16 +57,42 @@ struct clip_mbq_other_tower : clip_mbq_tower {
         shape(TN_MM_INP_PROJ, { n_embd, get(TN_MM_INP_PROJ)->ne[1], 1, 1 });
     }
 
-    // 70 x 70 positions; squares of patches become one between two layers, and once more at the end
-    void minicpmv4_6() const {
-        heads(false);
-        patches(false);
-        const int64_t side = (int64_t) hparams.patch_size*hparams.n_merge;
+    // the nearest of 70 x 70 for each patch
+    void nearest_positions(int64_t side) const {
         want(hparams.image_size >= side && hparams.image_size % side == 0, "the patches that are merged must divide a picture's");
         const int64_t n_pos = get("v.position_embd.weight")->ne[1];
         want(n_pos >= 70*70, "there must be 70 x 70 positions");
         shape("v.position_embd.weight", { n_embd, n_pos, 1, 1 });
-        type("v.position_embd.weight", { GGML_TYPE_F32 });
+        type("v.position_embd.weight", { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16 });
+    }
+
+    // until 4.5: a resampler whose queries attend to all patches, by heads of 128
+    void minicpmv() const {
+        heads(false);
+        none(TN_CLASS_EMBD);
+        patches(false);
+        nearest_positions(hparams.patch_size);
+        layers(false, false, true);
+        const int64_t n = get(TN_MINICPMV_PROJ)->ne[0];
+        want(n > 0 && n % 128 == 0, "the resampler's heads of 128 must divide its width");
+        shape(TN_MINICPMV_QUERY, { n, hparams.minicpmv_query_num, 1, 1 });
+        type(TN_MINICPMV_QUERY, { GGML_TYPE_F32 });
+        linear("resampler.kv", n_embd, n);
+        linear("resampler.proj", n, n);
+        for (const char * name : { "q", "k", "v", "out" }) {
+            linear(std::string("resampler.attn.") + name, n, n, true);
+        }
+        for (const char * name : { "q", "kv", "post" }) {
+            vector(std::string("resampler.ln_") + name + ".weight", n);
+            vector(std::string("resampler.ln_") + name + ".bias", n);
+        }
+    }
+
+    // squares of patches become one between two layers, and once more at the end
+    void minicpmv4_6() const {
+        heads(false);
+        patches(false);
+        nearest_positions((int64_t) hparams.patch_size*hparams.n_merge);
         layers(false, false, true);
         apart();
         if (hparams.n_merge == 4) {
@@ -91,6 +117,9 @@ static void clip_mbq_check_other_tower(const clip_mbq_tower & known, projector_t
             break;
         case PROJECTOR_TYPE_GEMMA4V:
             tower.gemma4();
+            break;
+        case PROJECTOR_TYPE_MINICPMV:
+            tower.minicpmv();
             break;
         case PROJECTOR_TYPE_MINICPMV4_6:
             tower.minicpmv4_6();
