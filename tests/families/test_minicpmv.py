@@ -1,0 +1,56 @@
+"""What a published MiniCPM-V may be that is not known here, each refused with its sentence. Costs a second."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mbq_gguf.errors import UserError
+from mbq_gguf.models.load import outline
+from mbq_gguf.models.minicpmv import TEXTS
+from mbq_gguf.models.resampler import nearest
+from recipes import RECIPES, write
+
+CONFIG, PICTURES, TOKENS = "config.json", "preprocessor_config.json", "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(RECIPES["MiniCPM-V 2.6"], tmp_path_factory.mktemp("minicpmv") / "checkpoint")
+
+
+def nameless(tokenizer: Any) -> None:
+    """Without the token that stands for pictures."""
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != "<unk>"]
+    del tokenizer["model"]["vocab"]["<unk>"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        (CONFIG, lambda config: config.update(version=2.5), f"versions {' and '.join(TEXTS)} alone"),
+        (CONFIG, lambda config: config.pop("version"), f"versions {' and '.join(TEXTS)} alone"),
+        (CONFIG, lambda config: config.update(drop_vision_last_layer=True), "leaves out the last layer of its tower"),
+        (PICTURES, lambda settings: settings.update(slice_mode=False), "does not slice pictures"),
+        (TOKENS, nameless, "has no token <unk>"),
+    ],
+)
+def test_another_kind_is_refused(published: Path, tmp_path: Path, file: str, change: Callable[[Any], None], said: str) -> None:
+    for path in published.iterdir():
+        if path.name != file:
+            (tmp_path / path.name).symlink_to(path)
+    settings = json.loads((published / file).read_text())
+    change(settings)
+    (tmp_path / file).write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=re.escape(said)):
+        outline(tmp_path)
+
+
+def test_positions_are_the_nearest_of_the_table() -> None:
+    assert torch.equal(nearest(70, 70, 70), torch.arange(70 * 70))
+    assert nearest(2, 3, 70).tolist() == [0, 23, 46, 35 * 70, 35 * 70 + 23, 35 * 70 + 46]
