@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,19 @@ CONFIG, PICTURES, TOKENS = "config.json", "preprocessor_config.json", "tokenizer
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(RECIPES["MiniCPM-V 2.6"], tmp_path_factory.mktemp("minicpmv") / "checkpoint")
+
+
+def test_a_known_type_is_not_warned_of(published: Path) -> None:
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        outline(published)
+    finally:
+        logger.removeHandler(handler)
+    assert [record.getMessage() for record in said] == []
 
 
 def nameless(tokenizer: Any) -> None:

@@ -16,7 +16,7 @@ from mbq_gguf.models.families import FAMILIES, REFUSED, family_of, kind
 from mbq_gguf.models.file_rows import leave_in_file
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, RuntimePrompt
-from mbq_gguf.models.published import PUBLISHED
+from mbq_gguf.models.published import PUBLISHED, unwarned
 from mbq_gguf.models.remote_code import runs_remote_code
 from mbq_gguf.models.stored import Stored, read_into, stored_tensors, tensors_of
 from mbq_gguf.settings import TRUST
@@ -104,6 +104,8 @@ def check_architecture(config: dict[str, Any]) -> str:
     if "vision_config" not in config:
         raise UsageError(f"{architecture} is not supported, its config.json tells of no vision tower: use a model of {SUPPORTED}")
 
+    if architecture in PUBLISHED:
+        unwarned()
     if family_of(architecture):
         return architecture
     if "auto_map" in config and str(config.get("model_type")) not in known:

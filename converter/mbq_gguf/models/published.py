@@ -6,6 +6,7 @@ Such a module has ``bare`` (the model without weights), ``respelled`` (a checkpo
 
 from __future__ import annotations
 
+import logging
 from types import ModuleType
 
 from mbq_gguf.models import dots_ocr, internvl, minicpmv
@@ -15,3 +16,14 @@ PUBLISHED: dict[str, ModuleType] = {
     dots_ocr.PUBLISHED: dots_ocr,
     **dict.fromkeys(minicpmv.PUBLISHED, minicpmv),
 }
+UNKNOWN_TYPE = "You are using a model of type"
+
+
+def known(record: logging.LogRecord) -> bool:
+    """A filter of log records: False for transformers' warning that it does not know a model's type, each time a tokenizer is read."""
+    return not str(record.msg).startswith(UNKNOWN_TYPE)
+
+
+def unwarned() -> None:
+    """Keep that warning off the terminal from now on: these types are known here."""
+    logging.getLogger("transformers.configuration_utils").addFilter(known)
