@@ -119,9 +119,13 @@ def summary(rounds: list[dict[str, Round]]) -> str:
         for mode in MODES:
             gaps = [1000 * each[mode].middle(by) for each in rounds]
             lines.append(f"{name}, {mode}: {statistics.median(gaps):.0f} ms ({min(gaps):.0f} to {max(gaps):.0f})")
-        ratios = [each["on"].middle(by) / each["off"].middle(by) for each in rounds]
+        ratios = [
+            each["on"].middle(by) / each["off"].middle(by) for each in rounds if each["off"].middle(by) > 0
+        ]  # tokens may come together
+        if not ratios:
+            continue
         low, high = interval(ratios)
-        words = f"median of {len(rounds)} rounds, 95 % {low:.2f} to {high:.2f}, all {min(ratios):.2f} to {max(ratios):.2f}"
+        words = f"median of {len(ratios)} rounds, 95 % {low:.2f} to {high:.2f}, all {min(ratios):.2f} to {max(ratios):.2f}"
         lines.append(f"{name}, on / off: {statistics.median(ratios):.2f} ({words})")
     asked = (f"{mode} {statistics.median(each[mode].asked for each in rounds):.0f}" for mode in MODES)
     return "\n".join([*lines, f"questions answered in a round: {', '.join(asked)}"])
