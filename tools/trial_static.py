@@ -212,7 +212,7 @@ def calibration_streams(loaded: LoadedModel, samples: int, synthetic: int, seed:
     streams = list(capture(loaded, loaded_samples))
     if synthetic:
         texts = walk.written(loaded, synthetic, lambda _done, _total: None)  # type: ignore[attr-defined]
-        streams += synthetic_streams(loaded, texts, loaded_samples)
+        streams += synthetic_streams(loaded, texts, loaded_samples, len(texts) // 2)
     return streams
 
 

@@ -25,6 +25,7 @@ from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.tower import Tower, find_tower
 from mbq_gguf.quantise import check_activations, check_settings
 from mbq_gguf.quantise_tower import tower_file
+from mbq_gguf.settings import ALONE
 from mbq_gguf.workdir import check_workdir
 
 if TYPE_CHECKING:
@@ -51,10 +52,12 @@ def check_inputs(options: ConvertOptions) -> list[Path]:
     check_device(options.device)
     if options.samples < 1:
         raise UsageError("calibration needs at least one sample: give --samples 1 or more")
+    if options.language_model_only and (options.calib or options.changes_tower):
+        raise UsageError(f"{ALONE} takes no pictures and writes no tower: leave out --calib, --mmproj-type and --rotate-tower")
     check_source(options.model_dir)
     files = weight_files(options.model_dir)
     check_room(needed(options, files))
-    rehearse(options.model_dir, files, mmproj_base(options.mmproj_type))
+    rehearse(options.model_dir, files, None if options.language_model_only else mmproj_base(options.mmproj_type))
     return files
 
 
@@ -65,7 +68,8 @@ def needed(options: ConvertOptions, files: Sequence[Path]) -> list[Need]:
     named = dict(zip(names_of(files), shapes(files), strict=True))
     sizes = predict(named, layer_bits, embedding_bits, quant_type(options.mmproj_type).bits_per_weight)
     needs = [Need(target(options.out).parent, options.out.name, sizes.text)]
-    needs.append(Need(target(options.mmproj).parent, options.mmproj.name, sizes.mmproj))
+    if not options.language_model_only:
+        needs.append(Need(target(options.mmproj).parent, options.mmproj.name, sizes.mmproj))
     if not options.unquantised:
         work = options.work_dir or options.work_root
         needs.append(Need(work.absolute(), "finished layers", max(sizes.layers - taken(work), 0)))
@@ -110,7 +114,9 @@ def look_ahead(options: ConvertOptions, say: Callable[[str], None]) -> Ahead:
     if options.work_dir is not None:
         check_workdir(options.work_dir, options.fingerprints)
     drawn = Drawn()
-    if options.calibrates:
+    if options.language_model_only:
+        say("the language model alone is calibrated on texts that it writes itself: it sees no token of a picture")
+    elif options.calibrates:
         if options.calib is None:
             say("calibrating with the drawn scenes that ship with mbq-gguf: give --calib with pictures like those you will ask about")
         drawn = draw_samples(options.calib, model.prompts, options.samples, options.seed, options.turns, say)

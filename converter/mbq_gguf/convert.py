@@ -29,6 +29,7 @@ from mbq_gguf.export.report import ConvertReport, fallback_sentences, nearest_se
 from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.memory import available, own
 from mbq_gguf.models import LoadedModel, load
+from mbq_gguf.models.alone import language_model_alone
 from mbq_gguf.models.checks import check_finite
 from mbq_gguf.models.load import outline
 from mbq_gguf.models.remote_code import remote_code
@@ -62,7 +63,8 @@ def convert(options: ConvertOptions, console: Console, told: Callable[[str, int,
     check_output(options.out)
     check_output(options.mmproj)
     shared = [] if options.work_dir is None else [options.work_dir]
-    with claimed(options.out, options.mmproj, *shared), remote_code(options.trust_remote_code):
+    alone = language_model_alone(options.language_model_only)
+    with claimed(options.out, options.mmproj, *shared), remote_code(options.trust_remote_code), alone:
         return _convert(options, console, told)
 
 
@@ -97,9 +99,8 @@ def _convert(options: ConvertOptions, console: Console, told: Callable[[str, int
     if options.work_dir is None:
         shutil.rmtree(options.work_root, ignore_errors=True)
     before = sum(file.stat().st_size for file in files)
-    return ConvertReport(
-        options.out, options.mmproj, text, vision, before, sentences, timer.seconds, allocation, calibrated(options, quantised)
-    )
+    mmproj = None if options.language_model_only else options.mmproj
+    return ConvertReport(options.out, mmproj, text, vision, before, sentences, timer.seconds, allocation, calibrated(options, quantised))
 
 
 def assist(options: ConvertOptions) -> None:
@@ -107,7 +108,8 @@ def assist(options: ConvertOptions) -> None:
     if options.unquantised:
         return
     console = Console(quiet=True)
-    with remote_code(options.trust_remote_code), progress_bars(console) as bars:
+    alone = language_model_alone(options.language_model_only)
+    with remote_code(options.trust_remote_code), alone, progress_bars(console) as bars:
         check_inputs(options)
         set_threads(options)
         run_quantisation(options, console, Stages(bars), Timer())
@@ -123,6 +125,8 @@ def set_threads(options: ConvertOptions) -> None:
 
 def calibrated(options: ConvertOptions, quantised: Quantised | None) -> str:
     """How much a file was calibrated on, in a sentence; "" where it was not."""
+    if quantised and options.language_model_only and options.rounding == "gptq":
+        return f"calibrated on {options.synthetic} texts of the model's own alone: it has seen no token of a picture"
     if quantised is None or not quantised.samples:
         return ""
     beside = f", {options.synthetic} texts of the model's own and {options.synthetic // 2} made pictures" if options.synthetic else ""
@@ -203,7 +207,10 @@ def open_work(options: ConvertOptions, calibration: str, tell: Callable[[str], o
 def write_files(
     options: ConvertOptions, quantised: Quantised | None, tower: VisionFile | None, stages: Stages
 ) -> tuple[list[TensorRecord], list[TensorRecord]]:
-    """Both files, under their names when both are whole; ``tower`` None is the checkpoint's."""
+    """Both files, under their names when both are whole; ``tower`` None is the checkpoint's. Of a language model alone one file."""
+    if options.language_model_only:
+        with staged(options.out) as (text_part,):
+            return write_text(options.model_dir, text_part, text_file(options, quantised), stages.counter("write GGUF")), []
     with staged(options.mmproj, options.out) as (mmproj_part, text_part):
         vision = write_mmproj(
             options.model_dir,
@@ -228,7 +235,7 @@ def text_file(options: ConvertOptions, quantised: Quantised | None) -> TextFile:
         rounding=options.rounding,
         fingerprint=quantised.fingerprint,
         samples=quantised.samples,
-        synthetic=options.synthetic if quantised.samples else 0,
+        synthetic=options.synthetic if quantised.samples or options.language_model_only else 0,
         ratios=result.ratios,
         token_weights=options.token_weights,
     )

@@ -61,6 +61,12 @@ research = option_group("Research (what each does to the figures: docs/results.m
     default=settings.MMPROJ_TYPE,
     help="The type of vision tower and projector: F16, BF16, F32, Q8_0, or W8A8 or W4A8 (one scale a row, int8 products).",
 )
+@everyday(
+    settings.ALONE,
+    is_flag=True,
+    default=False,
+    help="Of a model whose vision tower llama.cpp does not know (`mbq-gguf models`): no vision file, calibrated on texts alone.",
+)
 @everyday(settings.TRUST, "trust_remote_code", is_flag=True, default=False, help=settings.TRUST_HELP)
 @calibration("--samples", type=click.IntRange(min=1), default=settings.SAMPLES, help="How many samples of --calib are used.")
 @calibration("--seed", type=int, default=settings.SEED, help="Which samples are drawn.")
@@ -213,7 +219,10 @@ def convert(context: click.Context, /, model: str, type_: str, revision: str | N
 
         check_card(options["out"])
     options["device"] = launch.device(options["device"])
-    model_dir = model_directory(model, revision, console, options["trust_remote_code"])
+    from mbq_gguf.models.alone import language_model_alone
+
+    with language_model_alone(options["language_model_only"]):
+        model_dir = model_directory(model, revision, console, options["trust_remote_code"])
     from mbq_gguf.convert import ConvertOptions
     from mbq_gguf.convert import convert as convert_model
 

@@ -60,6 +60,7 @@ class ConvertOptions:
     error_correction: float = QuantiseSettings.error_correction
     refits: int = QuantiseSettings.refits
     learn_scales: int = QuantiseSettings.learn_scales
+    language_model_only: bool = False  # no vision file, calibrated on texts alone
     trust_remote_code: bool = False  # whether Python code in model_dir may run
     work_dir: Path | None = None  # where finished layers are kept; None: beside out, until out is whole
 
@@ -73,6 +74,7 @@ class ConvertOptions:
         """What the converter's core needs of this."""
         shared = {field.name for field in fields(QuantiseSettings)} & {field.name for field in fields(self)}
         chosen = {name: getattr(self, name) for name in shared} | {"rotate": self.rotate or QuantiseSettings.rotate}
+        chosen["pictures"] = not self.language_model_only
         return QuantiseSettings(type_name=quant_type(self.type).name, **chosen)
 
     def with_rotation(self, loaded: LoadedModel) -> ConvertOptions:

@@ -27,6 +27,7 @@ from mbq_gguf.export.report import ConvertReport, duration, megabytes, type_tabl
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.memory import available
+from mbq_gguf.models.alone import language_model_alone
 from mbq_gguf.models.load import outline
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.remote_code import remote_code
@@ -53,9 +54,10 @@ class Expected:
     def render(self) -> RenderableType:
         """Files and types as after a conversion, then what it takes."""
         card = f", {megabytes(round(self.card))} of the card's" if self.card else ""
+        vision = f", {self.report.mmproj.name} {megabytes(self.mmproj_bytes)}" if self.report.mmproj else ""
         return Group(
             type_table(self.report),
-            Text(f"{self.report.out.name} {megabytes(self.text_bytes)}, {self.report.mmproj.name} {megabytes(self.mmproj_bytes)}"),
+            Text(f"{self.report.out.name} {megabytes(self.text_bytes)}{vision}"),
             Text(
                 f"about {megabytes(round(self.memory))} of memory{card} and {duration(self.seconds)} on this machine as busy as it is now"
             ),
@@ -67,7 +69,7 @@ def dry_run(options: ConvertOptions, console: Console) -> Expected:
     """Check what can be checked and tell what to expect; raises UserError and UsageError as ``convert`` does at its start."""
     check_output(options.out)
     check_output(options.mmproj)
-    with remote_code(options.trust_remote_code):
+    with remote_code(options.trust_remote_code), language_model_alone(options.language_model_only):
         return _dry_run(options, console)
 
 
@@ -85,12 +87,16 @@ def _dry_run(options: ConvertOptions, console: Console) -> Expected:
     with TemporaryDirectory(prefix="mbq-gguf-") as folder:
         scratch = Path(folder)
         text, text_bytes = measure_text(options.model_dir, scratch, content)
-        vision, mmproj_bytes = measure_mmproj(options.model_dir, scratch, options.mmproj_type, expected_vision(options, model))
+        vision, mmproj_bytes = (
+            ([], 0)
+            if options.language_model_only
+            else measure_mmproj(options.model_dir, scratch, options.mmproj_type, expected_vision(options, model))
+        )
     if options.target_bpw is not None:  # types are chosen by what the samples say: the sum alone is known
         quantised = sum(tensor.data.size for tensor in content.quantised.values())
         text_bytes += round(weights * options.target_bpw / 8) - quantised
     before = sum(file.stat().st_size for file in files)
-    report = ConvertReport(options.out, options.mmproj, text, vision, before, [])
+    report = ConvertReport(options.out, None if options.language_model_only else options.mmproj, text, vision, before, [])
     drawn = None if options.unquantised else ahead.drawn
     work = work_of(
         model,
@@ -98,7 +104,7 @@ def _dry_run(options: ConvertOptions, console: Console) -> Expected:
         files=text_bytes + mmproj_bytes,
         samples=samples,
         sample_tokens=sample_tokens(model, drawn) if drawn else 0.0,
-        texts=options.synthetic if samples else 0,
+        texts=options.synthetic if samples or options.language_model_only else 0,
     )
     return Expected(
         report,

@@ -17,7 +17,7 @@ from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.stored import read_ahead
 from mbq_gguf.outcome import Outcome, QuantiseResult
-from mbq_gguf.settings import QuantiseSettings
+from mbq_gguf.settings import ALONE, QuantiseSettings
 from mbq_gguf.transforms.rotation import check_rotatable
 from mbq_gguf.walk import before, layer
 from mbq_gguf.walk.state import Progress, Walk
@@ -73,10 +73,11 @@ def quantise(
 def check_settings(loaded: LoadedModel, samples: Sized, settings: QuantiseSettings) -> None:
     """UsageError for settings that contradict each other, the samples or the model, of which an outline will do."""
     check_activations(settings)
+    check_texts(settings)
     if not samples and settings.activations == "static":
         raise UsageError("static scales of activations are measured on samples: give at least one")
     quant_type(settings.type_name)
-    if not samples and (settings.target_bpw or settings.method != "rtn" or settings.rounding != "nearest"):
+    if not samples and settings.pictures and (settings.target_bpw or settings.method != "rtn" or settings.rounding != "nearest"):
         raise UsageError(f"method {settings.method} with {settings.rounding} rounding needs samples: give at least one")
     if settings.learn_scales and not (settings.propagate_error and settings.rounding == "gptq"):
         raise UsageError("learning scales follows the rounded layers' inputs: give --learn-scales with --propagate-error and GPTQ")
@@ -86,6 +87,19 @@ def check_settings(loaded: LoadedModel, samples: Sized, settings: QuantiseSettin
     if settings.method != "rtn" and reason:
         raise UsageError(f"{loaded.architecture} cannot be equalised, {reason}: use --method rtn")
     check_rotatable(loaded, settings.rotate)
+
+
+def check_texts(settings: QuantiseSettings) -> None:
+    """UsageError for what needs pictures and answers, where there are none."""
+    if settings.pictures:
+        return
+    if settings.target_bpw or settings.method != "rtn" or settings.token_weights != "uniform" or settings.activations == "static":
+        raise UsageError(
+            f"a language model alone is calibrated on texts, without pictures and answers: with {ALONE} leave out --target-bpw, --method, "
+            "--token-weights and --activations"
+        )
+    if settings.rounding == "gptq" and not settings.synthetic:
+        raise UsageError(f"with {ALONE} GPTQ has the texts that the model writes and no other: give --synthetic 1 or more")
 
 
 def check_heads(decoder: Decoder, settings: QuantiseSettings) -> None:

@@ -28,6 +28,7 @@ ROTATED_TYPES = ("W4A8",)  # where rotation pays as measured, with GPTQ and no e
 EMBEDDING_TYPE = "Q8_0"
 MMPROJ_TYPE = "F16"
 TRUST = "--trust-remote-code"
+ALONE = "--language-model-only"
 TRUST_HELP = "Run Python code that lies in MODEL_DIR, where the model needs it. It can do whatever you can: read it first."
 
 
@@ -37,6 +38,7 @@ class QuantiseSettings:
 
     type_name: str = "MBQ3S"
     synthetic: int = 80  # so many texts that the model generates join the samples, and half as many procedural pictures
+    pictures: bool = True  # False: calibrated on those texts alone, without samples
     target_bpw: float | None = None  # instead of type_name: a type for each tensor, chosen to meet this size (bits a weight)
     method: Method = "rtn"  # how channels are scaled before rounding; rtn: not at all
     rounding: Rounding = "gptq"

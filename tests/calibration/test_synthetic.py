@@ -86,8 +86,8 @@ def test_noise_has_the_spectrum_of_photographs(seed: int) -> None:
     assert -2.15 < slope < -0.65
 
 
-def test_streams_are_texts_then_half_as_many_pictures(tiny: LoadedModel, samples: list[Sample]) -> None:
-    streams = list(synthetic_streams(tiny, texts(tiny, 4), samples))
+def test_streams_are_texts_then_pictures(tiny: LoadedModel, samples: list[Sample]) -> None:
+    streams = list(synthetic_streams(tiny, texts(tiny, 4), samples, pictures=2))
     assert [bool(stream.vision.any()) for stream in streams] == [False] * 4 + [True] * 2
     assert not any(stream.labels.any() for stream in streams)
     assert [len(stream.ids) for stream in streams[:4]] == [LENGTH] * 4

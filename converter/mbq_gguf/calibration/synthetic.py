@@ -31,13 +31,13 @@ def written(loaded: LoadedModel, count: int, progress: Callable[[int, int], None
     return written_texts(loaded, count, TEXT_TOKENS, TEMPERATURE, SEED, progress)
 
 
-def synthetic_streams(loaded: LoadedModel, texts: torch.Tensor, samples: Sequence[Sample]) -> Iterator[Streamed]:
-    """Each of ``texts`` [count, tokens] and half as many pictures, before layer 0. They have no answers."""
+def synthetic_streams(loaded: LoadedModel, texts: torch.Tensor, samples: Sequence[Sample], pictures: int) -> Iterator[Streamed]:
+    """Each of ``texts`` [count, tokens] and so many ``pictures``, before layer 0. They have no answers."""
     yield from spread_values(list(texts), lambda ids: capture_encoded(loaded, loaded.encode_text(ids)))
     draw = np.random.default_rng(SEED)
     asked = sorted({question for sample in samples for question, _ in sample.turns}) or [FREE_QUESTION]
     drawn = []
-    for _ in range(len(texts) // 2):
+    for _ in range(pictures):
         question = FREE_QUESTION if draw.random() < FREE_SHARE else str(draw.choice(asked))
         drawn.append((picture(draw), question))
     yield from spread_values(drawn, lambda pair: capture_encoded(loaded, loaded.encode(pair[0], [(pair[1], "")])))

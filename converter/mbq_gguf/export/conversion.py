@@ -35,6 +35,7 @@ FOREIGN = re.compile(r"(?:^|\.)(?:visual|vision\w*|vit|vpm|audio\w*|mtp|resample
 
 NEWER_PREFIX = "model."
 EMBEDDING = "embed_tokens.weight"
+NEWLINE = "image_newline"  # of pictures, beside the language model where LLaVA-NeXT has it
 MTP = re.compile(r"(?:model\.)?mtp\.")
 HEADS = re.compile(r"(?:model\.)?(?:lm_head|mtp)\.")  # of the language model, which no other name makes a tower's
 TOWERS = {
@@ -168,6 +169,8 @@ def either_layout(model_class: Any) -> Any:
 
     def filter_tensors(cls: Any, item: tuple[str, Any]) -> Any:
         name, get = item
+        if name.endswith(NEWLINE) and model_class.model_type.name == "TEXT":
+            return None
         if pixtral and name.endswith(EMBEDDING):
             checkpoint_names[name] = name
             return item  # a row of it goes into the vision file; the package leaves it out with the rest of the language model

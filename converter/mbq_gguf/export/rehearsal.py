@@ -23,14 +23,14 @@ LEFT_OUT = re.compile(
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
-def rehearse(model_dir: Path, files: Sequence[Path], mmproj_type: str) -> None:
-    """Convert ``model_dir``, whose weights lie in ``files``, without reading them or writing anything.
+def rehearse(model_dir: Path, files: Sequence[Path], mmproj_type: str | None) -> None:
+    """Convert ``model_dir``, whose weights lie in ``files``, without reading them or writing anything; None is a language model alone.
 
     Raises UserError where llama.cpp's conversion does not take the tensors, the tokenizer or the configuration, where one of the two files
     would hold no tensor, where a tensor has no place in either, and where the tokenizer has more tokens than the embeddings have rows.
     """
     parts = []
-    for mmproj, file_type in ((False, BASE_TYPES[0]), (True, mmproj_type)):
+    for mmproj, file_type in ((False, BASE_TYPES[0]), *(((True, mmproj_type),) if mmproj_type else ())):
         model = open_model(model_dir, model_dir / "rehearsal.gguf", file_type=file_type, mmproj=mmproj)
         if not mmproj:
             check_vocabulary(model_dir, model)
@@ -42,7 +42,7 @@ def rehearse(model_dir: Path, files: Sequence[Path], mmproj_type: str) -> None:
                 f"llama.cpp's conversion finds no tensor of the {part} in {model_dir}: use a checkpoint in transformers' layout"
             )
         parts.append(model)
-    lost = list(lost_names(parts, names_of(files)))
+    lost = list(lost_names(parts, names_of(files))) if mmproj_type else []
     if lost:
         raise UserError(
             f"llama.cpp's conversion has no place for {len(lost)} tensors of {model_dir}, {lost[0]} first: "

@@ -27,7 +27,7 @@ class ConvertReport:
     """The two files of a conversion. Sizes are in bytes, times in seconds by stage."""
 
     out: Path
-    mmproj: Path
+    mmproj: Path | None  # None: the language model alone
     tensors: Sequence[TensorRecord]
     mmproj_tensors: Sequence[TensorRecord]
     size_before: int  # the checkpoint's safetensors
@@ -39,7 +39,7 @@ class ConvertReport:
     @property
     def size_after(self) -> int:
         """Bytes of both files together."""
-        return self.out.stat().st_size + self.mmproj.stat().st_size
+        return self.out.stat().st_size + (self.mmproj.stat().st_size if self.mmproj else 0)
 
     def render(self) -> RenderableType:
         """Tensors by type, sizes, times and fallbacks."""
@@ -62,6 +62,8 @@ def type_table(report: ConvertReport) -> Table:
     for column in ("tensors", "weights", "size", "bits per weight"):
         table.add_column(column, justify="right")
     for path, records in ((report.out, report.tensors), (report.mmproj, report.mmproj_tensors)):
+        if path is None:
+            continue
         by_type: dict[str, list[TensorRecord]] = defaultdict(list)
         for record in records:
             by_type[record.type_name].append(record)

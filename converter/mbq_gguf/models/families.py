@@ -86,6 +86,9 @@ REFUSED = {
     "PaliGemmaForConditionalGeneration": NO_RUNTIME,
 }
 
+# Of these the ones whose language model converts alone, without a vision file.
+LANGUAGE_ALONE = ("LlavaNextForConditionalGeneration",)
+
 
 def kind(architecture: str, config: Mapping[str, Any]) -> str:
     """The name by which the tables know models of an architecture whose config.json is ``config``."""

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from mbq_gguf.errors import UsageError, UserError, said
+from mbq_gguf.models.alone import alone
 from mbq_gguf.models.checks import check_finite, check_unquantised, check_whole, read_config, read_object, weight_files
 from mbq_gguf.models.decoder import check_layers, find_decoder
-from mbq_gguf.models.families import FAMILIES, REFUSED, family_of, kind
+from mbq_gguf.models.families import FAMILIES, LANGUAGE_ALONE, REFUSED, family_of, kind
 from mbq_gguf.models.file_rows import leave_in_file
 from mbq_gguf.models.loaded import LoadedModel
-from mbq_gguf.models.prompts import ImagePrompt, ProcessorImagePrompt, Prompts, RuntimePrompt
+from mbq_gguf.models.prompts import ImagePrompt, NoImagePrompt, ProcessorImagePrompt, Prompts, RuntimePrompt
 from mbq_gguf.models.published import PUBLISHED, unwarned
 from mbq_gguf.models.remote_code import runs_remote_code
 from mbq_gguf.models.stored import Stored, read_into, stored_tensors, tensors_of
-from mbq_gguf.settings import TRUST
+from mbq_gguf.settings import ALONE, TRUST
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SUPPORTED = f"a family that `mbq-gguf models` lists ({', '.join(family.name for family in FAMILIES)})"
@@ -94,8 +95,12 @@ def check_architecture(config: dict[str, Any]) -> str:
     if not isinstance(config.get("vision_config") or {}, dict):
         raise UsageError(f"vision_config in the model's config.json is no JSON object: fetch the model again ({architecture})")
     architecture = kind(architecture, config)
-    if architecture in REFUSED:
-        raise UsageError(f"{architecture} is not supported, {REFUSED[architecture]}: use a model of {SUPPORTED}")
+    by_itself = architecture in LANGUAGE_ALONE
+    if alone() and not by_itself and architecture not in REFUSED:
+        raise UsageError(f"{architecture} is converted with its vision tower: leave out {ALONE}")
+    if architecture in REFUSED and not (alone() and by_itself):
+        other = f", or give {ALONE}" if by_itself else ""
+        raise UsageError(f"{architecture} is not supported, {REFUSED[architecture]}: use a model of {SUPPORTED}{other}")
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as texts
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as known
 
@@ -188,6 +193,8 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
         raise UserError(f"{model_dir} has no tokenizer ({', '.join(TOKENIZER_FILES)}): fetch the model again")
     with settings_errors(model_dir, architecture):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=runs_remote_code())
+        if alone():
+            return Prompts(tokenizer, NoImagePrompt(), -1, _end_ids(model, tokenizer))
         image_token_id = _image_token_id(model.config)
         image_prompt: ImagePrompt
         template: Any

@@ -141,6 +141,21 @@ class ProcessorImagePrompt:
         return {"input_ids": ids}
 
 
+class NoImagePrompt:
+    """For a language model that is converted alone: texts, and no conversation about a picture."""
+
+    picture_ids: tuple[int, ...] = ()
+
+    def conversation(self, spoken: Spoken, opened: bool) -> str:
+        raise ValueError("a language model that is converted alone is asked nothing")
+
+    def __call__(self, text: str, image: Image.Image) -> dict[str, torch.Tensor]:
+        raise ValueError("a language model that is converted alone sees nothing")
+
+    def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"input_ids": ids}
+
+
 @dataclass
 class Prompts:
     """Chat template, tokenizer and image processing of one model."""

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from mbq_gguf.models.families import FAMILIES, IN_TURNS, REFUSED, Family
+from mbq_gguf.models.families import FAMILIES, IN_TURNS, LANGUAGE_ALONE, REFUSED, Family
 from mbq_gguf.models.layout import layout_of
 
 WORKS = "yes"
@@ -50,8 +50,9 @@ def limits(family: Family) -> dict[str, str | None]:
 
 
 def as_json() -> dict[str, Any]:
-    """The same for programs; what is refused is under "refused", with its reasons."""
-    return {"families": [asdict(found) for found in support()], "refused": REFUSED}
+    """The same for programs; what is refused is under "refused", with its reasons, and what converts without its tower
+    under "language_alone"."""
+    return {"families": [asdict(found) for found in support()], "refused": REFUSED, "language_alone": LANGUAGE_ALONE}
 
 
 def reasons() -> list[str]:
@@ -66,9 +67,9 @@ def table() -> RenderableType:
     families = Table("family", "architecture", "llama.cpp", *columns, box=box.SIMPLE_HEAD)
     for row in found:
         families.add_row(row.family, "\n".join(row.architectures), row.gguf, *map(row.cell, columns))
-    refused = Table("refused", "because", box=box.SIMPLE_HEAD)
+    refused = Table("refused", "because", "language model alone", box=box.SIMPLE_HEAD)
     for architecture, why in REFUSED.items():
-        refused.add_row(architecture, why)
+        refused.add_row(architecture, why, WORKS if architecture in LANGUAGE_ALONE else "no")
     return Group(families, *reasons(), refused)
 
 

@@ -56,8 +56,9 @@ def measure_sensitivity(walk: Walk) -> None:
 def add_synthetic(walk: Walk) -> None:
     """Add texts that the model writes, and procedural pictures; they have no answers."""
     count, captured = walk.settings.synthetic, made(walk.captured)
-    if not walk.samples or not count:
+    if not count or (walk.settings.pictures and not walk.samples):
         return
+    pictures = count // 2 if walk.settings.pictures else 0
 
     def texts() -> tuple[dict[str, torch.Tensor], None]:
         with walk.timed("texts"), coarse_products():
@@ -66,9 +67,9 @@ def add_synthetic(walk: Walk) -> None:
 
     ids = walk.work.cached("texts", texts)[0]["ids"]
     with walk.timed("capture"):
-        for number, stream in enumerate(synthetic_streams(walk.loaded, ids, walk.samples)):
+        for number, stream in enumerate(synthetic_streams(walk.loaded, ids, walk.samples, pictures)):
             captured.append(stream)
-            walk.progress("synthetic", number + 1, count + count // 2)
+            walk.progress("synthetic", number + 1, count + pictures)
 
 
 def _writing_stage(walk: Walk) -> str:
