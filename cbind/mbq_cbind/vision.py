@@ -77,12 +77,13 @@ class Vision:
             self._binding.c.mtmd_free(self._context)
             self._context = self._binding.ffi.NULL
 
-    def encode(self, path: Path) -> EncodedImage:
-        """The picture through vision tower and projector. Raises CallError where there is no such picture."""
+    def encode(self, path: Path, among: int = 1) -> EncodedImage:
+        """The picture through vision tower and projector, as one of ``among`` in a prompt: some families cut it into tiles only where it
+        is alone. Raises CallError where there is no such picture."""
         c = self._binding.c
         bitmap, embeddings = self._bitmap(path), []
-        with self._tokenized(self.marker, [bitmap]) as chunks:
-            for handle in self._images(chunks):
+        with self._cut(bitmap, among) as handles:
+            for handle in handles:
                 if c.mtmd_encode_chunk(self._context, handle) != 0:
                     raise BindingError(f"the vision tower failed on {path} ({take_error('unknown reason')}): try a smaller picture")
                 self.passes += 1
@@ -95,7 +96,7 @@ class Vision:
         c = self._binding.c
         bitmaps = [self._bitmap(path) for path in paths]
         with ExitStack() as stack:
-            images = [self._images(stack.enter_context(self._tokenized(self.marker, [bitmap]))) for bitmap in bitmaps]
+            images = [stack.enter_context(self._cut(bitmap, len(bitmaps))) for bitmap in bitmaps]
             embeddings = iter(self._encoded([handle for handles in images for handle in handles]))
             return [
                 EncodedImage(c.mtmd_bitmap_get_nx(bitmap), c.mtmd_bitmap_get_ny(bitmap), tuple(next(embeddings) for _ in handles))
@@ -127,9 +128,13 @@ class Vision:
             raise BindingError(f"{path} cannot be read as a picture: give a PNG, JPEG, BMP or GIF file")
         return ffi.gc(loaded.bitmap, c.mtmd_bitmap_free)
 
-    def _images(self, chunks: Sequence[Any]) -> list[Any]:
+    @contextmanager
+    def _cut(self, bitmap: Any, among: int) -> Iterator[list[Any]]:
+        """The image chunks of a picture that is one of ``among``."""
         c = self._binding.c
-        return [chunk for chunk in chunks if c.mtmd_input_chunk_get_type(chunk) == c.MTMD_INPUT_CHUNK_TYPE_IMAGE]
+        with self._tokenized(self.marker * among, [bitmap] * among) as chunks:
+            images = [chunk for chunk in chunks if c.mtmd_input_chunk_get_type(chunk) == c.MTMD_INPUT_CHUNK_TYPE_IMAGE]
+            yield images[: len(images) // among]
 
     def _rows(self, handle: Any, output: Any) -> Floats:
         """A copy of an image chunk's embeddings [tokens, width]."""

@@ -17,6 +17,7 @@ import yaml
 
 import mbq_gguf
 from mbq_gguf.errors import UsageError
+from mbq_gguf.export.anyres_tower import PROJECTOR_TYPE
 from mbq_gguf.export.atomic import staged
 from mbq_gguf.export.gguf_header import Header, read_header
 from mbq_gguf.export.report import megabytes
@@ -132,8 +133,13 @@ def entry(path: Path, header: Header, made: dict[str, str]) -> Entry:
         settings=settings,
         mmproj=mmproj.name if there else None,
         mmproj_size=megabytes(mmproj.stat().st_size) if there else "",
-        patched=bool(OWN.keys() & sizes.keys()) or "mbq.hadamard.ffn_down" in header.metadata,
+        patched=bool(OWN.keys() & sizes.keys()) or "mbq.hadamard.ffn_down" in header.metadata or (there and cut_by_us(mmproj)),
     )
+
+
+def cut_by_us(mmproj: Path) -> bool:
+    """Whether the pictures of a vision file are cut as only the patched llama.cpp does it."""
+    return read_header(mmproj).metadata.get("clip.projector_type") == PROJECTOR_TYPE
 
 
 def shown(value: object) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
 
+import pytest
 import torch
 from mbq_gguf.calibration.stream import takes_others
 from mbq_gguf.models import resampler
@@ -84,6 +87,22 @@ class Setting:
             yield
         finally:
             setattr(config, self.name, kept)
+
+
+@dataclass(frozen=True)
+class Patched:
+    """Within ``where`` a function called ``name`` is ``other``, which gets what it was first."""
+
+    name: str
+    where: Callable[[Small], Any]
+    other: Callable[..., Any]
+
+    @contextmanager
+    def ignored(self, small: Small) -> Iterator[None]:
+        holder = self.where(small)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(holder, self.name, partial(self.other, getattr(holder, self.name)))
+            yield
 
 
 @dataclass(frozen=True)
@@ -164,6 +183,43 @@ def twice(_module: nn.Module, _args: tuple[Any, ...], out: Any) -> Any:
     return tuple(torch.cat([angles, angles], dim=-1) for angles in out)
 
 
+def nearest(interpolate: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    return interpolate(*args, **options | {"mode": "nearest"})
+
+
+def whole_picture_last(pack: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Of anyres: tiles first."""
+    packed, lengths = pack(*args, **options)
+    return [torch.cat([features[TILE:], features[:TILE]]) for features in packed], lengths
+
+
+def by_columns(pack: Callable[..., Any], features: Any, *args: Any, **options: Any) -> Any:
+    """Of anyres: two rows of three tiles taken for three of two."""
+    order = [0, 1, 3, 5, 2, 4, 6]
+    return pack([tiles[order] for tiles in features], *args, **options)
+
+
+def cropped_elsewhere(unpad: Callable[..., Any], tensor: Any, size: Any) -> Any:
+    """Of anyres: all of the padding is taken for one below the picture."""
+    rows, columns = unpad(tensor, size).shape[1:]
+    return tensor[:, :rows, :columns]
+
+
+def packs(small: Small) -> Any:
+    return small.loaded.model.model
+
+
+def their_module(small: Small) -> Any:
+    return sys.modules[type(small.loaded.model).__module__]
+
+
+TILE = 16  # tokens of the small models' tiles
+ANYRES = [
+    Held("image_newline", 0.0),
+    Patched("pack_image_features", packs, whole_picture_last),
+    Patched("pack_image_features", packs, by_columns),
+    Patched("unpad_image", their_module, cropped_elsewhere),
+]
 QK_NORMS = Module(r"language_model\..*self_attn\.[qk]_norm", passed_by)
 QKV_BIASES = Module(r"language_model\..*self_attn\.[qkv]_proj", without_bias)
 ONE = Module(r"language_model\.layers\.\d+\.input_layernorm", without_one)
@@ -202,6 +258,8 @@ QUIRKS: dict[str, list[Quirk]] = {
     "InternVL 3 (-hf)": [QKV_BIASES, *LAYER_SCALES],
     "InternVL 2 to 3.5": [*LAYER_SCALES, Held("embeddings.position_embeddings", 0.0)],
     "LLaVA-1.5": [Held("embeddings.class_embedding", 0.0), Module(r"vision_tower\.pre_layrnorm", passed_by)],
+    "LLaVA-NeXT": [*ANYRES, Held("embeddings.class_embedding", 0.0)],
+    "LLaVA-OneVision": [*ANYRES, Patched("interpolate", lambda small: nn.functional, nearest), QKV_BIASES],
     "Gemma 3": [QK_NORMS, AFTER_ATTENTION, AFTER_MLP, ONE, WINDOW, Input("token_type_ids")],
     "Gemma 4": [*GEMMA4, Held("std_scale", 1.0)],
     "Gemma 4 (E2B, E4B)": [

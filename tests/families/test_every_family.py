@@ -210,6 +210,7 @@ def test_a_changed_tower_gives_the_same_features(small: Small) -> None:
 
 UNTURNED = (
     "LLaVA-1.5",
+    "LLaVA-NeXT",
     "PaddleOCR-VL",
     "dots.ocr",
     "Gemma 3",

@@ -29,9 +29,9 @@ QUANTISED = 0.05  # activations rounded to int8 in blocks of 32; measured: 0.009
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LLaVA-NeXT: LLaVA-1.5's parts and a newline of pictures."""
+    """VipLlava: LLaVA-1.5's parts, and a projector that joins the features of several of the tower's layers."""
     recipe = RECIPES["LLaVA-1.5"]
-    settings: dict[str, Any] = {**recipe.__dict__, "model_type": "llava_next"}
+    settings: dict[str, Any] = {**recipe.__dict__, "model_type": "vipllava"}
     return write(type(recipe)(**settings), tmp_path_factory.mktemp("alone") / "checkpoint")
 
 

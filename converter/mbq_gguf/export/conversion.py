@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mbq_gguf.errors import UserError, said
+from mbq_gguf.export.anyres_tower import ARCHITECTURES as ANYRES
+from mbq_gguf.export.anyres_tower import anyres_class
 from mbq_gguf.export.checkpoint import names_of
 from mbq_gguf.export.clip_tower import CLIP, clip_class
 from mbq_gguf.export.gemma4 import ARCHITECTURE as GEMMA4
@@ -103,6 +105,8 @@ def architecture(model_dir: Path, *, mmproj: bool) -> str:
         name = str(package.conversion.get_model_architecture(hparams, kind))
     if version := minicpmv.version_of(hparams):
         return minicpmv.ARCHITECTURE if mmproj else minicpmv.TEXTS[version][1]
+    if mmproj and (hparams.get("architectures") or [None])[0] in ANYRES:
+        return str(hparams["architectures"][0])
     known = package.conversion.MMPROJ_MODEL_MAP if mmproj else package.conversion.TEXT_MODEL_MAP
     if name not in known:
         name = part_architecture(hparams, mmproj=mmproj) or name
@@ -155,6 +159,8 @@ def own_class(package: Package, hparams: Mapping[str, Any], *, mmproj: bool) -> 
     """A class of ours for what the package has none for, or None."""
     if version := minicpmv.version_of(hparams):
         return (vision_class if mmproj else text_class)(package, version)
+    if mmproj and (hparams.get("architectures") or [None])[0] in ANYRES:
+        return anyres_class(package)
     return clip_class(package) if mmproj and (hparams.get("vision_config") or {}).get("model_type") == CLIP else None
 
 

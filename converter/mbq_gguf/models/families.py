@@ -49,6 +49,8 @@ FAMILIES = (
     Family("Mistral 3", ("Mistral3ForConditionalGeneration",), "mistral3", pictures.PIXTRAL),
     Family("Pixtral", ("LlavaForConditionalGeneration",), "llama", pictures.PIXTRAL),
     Family("LLaVA-1.5", (f"LlavaForConditionalGeneration/{CLIP}",), "llama", pictures.LLAVA),
+    Family("LLaVA-NeXT", ("LlavaNextForConditionalGeneration",), "llama", pictures.ANYRES),
+    Family("LLaVA-OneVision", ("LlavaOnevisionForConditionalGeneration",), "qwen2", pictures.ANYRES),
     Family("GLM-4.1V", ("Glm4vForConditionalGeneration",), "glm4", pictures.GLM),
     Family("GLM-OCR", ("GlmOcrForConditionalGeneration",), "glm4", pictures.GLM),
     Family("dots.ocr", ("DotsOCRForCausalLM",), "qwen2", pictures.DOTS),
@@ -70,8 +72,6 @@ NEEDS_CODE = "its checkpoints need Python code of their directory"
 NO_RUNTIME = "llama.cpp does not know it"
 REFUSED = {
     "Llama4ForConditionalGeneration": "each of its experts takes all tokens, weighed by the router beforehand, which no layout describes",
-    "LlavaNextForConditionalGeneration": "llama.cpp's conversion has no place for its tower",
-    "LlavaOnevisionForConditionalGeneration": "llama.cpp's conversion has no place for its tower, nor its runtime for its tiles",
     "QWenLMHeadModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of Qwen-VL alone",
     "ChatGLMModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of GLM-4V alone",
     "CogVLMForCausalLM": f"{NEEDS_CODE}, no layout has matrices that a picture's tokens alone pass, and llama.cpp's conversion leaves "
@@ -82,12 +82,13 @@ REFUSED = {
     "InternVLChatModel/phi3": "its language model, Phi-3, has q, k and v in one matrix and no template for pictures here",
     "Qwen2_5OmniModel": "its language model lies among parts for speech",
     "MolmoForCausalLM": NO_RUNTIME,
+    "VipLlavaForConditionalGeneration": "llama.cpp's conversion has no place for its projector, which joins several layers' features",
     "MllamaForConditionalGeneration": NO_RUNTIME,
     "PaliGemmaForConditionalGeneration": NO_RUNTIME,
 }
 
 # Of these the ones whose language model converts alone, without a vision file.
-LANGUAGE_ALONE = ("LlavaNextForConditionalGeneration",)
+LANGUAGE_ALONE = ("VipLlavaForConditionalGeneration",)
 
 
 def kind(architecture: str, config: Mapping[str, Any]) -> str:

@@ -92,8 +92,9 @@ class Layout:
     ``unturned`` says why a rotation cannot pass although norms and projector are known. ``alone``: tokens meet elsewhere than in attention,
     so samples cannot be run side by side. ``variants`` are the layouts of single layers where these differ (:meth:`of`): the layout itself
     then has the sites of all.
-    ``embeds``: rows of the embeddings are among them, in the vision file (a token between rows of a picture). ``fused`` tells of readers
-    that are no linears of their own. ``experts`` is where a layer's experts are, of which sites know once a layer is at hand.
+    ``embeds``: rows of the embeddings are among them, in the vision file (a token between rows of a picture); ``newline`` is a parameter
+    of the model that stands there instead. ``fused`` tells of readers that are no linears of their own. ``experts`` is where a layer's
+    experts are, of which sites know once a layer is at hand.
     """
 
     sites: tuple[Site, ...]
@@ -102,6 +103,7 @@ class Layout:
     norms_after: tuple[str, ...] = ()
     projector: str | None = None
     embeds: bool = False
+    newline: str | None = None
     unturned: str | None = None
     alone: bool = False
     variants: tuple[Layout, ...] = ()
@@ -357,6 +359,8 @@ LAYOUTS = {
     "Mistral3ForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2", embeds=True),
     "LlavaForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2", embeds=True),
     "LlavaForConditionalGeneration/clip_vision_model": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
+    "LlavaNextForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2", newline="image_newline"),
+    "LlavaOnevisionForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2", newline="image_newline"),
     "Glm4vForConditionalGeneration": GLM,
     "GlmOcrForConditionalGeneration": GLM,
     "DotsOCRForCausalLM": replace(STANDARD, projector=r"vision_tower\.merger\.mlp\.2"),

@@ -6,6 +6,7 @@ families (two line ends in Gemma 3, one in LLaVA's template), and some want torc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,6 +94,31 @@ def rows(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece
     return [*[width, "[IMG_BREAK]"] * (height - 1), width, "[IMG_END]"]
 
 
+def anyres(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece]:
+    """The whole picture, then rows of its tiles' patches, each with a newline, freed of padding and shrunk (LLaVA-NeXT and -OneVision).
+
+    As transformers counts them, whose processors want torchvision.
+    """
+    from transformers.image_processing_utils import select_best_resolution
+
+    size = [int(edge) for edge in features["image_sizes"][0]]
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    edges = [side * (edge // vision.image_size) for edge in select_best_resolution(size, config.image_grid_pinpoints)]
+    across = int(size[1] / size[0] > edges[1] / edges[0])  # the edge that the picture fills
+    filled = int(round(size[1 - across] * (edges[across] / size[across]), 7))
+    edges[1 - across] -= 2 * ((edges[1 - across] - filled) // 2)
+    most = getattr(config, "vision_aspect_ratio", None)  # of OneVision: as many tokens as so many tiles have
+    ratio = math.sqrt(edges[0] * edges[1] / (most_tiles(most) * side**2)) if most else 0
+    rows, columns = (int(edge // ratio) for edge in edges) if ratio > 1.1 else edges
+    return [side**2 + rows * (columns + 1)]
+
+
+def most_tiles(aspect_ratio: str) -> int:
+    """The number in OneVision's ``vision_aspect_ratio``, ``anyres_max_9`` say. ValueError where there is none."""
+    return int(aspect_ratio.removeprefix("anyres_max_"))
+
+
 def soft(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece]:
     """As many tokens as patches were pooled to (Gemma 4)."""
     return ["<|image>", int(features["num_soft_tokens_per_image"][0]), "<image|>"]
@@ -119,6 +145,7 @@ def squared(picture: Image.Image) -> Image.Image:
 GEMMA3 = Picture(fixed("<start_of_image>", "mm_tokens_per_image", "<end_of_image>"), types="token_type_ids")
 GEMMA4 = Picture(soft, ("pixel_values", "image_position_ids"), "mm_token_type_ids", {"do_resize": False}, prepare=measured)
 LLAVA = Picture(fixed("", "image_seq_length", ""), prepare=squared)
+ANYRES = Picture(anyres, ("pixel_values", "image_sizes"))
 SMOLVLM = Picture(tiles, ("pixel_values", "pixel_attention_mask"), options={"return_row_col_info": True})
 INTERNVL = Picture(crops, options={"crop_to_patches": True})
 MINICPM = Picture(slices, ("pixel_values", "target_sizes"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -28,12 +29,13 @@ class TowerSite:
 @dataclass(frozen=True)
 class Exit:
     """What reads the end of the stream in each module whose name matches ``module``: ``norm``, then ``readers``, then ``later`` linears,
-    one group behind the other."""
+    one group behind the other. ``bare``: readers multiply the stream itself."""
 
     module: str
     norm: str | None
     readers: tuple[str, ...]
     later: tuple[tuple[str, ...], ...] = ()
+    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class TowerLayout:
 
     ``values`` is the linear whose last rows, as many as it has columns, are attention's values; ``scales`` are (parameter, the linear
     before it) where a block multiplies a branch's output; ``entries`` are the convolution, embeddings and parameters whose channels are
-    the stream's; ``plain`` is a module that must be an Identity for a rotation; ``unturned`` says why none passes.
+    the stream's; ``plain`` is a module that must be an Identity for a rotation; ``unturned`` says why none passes. ``cut``:
+    the model's ``vision_feature_layer`` says how many blocks are read, and the file has no others.
     """
 
     path: str
@@ -54,6 +57,7 @@ class TowerLayout:
     scales: tuple[tuple[str, str], ...] = ()
     plain: str | None = None
     unturned: str | None = None
+    cut: bool = False
 
     @property
     def writers(self) -> tuple[str, str]:
@@ -80,8 +84,11 @@ class Tower:
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Its blocks in order."""
-        return list(self.module.get_submodule(self.layout.blocks).children())
+        """Its blocks in order, as many as the file has."""
+        blocks = list(self.module.get_submodule(self.layout.blocks).children())
+        config: Any = self.holder.config
+        read = int(config.vision_feature_layer) if self.layout.cut else -1
+        return blocks[: read % (len(blocks) + 1)]
 
     @property
     def width(self) -> int:
@@ -114,6 +121,8 @@ class Tower:
             norm = self.holder.get_submodule(joined(name, place.norm)) if place.norm else None
             if isinstance(norm, nn.LayerNorm) and norm.normalized_shape[0] != self.width:
                 return f"{joined(name, place.norm or '')} takes one mean of several patches"
+            if place.bare:
+                return f"{name} reads the stream with its mean"
         return self.no_rotation()
 
 
@@ -239,6 +248,12 @@ CLIP = replace(
     exits=(Exit("multi_modal_projector", None, ("linear_1",), (("linear_2",),)),),
     unturned="a norm with a gain stands between its patches and its blocks (pre_layrnorm)",
 )
+ONEVISION = replace(
+    SIGLIP,
+    path="vision_tower",
+    exits=(Exit("multi_modal_projector", None, ("linear_1",), (("linear_2",),), bare=True),),
+    cut=True,
+)
 INTERNVL = TowerLayout(
     "vision_tower",
     "encoder.layer",
@@ -293,6 +308,8 @@ TOWERS = {
     "Mistral3ForConditionalGeneration": MISTRAL3,
     "LlavaForConditionalGeneration": PIXTRAL,
     "LlavaForConditionalGeneration/clip_vision_model": CLIP,
+    "LlavaNextForConditionalGeneration": replace(CLIP, cut=True),
+    "LlavaOnevisionForConditionalGeneration": ONEVISION,
     "Glm4vForConditionalGeneration": GLM,
     "Glm4vMoeForConditionalGeneration": GLM,
     "GlmOcrForConditionalGeneration": GLM_OCR,

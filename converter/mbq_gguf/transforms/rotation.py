@@ -184,11 +184,15 @@ def rotated_embeddings(decoder: Decoder, rotation: Rotation) -> dict[str, torch.
 
 
 def rotated_projector(loaded: LoadedModel, rotation: Rotation) -> dict[str, torch.Tensor]:
-    """The projector's last linears by the ends of their parameters' names, so that image features arrive in the rotated basis."""
-    ending = loaded.decoder.layout.projector
+    """The projector's last linears, and what stands between rows of a picture, by the ends of their parameters' names, so that image
+    features arrive in the rotated basis."""
+    ending, newline = loaded.decoder.layout.projector, loaded.decoder.layout.newline
     assert ending is not None
     name = "embed_tokens.weight"
     rotated = {name: rotated_embeddings(loaded.decoder, rotation)[name].cpu()} if loaded.decoder.layout.embeds else {}
+    if newline is not None:
+        row = next(row for path, row in loaded.model.named_parameters() if path.rpartition(".")[2] == newline)
+        rotated[newline] = (row.detach().double() @ rotation.residual.to(row.device)).float().cpu()
     for path, found in loaded.model.named_modules():
         match = re.search(f"(?:^|[.])({ending})$", path)
         if match:

@@ -53,6 +53,9 @@ def rotate_tower(tower: Tower, seed: int) -> None:
         bias = getattr(norm, "bias", None)
         if bias is not None:  # where a reader has none
             _set(bias, _by_tiles(bias.double(), residual))
+    for place, name, _ in tower.exits():
+        for end in place.readers if place.bare else ():
+            _multiply(linear(tower.holder, joined(name, end)), residual)
     for block in tower.blocks:
         _rotate_values(tower, block, generator)
 

@@ -7,6 +7,7 @@
 // Included by clip.cpp in front of clip_get_graph_builder(). Which pictures may go together: clip-mbq-join.h.
 
 #include "clip-graph.h"
+#include "clip-mbq-anyres.h" // a graph beside these
 #include "models/models.h"
 
 #include <future>

@@ -210,6 +210,17 @@ struct clip_mbq_tower {
         vector(TN_TOK_IMG_BREAK, linear("mm.2", linear("mm.1", n_in)));
     }
 
+    // LLaVA-NeXT's and LLaVA-OneVision's (clip-mbq-anyres.h): a picture becomes a stack of whole tiles
+    void anyres() const {
+        const int64_t tile = hparams.image_size;
+        want(!hparams.image_res_candidates.empty(), "a picture must have a resolution to be cut at");
+        for (const clip_image_size & size : hparams.image_res_candidates) {
+            want(size.width > 0 && size.height > 0 && size.width % tile == 0 && size.height % tile == 0, "a resolution must be whole tiles");
+            want((int64_t) size.width*size.height + tile*tile <= 1 << 26, "a resolution must have fewer pixels");
+        }
+        vector(TN_IMAGE_NEWLINE, linear("mm.2", linear("mm.0", n_embd)));
+    }
+
     void glm4v_projector() const {
         const ggml_tensor * merger = get("mm.patch_merger.weight");
         kernel("mm.patch_merger.weight", hparams.n_merge, n_embd, merger->ne[3]);
@@ -277,6 +288,16 @@ static void clip_mbq_check_tower(const clip_mbq_tower & tower, projector_type ty
                 tower.vector("mm.model.mlp.0.bias", n_merged);
                 tower.linear("mm.model.mlp.3", tower.linear("mm.model.mlp.1", n_merged));
             }
+            break;
+        case PROJECTOR_TYPE_MBQ_ANYRES:
+            tower.heads(false);
+            tower.patches(false);
+            tower.positions(tower.find(TN_CLASS_EMBD) != nullptr);
+            if (tower.find(TN_CLASS_EMBD) != nullptr) {
+                tower.vector(TN_CLASS_EMBD, tower.n_embd);
+            }
+            tower.layers(false, false, true);
+            tower.anyres();
             break;
         default:
             break;

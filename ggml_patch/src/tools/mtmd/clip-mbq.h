@@ -51,6 +51,9 @@ static void clip_mbq_image_limits(const T & loader, clip_hparams & hparams) {
 template <typename T>
 static void clip_mbq_load_hparams(const T & loader, projector_type type, clip_hparams & hparams) {
     clip_mbq_image_limits(loader, hparams);
+    if (type == PROJECTOR_TYPE_MBQ_ANYRES) {
+        loader.get_u32(KEY_PREPROC_MAX_TILES, hparams.preproc_max_tiles, false);
+    }
     clip_mbq_check(loader, type, hparams);
     clip_mbq_set_row_scale(loader.ctx_gguf.get(), loader.ctx_meta.get());
 }

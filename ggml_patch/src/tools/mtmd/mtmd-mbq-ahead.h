@@ -13,10 +13,13 @@
 #include <vector>
 
 struct mtmd_mbq_ahead {
+    int n_pictures = 0; // of the prompt: some are preprocessed otherwise where they are several
+
     // B has nx, ny, is_audio, is_placeholder() and get_ro_buf(), as mtmd_bitmap does; groups as the tokenizer has them
     template <typename B>
     void start(const mtmd_image_preprocessor * preprocessor, const std::vector<std::vector<const B *>> & groups) {
         std::vector<const B *> pictures;
+        n_pictures = groups.size();
         for (const auto & group : groups) {
             for (const B * picture : group) {
                 if (!picture->is_audio && !picture->is_placeholder() && picture->nx > 0 && picture->ny > 0 && !results.count(picture)) {
@@ -37,7 +40,7 @@ struct mtmd_mbq_ahead {
                 clip_image_u8 img;
                 img.set_size({ (int) pictures[i]->nx, (int) pictures[i]->ny }, false);
                 img.cpy_buf(pictures[i]->get_ro_buf());
-                results.at(pictures[i]) = std::make_unique<mtmd_image_preproc_out>(preprocessor->preprocess(img));
+                results.at(pictures[i]) = std::make_unique<mtmd_image_preproc_out>(preprocessor->preprocess_among(img, n_pictures));
             }
         };
         std::vector<std::future<void>> others;
