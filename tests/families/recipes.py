@@ -197,6 +197,15 @@ GEMMA4_SMALL |= {"layer_types": ["sliding_attention"] * 2 + ["full_attention", "
 GEMMA4_SMALL |= {"attention_k_eq_v": False, "num_global_key_value_heads": None, "pad_token_id": 0}
 
 
+AUDIO = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "subsampling_conv_channels": [128, 8],
+    "output_proj_dims": 128,
+}
+
+
 def with_unread(tensors: Tensors) -> Tensors:
     """As published: the layers that take others' keys and values have matrices for their own, which nothing reads."""
     out = dict(tensors)
@@ -340,7 +349,9 @@ RECIPES = {
         GEMMA4,
         config=GEMMA4.config
         | {"text_config": GEMMA4.config["text_config"] | GEMMA4_SMALL}
-        | {"vision_config": GEMMA4.config["vision_config"] | {"standardize": False, "use_clipped_linears": True}},
+        | {"vision_config": GEMMA4.config["vision_config"] | {"standardize": False, "use_clipped_linears": True}, "audio_config": AUDIO},
+        specials=(*GEMMA4.specials, "<|audio|>"),
+        token_ids={**GEMMA4.token_ids, "audio_token_id": "<|audio|>"},
         other_form=with_unread,
     ),
     "MiniCPM-V 4.6": Recipe(

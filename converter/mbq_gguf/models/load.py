@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -23,6 +24,9 @@ from mbq_gguf.models.stored import Stored, read_into, stored_tensors, tensors_of
 from mbq_gguf.settings import ALONE, TRUST
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+HEARING = re.compile(
+    r"(?:model\.)?(?:audio_tower|embed_audio)\."
+)  # no sound is calibrated with; llama.cpp's conversion takes them from the files
 SUPPORTED = f"a family that `mbq-gguf models` lists ({', '.join(family.name for family in FAMILIES)})"
 
 
@@ -154,6 +158,8 @@ def _bare(model_dir: Path, architecture: str) -> Any:
         if architecture in PUBLISHED:
             return PUBLISHED[architecture].bare(model_dir)
         config = AutoConfig.from_pretrained(str(model_dir), **options)
+        if getattr(config, "audio_config", None):
+            config.audio_config = None
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=runs_remote_code())
 
 
@@ -168,7 +174,8 @@ def _read_generation(model: Any, model_dir: Path, architecture: str) -> None:
 
 def _load_weights(model_dir: Path, architecture: str, files: Sequence[Path]) -> Any:
     """The model with all of its weights still in ``files``."""
-    bare, tensors = _bare(model_dir, architecture), stored_tensors(files)
+    bare = _bare(model_dir, architecture)
+    tensors = {name: tensor for name, tensor in stored_tensors(files).items() if not HEARING.match(name)}
     with model_errors(model_dir, architecture):
         model, info = type(bare).from_pretrained(
             None,
