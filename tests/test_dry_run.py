@@ -91,9 +91,10 @@ def test_time_grows_with_tokens_weights_and_search(tmp_path: Path, monkeypatch: 
 SEVEN = [Site(3584, 4608), Site(3584, 3584), Site(3584, 37888), Site(18944, 3584)]
 
 
-@pytest.mark.parametrize(("layers", "seconds", "host", "card"), [(2, 93.9, 10.5, 21.7), (4, 133.6, 11.9, 21.6)])
-def test_a_card_is_foretold_within_a_third(layers: int, seconds: float, host: float, card: float) -> None:
-    """Seconds, GiB of the host and of the card of a 7B's shapes on an H200 (docs/log.md), to which the rates were fitted."""
+@pytest.mark.parametrize(("layers", "seconds"), [(2, 53.1), (28, 220.6)])
+def test_a_card_is_foretold_within_a_third(layers: int, seconds: float) -> None:
+    """A 7B's shapes on an H200 (docs/results.md), after the rates were fitted to four of its layers; the whole held 7.1 GiB of the host
+    and 22.8 of the card."""
     work = Work(
         [SEVEN] * layers,
         ends=2 * 152064 * 3584,
@@ -108,7 +109,7 @@ def test_a_card_is_foretold_within_a_third(layers: int, seconds: float, host: fl
     )
     assert sum(stage_seconds(work, CARD).values()) == pytest.approx(seconds, rel=1 / 3)
     found = [bytes_ / 2**30 for bytes_ in memory(work, "cuda")]
-    assert found == pytest.approx([host, card], rel=1 / 3)
+    assert found == pytest.approx([7.1, 22.8], rel=1 / 3)
 
 
 def sites(width: int, heads: int, kv_heads: int, ffn: int) -> list[Site]:

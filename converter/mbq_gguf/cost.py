@@ -63,23 +63,23 @@ CPU = Rates(
     packed=2e-8,
     stored=3e-9,
 )
-# One H200 (4 threads of its machine, which two other programs shared), 2 and 4 layers of a 7B's shapes, defaults, 2026-11-28.
+# One H200 alone, 16 threads, a 7B's shapes by the defaults and two layers of a 72B's, 2026-11-28.
 CARD = Rates(
-    start=8.0,
-    read=1e-9,
-    stream=0.045,
+    start=14.0,
+    read=5e-10,
+    stream=0.05,
     seen=0.0,
-    step=5e-3,
-    layer_step=0.025,
+    step=0.07,
+    layer_step=4e-4,
     written=0.0,
     scored=0.0,
-    moved=7.9e-9,
-    multiplied=0.0,
-    squared=0.0,
-    column=2.9e-4,
-    rounded=0.0,
-    product=0.0,
-    packed=1.1e-8,
+    moved=2e-10,
+    multiplied=2e-14,
+    squared=1.7e-14,
+    column=7e-5,
+    rounded=3e-9,
+    product=1.2e-12,
+    packed=2e-9,
     stored=1.0e-9,
 )
 SEARCHED = 3.4  # times a layer's seconds where channel factors are searched (MBQ, AWQ): 1483 s for 435 on the reference VLM
@@ -182,8 +182,9 @@ def stage_seconds(work: Work, rates: Rates, searched: bool = False, learned: int
     }
 
 
-# Memory, in bytes. 2 layers of a 7B's shapes held 10.5 GiB of the host and 21.7 of the card (the run of CARD). On machine B the reference
-# VLM held 2.35, 2.56 and 3.65 GB with 32, 96 and 256 samples, its 0.29 GB of weights among them, which are no longer held whole.
+# Memory, in bytes. A whole 7B held 7.1 GiB of the host and 22.8 of the card, two layers of a 72B 5.2 and 58.6
+# (docs/results.md). On machine B the reference VLM held 2.35, 2.56 and 3.65 GB with 32, 96 and
+# 256 samples, its 0.29 GB of weights among them, which are no longer held whole.
 PROCESS = 1.1e9  # Python, torch, transformers and their buffers
 DRIVER = 1.9e9  # of a card's driver on the host
 SQUARED = 34.0  # for each two channels of a site: Hessian, cross moments, factors in float64 and what refits take
@@ -198,8 +199,9 @@ def memory(work: Work, device: str, room: float = float("inf")) -> tuple[float, 
     a_token = max((2 * sum(_shared(sites)) + 4 * sum(_shared(sites[1::2])) for sites in work.layers), default=0) + 12 * work.width
     activations = float(work.tokens * a_token)
     if device != "cpu":
-        texts = _writing(work, 16, room - ends)
-        return PROCESS + DRIVER + activations + 4.0 * layer, ends + max(texts, rounding)
+        kept = min(activations, max(0.0, room - rounding))  # on the card (calibration/spill.py), where ends are away meanwhile
+        one_end = 4.0 * work.vocabulary * work.width  # read, or packed for the file
+        return PROCESS + DRIVER + max(activations - kept, one_end), max(ends + _writing(work, 16, room - ends), rounding + kept)
     return PROCESS + ends + max(_writing(work, 32, room - ends), activations + rounding), 0.0
 
 
