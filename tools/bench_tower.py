@@ -58,8 +58,7 @@ def rounds_of(runs: dict[tuple[str, int], Callable[[], object]], rounds: int, ti
 def prepared(vision: Vision, picture: Path) -> Iterator[Callable[[], object]]:
     """What sends the picture through the tower once it is read and preprocessed."""
     c = vision._binding.c
-    with vision._tokenized(vision.marker, [vision._bitmap(picture)]) as chunks:
-        (handle,) = vision._images(chunks)
+    with vision._cut(vision._bitmap(picture), among=1) as (handle,):
 
         def run() -> None:
             if c.mtmd_encode_chunk(vision._context, handle) != 0:
