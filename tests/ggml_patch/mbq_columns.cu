@@ -1,5 +1,5 @@
 // Products of MBQ weights on the first GPU, through ggml: each of 1 to 8 columns has the bits that it has alone, also in MUL_MAT_ID, and bias, residual
-// and SwiGLU that one column's kernel takes along round as the nodes by themselves. With an argument only a few cases. Run by test_cuda.py.
+// and SwiGLU that one column's kernel takes along round as the nodes by themselves. With an argument only a few cases. Run by test_cuda_card.py.
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"

@@ -1,7 +1,8 @@
 // Graphs of weights with one scale a row on every GPU: what a whole graph gives, whose products share activations that are quantised together with norms and
 // SwiGLU, or of one column are one kernel with what reads them, against the same graph run node by node, where nothing is shared or fused; bit for bit. Prints for each graph what ggml_cuda_w4a8_count counts in
-// the whole one. With an argument only small graphs, for the sanitizer. Run by test_cuda.py.
+// the whole one. With an argument only small graphs, for the sanitizer. Run by test_cuda_card.py.
 
+#include "every_gpu.h"
 #include "row_scale_builder.h"
 
 static int check_layers(ggml_backend_t backend, const int64_t k, const int64_t kv, const int64_t ff, const int64_t n, const int64_t had,
@@ -91,13 +92,8 @@ static int check_three(ggml_backend_t backend, const ggml_type type, const bool 
 
 int main(int argc, char **) {
     const bool small = argc > 1;
-    int bad = 0;
-    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
-        ggml_backend_dev_t device = ggml_backend_dev_get(i);
-        if (ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_GPU) {
-            continue;
-        }
-        ggml_backend_t backend = ggml_backend_dev_init(device, nullptr);
+    return on_every_gpu([small](ggml_backend_t backend) {
+        int bad = 0;
         for (const int64_t n : small ? std::vector<int64_t>{ 2, 64 } : std::vector<int64_t>{ 1, 2, 8, 9, 64, 300 }) {
             bad += check_layers(backend, 256, 64, 512, n, 0) + check_layers(backend, 576, 96, 1536, n, 512);
             if (n > 1) { bad += check_changed(backend, n) + check_norms(backend, n); }
@@ -115,8 +111,6 @@ int main(int argc, char **) {
             for (const int64_t had : { 0, 512 }) { bad += check_layers(backend, 3584, 512, 18944, 1, had); }
             bad += check_layers(backend, 1536, 256, 8960, 2048, 0) + check_layers(backend, 4096, 1024, 14336, 7, 512);
         }
-        ggml_backend_free(backend);
-    }
-    printf("%d graphs wrong\n", bad);
-    return bad != 0;
+        return bad;
+    }, "graphs ");
 }

@@ -1,5 +1,5 @@
 // Products of weights with one scale a row on the first GPU, through ggml: every element (of large ones every few) against int64 sums and two float
-// multiplications, bit for bit (ggml-row-scale.h). With an argument only a few cases, for the sanitizer. Run by test_cuda.py.
+// multiplications, bit for bit (ggml-row-scale.h). With an argument only a few cases, for the sanitizer. Run by test_cuda_card.py.
 
 #include "ggml-row-scale.h"
 #include "ggml-alloc.h"

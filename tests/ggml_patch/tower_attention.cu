@@ -1,6 +1,7 @@
-// Attention as vision towers have it on every GPU, against sums in double: hardly further off than upstream's kernel on the same numbers, which runs where keys and
-// values have gaps between heads; twice the same bits, and those of the last picture alone. With an argument only small ones, for the sanitizer. Run by test_cuda.py.
+// Attention as vision towers have it on every GPU, against sums in double: no further off than upstream's kernel on the same numbers, which runs where keys and
+// values have gaps between heads; twice the same bits, and those of the last picture alone. With an argument only small ones, for the sanitizer. Run by test_cuda_card.py.
 
+#include "every_gpu.h"
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -94,6 +95,10 @@ static void exact(const shape & s, const numbers & n, const int64_t picture, con
     for (double & x : out) { x /= sum; }
 }
 
+// With large scores a few of a case's 200 rows make its error: in such samples of both roundings computed on the CPU, heads of 64, 5 % are beyond 1.3 times, half below 0.98.
+// So upstream's error is compared over all of these cases together: the squares of ours and of upstream's, each case's over its output's.
+static double large_scores[2];
+
 static int check(ggml_backend_t backend, const shape & s) {
     const numbers n = make(s);
     const std::vector<float> ours = run(backend, s, n, 0, false), again = run(backend, s, n, 0, false), theirs = run(backend, s, n, 0, true);
@@ -113,9 +118,9 @@ static int check(ggml_backend_t backend, const shape & s) {
     const bool same  = memcmp(ours.data(), again.data(), ours.size()*sizeof(float)) == 0 && memcmp(ours.data() + last, alone.data(), alone.size()*sizeof(float)) == 0;
     const bool other = memcmp(ours.data(), theirs.data(), ours.size()*sizeof(float)) != 0;
     const double ratio = std::sqrt(error[0]/error[1]), relative = std::sqrt(error[0]/power);
-    // large scores leave a row few keys, so that chance decides who rounds better: 0.46 to 1.20 of upstream's error on an H200, and 0.09 to 0.73 elsewhere
-    const double most = s.large > 2.0f ? 1.5 : 1.1;
-    const bool good = same && ratio <= most && relative <= (s.large > 2.0f ? 4e-3 : 1e-3);
+    const bool large = s.large > 2.0f;
+    for (int i = 0; large && i < 2; ++i) { large_scores[i] += error[i]/power; }
+    const bool good = same && (large || ratio <= 1.1) && relative <= (large ? 4e-3 : 1e-3);
     printf("%s %ld %ld %ld %ld %ld %g %d: relative %.2e, of upstream's %.3f, ours %d\n", good ? "ok" : "FAIL", (long) s.d, (long) s.queries, (long) s.keys, (long) s.heads,
         (long) s.pictures, s.large, s.window, relative, ratio, other);
     fflush(stdout);
@@ -124,13 +129,9 @@ static int check(ggml_backend_t backend, const shape & s) {
 
 int main(int argc, char **) {
     const bool small = argc > 1;
-    int bad = 0;
-    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
-        ggml_backend_dev_t device = ggml_backend_dev_get(i);
-        if (ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_GPU) {
-            continue;
-        }
-        ggml_backend_t backend = ggml_backend_dev_init(device, nullptr);
+    return on_every_gpu([small](ggml_backend_t backend) {
+        int bad = 0;
+        large_scores[0] = large_scores[1] = 0.0;
         for (const int64_t d : { 64, 72, 80, 128 }) {
             for (const int window : { -1, 0, 24 }) { // 64 queries or more are ours; tails of tiles, one tile or several
                 bad += check(backend, { d, 64, 64, 2, 1, 2, window }) + check(backend, { d, 200, 334, 3, 2, 2, window }) + check(backend, { d, 129, 128, 2, 2, 12, window });
@@ -144,8 +145,8 @@ int main(int argc, char **) {
             bad += check(backend, { 80, 4096, 4096, 16, 1, 2, -1 }) + check(backend, { 80, 4096, 4096, 16, 1, 2, 64 });
             bad += check(backend, { 72, 729, 729, 16, 4, 2, -1 }) + check(backend, { 64, 577, 577, 16, 4, 2, -1 });
         }
-        ggml_backend_free(backend);
-    }
-    printf("%d wrong\n", bad);
-    return bad != 0;
+        const double ratio = std::sqrt(large_scores[0]/large_scores[1]);
+        printf("large scores, of upstream's %.3f\n", ratio);
+        return bad + (ratio > 1.1);
+    });
 }

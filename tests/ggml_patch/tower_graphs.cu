@@ -1,6 +1,7 @@
 // Graphs of a vision tower's weights with one scale a row on every GPU, against the same graphs node by node (row_scale_builder.h): LayerNorm and GELU fused
-// with quantising, biases and the residual stream added by the products; norms in floats and rotary embeddings. With an argument only small ones, for the sanitizer. Run by test_cuda.py.
+// with quantising, biases and the residual stream added by the products; norms in floats and rotary embeddings. With an argument only small ones, for the sanitizer. Run by test_cuda_card.py.
 
+#include "every_gpu.h"
 #include "row_scale_builder.h"
 
 using function = ggml_tensor * (*)(ggml_context *, ggml_tensor *);
@@ -116,13 +117,8 @@ static int check_rope(ggml_backend_t backend, const int64_t head, const int64_t 
 
 int main(int argc, char **) {
     const bool small = argc > 1;
-    int bad = 0;
-    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
-        ggml_backend_dev_t device = ggml_backend_dev_get(i);
-        if (ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_GPU) {
-            continue;
-        }
-        ggml_backend_t backend = ggml_backend_dev_init(device, nullptr);
+    return on_every_gpu([small](ggml_backend_t backend) {
+        int bad = 0;
         for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0 }) {
             for (const int64_t n : small ? std::vector<int64_t>{ 2, 64 } : std::vector<int64_t>{ 1, 2, 8, 9, 64, 300 }) {
                 bad += check_blocks(backend, "gelu", 256, 512, n, type, ggml_gelu) + check_blocks(backend, "quick", 576, 1536, n, type, ggml_gelu_quick);
@@ -141,8 +137,6 @@ int main(int argc, char **) {
         bad += check_casts(backend, 80, 16, 300) + check_casts(backend, 6, 3, 5);
         bad += check_norms(backend, 1280, 77) + check_norms(backend, 80, 1) + check_norms(backend, 1025, 5);
         bad += check_rope(backend, 80, 16, 300) + check_rope(backend, 64, 12, 77) + check_rope(backend, 72, 3, 1);
-        ggml_backend_free(backend);
-    }
-    printf("%d graphs wrong\n", bad);
-    return bad != 0;
+        return bad;
+    }, "graphs ");
 }
