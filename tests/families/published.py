@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +28,17 @@ NAMES = (
 PARTS = ("q_proj", "k_proj", "v_proj")
 
 
+def renamed(folder: Path, names: Sequence[tuple[str, str]]) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The file of weights, and its tensors by the names that ``names`` make of theirs, one substitution after the other."""
+    (weights,) = folder.glob("*.safetensors")
+    tensors = {}
+    for name, tensor in load_file(weights).items():
+        for pattern, theirs in names:
+            name = re.sub(pattern, theirs, name)
+        tensors[name] = tensor
+    return weights, tensors
+
+
 def internvl(folder: Path) -> None:
     """OpenGVLab's InternVLChatModel."""
     config = json.loads((folder / "config.json").read_text())
@@ -47,12 +59,7 @@ def internvl(folder: Path) -> None:
         | {"patch_size": vision["patch_size"][0], "qkv_bias": True, "qk_normalization": False},
     }
     (folder / "config.json").write_text(json.dumps(published))
-    (weights,) = folder.glob("*.safetensors")
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in load_file(weights).items():
-        for pattern, theirs in NAMES:
-            name = re.sub(pattern, theirs, name)
-        tensors[name] = tensor
+    weights, tensors = renamed(folder, NAMES)
     for name in [name for name in tensors if name.startswith("vision_model") and ".attention.q_proj." in name]:
         parts = [tensors.pop(name.replace("q_proj", part)) for part in PARTS]
         tensors[name.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
@@ -89,12 +96,7 @@ def minicpmv(folder: Path, version: float) -> None:
     tokens |= {"tokenizer_class": "MiniCPMVTokenizerFast"}
     tokens |= {"auto_map": {"AutoTokenizer": [None, "tokenization_minicpmv_fast.MiniCPMVTokenizerFast"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
-    (weights,) = folder.glob("*.safetensors")
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in load_file(weights).items():
-        for pattern, theirs in MINICPMV_NAMES:
-            name = re.sub(pattern, theirs, name)
-        tensors[name] = tensor
+    weights, tensors = renamed(folder, MINICPMV_NAMES)
     for end in ("weight", "bias"):
         parts = [tensors.pop(f"resampler.attn.in_proj_{part}.{end}") for part in "qkv"]
         tensors[f"resampler.attn.in_proj_{end}"] = torch.cat(parts)

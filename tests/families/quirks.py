@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import Any, Protocol
 
 import pytest
@@ -17,6 +16,7 @@ from mbq_gguf.calibration.stream import takes_others
 from mbq_gguf.models import resampler
 from small import Small
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]  # a forward hook: module, its arguments, its output to another output
 
@@ -30,6 +30,15 @@ class Quirk(Protocol):
     def ignored(self, small: Small) -> Any: ...
 
 
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are there within the block."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
 @dataclass(frozen=True)
 class Module:
     """What modules whose names match ``name`` give is changed by ``hook``."""
@@ -41,12 +50,8 @@ class Module:
     def ignored(self, small: Small) -> Iterator[None]:
         found = [module for name, module in small.loaded.model.named_modules() if re.fullmatch(rf"(?:model\.)?{self.name}", name)]
         assert found, self.name
-        handles = [module.register_forward_hook(self.hook) for module in found]
-        try:
+        with hooked(module.register_forward_hook(self.hook) for module in found):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 @dataclass(frozen=True)
@@ -136,29 +141,8 @@ class OthersKeys:
 
         found = [layer.self_attn for layer in small.loaded.decoder.layers if takes_others(layer)]
         assert found
-        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in found]
-        try:
+        with hooked(module.register_forward_pre_hook(hook, with_kwargs=True) for module in found):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-@dataclass(frozen=True)
-class Zero:
-    """What a function of a module of the converter gives is zero."""
-
-    module: ModuleType
-    name: str
-
-    @contextmanager
-    def ignored(self, small: Small) -> Iterator[None]:
-        kept = getattr(self.module, self.name)
-        setattr(self.module, self.name, lambda *args: torch.zeros_like(kept(*args)))
-        try:
-            yield
-        finally:
-            setattr(self.module, self.name, kept)
 
 
 def passed_by(_module: nn.Module, args: tuple[Any, ...], _out: Any) -> Any:
@@ -181,6 +165,10 @@ def without_one(module: nn.Module, _args: tuple[Any, ...], out: Any) -> Any:
 def twice(_module: nn.Module, _args: tuple[Any, ...], out: Any) -> Any:
     """The angles of half of a head's channels, for all of them."""
     return tuple(torch.cat([angles, angles], dim=-1) for angles in out)
+
+
+def zeros(made: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    return torch.zeros_like(made(*args))
 
 
 def nearest(interpolate: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -245,8 +233,8 @@ QUIRKS: dict[str, list[Quirk]] = {
     ],
     "MiniCPM-V 2.6": [
         QKV_BIASES,
-        Zero(resampler, "nearest"),
-        Zero(resampler, "places"),
+        Patched("nearest", lambda _: resampler, zeros),
+        Patched("places", lambda _: resampler, zeros),
         Held("resampler.query", 0.0),
         Module(r"resampler\.ln_kv", passed_by),
         Module(r"resampler\.ln_post", passed_by),

@@ -1,23 +1,17 @@
-"""Small random checkpoints of every family, from the classes and configurations of transformers."""
+"""The families' small checkpoints."""
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
+from forms import nested, newer, older, qwen2_newer, stacked, turned_stacks, with_unread
 from mbq_gguf.models.dots_tower import DotsOCR
 from mbq_gguf.models.resampler import MiniCPMV
 from published import dots_ocr, internvl, minicpmv
-from tokens import pieces, plain, spaced
+from recipe import Recipe
 
-SEED = 0
-HELD = ("layer_scalar", "std_bias", "std_scale", "e_score_correction_bias")  # buffers that a checkpoint holds
 TEXT: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -28,46 +22,6 @@ TEXT: dict[str, Any] = {
     "tie_word_embeddings": False,
     "max_position_embeddings": 2048,
 }
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for part in m.content %}{{ part.text if part.type == 'text' else 'PICTURE' }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a family's small checkpoint is made of.
-
-    ``config`` are the settings of the model type, ``processor`` those of preprocessor_config.json, ``specials`` are added to the demo's
-    tokenizer (``spaced``: one of Gemma's kind,
-    ``pieces``: that with a tokenizer.model) and named in the configuration by ``token_ids``. ``other_names`` renames a key that
-    transformers saves today to that of another kind of checkpoint: the published one, where it differs; ``other_form`` makes its tensors.
-    ``publish`` makes of the checkpoint one that only its authors' code reads; ``model`` makes the model where transformers has no class of
-    it, ``flat`` has the language model's settings beside the others. ``size`` is that of the picture, which neither side has to resize but
-    to slice it; pictures of ``sizes`` must take as many tokens on both.
-    """
-
-    model_type: str
-    config: dict[str, Any]
-    processor: dict[str, Any]
-    specials: tuple[str, ...] = ()
-    token_ids: dict[str, str] = field(default_factory=dict)
-    template: str = CHATML
-    spaced: bool = False
-    pieces: bool = False
-    other_names: Callable[[str], str] | None = None
-    other_form: Callable[[Tensors], Tensors] | None = None
-    publish: Callable[[Path], None] | None = None
-    model: Callable[[Any], Any] | None = None
-    flat: bool = False
-    size: tuple[int, int] = (64, 96)
-    sizes: tuple[tuple[int, int], ...] = ((100, 160), (192, 128))
-
-
 QWEN_TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>"}
 QWEN_TOKENS |= {"vision_end_token_id": "<|vision_end|>"}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
@@ -98,13 +52,6 @@ QWEN2_5_VISION = {
 PATCHES_14 = SQUARES | {"patch_size": 14}
 
 
-def qwen2_newer(name: str) -> str:
-    """Names of Qwen2-VL and Qwen2.5-VL that some releases of transformers have saved; published ones are today's again."""
-    return (
-        "model." + (name if name.startswith("visual.") else name.replace("model.", "language_model.", 1)) if "lm_head" not in name else name
-    )
-
-
 SIGLIP = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
 NORMAL = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 TILED = NORMAL | {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 64}, "do_image_splitting": True}
@@ -122,40 +69,6 @@ GLM_VISION |= {"image_size": 112}
 GLM_TOKENS = ("<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|video|>", "<|begin_of_video|>", "<|end_of_video|>", "<|user|>")
 GLM_IDS = {"image_token_id": "<|image|>", "video_token_id": "<|video|>", "image_start_token_id": "<|begin_of_image|>"}
 GLM_IDS |= {"image_end_token_id": "<|end_of_image|>"}
-
-
-def newer(name: str) -> str:
-    """Names that transformers saved from 4.52 on; published ones are today's again."""
-    for old, new in (("language_model.model.", "model.language_model."), ("language_model.lm_head", "lm_head")):
-        name = name.replace(old, new) if name.startswith(old) else name
-    return name if name.startswith(("model.", "lm_head")) else f"model.{name}"
-
-
-def turned_stacks(tensors: Tensors) -> Tensors:
-    """Qwen3-VL-MoE's stacks of experts as published, [experts, columns, rows]."""
-    return {name: tensor.transpose(1, 2).contiguous() if ".experts." in name else tensor for name, tensor in tensors.items()}
-
-
-def stacked(tensors: Tensors) -> Tensors:
-    """Qwen3.5-MoE's experts as published, in two stacks a layer, which transformers saves one by one."""
-    out = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
-    for stem in dict.fromkeys(name.partition(".experts.")[0] for name in tensors if ".experts." in name):
-        gate, up, down = (
-            torch.stack([tensors[f"{stem}.experts.{number}.{matrix}_proj.weight"] for number in range(EXPERTS["num_experts"])])
-            for matrix in ("gate", "up", "down")
-        )
-        out |= {f"{stem}.experts.gate_up_proj": torch.cat([gate, up], dim=1), f"{stem}.experts.down_proj": down}
-    return out
-
-
-def older(name: str) -> str:
-    """LLaVA's as published, and its tower's."""
-    return nested(newer(name)) if name.startswith("vision_tower.") else newer(name)
-
-
-def nested(name: str) -> str:
-    """SigLIP and CLIP towers as published, which transformers saves without the nesting today."""
-    return name.replace("vision_tower.", "vision_tower.vision_model.")
 
 
 GEMMA4 = Recipe(
@@ -204,18 +117,6 @@ AUDIO = {
     "subsampling_conv_channels": [128, 8],
     "output_proj_dims": 128,
 }
-
-
-def with_unread(tensors: Tensors) -> Tensors:
-    """As published: the layers that take others' keys and values have matrices for their own, which nothing reads."""
-    out = dict(tensors)
-    for name, tensor in tensors.items():
-        if name.endswith("mlp.gate_proj.weight") and int(name.split(".layers.")[1].split(".")[0]) >= 3 and "language_model" in name:
-            stem = name.removesuffix("mlp.gate_proj.weight") + "self_attn."
-            out |= {f"{stem}{matrix}_proj.weight": tensor[:64].clone() for matrix in "kv"} | {
-                f"{stem}k_norm.weight": tensor[0, :32].clone()
-            }
-    return out
 
 
 GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 256}
@@ -498,48 +399,3 @@ RECIPES = {
         size=(56, 84),
     ),
 }
-
-
-def write(recipe: Recipe, folder: Path) -> Path:
-    """The checkpoint as transformers saves it today, in bfloat16."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    folder.mkdir(parents=True)
-    write_tokenizer = pieces if recipe.pieces else spaced if recipe.spaced else plain
-    ids = write_tokenizer(recipe.specials, folder)
-    (folder / "chat_template.jinja").write_text(recipe.template)
-    settings = copy.deepcopy(recipe.config)
-    size = max(ids.values()) + 1
-    text = {"vocab_size": size, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2} | settings["text_config"]
-    settings["text_config"] = text | ({"vocab_size_per_layer_input": size} if text.get("hidden_size_per_layer_input") else {})
-    settings |= {name: ids[token] for name, token in recipe.token_ids.items()}
-    if recipe.flat:
-        settings |= settings.pop("text_config")
-    config = AutoConfig.for_model(recipe.model_type, **settings)
-    torch.manual_seed(SEED)
-    model = recipe.model(config) if recipe.model else AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # Random norms and biases, so that what forgets one of them shows; larger linears, so that layers matter beside the residual.
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-                if name.endswith("q_norm.weight") and settings["text_config"].get("num_kv_shared_layers"):
-                    parameter.mul_(0.4)  # Gemma 4 does not scale scores: keys chosen so sharply, by more layers, turn with any rounding
-            elif "layers" in name or "blocks" in name:
-                parameter.mul_(4)
-            elif "resampler.attn.in_proj" in name:  # MiniCPM-V's, which would attend to all patches alike
-                parameter.mul_(3)
-            elif "visual.vision_model.embeddings.position" in name:  # PaddleOCR-VL's, which would not show in its features
-                parameter.mul_(20)
-            elif not parameter.any():  # Gemma 3's projector, behind which nothing would show
-                parameter.normal_(std=0.3)
-        for name, buffer in model.named_buffers():
-            if name.endswith(HELD):
-                buffer.copy_(1 + 0.3 * torch.randn_like(buffer))
-            elif name.endswith(("_min", "_max")) and buffer.ndim == 0:  # of clipped linears
-                buffer.copy_((2 + 0.3 * torch.randn_like(buffer)) * (1 if name.endswith("_max") else -1))
-    model.to(torch.bfloat16).save_pretrained(str(folder))
-    (folder / "preprocessor_config.json").write_text(json.dumps(recipe.processor))
-    if recipe.publish:
-        recipe.publish(folder)
-    return folder

@@ -22,7 +22,8 @@ from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.prompts import Encoded
 from mbq_gguf.outcome import QuantiseResult
 from PIL import Image
-from recipes import RECIPES, Recipe, write
+from recipe import Recipe, write
+from recipes import RECIPES
 
 QUESTION = "What is in this picture?"
 ANSWER = " ".join(["red", "blue circle", "left of", "the square", "seven"] * 4)

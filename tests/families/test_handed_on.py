@@ -25,7 +25,8 @@ from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.file_rows import FileRows
 from mbq_gguf.quantise import quantise
 from mbq_gguf.settings import QuantiseSettings
-from recipes import RECIPES, Recipe
+from recipe import Recipe
+from recipes import RECIPES
 from small import ANSWER, QUESTION, Small, compare
 
 NAME = "Gemma 4 (E2B, E4B)"

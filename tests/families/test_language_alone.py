@@ -18,7 +18,8 @@ from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.alone import language_model_alone
 from mbq_gguf.quantise import quantise
 from mbq_gguf.settings import QuantiseSettings
-from recipes import RECIPES, write
+from recipe import write
+from recipes import RECIPES
 from rich.console import Console
 from small import compare, unpacked
 

@@ -15,7 +15,8 @@ from mbq_gguf.errors import UserError
 from mbq_gguf.models.load import outline
 from mbq_gguf.models.minicpmv import TEXTS
 from mbq_gguf.models.resampler import nearest
-from recipes import RECIPES, write
+from recipe import write
+from recipes import RECIPES
 
 CONFIG, PICTURES, TOKENS = "config.json", "preprocessor_config.json", "tokenizer.json"
 

@@ -25,7 +25,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "families")]
 
 from mutators.gguf_document import ARRAY, Document, Key, Tensor, copy_of, strings, u32, u64  # noqa: E402
-from recipes import RECIPES, TEXT, write  # noqa: E402
+from recipe import write  # noqa: E402
+from recipes import RECIPES, TEXT  # noqa: E402
 from tiny_vlm import DEMO, PROCESSOR_FILES  # noqa: E402
 
 SEEDS = HERE / "seeds"
