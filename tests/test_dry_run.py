@@ -93,8 +93,8 @@ SEVEN = [Site(3584, 4608), Site(3584, 3584), Site(3584, 37888), Site(18944, 3584
 
 @pytest.mark.parametrize(("layers", "seconds"), [(2, 53.1), (28, 220.6)])
 def test_a_card_is_foretold_within_a_third(layers: int, seconds: float) -> None:
-    """A 7B's shapes on an H200 (docs/results.md), after the rates were fitted to four of its layers; the whole held 7.1 GiB of the host
-    and 22.8 of the card."""
+    """A 7B's shapes on an H200 (docs/results.md); the rates were fitted to three of its layers and two of a 72B's. The whole held 7.1 GiB
+    of the host and 22.8 of the card."""
     work = Work(
         [SEVEN] * layers,
         ends=2 * 152064 * 3584,

@@ -24,7 +24,7 @@ from mbq_gguf.models.layout import Layout, Site
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.parallel import Parts
 
-# Layer inputs kept on the host at a time; a larger calibration set goes through the layers in parts.
+# Layer inputs kept at a time, on the host or the card; a larger calibration set goes through the layers in parts.
 HOST_BYTES = 4 << 30
 CLASSES = ("vision", "answer", "prompt")
 PROBE_SEED = 0
