@@ -40,29 +40,30 @@ CONTEXT = 1536
 Timed = dict[tuple[str, int], list[float]]  # seconds of every round by name and tokens of the picture
 
 
-def rounds_of(runs: dict[tuple[str, int], Callable[[], object]], rounds: int, title: str) -> Timed:
-    """Seconds of each of ``runs`` in every round; one more round before warms up."""
+def rounds_of(runs: dict[tuple[str, int], Callable[[], float]], rounds: int, title: str) -> Timed:
+    """The seconds that each of ``runs`` tells, in every round; one more round before warms up."""
     found: Timed = {key: [] for key in runs}
     keys = list(runs)
     for number in track(range(rounds + 1), title, console=Console(stderr=True), transient=True):
         turn = number % len(keys)
         for key in keys[turn:] + keys[:turn]:
-            begin = time.perf_counter()
-            runs[key]()
+            seconds = runs[key]()
             if number:
-                found[key].append(time.perf_counter() - begin)
+                found[key].append(seconds)
     return found
 
 
 @contextmanager
-def prepared(vision: Vision, picture: Path) -> Iterator[Callable[[], object]]:
-    """What sends the picture through the tower once it is read and preprocessed."""
+def prepared(vision: Vision, picture: Path) -> Iterator[Callable[[], float]]:
+    """What sends the picture through the tower once it is read and preprocessed, and tells the seconds."""
     c = vision._binding.c
     with vision._cut(vision._bitmap(picture), among=1) as (handle,):
 
-        def run() -> None:
+        def run() -> float:
+            begin = time.perf_counter()
             if c.mtmd_encode_chunk(vision._context, handle) != 0:
                 raise click.ClickException(f"the vision tower failed on {picture}: look at the messages above")
+            return time.perf_counter() - begin
 
         yield run
 
@@ -74,7 +75,7 @@ def towers(folder: Path, kinds: list[str], width: int, rounds: int, options: dic
     write_random_gguf(text, LanguageShape(1, width, 256, width // 128, 1, count), "F16", tokenizer)
     pictures = {tokens: noise(folder, 1, tokens)[0] for tokens in SIDES}
     with ExitStack() as stack:
-        runs: dict[tuple[str, int], Callable[[], object]] = {}
+        runs: dict[tuple[str, int], Callable[[], float]] = {}
         for kind in kinds:
             mmproj = folder / f"mmproj-{kind}.gguf"
             write_random_tower(mmproj, width, kind)
@@ -90,7 +91,7 @@ def languages(folder: Path, names: list[str], rounds: int, options: dict[str, An
     tokenizer, count = demo_tokenizer()
     pictures = {tokens: noise(folder, 1, tokens)[0] for tokens in SIDES}
     with ExitStack() as stack:
-        runs: dict[tuple[str, int], Callable[[], object]] = {}
+        runs: dict[tuple[str, int], Callable[[], float]] = {}
         for name in names:
             size, _, mixture = name.partition(":")
             shape = replace(SHAPES[size], vocabulary=count)
@@ -103,9 +104,11 @@ def languages(folder: Path, names: list[str], rounds: int, options: dict[str, An
             for tokens, picture in pictures.items():
                 image, words = model.vision.encode(picture), model.prompt(QUESTION)
 
-                def run(model: Model = model, words: str = words, image: Any = image) -> None:
+                def run(model: Model = model, words: str = words, image: Any = image) -> float:
                     model.text_logits([1], outputs=1)  # nothing of the last prompt is found again
+                    begin = time.perf_counter()
                     model.logits(words, [image], [1])
+                    return time.perf_counter() - begin
 
                 runs[name, tokens] = run
         return rounds_of(runs, rounds, "language models")
