@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,7 +18,8 @@ import requests
 from mbq_gguf.errors import UserError
 from mbq_gguf.llama_cpp import closed
 from mbq_gguf.llama_cpp.server import LlamaServer, Server
-from test_server import HOLDER, PICTURE, alive
+from owners import HOLDER, THREAD_HOLDER, alive, started
+from test_server import PICTURE
 from tiny_pair import Pair
 
 CONFIGURATION = "[*]\nslots = true\nmetrics = true\napi-key = everybody\n"
@@ -123,13 +124,13 @@ def test_pictures_from_elsewhere_are_not_fetched(
     assert len(witness.asked) == 1, "without --offline it fetches, or this test shows nothing"
 
 
-def test_it_ends_when_its_owner_is_killed(tiny_pair: Pair) -> None:
-    owner = subprocess.Popen([sys.executable, "-c", HOLDER, tiny_pair.model], stdout=subprocess.PIPE, text=True)
-    assert owner.stdout is not None
-    pid = int(owner.stdout.readline())
-    assert alive(pid)
-    owner.send_signal(signal.SIGKILL)
-    owner.communicate(timeout=30)
+@pytest.mark.parametrize("holder", [HOLDER, THREAD_HOLDER])
+def test_it_ends_when_its_owner_is_killed(tiny_pair: Pair, holder: str) -> None:
+    with started(sys.executable, "-c", holder, tiny_pair.model) as owner:
+        pid = int(owner.stdout.readline())
+        assert alive(pid)
+        owner.send_signal(signal.SIGKILL)
+        owner.communicate(timeout=30)
     deadline = time.monotonic() + 10
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -137,10 +138,14 @@ def test_it_ends_when_its_owner_is_killed(tiny_pair: Pair) -> None:
 
 
 def test_one_that_a_thread_started_lives_on_after_the_thread(tiny_pair: Pair) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        server = pool.submit(LlamaServer(tiny_pair.model, None, threads=1).__enter__).result()
-    with server:
+    with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
+        server = LlamaServer(tiny_pair.model, None, threads=1)
+        pool.submit(stack.enter_context, server).result()
+        pool.shutdown()
         assert server.ask(None, "Still there?", 1).completion_tokens == 1
+        with pytest.raises(RuntimeError, match="started before"), server:
+            pass
+    assert not alive(server.pid)
 
 
 def test_options_of_the_user_come_last(tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

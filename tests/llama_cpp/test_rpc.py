@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mbq_gguf.llama_cpp.paths import find_program
 from mbq_gguf.llama_cpp.server import Server, data_url
 from mbq_gguf.models import LoadedModel
 from nearest_files import write_nearest
+from owners import started
 from tiny_pair import Pair
 
 PICTURES = sorted((Path(__file__).parents[2] / "converter/mbq_gguf/demo/data/eval/images").glob("*.png"))[:2]
@@ -34,19 +36,13 @@ Answer = list[dict[str, float]]
 def endpoints(built_llama: Path) -> Iterator[str]:
     """Two servers, one thread each: what --rpc takes."""
     program, ports = find_program("ggml-rpc-server"), [free_port(), free_port()]
-    children = [
-        subprocess.Popen([program, "--port", str(port), "--threads", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for port in ports
-    ]
-    try:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with ExitStack() as stack:
+        children = [stack.enter_context(started(program, "--port", port, "--threads", 1, **quiet)) for port in ports]
         for port in ports:
             wait_for(port)
         yield ",".join(f"127.0.0.1:{port}" for port in ports)
         assert [child.poll() for child in children] == [None, None]
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
 
 
 def free_port() -> int:

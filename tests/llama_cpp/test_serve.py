@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from mbq_gguf.llama_cpp import closed
-from test_server import PICTURE, alive
+from owners import alive, started
+from test_server import PICTURE
 from tiny_pair import Pair
 
 COMMAND = [sys.executable, "-m", "mbq_gguf"]
@@ -31,20 +32,23 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_serve_prints_address_and_key_and_ends_with_ctrl_c(tiny_pair: Pair) -> None:
     port = free_port()
     command = [*COMMAND, "serve", str(tiny_pair.model), "--port", str(port), "--", "--threads", "1", "--ctx-size", "512"]
-    user = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
-    )
-    assert user.stdout is not None
-    assert user.stdout.readline() == f"http://127.0.0.1:{port}\n"
-    key = re.match(r"key: (\w{32}) ", user.stdout.readline())
-    assert key is not None
-    reply = closed.request("GET", f"http://127.0.0.1:{port}/props", key[1], 30).json()
-    assert reply["modalities"]["vision"], "the vision file beside it was found"
-    [server] = map(int, Path(f"/proc/{user.pid}/task/{user.pid}/children").read_text().split())
-    user.send_signal(signal.SIGINT)
-    user.communicate(timeout=30)
+    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    with started(*command, **default) as user:
+        assert user.stdout.readline() == f"http://127.0.0.1:{port}\n"
+        key = re.match(r"key: (\w{32}) ", user.stdout.readline())
+        assert key is not None
+        reply = closed.request("GET", f"http://127.0.0.1:{port}/props", key[1], 30).json()
+        assert reply["modalities"]["vision"], "the vision file beside it was found"
+        [server] = server_of(user.pid)
+        user.send_signal(signal.SIGINT)
+        user.communicate(timeout=30)
     assert user.returncode == 130
     assert not alive(server)
+
+
+def server_of(pid: int) -> list[int]:
+    """The children of a process, whichever of its threads has started them."""
+    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
 
 
 def test_ask_prints_one_answer(tiny_pair: Pair) -> None:

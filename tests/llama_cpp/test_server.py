@@ -14,35 +14,18 @@ from pathlib import Path
 import pytest
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.llama_cpp.server import LlamaServer
+from owners import HOLDER, alive, started
 from tiny_pair import Pair, write_pair
 
 EVAL = Path(__file__).parents[2] / "converter" / "mbq_gguf" / "demo" / "data" / "eval"
 PICTURE = EVAL / "images" / "0000.png"
 VISION_TOKENS = 64  # a 224x224 picture of the demo's sets
 
-# Starts a server, tells its process number, and waits to be ended.
-HOLDER = """
-import sys, time
-from pathlib import Path
-from mbq_gguf.llama_cpp.server import LlamaServer
-with LlamaServer(Path(sys.argv[1]), None, threads=1) as server:
-    print(server.pid, flush=True)
-    time.sleep(600)
-"""
-
 
 @pytest.fixture(scope="module")
 def server(tiny_pair: Pair) -> LlamaServer:
     with LlamaServer(*tiny_pair, threads=2, parallel=2) as running:
         yield running
-
-
-def alive(pid: int) -> bool:
-    """Whether the process runs; one that has ended but is not waited for yet does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_the_reference_vlm_answers_about_pictures_and_takes_a_seed(built_llama: Path, reference_dir: Path, tmp_path: Path) -> None:
@@ -111,18 +94,13 @@ def test_it_stops_at_the_end_and_on_an_exception(tiny_pair: Pair, tmp_path: Path
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_it_stops_when_its_owner_is_ended(tiny_pair: Pair, number: signal.Signals) -> None:
-    owner = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, tiny_pair.model],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a background job may have handed down that it is ignored
-    )
-    assert owner.stdout is not None
-    pid = int(owner.stdout.readline())
-    assert alive(pid)
-    owner.send_signal(number)
-    owner.communicate(timeout=30)
+    # a background job may have handed down that it is ignored
+    options = {"stderr": subprocess.PIPE, "preexec_fn": lambda: signal.signal(number, signal.SIG_DFL)}
+    with started(sys.executable, "-c", HOLDER, tiny_pair.model, **options) as owner:
+        pid = int(owner.stdout.readline())
+        assert alive(pid)
+        owner.send_signal(number)
+        owner.communicate(timeout=30)
     assert owner.returncode != 0
     assert not alive(pid)
 

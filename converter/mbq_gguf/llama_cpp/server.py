@@ -9,9 +9,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,6 +31,8 @@ from mbq_gguf.picture import png
 START_SECONDS = 600.0  # large models on slow disks load for minutes
 ANSWER_SECONDS = 600.0  # one answer, waiting for a free slot included
 START_TRIES = 3  # another program may take the free port before the server does
+# The kernel ends a tethered server with the thread that started it: this one lasts as long as the process.
+_STARTER = ThreadPoolExecutor(1, thread_name_prefix="llama-server")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Server:
         self.url = ""
 
     def __enter__(self) -> Self:
+        if self._process is not None:
+            raise RuntimeError("the server was started before: make another one")
         with ExitStack() as undo:
             undo.enter_context(termination_as_exit())
             undo.callback(self._stop)
@@ -133,10 +137,7 @@ class Server:
 
     def _start(self, environment: dict[str, str]) -> None:
         assert self._log is not None
-        command = self._command
-        # The kernel's signal follows the thread that started the server: only the main one lasts as long as this process.
-        if threading.current_thread() is threading.main_thread():
-            command = [sys.executable, "-I", "-S", tethered.__file__, str(os.getpid()), *command]
+        command = [sys.executable, "-I", "-S", tethered.__file__, str(os.getpid()), *self._command]
         if self._port and _taken(self._port):
             raise UserError(f"port {self._port} is taken by another program: choose another one with --port")
         for _ in range(START_TRIES):
@@ -144,7 +145,8 @@ class Server:
             everywhere = self._host in ("0.0.0.0", "::")
             self.url = f"http://{'127.0.0.1' if everywhere else self._host}:{port}"
             # A session of its own: Ctrl-C reaches this process alone, which then stops the server.
-            self._process = subprocess.Popen(
+            self._process = _STARTER.submit(
+                subprocess.Popen,
                 [*command, "--host", self._host, "--port", str(port)],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
@@ -152,7 +154,7 @@ class Server:
                 text=True,
                 env=environment,
                 start_new_session=True,
-            )
+            ).result()
             if self._wait_until_ready():
                 return
             words = self._last_words()
