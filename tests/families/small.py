@@ -186,9 +186,12 @@ def unpacked(result: QuantiseResult) -> dict[str, Any]:
     return {**weights, **result.replaced}
 
 
-def compare(ours: Floats, theirs: Floats) -> tuple[float, float]:
-    """Share of tokens with the same top-1, and the largest difference as a share of the range of ``theirs``."""
-    top1 = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
+def compare(ours: Floats, theirs: Floats, lead: float = 0.0) -> tuple[float, float]:
+    """Share of tokens with the same top-1, of those that ``theirs`` decides by ``lead`` or more, and the largest difference. Both are
+    shares of the range of ``theirs``."""
+    second, first = np.sort(theirs, axis=-1)[:, -2:].T
+    decided = first - second >= lead * np.ptp(theirs)
+    top1 = float((ours.argmax(-1) == theirs.argmax(-1))[decided].mean())
     difference = float(np.abs(ours - theirs).max() / np.ptp(theirs))
-    print(f"top-1 equal {top1:.3f}, largest difference {difference:.4f} of the range")
+    print(f"top-1 equal {top1:.3f} of {decided.mean():.2f} of the tokens, largest difference {difference:.4f} of the range")
     return top1, difference

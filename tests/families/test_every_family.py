@@ -37,7 +37,9 @@ from quirks import QUIRKS
 from safetensors.torch import load_file, save_file
 from small import QUESTION, Small, compare, moved, unpacked
 
-TOP1 = 0.97  # of the answer's tokens
+# Of the answer's tokens that Hugging Face decides by LEAD of the range or more. Activations rounded to bfloat16 may turn the others,
+# of which random models have one in seven, at most one in four. With AVX-512's, 13 tokens of 18 families turned, 12 of them such.
+TOP1, LEAD = 0.97, 0.005
 # The largest difference over the range of the logits. llama.cpp rounds activations to bfloat16 before products with bfloat16 weights.
 BF16 = 0.03
 FEATURES = 0.005  # of a picture in float32, in root mean square; measured: 0.0024 at most
@@ -73,7 +75,7 @@ def test_both_files_take_every_tensor(small: Small) -> None:
 def test_bf16_is_hugging_faces(small: Small) -> None:
     """In float32 where rounded activations might choose a token another expert."""
     top1, difference = compare(
-        small.ours(small.written("bf16", base_type="F32" if small.loaded.decoder.layout.stacks else "BF16")), small.theirs()
+        small.ours(small.written("bf16", base_type="F32" if small.loaded.decoder.layout.stacks else "BF16")), small.theirs(), LEAD
     )
     assert top1 >= TOP1
     assert difference <= BF16
