@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokens import BYTE, CONTROL, NORMAL, UNKNOWN, sentencepiece
 
 NAMES = (
     (r"(?:model\.)?vision_tower\.embeddings\.cls_token", "vision_model.embeddings.class_embedding"),
@@ -64,6 +65,67 @@ def internvl(folder: Path) -> None:
         parts = [tensors.pop(name.replace("q_proj", part)) for part in PARTS]
         tensors[name.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
     save_file(tensors, weights, {"format": "pt"})
+
+
+INTERNLM2_NAMES = (
+    (r"model\.embed_tokens", "model.tok_embeddings"),
+    (r"language_model\.lm_head", "language_model.output"),
+    (r"input_layernorm", "attention_norm"),
+    (r"post_attention_layernorm", "ffn_norm"),
+    (r"self_attn\.o_proj", "attention.wo"),
+    (r"mlp\.gate_proj", "feed_forward.w1"),
+    (r"mlp\.down_proj", "feed_forward.w2"),
+    (r"mlp\.up_proj", "feed_forward.w3"),
+)
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Its first pieces with their types, and what the settings add there: two of the pieces get another name.
+FIRST = (("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), ("[UNUSED_TOKEN_142]", NORMAL), ("[UNUSED_TOKEN_141]", NORMAL))
+ADDED = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
+
+
+def internlm2(folder: Path) -> None:
+    """The same with InternLM2, of which transformers has no class: q, k and v of each key head are one matrix."""
+    internvl(folder)
+    config = json.loads((folder / "config.json").read_text())
+    text = config["llm_config"]
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    kept += ("hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    published = {name: text[name] for name in kept} | {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2", "bias": False}
+    published |= {"rope_theta": text["rope_parameters"]["rope_theta"], "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    (folder / "config.json").write_text(json.dumps(config | {"llm_config": published}))
+    weights, tensors = renamed(folder, INTERNLM2_NAMES)
+    for name in [name for name in tensors if name.startswith("language_model") and name.endswith("q_proj.weight")]:
+        parts = [tensors.pop(name.replace("q_proj", part)) for part in PARTS]
+        tensors[name.replace("self_attn.q_proj", "attention.wqkv")] = by_key_head(parts, text["num_key_value_heads"])
+    save_file(tensors, weights, {"format": "pt"})
+    internlm2_tokenizer(folder)
+
+
+def by_key_head(parts: Sequence[torch.Tensor], heads: int) -> torch.Tensor:
+    """Queries, keys and values as one matrix, those of each of ``heads`` key heads together."""
+    return torch.cat([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+def internlm2_tokenizer(folder: Path) -> None:
+    """tokenizer.model, and settings that name a class in the directory; specials of pictures have no piece."""
+    tokens = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    pictures = ("<img>", "</img>", "<IMG_CONTEXT>")
+    others = [token for token in tokens if token not in pictures][len(FIRST) :]
+    pieces = [*FIRST, *((token, BYTE if token.startswith("<0x") else NORMAL) for token in others)]
+    (folder / "tokenizer.model").write_bytes(sentencepiece(pieces))
+    plain = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    added = {str(number): {"content": token, "special": True, **plain} for number, token in enumerate(ADDED)}
+    added |= {str(tokens[token]): {"content": token, "special": True, **plain} for token in pictures}
+    settings = {"added_tokens_decoder": added, "chat_template": TEMPLATE, "tokenizer_class": "InternLM2Tokenizer"}
+    settings |= {"auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}, "clean_up_tokenization_spaces": False}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [ADDED.index("<|im_end|>"), ADDED.index("<|im_start|>")]}))
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (folder / name).unlink()
 
 
 MINICPMV_NAMES = (

@@ -14,6 +14,7 @@ import pytest
 import torch
 from mbq_gguf.calibration.stream import takes_others
 from mbq_gguf.models import resampler
+from published import by_key_head
 from small import Small
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -56,10 +57,10 @@ class Module:
 
 @dataclass(frozen=True)
 class Held:
-    """Parameters and buffers whose names end so are ``value`` everywhere."""
+    """Parameters and buffers whose names end so are ``value`` everywhere, or what it makes of them."""
 
     name: str
-    value: float
+    value: float | Callable[[torch.Tensor], torch.Tensor]
 
     @contextmanager
     def ignored(self, small: Small) -> Iterator[None]:
@@ -69,7 +70,7 @@ class Held:
         kept = [tensor.detach().clone() for tensor in found]
         try:
             for tensor in found:
-                tensor.fill_(self.value)
+                tensor.copy_(self.value(tensor) if callable(self.value) else torch.full_like(tensor, self.value))
             yield
         finally:
             for tensor, before in zip(found, kept, strict=True):
@@ -145,6 +146,28 @@ class OthersKeys:
             yield
 
 
+@dataclass(frozen=True)
+class Ungrouped:
+    """A matrix of queries, keys and values by key head is taken for all queries, then all keys, then all values."""
+
+    name: str = "q, k and v by key head"
+
+    @contextmanager
+    def ignored(self, small: Small) -> Iterator[None]:
+        layers = [[getattr(layer.self_attn, f"{part}_proj").weight for part in "qkv"] for layer in small.loaded.decoder.layers]
+        kept = [[weight.clone() for weight in weights] for weights in layers]
+        try:
+            for weights in layers:
+                merged = by_key_head(weights, small.loaded.config.text_config.num_key_value_heads)
+                for weight, rows in zip(weights, merged.split([len(weight) for weight in weights]), strict=True):
+                    weight.copy_(rows)
+            yield
+        finally:
+            for weights, before in zip(layers, kept, strict=True):
+                for weight, rows in zip(weights, before, strict=True):
+                    weight.copy_(rows)
+
+
 def passed_by(_module: nn.Module, args: tuple[Any, ...], _out: Any) -> Any:
     return args[0]
 
@@ -218,6 +241,7 @@ AFTER_ATTENTION = Module(r"language_model\..*post_attention_layernorm", passed_b
 AFTER_MLP = Module(r".*post_feedforward_layernorm", passed_by)
 GLM_NORMS = [Module(r".*post_self_attn_layernorm", passed_by), Module(r".*post_mlp_layernorm", passed_by)]
 PARTIAL = Module(r"language_model\.rotary_emb", twice)
+THETA = Held("rotary_emb.inv_freq", lambda frequencies: frequencies ** (2 / 3))  # of 10 000 where the settings say 1 000 000
 LAYER_SCALES = [Held("lambda_1", 1.0), Held("lambda_2", 1.0)]
 GEMMA4 = [QK_NORMS, AFTER_ATTENTION, AFTER_MLP, WINDOW, Input("mm_token_type_ids"), Held("layer_scalar", 1.0)]
 
@@ -245,6 +269,7 @@ QUIRKS: dict[str, list[Quirk]] = {
     "GLM-4.5V": [SHARED, QKV_BIASES, Held("e_score_correction_bias", 0.0)],
     "InternVL 3 (-hf)": [QKV_BIASES, *LAYER_SCALES],
     "InternVL 2 to 3.5": [*LAYER_SCALES, Held("embeddings.position_embeddings", 0.0)],
+    "InternVL 2 and 2.5 (InternLM2)": [Ungrouped(), THETA, *LAYER_SCALES],
     "LLaVA-1.5": [Held("embeddings.class_embedding", 0.0), Module(r"vision_tower\.pre_layrnorm", passed_by)],
     "LLaVA-NeXT": [*ANYRES, Held("embeddings.class_embedding", 0.0)],
     "LLaVA-OneVision": [*ANYRES, Patched("interpolate", lambda small: nn.functional, nearest), QKV_BIASES],

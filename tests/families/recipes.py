@@ -9,7 +9,7 @@ from typing import Any
 from forms import nested, newer, older, qwen2_newer, stacked, turned_stacks, with_unread
 from mbq_gguf.models.dots_tower import DotsOCR
 from mbq_gguf.models.resampler import MiniCPMV
-from published import dots_ocr, internvl, minicpmv
+from published import dots_ocr, internlm2, internvl, minicpmv
 from recipe import Recipe
 
 TEXT: dict[str, Any] = {
@@ -63,6 +63,7 @@ TILE_TOKENS = (
 )
 RESOLUTIONS = [[64, 64], [64, 128], [128, 64], [128, 128], [64, 192], [128, 192], [192, 192]]  # height and width
 PIXTRAL_VISION = {"model_type": "pixtral", **SIGLIP, "image_size": 256, "head_dim": 32}
+INTERNLM2_ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
 GLM_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
 GLM_VISION = {"depth": 3, "hidden_size": 64, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128, "patch_size": 14}
 GLM_VISION |= {"image_size": 112}
@@ -227,6 +228,23 @@ RECIPES = {
         specials=("<img>", "</img>", "<IMG_CONTEXT>"),
         token_ids={"image_token_id": "<IMG_CONTEXT>"},
         publish=internvl,
+        size=(128, 64),
+        sizes=((128, 128), (64, 64)),
+    ),
+    "InternVL 2 and 2.5 (InternLM2)": Recipe(
+        "internvl",
+        {
+            "text_config": {**TEXT, "model_type": "llama", "num_attention_heads": 8, "head_dim": 16, "rope_parameters": INTERNLM2_ROPE},
+            "vision_config": {**SIGLIP, "num_hidden_layers": 4, "image_size": [64, 64], "patch_size": [16, 16], "attention_bias": True},
+            "image_seq_length": 4,
+            "tie_word_embeddings": False,
+            "downsample_ratio": 0.5,
+        },
+        NORMAL | {"size": 64, "image_processor_type": "CLIPFeatureExtractor"},
+        specials=("<img>", "</img>", "<IMG_CONTEXT>"),
+        token_ids={"image_token_id": "<IMG_CONTEXT>"},
+        pieces=True,
+        publish=internlm2,
         size=(128, 64),
         sizes=((128, 128), (64, 64)),
     ),

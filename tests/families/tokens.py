@@ -13,6 +13,7 @@ from tiny_vlm import DEMO
 
 TOKENS = 1152  # of the demo's vocabulary, two line ends among them
 SPACE = "▁"
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # types of SentencePiece's pieces
 
 
 def plain(specials: Iterable[str], folder: Path) -> dict[str, int]:
@@ -66,12 +67,19 @@ def pieces(specials: Iterable[str], folder: Path) -> dict[str, int]:
     halves = {word: [(word[:cut], word[cut:]) for cut in range(1, len(word))] for word in words}
     tokenizer["model"]["merges"] = [list(pair) for word in words for pair in halves[word] if ids.keys() >= set(pair)]
     file.write_text(json.dumps(tokenizer))
-    kinds = dict.fromkeys(named, 3) | {token: 6 for token in ids if token.startswith("<0x")} | {tokenizer["model"]["unk_token"]: 2}
-    model = b"".join(_field(1, _piece(token, -float(number), kinds.get(token, 1))) for token, number in ids.items())
+    kinds = dict.fromkeys(named, CONTROL) | {token: BYTE for token in ids if token.startswith("<0x")}
+    kinds |= {tokenizer["model"]["unk_token"]: UNKNOWN}
     settings = folder / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"add_prefix_space": False}))
-    (folder / "tokenizer.model").write_bytes(model + _field(2, b"\x18\x02\x98\x02\x01"))  # a trainer_spec: of type BPE, with byte_fallback
+    (folder / "tokenizer.model").write_bytes(sentencepiece([(token, kinds.get(token, NORMAL)) for token in ids]))
     return ids
+
+
+def sentencepiece(pieces: Iterable[tuple[str, int]], space: bool = False) -> bytes:
+    """A tokenizer.model of pieces and their types, the first ones with the best scores: of type BPE, with byte_fallback, all spaces kept,
+    and one put before a text where there is to be a ``space``."""
+    model = b"".join(_field(1, _piece(token, -float(number), kind)) for number, (token, kind) in enumerate(pieces))
+    return model + _field(2, b"\x18\x02\x98\x02\x01") + _field(3, bytes([0x18, space, 0x20, 0]))
 
 
 def _piece(token: str, score: float, kind: int) -> bytes:

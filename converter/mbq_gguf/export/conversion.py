@@ -21,11 +21,12 @@ from mbq_gguf.export.checkpoint import names_of
 from mbq_gguf.export.clip_tower import CLIP, clip_class
 from mbq_gguf.export.gemma4 import ARCHITECTURE as GEMMA4
 from mbq_gguf.export.gemma4 import of_gemma4
+from mbq_gguf.export.internlm2 import text_class as internlm2_class
 from mbq_gguf.export.minicpmv import text_class, vision_class
 from mbq_gguf.export.vocabulary import quicken
 from mbq_gguf.formats.gguf_types import import_from_tree, import_gguf
 from mbq_gguf.llama_cpp import paths
-from mbq_gguf.models import internvl, minicpmv
+from mbq_gguf.models import internlm2, internvl, minicpmv
 from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.remote_code import runs_remote_code
 
@@ -145,7 +146,7 @@ def open_model(model_dir: Path, out: Path, *, file_type: str, mmproj: bool) -> A
         model_class = either_layout(own_class(package, hparams, mmproj=mmproj) or package.conversion.get_model_class(name, mmproj=mmproj))
         if GEMMA4 in (hparams.get("architectures") or ()):
             model_class = of_gemma4(model_class, hparams)
-        if mmproj and internvl.PUBLISHED in (hparams.get("architectures") or ()):
+        if mmproj and internvl.ARCHITECTURE in (hparams.get("architectures") or ()):
             model_class = published_internvl(model_class)
         # Heads for tokens further on stay with the file where the checkpoint has them; transformers saves a model without.
         model_class.no_mtp = not any(MTP.match(tensor) for tensor in names_of(weight_files(model_dir)))
@@ -159,6 +160,8 @@ def own_class(package: Package, hparams: Mapping[str, Any], *, mmproj: bool) -> 
     """A class of ours for what the package has none for, or None."""
     if version := minicpmv.version_of(hparams):
         return (vision_class if mmproj else text_class)(package, version)
+    if not mmproj and (hparams.get("llm_config") or {}).get("model_type") == internlm2.MODEL_TYPE:
+        return internlm2_class(package)
     if mmproj and (hparams.get("architectures") or [None])[0] in ANYRES:
         return anyres_class(package)
     return clip_class(package) if mmproj and (hparams.get("vision_config") or {}).get("model_type") == CLIP else None

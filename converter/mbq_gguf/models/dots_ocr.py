@@ -19,7 +19,7 @@ PUBLISHED = "DotsOCRForCausalLM"
 GRANTED = {"post_norm": True, "temporal_patch_size": 1, "is_causal": False}
 
 
-def respelled(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def respelled(tensors: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
     """A published checkpoint's tensors: their names are those of the model here."""
     return dict(tensors)
 

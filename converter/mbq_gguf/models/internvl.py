@@ -13,10 +13,14 @@ from typing import Any
 import torch
 
 from mbq_gguf.errors import UserError
+from mbq_gguf.models import internlm2
 from mbq_gguf.models.checks import read_object
+from mbq_gguf.models.tokenizer import load_tokenizer
 
-PUBLISHED = "InternVLChatModel"
+ARCHITECTURE = "InternVLChatModel"
+PUBLISHED = (ARCHITECTURE, f"{ARCHITECTURE}/{internlm2.MODEL_TYPE}")
 IMAGE_TOKEN = "<IMG_CONTEXT>"
+LANGUAGE_MODEL = "language_model."
 # A tensor's name, from its beginning, and transformers'; of "qkv" there are three.
 SPELLED = (
     ("vision_model.embeddings.class_embedding", "vision_tower.embeddings.cls_token"),
@@ -59,6 +63,8 @@ def names_of(name: str) -> list[str]:
         if name.startswith(beginning):
             name = ours + name.removeprefix(beginning)
             break
+    if name.startswith(LANGUAGE_MODEL):
+        return internlm2.names_of(name)
     if not name.startswith("vision_tower."):
         return [name]
     for theirs, ours in BLOCK:
@@ -66,18 +72,24 @@ def names_of(name: str) -> list[str]:
     return [name.replace(MERGED, part) for part in PARTS] if MERGED in name else [name]
 
 
-def respelled(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A published checkpoint's tensors under transformers' names."""
+def respelled(tensors: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """A published checkpoint's tensors under the names of transformers' model of ``config``."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        names = names_of(name)
-        found |= zip(names, tensor.chunk(len(names)), strict=True) if len(names) > 1 else {names[0]: tensor}
+        found |= zip(names_of(name), parts_of(name, tensor, config), strict=True)
     return found
+
+
+def parts_of(name: str, tensor: torch.Tensor, config: Any) -> list[torch.Tensor]:
+    """The tensors of :func:`names_of`."""
+    if internlm2.MERGED in name:
+        return internlm2.parts_of(tensor, config.text_config.num_attention_heads, config.text_config.num_key_value_heads)
+    return list(tensor.chunk(3)) if MERGED in name else [tensor]
 
 
 def configuration(model_dir: Path) -> Any:
     """transformers' configuration of the published model in ``model_dir``. Raises UserError where it is of an older kind."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     published = read_object(model_dir / "config.json")
     if published.get("ps_version", "v2") != "v2" or published.get("select_layer", -1) != -1:
@@ -85,14 +97,15 @@ def configuration(model_dir: Path) -> Any:
     vision = {ours: published["vision_config"][name] for name, ours in VISION.items() if name in published["vision_config"]}
     ratio, side = published.get("downsample_ratio", 0.5), int(vision["image_size"]) // int(vision["patch_size"])
     text = published["llm_config"]
-    tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
+    if text.get("model_type") == internlm2.MODEL_TYPE:
+        text = internlm2.settings(text)
     return AutoConfig.for_model(
         "internvl",
         text_config=text,
         vision_config=vision | {"use_mean_pooling": True},
         downsample_ratio=ratio,
         image_seq_length=int(side**2 * ratio**2),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_id=load_tokenizer(model_dir).convert_tokens_to_ids(IMAGE_TOKEN),
         tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
         architectures=["InternVLForConditionalGeneration"],
     )

@@ -345,6 +345,7 @@ LAYOUTS = {
     "Idefics3ForConditionalGeneration": replace(STANDARD, projector=r"connector\.modality_projection\.proj"),
     "InternVLForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
     "InternVLChatModel": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
+    "InternVLChatModel/internlm2": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
     "Qwen3_5ForConditionalGeneration": HYBRID,
     "Qwen3VLMoeForConditionalGeneration": routed(STANDARD),
     "Qwen3_5MoeForConditionalGeneration": either(routed(STANDARD, "mlp.shared_expert"), routed(DELTA, "mlp.shared_expert")),

@@ -21,6 +21,7 @@ from mbq_gguf.models.prompts import ImagePrompt, NoImagePrompt, ProcessorImagePr
 from mbq_gguf.models.published import PUBLISHED, unwarned
 from mbq_gguf.models.remote_code import runs_remote_code
 from mbq_gguf.models.stored import Stored, read_into, stored_tensors, tensors_of
+from mbq_gguf.models.tokenizer import load_tokenizer
 from mbq_gguf.settings import ALONE, TRUST
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -180,7 +181,7 @@ def _load_weights(model_dir: Path, architecture: str, files: Sequence[Path]) -> 
         model, info = type(bare).from_pretrained(
             None,
             config=bare.config,
-            state_dict=PUBLISHED[architecture].respelled(tensors) if architecture in PUBLISHED else tensors,
+            state_dict=PUBLISHED[architecture].respelled(tensors, bare.config) if architecture in PUBLISHED else tensors,
             dtype="auto",
             output_loading_info=True,
             attn_implementation="sdpa",
@@ -193,13 +194,13 @@ def _load_weights(model_dir: Path, architecture: str, files: Sequence[Path]) -> 
 
 
 def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
-    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoProcessor
 
     path, family = str(model_dir), family_of(architecture)
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{model_dir} has no tokenizer ({', '.join(TOKENIZER_FILES)}): fetch the model again")
     with settings_errors(model_dir, architecture):
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=runs_remote_code())
+        tokenizer = load_tokenizer(model_dir)
         if alone():
             return Prompts(tokenizer, NoImagePrompt(), -1, _end_ids(model, tokenizer))
         image_token_id = _image_token_id(model.config)

@@ -57,7 +57,7 @@ def parts_of(name: str, tensor: torch.Tensor) -> list[torch.Tensor]:
     return list(tensor.chunk(3)) if MERGED in name else [tensor]
 
 
-def respelled(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def respelled(tensors: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
     """A published checkpoint's tensors under the names that they have here."""
     return {ours: part for name, tensor in tensors.items() for ours, part in zip(names_of(name), parts_of(name, tensor), strict=True)}
 

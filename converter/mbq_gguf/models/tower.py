@@ -298,6 +298,7 @@ TOWERS = {
     "Idefics3ForConditionalGeneration": SIGLIP,
     "InternVLForConditionalGeneration": INTERNVL,
     "InternVLChatModel": INTERNVL,
+    "InternVLChatModel/internlm2": INTERNVL,
     "Gemma3ForConditionalGeneration": GEMMA3,
     "Gemma4ForConditionalGeneration": GEMMA4,
     "Gemma4ForConditionalGeneration/enable_moe_block": GEMMA4,
