@@ -37,8 +37,8 @@ class Replay:
 
     Sites are asked for in the layer's order, each when all before it are rounded, and a run stops at the site's first linear. Once the last
     site of a branch (attention, feed-forward) is reached, its input no longer changes: it is kept, and later runs enter the
-    branch there. So attention and the wide linears run once a batch, not four times. Where the layer has changed all the same before a kept
-    input, RuntimeError. Of several processes each runs its own batches and keeps their inputs.
+    branch there; the first of these leaves the branch's output in its place. So every linear runs once a batch, not up to four times. Where
+    the layer has changed all the same before what is kept, RuntimeError. Of several processes each keeps what its own batches give.
     """
 
     def __init__(self, layer: Layer, streams: Sequence[Streamed]) -> None:
@@ -48,6 +48,7 @@ class Replay:
         self.routed: dict[str, Moments] = {}  # of experts whose stage has been run, by site
         self.summed = 0  # bytes of the sums at hand, which rounding takes over
         self.kept: dict[str, dict[int, torch.Tensor]] = {}  # by the last linear's name, then the batch's number [1, tokens, columns]
+        self.outputs: dict[str, dict[int, torch.Tensor]] = {}  # the same behind that linear; then the input is kept no longer
         self.handed: dict[int, Parts] = {}  # keys and values for later layers, by the batch's number, where a run has come past them
         self.kept_with: dict[str, list[int]] = {}  # the parameters that decided them, as _decisive tells
 
@@ -117,6 +118,7 @@ class Replay:
         for number, parts in spread(range(len(self.batches)), run):
             split_back(self.batches[number], parts)
         self.kept.clear()
+        self.outputs.clear()
         self.handed.clear()
 
     def _of_inputs(self, site: Site, compute: Callable[[int, torch.Tensor], Parts]) -> Iterator[Parts]:
@@ -139,12 +141,13 @@ class Replay:
         for _, parts in spread(range(len(self.batches)), run):
             yield parts
         if name in self.branches:
-            self.kept[name], self.kept_with[name] = reached, self._decisive(name)
+            self.kept[name], self.outputs[name], self.kept_with[name] = reached, {}, self._decisive(name)
 
     def _decisive(self, writer: str) -> list[int]:
-        """A sum over the bits, modulo 2^32, of every parameter that has a say in the input of the last linear ``writer``."""
+        """A sum over the bits, modulo 2^32, of every parameter that has a say in what is kept of the last linear ``writer``."""
         place = next(place for place, site in enumerate(self.layer.sites) if writer in site.readers)
-        later = {self.layer.layout.linear_of(name) for site in self.layer.sites[place:] for name in site.readers}
+        own = 1 if self.outputs.get(writer) else 0
+        later = {self.layer.layout.linear_of(name) for site in self.layer.sites[place + own :] for name in site.readers}
         parameters = self.layer.module.named_parameters()
         values = [value.detach() for name, value in parameters if name.rpartition(".")[0] not in later]
         words = [value.view(torch.int16 if value.element_size() == 2 else torch.int32) for value in values]
@@ -153,30 +156,40 @@ class Replay:
     def _check_kept(self) -> None:
         for name in self.kept:
             if self.kept_with[name] != self._decisive(name):
-                raise RuntimeError(f"weights have changed since the inputs of {name} were kept: make a new Replay")
+                raise RuntimeError(f"weights have changed since {name} was reached: make a new Replay")
 
     @contextmanager
     def _resumed(self, number: int) -> Iterator[None]:
-        """While open, branches whose last linear batch ``number`` has reached begin there."""
-        kept = {name: self.layer.part(self.branches[name].module) for name in self.kept}
+        """While open, branches whose last linear batch ``number`` has reached begin there, or behind it."""
+        whole = {name: self.layer.part(self.branches[name].module) for name in self.kept}
+        replays = {}
+        for name in whole:
+            x, out = self.kept[name].get(number), self.outputs[name].get(number)
+            replays[name] = _Replay(self.layer.holder(name), x, out, self.branches[name].pair)
         try:
-            for name, inputs in self.kept.items():
-                branch = self.branches[name]
-                replay = _Replay(self.layer.holder(name), inputs[number].to(self.layer.device), branch.pair)
-                setattr(self.layer.module, branch.module, replay)
+            for name, replay in replays.items():
+                setattr(self.layer.module, self.branches[name].module, replay)
             yield
         finally:
-            for name, module in kept.items():
+            for name, module in whole.items():
                 setattr(self.layer.module, self.branches[name].module, module)
+        for name, replay in replays.items():
+            if replay.out is not None and self.kept[name].pop(number, None) is not None:
+                self.outputs[name][number] = kept(replay.out, there=self.summed)
+                self.kept_with[name] = self._decisive(name)
 
 
 class _Replay(nn.Module):
-    """Stands where a branch was: its last linear alone, past the hooks that ran before the input was kept."""
+    """Stands where a branch was: its last linear alone, past the hooks that ran before the input ``x`` was kept, or its output."""
 
-    def __init__(self, last: nn.Linear, x: torch.Tensor, pair: bool) -> None:
+    def __init__(self, last: nn.Linear, x: torch.Tensor | None, out: torch.Tensor | None, pair: bool) -> None:
         super().__init__()
-        self.last, self.x, self.pair = last, x, pair
+        self.last, self.x, self.out, self.pair = last, x, out, pair
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        out = self.last.forward(self.x)
+        device = self.last.weight.device
+        if self.out is None:
+            assert self.x is not None
+            self.out = self.last.forward(self.x.to(device))
+        out = self.out.to(device)
         return (out, None) if self.pair else out
