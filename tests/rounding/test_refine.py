@@ -18,7 +18,7 @@ from mbq_gguf.rounding import gptq
 from mbq_gguf.rounding.descent import descend
 from mbq_gguf.rounding.gptq import Coded, code_gptq, damped, inverse_factor, objective
 from mbq_gguf.rounding.ranges import search_range
-from mbq_gguf.rounding.refit import refit, refit_row_scale
+from mbq_gguf.rounding.refit import PRODUCT_BYTES, refit, refit_row_scale
 from mbq_gguf.rounding.sequence import Refinement, corrected, refined
 
 COLUMNS = 128
@@ -58,7 +58,7 @@ def test_a_refit_in_parts_is_the_refit(monkeypatch: pytest.MonkeyPatch) -> None:
     coded = code_gptq(weight, inverse_factor(hessian, 0.01), grid)
     given = (grid, weight, coded.codes, coded.scale, coded.offset, hessian)
     whole = refit(*given)
-    monkeypatch.setattr("mbq_gguf.rounding.refit.PRODUCT_BYTES", 3 * 4 * coded.codes.numel())
+    monkeypatch.setitem(PRODUCT_BYTES, "cpu", 3 * 4 * coded.codes.numel())
     for part, other in zip(refit(*given), whole, strict=True):
         assert (part == other).float().mean() > 0.99  # sums of the same products in another order
     assert not torch.equal(whole[0], coded.scale)

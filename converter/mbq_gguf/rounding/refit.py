@@ -20,7 +20,8 @@ from mbq_gguf.rounding.recorded import Recorded
 
 SYSTEMS_BYTES = 1 << 29  # of the rows' systems, at least those of LEAST_BLOCKS: their solution takes many small steps
 LEAST_BLOCKS = 2
-PRODUCT_BYTES = 1 << 27  # of a part of F H for some groups
+# Of a part of F H for some groups: on a CPU what its caches hold, 10 instead of 24 ms for 256 rows of 1536 columns.
+PRODUCT_BYTES = {"cpu": 1 << 22, "cuda": 1 << 27}
 RIDGE = 1e-4  # of each diagonal entry: groups whose codes are all alike cannot tell scale from offset
 
 
@@ -85,7 +86,7 @@ def _fill(
     split = codes.view(rows, groups, -1)
     tiles = hessian.view(groups, split.shape[2], groups, -1)
     ss, so = (codes.new_empty(rows, groups, groups) for _ in range(2))
-    at_once = max(1, PRODUCT_BYTES // (4 * codes.numel()))
+    at_once = max(1, PRODUCT_BYTES[codes.device.type] // (4 * codes.numel()))
     for start in range(0, groups, at_once):
         end = min(start + at_once, groups)
         some = slice(start, end)
