@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mbq_gguf.calibration.precision import fast_bfloat16
 from mbq_gguf.convert import ConvertOptions, convert
 from mbq_gguf.export.gguf_header import read_header
 from rich.console import Console
@@ -50,7 +51,7 @@ UNSTABLE_KEYS = ("mbq.tool", "mbq.calibration.fingerprint")  # the version; the 
 def kernels() -> str:
     """What decides how floating-point sums come out: torch, its CPU capability and bfloat16 unit, and whose CPU it is (MKL asks)."""
     vendor = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("vendor_id")), platform.processor())
-    low = ", bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ""
+    low = ", bf16" if fast_bfloat16() else ""
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}{low}, {vendor} {platform.machine()}"
 
 

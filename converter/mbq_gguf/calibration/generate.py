@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from mbq_gguf.calibration.narrow import bits_with_room, in_bits
+from mbq_gguf.calibration.precision import fast_bfloat16
 from mbq_gguf.errors import UserError
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.parallel import from_first
@@ -88,10 +89,9 @@ def writing_bits(loaded: LoadedModel) -> int:
 
 
 def _writing_dtype(loaded: LoadedModel) -> torch.dtype:
-    """The stored dtype, where the device multiplies in it."""
+    """The stored dtype, where the device multiplies faster in it."""
     stored = next(loaded.decoder.layers.parameters()).dtype
-    low = loaded.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return stored if low else loaded.dtype
+    return stored if loaded.device.type != "cpu" or fast_bfloat16() else loaded.dtype
 
 
 @contextmanager
