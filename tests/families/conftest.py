@@ -23,6 +23,7 @@ LIKE_OTHERS = (
     "Qwen2.5-VL",
     "Idefics3",
     "InternVL 3 (-hf)",
+    "InternVL 2 (Phi-3)",
     "Pixtral",
     "GLM-OCR",
     "Qwen3.5-MoE",

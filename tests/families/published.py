@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -81,27 +82,51 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Its first pieces with their types, and what the settings add there: two of the pieces get another name.
+PHI3_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+# The first pieces of tokenizer.model with their types, and what InternLM2's settings add there: two get another name.
 FIRST = (("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), ("[UNUSED_TOKEN_142]", NORMAL), ("[UNUSED_TOKEN_141]", NORMAL))
 ADDED = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
+PICTURE = ("<img>", "</img>", "<IMG_CONTEXT>")
+PHI3_TURNS = ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
+KEPT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act")
+KEPT += ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def internlm2(folder: Path) -> None:
     """The same with InternLM2, of which transformers has no class: q, k and v of each key head are one matrix."""
-    internvl(folder)
-    config = json.loads((folder / "config.json").read_text())
-    text = config["llm_config"]
-    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    kept += ("hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-    published = {name: text[name] for name in kept} | {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2", "bias": False}
-    published |= {"rope_theta": text["rope_parameters"]["rope_theta"], "rope_scaling": {"type": "dynamic", "factor": 2.0}}
-    (folder / "config.json").write_text(json.dumps(config | {"llm_config": published}))
+    text = with_text(folder, "InternLM2ForCausalLM", {"model_type": "internlm2", "bias": False})
     weights, tensors = renamed(folder, INTERNLM2_NAMES)
     for name in [name for name in tensors if name.startswith("language_model") and name.endswith("q_proj.weight")]:
         parts = [tensors.pop(name.replace("q_proj", part)) for part in PARTS]
         tensors[name.replace("self_attn.q_proj", "attention.wqkv")] = by_key_head(parts, text["num_key_value_heads"])
     save_file(tensors, weights, {"format": "pt"})
-    internlm2_tokenizer(folder)
+    settings = {"tokenizer_class": "InternLM2Tokenizer", "auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}}
+    pieces_alone(folder, FIRST, ADDED, PICTURE, {**settings, "chat_template": TEMPLATE})
+
+
+def phi3(folder: Path) -> None:
+    """The same with Phi-3, as transformers has it: q, k and v are one matrix, and gate and up."""
+    with_text(folder, "Phi3ForCausalLM", {"model_type": "phi3", "attention_bias": False, "sliding_window": 262144})
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "chat_template": PHI3_TEMPLATE}
+    pieces_alone(folder, FIRST[:4], (*ADDED[:3], "<|endoftext|>"), (*PHI3_TURNS, *PICTURE), settings, space=True)
+
+
+def with_text(folder: Path, architecture: str, own: dict[str, Any]) -> dict[str, Any]:
+    """OpenGVLab's InternVLChatModel with another language model, whose settings are given back."""
+    internvl(folder)
+    config = json.loads((folder / "config.json").read_text())
+    text = config["llm_config"]
+    rope = text["rope_parameters"]
+    published = {name: text[name] for name in KEPT} | own | {"architectures": [architecture], "rope_theta": rope["rope_theta"]}
+    published |= {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    if "long_factor" in rope:
+        published |= {"rope_scaling": {"type": "su", "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}}
+        published |= {"original_max_position_embeddings": text["original_max_position_embeddings"]}
+    (folder / "config.json").write_text(json.dumps(config | {"llm_config": published}))
+    return published
 
 
 def by_key_head(parts: Sequence[torch.Tensor], heads: int) -> torch.Tensor:
@@ -109,23 +134,31 @@ def by_key_head(parts: Sequence[torch.Tensor], heads: int) -> torch.Tensor:
     return torch.cat([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
-def internlm2_tokenizer(folder: Path) -> None:
-    """tokenizer.model, and settings that name a class in the directory; specials of pictures have no piece."""
+def pieces_alone(
+    folder: Path,
+    first: Sequence[tuple[str, int]],
+    renamed: Sequence[str],
+    more: Sequence[str],
+    own: dict[str, Any],
+    space: bool = False,
+) -> None:
+    """tokenizer.model and settings for a tokenizer.json: ``first`` pieces, which are ``renamed``, and ``more`` tokens, which have none."""
     tokens = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    pictures = ("<img>", "</img>", "<IMG_CONTEXT>")
-    others = [token for token in tokens if token not in pictures][len(FIRST) :]
-    pieces = [*FIRST, *((token, BYTE if token.startswith("<0x") else NORMAL) for token in others)]
-    (folder / "tokenizer.model").write_bytes(sentencepiece(pieces))
-    plain = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-    added = {str(number): {"content": token, "special": True, **plain} for number, token in enumerate(ADDED)}
-    added |= {str(tokens[token]): {"content": token, "special": True, **plain} for token in pictures}
-    settings = {"added_tokens_decoder": added, "chat_template": TEMPLATE, "tokenizer_class": "InternLM2Tokenizer"}
-    settings |= {"auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}, "clean_up_tokenization_spaces": False}
-    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [ADDED.index("<|im_end|>"), ADDED.index("<|im_start|>")]}))
-    for name in ("tokenizer.json", "chat_template.jinja"):
+    others = [token for token in tokens if token not in more][len(first) :]
+    pieces = [*first, *((token, BYTE if token.startswith("<0x") else NORMAL) for token in others)]
+    (folder / "tokenizer.model").write_bytes(sentencepiece(pieces, space))
+    added = {str(number): added_token(token) for number, token in enumerate(renamed)}
+    added |= {str(tokens[token]): added_token(token) for token in more}
+    settings = {"added_tokens_decoder": added, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **own}))
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         (folder / name).unlink()
+
+
+def added_token(token: str) -> dict[str, Any]:
+    """As tokenizer_config.json has it; Phi-3's turns leave out the white space behind them."""
+    off = dict.fromkeys(("lstrip", "normalized", "single_word"), False)
+    return {"content": token, "special": True, "rstrip": token in PHI3_TURNS, **off}
 
 
 MINICPMV_NAMES = (

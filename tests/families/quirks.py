@@ -112,6 +112,21 @@ class Patched:
 
 
 @dataclass(frozen=True)
+class Attribute:
+    """An attribute of a module is another."""
+
+    name: str
+    where: Callable[[Small], nn.Module]
+    value: object
+
+    @contextmanager
+    def ignored(self, small: Small) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.where(small), self.name, self.value)
+            yield
+
+
+@dataclass(frozen=True)
 class Input:
     """An input is zero everywhere."""
 
@@ -190,6 +205,11 @@ def twice(_module: nn.Module, _args: tuple[Any, ...], out: Any) -> Any:
     return tuple(torch.cat([angles, angles], dim=-1) for angles in out)
 
 
+def plain_frequencies(pairs: int, theta: float = 10000.0) -> torch.Tensor:
+    """Of a head's pairs of channels."""
+    return theta ** -(torch.arange(pairs) / pairs)
+
+
 def zeros(made: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
     return torch.zeros_like(made(*args))
 
@@ -241,6 +261,7 @@ AFTER_ATTENTION = Module(r"language_model\..*post_attention_layernorm", passed_b
 AFTER_MLP = Module(r".*post_feedforward_layernorm", passed_by)
 GLM_NORMS = [Module(r".*post_self_attn_layernorm", passed_by), Module(r".*post_mlp_layernorm", passed_by)]
 PARTIAL = Module(r"language_model\.rotary_emb", twice)
+UNSCALED = Held("inv_freq", lambda frequencies: plain_frequencies(len(frequencies)))
 THETA = Held("rotary_emb.inv_freq", lambda frequencies: frequencies ** (2 / 3))  # of 10 000 where the settings say 1 000 000
 LAYER_SCALES = [Held("lambda_1", 1.0), Held("lambda_2", 1.0)]
 GEMMA4 = [QK_NORMS, AFTER_ATTENTION, AFTER_MLP, WINDOW, Input("mm_token_type_ids"), Held("layer_scalar", 1.0)]
@@ -270,6 +291,7 @@ QUIRKS: dict[str, list[Quirk]] = {
     "InternVL 3 (-hf)": [QKV_BIASES, *LAYER_SCALES],
     "InternVL 2 to 3.5": [*LAYER_SCALES, Held("embeddings.position_embeddings", 0.0)],
     "InternVL 2 and 2.5 (InternLM2)": [Ungrouped(), THETA, *LAYER_SCALES],
+    "InternVL 2 (Phi-3)": [UNSCALED, Attribute("attention_scaling", lambda small: small.loaded.decoder.module.rotary_emb, 1.0)],
     "LLaVA-1.5": [Held("embeddings.class_embedding", 0.0), Module(r"vision_tower\.pre_layrnorm", passed_by)],
     "LLaVA-NeXT": [*ANYRES, Held("embeddings.class_embedding", 0.0)],
     "LLaVA-OneVision": [*ANYRES, Patched("interpolate", lambda small: nn.functional, nearest), QKV_BIASES],

@@ -9,7 +9,7 @@ from typing import Any
 from forms import nested, newer, older, qwen2_newer, stacked, turned_stacks, with_unread
 from mbq_gguf.models.dots_tower import DotsOCR
 from mbq_gguf.models.resampler import MiniCPMV
-from published import dots_ocr, internlm2, internvl, minicpmv
+from published import PHI3_TEMPLATE, PHI3_TURNS, dots_ocr, internlm2, internvl, minicpmv, phi3
 from recipe import Recipe
 
 TEXT: dict[str, Any] = {
@@ -63,7 +63,6 @@ TILE_TOKENS = (
 )
 RESOLUTIONS = [[64, 64], [64, 128], [128, 64], [128, 128], [64, 192], [128, 192], [192, 192]]  # height and width
 PIXTRAL_VISION = {"model_type": "pixtral", **SIGLIP, "image_size": 256, "head_dim": 32}
-INTERNLM2_ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
 GLM_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
 GLM_VISION = {"depth": 3, "hidden_size": 64, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128, "patch_size": 14}
 GLM_VISION |= {"image_size": 112}
@@ -89,6 +88,35 @@ GEMMA4 = Recipe(
     size=(480, 336),
     sizes=((100, 160), (700, 500)),
 )
+INTERNVL2 = Recipe(
+    "internvl",
+    {
+        "text_config": {**TEXT, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+        "vision_config": {**SIGLIP, "num_hidden_layers": 4, "image_size": [64, 64], "patch_size": [16, 16], "attention_bias": True},
+        "image_seq_length": 4,
+        "tie_word_embeddings": False,
+        "downsample_ratio": 0.5,
+    },
+    NORMAL | {"size": 64, "image_processor_type": "CLIPFeatureExtractor"},
+    specials=("<img>", "</img>", "<IMG_CONTEXT>"),
+    token_ids={"image_token_id": "<IMG_CONTEXT>"},
+    publish=internvl,
+    size=(128, 64),
+    sizes=((128, 128), (64, 64)),
+)
+INTERNLM2 = {"model_type": "llama", "num_attention_heads": 8, "head_dim": 16}
+INTERNLM2 |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}
+# Of each pair of channels one scale for texts up to 1024 tokens, and one beyond.
+PHI3_ROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 1024}
+PHI3_ROPE |= {"short_factor": [1 + 0.1 * pair for pair in range(16)], "long_factor": [1 + 3.0 * pair for pair in range(16)]}
+PHI3 = {"model_type": "phi3", "rope_parameters": PHI3_ROPE, "original_max_position_embeddings": 1024, "max_position_embeddings": 8192}
+
+
+def with_text(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    """``recipe`` with other ``settings`` of its language model."""
+    return replace(recipe, config=recipe.config | {"text_config": TEXT | settings})
+
+
 RESAMPLED = Recipe(
     "llava",
     {
@@ -215,38 +243,10 @@ RECIPES = {
         size=(64, 64),
         sizes=((128, 128), (128, 64)),  # llama.cpp has a rule of its own for how many tiles suit another shape
     ),
-    "InternVL 2 to 3.5": Recipe(
-        "internvl",
-        {
-            "text_config": {**TEXT, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
-            "vision_config": {**SIGLIP, "num_hidden_layers": 4, "image_size": [64, 64], "patch_size": [16, 16], "attention_bias": True},
-            "image_seq_length": 4,
-            "tie_word_embeddings": False,
-            "downsample_ratio": 0.5,
-        },
-        NORMAL | {"size": 64, "image_processor_type": "CLIPFeatureExtractor"},
-        specials=("<img>", "</img>", "<IMG_CONTEXT>"),
-        token_ids={"image_token_id": "<IMG_CONTEXT>"},
-        publish=internvl,
-        size=(128, 64),
-        sizes=((128, 128), (64, 64)),
-    ),
-    "InternVL 2 and 2.5 (InternLM2)": Recipe(
-        "internvl",
-        {
-            "text_config": {**TEXT, "model_type": "llama", "num_attention_heads": 8, "head_dim": 16, "rope_parameters": INTERNLM2_ROPE},
-            "vision_config": {**SIGLIP, "num_hidden_layers": 4, "image_size": [64, 64], "patch_size": [16, 16], "attention_bias": True},
-            "image_seq_length": 4,
-            "tie_word_embeddings": False,
-            "downsample_ratio": 0.5,
-        },
-        NORMAL | {"size": 64, "image_processor_type": "CLIPFeatureExtractor"},
-        specials=("<img>", "</img>", "<IMG_CONTEXT>"),
-        token_ids={"image_token_id": "<IMG_CONTEXT>"},
-        pieces=True,
-        publish=internlm2,
-        size=(128, 64),
-        sizes=((128, 128), (64, 64)),
+    "InternVL 2 to 3.5": INTERNVL2,
+    "InternVL 2 and 2.5 (InternLM2)": replace(with_text(INTERNVL2, INTERNLM2), pieces=True, publish=internlm2),
+    "InternVL 2 (Phi-3)": replace(
+        with_text(INTERNVL2, PHI3), pieces=True, specials=(*PHI3_TURNS, *INTERNVL2.specials), template=PHI3_TEMPLATE, publish=phi3
     ),
     "Gemma 3": Recipe(
         "gemma3",

@@ -17,7 +17,7 @@ from small import Small
 LIMIT = 1e-4  # of max |logit|; measured: 4e-7 at most
 # Three pictures are one pass of the tower.
 TOGETHER = ("Qwen2-VL", "Qwen2.5-VL", "SmolVLM", "Idefics3", "InternVL 3 (-hf)", "InternVL 2 to 3.5", "InternVL 2 and 2.5 (InternLM2)")
-TOGETHER += ("Gemma 4", "Gemma 4 (experts)", "Gemma 4 (E2B, E4B)")
+TOGETHER += ("InternVL 2 (Phi-3)", "Gemma 4", "Gemma 4 (experts)", "Gemma 4 (E2B, E4B)")
 # M stands for a picture
 PROMPTS = ("None at all", "MFirst", "In the M middle", "M then M then at last M")
 

@@ -17,16 +17,16 @@ from typing import Any
 from mbq_gguf.errors import UserError, said
 from mbq_gguf.export.anyres_tower import ARCHITECTURES as ANYRES
 from mbq_gguf.export.anyres_tower import anyres_class
+from mbq_gguf.export.as_llama import text_class as as_llama_class
 from mbq_gguf.export.checkpoint import names_of
 from mbq_gguf.export.clip_tower import CLIP, clip_class
 from mbq_gguf.export.gemma4 import ARCHITECTURE as GEMMA4
 from mbq_gguf.export.gemma4 import of_gemma4
-from mbq_gguf.export.internlm2 import text_class as internlm2_class
 from mbq_gguf.export.minicpmv import text_class, vision_class
 from mbq_gguf.export.vocabulary import quicken
 from mbq_gguf.formats.gguf_types import import_from_tree, import_gguf
 from mbq_gguf.llama_cpp import paths
-from mbq_gguf.models import internlm2, internvl, minicpmv
+from mbq_gguf.models import as_llama, internvl, minicpmv
 from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.remote_code import runs_remote_code
 
@@ -160,8 +160,8 @@ def own_class(package: Package, hparams: Mapping[str, Any], *, mmproj: bool) -> 
     """A class of ours for what the package has none for, or None."""
     if version := minicpmv.version_of(hparams):
         return (vision_class if mmproj else text_class)(package, version)
-    if not mmproj and (hparams.get("llm_config") or {}).get("model_type") == internlm2.MODEL_TYPE:
-        return internlm2_class(package)
+    if not mmproj and as_llama.language_model(hparams):
+        return as_llama_class(package)
     if mmproj and (hparams.get("architectures") or [None])[0] in ANYRES:
         return anyres_class(package)
     return clip_class(package) if mmproj and (hparams.get("vision_config") or {}).get("model_type") == CLIP else None

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from mbq_gguf.errors import UserError
-from mbq_gguf.models import internlm2
+from mbq_gguf.models import as_llama
 from mbq_gguf.models.checks import read_object
 from mbq_gguf.models.tokenizer import load_tokenizer
 
 ARCHITECTURE = "InternVLChatModel"
-PUBLISHED = (ARCHITECTURE, f"{ARCHITECTURE}/{internlm2.MODEL_TYPE}")
+PUBLISHED = (ARCHITECTURE, *(f"{ARCHITECTURE}/{kind}" for kind in as_llama.MODEL_TYPES))
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 LANGUAGE_MODEL = "language_model."
 # A tensor's name, from its beginning, and transformers'; of "qkv" there are three.
@@ -64,7 +64,7 @@ def names_of(name: str) -> list[str]:
             name = ours + name.removeprefix(beginning)
             break
     if name.startswith(LANGUAGE_MODEL):
-        return internlm2.names_of(name)
+        return as_llama.names_of(name)
     if not name.startswith("vision_tower."):
         return [name]
     for theirs, ours in BLOCK:
@@ -82,8 +82,8 @@ def respelled(tensors: Mapping[str, torch.Tensor], config: Any) -> dict[str, tor
 
 def parts_of(name: str, tensor: torch.Tensor, config: Any) -> list[torch.Tensor]:
     """The tensors of :func:`names_of`."""
-    if internlm2.MERGED in name:
-        return internlm2.parts_of(tensor, config.text_config.num_attention_heads, config.text_config.num_key_value_heads)
+    if name.startswith(LANGUAGE_MODEL):
+        return as_llama.parts_of(name, tensor, config.text_config.num_attention_heads, config.text_config.num_key_value_heads)
     return list(tensor.chunk(3)) if MERGED in name else [tensor]
 
 
@@ -97,8 +97,8 @@ def configuration(model_dir: Path) -> Any:
     vision = {ours: published["vision_config"][name] for name, ours in VISION.items() if name in published["vision_config"]}
     ratio, side = published.get("downsample_ratio", 0.5), int(vision["image_size"]) // int(vision["patch_size"])
     text = published["llm_config"]
-    if text.get("model_type") == internlm2.MODEL_TYPE:
-        text = internlm2.settings(text)
+    if as_llama.language_model(published):
+        text = as_llama.settings(text)
     return AutoConfig.for_model(
         "internvl",
         text_config=text,

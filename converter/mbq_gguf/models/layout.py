@@ -346,6 +346,7 @@ LAYOUTS = {
     "InternVLForConditionalGeneration": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
     "InternVLChatModel": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
     "InternVLChatModel/internlm2": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
+    "InternVLChatModel/phi3": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
     "Qwen3_5ForConditionalGeneration": HYBRID,
     "Qwen3VLMoeForConditionalGeneration": routed(STANDARD),
     "Qwen3_5MoeForConditionalGeneration": either(routed(STANDARD, "mlp.shared_expert"), routed(DELTA, "mlp.shared_expert")),

@@ -1,81 +1,115 @@
-"""The tokenizer of a model directory: transformers', or of tokenizer.model alone where that wants code of the directory or protobuf."""
+"""The tokenizer of a model directory: transformers', or of tokenizer.model where that wants code of the directory or protobuf."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mbq_gguf.models.as_llama import language_model
 from mbq_gguf.models.checks import read_object
 from mbq_gguf.models.remote_code import runs_remote_code
 
 SPACE = "▁"
-INTERNLM2 = "InternLM2Tokenizer"
-END = "<|im_end|>"  # ends a turn of InternLM2's, whose settings name the end of a document
+ENDS = ("<|im_end|>", "<|end|>")  # of a turn, where the settings name the end of a document
 
 
 def load_tokenizer(model_dir: Path) -> Any:
     """The tokenizer of ``model_dir``. Raises whatever transformers, tokenizers and sentencepiece raise of its files."""
     from transformers import AutoTokenizer
 
-    file = model_dir / "tokenizer_config.json"
-    settings = read_object(file) if file.is_file() else {}
-    if settings.get("tokenizer_class") == INTERNLM2:
-        return of_pieces(model_dir, settings)
+    if language_model(read_object(model_dir / "config.json")):
+        return of_pieces(Pieces.of(model_dir))
     return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=runs_remote_code())
 
 
-def of_pieces(model_dir: Path, settings: Mapping[str, Any]) -> Any:
-    """The tokenizer of tokenizer.model (SentencePiece, of kind BPE) with the added tokens and the chat template of ``settings``.
+@dataclass(frozen=True)
+class Pieces:
+    """A tokenizer.model (SentencePiece, of kind BPE), opened, and the ``settings`` beside it, whose added tokens replace pieces."""
 
-    It cuts texts as llama.cpp does: the pair of neighbours whose whole has the best score is joined first, added tokens stand whole, and
-    nothing beside them is stripped.
+    model: Any
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model_dir: Path) -> Pieces:
+        """Those of ``model_dir``."""
+        from sentencepiece import SentencePieceProcessor
+
+        model = SentencePieceProcessor(model_file=str(model_dir / "tokenizer.model"))
+        return cls(model, read_object(model_dir / "tokenizer_config.json"))
+
+    @cached_property
+    def added(self) -> dict[int, Mapping[str, Any]]:
+        """Added tokens by their id, in its order."""
+        return dict(sorted((int(number), token) for number, token in self.settings.get("added_tokens_decoder", {}).items()))
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """The id of every token."""
+        found = {self.model.id_to_piece(number): number for number in range(self.model.vocab_size()) if number not in self.added}
+        return found | {str(token["content"]): number for number, token in self.added.items()}
+
+    @property
+    def eos(self) -> str:
+        """What ends an answer."""
+        return next((end for end in ENDS if end in self.ids), None) or self.named("eos")
+
+    @property
+    def begin_with_space(self) -> bool:
+        """Whether words get a space in front of them, of which (add_dummy_prefix) the library tells by its results alone.
+
+        Where the tokenizer is not ``legacy``, only those do with which a whole text begins, as no conversation does.
+        """
+        return bool(self.settings.get("legacy", True) and self.model.encode("a", out_type=str)[0].startswith(SPACE))
+
+    @property
+    def strip(self) -> bool:
+        """Whether white space behind added tokens is left out."""
+        return any(token.get("rstrip") for token in self.added.values())
+
+    def merges(self) -> list[tuple[str, str]]:
+        """Every pair of pieces whose whole is one, the best first, of equal ones the first id."""
+        kinds = (self.model.is_unknown, self.model.is_control, self.model.is_byte, self.model.is_unused)
+        normal = {
+            self.model.id_to_piece(number): (-self.model.get_score(number), number)
+            for number in range(self.model.vocab_size())
+            if number not in self.added and not any(kind(number) for kind in kinds)
+        }
+        halves = ((whole[:cut], whole[cut:]) for whole in sorted(normal, key=normal.__getitem__) for cut in range(1, len(whole)))
+        return [pair for pair in halves if pair[0] in normal and pair[1] in normal]
+
+    def named(self, which: str) -> str:
+        """The token that the settings name as ``which``: a text, or an object with one."""
+        token = self.settings[f"{which}_token"]
+        return str(token["content"] if isinstance(token, dict) else token)
+
+
+def of_pieces(pieces: Pieces) -> Any:
+    """The tokenizer of ``pieces``, with the chat template of their settings.
+
+    It cuts texts as llama.cpp does: the pair of neighbours whose whole has the best score is joined first, and added tokens stand whole.
     """
-    from sentencepiece import SentencePieceProcessor
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    pieces = SentencePieceProcessor(model_file=str(model_dir / "tokenizer.model"))
-    added = {int(number): token for number, token in settings.get("added_tokens_decoder", {}).items()}
-    ids = {pieces.id_to_piece(number): number for number in range(pieces.vocab_size()) if number not in added}
-    ids |= {token["content"]: number for number, token in added.items()}
-    names = {f"{which}_token": named(settings, which) for which in ("bos", "eos", "unk")}
-    names |= {"eos_token": END} if END in ids else {}
-    bpe = models.BPE(vocab=ids, merges=merges_of(pieces, added), unk_token=names["unk_token"], fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(bpe)
-    prefixed = begins_with_space(pieces)
-    tokenizer.normalizer = normalizers.Sequence([*[normalizers.Prepend(SPACE)] * prefixed, normalizers.Replace(" ", SPACE)])
+    bos, unk, spaced = pieces.named("bos"), pieces.named("unk"), pieces.begin_with_space
+    tokenizer = Tokenizer(models.BPE(vocab=pieces.ids, merges=pieces.merges(), unk_token=unk, fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([*[normalizers.Prepend(SPACE)] * spaced, normalizers.Replace(" ", SPACE)])
     joined = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*joined, *[decoders.Strip(" ", 1, 0)] * prefixed])
-    for _, token in sorted(added.items()):
+    tokenizer.decoder = decoders.Sequence([*joined, *[decoders.Strip(" ", 1, 0)] * spaced])
+    for token in pieces.added.values():
         add = tokenizer.add_special_tokens if token.get("special") else tokenizer.add_tokens
-        add([AddedToken(token["content"], normalized=False)])
-    if settings.get("add_bos_token", True):
-        bos = names["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, ids[bos])])
+        add([AddedToken(token["content"], normalized=False, rstrip=bool(token.get("rstrip")))])
+    if pieces.settings.get("add_bos_token", True):
+        special = [(bos, pieces.ids[bos])]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=settings.get("chat_template"), clean_up_tokenization_spaces=False, **names
+        tokenizer_object=tokenizer,
+        chat_template=pieces.settings.get("chat_template"),
+        clean_up_tokenization_spaces=False,
+        bos_token=bos,
+        eos_token=pieces.eos,
+        unk_token=unk,
     )
-
-
-def merges_of(pieces: Any, added: Container[int]) -> list[tuple[str, str]]:
-    """Every pair of pieces whose whole is one, the best first, of equal ones the first id; without pieces that ``added`` replace."""
-    kinds = (pieces.is_unknown, pieces.is_control, pieces.is_byte, pieces.is_unused)
-    normal = {
-        pieces.id_to_piece(number): (-pieces.get_score(number), number)
-        for number in range(pieces.vocab_size())
-        if number not in added and not any(kind(number) for kind in kinds)
-    }
-    halves = ((whole[:cut], whole[cut:]) for whole in sorted(normal, key=normal.__getitem__) for cut in range(1, len(whole)))
-    return [pair for pair in halves if pair[0] in normal and pair[1] in normal]
-
-
-def begins_with_space(pieces: Any) -> bool:
-    """Whether a text gets a space in front of it (add_dummy_prefix), which the library tells of by its results alone."""
-    return bool(pieces.encode("a", out_type=str)[0].startswith(SPACE))
-
-
-def named(settings: Mapping[str, Any], which: str) -> str:
-    """The token that ``settings`` name as ``which``: a text, or an object with one."""
-    token = settings[f"{which}_token"]
-    return str(token["content"] if isinstance(token, dict) else token)

@@ -299,6 +299,7 @@ TOWERS = {
     "InternVLForConditionalGeneration": INTERNVL,
     "InternVLChatModel": INTERNVL,
     "InternVLChatModel/internlm2": INTERNVL,
+    "InternVLChatModel/phi3": INTERNVL,
     "Gemma3ForConditionalGeneration": GEMMA3,
     "Gemma4ForConditionalGeneration": GEMMA4,
     "Gemma4ForConditionalGeneration/enable_moe_block": GEMMA4,

@@ -1,0 +1,80 @@
+"""Language models of InternVL 2 that compute what Llama does, as a Llama: settings and tensors of InternLM2 and of Phi-3.
+
+Theirs are other names, and matrices that are one: of InternLM2 queries, keys and values, for each key head the heads of queries that share
+it, then the key's, then the value's; of Phi-3 all queries, all keys, all values, and gate and up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mbq_gguf.errors import UserError
+
+INTERNLM2, PHI3 = "internlm2", "phi3"
+MODEL_TYPES = (INTERNLM2, PHI3)
+SPELLED = {
+    "tok_embeddings.": "embed_tokens.",
+    "output.": "lm_head.",
+    "attention_norm.": "input_layernorm.",
+    "ffn_norm.": "post_attention_layernorm.",
+    "attention.wo.": "self_attn.o_proj.",
+    "feed_forward.w1.": "mlp.gate_proj.",
+    "feed_forward.w2.": "mlp.down_proj.",
+    "feed_forward.w3.": "mlp.up_proj.",
+}
+QKV = ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")
+BY_KEY_HEAD = "attention.wqkv."
+MERGED = {BY_KEY_HEAD: QKV, "self_attn.qkv_proj.": QKV, "mlp.gate_up_proj.": ("mlp.gate_proj.", "mlp.up_proj.")}
+# Settings that Llama has by the same name. With a dynamic scale of its angles, as InternLM2's are published, both compute plain ones up to
+# max_position_embeddings, and so does llama.cpp, which knows no such scale and warns where a context is longer.
+SETTINGS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+
+
+def language_model(config: Mapping[str, Any]) -> str | None:
+    """The type of the language model in a published config.json, where it is one of :data:`MODEL_TYPES`."""
+    found = (config.get("llm_config") or {}).get("model_type")
+    return found if found in MODEL_TYPES else None
+
+
+def settings(published: Mapping[str, Any]) -> dict[str, Any]:
+    """Llama's settings of a published configuration. Raises UserError for what Llama, or llama.cpp, does not compute."""
+    found = {name: published[name] for name in SETTINGS if published.get(name) is not None}
+    found |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    if published["model_type"] == INTERNLM2:
+        return found | {"attention_bias": published.get("bias", True)}
+    window = published.get("sliding_window")
+    if (window and window < published["max_position_embeddings"]) or published.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("only a Phi-3 without a sliding window and with wholly rotary heads can be converted: use InternVL2-4B")
+    if scales := found.pop("rope_scaling", None):  # of each pair of channels, one for texts up to the original length, one beyond
+        factors = {name: scales[name] for name in ("short_factor", "long_factor")}
+        original = published["original_max_position_embeddings"]
+        factors |= {"factor": published["max_position_embeddings"] / original, "original_max_position_embeddings": original}
+        found["rope_parameters"] = {"rope_type": "longrope", "rope_theta": found.pop("rope_theta"), **factors}
+    return found
+
+
+def names_of(name: str) -> list[str]:
+    """What Llama calls the tensor ``name``: two or three of them where it holds several; others keep their name."""
+    for theirs, ours in SPELLED.items():
+        if f".{theirs}" in f".{name}":
+            return [name.replace(theirs, ours)]
+    merged = next((merged for merged in MERGED if merged in name), None)
+    return [name.replace(merged, part) for part in MERGED[merged]] if merged else [name]
+
+
+def parts_of(name: str, tensor: Any, heads: int, key_heads: int) -> list[Any]:
+    """The tensors of :func:`names_of`, matrices or biases of ``tensor`` [rows, ...], each with its heads in order."""
+    parts = len(names_of(name))
+    if parts < 3:
+        return list(tensor.chunk(parts))
+    if BY_KEY_HEAD not in name:
+        channels = tensor.shape[0] // (heads + 2 * key_heads)
+        return list(tensor.split([channels * count for count in (heads, key_heads, key_heads)]))
+    shared = heads // key_heads
+    groups = tensor.reshape(key_heads, shared + 2, -1, *tensor.shape[1:])
+    return [part.reshape(-1, *tensor.shape[1:]) for part in (groups[:, :shared], groups[:, shared], groups[:, shared + 1])]
