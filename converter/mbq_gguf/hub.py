@@ -20,7 +20,7 @@ from mbq_gguf.export.progress import download_bars
 from mbq_gguf.snapshot import snapshot_of
 
 # Settings, tokenizer, chat templates and the model card, which names licence and languages.
-SETTINGS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md")
+SETTINGS = ("*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt", "README.md")
 CODE = ("*.py",)  # where --trust-remote-code is given
 WEIGHTS = ("*.safetensors",)
 FOLDERS = ("*/*", "consolidated*.safetensors")  # other formats' copies of the same weights

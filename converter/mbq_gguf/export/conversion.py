@@ -23,11 +23,13 @@ from mbq_gguf.export.clip_tower import CLIP, clip_class
 from mbq_gguf.export.gemma4 import ARCHITECTURE as GEMMA4
 from mbq_gguf.export.gemma4 import of_gemma4
 from mbq_gguf.export.minicpmv import text_class, vision_class
+from mbq_gguf.export.text_model import converted_as
 from mbq_gguf.export.vocabulary import quicken
 from mbq_gguf.formats.gguf_types import import_from_tree, import_gguf
 from mbq_gguf.llama_cpp import paths
 from mbq_gguf.models import as_llama, internvl, minicpmv
 from mbq_gguf.models.checks import weight_files
+from mbq_gguf.models.published import TEXT_MODELS
 from mbq_gguf.models.remote_code import runs_remote_code
 
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
@@ -162,7 +164,10 @@ def own_class(package: Package, hparams: Mapping[str, Any], *, mmproj: bool) -> 
         return (vision_class if mmproj else text_class)(package, version)
     if not mmproj and as_llama.language_model(hparams):
         return as_llama_class(package)
-    if mmproj and (hparams.get("architectures") or [None])[0] in ANYRES:
+    published = (hparams.get("architectures") or [None])[0]
+    if not mmproj and published in TEXT_MODELS:
+        return converted_as(package, TEXT_MODELS[published](hparams))
+    if mmproj and published in ANYRES:
         return anyres_class(package)
     return clip_class(package) if mmproj and (hparams.get("vision_config") or {}).get("model_type") == CLIP else None
 

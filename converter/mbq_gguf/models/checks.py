@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mbq_gguf.errors import UsageError, UserError, said
+from mbq_gguf.models.alone import alone
 
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 ADAPTER = "adapter_config.json"
@@ -72,13 +73,14 @@ def refuse_quantised(directory: Path, why: object) -> None:
 
 
 def check_whole(directory: Path) -> None:
-    """Raise UserError where something that belongs to the model lies beside it or is missing: an adapter, the pictures' settings."""
+    """Raise UserError where something that belongs to the model lies beside it or is missing: an adapter, the pictures' settings
+    where the model is to see some."""
     adapter = directory / ADAPTER
     if adapter.is_file() or list(directory.glob("adapter_model.*")):
         raise UserError(
             f"{directory} holds an adapter (LoRA), which would be left out: merge it into the model first, or remove the adapter_* files"
         )
-    if not any((directory / name).is_file() for name in PREPROCESSORS):
+    if not alone() and not any((directory / name).is_file() for name in PREPROCESSORS):
         raise UserError(f"{directory} has no {' or '.join(PREPROCESSORS)}: fetch the model again, or copy the file from its base model")
 
 

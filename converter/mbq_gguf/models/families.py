@@ -71,10 +71,11 @@ IN_TURNS = {
 
 # Families that people will ask for, by architecture, and why they are refused.
 NEEDS_CODE = "its checkpoints need Python code of their directory"
+CODE_TOWER = "its tower is Python code of its directory"
 NO_RUNTIME = "llama.cpp does not know it"
 REFUSED = {
     "Llama4ForConditionalGeneration": "each of its experts takes all tokens, weighed by the router beforehand, which no layout describes",
-    "QWenLMHeadModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of Qwen-VL alone",
+    "QWenLMHeadModel": f"{CODE_TOWER}, and llama.cpp converts the language model of Qwen-VL alone",
     "ChatGLMModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of GLM-4V alone",
     "CogVLMForCausalLM": f"{NEEDS_CODE}, no layout has matrices that a picture's tokens alone pass, and llama.cpp's conversion leaves "
     "these out, nor has its runtime a place for CogVLM2's grouped heads and convolution",
@@ -89,7 +90,10 @@ REFUSED = {
 }
 
 # Of these the ones whose language model converts alone, without a vision file.
-LANGUAGE_ALONE = ("VipLlavaForConditionalGeneration",)
+LANGUAGE_ALONE = (
+    "VipLlavaForConditionalGeneration",
+    "QWenLMHeadModel",
+)
 
 
 def kind(architecture: str, config: Mapping[str, Any]) -> str:

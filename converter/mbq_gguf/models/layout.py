@@ -337,6 +337,8 @@ def with_inputs(layout: Layout) -> Layout:
 
 SMALL_GEMMA4 = either(*(with_inputs(layout) for layout in (GEMMA4, KEYS_AS_VALUES, QUERIES)))
 
+# Of a language model without its tower.
+NO_PICTURES = r"(?!)"
 LAYOUTS = {
     "Qwen2VLForConditionalGeneration": replace(STANDARD, projector=r"visual\.merger\.mlp\.2"),
     "Qwen2_5_VLForConditionalGeneration": replace(STANDARD, projector=r"visual\.merger\.mlp\.2"),
@@ -367,6 +369,7 @@ LAYOUTS = {
     "GlmOcrForConditionalGeneration": GLM,
     "DotsOCRForCausalLM": replace(STANDARD, projector=r"vision_tower\.merger\.mlp\.2"),
     "PaddleOCRVLForConditionalGeneration": replace(STANDARD, projector=r"projector\.linear_2"),
+    "QWenLMHeadModel": replace(STANDARD, projector=NO_PICTURES),
 }
 ROTATABLE = tuple(name for name, layout in LAYOUTS.items() if layout.no_rotation() is None)
 

@@ -18,13 +18,14 @@ from mbq_gguf.models.families import FAMILIES, LANGUAGE_ALONE, REFUSED, family_o
 from mbq_gguf.models.file_rows import leave_in_file
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import ImagePrompt, NoImagePrompt, ProcessorImagePrompt, Prompts, RuntimePrompt
-from mbq_gguf.models.published import PUBLISHED, unwarned
+from mbq_gguf.models.published import PUBLISHED, TEXT_MODELS, unwarned
 from mbq_gguf.models.remote_code import runs_remote_code
 from mbq_gguf.models.stored import Stored, read_into, stored_tensors, tensors_of
+from mbq_gguf.models.text_model import TextModel
 from mbq_gguf.models.tokenizer import load_tokenizer
 from mbq_gguf.settings import ALONE, TRUST
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken")
 HEARING = re.compile(
     r"(?:model\.)?(?:audio_tower|embed_audio)\."
 )  # no sound is calibrated with; llama.cpp's conversion takes them from the files
@@ -106,6 +107,10 @@ def check_architecture(config: dict[str, Any]) -> str:
     if architecture in REFUSED and not (alone() and by_itself):
         other = f", or give {ALONE}" if by_itself else ""
         raise UsageError(f"{architecture} is not supported, {REFUSED[architecture]}: use a model of {SUPPORTED}{other}")
+    if architecture in (*PUBLISHED, *TEXT_MODELS):
+        unwarned()
+    if alone():
+        return architecture
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as texts
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as known
 
@@ -113,9 +118,6 @@ def check_architecture(config: dict[str, Any]) -> str:
         raise UsageError(f"{architecture} is a text-only model: give a vision-language model of {SUPPORTED}")
     if "vision_config" not in config:
         raise UsageError(f"{architecture} is not supported, its config.json tells of no vision tower: use a model of {SUPPORTED}")
-
-    if architecture in PUBLISHED:
-        unwarned()
     if family_of(architecture):
         return architecture
     if "auto_map" in config and str(config.get("model_type")) not in known:
@@ -158,10 +160,17 @@ def _bare(model_dir: Path, architecture: str) -> Any:
     with model_errors(model_dir, architecture), torch.device("meta"):
         if architecture in PUBLISHED:
             return PUBLISHED[architecture].bare(model_dir)
+        if text := text_model(model_dir, architecture):
+            return text.bare()
         config = AutoConfig.from_pretrained(str(model_dir), **options)
         if getattr(config, "audio_config", None):
             config.audio_config = None
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=runs_remote_code())
+
+
+def text_model(model_dir: Path, architecture: str) -> TextModel | None:
+    """How the language model of ``architecture`` is read as another, where it is."""
+    return TEXT_MODELS[architecture](read_object(model_dir / "config.json")) if architecture in TEXT_MODELS else None
 
 
 def _read_generation(model: Any, model_dir: Path, architecture: str) -> None:
@@ -178,10 +187,14 @@ def _load_weights(model_dir: Path, architecture: str, files: Sequence[Path]) -> 
     bare = _bare(model_dir, architecture)
     tensors = {name: tensor for name, tensor in stored_tensors(files).items() if not HEARING.match(name)}
     with model_errors(model_dir, architecture):
+        if architecture in PUBLISHED:
+            tensors = PUBLISHED[architecture].respelled(tensors, bare.config)
+        elif text := text_model(model_dir, architecture):
+            tensors = text.respelled(tensors)
         model, info = type(bare).from_pretrained(
             None,
             config=bare.config,
-            state_dict=PUBLISHED[architecture].respelled(tensors, bare.config) if architecture in PUBLISHED else tensors,
+            state_dict=tensors,
             dtype="auto",
             output_loading_info=True,
             attn_implementation="sdpa",
@@ -200,7 +213,8 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{model_dir} has no tokenizer ({', '.join(TOKENIZER_FILES)}): fetch the model again")
     with settings_errors(model_dir, architecture):
-        tokenizer = load_tokenizer(model_dir)
+        text = text_model(model_dir, architecture)
+        tokenizer = text.tokenizer(model_dir) if text and text.tokenizer else load_tokenizer(model_dir)
         if alone():
             return Prompts(tokenizer, NoImagePrompt(), -1, _end_ids(model, tokenizer))
         image_token_id = _image_token_id(model.config)

@@ -7,14 +7,21 @@ checkpoint's tensors under that model's names, by its configuration).
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import Any
 
-from mbq_gguf.models import dots_ocr, internvl, minicpmv
+from mbq_gguf.models import dots_ocr, internvl, minicpmv, qwen_vl
+from mbq_gguf.models.text_model import TextModel
 
 PUBLISHED: dict[str, ModuleType] = {
     **dict.fromkeys(internvl.PUBLISHED, internvl),
     dots_ocr.PUBLISHED: dots_ocr,
     **dict.fromkeys(minicpmv.PUBLISHED, minicpmv),
+}
+# Those whose language model alone is read, by their config.json.
+TEXT_MODELS: dict[str, Callable[[Mapping[str, Any]], TextModel]] = {
+    qwen_vl.PUBLISHED: qwen_vl.text_model,
 }
 UNKNOWN_TYPE = "You are using a model of type"
 

@@ -1,0 +1,61 @@
+"""The language model of Qwen-VL as its authors publish it (QWenLMHeadModel, code of its directory), read as transformers' Qwen2.
+
+Qwen2 is the same function up to ``seq_length`` tokens: beyond it Qwen-VL stretches its rotation and scales queries by log n (dynamic NTK,
+log n attention), which neither Qwen2 nor llama.cpp does. So ``seq_length`` is the context that the file names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mbq_gguf.models import tiktoken
+from mbq_gguf.models.text_model import QKV, TextModel, check_granted
+
+PUBLISHED = "QWenLMHeadModel"
+OUTSIDE = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head"}
+INSIDE = {
+    "ln_1": "input_layernorm",
+    "attn.c_attn": QKV,
+    "attn.c_proj": "self_attn.o_proj",
+    "ln_2": "post_attention_layernorm",
+    "mlp.w1": "mlp.up_proj",
+    "mlp.w2": "mlp.gate_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+END = "<|endoftext|>"
+# Behind the vocabulary's tokens, in this order.
+SPECIALS = (
+    *(END, "<|im_start|>", "<|im_end|>"),
+    *(f"<|extra_{number}|>" for number in range(205)),
+    *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"),
+)
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as Qwen2 cuts them
+)
+
+
+def text_model(published: Mapping[str, Any]) -> TextModel:
+    """The language model of a checkpoint whose config.json is ``published``. Raises UserError for settings that Qwen2 does not know."""
+    width, heads = published["hidden_size"], published["num_attention_heads"]
+    granted = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True, "tie_word_embeddings": False, "kv_channels": width // heads}
+    check_granted(published, granted)
+    settings = {
+        "vocab_size": published["vocab_size"],
+        "hidden_size": width,
+        "num_hidden_layers": published["num_hidden_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "intermediate_size": published["intermediate_size"] // 2,  # of gate and up together
+        "rms_norm_eps": published["layer_norm_epsilon"],
+        "max_position_embeddings": published["seq_length"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(published.get("rotary_emb_base", 10000))},
+        "tie_word_embeddings": False,
+    }
+    return TextModel("qwen2", settings, OUTSIDE, "transformer.h.", INSIDE, tokenizer, "qwen2")
+
+
+def tokenizer(model_dir: Path) -> Any:
+    """transformers' tokenizer of ``model_dir``."""
+    return tiktoken.tokenizer(model_dir / "qwen.tiktoken", WORDS, SPECIALS, whole=False, eos_token=END, pad_token=END)
