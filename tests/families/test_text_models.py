@@ -36,7 +36,7 @@ from small import compare, unpacked
 from text_models import PUBLISHED
 
 TEXT = "seven of the blue circles are left of the square, and 1234 others aren't:\n\n  all of them red or ❤ \r\n"
-GGUF = {"Qwen-VL": "qwen2"}
+GGUF = {"Qwen-VL": "qwen2", "GLM-4V": "chatglm"}
 EXACT = 1e-5  # of the range of the logits: transformers' class and the authors' graph, both in float32; measured: 5e-7
 BF16 = 0.03  # as for families; measured: 0.0031
 INT8 = 0.04  # Q8_0 by rounding to nearest, as for families; measured: 0.0143
@@ -111,6 +111,12 @@ def test_the_class_that_stands_for_it_computes_the_same(small: Small) -> None:
 
 QUIRKS: dict[str, list[dict[str, Any]]] = {
     "Qwen-VL": [{"gate": ("mlp.w1", None), "up": ("mlp.w2", None)}, {"qkv_bias": False}],
+    "GLM-4V": [
+        {"neighbours": False},
+        {"turned": 1.0},
+        {"base": 10000.0},
+        {"gate": ("mlp.dense_h_to_4h", 1), "up": ("mlp.dense_h_to_4h", 0)},
+    ],
 }
 
 
@@ -199,6 +205,7 @@ def spoilt(small: Small, folder: Path, **config: Any) -> Path:
     ("name", "config", "why"),
     [
         ("Qwen-VL", {"kv_channels": 64}, "kv_channels 64 and 32 is known here"),
+        ("GLM-4V", {"rmsnorm": False}, "rmsnorm False and True is known here"),
     ],
 )
 def test_other_settings_than_published_ones_are_refused(tmp_path: Path, name: str, config: dict[str, Any], why: str) -> None:

@@ -1,4 +1,4 @@
-"""The language model of Qwen-VL as its authors publish it: graphs, settings, tokenizers."""
+"""The language models of Qwen-VL and GLM-4V as their authors publish them: graphs, settings, tokenizers."""
 
 from __future__ import annotations
 
@@ -60,5 +60,67 @@ QWEN = Published(
     biased=True,
     beside=("transformer.visual.proj", "transformer.visual.transformer.resblocks.0.attn.in_proj.weight"),
 )
+GLM_SPECIALS = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>")
+GLM_SPECIALS += ("<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
 
-PUBLISHED = {"Qwen-VL": QWEN}
+
+def glm_tokens(folder: Path) -> int:
+    """GLM-4V's, and rows of the embeddings that have no token."""
+    count = ranks(folder, "tokenizer.model")
+    added = {str(count + place): {"content": token, "special": True} for place, token in enumerate(GLM_SPECIALS)}
+    settings = {
+        "added_tokens_decoder": added,
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "ChatGLM4Tokenizer",
+    }
+    settings |= {"auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLM4Tokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return count + len(added) + 20
+
+
+GLM = Published(
+    Graph(
+        layer="transformer.encoder.layers.{}.",
+        embeddings="transformer.embedding.word_embeddings",
+        norm="transformer.encoder.final_layernorm",
+        head="transformer.output_layer",
+        qkv="self_attention.query_key_value",
+        out="self_attention.dense",
+        gate=("mlp.dense_h_to_4h", 0),
+        up=("mlp.dense_h_to_4h", 1),
+        down="mlp.dense_4h_to_h",
+        norms=("input_layernorm", "post_attention_layernorm"),
+        groups=2,
+        base=20000.0,
+        turned=0.5,
+        neighbours=True,
+    ),
+    {
+        "architectures": ["ChatGLMModel"],
+        "auto_map": {"AutoConfig": "configuration_chatglm.ChatGLMConfig", "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"},
+        "model_type": "chatglm",
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "apply_residual_connection_post_layernorm": False,
+        "ffn_hidden_size": FFN,
+        "hidden_size": WIDTH,
+        "kv_channels": HEAD,
+        "layernorm_epsilon": EPS,
+        "multi_query_attention": True,
+        "multi_query_group_num": 2,
+        "num_attention_heads": HEADS,
+        "num_layers": LAYERS,
+        "original_rope": True,
+        "post_layer_norm": True,
+        "rmsnorm": True,
+        "rope_ratio": 2,
+        "seq_length": CONTEXT,
+        "tie_word_embeddings": False,
+        "vision_config": {"image_size": 1120, "patch_size": 14, "hidden_size": 1792, "num_hidden_layers": 63},
+    },
+    glm_tokens,
+    biased=True,
+    beside=("transformer.vision.linear_proj.linear_proj.weight", "transformer.vision.transformer.layers.0.mlp.fc1.weight"),
+)
+PUBLISHED = {"Qwen-VL": QWEN, "GLM-4V": GLM}

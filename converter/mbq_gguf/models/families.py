@@ -76,7 +76,8 @@ NO_RUNTIME = "llama.cpp does not know it"
 REFUSED = {
     "Llama4ForConditionalGeneration": "each of its experts takes all tokens, weighed by the router beforehand, which no layout describes",
     "QWenLMHeadModel": f"{CODE_TOWER}, and llama.cpp converts the language model of Qwen-VL alone",
-    "ChatGLMModel": f"{NEEDS_CODE}, and llama.cpp converts the language model of GLM-4V alone",
+    "ChatGLMModel": f"{CODE_TOWER}, and llama.cpp converts the language model of GLM-4V alone",
+    "ChatGLMForConditionalGeneration": f"{CODE_TOWER}, and llama.cpp converts the language model of GLM-4V alone",
     "CogVLMForCausalLM": f"{NEEDS_CODE}, no layout has matrices that a picture's tokens alone pass, and llama.cpp's conversion leaves "
     "these out, nor has its runtime a place for CogVLM2's grouped heads and convolution",
     "MiniCPMV4_7ForConditionalGeneration": NO_RUNTIME,
@@ -93,6 +94,8 @@ REFUSED = {
 LANGUAGE_ALONE = (
     "VipLlavaForConditionalGeneration",
     "QWenLMHeadModel",
+    "ChatGLMModel",
+    "ChatGLMForConditionalGeneration",
 )
 
 

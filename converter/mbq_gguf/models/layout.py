@@ -370,6 +370,8 @@ LAYOUTS = {
     "DotsOCRForCausalLM": replace(STANDARD, projector=r"vision_tower\.merger\.mlp\.2"),
     "PaddleOCRVLForConditionalGeneration": replace(STANDARD, projector=r"projector\.linear_2"),
     "QWenLMHeadModel": replace(STANDARD, projector=NO_PICTURES),
+    "ChatGLMModel": replace(STANDARD, fused=GLM.fused, projector=NO_PICTURES),
+    "ChatGLMForConditionalGeneration": replace(STANDARD, fused=GLM.fused, projector=NO_PICTURES),
 }
 ROTATABLE = tuple(name for name, layout in LAYOUTS.items() if layout.no_rotation() is None)
 
