@@ -36,7 +36,7 @@ from small import compare, unpacked
 from text_models import PUBLISHED
 
 TEXT = "seven of the blue circles are left of the square, and 1234 others aren't:\n\n  all of them red or ❤ \r\n"
-GGUF = {"Qwen-VL": "qwen2", "GLM-4V": "chatglm"}
+GGUF = {"Qwen-VL": "qwen2", "GLM-4V": "chatglm", "CogVLM2": "llama"}
 EXACT = 1e-5  # of the range of the logits: transformers' class and the authors' graph, both in float32; measured: 5e-7
 BF16 = 0.03  # as for families; measured: 0.0031
 INT8 = 0.04  # Q8_0 by rounding to nearest, as for families; measured: 0.0143
@@ -117,6 +117,7 @@ QUIRKS: dict[str, list[dict[str, Any]]] = {
         {"base": 10000.0},
         {"gate": ("mlp.dense_h_to_4h", 1), "up": ("mlp.dense_h_to_4h", 0)},
     ],
+    "CogVLM2": [{"base": 10000.0}],
 }
 
 
@@ -206,6 +207,7 @@ def spoilt(small: Small, folder: Path, **config: Any) -> Path:
     [
         ("Qwen-VL", {"kv_channels": 64}, "kv_channels 64 and 32 is known here"),
         ("GLM-4V", {"rmsnorm": False}, "rmsnorm False and True is known here"),
+        ("CogVLM2", {"hidden_act": "gelu"}, "hidden_act 'gelu' and 'silu' is known here"),
     ],
 )
 def test_other_settings_than_published_ones_are_refused(tmp_path: Path, name: str, config: dict[str, Any], why: str) -> None:

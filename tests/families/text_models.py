@@ -1,4 +1,4 @@
-"""The language models of Qwen-VL and GLM-4V as their authors publish them: graphs, settings, tokenizers."""
+"""The language models of Qwen-VL, GLM-4V and CogVLM2 as their authors publish them: graphs, settings, tokenizers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from authors import CONTEXT, EPS, FFN, HEAD, HEADS, LAYERS, WIDTH, Graph, Published, ranks
+from tokens import plain
 
 
 def qwen_tokens(folder: Path) -> int:
@@ -79,6 +80,11 @@ def glm_tokens(folder: Path) -> int:
     return count + len(added) + 20
 
 
+def llama_tokens(folder: Path) -> int:
+    """CogVLM2's are transformers' own."""
+    return max(plain((), folder).values()) + 1
+
+
 GLM = Published(
     Graph(
         layer="transformer.encoder.layers.{}.",
@@ -123,4 +129,45 @@ GLM = Published(
     biased=True,
     beside=("transformer.vision.linear_proj.linear_proj.weight", "transformer.vision.transformer.layers.0.mlp.fc1.weight"),
 )
-PUBLISHED = {"Qwen-VL": QWEN, "GLM-4V": GLM}
+COGVLM2 = Published(
+    Graph(
+        layer="model.layers.{}.",
+        embeddings="model.embed_tokens",
+        norm="model.norm",
+        head="lm_head",
+        qkv="self_attn.language_expert_query_key_value",
+        out="self_attn.language_expert_dense",
+        gate=("mlp.language_mlp.gate_proj", None),
+        up=("mlp.language_mlp.up_proj", None),
+        down="mlp.language_mlp.down_proj",
+        norms=("input_layernorm", "post_attention_layernorm"),
+        groups=2,
+        base=500000.0,
+    ),
+    {
+        "architectures": ["CogVLMForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_cogvlm.CogVLMConfig", "AutoModelForCausalLM": "modeling_cogvlm.CogVLMForCausalLM"},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": WIDTH,
+        "intermediate_size": FFN,
+        "max_position_embeddings": CONTEXT,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS,
+        "num_multi_query_heads": 2,
+        "rms_norm_eps": EPS,
+        "template_version": "chat",
+        "tie_word_embeddings": False,
+        "vision_config": {"image_size": 1344, "patch_size": 14, "hidden_size": 1792, "num_hidden_layers": 63},
+    },
+    llama_tokens,
+    beside=(
+        "model.layers.0.self_attn.vision_expert_dense.weight",
+        "model.layers.1.mlp.vision_mlp.gate_proj.weight",
+        "model.vision.linear_proj.linear_proj.weight",
+    ),
+)
+
+PUBLISHED = {"Qwen-VL": QWEN, "GLM-4V": GLM, "CogVLM2": COGVLM2}

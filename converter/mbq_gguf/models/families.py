@@ -78,7 +78,7 @@ REFUSED = {
     "QWenLMHeadModel": f"{CODE_TOWER}, and llama.cpp converts the language model of Qwen-VL alone",
     "ChatGLMModel": f"{CODE_TOWER}, and llama.cpp converts the language model of GLM-4V alone",
     "ChatGLMForConditionalGeneration": f"{CODE_TOWER}, and llama.cpp converts the language model of GLM-4V alone",
-    "CogVLMForCausalLM": f"{NEEDS_CODE}, no layout has matrices that a picture's tokens alone pass, and llama.cpp's conversion leaves "
+    "CogVLMForCausalLM": f"{CODE_TOWER}, no layout has matrices that a picture's tokens alone pass, and llama.cpp's conversion leaves "
     "these out, nor has its runtime a place for CogVLM2's grouped heads and convolution",
     "MiniCPMV4_7ForConditionalGeneration": NO_RUNTIME,
     minicpmv.ARCHITECTURE: f"{NEEDS_CODE}, of which versions {' and '.join(minicpmv.TEXTS)} alone are known here without it",
@@ -96,6 +96,7 @@ LANGUAGE_ALONE = (
     "QWenLMHeadModel",
     "ChatGLMModel",
     "ChatGLMForConditionalGeneration",
+    "CogVLMForCausalLM",
 )
 
 

@@ -372,6 +372,7 @@ LAYOUTS = {
     "QWenLMHeadModel": replace(STANDARD, projector=NO_PICTURES),
     "ChatGLMModel": replace(STANDARD, fused=GLM.fused, projector=NO_PICTURES),
     "ChatGLMForConditionalGeneration": replace(STANDARD, fused=GLM.fused, projector=NO_PICTURES),
+    "CogVLMForCausalLM": replace(STANDARD, projector=NO_PICTURES),
 }
 ROTATABLE = tuple(name for name, layout in LAYOUTS.items() if layout.no_rotation() is None)
 

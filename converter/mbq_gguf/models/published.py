@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from mbq_gguf.models import dots_ocr, glm_4v, internvl, minicpmv, qwen_vl
+from mbq_gguf.models import cogvlm, dots_ocr, glm_4v, internvl, minicpmv, qwen_vl
 from mbq_gguf.models.text_model import TextModel
 
 PUBLISHED: dict[str, ModuleType] = {
@@ -23,6 +23,7 @@ PUBLISHED: dict[str, ModuleType] = {
 TEXT_MODELS: dict[str, Callable[[Mapping[str, Any]], TextModel]] = {
     qwen_vl.PUBLISHED: qwen_vl.text_model,
     **dict.fromkeys(glm_4v.PUBLISHED, glm_4v.text_model),
+    cogvlm.PUBLISHED: cogvlm.text_model,
 }
 UNKNOWN_TYPE = "You are using a model of type"
 

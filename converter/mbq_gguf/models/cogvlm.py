@@ -1,0 +1,37 @@
+"""The language model of CogVLM and CogVLM2 as published (CogVLMForCausalLM, code of its directory), read as transformers' Llama.
+
+Tokens of a picture pass matrices of their own (``vision_expert_*``, ``vision_mlp``), texts the ones here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mbq_gguf.models.text_model import QKV, TextModel, check_granted
+
+PUBLISHED = "CogVLMForCausalLM"
+OUTSIDE = {name: name for name in ("model.embed_tokens", "model.norm", "lm_head")}
+INSIDE = {
+    "input_layernorm": "input_layernorm",
+    "self_attn.language_expert_query_key_value": QKV,
+    "self_attn.language_expert_dense": "self_attn.o_proj",
+    "post_attention_layernorm": "post_attention_layernorm",
+    **{f"mlp.language_mlp.{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+GROUPS = "num_multi_query_heads"  # of CogVLM2
+BASE, OTHER_BASE = 500000.0, 10000.0  # of rotation, which CogVLM2's code has and CogVLM's, and neither's settings
+
+
+def text_model(published: Mapping[str, Any]) -> TextModel:
+    """The language model of a checkpoint whose config.json is ``published``. Raises UserError for settings that Llama does not know."""
+    check_granted(published, {"hidden_act": "silu", "tie_word_embeddings": False})
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+    settings = {
+        **{name: published[name] for name in (*same, "max_position_embeddings")},
+        **{name: published.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        "num_key_value_heads": published.get(GROUPS, published["num_attention_heads"]),
+        "rope_parameters": {"rope_type": "default", "rope_theta": BASE if GROUPS in published else OTHER_BASE},
+        "tie_word_embeddings": False,
+    }
+    return TextModel("llama", settings, OUTSIDE, "model.layers.", INSIDE)
