@@ -369,6 +369,7 @@ LAYOUTS = {
     "GlmOcrForConditionalGeneration": GLM,
     "DotsOCRForCausalLM": replace(STANDARD, projector=r"vision_tower\.merger\.mlp\.2"),
     "PaddleOCRVLForConditionalGeneration": replace(STANDARD, projector=r"projector\.linear_2"),
+    "VipLlavaForConditionalGeneration": replace(STANDARD, projector=NO_PICTURES),
     "QWenLMHeadModel": replace(STANDARD, projector=NO_PICTURES),
     "ChatGLMModel": replace(STANDARD, fused=GLM.fused, projector=NO_PICTURES),
     "ChatGLMForConditionalGeneration": replace(STANDARD, fused=GLM.fused, projector=NO_PICTURES),
