@@ -15,7 +15,7 @@ from nearest_files import nearest_weights
 from reference_models import Files, HuggingFace
 from static_files import Seen, with_keys, write_mmproj, write_plain
 
-QUESTIONS = 36  # two of every task, and two more
+QUESTIONS = 18  # one of every task, and one more
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,7 @@ import pytest
 from mbq_cbind.errors import BindingError, CallError
 from mbq_cbind.model import Model
 from mbq_cbind.types import Floats
-from mbq_gguf.evaluate.exact_match import Question, stratified
+from mbq_gguf.evaluate.exact_match import Question
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.llama_cpp import closed
 from mbq_gguf.llama_cpp.server import LlamaServer, data_url
@@ -23,8 +23,8 @@ BF16_DIVERGENCE = 5e-5
 # MBQ weights meet activations rounded to int8. Plain 3-bit rounding leaves this small model so torn between answers (2.6 nats from
 # bfloat16 where all is MBQ3) that this alone moves its distributions; llama.cpp may move them no further than the same rounding does in
 # Hugging Face. Answer tokens are few and their divergences long-tailed, hence the factor.
-INT8_DIVERGENCE = 1.5  # times; measured 0.90 (0.0187 and 0.0208 nats)
-INT8_AGREEMENT = 0.05  # of the answer tokens, fewer; measured -0.010 (0.962 and 0.952)
+INT8_DIVERGENCE = 1.5  # times; measured 0.83 (0.0162 and 0.0195 nats), of twice as many questions 0.90
+INT8_AGREEMENT = 0.05  # of the answer tokens, fewer; measured -0.04 (0.979 and 0.938)
 FEW = 6  # questions, where one would nearly do
 
 
@@ -56,8 +56,7 @@ def test_prompts_are_the_servers(bf16: Model, bf16_files: Files, questions: list
 
 
 def test_bf16_logits_are_hugging_faces(bf16: Model, hugging_face: HuggingFace, questions: list[Question]) -> None:
-    every_task = stratified(questions, 18)
-    agreement, divergence = compare(forced(bf16, every_task), [hugging_face.logits(question) for question in every_task])
+    agreement, divergence = compare(forced(bf16, questions), [hugging_face.logits(question) for question in questions])
     assert agreement >= TOP1_AGREEMENT
     assert divergence <= BF16_DIVERGENCE
 

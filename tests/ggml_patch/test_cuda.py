@@ -1,4 +1,5 @@
-"""The CUDA kernels without a card: they compile within their bounds of registers and spills, and share out their work as planned."""
+"""The CUDA kernels without a card: they compile within their bounds of registers and spills (slow: 12 to 50 seconds a file and card), and
+share out their work as planned."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def compile_kernels(architecture: str, work: Path, source: Path = SOURCE) -> str
     return nvcc(*options, "-cubin", "-o", str(work / "mbq.cubin"), str(source))
 
 
-@pytest.mark.parametrize("architecture", [pytest.param(name, marks=() if name == "90a" else pytest.mark.slow) for name in BOUNDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", BOUNDS)
 def test_kernels_keep_within_registers(architecture: str, tmp_path: Path) -> None:
     said = compile_kernels(architecture, tmp_path)
     assert "serialized" not in said, "wgmma waits for registers after every instruction"
@@ -43,7 +45,8 @@ def test_kernels_keep_within_registers(architecture: str, tmp_path: Path) -> Non
         assert int(stores) + int(loads) <= BOUNDS[architecture]["spill_bytes"], name
 
 
-@pytest.mark.parametrize("architecture", [pytest.param(name, marks=() if name == "90a" else pytest.mark.slow) for name in BOUNDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", BOUNDS)
 def test_row_scale_kernels_keep_within_registers(architecture: str, tmp_path: Path) -> None:
     said = compile_kernels(architecture, tmp_path, ROW_SCALE)
     assert "serialized" not in said, "wgmma waits for registers after every instruction"
@@ -56,7 +59,7 @@ def test_row_scale_kernels_keep_within_registers(architecture: str, tmp_path: Pa
 
 @pytest.mark.slow
 def test_attention_keeps_within_registers(tmp_path: Path) -> None:
-    """12 seconds, so slow. Twelve warps begin with 168 registers a thread; setmaxnreg makes 240 of the consumers'."""
+    """Twelve warps begin with 168 registers a thread; setmaxnreg makes 240 of the consumers'."""
     said = compile_kernels("90a", tmp_path, ATTENTION)
     assert "serialized" not in said, "wgmma waits for registers after every instruction"
     kernels = [kernel for kernel in FUNCTION.findall(said) if "mbq_attentionILi" in kernel[0]]

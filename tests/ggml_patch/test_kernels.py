@@ -58,52 +58,37 @@ def products(built_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return program
 
 
-def kernels(tree: Path, flags: tuple[str, ...], folder: Path) -> Path:
-    """The patch's CPU kernels compiled for another instruction set, as a library to be loaded over the built ones."""
-    sources = tree / "ggml" / "src" / "ggml-cpu" / "mbq"
-    library = folder / "kernels.so"
-    command = [compiler("c++"), "-O2", "-fPIC", "-shared", "-std=gnu++17", "-D_GNU_SOURCE", "-w", *flags, *includes(tree)]
+@pytest.fixture(scope="module", params=SETS)
+def environment(request: pytest.FixtureRequest, built_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Where the patch's CPU kernels are those of one instruction set: compiled for it, and loaded over the built ones."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the other instruction sets are those of x86")
+    if missing := FLAGS_NEEDED.get(request.param, set()) - processor_flags():
+        pytest.skip(f"this processor has no {' '.join(sorted(missing))}")
+    own = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    if (flags := SETS[request.param]) is None:
+        return own
+    sources, library = built_llama / "ggml" / "src" / "ggml-cpu" / "mbq", tmp_path_factory.mktemp("kernels") / "kernels.so"
+    command = [compiler("c++"), "-O2", "-fPIC", "-shared", "-std=gnu++17", "-D_GNU_SOURCE", "-w", *flags, *includes(built_llama)]
     built = paths.find_library("ggml-cpu").parent
     command += [*(sources / name for name in ("mbq-vec.cpp", "mbq.cpp", "row-scale.cpp")), "-o", library]
     subprocess.run([*command, f"-L{built}", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{built}"], check=True)
-    return library
+    return own | {"LD_PRELOAD": str(library)}
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the other instruction sets are those of x86")
-@pytest.mark.parametrize("name", SETS)
-def test_products_agree(products: Path, built_llama: Path, tmp_path: Path, name: str) -> None:
-    if missing := FLAGS_NEEDED.get(name, set()) - processor_flags():
-        pytest.skip(f"this processor has no {' '.join(sorted(missing))}")
-    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
-    flags = SETS[name]
-    if flags is not None:
-        environment["LD_PRELOAD"] = str(kernels(built_llama, flags, tmp_path))
+def test_products_agree(products: Path, environment: dict[str, str]) -> None:
     done = subprocess.run([products, "200"], env=environment, capture_output=True, text=True, check=True)
     product, dot = map(float, done.stdout.split())
     assert product <= ROUNDING
     assert dot <= ROUNDING
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the other instruction sets are those of x86")
-@pytest.mark.parametrize("name", FLAGS_NEEDED)
-def test_products_with_one_scale_a_row_are_the_contracts(built_llama: Path, tmp_path: Path, name: str) -> None:
-    """Their own tests once more, with the kernels of another instruction set."""
-    run_again("test_row_scale_product.py", name, built_llama, tmp_path)
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the other instruction sets are those of x86")
-@pytest.mark.parametrize("name", FLAGS_NEEDED)
-def test_cuts_of_a_batch_change_nothing(built_llama: Path, tmp_path: Path, name: str) -> None:
-    run_again("test_batch_cuts.py", name, built_llama, tmp_path)
-
-
-def run_again(test: str, name: str, built_llama: Path, tmp_path: Path) -> None:
-    """A test file of the bindings with the kernels of another instruction set."""
-    if missing := FLAGS_NEEDED[name] - processor_flags():
-        pytest.skip(f"this processor has no {' '.join(sorted(missing))}")
-    flags = SETS[name]
-    assert flags is not None
-    environment = os.environ | {"LD_PRELOAD": str(kernels(built_llama, flags, tmp_path))}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", TESTS / "cbind" / test]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def test_one_scale_a_row_and_cuts_of_a_batch(environment: dict[str, str]) -> None:
+    """The bindings' own tests once more: products with one scale a row are the contract's, and cuts of a batch change nothing."""
+    if "LD_PRELOAD" not in environment:
+        pytest.skip("they run by themselves as it is built")
+    files = [TESTS / "cbind" / name for name in ("test_row_scale_product.py", "test_batch_cuts.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *files], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:]

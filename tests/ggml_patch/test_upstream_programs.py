@@ -22,7 +22,9 @@ def run(program: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_quantize_fns(built_llama: Path) -> None:
+    """Twenty seconds for all types of ggml's; our own bounds for ours are in tests/cbind and test_kernels.py."""
     said = run("test-quantize-fns", "-v")
     for kind in KINDS:
         verdicts = dict(re.findall(rf"^ *{kind} (.*?): +(\w+) ", said, re.MULTILINE))

@@ -64,7 +64,7 @@ class Qwen2VLStranger(Qwen2VLForConditionalGeneration):
 
 
 @pytest.mark.usefixtures("built_llama")
-@pytest.mark.parametrize("command", ["convert", "imatrix"])
+@pytest.mark.parametrize("command", ["convert", pytest.param("imatrix", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("trusted", [False, True])
 def test_a_class_of_the_directory_runs_where_it_is_trusted(trusted: bool, command: str, tiny_dir: Path, tmp_path: Path) -> None:
     model, ran = tmp_path / "model", tmp_path / "ran"

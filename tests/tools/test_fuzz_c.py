@@ -22,7 +22,7 @@ def has_sanitizers(folder: Path) -> bool:
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="the Makefile's options are those of GCC and clang on Linux")
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "as it is" else pytest.mark.slow) for name in SETS])
 def test_hostile_rows_do_no_harm(built_llama: Path, tmp_path: Path, name: str) -> None:
     if not has_sanitizers(tmp_path):
         pytest.skip("no make and compiler with AddressSanitizer and UBSan")

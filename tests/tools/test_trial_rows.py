@@ -35,6 +35,7 @@ def test_captions_are_the_descriptions(tmp_path: Path) -> None:
     assert {sample.turns[0][0] for sample in samples} == {"List the objects from left to right."}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on(tiny_dir: Path, tmp_path: Path) -> None:
     out, rows = tmp_path / "rows.jsonl", [f"samples=1,synthetic=0,refits={refits},clip=False" for refits in (0, 1)]
     command = [str(tiny_dir), str(out), "--questions", "2", "--seconds", "100"]
@@ -92,6 +93,7 @@ def test_what_int8_adds_is_a_share_with_its_interval() -> None:
     assert noisy["from"] < noisy["added"] < noisy["to"]
 
 
+@pytest.mark.slow
 def test_rows_with_one_scale_a_row_are_scored_with_int8_too(tiny_dir: Path, tmp_path: Path) -> None:
     out, plain = tmp_path / "rows.jsonl", "rounding=nearest,synthetic=0,samples=1"
     rows = [f"type_name=W4A8,{plain},method=smoothquant", f"type_name=Q4_0,{plain}"]
