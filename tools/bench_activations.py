@@ -20,10 +20,11 @@ from pathlib import Path
 import click
 from activations import on_cpu, print_prompts
 from activations_gpu import on_gpu
-from bench_cpu import FFN, HEADS, HIDDEN, KV_HEADS, VOCABULARY, processor
+from bench_cpu import processor
 from bench_gpu import run
 from mbq_gguf.errors import UserError
 from mbq_gguf.llama_cpp import paths
+from one_type_gguf import FFN, HEADS, HIDDEN, KV_HEADS, VOCABULARY
 from random_gguf import LanguageShape
 from rich.console import Console
 
