@@ -4,7 +4,7 @@
 // frames of a video) and Idefics3's and SmolVLM's. The same operations as there; pictures stand behind one another as columns of each product, and
 // apart in attention (a dimension of their own, as clip_graph::build_vit has it).
 //
-// Included by clip.cpp in front of clip_get_graph_builder(). Which pictures may go together: clip-mbq-join.h.
+// Included by clip.cpp (clip-mbq.h) in front of clip_get_graph_builder(). Which pictures may go together: clip-mbq-join.h.
 
 #include "clip-graph.h"
 #include "clip-mbq-anyres.h" // a graph beside these

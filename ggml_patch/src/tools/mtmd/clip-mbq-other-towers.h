@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-// As clip-mbq-towers.h, of families whose graphs have parts that no other has: LLaVA-1.5's CLIP, Gemma 4, MiniCPM-V.
+// As clip-mbq-towers.h, of families whose graphs have parts that no other has: LLaVA-1.5's CLIP, Gemma 4, MiniCPM-V, Llama 4.
 
 struct clip_mbq_other_tower : clip_mbq_tower {
     explicit clip_mbq_other_tower(const clip_mbq_tower & tower) : clip_mbq_tower(tower) {}
@@ -107,6 +107,16 @@ struct clip_mbq_other_tower : clip_mbq_tower {
         norm("mm.input_norm", 4*n_embd);
         linear("mm.down", linear("mm.up", 4*n_embd));
     }
+
+    // a class token behind the patches, whose kernel is a matrix
+    void llama4() const {
+        heads(true);
+        linear("v.patch_embd", 3*hparams.patch_size*hparams.patch_size, n_embd);
+        vector(TN_CLASS_EMBD, n_embd);
+        positions(true);
+        layers(false, false, true);
+        linear("mm.model.fc", linear("mm.model.mlp.2", linear("mm.model.mlp.1", n_embd*hparams.n_merge*hparams.n_merge)));
+    }
 };
 
 static void clip_mbq_check_other_tower(const clip_mbq_tower & known, projector_type type) {
@@ -123,6 +133,9 @@ static void clip_mbq_check_other_tower(const clip_mbq_tower & known, projector_t
             break;
         case PROJECTOR_TYPE_MINICPMV4_6:
             tower.minicpmv4_6();
+            break;
+        case PROJECTOR_TYPE_LLAMA4:
+            tower.llama4();
             break;
         default:
             break;

@@ -1,7 +1,9 @@
 #pragma once
 
 #include "clip-impl.h"
+#include "clip-mbq-batch.h"
 #include "clip-mbq-checks.h"
+#include "clip-mbq-llama4.h"
 #include "clip-mbq-row-scale.h"
 #include "clip-model.h"
 #include "gguf.h"
@@ -45,6 +47,14 @@ static void clip_mbq_image_limits(const T & loader, clip_hparams & hparams) {
         const int64_t most = std::max((int64_t) 1, (int64_t) std::sqrt(hparams.image_max_pixels) / side) * side;
         hparams.warmup_image_size = (int) std::min((int64_t) hparams.warmup_image_size, most);
     }
+}
+
+// a graph that takes the place of upstream's, of one picture or of several; nullptr: upstream's does
+static std::unique_ptr<clip_graph> clip_mbq_builder(clip_ctx * ctx, const clip_image_f32 & img, const bool several) {
+    if (ctx->proj_type() == PROJECTOR_TYPE_LLAMA4) {
+        return std::make_unique<clip_graph_mbq_llama4>(ctx, img);
+    }
+    return several ? clip_mbq_batch_builder(ctx, img) : nullptr;
 }
 
 // once everything of a vision file's metadata has been read, and nothing of its tensors

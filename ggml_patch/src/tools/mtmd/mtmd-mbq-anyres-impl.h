@@ -74,3 +74,5 @@ mtmd_image_preproc_out mtmd_mbq_anyres::preprocess_among(const clip_image_u8 & i
     output.append(hparams, whole);
     return output;
 }
+
+#include "mtmd-mbq-llama4-impl.h" // another beside it

@@ -15,3 +15,5 @@ struct mtmd_mbq_anyres : mtmd_image_preprocessor {
 private:
     clip_image_size best_resolution(const clip_image_size & size) const;
 };
+
+#include "mtmd-mbq-llama4.h" // another beside it

@@ -1,0 +1,19 @@
+#pragma once
+
+// Llama 4's tower. Upstream leaves out the last of pixel shuffle's two transpositions, so its tokens come column by column: here in rows, as
+// transformers has them (Llama4VisionPixelShuffleMLP).
+
+#include "models/models.h"
+
+struct clip_graph_mbq_llama4 : clip_graph_llama4 {
+    using clip_graph_llama4::clip_graph_llama4;
+
+    ggml_cgraph * build() override {
+        clip_graph_llama4::build();
+        ggml_tensor * cur = ggml_graph_node(gf, -1);
+        const int64_t n = cur->ne[0], width = n_patches_x/hparams.n_merge, height = n_patches_y/hparams.n_merge;
+        cur = ggml_permute(ctx0, ggml_reshape_3d(ctx0, cur, n, height, width), 0, 2, 1, 3);
+        ggml_build_forward_expand(gf, ggml_cont_2d(ctx0, cur, n, width*height));
+        return gf;
+    }
+};
