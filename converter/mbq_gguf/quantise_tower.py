@@ -270,7 +270,7 @@ def _advance(block: nn.Module, state: _Entered) -> None:
     if state.args:
         state.args = (hidden, *state.args[1:])
     else:
-        state.kwargs["hidden_states"] = hidden
+        state.kwargs["hidden_state" if "hidden_state" in state.kwargs else "hidden_states"] = hidden  # as Llama 4's blocks call it
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import layout_of
 from mbq_gguf.rounding.sequence import Refinement, round_in_order
 from torch import nn
+from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
+from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextDecoderLayer
 
@@ -80,6 +82,30 @@ def test_opened_is_the_stack() -> None:
     module.mlp.experts.shares = [0.5] * COUNT  # what others' tokens give goes nowhere
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-6)
     assert len(module.mlp.experts.rows[STARVED]) == 1 + (49 + 1) // 2  # and the first
+
+
+def test_an_expert_that_is_given_weighed_tokens_is_the_stack_too() -> None:
+    """Llama 4's: transformers gives each of its experts all tokens, times zero where it is not chosen; here it has its own alone."""
+    config = Llama4TextConfig(hidden_size=WIDTH, intermediate_size=256, num_local_experts=COUNT, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    holder = nn.Module()
+    holder.feed_forward = Llama4TextMoe(config).requires_grad_(False)
+    for parameter in holder.parameters():
+        parameter.normal_(std=0.1)
+    x = tokens(50, 1)
+    expected, scores = holder.feed_forward(x)
+    open_experts(holder, "feed_forward.experts")
+    experts = holder.feed_forward.experts
+    assert isinstance(experts, Experts)
+    for shares in ([0.0] * COUNT, [0.5] * COUNT):  # what others' tokens give goes nowhere
+        experts.shares = shares
+        torch.testing.assert_close(holder.feed_forward(x)[0][0], expected, rtol=1e-5, atol=1e-5)
+    chosen = scores.topk(2).indices
+    for number in range(COUNT):
+        own = (chosen == number).any(1).nonzero()[:, 0]
+        assert experts.rows[number][: len(own)].tolist() == own.tolist()
+        assert len(experts.rows[number]) == len(own) + (51 - len(own)) // 2
+        assert (experts.weights[number] == 1).all()  # the router's weight is in what they are given
 
 
 def test_shares_make_up_for_missing_tokens(layer: Layer) -> None:

@@ -96,6 +96,24 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Attribute:
+    """``attribute`` of modules whose names match ``name`` is ``value``."""
+
+    name: str
+    attribute: str
+    value: object
+
+    @contextmanager
+    def ignored(self, small: Small) -> Iterator[None]:
+        found = [module for name, module in small.loaded.model.named_modules() if re.fullmatch(self.name, name)]
+        assert found, self.name
+        with pytest.MonkeyPatch.context() as patch:
+            for module in found:
+                patch.setattr(module, self.attribute, self.value)
+            yield
+
+
+@dataclass(frozen=True)
 class Patched:
     """Within ``where`` a function called ``name`` is ``other``, which gets what it was first."""
 
@@ -108,21 +126,6 @@ class Patched:
         holder = self.where(small)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(holder, self.name, partial(self.other, getattr(holder, self.name)))
-            yield
-
-
-@dataclass(frozen=True)
-class Attribute:
-    """An attribute of a module is another."""
-
-    name: str
-    where: Callable[[Small], nn.Module]
-    value: object
-
-    @contextmanager
-    def ignored(self, small: Small) -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(self.where(small), self.name, self.value)
             yield
 
 
@@ -288,10 +291,18 @@ QUIRKS: dict[str, list[Quirk]] = {
     "Qwen3-VL-MoE": [QK_NORMS, Module(r".*mlp\.experts\.3", nothing)],
     "Qwen3.5-MoE": [SHARED],
     "GLM-4.5V": [SHARED, QKV_BIASES, Held("e_score_correction_bias", 0.0)],
+    "Llama 4": [
+        Module(r"language_model\..*feed_forward\.shared_expert", nothing),
+        Module(r"language_model\..*self_attn\.qk_norm", passed_by),
+        Attribute(r"language_model\..*feed_forward\.experts", "weighed", False),
+        Attribute(r"language_model\..*self_attn", "use_rope", True),
+        Held("class_embedding", 0.0),
+        Module(r"vision_model\.layernorm_pre", passed_by),
+    ],
     "InternVL 3 (-hf)": [QKV_BIASES, *LAYER_SCALES],
     "InternVL 2 to 3.5": [*LAYER_SCALES, Held("embeddings.position_embeddings", 0.0)],
     "InternVL 2 and 2.5 (InternLM2)": [Ungrouped(), THETA, *LAYER_SCALES],
-    "InternVL 2 (Phi-3)": [UNSCALED, Attribute("attention_scaling", lambda small: small.loaded.decoder.module.rotary_emb, 1.0)],
+    "InternVL 2 (Phi-3)": [UNSCALED, Attribute(r"model\.language_model\.rotary_emb", "attention_scaling", 1.0)],
     "LLaVA-1.5": [Held("embeddings.class_embedding", 0.0), Module(r"vision_tower\.pre_layrnorm", passed_by)],
     "LLaVA-NeXT": [*ANYRES, Held("embeddings.class_embedding", 0.0)],
     "LLaVA-OneVision": [*ANYRES, Patched("interpolate", lambda small: nn.functional, nearest), QKV_BIASES],

@@ -54,6 +54,7 @@ PATCHES_14 = SQUARES | {"patch_size": 14}
 
 SIGLIP = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
 NORMAL = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+SLOWER = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # of Llama 3's rotary positions
 TILED = NORMAL | {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 64}, "do_image_splitting": True}
 TILE_TOKENS = (
     "<image>",
@@ -206,6 +207,22 @@ RECIPES = {
         specials=(*GLM_TOKENS, "[gMASK]", "<|endoftext|>", "<|observation|>"),
         token_ids=GLM_IDS,
         size=(56, 84),
+    ),
+    "Llama 4": Recipe(
+        "llama4",
+        {
+            # llama.cpp takes every fourth layer for one without rotary positions; of five every second one has experts
+            "text_config": {**TEXT, "num_hidden_layers": 5, "intermediate_size_mlp": 384, "interleave_moe_layer_step": 2}
+            | {"num_local_experts": 4, "num_experts_per_tok": 1, "pad_token_id": 2}
+            | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, **SLOWER}},
+            "vision_config": {**SIGLIP, "num_attention_heads": 2, "vision_output_dim": 96, "projector_input_dim": 96}
+            | {"projector_output_dim": 96, "intermediate_size": 256},
+        },
+        NORMAL | {"size": {"height": 64, "width": 64}, "image_processor_type": "Llama4ImageProcessor"},
+        specials=("<|image_start|>", "<|image_end|>", "<|image|>", "<|patch|>", "<|tile_x_separator|>", "<|tile_y_separator|>"),
+        token_ids={"image_token_index": "<|patch|>", "boi_token_index": "<|image_start|>", "eoi_token_index": "<|image_end|>"},
+        size=(128, 64),
+        sizes=((100, 160), (500, 300), (61, 64), (30, 200), (333, 331), (64, 64), (1100, 40)),
     ),
     "SmolVLM": Recipe(
         "smolvlm",

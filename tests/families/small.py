@@ -75,6 +75,13 @@ class Small:
         write_mmproj_gguf(self.directory, path, mmproj_type="BF16")
         return path
 
+    @cached_property
+    def exact_mmproj(self) -> Path:
+        """In float32."""
+        path = self.folder / "mmproj-exact.gguf"
+        write_mmproj_gguf(self.directory, path, mmproj_type="F32")
+        return path
+
     def written(
         self, name: str, result: QuantiseResult | None = None, directory: Path | None = None, base_type: str = "BF16"
     ) -> tuple[Path, Path]:
@@ -122,7 +129,8 @@ class Small:
             yield self.directory
             return
         text = self.loaded.config.text_config  # which Gemma 4's routers ask
-        folder, experts = self.folder / "all-chosen", self.recipe.config["text_config"]["num_experts"]
+        folder, settings = self.folder / "all-chosen", self.recipe.config["text_config"]
+        experts = settings.get("num_experts") or settings["num_local_experts"]
         if not folder.is_dir():
             folder.mkdir()
             for file in self.directory.iterdir():
@@ -167,9 +175,7 @@ class Small:
 
     def our_features(self) -> Floats:
         """What libmtmd's does in float32, without what it adds to layers further on."""
-        exact = self.folder / "mmproj-exact.gguf"
-        write_mmproj_gguf(self.directory, exact, mmproj_type="F32")
-        with Model(self.written("features")[0], exact, context=512, threads=1) as model:
+        with Model(self.written("features")[0], self.exact_mmproj, context=512, threads=1) as model:
             return np.concatenate(model.vision.encode(self.picture).embeddings)[:, : self.loaded.decoder.head.in_features]
 
 

@@ -49,7 +49,6 @@ def test_a_refusal_says_why(architecture: str) -> None:
 
 # Of those that are refused, transformers' own, with what tells the kind; the others are code of their directories, or no classes at all.
 CLASSES = {
-    "Llama4ForConditionalGeneration": ("llama4", {}),
     "MiniCPMV4_7ForConditionalGeneration": ("minicpmv4_7", {}),
     "MllamaForConditionalGeneration": ("mllama", {}),
     "PaliGemmaForConditionalGeneration": ("paligemma", {}),

@@ -30,7 +30,7 @@ from mbq_gguf.formats.row_scale import QUANT_TYPES, stored_as
 CHUNK_WEIGHTS = 1 << 24  # weights of an embedding that are quantised at a time: 64 MB as float32
 # llama.cpp's tensor of all experts of a layer, and an expert's decoder key.
 STACK = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
-EXPERT = re.compile(r"layers\.(\d+)\.(?:mlp\.)?experts\.(\d+)\.(gate|up|down)_proj\.weight")
+EXPERT = re.compile(r"layers\.(\d+)\.(?:(?:mlp|feed_forward)\.)?experts\.(\d+)\.(gate|up|down)_proj\.weight")
 MERGED = "_gate_up_"  # in the name of one that takes each expert's gate and then its up
 Stacks = dict[str, list[tuple[QuantisedTensor, ...]]]
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")

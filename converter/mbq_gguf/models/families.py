@@ -35,6 +35,7 @@ FAMILIES = (
     Family("Qwen3-VL-MoE", ("Qwen3VLMoeForConditionalGeneration",), "qwen3vlmoe", pictures.QWEN),
     Family("Qwen3.5-MoE", ("Qwen3_5MoeForConditionalGeneration",), "qwen35moe", pictures.QWEN),
     Family("GLM-4.5V", ("Glm4vMoeForConditionalGeneration",), "glm4moe", pictures.GLM),
+    Family("Llama 4", ("Llama4ForConditionalGeneration",), "llama4", pictures.LLAMA4),
     Family("SmolVLM", ("SmolVLMForConditionalGeneration",), "llama", pictures.SMOLVLM),
     Family("Idefics3", ("Idefics3ForConditionalGeneration",), "llama", pictures.SMOLVLM),
     Family("InternVL 3 (-hf)", ("InternVLForConditionalGeneration",), "qwen2", pictures.INTERNVL),
@@ -65,6 +66,7 @@ RECURRENT = "the model has a recurrent state"
 IN_TURNS = {
     "gemma3": WINDOW,
     "gemma4": WINDOW,
+    "llama4": WINDOW,
     "qwen35": RECURRENT,
     "qwen35moe": RECURRENT,
 }
@@ -74,7 +76,6 @@ NEEDS_CODE = "its checkpoints need Python code of their directory"
 CODE_TOWER = "its tower is Python code of its directory"
 NO_RUNTIME = "llama.cpp does not know it"
 REFUSED = {
-    "Llama4ForConditionalGeneration": "each of its experts takes all tokens, weighed by the router beforehand, which no layout describes",
     "QWenLMHeadModel": f"{CODE_TOWER}, and llama.cpp converts the language model of Qwen-VL alone",
     "ChatGLMModel": f"{CODE_TOWER}, and llama.cpp converts the language model of GLM-4V alone",
     "ChatGLMForConditionalGeneration": f"{CODE_TOWER}, and llama.cpp converts the language model of GLM-4V alone",

@@ -302,6 +302,20 @@ def routed(layout: Layout, shared: str | None = None) -> Layout:
     return replace(layout, sites=(*kept, *passed), branches=(*branches, MOE), unturned=ROUTED, experts="mlp.experts")
 
 
+def renamed(layout: Layout, old: str, new: str) -> Layout:
+    """``layout`` where ``old``, the module of a branch, is called ``new``."""
+
+    def name(given: str) -> str:
+        return new + given.removeprefix(old) if given == old or given.startswith(f"{old}.") else given
+
+    def site(given: Site) -> Site:
+        absorber = given.absorber and name(given.absorber)
+        return replace(given, readers=tuple(map(name, given.readers)), absorber=absorber, inspected=name(given.inspected))
+
+    branches = tuple(replace(branch, module=name(branch.module), writer=name(branch.writer)) for branch in layout.branches)
+    return replace(layout, sites=tuple(map(site, layout.sites)), branches=branches, experts=layout.experts and name(layout.experts))
+
+
 def either(*variants: Layout) -> Layout:
     """Layers of several kinds: the sites and branches of all."""
     sites = dict.fromkeys(site for variant in variants for site in variant.sites)
@@ -335,6 +349,9 @@ def with_inputs(layout: Layout) -> Layout:
     )
 
 
+# Llama 4's: experts in every layer or every second one. Its sites are called as others' are, their modules are not.
+LLAMA4 = either(*(renamed(layout, "mlp", "feed_forward") for layout in (STANDARD, routed(STANDARD, "mlp.shared_expert"))))
+
 SMALL_GEMMA4 = either(*(with_inputs(layout) for layout in (GEMMA4, KEYS_AS_VALUES, QUERIES)))
 
 # Of a language model without its tower.
@@ -356,6 +373,7 @@ LAYOUTS = {
     "Gemma4ForConditionalGeneration": either(GEMMA4, KEYS_AS_VALUES),
     "Gemma4ForConditionalGeneration/enable_moe_block": either(beside(GEMMA4), beside(KEYS_AS_VALUES)),
     "Gemma4ForConditionalGeneration/hidden_size_per_layer_input": SMALL_GEMMA4,
+    "Llama4ForConditionalGeneration": LLAMA4,
     "MiniCPMV4_6ForConditionalGeneration": HYBRID,
     "MiniCPMV/2.6": replace(STANDARD, projector=r"resampler\.proj"),
     "MiniCPMV/4.5": replace(STANDARD, projector=r"resampler\.proj"),

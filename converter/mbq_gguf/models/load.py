@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mbq_gguf.errors import UsageError, UserError, said
+from mbq_gguf.models import llama4
 from mbq_gguf.models.alone import alone
 from mbq_gguf.models.checks import check_finite, check_unquantised, check_whole, read_config, read_object, weight_files
 from mbq_gguf.models.decoder import check_layers, find_decoder
@@ -53,6 +54,8 @@ def load(
     architecture = check_source(model_dir)
     files = weight_files(model_dir)
     model = _load_weights(model_dir, architecture, files)
+    if architecture == llama4.ARCHITECTURE:
+        llama4.mend(model)
     check_finite(files, progress)
     decoder = find_decoder(model, architecture)
     if decoder is None:
@@ -221,9 +224,9 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
         image_prompt: ImagePrompt
         template: Any
         if family:
-            published = PUBLISHED.get(architecture)
+            own = PUBLISHED[architecture].image_processor if architecture in PUBLISHED else family.picture.processor
             options = {"local_files_only": True, "backend": "pil", "trust_remote_code": runs_remote_code()}
-            images = published.image_processor(model_dir) if published else AutoImageProcessor.from_pretrained(path, **options)
+            images = own(model_dir) if own else AutoImageProcessor.from_pretrained(path, **options)
             template = tokenizer
             image_prompt = RuntimePrompt(template, tokenizer, images, family.picture, image_token_id, model.config)
         else:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
+
+from mbq_gguf.models import llama4
 
 Piece = str | int  # text, or a number of picture tokens
 Counted = Callable[[Mapping[str, Any], Any, Any], list[Piece]]
@@ -24,7 +27,8 @@ class Picture:
     ``pieces`` makes them of what the image processor gives, asked with ``options``, the processor and the model's configuration.
     ``features`` are what the model takes of the processor's output; ``types`` is the argument of its forward, if any, that marks picture
     tokens with 1 [1, tokens]. ``inside`` are texts whose tokens come from the vision file at run time. ``prepare`` makes of the picture,
-    before the image processor has it, what llama.cpp makes of it where the two differ.
+    before the image processor has it, what llama.cpp makes of it where the two differ. ``processor`` makes the image processor of a model's
+    directory, where it is not transformers' own.
     """
 
     pieces: Counted
@@ -33,6 +37,7 @@ class Picture:
     options: Mapping[str, Any] = field(default_factory=dict)
     inside: tuple[str, ...] = ()
     prepare: Callable[[Image.Image], Image.Image] | None = None
+    processor: Callable[[Path], Any] | None = None
 
 
 def grid(before: str, after: str) -> Counted:
@@ -119,6 +124,15 @@ def most_tiles(aspect_ratio: str) -> int:
     return int(aspect_ratio.removeprefix("anyres_max_"))
 
 
+def tiled(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece]:
+    """Tiles row by row, where there are several, then the whole picture (Llama 4)."""
+    vision = config.vision_config
+    count = round((vision.image_size // vision.patch_size) ** 2 * vision.pixel_shuffle_ratio**2)
+    rows, columns = features["grid"]
+    row: list[Piece] = [count, *["<|tile_x_separator|>", count] * (columns - 1), "<|tile_y_separator|>"]
+    return ["<|image_start|>", *(row * rows if rows * columns > 1 else ()), "<|image|>", count, "<|image_end|>"]
+
+
 def soft(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece]:
     """As many tokens as patches were pooled to (Gemma 4)."""
     return ["<|image>", int(features["num_soft_tokens_per_image"][0]), "<image|>"]
@@ -144,6 +158,7 @@ def squared(picture: Image.Image) -> Image.Image:
 
 GEMMA3 = Picture(fixed("<start_of_image>", "mm_tokens_per_image", "<end_of_image>"), types="token_type_ids")
 GEMMA4 = Picture(soft, ("pixel_values", "image_position_ids"), "mm_token_type_ids", {"do_resize": False}, prepare=measured)
+LLAMA4 = Picture(tiled, processor=llama4.image_processor)
 LLAVA = Picture(fixed("", "image_seq_length", ""), prepare=squared)
 ANYRES = Picture(anyres, ("pixel_values", "image_sizes"))
 SMOLVLM = Picture(tiles, ("pixel_values", "pixel_attention_mask"), options={"return_row_col_info": True})

@@ -285,6 +285,28 @@ PIXTRAL = TowerLayout(
     exits=(Exit("multi_modal_projector", None, ("linear_1",), (("linear_2",),)),),
     unturned="a norm with a gain stands between its patches and its blocks (ln_pre)",
 )
+LLAMA4 = TowerLayout(
+    "vision_model",
+    "model.layers",
+    _block(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.o_proj",
+        ("mlp.fc1",),
+        "mlp.fc2",
+        ("input_layernorm", "post_attention_layernorm"),
+    ),
+    values="self_attn.v_proj",
+    entries=("patch_embedding.linear", "class_embedding", "positional_embedding_vlm"),
+    exits=(
+        Exit(
+            "",
+            "vision_model.layernorm_post",
+            ("vision_model.vision_adapter.mlp.fc1",),
+            (("vision_model.vision_adapter.mlp.fc2",), ("multi_modal_projector.linear_1",)),
+        ),
+    ),
+    unturned="a norm with a gain stands between its patches and its blocks (layernorm_pre)",
+)
 MISTRAL3 = replace(PIXTRAL, exits=(Exit(r"multi_modal_projector\.patch_merger", None, ("merging_layer",)), *PIXTRAL.exits))
 
 TOWERS = {
@@ -294,6 +316,7 @@ TOWERS = {
     "Qwen3VLMoeForConditionalGeneration": QWEN3,
     "Qwen3_5ForConditionalGeneration": QWEN3,
     "Qwen3_5MoeForConditionalGeneration": QWEN3,
+    "Llama4ForConditionalGeneration": LLAMA4,
     "SmolVLMForConditionalGeneration": SIGLIP,
     "Idefics3ForConditionalGeneration": SIGLIP,
     "InternVLForConditionalGeneration": INTERNVL,
