@@ -17,7 +17,7 @@ from mbq_gguf.calibration.observe import TokenWeights, Watch
 from mbq_gguf.calibration.spill import kept
 from mbq_gguf.calibration.stream import pass_batch, run_batch, split_back
 from mbq_gguf.calibration.streamed import Streamed
-from mbq_gguf.calibration.sums import Sum
+from mbq_gguf.calibration.sums import Sum, root_weighted
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 from mbq_gguf.parallel import Parts, spread
@@ -67,10 +67,10 @@ class Replay:
         of_batches = [list(islice(rest, len(batch))) for batch in self.batches]
 
         def rooted_input(number: int, x: torch.Tensor) -> Parts:
-            root = torch.cat([weights(stream, site) for stream in self.batches[number]]).to(x.device).sqrt()[:, None]
-            parts = {"rooted": x * root}  # both sides of the product alike, so that the sum is positive however it is rounded
+            of_tokens = torch.cat([weights(stream, site) for stream in self.batches[number]])
+            parts = {"rooted": root_weighted(x, of_tokens)}
             if originals is not None:
-                parts["difference"] = torch.cat(of_batches[number]).to(x).sub_(x).mul_(root)
+                parts["difference"] = root_weighted(torch.cat(of_batches[number]).to(x).sub_(x), of_tokens)
             return parts
 
         self.summed = 0
@@ -99,7 +99,7 @@ class Replay:
                 run_batch(self.layer, batch)
             of_tokens = torch.cat([weights(stream, sites[0]) for stream in batch]).to(self.layer.device)
             seen = [(site, watch.inputs[site.name][0].float()) for site in sites if site.name in watch.inputs]
-            return {site.name: x * self.layer.row_weights(site, of_tokens).sqrt()[:, None] for site, x in seen}
+            return {site.name: root_weighted(x, self.layer.row_weights(site, of_tokens)) for site, x in seen}
 
         for _, parts in spread(range(len(self.batches)), rooted_inputs):
             for name, rooted in parts.items():

@@ -12,7 +12,7 @@ from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.spill import kept
 from mbq_gguf.calibration.stream import pass_batch, split_back
 from mbq_gguf.calibration.streamed import Streamed
-from mbq_gguf.calibration.sums import Sum
+from mbq_gguf.calibration.sums import Sum, root_weighted
 from mbq_gguf.models.layer import Layer, batched
 from mbq_gguf.models.layout import Site
 from mbq_gguf.parallel import Parts, spread
@@ -58,9 +58,8 @@ def observe(
                 each = torch.split(kept(x, KEPT), [stream.hidden.shape[1] for stream in batch])
                 inputs[site.name] |= {id(stream): part for stream, part in zip(batch, each, strict=True)}
             if hessian_weights is not None:
-                # Both sides alike, so that the sum is positive however the product is rounded.
                 weights = torch.cat([hessian_weights(stream, site) for stream in batch]).to(layer.device)
-                parts[f"site {site.name}"] = x * layer.row_weights(site, weights).sqrt()[:, None]
+                parts[f"site {site.name}"] = root_weighted(x, layer.row_weights(site, weights))
         return parts
 
     for batch, parts in spread(list(batches(streams, layer.index)), run):

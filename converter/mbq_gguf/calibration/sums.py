@@ -51,3 +51,9 @@ class Sum:
     def _tiles(self, process: int) -> range:
         """Where the tiles of ``process`` begin: every so many, since the later ones of a triangle are smaller."""
         return range(process * TILE, len(self.total), parallel.count() * TILE)
+
+
+def root_weighted(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """``x`` [tokens, columns] times the root of each token's weight [tokens]: both sides of a product alike, so that the sum is positive
+    however it is rounded. Where all weigh 1, ``x`` itself; copies of all inputs took 3 % of the moments' time."""
+    return x if bool((weights == 1).all()) else x * weights.sqrt().to(x.device)[:, None]
