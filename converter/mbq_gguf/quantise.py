@@ -62,7 +62,7 @@ def quantise(
     walk = Walk(loaded, samples, settings, work or Unkept(), progress)
     for step in BEFORE:
         step(walk)
-    with loaded.layers_alone():
+    with loaded.layers_alone(), walk.ahead:
         for index in range(len(loaded.decoder.layers)):
             quantise_layer(walk, index)
             progress("layers", index + 1, len(loaded.decoder.layers))

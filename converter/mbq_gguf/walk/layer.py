@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from mbq_gguf.calibration.observe import TokenWeights, observe
 from mbq_gguf.calibration.precision import coarse_products
 from mbq_gguf.calibration.ranges import count_magnitudes, range_key
 from mbq_gguf.calibration.stream import advance
+from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights import modality, uniform
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.models.layer import Layer
@@ -28,6 +30,7 @@ from mbq_gguf.transforms.fold import repeats
 from mbq_gguf.transforms.folded import folded_inputs, folded_moments
 from mbq_gguf.transforms.layer import Judge, changed_parameters, fold_layer, search_layer
 from mbq_gguf.transforms.smooth import smooth_layer
+from mbq_gguf.walk.ahead import Original, helps
 from mbq_gguf.walk.state import LayerWork, Walk, made
 
 
@@ -43,19 +46,23 @@ def enter_layer(walk: Walk, index: int) -> LayerWork:
 
 
 def pass_original(work: LayerWork) -> None:
-    """Send the streams through the layer as it is, and observe what the next steps will ask for."""
-    passed = [replace(stream) for stream in made(work.walk.streams)]
-    with work.walk.timed("observe"), coarse_products():
-        if work.walk.settings.rounding == "gptq":
-            work.shares = shares_of(work.layer, passed)
-    with work.walk.timed("observe"), coarse_products(), seeing_others(work.layer, work.shares if _of_originals(work) else []):
-        work.observed = observe(
-            work.layer,
-            passed,
-            hessian_weights=work.weights if _of_originals(work) else None,
-            keep_inputs=_corrects(work.walk.settings),
-        )
-    work.passed = passed
+    """Send the streams through the layer as it is, observe what the next steps will ask for, and begin with the layer after it."""
+    walk, index = work.walk, work.layer.index
+    with walk.timed("observe"), coarse_products():
+        found = walk.ahead.take(index) or run_original(walk, work.layer, made(walk.streams))
+    work.passed, work.observed, work.shares = found.passed, found.observed, found.shares
+    if walk.settings.rounding == "gptq" and index + 1 < len(walk.loaded.decoder.layers) and helps(work.layer.device):
+        walk.ahead.start(walk.rotated_layer(index + 1), lambda layer: run_original(walk, layer, found.passed))
+
+
+def run_original(walk: Walk, layer: Layer, streams: Sequence[Streamed]) -> Original:
+    """What ``layer``, as the original has it, makes of ``streams``, which stay as they are."""
+    passed, settings = [replace(stream) for stream in streams], walk.settings
+    shares = shares_of(layer, passed) if settings.rounding == "gptq" else []
+    weights = walk.token_weights(layer.index) if _of_originals(walk) else None
+    with seeing_others(layer, shares if weights else []):
+        observed = observe(layer, passed, hessian_weights=weights, keep_inputs=_corrects(settings))
+    return Original(layer.index, passed, observed, shares)
 
 
 def smooth(work: LayerWork) -> None:
@@ -183,11 +190,11 @@ def _corrects(settings: QuantiseSettings) -> bool:
     return settings.rounding == "gptq" and _refinement(settings).error_correction > 0
 
 
-def _of_originals(work: LayerWork) -> bool:
+def _of_originals(walk: Walk) -> bool:
     """Whether Hessians of the original model's inputs are needed."""
-    settings = work.walk.settings
+    settings = walk.settings
     rounds = settings.rounding == "gptq" and (settings.method != "rtn" or not settings.follows_prefix)
-    return rounds or work.walk.result.plan is not None
+    return rounds or walk.result.plan is not None
 
 
 def _moments(work: LayerWork, site: Site) -> Moments | None:
