@@ -47,6 +47,12 @@ TOWERS: list[tuple[str, str, dict[str, object], dict[str, object]]] = [
     ("llava", "LLaVA-1.5", SIGLIP, {}),
     ("gemma4", "Gemma 4 (E2B, E4B)", SIGLIP | {"head_dim": 16, "num_key_value_heads": 1, "position_embedding_size": 32}, {}),
     ("minicpmv", "MiniCPM-V 2.6", SMALL | {"num_attention_heads": 1, "patch_size": 14}, {"text_config": TEXT | {"model_type": "qwen2"}}),
+    (
+        "llama4",
+        "Llama 4",
+        SIGLIP | {"intermediate_size": 64, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+        {},
+    ),
     ("minicpmv4_6", "MiniCPM-V 4.6", SMALL | {"num_attention_heads": 1, "patch_size": 14}, {"insert_layer_id": 0}),
 ]
 HADAMARD = Key(b"mbq.hadamard.ffn_down", 4, u32(64))

@@ -157,6 +157,9 @@ MENDED = [
     Fault("squares of 3 by 3 patches", "mmproj", (r"n_merge == 2 \|\|",), key(MERGES, U32, u32(3)), "minicpmv4_6"),
     Fault("no square of patches", "mmproj", (r"Invalid number of output",), key("clip.vision.image_size", U32, u32(256)), "minicpmv4_6"),
     Fault("a norm between layers", "mmproj", (r"ggml_can_repeat\(b, a\)",), tensor("v.vit_merger.ds_ln.weight", dims=(12,)), "minicpmv4_6"),
+    Fault("a class of Llama 4", "mmproj", (r"class_embedding != nullptr",), without("v.class_embd"), "llama4"),
+    Fault("patches of Llama 4", "mmproj", (r"ggml_can_mul_mat\(a, b\)",), tensor("v.patch_embd.weight", dims=(96, 32)), "llama4"),
+    Fault("merges of Llama 4", "mmproj", (r"ggml_nelements\(a\) ==",), key(MERGES, U32, u32(3)), "llama4"),
     # keys that the patch reads for every family of dynamic size
     Fault("pictures of no pixel", "mmproj", (r"SIG",), key("clip.vision.image_min_pixels", U32, u32(0))),
     Fault("pictures of less than that", "mmproj", (r"SIG",), key("clip.vision.image_max_pixels", U32, u32(1 << 31))),
