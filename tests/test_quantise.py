@@ -18,7 +18,7 @@ from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.models.layout import STANDARD
+from mbq_gguf.models.layouts import STANDARD
 from mbq_gguf.quantise import QuantiseResult, quantise
 from mbq_gguf.settings import QuantiseSettings
 from mbq_gguf.workdir import WorkDir, open_workdir

@@ -22,7 +22,8 @@ from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.load import check_source, outline
 from mbq_gguf.models.loaded import LoadedModel
-from mbq_gguf.models.tower import Tower, find_tower
+from mbq_gguf.models.tower import Tower
+from mbq_gguf.models.towers import find_tower
 from mbq_gguf.quantise import check_activations, check_settings
 from mbq_gguf.quantise_tower import tower_file
 from mbq_gguf.settings import ALONE

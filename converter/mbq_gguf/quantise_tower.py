@@ -29,7 +29,8 @@ from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models.layer import ReachedError, until
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import Encoded
-from mbq_gguf.models.tower import BLOCK, PADDED, Tower, find_tower, joined, linear
+from mbq_gguf.models.tower import BLOCK, PADDED, Tower, joined, linear
+from mbq_gguf.models.towers import find_tower
 from mbq_gguf.rounding.nearest import round_nearest
 from mbq_gguf.rounding.sequence import Refinement, refined
 from mbq_gguf.transforms.tower import rotate_tower

@@ -12,7 +12,8 @@ from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights import uniform
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.models.layout import STANDARD, Site
+from mbq_gguf.models.layout import Site
+from mbq_gguf.models.layouts import STANDARD
 
 BOUND = 2e-5  # relative to the largest; float32, samples in one product or apart
 

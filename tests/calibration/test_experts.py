@@ -15,7 +15,7 @@ from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights import uniform
 from mbq_gguf.models.experts import Experts, open_experts
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.models.layout import layout_of
+from mbq_gguf.models.layouts import layout_of
 from mbq_gguf.rounding.sequence import Refinement, round_in_order
 from torch import nn
 from transformers.models.llama4.configuration_llama4 import Llama4TextConfig

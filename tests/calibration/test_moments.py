@@ -16,7 +16,8 @@ from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights import uniform
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.models.layout import STANDARD, Site
+from mbq_gguf.models.layout import Site
+from mbq_gguf.models.layouts import STANDARD
 
 ROUNDING = 1e-5  # of the largest entry: sums over 1,000 tokens in float32 against float64
 

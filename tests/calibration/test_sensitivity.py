@@ -14,7 +14,7 @@ from mbq_gguf.calibration.stream import advance, capture, logits, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.models.layout import STANDARD
+from mbq_gguf.models.layouts import STANDARD
 
 BOUND = 1e-5  # relative; both are float32, in another order of operations
 

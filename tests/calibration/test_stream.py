@@ -8,7 +8,7 @@ from mbq_gguf.calibration.observe import observe
 from mbq_gguf.calibration.stream import advance, capture, logits, working_layer
 from mbq_gguf.calibration.token_weights import modality, uniform
 from mbq_gguf.models import LoadedModel
-from mbq_gguf.models.layout import STANDARD
+from mbq_gguf.models.layouts import STANDARD
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from mbq_gguf.calibration.sensitivity import Sensitivity
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights import FLOOR, KINDS, gradient, hessian_weights, modality, token, uniform
 from mbq_gguf.calibration.token_weights.token import importance
-from mbq_gguf.models.layout import STANDARD
+from mbq_gguf.models.layouts import STANDARD
 
 QKV, OUT, GATE_UP, DOWN = STANDARD.sites
 VISION, ANSWER, PROMPT = [False, True, True, False, False], [False, False, False, False, True], [True, False, False, True, False]

@@ -17,7 +17,7 @@ from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.imatrix import gguf_names, write_imatrix
 from mbq_gguf.imatrix import make_imatrix
 from mbq_gguf.llama_cpp.paths import find_program
-from mbq_gguf.models.layout import STANDARD
+from mbq_gguf.models.layouts import STANDARD
 from rich.console import Console
 
 LAYERS = 3

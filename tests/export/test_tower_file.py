@@ -17,7 +17,8 @@ from mbq_gguf.formats import row_scale
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models import LoadedModel
-from mbq_gguf.models.tower import find_tower, linear
+from mbq_gguf.models.tower import linear
+from mbq_gguf.models.towers import find_tower
 from rich.console import Console
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]

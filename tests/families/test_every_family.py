@@ -27,7 +27,8 @@ from mbq_gguf.llama_cpp.server import LlamaServer
 from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.decoder import find_decoder
 from mbq_gguf.models.families import family_of
-from mbq_gguf.models.tower import Tower, find_tower, joined
+from mbq_gguf.models.tower import Tower, joined
+from mbq_gguf.models.towers import find_tower
 from mbq_gguf.quantise import quantise
 from mbq_gguf.quantise_tower import TowerSettings, quantise_tower
 from mbq_gguf.settings import QuantiseSettings

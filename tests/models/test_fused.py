@@ -17,7 +17,8 @@ from mbq_gguf.calibration.stream import capture, working_layer
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.decoder import Decoder
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.models.layout import STANDARD, Branch, Fused, Layout, Site
+from mbq_gguf.models.layout import Branch, Fused, Layout, Site
+from mbq_gguf.models.layouts import STANDARD
 from mbq_gguf.models.prompts import Encoded
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise import quantise

@@ -15,7 +15,7 @@ from mbq_gguf.errors import UsageError
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.decoder import find_decoder
 from mbq_gguf.models.layer import norm_offset
-from mbq_gguf.models.layout import LAYOUTS, SANDWICH, STANDARD
+from mbq_gguf.models.layouts import LAYOUTS, SANDWICH, STANDARD
 from mbq_gguf.models.prompts import Encoded
 from mbq_gguf.outcome import put_into
 from mbq_gguf.quantise import quantise

@@ -10,7 +10,7 @@ import pytest
 import torch
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.models import LoadedModel, load
-from mbq_gguf.models.layout import STANDARD
+from mbq_gguf.models.layouts import STANDARD
 from safetensors.torch import load_file, save_file
 
 

@@ -12,7 +12,7 @@ from mbq_gguf.cli import main
 from mbq_gguf.errors import UsageError
 from mbq_gguf.models import support
 from mbq_gguf.models.families import FAMILIES, REFUSED
-from mbq_gguf.models.layout import LAYOUTS
+from mbq_gguf.models.layouts import LAYOUTS
 from mbq_gguf.models.load import check_architecture, load
 from transformers import AutoConfig
 

@@ -16,7 +16,7 @@ from mbq_gguf.formats.grid import Grid, to_f16
 from mbq_gguf.formats.mbq3 import MBQ3_64
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.models.layout import STANDARD
+from mbq_gguf.models.layouts import STANDARD
 from mbq_gguf.quantise import quantise
 from mbq_gguf.rounding.gptq import Coded, code_gptq
 from mbq_gguf.rounding.learned import Line, learn

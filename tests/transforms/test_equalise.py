@@ -14,7 +14,7 @@ from mbq_gguf.calibration.stream import capture, working_layer
 from mbq_gguf.calibration.token_weights import modality, uniform
 from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models import LoadedModel
-from mbq_gguf.models.layout import STANDARD
+from mbq_gguf.models.layouts import STANDARD
 from mbq_gguf.rounding.sequence import Refinement, round_in_order
 from mbq_gguf.transforms.candidate import Rounder, by_gptq, by_nearest
 from mbq_gguf.transforms.equalise import EXPONENTS, channel_factors, output_loss, search

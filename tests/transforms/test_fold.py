@@ -10,7 +10,7 @@ from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.stream import advance, capture, working_layer
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layer import norm_offset
-from mbq_gguf.models.layout import STANDARD
+from mbq_gguf.models.layouts import STANDARD
 from mbq_gguf.transforms.fold import fold, gather, repeats, spread
 from torch import nn
 

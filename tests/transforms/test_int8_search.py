@@ -16,7 +16,8 @@ from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights import modality
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.models.layout import STANDARD, Site
+from mbq_gguf.models.layout import Site
+from mbq_gguf.models.layouts import STANDARD
 from mbq_gguf.transforms.layer import Judge, search_layer
 from torch import nn
 

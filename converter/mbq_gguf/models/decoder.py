@@ -9,7 +9,8 @@ from torch import nn
 
 from mbq_gguf.errors import UsageError
 from mbq_gguf.models.experts import open_experts
-from mbq_gguf.models.layout import Layout, layout_of
+from mbq_gguf.models.layout import Layout
+from mbq_gguf.models.layouts import layout_of
 
 # Where transformers keeps the language model of a VLM, most specific first.
 DECODER_PATHS = ("model.language_model", "language_model.model", "model.text_model", "language_model", "model")

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from mbq_gguf.models.families import FAMILIES, IN_TURNS, LANGUAGE_ALONE, REFUSED, Family
-from mbq_gguf.models.layout import layout_of
+from mbq_gguf.models.layouts import layout_of
 
 WORKS = "yes"
 

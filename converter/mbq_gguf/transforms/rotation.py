@@ -23,7 +23,7 @@ from torch import nn
 from mbq_gguf.errors import UsageError
 from mbq_gguf.models.decoder import Decoder
 from mbq_gguf.models.layer import Layer, norm_offset
-from mbq_gguf.models.layout import ROTATABLE
+from mbq_gguf.models.layouts import ROTATABLE
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.transforms.hadamard import block_size, factors, hadamard, random_rotation, random_signs
 
