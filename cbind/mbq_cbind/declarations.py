@@ -42,8 +42,8 @@ FUNCTION_NAMES = """
     llama_memory_clear llama_memory_seq_rm llama_batch_init llama_batch_free llama_decode llama_get_logits_ith
     llama_vocab_n_tokens llama_vocab_get_add_bos llama_vocab_bos llama_vocab_eos llama_vocab_is_eog llama_vocab_get_text
     llama_tokenize llama_detokenize
-    mtmd_default_marker mtmd_context_params_default mtmd_init_from_file mtmd_free mtmd_support_vision mtmd_log_set
-    mtmd_bitmap_init mtmd_bitmap_get_nx mtmd_bitmap_get_ny mtmd_bitmap_get_id mtmd_bitmap_free mtmd_input_chunks_init
+    mtmd_default_marker mtmd_context_params_default mtmd_init_from_file mtmd_free mtmd_support_vision mtmd_support_audio
+    mtmd_log_set mtmd_bitmap_init mtmd_bitmap_get_nx mtmd_bitmap_get_ny mtmd_bitmap_get_id mtmd_bitmap_free mtmd_input_chunks_init
     mtmd_input_chunks_size mtmd_input_chunks_get mtmd_input_chunks_free mtmd_input_chunk_get_type mtmd_input_chunk_get_tokens_text
     mtmd_input_chunk_get_n_tokens mtmd_input_chunk_get_n_pos mtmd_tokenize mtmd_encode_chunk mtmd_get_output_embd
     mtmd_batch_init mtmd_batch_free mtmd_batch_add_chunk mtmd_batch_encode mtmd_batch_get_output_embd

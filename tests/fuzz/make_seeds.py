@@ -26,7 +26,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "families")]
 
 from mutators.gguf_document import ARRAY, Document, Key, Tensor, copy_of, strings, u32, u64  # noqa: E402
 from recipe import write  # noqa: E402
-from recipes import RECIPES, TEXT  # noqa: E402
+from recipes import AUDIO, RECIPES, TEXT  # noqa: E402
 from tiny_vlm import DEMO, PROCESSOR_FILES  # noqa: E402
 
 SEEDS = HERE / "seeds"
@@ -35,6 +35,9 @@ Q8_0 = 8
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "patch_size": 8}
 QWEN, SIGLIP = SMALL | {"depth": 3, "num_heads": 1}, SMALL | {"num_attention_heads": 1, "image_size": 32}
 WIDER = QWEN | {"hidden_size": WIDTH, "embed_dim": 32, "mlp_ratio": 2}
+HEARING = {"hidden_size": 16, "num_attention_heads": 1, "output_proj_dims": 32}
+GEMMA4 = SIGLIP | {"head_dim": 16, "num_key_value_heads": 1, "position_embedding_size": 32}
+TILES = [[32, 64], [64, 64]]  # height and width
 TOWERS: list[tuple[str, str, dict[str, object], dict[str, object]]] = [
     ("w8a8", "Qwen2-VL", WIDER, {}),
     ("qwen2_5vl", "Qwen2.5-VL", QWEN | {"fullatt_block_indexes": [1]}, {}),
@@ -45,7 +48,7 @@ TOWERS: list[tuple[str, str, dict[str, object], dict[str, object]]] = [
     ("gemma3", "Gemma 3", SIGLIP, {"mm_tokens_per_image": 4}),
     ("glm4v", "GLM-4.1V", QWEN | {"image_size": 32}, {}),
     ("llava", "LLaVA-1.5", SIGLIP, {}),
-    ("gemma4", "Gemma 4 (E2B, E4B)", SIGLIP | {"head_dim": 16, "num_key_value_heads": 1, "position_embedding_size": 32}, {}),
+    ("gemma4", "Gemma 4 (E2B, E4B)", GEMMA4, {"audio_config": AUDIO | HEARING}),
     ("minicpmv", "MiniCPM-V 2.6", SMALL | {"num_attention_heads": 1, "patch_size": 14}, {"text_config": TEXT | {"model_type": "qwen2"}}),
     (
         "llama4",
@@ -54,6 +57,10 @@ TOWERS: list[tuple[str, str, dict[str, object], dict[str, object]]] = [
         {},
     ),
     ("minicpmv4_6", "MiniCPM-V 4.6", SMALL | {"num_attention_heads": 1, "patch_size": 14}, {"insert_layer_id": 0}),
+    ("anyres", "LLaVA-OneVision", SIGLIP, {"image_grid_pinpoints": TILES[1:], "vision_aspect_ratio": "anyres_max_2"}),
+    ("llava_next", "LLaVA-NeXT", SIGLIP, {"image_grid_pinpoints": TILES}),
+    ("paddleocr", "PaddleOCR-VL", SIGLIP, {}),
+    ("dots_ocr", "dots.ocr", SMALL | {"embed_dim": 16, "num_attention_heads": 1}, {}),
 ]
 HADAMARD = Key(b"mbq.hadamard.ffn_down", 4, u32(64))
 

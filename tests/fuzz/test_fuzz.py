@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 TOOL = HERE.parents[1] / "tools" / "fuzz.py"
 SECONDS = 300  # for a run of some 15, where much else runs beside it
 INPUTS = {"header": 300, "inspect": 40, "jsonl": 800, "safetensors": 500, "workdir": 80, "picture": 500}
-LOADS = {"text": 150, "mmproj": 60, "decoder": 200}
+LOADS = {"text": 150, "mmproj": 80, "decoder": 200}
 
 
 def fuzz(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

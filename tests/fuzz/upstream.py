@@ -7,7 +7,7 @@ failure of it (none is left); MENDED were, until patch 0014 and llama-mbq-checks
 All were found with b11434 and need a file made to do it (or by a faulty converter): libllama checks what tensors there are and of which
 shape, but few of the numbers in its metadata; libmtmd checks neither shapes nor, for biases, whether they are there, and reads keys with
 functions that assert their type. Tensors and shapes are checked for the families that mbq-gguf converts (clip-mbq-towers.h,
-clip-mbq-other-towers.h): other families' graphs take their own for granted still.
+clip-mbq-other-towers.h, clip-mbq-gemma4-audio.h): other families' graphs take their own for granted still.
 """
 
 from __future__ import annotations
@@ -160,6 +160,19 @@ MENDED = [
     Fault("a class of Llama 4", "mmproj", (r"class_embedding != nullptr",), without("v.class_embd"), "llama4"),
     Fault("patches of Llama 4", "mmproj", (r"ggml_can_mul_mat\(a, b\)",), tensor("v.patch_embd.weight", dims=(96, 32)), "llama4"),
     Fault("merges of Llama 4", "mmproj", (r"ggml_nelements\(a\) ==",), key(MERGES, U32, u32(3)), "llama4"),
+    Fault("a picture of no tile", "mmproj", (r"SIG",), key("clip.vision.image_grid_pinpoints", ARRAY, i32s(0, 0)), "anyres"),
+    Fault("a resolution of half a tile", "mmproj", (r"SIG",), key("clip.vision.image_grid_pinpoints", ARRAY, i32s(32, 48)), "anyres"),
+    Fault("no end of a row", "mmproj", (r"SIG",), without("v.image_newline"), "anyres"),
+    Fault("a row's end of another shape", "mmproj", (r"SIG",), tensor("v.image_newline", dims=(64,)), "llava_next"),
+    Fault("positions of PaddleOCR-VL", "mmproj", (r"ggml_nelements\(a\) ==",), tensor(POSITIONS, dims=(16, 15)), "paddleocr"),
+    Fault("a matrix of PaddleOCR-VL", "mmproj", (r"ggml_can_mul_mat\(a, b\)",), tensor("mm.1.weight", dims=(32, 64)), "paddleocr"),
+    Fault("no pixel of PaddleOCR-VL", "mmproj", (r"image_min_pixels > 0",), key("clip.vision.image_min_pixels", U32, u32(0)), "paddleocr"),
+    Fault("a gate of dots.ocr", "mmproj", (r"ggml_are_same_shape",), tensor("v.blk.0.ffn_gate.weight", dims=(16, 16)), "dots_ocr"),
+    Fault("a norm of dots.ocr", "mmproj", (r"ggml_can_repeat\(b, a\)",), tensor("mm.post_norm.weight", dims=(12,)), "dots_ocr"),
+    Fault("hearing without queries", "mmproj", (r"Failed to get tensor kq_mask",), without("a.blk.0.attn_q.weight"), "gemma4"),
+    Fault("hearing without places", "mmproj", (r"Failed to get tensor pos_emb",), without("a.blk.0.attn_k_rel.weight"), "gemma4"),
+    Fault("fewer frequencies", "mmproj", (r"ggml_can_mul_mat\(a, b\)",), key("clip.audio.num_mel_bins", U32, u32(80)), "gemma4"),
+    Fault("a longer kernel", "mmproj", (r"SIG",), tensor("a.blk.0.conv_dw.weight", dims=(4, 16)), "gemma4"),
     # keys that the patch reads for every family of dynamic size
     Fault("pictures of no pixel", "mmproj", (r"SIG",), key("clip.vision.image_min_pixels", U32, u32(0))),
     Fault("pictures of less than that", "mmproj", (r"SIG",), key("clip.vision.image_max_pixels", U32, u32(1 << 31))),

@@ -1,10 +1,12 @@
 #pragma once
 
+#include "clip-mbq-gemma4-audio.h"
 #include "clip-mbq-towers.h"
 
 #include <algorithm>
 
-// As clip-mbq-towers.h, of families whose graphs have parts that no other has: LLaVA-1.5's CLIP, Gemma 4, MiniCPM-V, Llama 4.
+// As clip-mbq-towers.h, of families whose graphs have parts that no other has: LLaVA-1.5's CLIP, Gemma 4, MiniCPM-V, Llama 4,
+// PaddleOCR-VL and dots.ocr.
 
 struct clip_mbq_other_tower : clip_mbq_tower {
     explicit clip_mbq_other_tower(const clip_mbq_tower & tower) : clip_mbq_tower(tower) {}
@@ -55,6 +57,36 @@ struct clip_mbq_other_tower : clip_mbq_tower {
         vector_if(TN_STD_BIAS, n_embd);
         vector_if(TN_STD_SCALE, n_embd);
         shape(TN_MM_INP_PROJ, { n_embd, get(TN_MM_INP_PROJ)->ne[1], 1, 1 });
+    }
+
+    // of files that must name them, since there are no others
+    void limits() const {
+        want(hparams.image_min_pixels > 0 && hparams.image_max_pixels > 0, "a picture must have a pixel or more");
+    }
+
+    // SigLIP with rotary positions beside a table that is stretched; 2 x 2 patches become a token
+    void paddleocr() const {
+        heads(true);
+        limits();
+        none(TN_CLASS_EMBD);
+        patches(false);
+        stretched_positions();
+        layers(false, false, false);
+        norm("mm.input_norm", n_embd);
+        linear("mm.2", linear("mm.1", n_embd*hparams.n_merge*hparams.n_merge));
+    }
+
+    // rotary positions alone
+    void dots_ocr() const {
+        heads(true);
+        limits();
+        want(hparams.n_merge > 1, "patches must be merged");
+        none(TN_CLASS_EMBD);
+        patches(false);
+        layers(false, false, false);
+        vector_if("mm.post_norm.weight", n_embd);
+        norm("mm.input_norm", n_embd);
+        linear("mm.2", linear("mm.0", n_embd*hparams.n_merge*hparams.n_merge));
     }
 
     // the nearest of 70 x 70 for each patch
@@ -127,6 +159,15 @@ static void clip_mbq_check_other_tower(const clip_mbq_tower & known, projector_t
             break;
         case PROJECTOR_TYPE_GEMMA4V:
             tower.gemma4();
+            break;
+        case PROJECTOR_TYPE_GEMMA4A:
+            clip_mbq_gemma4_audio(known).check();
+            break;
+        case PROJECTOR_TYPE_PADDLEOCR:
+            tower.paddleocr();
+            break;
+        case PROJECTOR_TYPE_DOTS_OCR:
+            tower.dots_ocr();
             break;
         case PROJECTOR_TYPE_MINICPMV:
             tower.minicpmv();
