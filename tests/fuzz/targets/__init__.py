@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Protocol
+from types import ModuleType
+from typing import ClassVar, Protocol
 
 TAKEN, REFUSED = "taken", "refused"
 
@@ -19,6 +20,22 @@ class Target(Protocol):
     def make(self, draw: random.Random, folder: Path) -> str: ...
     def open(self) -> None: ...
     def read(self, folder: Path) -> str: ...
+
+
+class Spoilt:
+    """A target's inputs: one of its seeds, which ``mutator`` spoils, under the name ``file``. Subclasses open and read."""
+
+    mutator: ClassVar[ModuleType]
+    file: ClassVar[str]
+    folders: ClassVar[tuple[str, ...]]  # of seeds/
+
+    def __init__(self) -> None:
+        self.seeds = [seed for folder in self.folders for seed in seeds(folder)]
+
+    def make(self, draw: random.Random, folder: Path) -> str:
+        data, done = self.mutator.mutate(draw.choice(self.seeds), draw)
+        (folder / self.file).write_bytes(data)
+        return str(done)
 
 
 def refusal(error: Exception) -> str:

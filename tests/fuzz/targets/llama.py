@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import wave
 import zlib
 from pathlib import Path
@@ -11,23 +10,17 @@ from typing import Any
 from mbq_gguf.errors import SHOWN, UserError
 from mutators import gguf, picture
 
-from targets import TAKEN, refusal, seeds
+from targets import TAKEN, Spoilt, refusal
 
 CONTEXT = 96  # tokens
 TOKENS = (0, 20, 30, 7, 20) * 14  # more than 64: fewer have no static ranges
 PICTURE_BYTES = Path(__file__).parents[1] / "seeds" / "picture" / "rgb.png"
 
 
-class Text:
+class Text(Spoilt):
     """A language model: load, every row checked in half of the cases, a context, tokens through the graph."""
 
-    def __init__(self) -> None:
-        self.seeds = seeds("text")
-
-    def make(self, draw: random.Random, folder: Path) -> str:
-        data, done = gguf.mutate(draw.choice(self.seeds), draw)
-        (folder / "model.gguf").write_bytes(data)
-        return done
+    mutator, file, folders = gguf, "model.gguf", ("text",)
 
     def open(self) -> None:
         from mbq_cbind import model
@@ -58,16 +51,10 @@ class Text:
         return TAKEN
 
 
-class Mmproj:
+class Mmproj(Spoilt):
     """A vision file beside a language model that is whole: load, a picture through the tower, and a sound where there is one for it."""
 
-    def __init__(self) -> None:
-        self.seeds = seeds("mmproj")
-
-    def make(self, draw: random.Random, folder: Path) -> str:
-        data, done = gguf.mutate(draw.choice(self.seeds), draw)
-        (folder / "mmproj.gguf").write_bytes(data)
-        return done
+    mutator, file, folders = gguf, "mmproj.gguf", ("mmproj",)
 
     def open(self) -> None:
         _bind()
@@ -89,16 +76,10 @@ class Mmproj:
         return TAKEN
 
 
-class Decoder:
+class Decoder(Spoilt):
     """A picture as llama-server gets it from a client: through libmtmd's decoder and the tower."""
 
-    def __init__(self) -> None:
-        self.seeds = seeds("picture")
-
-    def make(self, draw: random.Random, folder: Path) -> str:
-        data, done = picture.mutate(draw.choice(self.seeds), draw)
-        (folder / "picture").write_bytes(data)
-        return done
+    mutator, file, folders = picture, "picture", ("picture",)
 
     def open(self) -> None:
         from mbq_cbind.vision import Vision

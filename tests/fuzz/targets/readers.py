@@ -13,19 +13,13 @@ from typing import ClassVar
 from mbq_gguf.errors import SHOWN, UserError
 from mutators import conversations, gguf, picture, safetensors_file, workdir
 
-from targets import TAKEN, refusal, seeds
+from targets import TAKEN, Spoilt, refusal
 
 
-class Header:
+class Header(Spoilt):
     """The header of a GGUF file (``export/gguf_header.py``), text and mmproj."""
 
-    def __init__(self) -> None:
-        self.seeds = seeds("text") + seeds("mmproj")
-
-    def make(self, draw: random.Random, folder: Path) -> str:
-        data, done = gguf.mutate(draw.choice(self.seeds), draw)
-        (folder / "model.gguf").write_bytes(data)
-        return done
+    mutator, file, folders = gguf, "model.gguf", ("text", "mmproj")
 
     def open(self) -> None:
         from mbq_gguf.export import gguf_header
@@ -85,20 +79,17 @@ class Conversations:
         return TAKEN
 
 
-class Safetensors:
+class Safetensors(Spoilt):
     """A model's weights (``models/checks.py``, ``export/checkpoint.py``): names, shapes, numbers."""
+
+    mutator, file = safetensors_file, "model.safetensors"
 
     def __init__(self) -> None:
         header = (
             b'{"__metadata__":{"format":"pt"},"a.weight":{"dtype":"BF16","shape":[4,8],"data_offsets":[0,64]},'
             b'"a.bias":{"dtype":"F32","shape":[4],"data_offsets":[64,80]},"n":{"dtype":"I64","shape":[],"data_offsets":[80,88]}}'
         )
-        self.seed = struct.pack("<Q", len(header)) + header + bytes(88)
-
-    def make(self, draw: random.Random, folder: Path) -> str:
-        data, done = safetensors_file.mutate(self.seed, draw)
-        (folder / "model.safetensors").write_bytes(data)
-        return done
+        self.seeds = [struct.pack("<Q", len(header)) + header + bytes(88)]
 
     def open(self) -> None:
         from mbq_gguf.export import checkpoint
@@ -177,16 +168,10 @@ def _items() -> tuple[list[dict[str, object]], list[object]]:
     return tensors, [{"ratio": 0.5 * layer, "words": ["a"]} for layer in range(2)]  # type: ignore[return-value]
 
 
-class Picture:
+class Picture(Spoilt):
     """A picture (``picture.py``), as calibration, eval and ``ask`` open it."""
 
-    def __init__(self) -> None:
-        self.seeds = seeds("picture")
-
-    def make(self, draw: random.Random, folder: Path) -> str:
-        data, done = picture.mutate(draw.choice(self.seeds), draw)
-        (folder / "picture").write_bytes(data)
-        return done
+    mutator, file, folders = picture, "picture", ("picture",)
 
     def open(self) -> None:
         import warnings
