@@ -120,6 +120,15 @@ def test_a_patch_that_does_not_apply(workshop: Workshop) -> None:
     assert workshop.builds() == []
 
 
+def test_a_patch_that_is_edited_while_it_is_built_needs_another_build(workshop: Workshop) -> None:
+    header, cmake = workshop.patch / "src" / "mbq-answer.h", workshop.tree / "CMakeLists.txt"
+    cmake.write_text(cmake.read_text() + f'file(APPEND "{header}" "// later")\n')
+    tree = build(source=workshop.tree, console=workshop.console)
+    assert header.read_text().startswith((tree / "mbq-answer.h").read_text())
+    with pytest.raises(UserError, match="the patch has changed since"):
+        paths.source_dir()
+
+
 def test_a_compiler_error_is_one_sentence_and_leaves_only_the_log(workshop: Workshop) -> None:
     (workshop.tree / "main.c").write_text("int main(void) { return nothing_like_this; }\n")
     with pytest.raises(UserError, match=r"main\.c:1:\d+: error: .*nothing_like_this.*\): see the whole log in (.+\.log)$") as caught:

@@ -68,6 +68,7 @@ class Plan:
     origin: Path | None  # the tree of --source; None for the pinned package
     pin: pins.Pin
     toolchain: Toolchain
+    patch: str  # its hash
     options: tuple[str, ...]
     key: str
     page: Path | None = None  # the finished web page, None for a server without one
@@ -143,7 +144,7 @@ def make_plan(backend: str, tree: Path | None, cuda_architectures: str | None) -
         *(f"{name}={os.environ[name]}" for name in _FLAG_VARIABLES if name in os.environ),
         *cpu_flags(),
     ]
-    return Plan(backend, origin, pin, toolchain, options, hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16])
+    return Plan(backend, origin, pin, toolchain, patch, options, hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16])
 
 
 def _build_whole(plan: Plan, jobs: int, console: Console) -> None:
@@ -158,14 +159,15 @@ def _build_whole(plan: Plan, jobs: int, console: Console) -> None:
         else:
             source.copy_tree(plan.origin, plan.tree)
         apply_patch(plan.tree, plan.toolchain.git)
+        if pins.patch_hash(backend=plan.backend) != plan.patch:
+            raise UserError("the patch was edited while it was applied: build again")
         if plan.page is not None:
             shutil.copytree(plan.page, plan.tree / pages.RESULT)
         with log_path.open("w", encoding="utf-8") as log:
             proved = _compile(plan, jobs, log, console)
         _check_result(plan.backend, plan.tree / "build" / "bin")
         origin = plan.pin.sha256 if plan.origin is None else str(plan.origin)
-        patch = pins.patch_hash(backend=plan.backend)
-        record = BuildRecord(plan.key, plan.backend, patch, origin, machine_hash(), proved.name, plan.options)
+        record = BuildRecord(plan.key, plan.backend, plan.patch, origin, machine_hash(), proved.name, plan.options)
         write_record(plan.tree, record)
     except BaseException:
         shutil.rmtree(plan.tree, ignore_errors=True)
