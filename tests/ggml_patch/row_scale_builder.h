@@ -1,6 +1,6 @@
 #pragma once
 
-// Graphs of weights with one scale a row, and a check of them: what a whole graph gives on a GPU against the same graph run node by node, where nothing is
+// Graphs of weights with one scale a row, or in F16, and a check of them: what a whole graph gives on a GPU against the same graph run node by node, where nothing is
 // shared or fused; bit for bit. Prints for each what ggml_cuda_w4a8_count counts in the whole one.
 
 #include "mbq-w4a8.cuh"
@@ -29,7 +29,7 @@ struct builder {
 
     ggml_tensor * weight(const ggml_type type, const int64_t k, const int64_t m) {
         ggml_tensor * w = tensors.emplace_back(ggml_new_tensor_2d(data, type, k, m));
-        w->flags |= GGML_TENSOR_FLAG_ROW_SCALE;
+        w->flags |= type == GGML_TYPE_F16 ? 0 : GGML_TENSOR_FLAG_ROW_SCALE;
         return w;
     }
 
@@ -101,6 +101,11 @@ struct builder {
                 const bool negative = __builtin_popcountll((i / n) & (i % n)) % 2;
                 ((float *) bytes.data())[i] = strcmp(t->name, "hadamard") == 0 ? (negative ? -1.0f : 1.0f)/sqrtf(n) : normal(rng);
             }
+        } else if (t->type == GGML_TYPE_F16) {
+            for (size_t i = 0; i < bytes.size(); i += 2) {
+                const ggml_fp16_t h = ggml_fp32_to_fp16(normal(rng)/sqrtf(t->ne[0]));
+                memcpy(&bytes[i], &h, 2);
+            }
         } else {
             const size_t block = ggml_type_size(t->type);
             for (size_t i = 0; i < bytes.size(); i += block) {
@@ -159,8 +164,7 @@ static int check(ggml_backend_t backend, const std::string & name, builder & b) 
     }
     ggml_gallocr_free(alloc);
     ggml_backend_buffer_free(buffer);
-    ggml_free(b.nodes);
-    ggml_free(b.data);
+    ggml_free(b.data); // b.nodes stays: a node's address is the key of its CUDA graph, which another one's must not find
     printf("%s %s:", same && finite ? "ok" : "FAIL", name.c_str());
     for (const int64_t count : counts) { printf(" %ld", (long) count); }
     printf("\n");

@@ -95,3 +95,18 @@ def test_keys_and_values_change_places(tmp_path: Path) -> None:
     subprocess.run([compiler, "-std=c++17", "-O1", str(tmp_path / "cast.cpp"), "-o", str(tmp_path / "cast")], check=True)
     ran = subprocess.run([tmp_path / "cast"], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout
+
+
+def test_behind_a_product_on_the_cpu(tmp_path: Path) -> None:
+    """Bias, residual stream and function behind a product of F16 weights: every number where it belongs, floats and F16."""
+    compiler = shutil.which("nvcc")
+    if compiler is None:
+        pytest.skip("nvcc is not installed")
+    source = between(read("mbq-f16.cuh"), "struct mbq_f16_end_args", "// See ggml_cuda_mul_mat_cublas_impl")
+    (tmp_path / "behind.cuh").write_text(source, encoding="utf-8")
+    program = tmp_path / "behind"
+    options = ["-x", "c++", "-std=c++17", "-O1", "-Xcompiler", "-fno-strict-aliasing,-w", f"-I{tmp_path}"]
+    done = subprocess.run([compiler, *options, str(HERE / "emulation" / "behind.cpp"), "-o", str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ran = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stdout

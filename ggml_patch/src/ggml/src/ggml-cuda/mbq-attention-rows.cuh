@@ -21,6 +21,7 @@ struct mbq_attention_args {
     const char * mask;      // F16, or nullptr
     const uint8_t * seen;   // of each tile of the mask: MBQ_MASK_*
     float * dst;            // [D, heads, queries, samples]
+    bool  f16;              // there as F16; never with a mask, whose kernels have no registers left
     int queries, keys, heads;
     int mask_samples;
     int64_t q_row, q_head, q_sample, mask_row, mask_sample; // bytes
@@ -146,10 +147,15 @@ template <int D, bool masked> struct mbq_attention_rows {
             all += __shfl_xor_sync(0xFFFFFFFF, all, 2);
             const float scale = all > 0.0f ? 1.0f/all : 0.0f;
             if (row + 8*r < args.queries) {
-                float * dst = args.dst + (((int64_t) blockIdx.z*args.queries + row + 8*r)*args.heads + blockIdx.y)*D + threadIdx.x%4*2;
+                const int64_t at = (((int64_t) blockIdx.z*args.queries + row + 8*r)*args.heads + blockIdx.y)*D + threadIdx.x%4*2;
 #pragma unroll
                 for (int i = 0; i < D/8; ++i) {
-                    *(float2 *) (dst + 8*i) = make_float2(o[4*i + 2*r]*scale, o[4*i + 2*r + 1]*scale);
+                    const float2 v = make_float2(o[4*i + 2*r]*scale, o[4*i + 2*r + 1]*scale);
+                    if (!masked && args.f16) {
+                        *(half2 *) ((half *) args.dst + at + 8*i) = __float22half2_rn(v);
+                    } else {
+                        *(float2 *) (args.dst + at + 8*i) = v;
+                    }
                 }
             }
         }

@@ -68,6 +68,7 @@ static void mbq_attention_run(ggml_backend_cuda_context & ctx, const ggml_tensor
     mbq_attention_args args = {};
     args.q        = (const char *) q->data;
     args.dst      = (float *) dst->data;
+    args.f16      = !mask && ggml_cuda_f16_result(ctx, dst);
     args.queries  = q->ne[1];
     args.keys     = k->ne[1];
     args.heads    = q->ne[2];

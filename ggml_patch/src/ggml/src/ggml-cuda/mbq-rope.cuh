@@ -2,18 +2,37 @@
 
 // ROPE of vision towers (GGML_ROPE_TYPE_VISION): a CTA takes one position, all heads of which turn by the same angles, four numbers a thread. Upstream's
 // (rope_vision) has a CTA of 256 threads for each head, most of them behind the head's end, and takes sine and cosine anew for each. The same bits.
+//
+// Right behind a product of F16 weights (mbq-f16.cuh) it takes F16, and adds the bias.
 
 #include "common.cuh"
 #include "ggml-impl.h"
 
 struct mbq_rope_args {
     const float * x;
+    const half  * x16;  // instead of x, as far apart; nullptr: none
+    const float * bias; // of x16; nullptr: none
     float * y;
     const int32_t * pos;
     int64_t x_head, x_column, y_head, y_column; // elements
     int threads, n_dims, first, both; // heads times quads; angles, of the first section, of both
     float freq_scale, attn_factor, theta_scale;
 };
+
+static __device__ __forceinline__ float4 mbq_rope_load(const mbq_rope_args & args, const int head, const int d) {
+    const int64_t at = blockIdx.x*args.x_column + head*args.x_head + d;
+    if (!args.x16) {
+        return *(const float4 *) (args.x + at);
+    }
+    const int2 x = *(const int2 *) (args.x16 + at);
+    const float2 a = __half22float2(((const half2 *) &x)[0]), b = __half22float2(((const half2 *) &x)[1]);
+    const float4 v = make_float4(a.x, a.y, b.x, b.y);
+    if (!args.bias) {
+        return v;
+    }
+    const float4 w = *(const float4 *) (args.bias + head*args.x_head + d);
+    return make_float4(__fadd_rn(v.x, w.x), __fadd_rn(v.y, w.y), __fadd_rn(v.z, w.z), __fadd_rn(v.w, w.w));
+}
 
 // Each thread has read what it writes, so y may be x
 static __global__ void __launch_bounds__(1024) mbq_rope_vision(const mbq_rope_args args) {
@@ -26,9 +45,8 @@ static __global__ void __launch_bounds__(1024) mbq_rope_vision(const mbq_rope_ar
     ggml_cuda_pdl_sync();
     float4 a = make_float4(0.0f, 0.0f, 0.0f, 0.0f), b = a;
     if (has) {
-        const float * x = args.x + blockIdx.x*args.x_column + head*args.x_head + d;
-        a = *(const float4 *) x;
-        b = *(const float4 *) (x + args.n_dims);
+        a = mbq_rope_load(args, head, d);
+        b = mbq_rope_load(args, head, d + args.n_dims);
     }
     for (int i = threadIdx.x; i < args.n_dims; i += blockDim.x) {
         const int sector = i % args.both;
@@ -59,11 +77,13 @@ static bool mbq_rope_takes(const ggml_tensor * dst) {
         ((uintptr_t) x->data | (uintptr_t) dst->data | x->nb[1] | x->nb[2] | dst->nb[1] | dst->nb[2]) % 16 == 0;
 }
 
-static void mbq_rope_run(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
+static void mbq_rope_run(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const half * x16 = nullptr, const float * bias = nullptr) {
     const ggml_tensor * x = dst->src[0];
     const int32_t * params = dst->op_params;
     mbq_rope_args args = {};
     args.x           = (const float *) x->data;
+    args.x16         = x16;
+    args.bias        = bias;
     args.y           = (float *) dst->data;
     args.pos         = (const int32_t *) dst->src[1]->data;
     args.x_head      = x->nb[1]/sizeof(float);

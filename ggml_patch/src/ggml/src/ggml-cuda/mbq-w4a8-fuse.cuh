@@ -8,6 +8,7 @@
 // The same bits as the kernels apart: the expressions are upstream's (norm.cu, binbcast.cu), with the same options, sums by as many threads in the same
 // order, or by fewer that each have the sums of several; the quantiser is mbq_w4a8_quantize's.
 
+#include "mbq-f16-inputs.cuh"
 #include "mbq-w4a8-inputs.cuh"
 #include "mbq-w4a8-quantize.cuh"
 
@@ -16,9 +17,10 @@ struct mbq_w4a8_fused_args {
     const float * y;   // weight of the norm; what is multiplied with silu(x)
     const float * z;   // what is added behind it; nullptr: nothing
     float * out;       // floats too; nullptr: nobody reads them
+    half  * halves;    // F16; nullptr: no
     int64_t x_column, y_column, out_column; // elements
     float eps;
-    int4  * q;         // nullptr: floats alone, of LayerNorm
+    int4  * q;         // nullptr: no int8
     float * scale;
     int   * flags;
     int n_flags, K, padded;
@@ -76,8 +78,13 @@ static __global__ void __launch_bounds__(threads, MBQ_W4A8_CTAS(2)) mbq_w4a8_nor
         if (args.out) {
             args.out[blockIdx.x*args.out_column + i] = v;
         }
+        if (args.halves) {
+            args.halves[blockIdx.x*args.out_column + i] = __float2half(v);
+        }
     }
-    mbq_w4a8_quantize_shared<tiled>(args, mbq_column, amax);
+    if (args.q) {
+        mbq_w4a8_quantize_shared<tiled>(args, mbq_column, amax);
+    }
 }
 
 // See norm_f32: sums of a column by 32 threads, or by 1024 (many) from K = 1024 on. Here 256 threads: the first in each warp alike, the other with
@@ -133,6 +140,9 @@ static __global__ void __launch_bounds__(256, MBQ_W4A8_CTAS(4)) mbq_w4a8_layer_n
         amax = max(amax, mbq_w4a8_bits(v));
         if (args.out) {
             args.out[blockIdx.x*args.out_column + i] = v;
+        }
+        if (args.halves) {
+            args.halves[blockIdx.x*args.out_column + i] = __float2half(v);
         }
     }
     if (args.q) {
@@ -203,10 +213,11 @@ static mbq_w4a8_fused_args mbq_w4a8_hold_fused(ggml_backend_cuda_context & ctx, 
     return args;
 }
 
-// LayerNorm with weight and bias, whose result no such product reads: in floats, in one kernel instead of three
-static mbq_w4a8_fused_args mbq_w4a8_floats_alone(const ggml_tensor * out) {
+// Of a norm whose result no such product reads: in F16 where products of F16 weights do; LayerNorm with weight and bias also in floats, in one kernel instead of three
+static mbq_w4a8_fused_args mbq_w4a8_norm_alone(const ggml_tensor * out, half * halves) {
     mbq_w4a8_fused_args args = {};
-    args.out        = (float *) out->data;
+    args.out        = halves ? nullptr : (float *) out->data;
+    args.halves     = halves;
     args.out_column = out->ne[0];
     args.K          = out->ne[0];
     args.padded     = GGML_PAD(out->ne[0], 256);
@@ -242,10 +253,17 @@ static int mbq_w4a8_fuse_norm(ggml_backend_cuda_context & ctx, const ggml_cgraph
     const mbq_w4a8_fusion f = mbq_w4a8_readers_of(ctx, graph, i + behind);
     const bool alone = f.readers.count == 0;
     const ggml_tensor * out = graph->nodes[i + behind];
-    if (alone && (behind != 2 || !mbq_w4a8_can_be_alone(ctx, x, out) || mbq_w4a8_overlap(read[0], out) || mbq_w4a8_overlap(read[1], out))) {
-        return 0;
+    half * halves = nullptr;
+    if (alone) {
+        if (!mbq_w4a8_can_be_alone(ctx, x, out) || mbq_w4a8_overlap(read[0], out) || (read[1] && mbq_w4a8_overlap(read[1], out))) {
+            return 0;
+        }
+        halves = mbq_w4a8_overlap(x, out) ? nullptr : mbq_f16_hold(ctx, graph, i + behind);
+        if (!halves && behind != 2) {
+            return 0;
+        }
     }
-    mbq_w4a8_fused_args args = alone ? mbq_w4a8_floats_alone(out) : mbq_w4a8_hold_fused(ctx, f, n_flags);
+    mbq_w4a8_fused_args args = alone ? mbq_w4a8_norm_alone(out, halves) : mbq_w4a8_hold_fused(ctx, f, n_flags);
     args.x        = (const float *) x->data;
     args.y        = (const float *) read[0]->data;
     args.z        = read[1] ? (const float *) read[1]->data : nullptr;

@@ -78,6 +78,9 @@ struct ggml_cuda_w4a8_inputs {
     int  last   = 0;             // node that reads them last
     bool floats = true;          // whether they are there as floats too
 
+    const ggml_tensor * f16 = nullptr; // what lies as F16 in the place of its floats until node f16_last has read it (mbq-f16-inputs.cuh)
+    int f16_last = 0;
+
     std::vector<int> early; // nodes, each with the one behind it, that have run before their turn (mbq-w4a8-one.cuh)
 
     // Before node i of a graph
@@ -87,6 +90,7 @@ struct ggml_cuda_w4a8_inputs {
         }
         if (now != graph || i <= node) {
             early.clear();
+            f16 = nullptr;
         }
         graph = ctx.concurrent_stream_context.concurrent_events.empty() && ctx.curr_stream_no == 0 ? now : nullptr;
         node  = i;

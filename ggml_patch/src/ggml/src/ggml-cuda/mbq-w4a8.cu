@@ -1,5 +1,6 @@
 #include "mbq-w4a8.cuh"
 #include "mbq-cast.cuh"
+#include "mbq-f16.cuh"
 #include "mbq-w4a8-activation.cuh"
 #include "mbq-w4a8-added.cuh"
 #include "mbq-w4a8-launch.cuh"
@@ -15,6 +16,18 @@ void ggml_cuda_w4a8_keep(const ggml_cgraph * graph, const std::function<void(siz
             keep(i, last);
         }
     }
+}
+
+bool ggml_cuda_f16_result(ggml_backend_cuda_context & ctx, const ggml_tensor * node) {
+    const ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(ctx);
+    const int i = inputs.node + 1;
+    if (!inputs.runs(node) || i >= inputs.graph->n_nodes) {
+        return false;
+    }
+    const ggml_tensor * reshape = inputs.graph->nodes[i];
+    const bool alone = reshape->op == GGML_OP_RESHAPE && reshape->src[0] == node && reshape->data == node->data &&
+        ggml_node_get_use_count(inputs.graph, inputs.node) == 1 && !(node->flags & GGML_TENSOR_FLAG_OUTPUT);
+    return alone && mbq_f16_hold(ctx, inputs.graph, i);
 }
 
 template <int bits>
@@ -131,6 +144,9 @@ int ggml_cuda_w4a8_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
     }
     if (!inputs.graph) {
         return 0;
+    }
+    if (const int behind = mbq_f16_fuse(ctx, graph, i)) {
+        return behind;
     }
     if (const int behind = mbq_w4a8_fuse_added(ctx, graph, i)) {
         return behind;

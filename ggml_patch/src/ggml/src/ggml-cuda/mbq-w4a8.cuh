@@ -12,9 +12,13 @@
 bool ggml_cuda_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst);
 
 // Before node i of a graph runs, for every i that does: finds out which products read the same activations (mbq-w4a8-inputs.cuh) and runs what can be
-// fused with their quantising (mbq-w4a8-fuse.cuh) or with products (mbq-w4a8-added.cuh and, of one column, mbq-w4a8-one.cuh). Without it
+// fused with their quantising (mbq-w4a8-fuse.cuh) or with products (mbq-w4a8-added.cuh and, of one column, mbq-w4a8-one.cuh; of F16 weights mbq-f16.cuh). Without it
 // (GGML_CUDA_DISABLE_FUSION) each product quantises its own. The number of nodes behind i that have run with it, as ggml_cuda_try_fuse.
 int ggml_cuda_w4a8_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
+
+// Whether the node that runs, behind which is a RESHAPE, is to put its result as F16 in the place of the floats, because only products of F16 weights read it
+// (mbq-f16-inputs.cuh)
+bool ggml_cuda_f16_result(ggml_backend_cuda_context & ctx, const ggml_tensor * node);
 
 // Before a graph is given memory: keep(i, last) where what is made and read from node i on must stay in its place until node `last`, so that one kernel can make
 // the products from i to last that read the same activations (mbq-w4a8-column.cuh).
@@ -29,6 +33,9 @@ enum ggml_cuda_w4a8_counted {
     GGML_CUDA_W4A8_ONE_COLUMN, // products of one column with what reads them
     GGML_CUDA_W4A8_ADDED,     // products of many columns with a bias, the residual stream or both
     GGML_CUDA_W4A8_TOGETHER,  // of several matrices
+    GGML_CUDA_F16_PRODUCT,    // products of F16 weights with what is behind them (mbq-f16.cuh)
+    GGML_CUDA_F16_FOUND,      // of these, those that found their activations as F16
+    GGML_CUDA_F16_ROPE,       // and those with a rotary embedding behind them
     GGML_CUDA_W4A8_COUNTS,
 };
 extern "C" GGML_BACKEND_API int64_t ggml_cuda_w4a8_count(ggml_cuda_w4a8_counted what);
