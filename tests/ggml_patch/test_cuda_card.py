@@ -105,10 +105,10 @@ def test_products_share_what_is_quantised_and_fused(row_scale_graphs: Path) -> N
     layers = {name: found for name, found in counts.items() if name.startswith("layers") and name.split()[3] != "1"}
     early = {found for name, found in layers.items() if not name.endswith("late")}
     assert {found[:5] for found in early} == {(2, 2 * 6, 2 * 2, 2, 0)}, "attention, two norms, GLU; all products but wo find theirs"
-    # Of each layer q, k and v have a bias, wo and down the residual stream; q and k are one kernel (v has 8 bits)
+    # Of each layer q, k and v have a bias, wo and down the residual stream; q and k are one kernel (v has 8 bits), gate and up another
     for name, found in layers.items():
         columns, width = int(name.split()[3]), int(name.split()[1])
-        assert found[5:] == ((0, 0) if columns <= 8 else (2 * 4, 2) if width % 256 == 0 else (2 * 5, 0)), name
+        assert found[5:] == ((0, 0) if columns <= 8 else (2 * 4, 4) if width % 256 == 0 else (2 * 5, 0)), name
     late = {found[:5] for name, found in layers.items() if name.endswith("late")}
     assert late == {(3, 11, 3, 2, 0)}, "the first norm runs before the static ranges are there"
     alone = {

@@ -3,7 +3,7 @@
 // Products of many columns with what is added to them, and with others of the same activations, in one kernel (mbq_w4a8_gemm):
 //
 //   MUL_MAT, ADD of a bias, ADD of the residual stream      either, or both in this order
-//   up to three of them: q, k and v, the later ones before their turn, with a bias or nothing
+//   up to three of them: q, k and v, the later ones before their turn, with a bias or nothing; gate and up
 //
 // The same bits as the nodes apart. Of one column: mbq-w4a8-one.cuh.
 
@@ -60,7 +60,7 @@ static bool mbq_w4a8_of_tiles(const ggml_backend_cuda_context & ctx, const ggml_
     return node->op == GGML_OP_MUL_MAT && node->ne[1] > MBQ_W4A8_FEW_COLUMNS && mbq_w4a8_order_of(ctx, node) == MBQ_W4A8_TILES;
 }
 
-// The products behind node i that can be made with it, each a node with one behind it that does nothing, or adds its bias: see mbq_w4a8_sums_from
+// The products behind node i that can be made with it, each the next node, or one with another behind it that does nothing, or adds its bias: see mbq_w4a8_sums_from
 static std::vector<std::pair<int, mbq_w4a8_added>> mbq_w4a8_others_of(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i,
         const std::vector<int> & made) {
     std::vector<std::pair<int, mbq_w4a8_added>> others;
@@ -73,7 +73,7 @@ static std::vector<std::pair<int, mbq_w4a8_added>> mbq_w4a8_others_of(const ggml
         }
         if (node->op == GGML_OP_MUL_MAT && !mbq_w4a8_is_in(made, j) && mbq_w4a8_same_column(first, node) && mbq_w4a8_of_tiles(ctx, node) && dense(node)) {
             const mbq_w4a8_added a = mbq_w4a8_added_to(graph, j);
-            const bool alone = a.nodes == 0 && ggml_op_is_empty(graph->nodes[j + 1]->op);
+            const bool alone = a.nodes == 0 && (j == i + 1 || ggml_op_is_empty(graph->nodes[j + 1]->op));
             if ((alone || (a.nodes == 1 && a.bias)) && mbq_w4a8_may_be_early(graph, i, { j, node, a.bias, a.out })) {
                 others.push_back({ j, a });
             }

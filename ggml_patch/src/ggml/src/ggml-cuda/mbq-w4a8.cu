@@ -91,8 +91,9 @@ static int mbq_w4a8_fuse_added(ggml_backend_cuda_context & ctx, const ggml_cgrap
     std::vector<int> & early = mbq_w4a8_inputs(ctx).early;
     const mbq_w4a8_added a = mbq_w4a8_added_to(graph, i);
     const auto others = mbq_w4a8_others_of(ctx, graph, i, early);
-    const bool next   = i + 1 < graph->n_nodes && ggml_op_is_empty(graph->nodes[i + 1]->op);
-    if (a.nodes == 0 && (others.empty() || !next)) {
+    const bool adjacent = !others.empty() && others[0].first == i + 1; // gate and up
+    const bool next     = i + 1 < graph->n_nodes && ggml_op_is_empty(graph->nodes[i + 1]->op);
+    if (a.nodes == 0 && (others.empty() || !(next || adjacent))) {
         return 0;
     }
     mbq_w4a8_matrix m[MBQ_W4A8_MATRICES] = { mbq_w4a8_matrix_of(dst, a) };
@@ -102,7 +103,9 @@ static int mbq_w4a8_fuse_added(ggml_backend_cuda_context & ctx, const ggml_cgrap
     }
     if (mbq_w4a8_mul_mat_shared(ctx, dst, m, n)) {
         for (const auto & other : others) {
-            early.push_back(other.first);
+            if (other.first > i + 1) {
+                early.push_back(other.first);
+            }
         }
         mbq_w4a8_counts[GGML_CUDA_W4A8_TOGETHER] += n > 1;
     } else if (a.nodes > 0) {
@@ -112,7 +115,7 @@ static int mbq_w4a8_fuse_added(ggml_backend_cuda_context & ctx, const ggml_cgrap
         return 0;
     }
     mbq_w4a8_counts[GGML_CUDA_W4A8_ADDED] += a.nodes > 0;
-    return std::max(a.nodes, 1);
+    return adjacent ? 1 + others[0].second.nodes : std::max(a.nodes, 1);
 }
 
 bool ggml_cuda_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst) {
