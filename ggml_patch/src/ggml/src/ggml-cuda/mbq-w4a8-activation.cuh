@@ -52,9 +52,14 @@ static __device__ __forceinline__ float mbq_w4a8_activate(const float x, const f
     }
 }
 
+// Warps of a CTA at most, so that a multiprocessor has registers for two
+static constexpr int mbq_w4a8_warps(const int N) {
+    return N < 512 ? 32 : 20;
+}
+
 // A warp takes `span` elements at a time: N, or 128 without a transform (N = 0).
 template <bool tiled, mbq_w4a8_function f, int N>
-static __global__ void __launch_bounds__(1024, MBQ_W4A8_CTAS(N < 512 ? 2 : 1)) mbq_w4a8_activation(const mbq_w4a8_fused_args args, const float hadamard) {
+static __global__ void __launch_bounds__(32*mbq_w4a8_warps(N), MBQ_W4A8_CTAS(2)) mbq_w4a8_activation(const mbq_w4a8_fused_args args, const float hadamard) {
     extern __shared__ __align__(16) float mbq_column[];
     constexpr int span = N == 0 ? 128 : N;
     ggml_cuda_pdl_lc();
@@ -83,13 +88,14 @@ static __global__ void __launch_bounds__(1024, MBQ_W4A8_CTAS(N < 512 ? 2 : 1)) m
     mbq_w4a8_quantize_shared<tiled>(args, mbq_column, amax);
 }
 
-// As many warps as take their spans in equal turns: 5120 is 40 spans, two for each of 20 warps
-static int mbq_w4a8_activation_threads(const mbq_w4a8_function f, const int K) {
-    if (f == MBQ_W4A8_SWIGLU) {
-        return K <= 4096 ? 256 : 1024;
+// As many warps as take their spans in equal turns: 5120 is 40 spans of 128, two for each of 20 warps, 18944 is 37 of 512, two for each of 19
+static int mbq_w4a8_activation_threads(const mbq_w4a8_function f, const int K, const int N) {
+    if (f == MBQ_W4A8_SWIGLU && K <= 4096) {
+        return 256;
     }
-    const int spans = (K + 127)/128;
-    const int turns = (spans + 31)/32;
+    const int span  = N == 0 ? 128 : N;
+    const int spans = (K + span - 1)/span;
+    const int turns = (spans + mbq_w4a8_warps(N) - 1)/mbq_w4a8_warps(N);
     return 32*((spans + turns - 1)/turns);
 }
 
@@ -97,7 +103,7 @@ template <bool tiled, mbq_w4a8_function f, int N>
 static void mbq_w4a8_launch_activation(ggml_backend_cuda_context & ctx, const mbq_w4a8_fused_args & args, const int columns) {
     const float scale = N == 0 ? 1.0f : 1 / sqrtf(N);
     CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_activation<tiled, f, N>), mbq_w4a8_room(ctx));
-    const dim3 threads(mbq_w4a8_activation_threads(f, args.K));
+    const dim3 threads(mbq_w4a8_activation_threads(f, args.K, N));
     const ggml_cuda_kernel_launch_params params(dim3(columns), threads, args.padded*sizeof(float), ctx.stream());
     ggml_cuda_kernel_launch(mbq_w4a8_activation<tiled, f, N>, params, args, scale);
 }
