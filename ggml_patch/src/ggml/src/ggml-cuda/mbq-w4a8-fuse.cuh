@@ -53,22 +53,33 @@ static __device__ __forceinline__ void mbq_w4a8_quantize_shared(const mbq_w4a8_f
     }
 }
 
-// See rms_norm_f32
-template <bool tiled, int threads>
-static __global__ void __launch_bounds__(threads, MBQ_W4A8_CTAS(2)) mbq_w4a8_norm(const mbq_w4a8_fused_args args) {
+// See rms_norm_f32: sums by `threads` times `parts` threads, of which each here is `parts`
+template <bool tiled, int threads, int parts>
+static __global__ void __launch_bounds__(threads, MBQ_W4A8_CTAS(threads == 256 ? 4 : 2)) mbq_w4a8_norm(const mbq_w4a8_fused_args args) {
     extern __shared__ __align__(16) float mbq_column[];
     __shared__ float sums[32];
     ggml_cuda_pdl_lc();
     const float * x = args.x + blockIdx.x*args.x_column;
-    float sum = 0.0f;
+    const int lane = threadIdx.x % 32;
     ggml_cuda_pdl_sync();
     for (int i = threadIdx.x; i < args.K; i += threads) {
-        const float v = x[i];
-        mbq_column[i] = v;
-        sum += v * v;
+        mbq_column[i] = x[i];
     }
-    sum = block_reduce<block_reduce_method::SUM, threads>(sum, sums);
-    const float mean  = sum / args.K;
+#pragma unroll
+    for (int part = 0; part < parts; ++part) {
+        float sum = 0.0f;
+        for (int i = part*threads + threadIdx.x; i < args.K; i += parts*threads) {
+            const float v = mbq_column[i]; // this thread's own
+            sum += v * v;
+        }
+        sum = warp_reduce_sum(sum);
+        if (lane == 0) {
+            sums[(part*threads + threadIdx.x)/32] = sum;
+        }
+    }
+    __syncthreads();
+    const float sum = warp_reduce_sum(lane < parts*threads/32 ? sums[lane] : 0.0f);
+    const float mean = sum / args.K;
     const float scale = rsqrtf(mean + args.eps);
     int amax = 0;
     for (int i = threadIdx.x; i < args.K; i += threads) {
@@ -154,16 +165,17 @@ static size_t mbq_w4a8_room(const ggml_backend_cuda_context & ctx) { // bytes of
     return ggml_cuda_info().devices[ctx.device].smpbo - 512;
 }
 
-template <bool tiled, int threads>
+template <bool tiled, int threads, int parts>
 static void mbq_w4a8_launch_norm(ggml_backend_cuda_context & ctx, const mbq_w4a8_fused_args & args, const int columns) {
-    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_norm<tiled, threads>), mbq_w4a8_room(ctx));
+    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_norm<tiled, threads, parts>), mbq_w4a8_room(ctx));
     const ggml_cuda_kernel_launch_params params(dim3(columns), dim3(threads), args.padded*sizeof(float), ctx.stream());
-    ggml_cuda_kernel_launch(mbq_w4a8_norm<tiled, threads>, params, args);
+    ggml_cuda_kernel_launch(mbq_w4a8_norm<tiled, threads, parts>, params, args);
 }
 
+// As rms_norm_f32_cuda, which has 1024 threads from K = 1024 on: as many for few columns, for many a quarter, so that more columns are at work
 template <bool tiled>
 static void mbq_w4a8_launch_norm(ggml_backend_cuda_context & ctx, const mbq_w4a8_fused_args & args, const int columns) {
-    const auto launch = args.K < 1024 ? &mbq_w4a8_launch_norm<tiled, 256> : &mbq_w4a8_launch_norm<tiled, 1024>; // as rms_norm_f32_cuda
+    const auto launch = args.K < 1024 ? &mbq_w4a8_launch_norm<tiled, 256, 1> : &mbq_w4a8_launch_norm<tiled, tiled ? 256 : 1024, tiled ? 4 : 1>;
     launch(ctx, args, columns);
 }
 
