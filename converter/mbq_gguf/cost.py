@@ -63,7 +63,8 @@ CPU = Rates(
     packed=2e-8,
     stored=3e-9,
 )
-# One H200 alone, 16 threads, a 7B's shapes by the defaults and two layers of a 72B's, 2026-11-28.
+# One H200 alone, 16 threads, a 7B's shapes by the defaults and two layers of a 72B's, 2026-11-28; rounding since it is kernels, by the four
+# matrices of a 7B's layer, 2026-11-29.
 CARD = Rates(
     start=14.0,
     read=5e-10,
@@ -76,9 +77,9 @@ CARD = Rates(
     moved=2e-10,
     multiplied=2e-14,
     squared=1.7e-14,
-    column=7e-5,
-    rounded=3e-9,
-    product=1.2e-12,
+    column=4e-6,
+    rounded=1.8e-9,
+    product=6.1e-13,
     packed=2e-9,
     stored=1.0e-9,
 )

@@ -31,6 +31,17 @@ def test_without_a_card_it_is_the_function_itself() -> None:
 
 
 @pytest.mark.gpu
+def test_recordings_may_all_go_before_another_is_made() -> None:
+    def doubled(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (x * 2,)
+
+    for _ in range(2):
+        recorded = Recorded(doubled)
+        assert [float(recorded(torch.full((1,), float(value), device="cuda"))[0]) for value in range(3)] == [0.0, 2.0, 4.0]
+        del recorded
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["MBQ3S", "MBQ3", "Q4_0", "Q3_K", "Q4_K", "Q6_K", "W4A8"])
 def test_what_is_replayed_is_what_would_have_run(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = grid_for(quant_type_for(kind, COLUMNS))

@@ -13,7 +13,8 @@ from functools import cache, partial
 import torch
 
 from mbq_gguf.formats.grid import Grid, reciprocal
-from mbq_gguf.rounding.gptq import COLUMNS_AT_ONCE, Coded, damped, row_blocks
+from mbq_gguf.rounding.gptq import COLUMNS_AT_ONCE, Coded, carry, damped, row_blocks
+from mbq_gguf.rounding.kernels import kernels_for
 from mbq_gguf.rounding.recorded import Recorded, Tensors
 
 
@@ -25,13 +26,15 @@ def descend(grid: Grid, weight: torch.Tensor, coded: Coded, hessian: torch.Tenso
     codes = coded.codes.t().contiguous()
     change_of = (weight - coded.values(grid)).t()
     slope = torch.cat([matrix @ change_of[:, rows] for rows in row_blocks(len(weight))], 1)  # G, with every change so far taken off
-    descend_columns = _recorded(grid)
+    fused, descend_columns = kernels_for(codes), _recorded(grid)
     for start in range(0, len(codes), COLUMNS_AT_ONCE):
         end = min(start + COLUMNS_AT_ONCE, len(codes))
         here = slice(start, end)
-        codes[here], changes = descend_columns(slope[here], matrix[here, here], scales[here], codes[here])
-        for rows in row_blocks(len(weight)):
-            slope[end:, rows].addmm_(matrix[end:, here], changes[:, rows], alpha=-1)
+        if fused:
+            changes = fused.descend_columns(slope[here], matrix[here, here], scales[here], codes[here], grid.low, grid.high)
+        else:
+            codes[here], changes = descend_columns(slope[here], matrix[here, here], scales[here], codes[here])
+        carry(slope[end:], matrix[end:, here], changes)
     return Coded(codes.t().contiguous(), coded.scale, coded.offset, coded.steps)
 
 

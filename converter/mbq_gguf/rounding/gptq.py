@@ -14,6 +14,7 @@ from functools import cache, partial
 import torch
 
 from mbq_gguf.formats.grid import Grid, reciprocal
+from mbq_gguf.rounding.kernels import kernels_for
 from mbq_gguf.rounding.nearest import Rounded
 from mbq_gguf.rounding.ranges import Fit, search_steps, searched
 from mbq_gguf.rounding.recorded import Recorded, Tensors
@@ -28,6 +29,16 @@ ROWS_AT_ONCE = 256
 def row_blocks(rows: int) -> list[slice]:
     """``rows`` in pieces of ROWS_AT_ONCE."""
     return [slice(start, min(start + ROWS_AT_ONCE, rows)) for start in range(0, rows, ROWS_AT_ONCE)]
+
+
+def carry(later: torch.Tensor, factor: torch.Tensor, errors: torch.Tensor) -> None:
+    """Take ``factor`` [columns, n] times ``errors`` [n, rows] off ``later`` [columns, rows]."""
+    fused = kernels_for(later)
+    if fused:
+        fused.carry(later, factor, errors)
+        return
+    for some in row_blocks(later.shape[1]):
+        later[:, some].addmm_(factor, errors[:, some], alpha=-1)
 
 
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
@@ -50,12 +61,13 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """
     lower = torch.linalg.cholesky_ex(damped(hessian, damping).flip(0, 1), check_errors=True).L
     count = len(lower)
-    factor = torch.empty_like(hessian, dtype=torch.float32)
+    factor = torch.zeros_like(hessian, dtype=torch.float32)
     for start in range(0, count, COLUMNS_SOLVED):
         end = min(start + COLUMNS_SOLVED, count)
-        unit = lower.new_zeros(count, end - start)
-        unit[start:end].fill_diagonal_(1.0)
-        factor[:, count - end : count - start] = torch.linalg.solve_triangular(lower, unit, upper=False).flip(0, 1)
+        unit = lower.new_zeros(count - start, end - start)
+        unit.fill_diagonal_(1.0)
+        solved = torch.linalg.solve_triangular(lower[start:, start:], unit, upper=False)  # nothing but zeros lies above
+        factor[: count - start, count - end : count - start] = solved.flip(0, 1)
     return factor
 
 
@@ -120,8 +132,7 @@ def code_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit |
         codes[here], errors, line = round_columns(work[here], factor[here, here], steps[block], *given)
         if not given:
             lines.append(line.clone())
-        for some in row_blocks(rows):
-            work[later, some].addmm_(factor[here, later].t(), errors[:, some], alpha=-1)
+        carry(work[later], factor[here, later].t(), errors)
     scales, offsets = torch.cat(lines, dim=1)
     return Coded(codes.t().contiguous(), scales.t().contiguous(), offsets.t().contiguous(), steps.transpose(0, 1))
 
@@ -137,19 +148,29 @@ def _round_columns(
     """Codes, errors [columns, rows] and scales with offsets [2, groups, rows] of ``work`` [columns, rows], which is changed; ``factor`` is
     these columns' part of U, ``given`` scale and offset [2, 1, rows] of whole rows."""
     codes, errors = torch.empty_like(work), torch.empty_like(work)
-    diagonal = factor.diagonal()
-    costs, own = diagonal.square().reciprocal(), diagonal.unbind()
+    costs = factor.diagonal().square().reciprocal()
+    fused = kernels_for(work)
     lines = []
     for start in range(0, len(work), grid.group):
         group = slice(start, start + grid.group)
         lines.append(_line(fit, work[group], costs[group], steps) if given is None else given)
-        scale, offset = lines[-1][:, 0]
-        inverse = reciprocal(scale)
-        for column in range(*group.indices(len(work))):
-            code = codes[column] = grid.codes_by(work[column], inverse, offset)
-            torch.sub(work[column], (code * scale).add_(offset), out=errors[column]).div_(own[column])
-            work[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+        if fused:
+            fused.round_group(work, factor, lines[-1], codes, errors, start, min(grid.group, len(work)), grid.low, grid.high)
+        else:
+            _round_group(grid, work, factor, lines[-1], codes, errors, range(*group.indices(len(work))))
     return codes, errors, torch.cat(lines, dim=1)
+
+
+def _round_group(
+    grid: Grid, work: torch.Tensor, factor: torch.Tensor, line: torch.Tensor, codes: torch.Tensor, errors: torch.Tensor, group: range
+) -> None:
+    """The columns ``group`` of :func:`_round_columns`, with ``line`` [2, 1, rows] for scale and offset."""
+    scale, offset = line[:, 0]
+    inverse, own = reciprocal(scale), factor.diagonal().unbind()
+    for column in group:
+        code = codes[column] = grid.codes_by(work[column], inverse, offset)
+        torch.sub(work[column], (code * scale).add_(offset), out=errors[column]).div_(own[column])
+        work[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
 
 
 def _line(fit: Fit, columns: torch.Tensor, costs: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from functools import cache, partial
 import torch
 
 from mbq_gguf.formats.grid import Grid, Pair
+from mbq_gguf.rounding.kernels import kernels_for
 
 # Groups [rows, group], what a squared error in each column costs [group], and steps [rows, 2], to scale and offset [rows, 1].
 Fit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Pair]
@@ -28,6 +29,9 @@ def search_range(grid: Grid, groups: torch.Tensor, costs: torch.Tensor, steps: t
 
     They are values that a block with ``steps`` [..., 2] can hold; without steps, K-quants' are any real numbers.
     """
+    fused = kernels_for(groups)
+    if fused and grid.group <= LARGEST_GROUP:
+        return fused.search(grid, groups, costs, steps, shares_of(grid), TURNS)
     tried = _ranges(grid, groups, steps)
     best = next(tried)
     least = _error(grid, groups, costs, best)
@@ -51,12 +55,17 @@ def search_steps(grid: Grid, blocks: torch.Tensor, costs: torch.Tensor) -> torch
     return torch.stack([grid.scale.step(scale[..., 0]), grid.offset.step(offset[..., 0])], dim=1)
 
 
+def shares_of(grid: Grid) -> tuple[float, ...]:
+    """What is left of the plain range at either end."""
+    return ROW_SHARES if grid.group > LARGEST_GROUP else tuple(1 - trim / (grid.high - grid.low) for trim in TRIMS)
+
+
 def _ranges(grid: Grid, groups: torch.Tensor, steps: torch.Tensor | None) -> Iterator[Pair]:
     """The plain range first, then shrunken ones."""
     if grid.fit is not None:
         yield grid.fit(groups)
     low, high = torch.aminmax(groups, dim=-1, keepdim=True)
-    shares = ROW_SHARES if grid.group > LARGEST_GROUP else [1 - trim / (grid.high - grid.low) for trim in TRIMS]
+    shares = shares_of(grid)
     if grid.low < 0:  # no offset: the extreme weight gets the lowest code, or the one opposite, which may be out of reach
         reach = torch.where(low.abs() > high.abs(), low, high) / grid.low
         for share in shares:

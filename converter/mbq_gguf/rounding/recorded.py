@@ -1,4 +1,5 @@
-"""Loops of small operations on a card as one launch: recorded as a CUDA graph, then replayed.
+"""Loops of small operations on a card as one launch: recorded as a CUDA graph, then replayed. For what :mod:`mbq_gguf.rounding.kernels`
+has no kernel of, and where there are none.
 
 A matrix of 18944 columns takes half a million operations of a few microseconds each, and PyTorch takes longer to launch one than the card
 to do it. Elsewhere, and the first time for arguments of some shapes, the operations run as they are: the same code decides the same bytes.
@@ -15,6 +16,7 @@ import torch
 
 Tensors = tuple[torch.Tensor, ...]
 Shapes = tuple[tuple[int, ...], ...]
+_KEPT: list[torch.cuda.CUDAGraph] = []  # PyTorch gives their memory up with the last of them, and can then record no other there
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def _record(run: Callable[..., Tensors], arguments: Tensors) -> _Recording:
         finally:
             graph.capture_end()
     torch.cuda.current_stream(arguments[0].device).wait_stream(stream)
+    _KEPT.append(graph)
     return _Recording(graph, kept, results)
 
 

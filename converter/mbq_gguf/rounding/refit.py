@@ -16,7 +16,8 @@ import torch
 from mbq_gguf.formats.grid import Grid, Pair, to_f16
 from mbq_gguf.rounding import gptq
 from mbq_gguf.rounding.gptq import row_blocks
-from mbq_gguf.rounding.recorded import Recorded
+from mbq_gguf.rounding.kernels import kernels_for
+from mbq_gguf.rounding.recorded import Recorded, Tensors
 
 SYSTEMS_BYTES = 1 << 29  # of the rows' systems, at least those of LEAST_BLOCKS: their solution takes many small steps
 LEAST_BLOCKS = 2
@@ -57,11 +58,12 @@ def _refit_rows(
     diagonal = system.diagonal(dim1=1, dim2=2)
     ridge = RIDGE * diagonal.clamp(min=1e-12)
     diagonal += ridge
-    new_scale, new_offset = _held_in_turn(grid, scale, offset, system, right)
+    lower, info = torch.linalg.cholesky_ex(system)
+    halfway = torch.linalg.solve_triangular(lower, right[..., None], upper=False)[..., 0]
+    new_scale, new_offset, left = _held_in_turn(grid, scale, offset, lower, halfway)
     change = _backwards(new_scale - scale, new_offset - offset).double()
-    pull = (system @ change[..., None])[..., 0] - ridge * change
-    gain = (change * (2 * right - pull)).sum(dim=1)  # how much the objective falls
-    better = (gain > 0) & (new_scale > 0).all(dim=1) & new_offset.isfinite().all(dim=1)
+    gain = (halfway.square() - left.square() + ridge * change.square()).sum(dim=1)  # how much the objective falls
+    better = (info == 0) & (gain > 0) & (new_scale > 0).all(dim=1) & new_offset.isfinite().all(dim=1)
     return torch.where(better[:, None], new_scale, scale), torch.where(better[:, None], new_offset, offset)
 
 
@@ -84,6 +86,12 @@ def _fill(
     :func:`_backwards`: the system is solved for changes."""
     rows, groups = scale.shape
     split = codes.view(rows, groups, -1)
+    pull = ((weight - _values(codes, scale, offset)) @ hessian).view_as(split)  # of the error as it is
+    right.copy_(_backwards((pull * split).sum(dim=2), pull.sum(dim=2)))
+    fused = kernels_for(codes)
+    if fused:
+        fused.fill(system, codes, hessian, groups)
+        return
     tiles = hessian.view(groups, split.shape[2], groups, -1)
     ss, so = (codes.new_empty(rows, groups, groups) for _ in range(2))
     at_once = max(1, PRODUCT_BYTES[codes.device.type] // (4 * codes.numel()))
@@ -100,22 +108,22 @@ def _fill(
     placed[:, :, 1, :, 0] = so.flip(1, 2)
     placed[:, :, 0, :, 1] = so.transpose(1, 2).flip(1, 2)
     placed[:, :, 0, :, 0] = tiles.sum(dim=(1, 3)).flip(0, 1)
-    pull = ((weight - _values(codes, scale, offset)) @ hessian).view_as(split)  # of the error as it is
-    right.copy_(_backwards((pull * split).sum(dim=2), pull.sum(dim=2)))
 
 
-def _held_in_turn(grid: Grid, scale: torch.Tensor, offset: torch.Tensor, system: torch.Tensor, right: torch.Tensor) -> Pair:
-    """``scale`` and ``offset`` plus the solution of ``system`` [rows, 2 groups, 2 groups], each as the file can hold it.
+def _held_in_turn(grid: Grid, scale: torch.Tensor, offset: torch.Tensor, lower: torch.Tensor, halfway: torch.Tensor) -> Tensors:
+    """``scale`` and ``offset`` plus the solution x of L^T x = y, each as the file can hold it, and what is left, y - L^T x: L is ``lower``
+    [rows, 2 groups, 2 groups], y ``halfway`` [rows, 2 groups].
 
     They are rounded one after the other, and the numbers not yet rounded move to compensate the error, as columns do in GPTQ. Where a
     group has a scale word (MBQ3S) this gives 0.83 to 0.95 of the objective that rounding all at once gives; with fp16 numbers the same.
-    With the system as L L^T, the second half of solving it, L^T x = y from the last number to the first, is where that is done: the best
-    value of a number follows from those after it, whatever they were rounded to.
+    The second half of solving a system, L^T x = y from the last number to the first, is where that is done: the best value of a number
+    follows from those after it, whatever they were rounded to. The objective falls by y^2 less what is left squared.
     """
-    lower = torch.linalg.cholesky_ex(system).L  # a row without one gets nonsense, which its caller finds no better than what it had
-    halfway = torch.linalg.solve_triangular(lower, right[..., None], upper=False)[..., 0]
-    new_scale, new_offset = _recorded(grid)(halfway, lower, scale, offset)
-    return new_scale, new_offset
+    fused, left = kernels_for(lower), halfway.clone()
+    if fused:
+        return *fused.take_steps(left, lower.contiguous(), scale, offset, grid.held_pair is not None), left
+    new_scale, new_offset, left = _recorded(grid)(left, lower, scale, offset)
+    return new_scale, new_offset, left
 
 
 @cache
@@ -123,9 +131,9 @@ def _recorded(grid: Grid) -> Recorded:
     return Recorded(partial(_take_steps, grid))
 
 
-def _take_steps(grid: Grid, halfway: torch.Tensor, lower: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> Pair:
-    """``scale`` and ``offset`` [rows, groups] after the changes x of L^T x = y, rounded in turn: L is ``lower`` [rows, 2 groups, 2 groups],
-    y is ``halfway`` [rows, 2 groups], which is changed."""
+def _take_steps(grid: Grid, halfway: torch.Tensor, lower: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> Tensors:
+    """``scale`` and ``offset`` [rows, groups] after the changes x of L^T x = y, rounded in turn, and y - L^T x: L is ``lower``
+    [rows, 2 groups, 2 groups], y is ``halfway`` [rows, 2 groups], which is changed."""
     new_scale, new_offset = torch.empty_like(scale), torch.empty_like(offset)
     for index in reversed(range(halfway.shape[1])):
         group, change = scale.shape[1] - 1 - index // 2, halfway[:, index] / lower[:, index, index]
@@ -135,8 +143,8 @@ def _take_steps(grid: Grid, halfway: torch.Tensor, lower: torch.Tensor, scale: t
         else:
             had = offset[:, group]
             new = new_offset[:, group] = grid.held(new_scale[:, group], (had + change).float())[1]
-        halfway[:, :index] -= (new - had)[:, None] * lower[:, index, :index]
-    return new_scale, new_offset
+        halfway[:, : index + 1] -= (new - had)[:, None] * lower[:, index, : index + 1]
+    return new_scale, new_offset, halfway
 
 
 @torch.no_grad()
