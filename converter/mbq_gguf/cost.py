@@ -183,7 +183,7 @@ def stage_seconds(work: Work, rates: Rates, searched: bool = False, learned: int
     }
 
 
-# Memory, in bytes. A whole 7B held 7.1 GiB of the host and 22.8 of the card, two layers of a 72B 5.2 and 58.6
+# Memory, in bytes. A whole 7B held 5.9 GiB of the host and 23.3 of the card, two layers of a 72B 5.2 and 58.6
 # (docs/results.md). On machine B the reference VLM held 2.35, 2.56 and 3.65 GB with 32, 96 and
 # 256 samples, its 0.29 GB of weights among them, which are no longer held whole.
 PROCESS = 1.1e9  # Python, torch, transformers and their buffers
