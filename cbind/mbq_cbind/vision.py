@@ -191,14 +191,14 @@ class Vision:
         ffi, c = self._binding.ffi, self._binding.c
         batch = ffi.gc(c.llama_batch_ext_init(context), c.llama_batch_ext_free)
         place = ffi.new("llama_pos *")
-        fits = True
+        fits, kept = True, []
         for chunk in chunks:
             if chunk.embedding is None:
                 for place[0], token in enumerate(chunk.tokens, position):
                     index = c.llama_batch_ext_add_token(batch, 0, token)
                     fits = fits and index >= 0 and c.llama_batch_ext_set_pos(batch, index, place)
             else:
-                data = ffi.from_buffer("float[]", np.ascontiguousarray(chunk.embedding))
+                kept.append(data := ffi.from_buffer("float[]", np.ascontiguousarray(chunk.embedding)))  # which the batch does not copy
                 rows = (chunk.handle, data, position, 0, 0, chunk.length)
                 fits = fits and c.mtmd_aifs_add_rows(self._context, context, batch, *rows, 2 if reorder else 1)
             position += chunk.positions

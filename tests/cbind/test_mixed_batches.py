@@ -200,31 +200,37 @@ SMALL = random_gguf.LanguageShape(layers=1, embedding=256, feed_forward=512, hea
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_token_ids_in_a_mixed_batch(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every other token as the row that its id stands for: the logits are, bit for bit, those of ids alone."""
+    """Every other token as the row that its id stands for, copied, or left where it is as a picture's: the logits have the bits of ids
+    alone."""
     rows = np.random.default_rng(1).standard_normal((SMALL.vocabulary, SMALL.embedding)).astype(np.float32)
     stored = rows if kind == "F32" else types.quantize(kind, rows)
     exact = rows if kind == "F32" else types.dequantize(kind, stored, SMALL.embedding)
     write_random(tmp_path / "random.gguf", kind, stored, monkeypatch)
-    binding = load_whole()
-    ffi, c = binding.ffi, binding.c
     tokens = list(range(3, 51))
     with Model(tmp_path / "random.gguf", threads=1, context=64, flash_attention=False) as model:
         alone = model.text_logits(tokens, outputs=8)
-        c.llama_memory_clear(c.llama_get_memory(model._context), True)
-        batch = ffi.gc(c.llama_batch_ext_init(model._context), c.llama_batch_ext_free)
-        for position, token in enumerate(tokens):
-            if position % 2:
-                row = ffi.from_buffer("float[]", np.ascontiguousarray(exact[token], np.float32))
-                index = c.llama_batch_ext_add_embd(batch, 0, {"data": row, "n_rows": 1, "n_embd": SMALL.embedding})
-            else:
-                index = c.llama_batch_ext_add_token(batch, 0, token)
-            assert c.llama_batch_ext_set_pos(batch, index, ffi.new("llama_pos[4]", [position] * 3 + [0]))
-            c.llama_batch_ext_set_output_logits(batch, index, position >= len(tokens) - 8)
-        assert c.llama_process(model._context, c.LLAMA_PROCESS_TYPE_DECODE, batch) == 0
-        mixed = model._read_logits(len(tokens), 8)
+        mixed = [mixed_logits(model, exact, tokens, picture) for picture in (0, 1)]
     assert np.isfinite(alone).all()
     assert len(np.unique(alone, axis=0)) == 8
-    assert np.array_equal(mixed, alone)
+    assert all(np.array_equal(logits, alone) for logits in mixed)
+
+
+def mixed_logits(model: Model, exact: Floats, tokens: list[int], picture: int) -> Floats:
+    """Logits of the last eight of ``tokens``, every other of which is given as its row of ``exact``, each at an address of its own."""
+    ffi, c = model._binding.ffi, model._binding.c
+    c.llama_memory_clear(c.llama_get_memory(model._context), True)
+    batch = ffi.gc(c.llama_batch_ext_init(model._context), c.llama_batch_ext_free)
+    rows = [ffi.from_buffer("float[]", np.array(exact[token], np.float32)) for token in tokens]
+    for position, token in enumerate(tokens):
+        if position % 2:
+            row = {"data": rows[position], "n_rows": 1, "n_embd": SMALL.embedding, "picture": picture}
+            index = c.llama_batch_ext_add_embd(batch, 0, row)
+        else:
+            index = c.llama_batch_ext_add_token(batch, 0, token)
+        assert c.llama_batch_ext_set_pos(batch, index, ffi.new("llama_pos[4]", [position] * 3 + [0]))
+        c.llama_batch_ext_set_output_logits(batch, index, position >= len(tokens) - 8)
+    assert c.llama_process(model._context, c.LLAMA_PROCESS_TYPE_DECODE, batch) == 0
+    return model._read_logits(len(tokens), 8)
 
 
 def write_random(path: Path, kind: str, stored: Bytes | Floats, monkeypatch: pytest.MonkeyPatch) -> None:

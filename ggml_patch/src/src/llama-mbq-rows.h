@@ -1,31 +1,68 @@
 #pragma once
 
-// The embeddings of a batch go from it to the micro-batches without a flat copy in between, and are written there once: a picture of 1024
-// tokens is 15 MB. Included by llama-batch.cpp.
+// A picture's rows stay where the caller has them until they are written to a backend: of 1024 tokens they are 15 MB, which upstream copies
+// to the batch and to the micro-batch. A batch without pictures takes upstream's way. Included by llama-batch.h.
 
+#include "ggml-backend.h"
+
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
-// where the rows of a batch's embeddings are; is_embd says which entries of a mixed batch have one, it is empty for other batches
-struct llama_mbq_rows {
-    std::vector<int32_t> rows;
+// a row that is added to a batch: its address if it may stay there, else nullptr and a copy behind `embd`
+static inline const float * llama_mbq_keep_row(std::vector<float> & embd, const float * data, size_t n, bool picture) {
+    if (picture) {
+        return data;
+    }
+    embd.insert(embd.end(), data, data + n);
+    return nullptr;
+}
 
-    explicit llama_mbq_rows(const std::vector<int8_t> & is_embd) : rows(is_embd.size(), -1) {
-        int32_t n = 0;
-        for (size_t i = 0; i < is_embd.size(); ++i) {
-            if (is_embd[i]) {
-                rows[i] = n++;
+// the addresses of a batch's rows, nullptr for a token; false, and none, where no row is a picture's
+template <typename B> // llama_batch_ext
+static bool llama_mbq_take_rows(const B & batch, std::vector<const float *> & rows) {
+    rows.clear();
+    if (std::none_of(batch.tokens.begin(), batch.tokens.end(), [](const auto & t) { return t.row; })) {
+        return false;
+    }
+    for (const auto & t : batch.tokens) {
+        rows.push_back(t.row || !t.has_embd ? t.row : batch.embd.data() + t.embd_off);
+    }
+    return true;
+}
+
+// a micro-batch's embeddings as one block: where they are, or as `copy` if they are not one behind the other. Nothing reads a mixed one
+// as a block, so there any address will do.
+static inline float * llama_mbq_block(const std::vector<const float *> & rows, std::vector<float> & copy, int64_t n_embd, bool mixed) {
+    if (rows.empty()) {
+        return copy.data();
+    }
+    if (mixed) {
+        return const_cast<float *>(*std::find_if(rows.begin(), rows.end(), [](const float * row) { return row; }));
+    }
+    for (size_t i = 1; i < rows.size(); ++i) {
+        if (rows[i] != rows[0] + i*n_embd) {
+            for (const float * row : rows) {
+                copy.insert(copy.end(), row, row + n_embd);
             }
+            return copy.data();
         }
     }
+    return const_cast<float *>(rows[0]);
+}
 
-    // append the row of entry idx to `to`; zeros for a token
-    void append(std::vector<float> & to, const float * embd, int64_t n_embd, int32_t idx) const {
-        const int64_t row = rows.empty() ? idx : rows[idx];
-        if (row < 0) {
-            to.insert(to.end(), n_embd, 0.0f);
-        } else {
-            to.insert(to.end(), embd + row*n_embd, embd + (row + 1)*n_embd);
+// write a mixed micro-batch's embeddings, a run of neighbours at a time; what stands in the rows of tokens is replaced in the graph
+template <typename U> // llama_ubatch
+static void llama_mbq_set_rows(ggml_tensor * to, const U & ubatch) {
+    if (!ubatch.data || ubatch.data->rows.empty()) {
+        ggml_backend_tensor_set(to, ubatch.embd, 0, ggml_nbytes(to));
+        return;
+    }
+    const auto & rows = ubatch.data->rows;
+    for (size_t i = 0, n = 0; i < rows.size(); i += std::max<size_t>(n, 1)) {
+        for (n = 0; i + n < rows.size() && rows[i] && rows[i + n] == rows[i] + n*to->ne[0]; ++n) {}
+        if (n > 0) {
+            ggml_backend_tensor_set(to, rows[i], i*to->nb[1], n*to->nb[1]);
         }
     }
-};
+}

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cinttypes>
 #include <cstring>
+#include <vector>
 
 // the architectures (general.architecture) of the families that tests/families/test_one_pass.py holds against the decode in turns
 static const char * const AIFS_ARCHS[] = { "qwen2vl", "qwen3vl", "qwen3vlmoe", "llama", "qwen2", "qwen3", "mistral3", "glm4", "glm4moe", "paddleocr" };
@@ -105,34 +106,36 @@ bool mtmd_aifs_add_rows(const mtmd_context * ctx, const llama_context * lctx, ll
     return true;
 }
 
-// the tower's output for chunk i, which is encoded together with as many of the next pictures as fit
-static const float * aifs_encode(mtmd_context * ctx, mtmd::batch_ptr & mbatch, const mtmd_input_chunks * chunks, size_t i) {
+// the tower's output for chunk i, which is encoded together with as many of the next pictures as fit; earlier ones stay in encoded, since
+// a batch that is on its way has their rows
+static const float * aifs_encode(mtmd_context * ctx, std::vector<mtmd::batch_ptr> & encoded, const mtmd_input_chunks * chunks, size_t i) {
     const mtmd_input_chunk * chunk = mtmd_input_chunks_get(chunks, i);
 
-    const float * embd = mbatch ? mtmd_batch_get_output_embd(mbatch.get(), chunk) : nullptr;
+    const float * embd = encoded.empty() ? nullptr : mtmd_batch_get_output_embd(encoded.back().get(), chunk);
     if (embd) {
         return embd;
     }
 
     const int64_t t_start = ggml_time_ms();
-    mbatch.reset(mtmd_batch_init(ctx));
+    encoded.emplace_back(mtmd_batch_init(ctx));
+    mtmd_batch * mbatch = encoded.back().get();
     int n_added = 0;
     for (size_t j = i; j < mtmd_input_chunks_size(chunks); ++j) {
         const mtmd_input_chunk * next = mtmd_input_chunks_get(chunks, j);
         if (mtmd_input_chunk_get_type(next) == MTMD_INPUT_CHUNK_TYPE_TEXT) {
             continue;
         }
-        if (mtmd_batch_add_chunk(mbatch.get(), next) != 0) {
+        if (mtmd_batch_add_chunk(mbatch, next) != 0) {
             break;
         }
         n_added++;
     }
-    if (n_added == 0 || mtmd_batch_encode(mbatch.get()) != 0) {
+    if (n_added == 0 || mtmd_batch_encode(mbatch) != 0) {
         LOG_ERR("aifs: failed to encode a picture\n");
         return nullptr;
     }
     LOG_INF("aifs: %d picture(s) encoded in %" PRId64 " ms\n", n_added, ggml_time_ms() - t_start);
-    return mtmd_batch_get_output_embd(mbatch.get(), chunk);
+    return mtmd_batch_get_output_embd(mbatch, chunk);
 }
 
 // one batch on its way: entries are added until it is full, then it is decoded
@@ -168,7 +171,7 @@ struct aifs_pass {
 int32_t mtmd_aifs_eval_chunks(mtmd_context * ctx, llama_context * lctx, const mtmd_input_chunks * chunks,
                               llama_pos n_past, llama_seq_id seq_id, int32_t n_batch, bool logits_last, llama_pos * new_n_past) {
     aifs_pass pass(lctx, n_batch);
-    mtmd::batch_ptr mbatch;
+    std::vector<mtmd::batch_ptr> encoded;
 
     for (size_t i = 0; i < mtmd_input_chunks_size(chunks); ++i) {
         const mtmd_input_chunk * chunk = mtmd_input_chunks_get(chunks, i);
@@ -177,7 +180,7 @@ int32_t mtmd_aifs_eval_chunks(mtmd_context * ctx, llama_context * lctx, const mt
 
         size_t n_text = 0;
         const llama_token * tokens = is_text ? mtmd_input_chunk_get_tokens_text(chunk, &n_text) : nullptr;
-        const float * embd = is_text ? nullptr : aifs_encode(ctx, mbatch, chunks, i);
+        const float * embd = is_text ? nullptr : aifs_encode(ctx, encoded, chunks, i);
         if (!is_text && !embd) {
             return -1;
         }
