@@ -169,7 +169,7 @@ def _find(names: Mapping[str, str], key: str) -> str:
     try:
         return names[key]
     except KeyError:
-        raise UserError(f"the checkpoint has no tensor {key}: this model needs an adapter of its own") from None
+        raise UserError(f"the checkpoint has no tensor {key}, which its config.json asks for: fetch the model again") from None
 
 
 def _write(

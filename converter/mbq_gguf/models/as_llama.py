@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mbq_gguf.errors import UserError
+from mbq_gguf.models.checks import check_heads, numbers
 
 INTERNLM2, PHI3 = "internlm2", "phi3"
 MODEL_TYPES = (INTERNLM2, PHI3)
@@ -37,8 +38,16 @@ SETTINGS = (
 
 def language_model(config: Mapping[str, Any]) -> str | None:
     """The type of the language model in a published config.json, where it is one of :data:`MODEL_TYPES`."""
-    found = (config.get("llm_config") or {}).get("model_type")
-    return found if found in MODEL_TYPES else None
+    text = config.get("llm_config")
+    return next((kind for kind in MODEL_TYPES if isinstance(text, dict) and text.get("model_type") == kind), None)
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raise UserError where the language model in a published config.json is one of them, and its sizes are none."""
+    if language_model(config):
+        text = config["llm_config"]
+        numbers(text, ("vocab_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"))
+        check_heads(*numbers(text, ("hidden_size", "num_attention_heads", "num_key_value_heads")))
 
 
 def settings(published: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,8 +77,16 @@ def names_of(name: str) -> list[str]:
 
 
 def parts_of(name: str, tensor: Any, heads: int, key_heads: int) -> list[Any]:
-    """The tensors of :func:`names_of`, matrices or biases of ``tensor`` [rows, ...], each with its heads in order."""
+    """The tensors of :func:`names_of`, matrices or biases of ``tensor`` [rows, ...], each with its heads in order.
+
+    Raises UserError where the rows of ``tensor`` are not those of so many heads.
+    """
     parts = len(names_of(name))
+    unit = {1: 1, 2: 2, 3: heads + 2 * key_heads}[parts]
+    if parts > 1 and (not tensor.ndim or tensor.shape[0] == 0 or tensor.shape[0] % unit):
+        raise UserError(
+            f"{name} is {tuple(tensor.shape)} and its rows are no multiple of {unit}, as config.json asks: fetch the model again"
+        )
     if parts < 3:
         return list(tensor.chunk(parts))
     if BY_KEY_HEAD not in name:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from mbq_gguf.models.alone import alone
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 ADAPTER = "adapter_config.json"
 QUANTISED = ("hf_quant_config.json", "quantize_config.json")  # of TensorRT's and GPTQ's tools, beside a config.json that may say nothing
+NO_COUNT = 2**31  # llama.cpp counts tokens, rows and layers in 32 bits
+MOST_LAYERS = 512  # LLAMA_MAX_LAYERS
 WEIGHTS = ("BF16", "F16", "F32", "F64")
 # Read by transformers or llama.cpp's conversion, neither of which says which file was wrong.
 CONFIGURATIONS = (
@@ -65,6 +67,38 @@ def check_unquantised(directory: Path, config: dict[str, Any]) -> None:
     for name in QUANTISED:
         if (directory / name).is_file():
             refuse_quantised(directory, f"it has a {name}")
+
+
+def check_layer_count(config: dict[str, Any]) -> None:
+    """Raise UsageError for more layers than llama.cpp has room for; to make a model of them, without weights even, would take for ever."""
+    for part in (config, *(part for part in config.values() if isinstance(part, dict))):
+        for name in ("num_hidden_layers", "num_layers"):
+            count = part.get(name)
+            if isinstance(count, int) and count > MOST_LAYERS:
+                raise UsageError(f"{name} in the model's config.json is {count} and llama.cpp takes {MOST_LAYERS}: fetch the model again")
+
+
+def number(published: Mapping[str, Any], name: str, *, whole: bool = True) -> Any:
+    """The setting ``name`` of a config.json, a number above 0, or a UserError that names it."""
+    value = published.get(name)
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 < value < NO_COUNT:
+        kind = "whole number" if whole else "number"
+        raise UserError(f"{name} in the model's config.json is {value!r} and no {kind} above 0 that a model has: fetch the model again")
+    return value
+
+
+def numbers(published: Mapping[str, Any], names: Iterable[str]) -> list[int]:
+    """Several of them, whole ones."""
+    return [number(published, name) for name in names]
+
+
+def check_heads(width: int, heads: int, groups: int) -> None:
+    """Raise UserError where ``width`` channels are not ``heads`` alike, or these no ``groups`` alike."""
+    if width % heads or heads % groups:
+        raise UserError(
+            f"the model's config.json has {width} channels in {heads} heads, of which {groups} have keys, and they do not divide: "
+            "fetch the model again"
+        )
 
 
 def refuse_quantised(directory: Path, why: object) -> None:

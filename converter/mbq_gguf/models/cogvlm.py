@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mbq_gguf.models.checks import check_heads, number, numbers
 from mbq_gguf.models.text_model import QKV, TextModel, check_granted
 
 PUBLISHED = "CogVLMForCausalLM"
@@ -20,17 +21,21 @@ INSIDE = {
     **{f"mlp.language_mlp.{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
 }
 GROUPS = "num_multi_query_heads"  # of CogVLM2
+WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 BASE, OTHER_BASE = 500000.0, 10000.0  # of rotation, which CogVLM2's code has and CogVLM's, and neither's settings
 
 
 def text_model(published: Mapping[str, Any]) -> TextModel:
     """The language model of a checkpoint whose config.json is ``published``. Raises UserError for settings that Llama does not know."""
     check_granted(published, {"hidden_act": "silu", "tie_word_embeddings": False})
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+    width, heads = numbers(published, ("hidden_size", "num_attention_heads"))
+    groups = number(published, GROUPS) if GROUPS in published else heads
+    check_heads(width, heads, groups)
     settings = {
-        **{name: published[name] for name in (*same, "max_position_embeddings")},
+        **{name: number(published, name) for name in WHOLE},
+        "rms_norm_eps": number(published, "rms_norm_eps", whole=False),
         **{name: published.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-        "num_key_value_heads": published.get(GROUPS, published["num_attention_heads"]),
+        "num_key_value_heads": groups,
         "rope_parameters": {"rope_type": "default", "rope_theta": BASE if GROUPS in published else OTHER_BASE},
         "tie_word_embeddings": False,
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from mbq_gguf.errors import UserError
 from mbq_gguf.models import tiktoken
-from mbq_gguf.models.checks import read_object
+from mbq_gguf.models.checks import check_heads, number, numbers, read_object
 from mbq_gguf.models.text_model import QKV, TextModel, check_granted
 
 PUBLISHED = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
@@ -42,27 +42,27 @@ SETTINGS = ("eos_token", "pad_token", "chat_template")  # of tokenizer_config.js
 
 def text_model(published: Mapping[str, Any]) -> TextModel:
     """The language model of a checkpoint whose config.json is ``published``. Raises UserError for settings that Glm does not know."""
-    width, heads = published["hidden_size"], published["num_attention_heads"]
+    width, heads, groups = numbers(published, ("hidden_size", "num_attention_heads", "multi_query_group_num"))
     check_granted(published, GRANTED | {"kv_channels": width // heads})
-    rope = {"rope_type": "default", "rope_theta": 10000.0 * published["rope_ratio"], "partial_rotary_factor": 0.5}
+    check_heads(width, heads, groups)
+    asked = {name: number(published, name, whole=name == "seq_length") for name in ASKED}
+    rope = {"rope_type": "default", "rope_theta": 10000.0 * asked["rope_ratio"], "partial_rotary_factor": 0.5}
     settings = {
-        "vocab_size": published["padded_vocab_size"],
+        "vocab_size": number(published, "padded_vocab_size"),
         "hidden_size": width,
-        "num_hidden_layers": published["num_layers"],
+        "num_hidden_layers": number(published, "num_layers"),
         "num_attention_heads": heads,
-        "num_key_value_heads": published["multi_query_group_num"],
+        "num_key_value_heads": groups,
         "head_dim": width // heads,
-        "intermediate_size": published["ffn_hidden_size"],
-        "rms_norm_eps": published["layernorm_epsilon"],
-        "max_position_embeddings": published["seq_length"],
+        "intermediate_size": number(published, "ffn_hidden_size"),
+        "rms_norm_eps": asked["layernorm_epsilon"],
+        "max_position_embeddings": asked["seq_length"],
         "rope_parameters": rope,
         "attention_bias": True,
         "tie_word_embeddings": False,
         **{name: published.get(name) for name in ("eos_token_id", "pad_token_id")},
     }
-    return TextModel(
-        "glm", settings, OUTSIDE, "transformer.encoder.layers.", INSIDE, tokenizer, "glm4", {name: published[name] for name in ASKED}
-    )
+    return TextModel("glm", settings, OUTSIDE, "transformer.encoder.layers.", INSIDE, tokenizer, "glm4", asked)
 
 
 def tokenizer(model_dir: Path) -> Any:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from mbq_gguf.errors import UsageError, UserError, said
-from mbq_gguf.models import llama4
+from mbq_gguf.models import as_llama, llama4
 from mbq_gguf.models.alone import alone
-from mbq_gguf.models.checks import check_finite, check_unquantised, check_whole, read_config, read_object, weight_files
+from mbq_gguf.models.checks import check_finite, check_layer_count, check_unquantised, check_whole, read_config, read_object, weight_files
 from mbq_gguf.models.decoder import check_layers, find_decoder
 from mbq_gguf.models.families import FAMILIES, LANGUAGE_ALONE, REFUSED, family_of, kind
 from mbq_gguf.models.file_rows import leave_in_file
@@ -93,6 +93,8 @@ def check_source(model_dir: Path) -> str:
     config = read_config(model_dir)
     architecture = check_architecture(config)
     check_unquantised(model_dir, config)
+    check_layer_count(config)
+    as_llama.check(config)
     check_whole(model_dir)
     return architecture
 
@@ -106,7 +108,7 @@ def check_architecture(config: dict[str, Any]) -> str:
     architecture = kind(architecture, config)
     by_itself = architecture in LANGUAGE_ALONE
     if alone() and not by_itself and architecture not in REFUSED:
-        raise UsageError(f"{architecture} is converted with its vision tower: leave out {ALONE}")
+        raise UsageError(f"{architecture} has no language model that is converted alone: leave out {ALONE}")
     if architecture in REFUSED and not (alone() and by_itself):
         other = f", or give {ALONE}" if by_itself else ""
         raise UsageError(f"{architecture} is not supported, {REFUSED[architecture]}: use a model of {SUPPORTED}{other}")

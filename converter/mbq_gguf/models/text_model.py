@@ -69,8 +69,10 @@ class TextModel:
         return [f"model.layers.{found[1]}.{ours.format(part)}.{end}" for part in ("qkv" if ours == QKV else " ")]
 
     def parts_of(self, name: str, tensor: Any) -> list[Any]:
-        """The tensors of :meth:`names_of`, of the published one."""
+        """The tensors of :meth:`names_of`, of the published one. Raises UserError where it has other rows than the settings say."""
         names = self.names_of(name)
+        if len(names) > 1 and (not tensor.ndim or tensor.shape[0] != sum(self.rows)):
+            raise UserError(f"{name} is {tuple(tensor.shape)} and config.json asks for {sum(self.rows)} rows: fetch the model again")
         return list(tensor.split(self.rows)) if len(names) > 1 else [tensor] * len(names)
 
     @property

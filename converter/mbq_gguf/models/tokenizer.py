@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mbq_gguf.errors import UserError, said
 from mbq_gguf.models.as_llama import language_model
 from mbq_gguf.models.checks import read_object
 from mbq_gguf.models.remote_code import runs_remote_code
@@ -34,11 +35,22 @@ class Pieces:
 
     @classmethod
     def of(cls, model_dir: Path) -> Pieces:
-        """Those of ``model_dir``."""
+        """Those of ``model_dir``. Raises UserError where a file is missing or no such one, or the settings lack a token."""
         from sentencepiece import SentencePieceProcessor
 
-        model = SentencePieceProcessor(model_file=str(model_dir / "tokenizer.model"))
-        return cls(model, read_object(model_dir / "tokenizer_config.json"))
+        file, beside = model_dir / "tokenizer.model", model_dir / "tokenizer_config.json"
+        try:
+            model = SentencePieceProcessor(model_file=str(file))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{file} is no tokenizer of SentencePiece's ({said(error)}): fetch it again") from error
+        found = cls(model, read_object(beside))
+        try:
+            known = [token in found.ids for token in (found.named("bos"), found.named("unk"), found.eos)]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{beside} lacks what a tokenizer needs, or has another thing there ({said(error)}): fetch it again") from error
+        if not all(known):
+            raise UserError(f"{beside} names a bos_token, eos_token or unk_token that {file} does not have: fetch both again")
+        return found
 
     @cached_property
     def added(self) -> dict[int, Mapping[str, Any]]:

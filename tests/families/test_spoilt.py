@@ -1,0 +1,126 @@
+"""Spoilt files of families that are read as another: each fault is told with its place, before weights are read.
+
+Settings and tokenizers that every family shares are in tests/test_bad_input.py. Costs about four seconds of processor time.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.models import as_llama, checks
+from mbq_gguf.models.load import check_source
+from mbq_gguf.models.published import TEXT_MODELS
+from mbq_gguf.models.tokenizer import Pieces
+from published import ADDED, FIRST, pieces_alone
+from text_models import PUBLISHED
+from tokens import spaced
+
+COUNTS = {
+    "Qwen-VL": ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "seq_length", "layer_norm_epsilon"),
+    "GLM-4V": ("hidden_size", "ffn_hidden_size", "multi_query_group_num", "num_layers", "padded_vocab_size", "rope_ratio"),
+    "CogVLM2": ("hidden_size", "intermediate_size", "num_multi_query_heads", "num_hidden_layers", "vocab_size", "rms_norm_eps"),
+}
+
+
+def settings(name: str) -> dict[str, Any]:
+    return {**PUBLISHED[name].config, "vocab_size": 500, "padded_vocab_size": 500}
+
+
+@pytest.mark.parametrize("value", [None, 0, -1, "x", True, [1], 2**31])
+@pytest.mark.parametrize(("name", "setting"), [(name, setting) for name, several in COUNTS.items() for setting in several])
+def test_a_setting_that_is_no_number_is_named(name: str, setting: str, value: Any) -> None:
+    found = settings(name)
+    text_model = TEXT_MODELS[found["architectures"][0]]
+    text_model(found)
+    with pytest.raises(UserError, match=f"{setting} in the model's config.json is .* above 0 that a model has: fetch the model again"):
+        text_model({**found, setting: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"num_key_value_heads": None}, "num_key_value_heads in the model's config.json is None"),
+        ({"intermediate_size": 0}, "intermediate_size in the model's config.json is 0"),
+        ({"num_key_value_heads": 3}, "128 channels in 8 heads, of which 3 have keys"),
+    ],
+)
+def test_sizes_of_what_is_read_as_a_llama_are_checked(change: dict[str, Any], why: str) -> None:
+    sizes = {"vocab_size": 500, "intermediate_size": 256, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    text = {**sizes, "model_type": "internlm2", "hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2}
+    as_llama.check({"llm_config": text})
+    with pytest.raises(UserError, match=why):
+        as_llama.check({"llm_config": text | change})
+
+
+@pytest.mark.parametrize(("name", "groups"), [("GLM-4V", "multi_query_group_num"), ("CogVLM2", "num_multi_query_heads")])
+def test_heads_that_do_not_divide_are_refused(name: str, groups: str) -> None:
+    found = settings(name)
+    with pytest.raises(UserError, match="128 channels in 4 heads, of which 3 have keys, and they do not divide"):
+        TEXT_MODELS[found["architectures"][0]]({**found, groups: 3})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("rows", [(), (383, 128), (0, 128)])
+def test_queries_keys_and_values_of_another_shape_are_named(name: str, rows: tuple[int, ...]) -> None:
+    found, graph = settings(name), PUBLISHED[name].graph
+    tensor = f"{graph.layer.format(1)}{graph.qkv}.weight"
+    with pytest.raises(UserError, match=rf"{tensor} is \({rows[0] if rows else ''}.*rows: fetch the model again"):
+        TEXT_MODELS[found["architectures"][0]](found).parts_of(tensor, torch.zeros(rows))
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.attention.wqkv.weight", "model.layers.1.self_attn.qkv_proj.weight"])
+@pytest.mark.parametrize("rows", [(), (191, 128), (0, 128)])
+def test_merged_matrices_of_another_shape_are_named(name: str, rows: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=f"{name} is .* its rows are no multiple of 12, as config.json asks"):
+        as_llama.parts_of(name, torch.zeros(rows), 8, 2)
+
+
+def test_more_layers_than_llama_cpp_has_room_for_are_refused_at_once(tmp_path: Path) -> None:
+    for spoilt in ({"num_layers": 10**9}, {"llm_config": {"num_hidden_layers": checks.MOST_LAYERS + 1}}):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": ["InternVLChatModel"], "vision_config": {"a": 1}} | spoilt))
+        with pytest.raises(UsageError, match=r"layers in the model's config.json is \d+ and llama.cpp takes 512"):
+            check_source(tmp_path)
+
+
+@pytest.fixture
+def pieces(tmp_path: Path) -> Path:
+    """A directory with tokenizer.model and the settings beside it."""
+    spaced((), tmp_path)
+    for name in ("chat_template.jinja", "generation_config.json"):
+        (tmp_path / name).touch()
+    pieces_alone(tmp_path, FIRST, ADDED, (), {"tokenizer_class": "InternLM2Tokenizer"}, space=True)
+    Pieces.of(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x00\x01\x02", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_tokenizer_that_is_none_is_named(pieces: Path, content: bytes | None) -> None:
+    file = pieces / "tokenizer.model"
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer.model is no tokenizer of SentencePiece's \(.*fetch it again"):
+        Pieces.of(pieces)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"unk_token": None}, "names a bos_token, eos_token or unk_token that"),
+        ({"bos_token": "<never>"}, "names a bos_token, eos_token or unk_token that"),
+        ({"bos_token": {}}, "lacks what a tokenizer needs"),
+        ({"added_tokens_decoder": {"x": {"content": "a"}}}, "lacks what a tokenizer needs"),
+        ({"added_tokens_decoder": {"3": {}}}, "lacks what a tokenizer needs"),
+        ({"added_tokens_decoder": [1]}, "lacks what a tokenizer needs"),
+    ],
+)
+def test_settings_that_do_not_fit_the_tokenizer_are_named(pieces: Path, change: dict[str, Any], why: str) -> None:
+    file = pieces / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=rf"tokenizer_config.json {why}"):
+        Pieces.of(pieces)
