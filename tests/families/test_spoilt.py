@@ -57,6 +57,17 @@ def test_sizes_of_what_is_read_as_a_llama_are_checked(change: dict[str, Any], wh
         as_llama.check({"llm_config": text | change})
 
 
+@pytest.mark.parametrize("name", ["short_factor", "long_factor"])
+@pytest.mark.parametrize("value", [0, "x", [1.0]])
+def test_factors_for_other_pairs_than_a_head_s_are_named(name: str, value: Any) -> None:
+    scales = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    text = {"model_type": "phi3", "hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": 512}
+    text |= {"original_max_position_embeddings": 128, "rope_theta": 10000.0}
+    as_llama.settings({**text, "rope_scaling": scales})
+    with pytest.raises(UserError, match=f"{name} in the model's config.json is no list of 16 factors"):
+        as_llama.settings({**text, "rope_scaling": scales | {name: value}})
+
+
 @pytest.mark.parametrize(("name", "groups"), [("GLM-4V", "multi_query_group_num"), ("CogVLM2", "num_multi_query_heads")])
 def test_heads_that_do_not_divide_are_refused(name: str, groups: str) -> None:
     found = settings(name)

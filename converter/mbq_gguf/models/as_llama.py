@@ -61,6 +61,10 @@ def settings(published: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError("only a Phi-3 without a sliding window and with wholly rotary heads can be converted: use InternVL2-4B")
     if scales := found.pop("rope_scaling", None):  # of each pair of channels, one for texts up to the original length, one beyond
         factors = {name: scales[name] for name in ("short_factor", "long_factor")}
+        pairs = published["hidden_size"] // published["num_attention_heads"] // 2
+        for name, factor in factors.items():
+            if not isinstance(factor, list) or len(factor) != pairs:
+                raise UserError(f"rope_scaling's {name} in the model's config.json is no list of {pairs} factors: fetch the model again")
         original = published["original_max_position_embeddings"]
         factors |= {"factor": published["max_position_embeddings"] / original, "original_max_position_embeddings": original}
         found["rope_parameters"] = {"rope_type": "longrope", "rope_theta": found.pop("rope_theta"), **factors}
