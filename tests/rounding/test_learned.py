@@ -69,7 +69,7 @@ def test_nothing_learned_is_the_rounded_matrix(grid: Grid) -> None:
 
 
 def test_a_whole_model_takes_it(tiny: LoadedModel, samples: list[Sample]) -> None:
-    settings = QuantiseSettings(learn_scales=20, synthetic=0)
+    settings = QuantiseSettings("MBQ3", learn_scales=20, synthetic=0)  # MBQ3S keeps scales to 3 %, which is more than is learned here
     plain, learned = (quantise(tiny, samples, chosen).quantised for chosen in (replace(settings, learn_scales=0), settings))
     assert any(plain[name].data.tobytes() != learned[name].data.tobytes() for name in plain)
     with pytest.raises(UsageError, match="--learn-scales with --propagate-error"):
