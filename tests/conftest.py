@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from mbq_gguf.calibration.dataset import SHIPPED, Sample, read_jsonl
 from mbq_gguf.errors import UserError
 from mbq_gguf.models import LoadedModel, load
 from tiny_vlm import write_tiny_vlm
+
+
+def pytest_configure() -> None:
+    """Without a card Triton's kernels are interpreted, which Triton reads where it is imported first: that may be in any test."""
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from grids import grid_for
@@ -14,8 +12,6 @@ from mbq_gguf.rounding.kernels import Kernels, all_kernels
 from mbq_gguf.rounding.sequence import Refinement, refined
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read where Triton is imported first
 triton = pytest.importorskip("triton")
 ROWS = 16
 SUMS = 1e-5  # sums of float32 in another order: measured 4e-7 of the largest, where that is not rounded to what a file holds
