@@ -1,6 +1,6 @@
 #pragma once
 
-// Included at the end of mtmd-image.cpp, whose img_tool it needs. As transformers has it (LlavaNextImageProcessor, LlavaOnevisionImageProcessor;
+// Included by mtmd-mbq-preprocessors-impl.h. As transformers has it (LlavaNextImageProcessor, LlavaOnevisionImageProcessor;
 // select_best_resolution and get_patch_output_size), in double as there.
 
 #include "mtmd-image.h"
@@ -74,5 +74,3 @@ mtmd_image_preproc_out mtmd_mbq_anyres::preprocess_among(const clip_image_u8 & i
     output.append(hparams, whole);
     return output;
 }
-
-#include "mtmd-mbq-llama4-impl.h" // another beside it

@@ -1,6 +1,6 @@
 #pragma once
 
-// Included at the end of mtmd-image.h.
+// Included by mtmd-mbq-preprocessors.h.
 
 // LLaVA-NeXT's and LLaVA-OneVision's pictures (clip-mbq-anyres.h)
 struct mtmd_mbq_anyres : mtmd_image_preprocessor {
@@ -15,5 +15,3 @@ struct mtmd_mbq_anyres : mtmd_image_preprocessor {
 private:
     clip_image_size best_resolution(const clip_image_size & size) const;
 };
-
-#include "mtmd-mbq-llama4.h" // another beside it

@@ -1,6 +1,6 @@
 #pragma once
 
-// Included at the end of mtmd-image.cpp, whose img_tool it needs. As transformers has it (Llama4ImageProcessor: get_best_fit in float,
+// Included by mtmd-mbq-preprocessors-impl.h. As transformers has it (Llama4ImageProcessor: get_best_fit in float,
 // get_max_res_without_distortion in double).
 
 #include "mtmd-image.h"

@@ -1,6 +1,6 @@
 #pragma once
 
-// Included at the end of mtmd-image.h.
+// Included by mtmd-mbq-preprocessors.h.
 
 #include <memory>
 #include <vector>
