@@ -22,14 +22,13 @@ from mbq_gguf.export.checkpoint import names_of
 from mbq_gguf.export.clip_tower import CLIP, clip_class
 from mbq_gguf.export.gemma4 import ARCHITECTURE as GEMMA4
 from mbq_gguf.export.gemma4 import of_gemma4
-from mbq_gguf.export.llama4 import ARCHITECTURE as LLAMA4
 from mbq_gguf.export.llama4 import of_llama4
 from mbq_gguf.export.minicpmv import text_class, vision_class
 from mbq_gguf.export.text_model import converted_as
 from mbq_gguf.export.vocabulary import quicken
 from mbq_gguf.formats.gguf_types import import_from_tree, import_gguf
 from mbq_gguf.llama_cpp import paths
-from mbq_gguf.models import as_llama, internvl, minicpmv
+from mbq_gguf.models import as_llama, internvl, llama4, minicpmv
 from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.published import TEXT_MODELS
 from mbq_gguf.models.remote_code import runs_remote_code
@@ -148,7 +147,7 @@ def open_model(model_dir: Path, out: Path, *, file_type: str, mmproj: bool) -> A
         file_type_value = package.gguf.LlamaFileType[FILE_TYPES[file_type]]
         hparams = package.conversion.ModelBase.load_hparams(model_dir, False)
         model_class = either_layout(own_class(package, hparams, mmproj=mmproj) or package.conversion.get_model_class(name, mmproj=mmproj))
-        if LLAMA4 in (hparams.get("architectures") or ()):
+        if llama4.ARCHITECTURE in (hparams.get("architectures") or ()):
             model_class = of_llama4(model_class, hparams)
         if GEMMA4 in (hparams.get("architectures") or ()):
             model_class = of_gemma4(model_class, hparams)

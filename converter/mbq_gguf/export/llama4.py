@@ -7,7 +7,6 @@ from typing import Any
 
 from mbq_gguf.errors import UserError
 
-ARCHITECTURE = "Llama4ForConditionalGeneration"
 # Chunks of attention, and how queries of layers without rotary positions grow with their position.
 FIXED = {"attention_chunk_size": 8192, "attn_temperature_tuning": True, "floor_scale": 8192, "attn_scale": 0.1}
 NO_ROPE_STEP = 4  # every fourth layer has no rotary positions
