@@ -38,8 +38,9 @@ from quirks import QUIRKS
 from safetensors.torch import load_file, save_file
 from small import QUESTION, Small, compare, moved, unpacked
 
-# Of the answer's tokens that Hugging Face decides by LEAD of the range or more. Activations rounded to bfloat16 may turn the others,
-# of which random models have one in seven, at most one in four. With AVX-512's, 13 tokens of 18 families turned, 12 of them such.
+# Of the answer's tokens that Hugging Face decides by LEAD of the range or more. Activations rounded to bfloat16 may turn the others, of
+# which random models have one in seven, at most one in four (DECIDED in small.py). With AVX-512's, 13 tokens of 18 families turned, 12 of
+# them such.
 TOP1, LEAD = 0.97, 0.005
 # The largest difference over the range of the logits. llama.cpp rounds activations to bfloat16 before products with bfloat16 weights.
 BF16 = 0.03
