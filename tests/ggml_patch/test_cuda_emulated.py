@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -34,23 +35,28 @@ def between(text: str, begin: str, end: str) -> str:
     return text[text.index(begin) : text.index(end)]
 
 
-def test_kernels_on_the_cpu(tmp_path: Path) -> None:
+def run_emulated(name: str, sources: Mapping[str, str], work: Path) -> None:
+    """emulation/NAME.cpp, which includes ``sources``, compiled as C++ with the types of CUDA, and run. Skips where there is no nvcc."""
     compiler = shutil.which("nvcc")
     if compiler is None:
         pytest.skip("nvcc is not installed")
+    for file, text in sources.items():
+        (work / file).write_text(text, encoding="utf-8")
+    options = ["-x", "c++", "-std=c++17", "-O1", "-Xcompiler", "-fno-strict-aliasing,-w", f"-I{work}"]
+    command = [compiler, *options, str(HERE / "emulation" / f"{name}.cpp"), "-o", str(work / name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ran = subprocess.run([work / name], capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stdout
+
+
+def test_kernels_on_the_cpu(tmp_path: Path) -> None:
     sources = {name: read(name) for name in ("mbq-block.cuh", "mbq-activations-q8.cuh", "mbq-plan.cuh", "mbq-tile.cuh", "mbq-gemv.cuh")}
     sources["mbq-block.cuh"] = replaced(r"(?<=const int \(&b\)\[2\]\) )\{.*?\n\}\n", MMA, sources["mbq-block.cuh"])
     sources["mbq-tile.cuh"] = replaced(r'asm volatile\("bar\.sync[^;]*;[^;]*;', "wait_for(group + 1, KW*32);", sources["mbq-tile.cuh"])
     sources["registers.cuh"] = REGISTERS + between(read("mbq-wgmma.cuh"), "// 64 or 128 weights of a row", "#endif // MBQ_WGMMA")
     sources["dequantize.cuh"] = between(read("mbq.cu"), "template <typename L>\n", "template <typename T> static __device__")
-    for name, text in sources.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    program = tmp_path / "kernels"
-    options = ["-x", "c++", "-std=c++17", "-O1", "-Xcompiler", "-fno-strict-aliasing,-w", f"-I{tmp_path}"]
-    done = subprocess.run([compiler, *options, str(HERE / "emulation" / "kernels.cpp"), "-o", str(program)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    ran = subprocess.run([program], capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stdout
+    run_emulated("kernels", sources, tmp_path)
 
 
 CAST = """
@@ -99,14 +105,5 @@ def test_keys_and_values_change_places(tmp_path: Path) -> None:
 
 def test_behind_a_product_on_the_cpu(tmp_path: Path) -> None:
     """Bias, residual stream and function behind a product of F16 weights: every number where it belongs, floats and F16."""
-    compiler = shutil.which("nvcc")
-    if compiler is None:
-        pytest.skip("nvcc is not installed")
     source = between(read("mbq-f16.cuh"), "struct mbq_f16_end_args", "// See ggml_cuda_mul_mat_cublas_impl")
-    (tmp_path / "behind.cuh").write_text(source, encoding="utf-8")
-    program = tmp_path / "behind"
-    options = ["-x", "c++", "-std=c++17", "-O1", "-Xcompiler", "-fno-strict-aliasing,-w", f"-I{tmp_path}"]
-    done = subprocess.run([compiler, *options, str(HERE / "emulation" / "behind.cpp"), "-o", str(program)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    ran = subprocess.run([program], capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stdout
+    run_emulated("behind", {"behind.cuh": source}, tmp_path)
