@@ -28,7 +28,7 @@ import bench_ttft
 import click
 from bench_ttft import QUESTION, SHAPES, demo_tokenizer, device, noise
 from mbq_cbind.model import Model
-from mbq_cbind.vision import Vision
+from mbq_cbind.vision import EncodedImage, Vision
 from mbq_gguf.llama_cpp.bindings import bind
 from random_gguf import LanguageShape, write_random_gguf, write_random_tower
 from rich.console import Console
@@ -86,6 +86,18 @@ def towers(folder: Path, kinds: list[str], width: int, rounds: int, options: dic
         return rounds_of(runs, rounds, "towers")
 
 
+def forget(model: Model) -> None:
+    """Nothing of the last prompt is found again."""
+    model.text_logits([1], outputs=1)
+
+
+def answered(model: Model, words: str, image: EncodedImage) -> float:
+    """Seconds of a prompt with one encoded picture, to the logits of its last token."""
+    begin = time.perf_counter()
+    model.logits(words, [image], [1])
+    return time.perf_counter() - begin
+
+
 def languages(folder: Path, names: list[str], rounds: int, options: dict[str, Any]) -> Timed:
     """Seconds of a prompt with one encoded picture, to the logits of its last token."""
     tokenizer, count = demo_tokenizer()
@@ -104,11 +116,9 @@ def languages(folder: Path, names: list[str], rounds: int, options: dict[str, An
             for tokens, picture in pictures.items():
                 image, words = model.vision.encode(picture), model.prompt(QUESTION)
 
-                def run(model: Model = model, words: str = words, image: Any = image) -> float:
-                    model.text_logits([1], outputs=1)  # nothing of the last prompt is found again
-                    begin = time.perf_counter()
-                    model.logits(words, [image], [1])
-                    return time.perf_counter() - begin
+                def run(model: Model = model, words: str = words, image: EncodedImage = image) -> float:
+                    forget(model)
+                    return answered(model, words, image)
 
                 runs[name, tokens] = run
         return rounds_of(runs, rounds, "language models")

@@ -2,6 +2,7 @@
 """What a pass of a vision tower (Qwen2-VL's, random weights) spends on a card: from its first kernel to its last, and by kernel.
 
     python tools/profile_tower.py --towers F16,W8A8,W4A8 --output tower.json
+    python tools/profile_tower.py --towers F16 --language 7B:W4A8,7B:MBQ3S      and a prompt with one encoded picture, in one pass
 
 torch's profiler counts the kernels of the whole process, so it needs torch with CUDA beside the CUDA build. Some kernels begin before the
 one in front of them has ended and wait for it, so times by kernel add up to more than the pass.
@@ -15,14 +16,18 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import bench_ttft
 import click
 import torch
-from bench_tower import CONTEXT, SIDES
-from bench_ttft import demo_tokenizer, noise
+from bench_tower import CONTEXT, SIDES, answered, forget
+from bench_ttft import QUESTION, SHAPES, demo_tokenizer, noise
 from mbq_cbind.model import Model
 from mbq_gguf.llama_cpp.bindings import bind
 from random_gguf import LanguageShape, write_random_gguf, write_random_tower
@@ -39,38 +44,79 @@ def seconds(model: Model, picture: Path) -> float:
     return time.perf_counter() - begin
 
 
-def profiled(model: Model, picture: Path, trace: Path) -> dict[str, Any]:
-    """A pass: milliseconds of the whole call (median of 7, unprofiled), on the card, and by kernel."""
-    for _ in range(3):
-        seconds(model, picture)
-    whole = statistics.median(seconds(model, picture) for _ in range(7))
+def profiled(run: Callable[[], float], trace: Path, before: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    """What ``run``, which tells its seconds, takes: milliseconds of the whole call (median of 7, unprofiled), on the card from the first
+    kernel to the last, of these idle, and by kernel. ``before`` runs before each, outside of all that."""
+    times = []
+    for _ in range(10):
+        before()
+        times.append(run())
+    before()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        seconds(model, picture)
+        run()
         torch.cuda.synchronize()
     found.export_chrome_trace(str(trace))
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("cat") in KINDS]
+    return {"call": 1000 * statistics.median(times[3:]), **of_events(json.loads(trace.read_text())["traceEvents"])}
+
+
+def of_events(trace: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Milliseconds on the card of a trace's events, which have times in us."""
+    events = sorted((event for event in trace if event.get("cat") in KINDS), key=lambda event: event["ts"])
     times, counts = Counter[str](), Counter[str]()
+    end, idle = events[0]["ts"], 0.0
     for event in events:
+        idle += max(0.0, event["ts"] - end)
+        end = max(end, event["ts"] + event["dur"])
         name = re.sub(r"^void |[<(].*", "", event["name"])
         times[name] += event["dur"] / 1000
         counts[name] += 1
-    span = max(event["ts"] + event["dur"] for event in events) - min(event["ts"] for event in events)
     rows = [{"kernel": name, "ms": total, "count": counts[name]} for name, total in times.most_common()]
-    return {"call": 1000 * whole, "card": span / 1000, "count": len(events), "kernels": rows}
+    return {"card": (end - events[0]["ts"]) / 1000, "idle": idle / 1000, "count": len(events), "kernels": rows}
 
 
 def printed(title: str, found: dict[str, Any]) -> Table:
-    table = Table("kernel", "ms", "times", title=f"{title}: {found['card']:.2f} ms on the card, {found['call']:.2f} ms in all")
+    of_all = f"{found['card']:.2f} ms on the card, of these {found['idle']:.2f} idle, {found['call']:.2f} in all"
+    table = Table("kernel", "ms", "times", title=f"{title}: {of_all}")
     for row in found["kernels"][:20]:
         table.add_row(row["kernel"], f"{row['ms']:.3f}", str(row["count"]))
     return table
 
 
+def towers(folder: Path, kinds: list[str], width: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each tower's pass over a picture of each size, beside a language model of one layer."""
+    tokenizer, count = demo_tokenizer()
+    text, mmproj = folder / "one-layer.gguf", folder / "mmproj.gguf"
+    write_random_gguf(text, LanguageShape(1, width, 256, width // 128, 1, count), "F16", tokenizer)
+    for kind in kinds:
+        write_random_tower(mmproj, width, kind)
+        with Model(text, mmproj, context=CONTEXT, gpu_layers=99) as model:
+            for tokens in SIDES:
+                run = partial(seconds, model, noise(folder, 1, tokens)[0])
+                yield f"{kind}, {tokens} tokens", profiled(run, folder / "trace.json")
+
+
+def prompts(folder: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each language model's prompt with one picture of each size."""
+    tokenizer, count = demo_tokenizer()
+    text, mmproj = folder / "language.gguf", folder / "mmproj.gguf"
+    for name in names:
+        size, _, mixture = name.partition(":")
+        shape = replace(SHAPES[size], vocabulary=count)
+        write_random_gguf(text, shape, mixture, tokenizer)
+        write_random_tower(mmproj, shape.embedding)
+        with Model(text, mmproj, context=CONTEXT, aifs=True, gpu_layers=99) as model:
+            for tokens in SIDES:
+                image = model.vision.encode(noise(folder, 1, tokens)[0])
+                run = partial(answered, model, model.prompt(QUESTION), image)
+                yield f"{name}, a picture of {tokens} tokens", profiled(run, folder / "trace.json", partial(forget, model))
+
+
 @click.command()
 @click.option("--towers", "kinds", default="F16,W8A8,W4A8", show_default=True)
-@click.option("--width", type=int, default=3584, show_default=True, help="Of the language model.")
+@click.option("--language", "names", default="", help="Random language models, for example 7B:F16,7B:W4A8.")
+@click.option("--width", type=int, default=3584, show_default=True, help="Of the language model beside a tower.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write everything as JSON.")
-def main(kinds: str, width: int, output: Path | None) -> None:
+def main(kinds: str, names: str, width: int, output: Path | None) -> None:
     """Print a table for each type and size."""
     bind()
     bench_ttft.SIDES.update(SIDES)
@@ -78,16 +124,9 @@ def main(kinds: str, width: int, output: Path | None) -> None:
     all_found = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        tokenizer, count = demo_tokenizer()
-        text, mmproj = folder / "one-layer.gguf", folder / "mmproj.gguf"
-        write_random_gguf(text, LanguageShape(1, width, 256, width // 128, 1, count), "F16", tokenizer)
-        for kind in kinds.split(","):
-            write_random_tower(mmproj, width, kind)
-            with Model(text, mmproj, context=CONTEXT, gpu_layers=99) as model:
-                for tokens in SIDES:
-                    title = f"{kind}, {tokens} tokens"
-                    all_found[title] = profiled(model, noise(folder, 1, tokens)[0], folder / "trace.json")
-                    Console(width=140).print(printed(title, all_found[title]))
+        for title, found in chain(towers(folder, kinds.split(","), width), prompts(folder, list(filter(None, names.split(","))))):
+            all_found[title] = found
+            Console(width=140).print(printed(title, found))
     if output:
         output.write_text(json.dumps({"device": torch.cuda.get_device_name(), "passes": all_found}, indent=1) + "\n")
 
