@@ -203,7 +203,8 @@ def memory(work: Work, device: str, room: float = float("inf")) -> tuple[float, 
         kept = min(activations, max(0.0, room - rounding))  # on the card (calibration/spill.py), where ends are away meanwhile
         one_end = 4.0 * work.vocabulary * work.width  # read, or packed for the file
         return PROCESS + DRIVER + max(activations - kept, one_end), max(ends + _writing(work, 16, room - ends), rounding + kept)
-    ahead = work.tokens * max((2 * sum(_shared(sites)) + 4 * work.width for sites in work.layers), default=0)  # the next layer's inputs
+    inputs = work.tokens * max((2 * sum(_shared(sites)) + 4 * work.width for sites in work.layers), default=0)
+    ahead = 4.0 * layer + inputs if work.tokens else 0.0  # of the original's next layer (walk/ahead.py)
     return PROCESS + ends + max(_writing(work, 32, room - ends), activations + ahead + rounding), 0.0
 
 
