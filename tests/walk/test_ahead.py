@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mbq_gguf.calibration.dataset import Sample
+from mbq_gguf.calibration.observe import Observed
 from mbq_gguf.calibration.stream import capture, run_batch, working_layer
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layer import Layer
@@ -58,6 +59,22 @@ def test_a_walk_that_ends_early_waits_for_one_run_at_most(tiny: LoadedModel, sam
     assert 0 < len(runs) < ENOUGH
     with pytest.raises(InterruptedError):
         ahead.take(0)
+
+
+def test_it_rests_while_the_walk_has_all_cores(tiny: LoadedModel, samples: list[Sample]) -> None:
+    streams, found = list(capture(tiny, samples[:1])), threading.Event()
+
+    def run(layer: Layer) -> Original:
+        run_batch(layer, streams)
+        found.set()
+        return Original(0, streams, Observed(), [])
+
+    with Ahead() as ahead:
+        with ahead.resting():
+            ahead.start(working_layer(tiny, 0), run)
+            assert not found.wait(0.2)
+        assert ahead.take(0) is not None
+        assert found.is_set()
 
 
 def test_an_error_reaches_the_walk(tiny: LoadedModel) -> None:

@@ -1,13 +1,15 @@
 """The original model one layer ahead: its next layer is run in a thread while this one is rounded.
 
 Rounding is many small operations one after the other, which leave the other cores of a CPU idle; the original's layers depend on none of
-them. What comes out is the same bits as in turns.
+them. Moments fill all cores by themselves, so the thread rests meanwhile: without that it would be done before the later matrices are
+rounded, and these alone. What comes out is the same bits as in turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event, Thread
 
@@ -43,6 +45,8 @@ class Ahead:
     def __init__(self) -> None:
         self._found: Future[Original] | None = None
         self._ended = Event()
+        self._free = Event()
+        self._free.set()
         self._thread: Thread | None = None
 
     def __enter__(self) -> Ahead:
@@ -68,6 +72,15 @@ class Ahead:
         self._thread = Thread(target=work)
         self._thread.start()
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """While open, the thread begins with no other batch."""
+        self._free.clear()
+        try:
+            yield
+        finally:
+            self._free.set()
+
     def take(self, index: int) -> Original | None:
         """What was found of layer ``index``, once it is, or None where nobody has begun with it."""
         found, self._found = self._found, None
@@ -75,5 +88,6 @@ class Ahead:
         return original if original and original.index == index else None
 
     def _go_on(self, *_: object) -> None:
+        self._free.wait()
         if self._ended.is_set():
             raise InterruptedError("the walk has ended")

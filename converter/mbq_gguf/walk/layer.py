@@ -175,7 +175,7 @@ def put_back(work: LayerWork, outcome: Outcome) -> None:
 
 def leave_layer(work: LayerWork) -> None:
     """Move the walk behind the finished layer."""
-    with work.walk.timed("moments"), coarse_products():
+    with work.walk.timed("moments"), coarse_products(), work.walk.ahead.resting():
         work.replay.advance()
     work.walk.streams = made(work.passed)
 
@@ -205,7 +205,7 @@ def _moments(work: LayerWork, site: Site) -> Moments | None:
     if not settings.follows_prefix:
         return folded_moments(layer, site, observed, work.factors)
     originals = folded_inputs(layer, site, observed, work.factors) if _corrects(settings) and site.expert is None else None
-    with work.walk.timed("moments"), coarse_products():
+    with work.walk.timed("moments"), coarse_products(), work.walk.ahead.resting():
         found = work.replay.moments(site, work.weights, originals)
     observed.inputs.pop(site.name, None)  # a site is asked for once; a card has room for what comes next
     return found
