@@ -35,11 +35,11 @@ class Narrow(nn.Module):
         self.packed = bits == 4 and columns % 2 == 0
         largest = 2 ** (bits - 1) - 1
         groups = module.weight.detach().float().view(rows, -1, group)
-        self.scale = (groups.abs().amax(dim=2, keepdim=True) / largest).clamp(min=1e-30)
+        self.scale = nn.Buffer((groups.abs().amax(dim=2, keepdim=True) / largest).clamp(min=1e-30), persistent=False)
         codes = (groups / self.scale).round_().to(torch.int8).view(rows, columns)
         if self.packed:
             codes = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
-        self.codes = codes
+        self.codes = nn.Buffer(codes, persistent=False)
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix [rows, columns]."""
