@@ -1,14 +1,14 @@
 """What a conversion takes, from a model's shapes: seconds of each stage by a few measured rates, memory by what lies there at once.
 
-:data:`CPU` and :data:`CARD` are all that was measured, and say where and when. Seconds of a CPU are those of one that does
-:data:`CPU_RATE` floating-point operations a second, and go with the rate that the machine has now; a card waits for launches and copies
-more than for products, so its seconds are taken as they are.
+:data:`CPU` and :data:`CARD` are all that was measured, and say where and when. Seconds of a CPU go with two rates that the machine has
+now (:class:`Speed`), since a core that multiplies four times as fast does small operations only about twice as fast; a card waits for
+launches and copies more than for products, so its seconds are taken as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch import nn
 
@@ -17,7 +17,6 @@ from mbq_gguf.models.file_rows import TABLE
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
 
-CPU_RATE = 48e9  # of one quiet thread of machine B, on which CPU was measured
 TEXT_TOKENS = 128
 STEPS = TEXT_TOKENS - 1
 
@@ -42,26 +41,44 @@ class Rates:
     product: float  # a weight times a column of its site: errors carried on, codes improved
     packed: float  # a weight of embeddings and head, packed on the host
     stored: float  # a byte of the two files
+    nearest: float  # a weight that is rounded to the nearest, where nothing else is done: the disk keeps up
 
 
-# Machine B (2 cores of an AMD EPYC, AVX2), one thread, processor time of one layer of 576 and of 1024 channels, 24 samples, 2026-11-28.
+@dataclass(frozen=True)
+class Speed:
+    """What a CPU does a second, with the load that it has: floating-point operations of matrix products by all ``threads``, and small
+    operations, as rounding has them, by one."""
+
+    products: float
+    small: float
+    threads: int
+
+
+# Of these, seconds of PRODUCTS go with the products, and those of BESIDE, which two threads share (walk/ahead.py, calibration/generate.py),
+# and all others with the small operations. One thread of machine A at CPU_SPEED, processor time of the reference VLM's layers and texts,
+# 2026-11-29. Products, and how widths matter, are machine B's (2 cores of an AMD EPYC, AVX2), one thread, layers of 576 and of 1024
+# channels, 2026-11-28: 48e9 operations a second.
+PRODUCTS = ("seen", "written", "multiplied", "squared")
+BESIDE = ("step", "layer_step", "scored", "moved", "column", "rounded", "product")
+CPU_SPEED = Speed(183e9, 78e3, 1)
 CPU = Rates(
-    start=20.0,
-    read=1e-9,
-    stream=0.05,
-    seen=5.5e-11,
-    step=0.02,
-    layer_step=8e-3,
-    written=4.2e-11,
-    scored=6.1e-8,
-    moved=0.0,
-    multiplied=8.3e-11,
-    squared=6.2e-11,
+    start=8.0,
+    read=3.5e-10,
+    stream=0.028,
+    seen=1.44e-11,
+    step=0.005,
+    layer_step=1.8e-3,
+    written=1.75e-11,
+    scored=1.6e-8,
+    moved=2.8e-8,
+    multiplied=2.18e-11,
+    squared=1.63e-11,
     column=0.0,
-    rounded=1.8e-6,
-    product=2e-10,
-    packed=2e-8,
-    stored=3e-9,
+    rounded=5e-7,
+    product=6e-11,
+    packed=7e-9,
+    stored=1e-9,
+    nearest=2.1e-8,
 )
 # One H200 alone, 16 threads, a 7B's shapes by the defaults and two layers of a 72B's, 2026-11-28; rounding since it is kernels, by the four
 # matrices of a 7B's layer, 2026-11-29.
@@ -82,6 +99,7 @@ CARD = Rates(
     product=6.1e-13,
     packed=2e-9,
     stored=1.0e-9,
+    nearest=6e-8,
 )
 SEARCHED = 3.4  # times a layer's seconds where channel factors are searched (MBQ, AWQ): 1483 s for 435 on the reference VLM
 LEARNED = 1.4  # a pass of --learn-scales: 2855 s for 435 with four passes
@@ -167,6 +185,13 @@ def layer_seconds(work: Work, sites: Sequence[Site], rates: Rates) -> float:
         total += tokens * site.columns * (site.rows * rates.multiplied + rates.moved + site.columns * rates.squared)
         total += site.columns * rates.column + site.columns**2 * site.rows * rates.product
     return total + weights * rates.rounded
+
+
+def rates_at(speed: Speed) -> Rates:
+    """:data:`CPU` on a machine of another ``speed``."""
+    small = CPU_SPEED.small / speed.small
+    factors = dict.fromkeys(PRODUCTS, CPU_SPEED.products / speed.products) | dict.fromkeys(BESIDE, small / min(speed.threads, 2))
+    return Rates(**{name: seconds * factors.get(name, small) for name, seconds in asdict(CPU).items()})
 
 
 def stage_seconds(work: Work, rates: Rates, searched: bool = False, learned: int = 0) -> dict[str, float]:

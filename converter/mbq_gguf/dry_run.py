@@ -7,6 +7,7 @@ measured rates (cost.py).
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.text import Text
 from mbq_gguf.beforehand import check_inputs, check_tower, look_ahead
 from mbq_gguf.calibration.dataset import FREE_ANSWER_TOKENS, FREE_QUESTION, Drawn
 from mbq_gguf.convert import ConvertOptions, Quantised, text_file
-from mbq_gguf.cost import CARD, CPU, CPU_RATE, Work, memory, stage_seconds, work_of
+from mbq_gguf.cost import CARD, Speed, Work, memory, rates_at, stage_seconds, work_of
 from mbq_gguf.export.atomic import check_output
 from mbq_gguf.export.gguf_writer import HEAD, TextFile, VisionFile, measure_mmproj, measure_text
 from mbq_gguf.export.report import ConvertReport, duration, megabytes, type_table
@@ -35,7 +36,6 @@ from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise_tower import tower_file, tower_keys
 from mbq_gguf.transforms.rotation import file_keys
 
-NEAREST = 6e-8  # seconds of a weight that is rounded to the nearest: the disk keeps up
 SAMPLED = 8  # samples that are encoded to know how long one is
 
 
@@ -152,22 +152,27 @@ def expected_vision(options: ConvertOptions, model: LoadedModel) -> VisionFile:
 
 
 def expected_seconds(options: ConvertOptions, work: Work) -> float:
-    """All stages together, at the rate that this machine has now."""
+    """All stages together, at the speed that this machine has now."""
     searched = options.method in ("awq", "mbq")
-    on_card = options.device != "cpu"
-    scale = 1.0 if on_card else CPU_RATE / measure_rate(options.device)
-    rates = CARD if on_card else CPU
+    rates = rates_at(measure_speed()) if options.device == "cpu" else CARD
     if not work.tokens:
-        return scale * (work.weights * NEAREST + stage_seconds(work, rates)["write"])
-    return scale * sum(stage_seconds(work, rates, searched, options.learn_scales).values())
+        return work.weights * rates.nearest + stage_seconds(work, rates)["write"]
+    return sum(stage_seconds(work, rates, searched, options.learn_scales).values())
 
 
-def measure_rate(device: str, least: float = 0.5) -> float:
-    """Floating-point operations a second of float32 products on ``device``, over at least ``least`` seconds."""
-    matrix = torch.randn(768, 768, device=device)
-    float((matrix @ matrix)[0, 0])  # the first call makes ready
+def measure_speed() -> Speed:
+    """What this CPU does a second beside whatever else runs; takes a second."""
+    matrix, groups = torch.randn(768, 768), torch.randn(256, 64)
+    products = _a_second(lambda: matrix @ matrix)
+    small = _a_second(lambda: torch.mul(groups, groups).add_(groups).square_().sum(dim=1))
+    return Speed(2 * 768**3 * products, small, torch.get_num_threads())
+
+
+def _a_second(operation: Callable[[], object], least: float = 0.5) -> float:
+    """How often ``operation`` is done a second, over ``least`` seconds."""
+    operation()  # the first call makes ready
     start, done = time.perf_counter(), 0
     while (taken := time.perf_counter() - start) < least or not done:
-        float((matrix @ matrix)[0, 0])  # waits for the device
+        operation()
         done += 1
-    return 2 * 768**3 * done / max(taken, time.perf_counter() - start)
+    return done / taken
