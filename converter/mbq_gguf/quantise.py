@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
+from functools import partial
 from operator import attrgetter
-
-import torch
 
 from mbq_gguf import launch
 from mbq_gguf.calibration.dataset import Sample
@@ -21,7 +20,7 @@ from mbq_gguf.settings import ALONE, QuantiseSettings
 from mbq_gguf.transforms.rotation import check_rotatable
 from mbq_gguf.walk import before, layer
 from mbq_gguf.walk.state import Progress, Walk
-from mbq_gguf.workdir import Unkept, WorkDir
+from mbq_gguf.workdir import Item, Unkept, WorkDir
 
 BEFORE = (
     before.capture_samples,
@@ -62,7 +61,7 @@ def quantise(
     walk = Walk(loaded, samples, settings, work or Unkept(), progress)
     for step in BEFORE:
         step(walk)
-    with loaded.layers_alone(), walk.ahead:
+    with loaded.layers_alone(), walk.ahead, walk.behind:
         for index in range(len(loaded.decoder.layers)):
             quantise_layer(walk, index)
             progress("layers", index + 1, len(loaded.decoder.layers))
@@ -144,15 +143,22 @@ def quantise_layer(walk: Walk, index: int) -> None:
     work = layer.enter_layer(walk, index)
     for following in walk.loaded.decoder.layers[index + 1 : index + 2]:
         read_ahead(following)
-
-    def steps() -> tuple[dict[str, torch.Tensor], object]:
+    found = walk.work.found(_item(index))
+    if found:
+        layer.put_back(work, Outcome(*found))
+    else:
         for step in LAYER:
             step(work)
-        return work.outcome.tensors, work.outcome.facts
-
-    outcome = Outcome(*walk.work.cached(f"layer-{index:04d}", steps))
-    if not work.outcome.tensors:  # an earlier run's: this layer has its own weights still
-        layer.put_back(work, outcome)
-    layer.leave_layer(work)
     if launch.first():  # which writes
-        walk.result.add_layer(index, outcome)
+        walk.behind.start(partial(_keep, walk, index, found, work.outcome))
+    layer.leave_layer(work)
+
+
+def _keep(walk: Walk, index: int, found: Item | None, outcome: Outcome) -> None:
+    """Enter layer ``index`` into the result: what an earlier run has ``found``, or the ``outcome`` of this one, once it is saved."""
+    walk.result.add_layer(index, Outcome(*(found or walk.work.kept(_item(index), outcome.tensors, outcome.facts))))
+
+
+def _item(index: int) -> str:
+    """What layer ``index`` is called in the work directory."""
+    return f"layer-{index:04d}"

@@ -42,15 +42,23 @@ class WorkDir:
     def cached(self, name: str, make: Callable[[], Item]) -> Item:
         """Item ``name`` as an earlier run has saved it, or as ``make`` makes it, which is then saved. Raises as :meth:`save` does.
 
-        Its tensors lie in the mapped file, so that what is finished takes no memory. Of several processes the first alone reads and writes.
+        Of several processes the first alone reads and writes.
         """
-        found = from_first(lambda: self.load(name))
+        found = self.found(name)
         if found is None:
             found = make()
             if launch.first():
-                self.save(name, *found)
-                found = self.load(name) or found
+                found = self.kept(name, *found)
         return found
+
+    def found(self, name: str) -> Item | None:
+        """What the first process finds of item ``name``, in all of them."""
+        return from_first(lambda: self.load(name))
+
+    def kept(self, name: str, tensors: dict[str, torch.Tensor], data: Any) -> Item:
+        """Item ``name``, saved: its tensors lie in the mapped file then, so that what is finished takes no memory."""
+        self.save(name, tensors, data)
+        return self.load(name) or (tensors, data)
 
     def load(self, name: str) -> Item | None:
         """Tensors and JSON data of item ``name``, or None where it is not finished or not as it was saved."""
@@ -93,6 +101,13 @@ class Unkept:
     def cached(self, name: str, make: Callable[[], Item]) -> Item:
         """What ``make`` makes."""
         return make()
+
+    def found(self, name: str) -> Item | None:
+        """Nothing."""
+
+    def kept(self, name: str, tensors: dict[str, torch.Tensor], data: Any) -> Item:
+        """The item as it is."""
+        return tensors, data
 
 
 def check_workdir(path: Path, fingerprint: Mapping[str, str]) -> None:

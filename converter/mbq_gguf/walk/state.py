@@ -30,6 +30,7 @@ from mbq_gguf.timing import Timer
 from mbq_gguf.transforms.preserved import FunctionCheck
 from mbq_gguf.transforms.rotation import Rotation, rotate_layer
 from mbq_gguf.walk.ahead import Ahead
+from mbq_gguf.walk.behind import Behind
 from mbq_gguf.workdir import Unkept, WorkDir
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -60,6 +61,7 @@ class Walk:
     sinks: Sinks | None = None
     check: FunctionCheck | None = None
     ahead: Ahead = field(default_factory=Ahead)
+    behind: Behind = field(default_factory=Behind)
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Add the block's time to ``stage``."""
