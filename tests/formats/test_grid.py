@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from grids import grid_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from mbq_gguf.formats import mbq3, mbq3s
 from mbq_gguf.formats.grid import grid_of
 from mbq_gguf.formats.own import OWN
 from mbq_gguf.formats.quant_type import Floats, QuantType
@@ -41,6 +43,20 @@ def test_equals_the_type_on_any_rows(kind: QuantType, weights: Floats, scale: fl
 def test_equals_the_type_on_normal_rows(kind: QuantType, size: float) -> None:
     weights = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
     check_equal(kind, weights * np.float32(size))
+
+
+@EACH
+@given(
+    weights=hnp.arrays(np.float32, (3, 256), elements=st.floats(-(2.0**15), 2.0**15, width=32)),
+    size=st.sampled_from([0.0, 1e-7, 1e-3, 1.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_packs_what_the_type_packs(kind: QuantType, weights: Floats, size: float) -> None:
+    expected, grid = kind.quantize(weights * np.float32(size)), grid_for(kind)
+    unpack = mbq3s.unpack_blocks if grid.held_pair else mbq3.unpack_blocks
+    codes, scale, minimum = (torch.from_numpy(part).view(3, -1) for part in unpack(expected.reshape(-1, kind.type_size)))
+    packed = grid.packed(codes.float(), scale, minimum, torch.zeros(3, codes.shape[1] // grid.block, 2))
+    np.testing.assert_array_equal(packed.numpy(), expected)
 
 
 @EACH

@@ -34,7 +34,7 @@ def test_ggml_reads_what_was_packed(name: str, seed: int, size: float) -> None:
     codes = torch.randint(grid.low, grid.high + 1, (ROWS, COLUMNS), generator=draw).float()
     data = grid.packed(codes, scale, offset, steps)
     values = codes * scale.repeat_interleave(grid.group, 1) + offset.repeat_interleave(grid.group, 1)
-    assert torch.equal(torch.from_numpy(types.dequantize(name, data, COLUMNS)), values)
+    assert torch.equal(torch.from_numpy(types.dequantize(name, data.numpy(), COLUMNS)), values)
 
 
 @pytest.mark.parametrize("name", STOCK)

@@ -93,7 +93,7 @@ class Coded:
 
     def rounded(self, grid: Grid) -> Rounded:
         """Packed bytes and the values that they stand for."""
-        return Rounded(grid.packed(self.codes, self.scale, self.offset, self.steps), self.values(grid))
+        return Rounded(grid.packed(self.codes, self.scale, self.offset, self.steps).cpu().numpy(), self.values(grid))
 
 
 def round_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit | None = None) -> Rounded:

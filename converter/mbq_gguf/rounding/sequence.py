@@ -86,7 +86,7 @@ def _shared_rows(whole: torch.Tensor, code: Callable[[torch.Tensor], Coded], gri
     parts = {}
     if share:
         own = code(whole[blocks[share[0]].start : blocks[share[-1]].stop])
-        data = torch.from_numpy(grid.packed(own.codes, own.scale, own.offset, own.steps)).to(whole.device)  # so that cards send it
+        data = grid.packed(own.codes, own.scale, own.offset, own.steps)
         parts = {"codes": own.codes, "scale": own.scale, "offset": own.offset, "steps": own.steps, "data": data}
     found = [parts] if parallel.count() == 1 else [other for other in parallel.exchange(parts) if other]
     rows = {name: torch.cat([part[name] for part in found]) for name in found[0]}
