@@ -13,9 +13,10 @@ from mbq_gguf import launch
 from mbq_gguf.calibration import batches, sums
 from mbq_gguf.calibration.dataset import SHIPPED, Sample, read_jsonl
 from mbq_gguf.cli import main
-from mbq_gguf.errors import UsageError
+from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.models import load
-from mbq_gguf.parallel import from_first, own, shares, spread, spread_values, together
+from mbq_gguf.models.checks import check_finite
+from mbq_gguf.parallel import PAGE, dealt, from_first, own, shares, spread, spread_values, together, told
 from mbq_gguf.quantise import quantise
 from mbq_gguf.rounding import gptq
 from mbq_gguf.settings import QuantiseSettings
@@ -30,7 +31,7 @@ SETTINGS = QuantiseSettings(token_weights="token", synthetic=2)
 def quantised(model: str, out: str, work: str) -> None:
     """Quantise ``model`` in pieces so small that every process has several, and save what the first has to write to ``out``."""
     torch.set_num_threads(1)
-    batches.TOKENS, sums.TILE, gptq.ROWS_AT_ONCE = 200, 48, 32
+    batches.TOKENS, sums.TILE, gptq.ROWS_AT_ONCE, gptq.COLUMNS_SOLVED = 200, 48, 32, 24
     samples = [Sample(s.image, s.turns[:1]) for s in read_jsonl(SHIPPED)[:3]]
     with together("cpu"):
         kept = open_workdir(Path(work), {"model": "tiny"}) if launch.first() else WorkDir(Path(work), "")
@@ -59,6 +60,29 @@ def test_two_processes_give_the_same_bytes_and_three_go_on_from_their_first_laye
         assert out.read_bytes() == alone.read_bytes()
 
 
+def heard(folder: str) -> None:
+    """Exchange what is short and what is long, then look at weights of which one is spoilt; what came of it is saved by each process."""
+    with together("cpu"):
+        both = [told(launch.rank()), told(launch.rank() * "long" * PAGE)]
+        try:
+            check_finite([Path(folder, "weights.safetensors")])
+        except UserError as error:
+            both.append([str(error)])
+    Path(folder, f"{launch.rank()}.json").write_text(json.dumps(both))
+
+
+def test_what_one_process_finds_all_hear(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3), "b": torch.tensor([1.0, torch.inf]), "c": torch.ones(3)}, tmp_path / "weights.safetensors")
+    started = enumerate(of_several(3, free_port()))
+    run = [Command(tmp_path / f"{rank}.log", tmp_path, variables=own, work=heard) for rank, own in started]
+    assert [process.wait(SECONDS) for process in run] == [0, 0, 0]
+    for rank in range(3):
+        short, long, (sentence,) = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert short == [0, 1, 2]
+        assert long == [number * "long" * PAGE for number in range(3)]
+        assert sentence.startswith(f"the weight b in {tmp_path}/weights.safetensors holds NaN or infinite values")
+
+
 def test_a_single_process_does_all_by_itself() -> None:
     with together("cpu"):
         assert [(piece, parts["x"].item()) for piece, parts in spread([2, 3], lambda piece: {"x": torch.tensor(piece**2)})] == [
@@ -67,6 +91,8 @@ def test_a_single_process_does_all_by_itself() -> None:
         ]
         assert list(spread_values("ab", str.upper)) == ["A", "B"]
         assert from_first(lambda: 7) == 7
+        assert [(piece, part.item()) for piece, part in dealt([1, 9], torch.tensor)] == [(0, 0), (1, 1)]
+        assert told(3) == [3]
         assert list(own(3)) == [0, 1, 2]
         assert shares(5) == [range(5)]
 

@@ -140,9 +140,9 @@ def run_quantisation(options: ConvertOptions, console: Console, stages: Stages, 
     with timer.timed("check"):
         ahead = look_ahead(options, say)
     options = ahead.options
-    with timer.timed("load"):
-        loaded = load(options.model_dir, options.device, prompts=ahead.model.prompts, progress=partial(stages, "check weights"))
     with together(options.device):
+        with timer.timed("load"):
+            loaded = load(options.model_dir, options.device, prompts=ahead.model.prompts, progress=partial(stages, "check weights"))
         with timer.timed("samples"):
             samples = ahead.drawn.answered(loaded, say) if ahead.drawn else []
         calibration = fingerprint(samples) if samples else ""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mbq_gguf import parallel
 from mbq_gguf.errors import UsageError, UserError, said
 from mbq_gguf.models.alone import alone
 
@@ -148,22 +149,38 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def check_finite(files: Sequence[Path], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-    """Raise a UserError that names the first weight in ``files`` with a NaN or an infinity. Everything is read once, one tensor at a time.
+    """Raise a UserError that names the first weight in ``files`` with a NaN or an infinity. Everything is read once, one tensor at a time;
+    of several processes each reads some of the tensors, and all raise the same.
 
     ``progress`` is called with megabytes, done and in all.
     """
-    done, total = 0, sum(file.stat().st_size for file in files)
-    for file in files:
-        with safe_open(str(file), framework="pt") as opened:
-            names = list(opened.keys())
-        for name in names:
-            with safe_open(str(file), framework="pt") as opened:  # anew: what is mapped of the tensor before is given back
-                tensor = opened.get_tensor(name)
-            # The sum is finite unless an entry is not (float32 sums of bf16 weights do not overflow), and costs no mask in memory.
-            # A single number may be a bound that nothing reaches (Gemma 4's clipped linears).
-            bound = tensor.ndim == 0 and not tensor.isnan()
-            suspect = tensor.is_floating_point() and not bound and not torch.isfinite(tensor.sum(dtype=torch.float32))
-            if suspect and not torch.isfinite(tensor).all():
-                raise UserError(f"the weight {name} in {file} holds NaN or infinite values: fetch the model again, or mend it")
-            done += tensor.nbytes
-            progress(done >> 20, total >> 20)
+    named = [(file, name) for file in files for name in _names(file)]
+    done, total = 0, sum(file.stat().st_size for file in files) // parallel.count()
+    spoilt = len(named)
+    for number in parallel.own(len(named)):
+        file, name = named[number]
+        with safe_open(str(file), framework="pt") as opened:  # anew: what is mapped of the tensor before is given back
+            tensor = opened.get_tensor(name)
+        if not _finite(tensor):
+            spoilt = number
+            break
+        done += tensor.nbytes
+        progress(done >> 20, total >> 20)
+    spoilt = min(parallel.told(spoilt))
+    if spoilt < len(named):
+        file, name = named[spoilt]
+        raise UserError(f"the weight {name} in {file} holds NaN or infinite values: fetch the model again, or mend it")
+
+
+def _names(file: Path) -> list[str]:
+    """The tensors of a safetensors file."""
+    with safe_open(str(file), framework="pt") as opened:
+        return list(opened.keys())
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` has no NaN and no infinity; a single number may be a bound that nothing reaches (Gemma 4's clipped linears)."""
+    if not tensor.is_floating_point() or (tensor.ndim == 0 and not tensor.isnan()):
+        return True
+    # The sum is finite unless an entry is not (float32 sums of bf16 weights do not overflow), and costs no mask in memory.
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())

@@ -13,6 +13,7 @@ from functools import cache, partial
 
 import torch
 
+from mbq_gguf import parallel
 from mbq_gguf.formats.grid import Grid, reciprocal
 from mbq_gguf.rounding.kernels import kernels_for
 from mbq_gguf.rounding.nearest import Rounded
@@ -57,17 +58,22 @@ def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """U [columns, columns] float32 with damped(H)^-1 = U^T U, upper triangular; factored in float64.
 
-    With the matrix in reverse order of rows and columns as L L^T, U is L^-1 in reverse order.
+    With the matrix in reverse order of rows and columns as L L^T, U is L^-1 in reverse order. Of several processes each solves for some of
+    the columns, so all have to call this.
     """
     lower = torch.linalg.cholesky_ex(damped(hessian, damping).flip(0, 1), check_errors=True).L
-    count = len(lower)
     factor = torch.zeros_like(hessian, dtype=torch.float32)
-    for start in range(0, count, COLUMNS_SOLVED):
-        end = min(start + COLUMNS_SOLVED, count)
-        unit = lower.new_zeros(count - start, end - start)
+    heights = range(len(lower), 0, -COLUMNS_SOLVED)  # of some columns of L^-1 each: nothing but zeros lies above
+
+    def solved(piece: int) -> torch.Tensor:
+        height = heights[piece]
+        unit = lower.new_zeros(height, min(COLUMNS_SOLVED, height))
         unit.fill_diagonal_(1.0)
-        solved = torch.linalg.solve_triangular(lower[start:, start:], unit, upper=False)  # nothing but zeros lies above
-        factor[: count - start, count - end : count - start] = solved.flip(0, 1)
+        found: torch.Tensor = torch.linalg.solve_triangular(lower[-height:, -height:], unit, upper=False)
+        return found.flip(0, 1).float()
+
+    for piece, part in parallel.dealt([height**2 * min(COLUMNS_SOLVED, height) for height in heights], solved):
+        factor[: heights[piece], max(heights[piece] - COLUMNS_SOLVED, 0) : heights[piece]] = part
     return factor
 
 

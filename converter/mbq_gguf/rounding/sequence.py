@@ -25,6 +25,8 @@ from mbq_gguf.rounding.nearest import Rounded, round_nearest
 from mbq_gguf.rounding.ranges import searched
 from mbq_gguf.rounding.refit import refit, refit_row_scale
 
+CODES = torch.int8  # which holds every grid's: a quarter of what float32 takes from card to card
+
 
 @dataclass(frozen=True)
 class Refinement:
@@ -73,7 +75,8 @@ def _rounded(weights: Sequence[torch.Tensor], kept: QuantType, found: Moments | 
     if found is None or grid is None:
         return [Matrix(kept.name, round_nearest(weight.detach(), kept)) for weight in weights]
     whole = torch.cat([weight.detach().float() for weight in weights])
-    coded, data = _shared_rows(whole, lambda rows: refined(rows, found, grid, refinement), grid)
+    factor = inverse_factor(found.hessian, refinement.damping)  # by all processes, of which one may have no rows
+    coded, data = _shared_rows(whole, lambda rows: refined_by(factor, rows, found, grid, refinement), grid)
     lengths = [len(weight) for weight in weights]
     parts = zip(coded.split(lengths), torch.split(data, lengths), strict=True)
     return [Matrix(kept.name, Rounded(packed.cpu().numpy(), part.values(grid)), grid, part) for part, packed in parts]
@@ -87,15 +90,19 @@ def _shared_rows(whole: torch.Tensor, code: Callable[[torch.Tensor], Coded], gri
     if share:
         own = code(whole[blocks[share[0]].start : blocks[share[-1]].stop])
         data = grid.packed(own.codes, own.scale, own.offset, own.steps)
-        parts = {"codes": own.codes, "scale": own.scale, "offset": own.offset, "steps": own.steps, "data": data}
+        parts = {"codes": own.codes.to(CODES), "scale": own.scale, "offset": own.offset, "steps": own.steps, "data": data}
     found = [parts] if parallel.count() == 1 else [other for other in parallel.exchange(parts) if other]
     rows = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-    return Coded(rows["codes"], rows["scale"], rows["offset"], rows["steps"]), rows["data"]
+    return Coded(rows["codes"].float(), rows["scale"], rows["offset"], rows["steps"]), rows["data"]
 
 
 def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refinement) -> Coded:
     """``weight`` [rows, columns] corrected, rounded by GPTQ, then parameters and codes in turn made better."""
-    factor = inverse_factor(found.hessian, refinement.damping)
+    return refined_by(inverse_factor(found.hessian, refinement.damping), weight, found, grid, refinement)
+
+
+def refined_by(factor: torch.Tensor, weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refinement) -> Coded:
+    """The same with the :func:`inverse_factor` of ``found``."""
     if refinement.error_correction and found.cross is not None:
         weight = corrected(weight, found, factor, refinement.error_correction)
     fit = searched(grid) if refinement.clip else None
