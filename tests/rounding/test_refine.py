@@ -14,7 +14,7 @@ from mbq_gguf.formats.mbq3 import MBQ3_64
 from mbq_gguf.formats.mbq3s import MBQ3S_64
 from mbq_gguf.formats.quant_type import QuantType
 from mbq_gguf.formats.registry import quant_type_for
-from mbq_gguf.rounding import gptq
+from mbq_gguf.rounding import gptq, sequence
 from mbq_gguf.rounding.descent import descend
 from mbq_gguf.rounding.gptq import Coded, code_gptq, damped, inverse_factor, objective
 from mbq_gguf.rounding.ranges import search_range
@@ -154,6 +154,19 @@ def test_the_corrected_weight_gives_the_original_output() -> None:
 
     half = corrected(weight, found, inverse_factor(found.hessian, 1e-6), 0.5)
     assert miss(whole) < miss(half) < miss(weight)
+
+
+def test_zeros_of_the_factor_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its columns, and a correction's, in parts that do not divide them."""
+    x, other, weight = inputs(5), inputs(6), drawn(7, 10, COLUMNS)
+    found = Moments(x.t() @ x, other.t() @ x)
+    factor = inverse_factor(found.hessian, 0.01)
+    whole = corrected(weight, found, factor, 0.5)
+    for module in (gptq, sequence):
+        monkeypatch.setattr(module, "COLUMNS_SOLVED", 48)
+    assert COLUMNS % 48
+    torch.testing.assert_close(inverse_factor(found.hessian, 0.01), factor, rtol=1e-6, atol=0)  # float64 rounded to float32
+    torch.testing.assert_close(corrected(weight, found, factor, 0.5), whole, rtol=1e-6, atol=0)
 
 
 def test_everything_together_beats_plain_gptq(grid: Grid) -> None:

@@ -207,8 +207,8 @@ def _on_host(pack: Callable[..., Bytes], *parts: torch.Tensor) -> torch.Tensor:
 
 
 def _planes(head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Blocks with a ``head`` of scale and offset before codes in planes, packed where they are: a card takes no time for it. Heads alone
-    took the host 0.1 s of 37888 rows of 3584 weights, a third of what rounding them takes."""
+    """Blocks with a ``head`` of scale and offset before codes in planes, packed where they are: 37888 x 3584 weights take 0.39 s on a card
+    with everything, and 0.46 where the host makes the heads and puts the blocks together."""
 
     def packed(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         return torch.cat([head(scale, offset), mbq3.pack_planes(codes, torch.concatenate)], dim=1)
