@@ -103,7 +103,7 @@ def _better(
 
 
 def _error(grid: Grid, groups: torch.Tensor, costs: torch.Tensor, pair: Pair) -> torch.Tensor:
-    return _sum((grid.codes(groups, *pair) * pair[0] + pair[1] - groups).square_() * costs)
+    return _sum(grid.codes(groups, *pair).mul_(pair[0]).add_(pair[1]).sub_(groups).square_().mul_(costs))
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:
