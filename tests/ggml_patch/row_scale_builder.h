@@ -52,6 +52,13 @@ struct builder {
         return outputs.emplace_back(t);
     }
 
+    // Its memory is nobody else's until here: what the scheduler does for ggml_cuda_w4a8_keep
+    void keep(ggml_tensor * t) {
+        ggml_tensor * dependency = ggml_view_tensor(nodes, t);
+        dependency->src[0] = t;
+        graph->nodes[graph->n_nodes++] = dependency;
+    }
+
     ggml_tensor * norm(ggml_tensor * x) {
         return ggml_mul(nodes, ggml_rms_norm(nodes, x, 1e-6f), floats(x->ne[0], 1));
     }

@@ -107,3 +107,14 @@ def test_behind_a_product_on_the_cpu(tmp_path: Path) -> None:
     """Bias, residual stream and function behind a product of F16 weights: every number where it belongs, floats and F16."""
     source = between(read("mbq-f16.cuh"), "struct mbq_f16_end_args", "// See ggml_cuda_mul_mat_cublas_impl")
     run_emulated("behind", {"behind.cuh": source}, tmp_path)
+
+
+def test_q_k_and_v_ready_for_attention_on_the_cpu(tmp_path: Path) -> None:
+    """One kernel's F16 of all three is that of rotary embeddings, casts and attention's scaling one by one; q lies where its floats did."""
+    angles = ("extern __shared__ __align__(16) float mbq_angles[];", "")
+    parts = [
+        between(read("mbq-cast.cuh"), "struct mbq_cast_args", "static bool mbq_cast_takes"),
+        between(read("mbq-rope.cuh"), "struct mbq_rope_angles", "static bool mbq_rope_takes").replace(*angles),
+        between(read("mbq-qkv.cuh"), "struct mbq_qkv_args", "// The nodes of a tower's attention").replace(*angles),
+    ]
+    run_emulated("qkv", {"qkv.cuh": "".join(parts)}, tmp_path)

@@ -124,14 +124,16 @@ static int check_attention(ggml_backend_t backend, const ggml_type type, const i
     ggml_tensor * pos = positions(b, n);
     ggml_tensor * x   = ggml_scale(b.nodes, b.floats(head*heads, n), 0.5f);
     ggml_tensor * y   = b.layer_norm(x);
-    ggml_tensor * parts[3];
+    ggml_tensor * parts[3], * sums[3];
     for (int i = 0; i < 3; ++i) {
-        ggml_tensor * t = ggml_reshape_3d(b.nodes, b.biased(b.product(y, head*heads, type)), head, heads, n);
-        parts[i] = i < 2 ? turned(b, t, pos) : t;
+        sums[i]  = ggml_reshape_3d(b.nodes, b.biased(b.product(y, head*heads, type)), head, heads, n);
+        parts[i] = i < 2 ? turned(b, sums[i], pos) : sums[i];
         ggml_build_forward_expand(b.graph, parts[i]);
     }
     for (ggml_tensor *& t : parts) { t = ggml_permute(b.nodes, t, 0, 2, 1, 3); }
     ggml_tensor * k = ggml_cast(b.nodes, parts[1], GGML_TYPE_F16), * v = ggml_cast(b.nodes, parts[2], GGML_TYPE_F16);
+    for (ggml_tensor * t : { parts[0], k, v }) { ggml_build_forward_expand(b.graph, t); }
+    for (ggml_tensor * t : { sums[0], sums[1], sums[2], parts[1], pos }) { b.keep(t); } // positions are a tower's input, whose memory stays its own
     ggml_tensor * attention = ggml_flash_attn_ext(b.nodes, parts[0], k, v, nullptr, 1/sqrtf(head), 0.0f, 0.0f);
     ggml_prec_set_acc(attention, GGML_PREC_F32);
     b.output(ggml_add(b.nodes, b.biased(b.product(ggml_reshape_2d(b.nodes, attention, head*heads, n), head*heads, type)), x));

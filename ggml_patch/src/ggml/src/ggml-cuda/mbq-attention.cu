@@ -76,7 +76,8 @@ static void mbq_attention_run(ggml_backend_cuda_context & ctx, const ggml_tensor
     args.q_head   = q->nb[2];
     args.q_sample = q->nb[3];
     memcpy(&args.scale, dst->op_params, sizeof(float));
-    args.scale *= 1.44269504f;
+    args.scale *= MBQ_ATTENTION_LOG2E;
+    args.q_f16  = ggml_cuda_f16_queries(ctx, dst);
     const dim3 grid((args.queries + MBQ_ATTENTION_Q - 1)/MBQ_ATTENTION_Q, q->ne[2], q->ne[3]);
     if (!mask) {
         mbq_attention_launch<D, false>(ctx, args, dst, grid);
@@ -93,20 +94,27 @@ static void mbq_attention_run(ggml_backend_cuda_context & ctx, const ggml_tensor
     mbq_attention_launch<D, true>(ctx, args, dst, grid);
 }
 
+bool ggml_cuda_mbq_attention_takes(const ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
+    const int64_t head = dst->src[0]->ne[0];
+    return mbq_attention_available(ctx.device) && mbq_attention_takes(dst) && (head == 64 || head == 72 || head == 80 || head == 128);
+}
+
 bool ggml_cuda_mbq_attention(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
-    if (!mbq_attention_available(ctx.device) || !mbq_attention_takes(dst)) {
+    if (!ggml_cuda_mbq_attention_takes(ctx, dst)) {
         return false;
     }
-    switch (dst->src[0]->ne[0]) {
-        case  64: mbq_attention_run< 64>(ctx, dst); return true;
-        case  72: mbq_attention_run< 72>(ctx, dst); return true;
-        case  80: mbq_attention_run< 80>(ctx, dst); return true;
-        case 128: mbq_attention_run<128>(ctx, dst); return true;
-        default:  return false;
-    }
+    const int64_t head = dst->src[0]->ne[0];
+    const auto run = head == 64 ? &mbq_attention_run<64> : head == 72 ? &mbq_attention_run<72> : head == 80 ? &mbq_attention_run<80> : &mbq_attention_run<128>;
+    run(ctx, dst);
+    return true;
 }
 
 #else
+
+bool ggml_cuda_mbq_attention_takes(const ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
+    GGML_UNUSED_VARS(ctx, dst);
+    return false;
+}
 
 bool ggml_cuda_mbq_attention(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
     GGML_UNUSED_VARS(ctx, dst);

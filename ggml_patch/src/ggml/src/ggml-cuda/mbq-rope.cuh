@@ -8,15 +8,41 @@
 #include "common.cuh"
 #include "ggml-impl.h"
 
+struct mbq_rope_angles {
+    const int32_t * pos;
+    int n_dims, first, both; // angles, of the first section, of both
+    float freq_scale, attn_factor, theta_scale;
+
+    // Those of the CTA's position
+    __device__ __forceinline__ void make(float * cosine, float * sine) const {
+        for (int i = threadIdx.x; i < n_dims; i += blockDim.x) {
+            const int sector = i % both;
+            const int p      = sector < first ? sector : sector - first;
+            const float base = pos[sector < first ? blockIdx.x : blockIdx.x + gridDim.x] * powf(theta_scale, p);
+            const float theta = freq_scale * base;
+            cosine[i] = cosf(theta) * attn_factor;
+            sine[i]   = sinf(theta) * attn_factor;
+        }
+    }
+};
+
+// Four pairs of numbers turn, by the fused operations that nvcc makes of upstream's
+static __device__ __forceinline__ void mbq_rope_turn(float4 & a, float4 & b, const float4 c, const float4 s) {
+    const auto less = [](const float a, const float b, const float c, const float s) { return fmaf(a, c, -__fmul_rn(b, s)); };
+    const auto more = [](const float a, const float b, const float c, const float s) { return fmaf(a, s, __fmul_rn(b, c)); };
+    const float4 first = make_float4(less(a.x, b.x, c.x, s.x), less(a.y, b.y, c.y, s.y), less(a.z, b.z, c.z, s.z), less(a.w, b.w, c.w, s.w));
+    b = make_float4(more(a.x, b.x, c.x, s.x), more(a.y, b.y, c.y, s.y), more(a.z, b.z, c.z, s.z), more(a.w, b.w, c.w, s.w));
+    a = first;
+}
+
 struct mbq_rope_args {
     const float * x;
     const half  * x16;  // instead of x, as far apart; nullptr: none
     const float * bias; // of x16; nullptr: none
     float * y;
-    const int32_t * pos;
     int64_t x_head, x_column, y_head, y_column; // elements
-    int threads, n_dims, first, both; // heads times quads; angles, of the first section, of both
-    float freq_scale, attn_factor, theta_scale;
+    int threads; // heads times quads
+    mbq_rope_angles angles;
 };
 
 static __device__ __forceinline__ float4 mbq_rope_load(const mbq_rope_args & args, const int head, const int d) {
@@ -37,33 +63,24 @@ static __device__ __forceinline__ float4 mbq_rope_load(const mbq_rope_args & arg
 // Each thread has read what it writes, so y may be x
 static __global__ void __launch_bounds__(1024) mbq_rope_vision(const mbq_rope_args args) {
     extern __shared__ __align__(16) float mbq_angles[];
-    float * cosine = mbq_angles, * sine = mbq_angles + args.n_dims;
+    float * cosine = mbq_angles, * sine = mbq_angles + args.angles.n_dims;
     ggml_cuda_pdl_lc();
-    const int quads = args.n_dims/4;
+    const int quads = args.angles.n_dims/4;
     const int head  = threadIdx.x/quads, d = 4*(threadIdx.x % quads);
     const bool has  = threadIdx.x < args.threads;
     ggml_cuda_pdl_sync();
     float4 a = make_float4(0.0f, 0.0f, 0.0f, 0.0f), b = a;
     if (has) {
         a = mbq_rope_load(args, head, d);
-        b = mbq_rope_load(args, head, d + args.n_dims);
+        b = mbq_rope_load(args, head, d + args.angles.n_dims);
     }
-    for (int i = threadIdx.x; i < args.n_dims; i += blockDim.x) {
-        const int sector = i % args.both;
-        const int p      = sector < args.first ? sector : sector - args.first;
-        const float base = args.pos[sector < args.first ? blockIdx.x : blockIdx.x + gridDim.x] * powf(args.theta_scale, p);
-        const float theta = args.freq_scale * base;
-        cosine[i] = cosf(theta) * args.attn_factor;
-        sine[i]   = sinf(theta) * args.attn_factor;
-    }
+    args.angles.make(cosine, sine);
     __syncthreads();
     if (has) {
-        const float4 c = *(const float4 *) (cosine + d), s = *(const float4 *) (sine + d);
+        mbq_rope_turn(a, b, *(const float4 *) (cosine + d), *(const float4 *) (sine + d));
         float * y = args.y + blockIdx.x*args.y_column + head*args.y_head + d;
-        const auto less = [](const float a, const float b, const float c, const float s) { return fmaf(a, c, -__fmul_rn(b, s)); };
-        const auto more = [](const float a, const float b, const float c, const float s) { return fmaf(a, s, __fmul_rn(b, c)); }; // as nvcc makes of upstream's
-        *(float4 *) y                 = make_float4(less(a.x, b.x, c.x, s.x), less(a.y, b.y, c.y, s.y), less(a.z, b.z, c.z, s.z), less(a.w, b.w, c.w, s.w));
-        *(float4 *) (y + args.n_dims) = make_float4(more(a.x, b.x, c.x, s.x), more(a.y, b.y, c.y, s.y), more(a.z, b.z, c.z, s.z), more(a.w, b.w, c.w, s.w));
+        *(float4 *) y                        = a;
+        *(float4 *) (y + args.angles.n_dims) = b;
     }
 }
 
@@ -77,26 +94,32 @@ static bool mbq_rope_takes(const ggml_tensor * dst) {
         ((uintptr_t) x->data | (uintptr_t) dst->data | x->nb[1] | x->nb[2] | dst->nb[1] | dst->nb[2]) % 16 == 0;
 }
 
+static mbq_rope_angles mbq_rope_angles_of(const ggml_tensor * dst) {
+    const int32_t * params = dst->op_params;
+    mbq_rope_angles angles = {};
+    angles.pos         = (const int32_t *) dst->src[1]->data;
+    angles.n_dims      = params[1];
+    angles.first       = params[11];
+    angles.both        = params[11] + params[12];
+    angles.freq_scale  = ggml_get_op_params_f32(dst, 6);
+    angles.attn_factor = ggml_get_op_params_f32(dst, 8);
+    angles.theta_scale = powf(ggml_get_op_params_f32(dst, 5), -2.0f/angles.n_dims);
+    return angles;
+}
+
 static void mbq_rope_run(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const half * x16 = nullptr, const float * bias = nullptr) {
     const ggml_tensor * x = dst->src[0];
-    const int32_t * params = dst->op_params;
     mbq_rope_args args = {};
-    args.x           = (const float *) x->data;
-    args.x16         = x16;
-    args.bias        = bias;
-    args.y           = (float *) dst->data;
-    args.pos         = (const int32_t *) dst->src[1]->data;
-    args.x_head      = x->nb[1]/sizeof(float);
-    args.x_column    = x->nb[2]/sizeof(float);
-    args.y_head      = dst->nb[1]/sizeof(float);
-    args.y_column    = dst->nb[2]/sizeof(float);
-    args.n_dims      = params[1];
-    args.threads     = x->ne[1]*(args.n_dims/4);
-    args.first       = params[11];
-    args.both        = params[11] + params[12];
-    args.freq_scale  = ggml_get_op_params_f32(dst, 6);
-    args.attn_factor = ggml_get_op_params_f32(dst, 8);
-    args.theta_scale = powf(ggml_get_op_params_f32(dst, 5), -2.0f/args.n_dims);
-    const ggml_cuda_kernel_launch_params launch(dim3(x->ne[2]), dim3(GGML_PAD(args.threads, 32)), 2*args.n_dims*sizeof(float), ctx.stream());
+    args.x        = (const float *) x->data;
+    args.x16      = x16;
+    args.bias     = bias;
+    args.y        = (float *) dst->data;
+    args.x_head   = x->nb[1]/sizeof(float);
+    args.x_column = x->nb[2]/sizeof(float);
+    args.y_head   = dst->nb[1]/sizeof(float);
+    args.y_column = dst->nb[2]/sizeof(float);
+    args.angles   = mbq_rope_angles_of(dst);
+    args.threads  = x->ne[1]*(args.angles.n_dims/4);
+    const ggml_cuda_kernel_launch_params launch(dim3(x->ne[2]), dim3(GGML_PAD(args.threads, 32)), 2*args.angles.n_dims*sizeof(float), ctx.stream());
     ggml_cuda_kernel_launch(mbq_rope_vision, launch, args);
 }

@@ -81,6 +81,8 @@ struct ggml_cuda_w4a8_inputs {
     const ggml_tensor * f16 = nullptr; // what lies as F16 in the place of its floats until node f16_last has read it (mbq-f16-inputs.cuh)
     int f16_last = 0;
 
+    const ggml_tensor * attention = nullptr; // whose queries lie as F16 (mbq-qkv.cuh)
+
     std::vector<int> early; // nodes, each with the one behind it, that have run before their turn (mbq-w4a8-one.cuh)
 
     // Before node i of a graph
@@ -91,6 +93,7 @@ struct ggml_cuda_w4a8_inputs {
         if (now != graph || i <= node) {
             early.clear();
             f16 = nullptr;
+            attention = nullptr;
         }
         graph = ctx.concurrent_stream_context.concurrent_events.empty() && ctx.curr_stream_no == 0 ? now : nullptr;
         node  = i;

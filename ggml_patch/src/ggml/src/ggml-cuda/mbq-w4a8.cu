@@ -1,6 +1,7 @@
 #include "mbq-w4a8.cuh"
 #include "mbq-cast.cuh"
 #include "mbq-f16.cuh"
+#include "mbq-qkv.cuh"
 #include "mbq-w4a8-activation.cuh"
 #include "mbq-w4a8-added.cuh"
 #include "mbq-w4a8-launch.cuh"
@@ -15,7 +16,14 @@ void ggml_cuda_w4a8_keep(const ggml_cgraph * graph, const std::function<void(siz
         if (const int last = mbq_w4a8_early_until(graph, i); last > i) {
             keep(i, last);
         }
+        if (const int last = mbq_qkv_until(graph, i); last > i) {
+            keep(i, last);
+        }
     }
+}
+
+bool ggml_cuda_f16_queries(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
+    return mbq_w4a8_inputs(ctx).attention == dst;
 }
 
 bool ggml_cuda_f16_result(ggml_backend_cuda_context & ctx, const ggml_tensor * node) {
@@ -147,6 +155,10 @@ int ggml_cuda_w4a8_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
     }
     if (!inputs.graph) {
         return 0;
+    }
+    if (const int behind = mbq_qkv_fuse(ctx, graph, i)) {
+        mbq_w4a8_counts[GGML_CUDA_W4A8_QKV]++;
+        return behind;
     }
     if (const int behind = mbq_f16_fuse(ctx, graph, i)) {
         return behind;

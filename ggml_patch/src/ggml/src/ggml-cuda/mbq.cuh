@@ -36,6 +36,9 @@ bool ggml_cuda_mbq_rope(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // FLASH_ATTN_EXT as vision towers have it, on Hopper. False: the caller goes on with its own kernels.
 bool ggml_cuda_mbq_attention(ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
+bool ggml_cuda_mbq_attention_takes(const ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
+
+static constexpr float MBQ_ATTENTION_LOG2E = 1.44269504f; // queries are scaled by it too, so that exp2 is the exponential
 
 // nullptr for other types
 to_fp16_cuda_t ggml_cuda_mbq_to_fp16(ggml_type type);
