@@ -146,12 +146,22 @@ def plan_of(program: Path, kind: str, *case: int) -> list[int]:
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(1, 30000), st.integers(1, 5000), st.integers(1, 128), st.sampled_from([4, 66, 114, 132]), st.booleans())
-def test_row_scale_plans_cover_all_tiles(w4a8_plan: Path, rows: int, columns: int, steps: int, multiprocessors: int, dense: bool) -> None:
+@given(
+    st.integers(1, 30000),
+    st.integers(1, 5000),
+    st.integers(1, 128),
+    st.sampled_from([4, 66, 114, 132]),
+    st.booleans(),
+    st.sampled_from([4, 8]),
+)
+def test_row_scale_plans_cover_all_tiles(
+    w4a8_plan: Path, rows: int, columns: int, steps: int, multiprocessors: int, dense: bool, bits: int
+) -> None:
     """Tiles cover rows and columns; a cut tile has all its workers at once, and never more parts than steps."""
-    shape, width, cluster, m_tiles, n_tiles, workers, parts = plan_of(w4a8_plan, "gemm", rows, columns, steps, multiprocessors, int(dense))
+    case = (rows, columns, steps, multiprocessors, int(dense), bits)
+    shape, height, width, cluster, m_tiles, n_tiles, workers, parts = plan_of(w4a8_plan, "gemm", *case)
     assert (shape == 3) == (not dense)
-    assert (m_tiles - 1) * 128 * cluster < rows <= m_tiles * 128 * cluster
+    assert (m_tiles - 1) * height * cluster < rows <= m_tiles * height * cluster
     assert (n_tiles - 1) * width < columns <= n_tiles * width
     assert 1 <= parts <= steps
     assert workers * cluster <= multiprocessors
@@ -159,18 +169,21 @@ def test_row_scale_plans_cover_all_tiles(w4a8_plan: Path, rows: int, columns: in
 
 
 @pytest.mark.parametrize(
-    ("case", "plan"),
-    [
-        ((4096, 512, 56), (1, 64, 1)),  # 4096 x 14336: 59 us with the quantising, 62 with 256 columns in two parts
-        ((18944, 512, 14), (1, 60, 1)),  # 71 us, 72 with 256 columns
-        ((512, 512, 14), (0, 64, 2)),  # 12 us, 14 with 128 columns in two parts
-        ((4096, 4096, 56), (2, 64, 1)),  # 428 us, 488 with 128 columns
-        ((18944, 4096, 14), (2, 66, 1)),  # 462 us, 547 with 128 columns
+    ("bits", "case", "plan"),
+    [  # microseconds of an H100 (4096 x 14336, 512 x 3584), else of an H200; tiles of 64 rows have 256 columns and are taken in turns
+        (4, (4096, 512, 56), (1, 64, 1)),  # 59 with the quantising
+        (4, (512, 512, 14), (0, 64, 2)),  # 12, with 128 columns in two parts 14
+        (4, (37888, 512, 14), (2, 66, 1)),  # 109, with 128 columns 118
+        (4, (4608, 512, 14), (2, 36, 1)),  # 25, 28
+        (4, (3584, 512, 14), (1, 56, 1)),  # 17.6, with 64 rows 18.7
+        (8, (3840, 4096, 5), (2, 60, 1)),  # 46, with 128 columns 56
+        (8, (1280, 4096, 20), (2, 54, 1)),  # 58, 68
+        (8, (1280, 1024, 5), (1, 40, 1)),  # 11.3, with 64 columns 14.9
     ],
 )
-def test_measured_row_scale_plans(w4a8_plan: Path, case: tuple[int, int, int], plan: tuple[int, int, int]) -> None:
-    found = plan_of(w4a8_plan, "gemm", *case, 132, 1)
-    assert (found[0], *found[5:]) == plan
+def test_measured_row_scale_plans(w4a8_plan: Path, bits: int, case: tuple[int, int, int], plan: tuple[int, int, int]) -> None:
+    found = plan_of(w4a8_plan, "gemm", *case, 132, 1, bits)
+    assert (found[0], *found[6:]) == plan
 
 
 @pytest.mark.parametrize(

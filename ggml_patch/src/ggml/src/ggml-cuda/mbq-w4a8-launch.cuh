@@ -73,9 +73,9 @@ static mbq_w4a8_map mbq_w4a8_make_map(const mbq_w4a8_matrix & m, const char * w,
 
 // The tiles of MBQ_W4A8_SHAPES, in as many stages as fit
 template <int bits, int shape>
-using mbq_w4a8_tile_of = mbq_w4a8_tile<bits, MBQ_W4A8_SHAPES[shape].BN, MBQ_W4A8_SHAPES[shape].CL,
-    shape == 0 ? 12 : shape == 2 ? (bits == 4 ? 5 : 4) : bits == 4 ? 8 : 6,
-    shape == 0 ? (bits == 4 ? 6 : 3) : shape == 2 ? (bits == 4 ? 3 : 2) : bits == 4 ? 4 : 3, shape != 3>;
+using mbq_w4a8_tile_of = mbq_w4a8_tile<bits, MBQ_W4A8_SHAPES[shape].BM, MBQ_W4A8_SHAPES[shape].BN, MBQ_W4A8_SHAPES[shape].CL,
+    shape == 0 ? 12 : shape == 2 ? 5 : bits == 4 ? 8 : 6,
+    shape == 0 ? (bits == 4 ? 6 : 3) : shape == 2 ? (bits == 4 ? 6 : 3) : bits == 4 ? 4 : 3, shape != 3>;
 
 // Whether this device runs mbq_w4a8_gemm: see mbq_gemm_available
 template <int bits>
@@ -111,7 +111,7 @@ static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix
     for (int k = 0; k < n; ++k) {
         M[k] = matrices[k].M;
     }
-    const mbq_w4a8_gemm_plan plan = mbq_w4a8_plan_gemm(M, n, m.N, m.padded()/256, ggml_cuda_info().devices[ctx.device].nsm, dense);
+    const mbq_w4a8_gemm_plan plan = mbq_w4a8_plan_gemm(M, n, m.N, m.padded()/256, ggml_cuda_info().devices[ctx.device].nsm, dense, bits);
     const mbq_w4a8_shape & shape  = MBQ_W4A8_SHAPES[plan.shape];
     const int ctas = plan.workers*shape.CL;
     GGML_ASSERT(8*ctas <= x.n_flags);
@@ -128,17 +128,17 @@ static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix
     args.gemm.n_tiles       = plan.n_tiles;
     args.gemm.streamk_tiles = plan.parts > 1 ? plan.m_tiles*plan.n_tiles : 0;
     if (plan.parts > 1) {
-        args.gemm.parts = parts.alloc((size_t) ctas*MBQ_GEMM_TILE_M*shape.BN);
+        args.gemm.parts = parts.alloc((size_t) ctas*shape.BM*shape.BN);
     }
     mbq_w4a8_maps maps = {};
     int tile = 0;
     for (int k = 0; k < MBQ_W4A8_MATRICES; ++k) {
         const mbq_w4a8_matrix & mk = matrices[std::min(k, n - 1)];
         args.of[k] = { mk.w, mk.dst, mk.bias, mk.more, mk.dst_column, mk.more_column, (int) mk.M, k < n ? tile : INT_MAX };
-        tile += (mk.M + 128*shape.CL - 1)/(128*shape.CL);
+        tile += (mk.M + shape.BM*shape.CL - 1)/(shape.BM*shape.CL);
 #ifdef MBQ_USE_TMA
         if (dense) {
-            maps.of[k] = k < n ? mbq_w4a8_make_map<bits>(mk, mk.w, mk.M, 2, MBQ_GEMM_TILE_M/2) : maps.of[0];
+            maps.of[k] = k < n ? mbq_w4a8_make_map<bits>(mk, mk.w, mk.M, 2, shape.BM/2) : maps.of[0];
         }
 #endif
     }

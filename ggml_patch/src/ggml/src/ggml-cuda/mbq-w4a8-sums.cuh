@@ -9,19 +9,19 @@
 // The sums of a CTA's part of a tile
 template <typename T>
 static __device__ __forceinline__ int4 * mbq_w4a8_part(const mbq_gemm_args & args, const mbq_gemm_thread & at, const int worker) {
-    return (int4 *) args.parts + (int64_t) (worker*T::CL + at.rank)*(T::BN/8*256) + threadIdx.x;
+    return (int4 *) args.parts + (int64_t) (worker*T::CL + at.rank)*(T::BN/8*T::WARPS*32) + threadIdx.x % (T::WARPS*32);
 }
 
 template <typename T>
 static __device__ __forceinline__ int * mbq_w4a8_done(const mbq_gemm_args & args, const mbq_gemm_thread & at, const int worker) {
-    return args.done + (worker*T::CL + at.rank)*8 + at.warp;
+    return args.done + (worker*T::CL + at.rank)*8 + at.warp % T::WARPS;
 }
 
 template <typename T>
 static __device__ __forceinline__ void mbq_w4a8_leave(int4 * part, const int (&d)[T::BN/2]) {
 #pragma unroll
     for (int i = 0; i < T::BN/8; ++i) {
-        part[i*256] = make_int4(d[4*i], d[4*i + 1], d[4*i + 2], d[4*i + 3]);
+        part[i*T::WARPS*32] = make_int4(d[4*i], d[4*i + 1], d[4*i + 2], d[4*i + 3]);
     }
 }
 
@@ -33,7 +33,7 @@ static __device__ __forceinline__ void mbq_w4a8_add(const int4 * part, int (&d)[
         int4 p[batch];
 #pragma unroll
         for (int i = 0; i < batch; ++i) {
-            p[i] = part[(first + i)*256];
+            p[i] = part[(first + i)*T::WARPS*32];
         }
 #pragma unroll
         for (int i = 0; i < batch; ++i) {
@@ -80,8 +80,8 @@ static __device__ __forceinline__ void mbq_w4a8_store_whole(const mbq_w4a8_end &
             for (int c = 0; c < 2; ++c) {
                 const int * sums = d + 4*(i0 + i) + c;
                 const float of_column = c == 0 ? s[i].x : s[i].y;
-                *(float2 *) (dst + (8*(i0 + i) + c)*dst_column) =
-                    make_float2(end(sums[0] >> L::shift, 0, of_column, m[i][c].x), end(sums[2] >> L::shift, 1, of_column, m[i][c].y));
+                mbq_store_past_l1(dst + (8*(i0 + i) + c)*dst_column,
+                    make_float2(end(sums[0] >> L::shift, 0, of_column, m[i][c].x), end(sums[2] >> L::shift, 1, of_column, m[i][c].y)));
             }
         }
     }

@@ -5,15 +5,17 @@
 #include "mbq-gemm.cuh"
 #include "mbq-w4a8-quantize.cuh"
 
-// BN columns a tile, CL CTAs a cluster, XS and WS stages of activations and weights. dense: see mbq_w4a8_pair
-template <int bits_, int BN_, int CL_, int XS_, int WS_, bool dense_> struct mbq_w4a8_tile {
-    static constexpr int  bits = bits_, BN = BN_, CL = CL_, XS = XS_, WS = WS_;
+// BM rows and BN columns a tile, CL CTAs a cluster, XS and WS stages of activations and weights. dense: see mbq_w4a8_pair
+template <int bits_, int BM_, int BN_, int CL_, int XS_, int WS_, bool dense_> struct mbq_w4a8_tile {
+    static constexpr int  bits = bits_, BM = BM_, BN = BN_, CL = CL_, XS = XS_, WS = WS_;
     static constexpr bool dense = dense_;
+    static constexpr bool turns = BM == 64;  // the two groups of consumers take whole tiles in turn
+    static constexpr int  WARPS = BM/16;     // consumers of a tile
     static constexpr int  X_BYTES   = BN*128;
     static constexpr int  ROW_BYTES = dense ? mbq_w4a8_layout<bits>::group_bytes : bits == 4 ? 176 : 304; // up to 15 bytes more; 4 or 12 banks from row to row
-    static constexpr int  W_BYTES   = MBQ_GEMM_TILE_M*ROW_BYTES;
+    static constexpr int  W_BYTES   = BM*ROW_BYTES;
     static constexpr int  BYTES     = 1024 + XS*X_BYTES + WS*W_BYTES;
-    static constexpr int  BARRIERS  = 2*XS + 2*WS;
+    static constexpr int  BARRIERS  = 2*XS + 2*WS + 2;
 };
 
 struct mbq_w4a8_gemm_matrix {
@@ -41,7 +43,7 @@ struct mbq_w4a8_args {
 #ifdef MBQ_WGMMA
 
 template <typename T> struct mbq_w4a8_smem {
-    uint32_t x, w, full_x, empty_x, full_w, empty_w; // addresses in shared memory
+    uint32_t x, w, full_x, empty_x, full_w, empty_w, turn; // addresses in shared memory
 
     __device__ __forceinline__ mbq_w4a8_smem(const char * dynamic, const uint64_t * barriers) {
         asm volatile("add.u32 %0, %1, 1023;\nand.b32 %0, %0, 0xFFFFFC00;" : "=r"(x) : "r"((uint32_t) __cvta_generic_to_shared(dynamic)));
@@ -50,16 +52,20 @@ template <typename T> struct mbq_w4a8_smem {
         empty_x = full_x  + 8*T::XS;
         full_w  = empty_x + 8*T::XS;
         empty_w = full_w  + 8*T::WS;
+        turn    = empty_w + 8*T::WS;
     }
 
     __device__ __forceinline__ void init_barriers() const {
         for (int i = 0; i < T::XS; ++i) {
             mbq_barrier_init(full_x  + 8*i, 1);
-            mbq_barrier_init(empty_x + 8*i, 8*T::CL);
+            mbq_barrier_init(empty_x + 8*i, T::WARPS*T::CL);
         }
         for (int i = 0; i < T::WS; ++i) {
             mbq_barrier_init(full_w  + 8*i, T::dense ? 1 : 96);
-            mbq_barrier_init(empty_w + 8*i, 256);
+            mbq_barrier_init(empty_w + 8*i, T::WARPS*32);
+        }
+        for (int i = 0; i < 2; ++i) {
+            mbq_barrier_init(turn + 8*i, 128);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
     }
