@@ -42,7 +42,7 @@ def run_emulated(name: str, sources: Mapping[str, str], work: Path) -> None:
         pytest.skip("nvcc is not installed")
     for file, text in sources.items():
         (work / file).write_text(text, encoding="utf-8")
-    options = ["-x", "c++", "-std=c++17", "-O1", "-Xcompiler", "-fno-strict-aliasing,-w", f"-I{work}"]
+    options = ["-x", "c++", "-std=c++17", "-O1", "-Xcompiler", "-fno-strict-aliasing,-ffp-contract=off,-w", f"-I{work}"]
     command = [compiler, *options, str(HERE / "emulation" / f"{name}.cpp"), "-o", str(work / name)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -107,6 +107,19 @@ def test_behind_a_product_on_the_cpu(tmp_path: Path) -> None:
     """Bias, residual stream and function behind a product of F16 weights: every number where it belongs, floats and F16."""
     source = between(read("mbq-f16.cuh"), "struct mbq_f16_end_args", "// See ggml_cuda_mul_mat_cublas_impl")
     run_emulated("behind", {"behind.cuh": source}, tmp_path)
+
+
+def test_layer_norm_of_a_warp_on_the_cpu(tmp_path: Path) -> None:
+    """Each column's floats, int8 codes and scale, of widths that fill a warp's registers or do not, with a bias and without."""
+    quantize = read("mbq-w4a8-quantize.cuh")
+    norm = replaced(r"__shared__ __align__\(16\) uint8_t codes", "static uint8_t codes", read("mbq-w4a8-layer-norm.cuh"))
+    parts = [
+        between(quantize, "template <bool tiled>", "// The largest of a CTA"),
+        between(quantize, "// 127 / amax", "// The rows of src[2]"),
+        between(read("mbq-w4a8-norm.cuh"), "struct mbq_w4a8_fused_args", "// A column of `padded` floats"),
+        between(norm, "static constexpr int MBQ_LAYER_NORM_WARPS", "template <int R>\nstatic void"),
+    ]
+    run_emulated("layer_norm", {"layer_norm.cuh": "".join(parts)}, tmp_path)
 
 
 def test_q_k_and_v_ready_for_attention_on_the_cpu(tmp_path: Path) -> None:

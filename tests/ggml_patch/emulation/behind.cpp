@@ -7,7 +7,7 @@
 static float __fadd_rn(float a, float b) { return a + b; }
 static uint2 fast_div_modulo(uint32_t n, uint3 d) { return make_uint2(n/d.z, n%d.z); }
 enum mbq_w4a8_function { MBQ_W4A8_SWIGLU, MBQ_W4A8_GELU };
-template <mbq_w4a8_function> float mbq_w4a8_activate(float x, const float *, int) { return 0.5f*x*x; }
+template <mbq_w4a8_function> struct mbq_w4a8_gelu { static float of(float x) { return 0.5f*x*x; } };
 
 #include "behind.cuh"
 

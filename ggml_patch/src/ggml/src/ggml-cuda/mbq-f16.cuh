@@ -43,7 +43,7 @@ static __device__ __forceinline__ float mbq_f16_function(const float x) {
     if constexpr (f == MBQ_F16_NO_FUNCTION) {
         return x;
     } else {
-        return mbq_w4a8_activate<(mbq_w4a8_function) f>(x, nullptr, 0);
+        return mbq_w4a8_gelu<(mbq_w4a8_function) f>::of(x);
     }
 }
 

@@ -38,28 +38,27 @@ static __device__ __forceinline__ void mbq_w4a8_hadamard(float (&v)[N/32], const
 
 enum mbq_w4a8_function { MBQ_W4A8_SWIGLU, MBQ_W4A8_GELU, MBQ_W4A8_GELU_ERF, MBQ_W4A8_GELU_QUICK };
 
-// See unary_op_kernel and unary_gated_op_kernel
-template <mbq_w4a8_function f>
-static __device__ __forceinline__ float mbq_w4a8_activate(const float x, const float * y, const int k) {
-    if constexpr (f == MBQ_W4A8_SWIGLU) {
-        return ggml_cuda_op_silu_single(x) * y[k];
-    } else if constexpr (f == MBQ_W4A8_GELU) {
-        return ggml_cuda_op_gelu_single(x);
-    } else if constexpr (f == MBQ_W4A8_GELU_ERF) {
-        return 0.5f*x*(1.0f + erff(x*0.70710678118654752440084436210484f));
-    } else {
-        return x * (1.0f / (1.0f + expf(-1.702f * x)));
+// See unary_op_kernel
+template <mbq_w4a8_function f> struct mbq_w4a8_gelu {
+    static __device__ __forceinline__ float of(const float x) {
+        if constexpr (f == MBQ_W4A8_GELU) {
+            return ggml_cuda_op_gelu_single(x);
+        } else if constexpr (f == MBQ_W4A8_GELU_ERF) {
+            return 0.5f*x*(1.0f + erff(x*0.70710678118654752440084436210484f));
+        } else {
+            return x * (1.0f / (1.0f + expf(-1.702f * x)));
+        }
     }
-}
+};
 
 // Warps of a CTA at most, so that a multiprocessor has registers for two
 static constexpr int mbq_w4a8_warps(const int N) {
     return N < 512 ? 32 : 20;
 }
 
-// A warp takes `span` elements at a time: N, or 128 without a transform (N = 0).
-template <bool tiled, mbq_w4a8_function f, int N>
-static __global__ void __launch_bounds__(32*mbq_w4a8_warps(N), MBQ_W4A8_CTAS(2)) mbq_w4a8_activation(const mbq_w4a8_fused_args args, const float hadamard) {
+// SwiGLU, see unary_gated_op_kernel. A warp takes `span` elements at a time: N, or 128 without a transform (N = 0).
+template <bool tiled, int N>
+static __global__ void __launch_bounds__(32*mbq_w4a8_warps(N), MBQ_W4A8_CTAS(2)) mbq_w4a8_swiglu(const mbq_w4a8_fused_args args, const float hadamard) {
     extern __shared__ __align__(16) float mbq_column[];
     constexpr int span = N == 0 ? 128 : N;
     ggml_cuda_pdl_lc();
@@ -72,7 +71,7 @@ static __global__ void __launch_bounds__(32*mbq_w4a8_warps(N), MBQ_W4A8_CTAS(2))
 #pragma unroll
         for (int i = 0; i < span/32; ++i) {
             const int k = first + 32*i;
-            v[i] = N == 0 && k >= args.K ? 0.0f : mbq_w4a8_activate<f>(x[k], y, k);
+            v[i] = N == 0 && k >= args.K ? 0.0f : ggml_cuda_op_silu_single(x[k]) * y[k];
         }
         if constexpr (N > 0) {
             mbq_w4a8_hadamard<N>(v, hadamard);
@@ -88,9 +87,9 @@ static __global__ void __launch_bounds__(32*mbq_w4a8_warps(N), MBQ_W4A8_CTAS(2))
     mbq_w4a8_quantize_shared<tiled>(args, mbq_column, amax);
 }
 
-// As many warps as take their spans in equal turns: 5120 is 40 spans of 128, two for each of 20 warps, 18944 is 37 of 512, two for each of 19
-static int mbq_w4a8_activation_threads(const mbq_w4a8_function f, const int K, const int N) {
-    if (f == MBQ_W4A8_SWIGLU && K <= 4096) {
+// As many warps as take their spans in equal turns: 18944 is 37 spans of 512, two for each of 19 warps
+static int mbq_w4a8_swiglu_threads(const int K, const int N) {
+    if (K <= 4096) {
         return 256;
     }
     const int span  = N == 0 ? 128 : N;
@@ -99,22 +98,32 @@ static int mbq_w4a8_activation_threads(const mbq_w4a8_function f, const int K, c
     return 32*((spans + turns - 1)/turns);
 }
 
-template <bool tiled, mbq_w4a8_function f, int N>
-static void mbq_w4a8_launch_activation(ggml_backend_cuda_context & ctx, const mbq_w4a8_fused_args & args, const int columns) {
+template <bool tiled, int N>
+static void mbq_w4a8_launch_swiglu(ggml_backend_cuda_context & ctx, const mbq_w4a8_fused_args & args, const int columns) {
     const float scale = N == 0 ? 1.0f : 1 / sqrtf(N);
-    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_activation<tiled, f, N>), mbq_w4a8_room(ctx));
-    const dim3 threads(mbq_w4a8_activation_threads(f, args.K, N));
+    CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_swiglu<tiled, N>), mbq_w4a8_room(ctx));
+    const dim3 threads(mbq_w4a8_swiglu_threads(args.K, N));
     const ggml_cuda_kernel_launch_params params(dim3(columns), threads, args.padded*sizeof(float), ctx.stream());
-    ggml_cuda_kernel_launch(mbq_w4a8_activation<tiled, f, N>, params, args, scale);
+    ggml_cuda_kernel_launch(mbq_w4a8_swiglu<tiled, N>, params, args, scale);
+}
+
+static constexpr int MBQ_W4A8_LONGEST_GELU = 1024*16; // a thread of mbq_w4a8_quantize has one unit
+
+// In registers: 5120 by 4096 29 us, through shared memory 42
+template <bool tiled, mbq_w4a8_function f>
+static void mbq_w4a8_launch_gelu(ggml_backend_cuda_context & ctx, const mbq_w4a8_fused_args & args, const int columns) {
+    const bool aligned = ((uintptr_t) args.x | args.x_column*sizeof(float)) % 16 == 0;
+    const mbq_w4a8_quantize_args of = { args.x, args.q, args.scale, args.x_column, args.K, args.padded, aligned, args.flags, args.n_flags, args.ranges };
+    const ggml_cuda_kernel_launch_params params(dim3(columns), dim3(GGML_PAD(args.padded/16, 32)), 0, ctx.stream());
+    ggml_cuda_kernel_launch(mbq_w4a8_quantize<tiled, 1, 1024, 1, mbq_w4a8_gelu<f>>, params, of);
 }
 
 template <bool tiled>
 static void mbq_w4a8_launch_activation(ggml_backend_cuda_context & ctx, const mbq_w4a8_fused_args & args, const int columns, const mbq_w4a8_function f, const int hadamard) {
-    const auto of_swiglu = hadamard == 0 ? &mbq_w4a8_launch_activation<tiled, MBQ_W4A8_SWIGLU, 0> :
-        hadamard ==  64 ? &mbq_w4a8_launch_activation<tiled, MBQ_W4A8_SWIGLU,  64> : hadamard == 128 ? &mbq_w4a8_launch_activation<tiled, MBQ_W4A8_SWIGLU, 128> :
-        hadamard == 256 ? &mbq_w4a8_launch_activation<tiled, MBQ_W4A8_SWIGLU, 256> : &mbq_w4a8_launch_activation<tiled, MBQ_W4A8_SWIGLU, 512>;
-    const auto launch = f == MBQ_W4A8_SWIGLU ? of_swiglu : f == MBQ_W4A8_GELU ? &mbq_w4a8_launch_activation<tiled, MBQ_W4A8_GELU, 0> :
-        f == MBQ_W4A8_GELU_ERF ? &mbq_w4a8_launch_activation<tiled, MBQ_W4A8_GELU_ERF, 0> : &mbq_w4a8_launch_activation<tiled, MBQ_W4A8_GELU_QUICK, 0>;
+    const auto of_swiglu = hadamard == 0 ? &mbq_w4a8_launch_swiglu<tiled, 0> : hadamard == 64 ? &mbq_w4a8_launch_swiglu<tiled, 64> :
+        hadamard == 128 ? &mbq_w4a8_launch_swiglu<tiled, 128> : hadamard == 256 ? &mbq_w4a8_launch_swiglu<tiled, 256> : &mbq_w4a8_launch_swiglu<tiled, 512>;
+    const auto launch = f == MBQ_W4A8_SWIGLU ? of_swiglu : f == MBQ_W4A8_GELU ? &mbq_w4a8_launch_gelu<tiled, MBQ_W4A8_GELU> :
+        f == MBQ_W4A8_GELU_ERF ? &mbq_w4a8_launch_gelu<tiled, MBQ_W4A8_GELU_ERF> : &mbq_w4a8_launch_gelu<tiled, MBQ_W4A8_GELU_QUICK>;
     launch(ctx, args, columns);
 }
 
@@ -172,7 +181,7 @@ static int mbq_w4a8_fuse_activation(ggml_backend_cuda_context & ctx, const ggml_
     const int end      = hadamard > 0 ? i + 3 : i;
     const mbq_w4a8_fusion f = mbq_w4a8_readers_of(ctx, graph, end);
     const bool next = hadamard > 0 || mbq_w4a8_next_reader(ctx, graph, i, f.x) == i + 1; // see ggml_cuda_w4a8_fuse
-    if (f.readers.count == 0 || f.floats || !next) {
+    if (f.readers.count == 0 || f.floats || !next || (function != MBQ_W4A8_SWIGLU && node->ne[0] > MBQ_W4A8_LONGEST_GELU)) {
         return -1;
     }
     mbq_w4a8_fused_args args = mbq_w4a8_hold_fused(ctx, f, n_flags);

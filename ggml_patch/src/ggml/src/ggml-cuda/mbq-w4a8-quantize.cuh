@@ -30,6 +30,10 @@ static __device__ __forceinline__ int64_t mbq_w4a8_unit_at(const int unit, const
     return ((int64_t) unit/4*columns + column)*4 + unit%4;
 }
 
+static __device__ __forceinline__ int mbq_w4a8_code(const float value, const float inverse) { // a byte
+    return __float2int_rn(fmaxf(fminf(mbq_mul_rn(value, inverse), 127.0f), -127.0f)) & 0xFF;
+}
+
 struct mbq_w4a8_unit {
     float4 v[4];
 
@@ -39,6 +43,14 @@ struct mbq_w4a8_unit {
         for (int i = 0; i < 4; ++i) {
             const int k = mbq_w4a8_unit_k<tiled>(unit, i);
             v[i] = k >= K ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : aligned ? *(const float4 *) (x + k) : make_float4(x[k], x[k + 1], x[k + 2], x[k + 3]);
+        }
+    }
+
+    template <typename F>
+    __device__ __forceinline__ void apply() {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            v[i] = make_float4(F::of(v[i].x), F::of(v[i].y), F::of(v[i].z), F::of(v[i].w));
         }
     }
 
@@ -53,7 +65,7 @@ struct mbq_w4a8_unit {
     }
 
     __device__ __forceinline__ int4 codes(const float inverse) const {
-        const auto code = [&](const float value) { return __float2int_rn(fmaxf(fminf(mbq_mul_rn(value, inverse), 127.0f), -127.0f)) & 0xFF; };
+        const auto code = [&](const float value) { return mbq_w4a8_code(value, inverse); };
         int word[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -63,21 +75,22 @@ struct mbq_w4a8_unit {
     }
 };
 
+static __device__ __forceinline__ int mbq_w4a8_largest_of_warp(int v) {
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) {
+        v = max(v, __shfl_xor_sync(0xFFFFFFFF, v, i));
+    }
+    return v;
+}
+
 // The largest of a CTA; largest: 32 words of shared memory. All threads call it.
 static __device__ __forceinline__ int mbq_w4a8_largest(int amax, int * largest, const int thread, const int threads) {
-    const auto of_warp = [](int v) {
-#pragma unroll
-        for (int i = 16; i > 0; i /= 2) {
-            v = max(v, __shfl_xor_sync(0xFFFFFFFF, v, i));
-        }
-        return v;
-    };
-    amax = of_warp(amax);
+    amax = mbq_w4a8_largest_of_warp(amax);
     if (thread % 32 == 0) {
         largest[thread/32] = amax;
     }
     __syncthreads();
-    return of_warp(thread%32*32 < threads ? largest[thread % 32] : 0);
+    return mbq_w4a8_largest_of_warp(thread%32*32 < threads ? largest[thread % 32] : 0);
 }
 
 // 127 / amax, and the scale of the column
@@ -119,9 +132,13 @@ struct mbq_w4a8_quantize_args {
     mbq_w4a8_ranges ranges;
 };
 
+struct mbq_w4a8_identity {
+    static __device__ __forceinline__ float of(const float x) { return x; }
+};
+
 // One CTA a column, which reads it once, R units a thread. As many threads as one unit each, two CTAs a multiprocessor: 7.9 us for 512 columns of 14336 and 97
-// for 4096, what reading and writing them takes. Columns through shared memory, by bulk copies: 10.6 and 102 us.
-template <bool tiled, int R, int threads, int ctas>
+// for 4096, what reading and writing them takes. Columns through shared memory, by bulk copies: 10.6 and 102 us. F: what x is made of before; 0 of 0.
+template <bool tiled, int R, int threads, int ctas, typename F = mbq_w4a8_identity>
 static __global__ void __launch_bounds__(threads, MBQ_W4A8_CTAS(ctas)) mbq_w4a8_quantize(const mbq_w4a8_quantize_args args) {
     ggml_cuda_pdl_lc();
     ggml_cuda_pdl_sync();
@@ -137,6 +154,7 @@ static __global__ void __launch_bounds__(threads, MBQ_W4A8_CTAS(ctas)) mbq_w4a8_
     }
 #pragma unroll
     for (int r = 0; r < R; ++r) {
+        unit[r].template apply<F>();
         amax = unit[r].amax(amax);
     }
     __shared__ int largest[32];
