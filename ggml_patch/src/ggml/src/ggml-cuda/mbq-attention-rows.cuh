@@ -22,7 +22,7 @@ struct mbq_attention_args {
     const uint8_t * seen;   // of each tile of the mask: MBQ_MASK_*
     float * dst;            // [D, heads, queries, samples]
     bool  f16;              // there as F16; never with a mask, whose kernels have no registers left
-    bool  q_f16;            // queries are F16 and scaled (mbq-qkv.cuh), each number in the place of half a float from the head's first on
+    bool  q_f16;            // never with a mask either: queries are F16 and scaled (mbq-qkv.cuh), each number in the place of half a float from the head's first on
     int queries, keys, heads;
     int mask_samples;
     int64_t q_row, q_head, q_sample, mask_row, mask_sample; // bytes
@@ -53,7 +53,7 @@ template <int D, bool masked> struct mbq_attention_rows {
                 q[j][i] = 0;
                 if (r < args.queries && (D % 16 == 0 || column < D)) {
                     const char * head = args.q + r*args.q_row + blockIdx.y*args.q_head + blockIdx.z*args.q_sample;
-                    if (args.q_f16) {
+                    if (!masked && args.q_f16) {
                         q[j][i] = *(const uint32_t *) (head + column*sizeof(half));
                     } else {
                         const float2 x = *(const float2 *) (head + column*sizeof(float));

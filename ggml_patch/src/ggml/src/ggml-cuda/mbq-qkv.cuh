@@ -104,6 +104,9 @@ static int mbq_qkv_find(const ggml_cgraph * graph, const int i, mbq_qkv_nodes & 
         return -1;
     }
     n.attention = graph->nodes[found];
+    if (n.attention->src[3]) {
+        return -1; // kernels with a mask have no registers left for another kind of queries
+    }
     n.k16 = n.attention->src[1];
     n.v16 = n.attention->src[2];
     if (!mbq_qkv_permuted(n.attention->src[0], n.q) || !mbq_qkv_is_cast(n.k16) || !mbq_qkv_is_cast(n.v16)) {
