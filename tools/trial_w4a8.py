@@ -55,10 +55,10 @@ def trial_grid(quant_type: QuantType) -> Grid | None:
     return grid_of(quant_type)
 
 
-def _pack(low: int, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, _steps: torch.Tensor) -> Bytes:
+def _pack(low: int, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, _steps: torch.Tensor) -> torch.Tensor:
     groups = codes.float().reshape(*scale.shape, -1) + low
     values = groups * scale[..., None] + offset[..., None]
-    return values.reshape(len(codes), -1).cpu().numpy().view("u1")
+    return values.reshape(len(codes), -1).view(torch.uint8)
 
 
 def _quantize(name: str, weights: Floats) -> Bytes:
