@@ -56,14 +56,7 @@ static __global__ void __launch_bounds__(256, MBQ_W4A8_CTAS(4)) mbq_w4a8_layer_n
         if (args.z) {
             v = __fadd_rn(v, args.z[i]);
         }
-        mbq_column[i] = v;
-        amax = max(amax, mbq_w4a8_bits(v));
-        if (args.out) {
-            args.out[blockIdx.x*args.out_column + i] = v;
-        }
-        if (args.halves) {
-            args.halves[blockIdx.x*args.out_column + i] = __float2half(v);
-        }
+        mbq_w4a8_give(args, mbq_column, i, v, amax);
     }
     if (args.q) {
         mbq_w4a8_quantize_shared<tiled>(args, mbq_column, amax);

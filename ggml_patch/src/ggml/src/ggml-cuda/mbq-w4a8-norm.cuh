@@ -29,6 +29,18 @@ static __device__ __forceinline__ int mbq_w4a8_bits(const float v) { // of |v|
     return __float_as_int(v) & INT_MAX;
 }
 
+// Number i of the column to whoever reads it; amax: the largest so far of this thread's
+static __device__ __forceinline__ void mbq_w4a8_give(const mbq_w4a8_fused_args & args, float * column, const int i, const float v, int & amax) {
+    column[i] = v;
+    amax = max(amax, mbq_w4a8_bits(v));
+    if (args.out) {
+        args.out[blockIdx.x*args.out_column + i] = v;
+    }
+    if (args.halves) {
+        args.halves[blockIdx.x*args.out_column + i] = __float2half(v);
+    }
+}
+
 // A column of `padded` floats in shared memory; amax: this thread's part. All threads call it.
 template <bool tiled>
 static __device__ __forceinline__ void mbq_w4a8_quantize_shared(const mbq_w4a8_fused_args & args, float * column, const int amax) {
@@ -82,14 +94,7 @@ static __global__ void __launch_bounds__(threads, MBQ_W4A8_CTAS(threads == 256 ?
     int amax = 0;
     for (int i = threadIdx.x; i < args.K; i += threads) {
         const float v = scale * mbq_column[i] * args.y[i];
-        mbq_column[i] = v;
-        amax = max(amax, mbq_w4a8_bits(v));
-        if (args.out) {
-            args.out[blockIdx.x*args.out_column + i] = v;
-        }
-        if (args.halves) {
-            args.halves[blockIdx.x*args.out_column + i] = __float2half(v);
-        }
+        mbq_w4a8_give(args, mbq_column, i, v, amax);
     }
     if (args.q) {
         mbq_w4a8_quantize_shared<tiled>(args, mbq_column, amax);
