@@ -23,7 +23,7 @@ def mul_mat(
     device: str = "CPU",
     threads: int | None = None,
     row_scale: bool = False,
-    ranges: Floats | None = None,
+    ranges: Floats | float | None = None,
     reference: bool = False,
     spacing: int = 0,
 ) -> Floats:
@@ -31,7 +31,8 @@ def mul_mat(
 
     Both may have up to two dimensions more; those of ``x`` are whole multiples of the weights', which are repeated. ``threads`` matters on
     the CPU only (all cores where None), and so does ``reference``, the plain path. ``row_scale`` flags the weights as having one scale a
-    row; such a product takes static ``ranges`` [n], one a row of ``x``, 0 for none. ``spacing`` floats lie between the rows of ``x``.
+    row; such a product takes static ``ranges`` [n], one a row of ``x``, 0 for none, or one number for all rows, which must not be 0.
+    ``spacing`` floats lie between the rows of ``x``.
     Raises CallError for shapes or a device that do not exist, BindingError where the device cannot multiply this type or has no memory.
     """
     x = np.ascontiguousarray(x, np.float32)
@@ -55,11 +56,15 @@ def mul_mat(
         activations = c.ggml_view_4d(context, rows, columns, x.shape[-2], *outer, rows.nb[1], rows.nb[2], rows.nb[3], 0)
         product = c.ggml_mul_mat(context, weight, activations)
         inputs = [(weight, data), (rows, spaced)]
-        if ranges is not None:  # a column of a table, as a model's graph has them
-            table = np.zeros((x.shape[-2], 3), np.float32)
+        if ranges is not None:  # a column of a table, as a language model's graph has them, or a single value of it, as a tower's
+            single = isinstance(ranges, float)
+            table = np.zeros((1 if single else x.shape[-2], 3), np.float32)
             table[:, 1] = ranges
             base = c.ggml_new_tensor_4d(context, c.GGML_TYPE_F32, 3, len(table), 1, 1)
-            product.src[2] = c.ggml_view_4d(context, base, 1, len(table), 1, 1, base.nb[1], base.nb[2], base.nb[3], 4)
+            column = c.ggml_view_4d(context, base, 1, len(table), 1, 1, base.nb[1], base.nb[2], base.nb[3], 4)
+            if single:
+                column.ne[1], column.nb[1], column.nb[2], column.nb[3] = x.shape[-2], 0, 0, 0
+            product.src[2] = column
             inputs.append((base, table))
         return compute(product, inputs, type_info(kind).name, device, backend, context, stack).reshape(*x.shape[:-1], data.shape[-2])
 

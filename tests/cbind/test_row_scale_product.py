@@ -53,10 +53,11 @@ def case(kind: str, rows: int, columns: int, n: int, seed: int = 0) -> tuple[np.
     return codes, scales, random.normal(size=(n, columns)).astype(np.float32)
 
 
-def check(kind: str, codes: np.ndarray, scales: np.ndarray, x: Floats, ranges: Floats | None = None, **options: object) -> None:
+def check(kind: str, codes: np.ndarray, scales: np.ndarray, x: Floats, ranges: Floats | float | None = None, **options: object) -> None:
     data = blocks(kind, codes, scales)
     found = mul_mat(kind, data, codes.shape[-1], x, row_scale=True, ranges=ranges, **options)  # type: ignore[arg-type]
-    assert np.array_equal(found, expected(codes, scales, x, ranges))
+    each = np.full(x.shape[-2], ranges, np.float32) if isinstance(ranges, float) else ranges
+    assert np.array_equal(found, expected(codes, scales, x, each))
 
 
 def test_the_flag_is_the_headers() -> None:
@@ -144,6 +145,18 @@ def test_static_ranges_are_the_contracts(kind: str, data: st.DataObject) -> None
 
 
 @KINDS
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_one_range_of_all_rows_is_the_contracts(kind: str, data: st.DataObject) -> None:
+    """As a vision tower has it; some rows lie beyond it, and some far within."""
+    rows, n, seed = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 300)), data.draw(st.integers(0, 2**32 - 1))
+    codes, scales, x = case(kind, rows, 32 * data.draw(st.integers(1, 20)), n, seed)
+    x *= np.float32(10.0) ** np.random.default_rng(seed).uniform(-2, 2, (n, 1)).astype(np.float32)
+    limit = data.draw(st.sampled_from([0.01, 1.0, 4.0, 1e30]))
+    check(kind, codes, scales, x, limit, threads=data.draw(st.integers(1, 3)), reference=data.draw(st.booleans()))
+
+
+@KINDS
 def test_the_largest_value_as_range_is_the_dynamic_product(kind: str) -> None:
     codes, scales, x = case(kind, 9, 128, 70)
     data = blocks(kind, codes, scales)
@@ -191,3 +204,4 @@ def test_product_on_cuda(kind: str, n: int, columns: int) -> None:
 def test_static_ranges_on_cuda(kind: str, n: int, columns: int) -> None:
     codes, scales, x = case(kind, 257, columns, n)
     check(kind, codes, scales, x, ranges_of(x, n) * np.float32(n > 1) + np.float32(n == 1), device="CUDA0")  # the first row has none
+    check(kind, codes, scales, x, 2.0, device="CUDA0")

@@ -16,7 +16,8 @@
 //   y     ((float) acc * d_w) * s_x
 //
 // Static ranges: src[2] of the product, where it has one, is F32 [1, rows of activations], 0 for a row without a range. Only what lies beyond its range makes
-// the limits of q matter.
+// the limits of q matter. Where nb[1] of src[2] is 0, one range holds for all rows, and it is a range: finite and at least GGML_ROW_SCALE_AMAX_MIN, which whoever
+// builds the graph promises (a vision tower's: clip-mbq-act.h). So a kernel that makes activations can write their int8 without having seen a row's largest.
 //
 // Each float operation is rounded by itself, to nearest: true divisions, no fused multiplication. Above GGML_ROW_SCALE_AMAX_MIN no
 // number that matters is a denormal of float, so code that flushes them agrees. Activations that are not finite give any number.

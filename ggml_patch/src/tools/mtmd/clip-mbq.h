@@ -1,6 +1,7 @@
 #pragma once
 
 #include "clip-impl.h"
+#include "clip-mbq-act.h"
 #include "clip-mbq-batch.h"
 #include "clip-mbq-checks.h"
 #include "clip-mbq-llama4.h"
@@ -53,6 +54,9 @@ static void clip_mbq_image_limits(const T & loader, clip_hparams & hparams) {
 static std::unique_ptr<clip_graph> clip_mbq_builder(clip_ctx * ctx, const clip_image_f32 & img, const bool several) {
     if (ctx->proj_type() == PROJECTOR_TYPE_LLAMA4) {
         return std::make_unique<clip_graph_mbq_llama4>(ctx, img);
+    }
+    if (ctx->proj_type() == PROJECTOR_TYPE_GEMMA4V) {
+        return std::make_unique<clip_graph_mbq_gemma4>(ctx, img);
     }
     return several ? clip_mbq_batch_builder(ctx, img) : nullptr;
 }
