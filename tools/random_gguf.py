@@ -48,6 +48,7 @@ class LanguageShape:
 QWEN2_VL_7B = LanguageShape(28, 3584, 18944, 28, 4, 152064)
 QWEN2_VL_2B = LanguageShape(28, 1536, 8960, 12, 2, 151936)
 TOWER = (32, 1280)  # blocks and width of the vision tower of both
+RANGES = {"qkv": 5.0, "o": 100.0, "gate_up": 5.0, "down": 150.0}  # of its sites' activations: norms', and what random weights make of them
 
 
 def more_bits(layer: int, layers: int) -> bool:
@@ -147,8 +148,12 @@ def write_random_gguf(
 
 
 def write_random_tower(path: Path, width: int, kind: str = "F16") -> None:
-    """Write Qwen2-VL's vision tower for a language model of this width; ``kind`` is the type of its matrices, the patches' stay F16."""
+    """Write Qwen2-VL's vision tower for a language model of this width; ``kind`` is the type of its matrices, the patches' stay F16.
+
+    W8A8 and W4A8 have static ranges of activations; ``W8A8:dynamic`` has none.
+    """
     gguf = import_gguf()
+    kind, _, activations = kind.partition(":")
     blocks, size = TOWER
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_type("mmproj")
@@ -180,7 +185,10 @@ def write_random_tower(path: Path, width: int, kind: str = "F16") -> None:
         else:
             writer.add_tensor(name, random_matrix(gguf, stored, *dimensions), raw_dtype=gguf.GGMLQuantizationType[stored])
     if kind in row_scale.ROW_SCALES:
-        for name, value in row_scale.metadata(matrices).items():
+        keys = row_scale.metadata(matrices)
+        if activations != "dynamic":
+            keys |= {"mbq.act.version": 1} | {f"mbq.act.range.{site}.vision": [value] * blocks for site, value in RANGES.items()}
+        for name, value in keys.items():
             add_metadata(writer, name, value)
     finish(writer)
 
