@@ -83,6 +83,31 @@ def test_what_one_process_finds_all_hear(tmp_path: Path) -> None:
         assert sentence.startswith(f"the weight b in {tmp_path}/weights.safetensors holds NaN or infinite values")
 
 
+def in_rounds(folder: str) -> None:
+    """Spread five pieces; each process saves what it computed (10 and more) and what it was given, in their order."""
+    events: list[int] = []
+
+    def compute(piece: int) -> dict[str, torch.Tensor]:
+        events.append(10 + piece)
+        return {"square": torch.full((piece,), piece**2)}
+
+    with together("cpu"):
+        for piece, parts in spread(range(5), compute):
+            events.append(piece)
+            assert parts["square"].tolist() == piece * [piece**2]
+    Path(folder, f"{launch.rank()}.json").write_text(json.dumps(events))
+
+
+def test_a_round_is_on_its_way_while_the_next_is_computed(tmp_path: Path) -> None:
+    started = enumerate(of_several(2, free_port()))
+    run = [Command(tmp_path / f"{rank}.log", tmp_path, variables=own, work=in_rounds) for rank, own in started]
+    assert [process.wait(SECONDS) for process in run] == [0, 0]
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [
+        [10, 12, 0, 1, 14, 2, 3, 4],
+        [11, 13, 0, 1, 2, 3, 4],
+    ]
+
+
 def test_a_single_process_does_all_by_itself() -> None:
     with together("cpu"):
         assert [(piece, parts["x"].item()) for piece, parts in spread([2, 3], lambda piece: {"x": torch.tensor(piece**2)})] == [

@@ -63,16 +63,20 @@ def rank() -> int:
 def spread(pieces: Sequence[Piece], compute: Callable[[Piece], Parts]) -> Iterator[tuple[Piece, Parts]]:
     """Each of ``pieces``, in order, with what ``compute`` makes of it, on its device.
 
-    Process r computes pieces r, r + count ...; those of one round at the same time.
+    Process r computes pieces r, r + count ...; those of one round at the same time. A round is on its way while the next one is computed,
+    so ``compute`` must not wait for what the caller does with the pieces before.
     """
     if count() == 1:
         for piece in pieces:
             yield piece, compute(piece)
         return
+    before: Iterator[tuple[Piece, Parts]] = iter(())
     for start in range(0, len(pieces), count()):
         here = pieces[start : start + count()]
-        found = exchange(compute(here[rank()]) if rank() < len(here) else {})
-        yield from zip(here, found, strict=False)
+        sent = Sent(compute(here[rank()]) if rank() < len(here) else {})
+        yield from before
+        before = zip(here, sent.arrived(), strict=False)
+    yield from before
 
 
 def spread_values(pieces: Sequence[Piece], compute: Callable[[Piece], Value]) -> Iterator[Value]:
@@ -128,21 +132,34 @@ def dealt(costs: Sequence[float], compute: Callable[[int], torch.Tensor]) -> Ite
 
 def exchange(own: Parts) -> list[Parts]:
     """What each process gives, in their order; tensors may differ in names, shapes and types, and arrive on the device of their kind."""
-    with _heard():
-        described = told({name: (value.shape, value.dtype, value.device.type) for name, value in own.items()})
-        found, sending = [], []
-        for source, names in enumerate(described):
-            parts = {}
-            for name, (shape, dtype, kind) in names.items():
-                here = source == rank()
-                parts[name] = own[name].detach().contiguous() if here else torch.empty(shape, dtype=dtype, device=_device(kind))
-                if parts[name].numel():
-                    sending.append(dist.broadcast(_bytes(parts[name]), source, async_op=True))
-            found.append(parts)
-        for sent in sending:
-            assert sent is not None
-            sent.wait()
-        return found
+    return list(Sent(own).arrived())
+
+
+class Sent:
+    """What each process gives, on its way to all: ``own`` is this one's."""
+
+    def __init__(self, own: Parts) -> None:
+        self._found: list[Parts] = []
+        self._sending: list[dist.Work] = []
+        with _heard():
+            described = told({name: (value.shape, value.dtype, value.device.type) for name, value in own.items()})
+            for source, names in enumerate(described):
+                parts = {}
+                for name, (shape, dtype, kind) in names.items():
+                    here = source == rank()
+                    parts[name] = own[name].detach().contiguous() if here else torch.empty(shape, dtype=dtype, device=_device(kind))
+                    if parts[name].numel():
+                        sending = dist.broadcast(_bytes(parts[name]), source, async_op=True)
+                        assert sending is not None
+                        self._sending.append(sending)
+                self._found.append(parts)
+
+    def arrived(self) -> Iterator[Parts]:
+        """All of it, in the order of processes, once it is there."""
+        with _heard():
+            for sending in self._sending:
+                sending.wait()
+        yield from self._found
 
 
 def told(own: Any) -> list[Any]:
