@@ -139,6 +139,20 @@ static bool clip_mbq_set_pixels(const clip_image_f32_batch & imgs, ggml_cgraph *
     return true;
 }
 
+// copies the tower's output to its rows (clip-mbq-rows.h); otherwise upstream does it, to a vector
+static bool clip_mbq_get_rows(const clip_image_f32_batch & imgs, const ggml_tensor * output) {
+    if (!imgs.rows) {
+        return false;
+    }
+    GGML_ASSERT(imgs.rows->size() == (size_t) ggml_nelements(output));
+    ggml_backend_tensor_get(output, imgs.rows->data(), 0, ggml_nbytes(output));
+    return true;
+}
+
+ggml_backend_buffer_type_t clip_mbq_host_buft(const clip_ctx * ctx) {
+    return ctx->backend_buft.back();
+}
+
 // the graph of several pictures; nullptr: such a tower takes them one by one, or as upstream says
 static std::unique_ptr<clip_graph> clip_mbq_batch_builder(clip_ctx * ctx, const clip_image_f32 & img) {
     switch (ctx->proj_type()) {

@@ -5,8 +5,10 @@
 //
 // Included by server-context.cpp behind encode_mtmd_chunk(), whose types it needs.
 
-// whether the slot's prompt takes this path; the first time that a request with pictures does not, the log says why
-static bool aifs_applies(server_slot & slot) {
+// whether the slot's prompt takes this path; the first time that a request with pictures does not, the log says why. On either path slot.aifs_one says from now on
+// whether somebody waits for a token
+static bool aifs_applies(server_slot & slot, const server_batch & batch) {
+    slot.aifs_one = batch.size() > 0 && !batch.tokens.front().is_prompt;
     if (!slot.mctx || mtmd_aifs_refusal(slot.mctx, slot.ctx_tgt)) {
         return false; // the log said so when the model was loaded
     }

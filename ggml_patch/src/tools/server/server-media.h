@@ -9,6 +9,7 @@
 #include <array>
 #include <atomic>
 #include <future>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -66,8 +67,14 @@ static raw_buffer media_base64_decode(const char * text, size_t n) {
     return out;
 }
 
-// the usual form of a file within a request, "data:image/...;base64,...", without copies; false: handle_media() has its say
-static bool media_from_data_url(const std::string & url, std::vector<raw_buffer> & out_files) {
+bool server_media_offline = false;
+
+// whether handle_media() has nothing left to do: it takes the usual form of a file within a request, "data:image/...;base64,...", without copies, and refuses
+// what --offline does
+static bool media_taken(const std::string & url, std::vector<raw_buffer> & out_files) {
+    if (server_media_offline && string_starts_with(url, "http")) {
+        throw std::invalid_argument("http URLs are not allowed with --offline");
+    }
     const size_t comma = url.find(',');
     if (comma == std::string::npos || url.find(',', comma + 1) != std::string::npos) {
         return false;
