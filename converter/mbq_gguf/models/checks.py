@@ -180,7 +180,7 @@ def _names(file: Path) -> list[str]:
 
 def _finite(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` has no NaN and no infinity; a single number may be a bound that nothing reaches (Gemma 4's clipped linears)."""
-    if not tensor.is_floating_point() or (tensor.ndim == 0 and not tensor.isnan()):
+    if not tensor.is_floating_point() or (tensor.ndim == 0 and not tensor.isnan()) or not tensor.numel():
         return True
-    # The sum is finite unless an entry is not (float32 sums of bf16 weights do not overflow), and costs no mask in memory.
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+    # Both are NaN where an entry is; a sum in float32 takes seven times as long, 0.14 s of a core for 136 MB of bfloat16.
+    return all(bool(end.isfinite()) for end in torch.aminmax(tensor))

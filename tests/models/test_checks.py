@@ -1,0 +1,31 @@
+"""The look through a checkpoint's weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from mbq_gguf.errors import UserError
+from mbq_gguf.models.checks import check_finite
+from safetensors.torch import save_file
+
+COLUMNS = 1003  # an odd number: more than vectors hold, and something left behind them
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_one_weight_in_many_that_is_no_number(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Wherever it lies; the largest numbers of a type are numbers."""
+    file = tmp_path / "weights.safetensors"
+    sound = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sound[0, :2] = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min], dtype=dtype)
+    save_file({"a": sound, "bound": torch.tensor(math.inf, dtype=dtype), "none": torch.empty(0, 3, dtype=dtype)}, file)
+    check_finite([file])
+    for place in (0, COLUMNS, 3 * COLUMNS - 1):
+        for value in (math.nan, math.inf, -math.inf):
+            spoilt = sound.clone()
+            spoilt.view(-1)[place] = value
+            save_file({"a": sound, "b": spoilt}, file)
+            with pytest.raises(UserError, match=r"the weight b in .* holds NaN or infinite values"):
+                check_finite([file])
