@@ -97,10 +97,10 @@ def test_time_grows_with_tokens_weights_and_search(tmp_path: Path, monkeypatch: 
 SEVEN = [Site(3584, 4608), Site(3584, 3584), Site(3584, 37888), Site(18944, 3584)]
 
 
-@pytest.mark.parametrize(("layers", "texts", "seconds"), [(3, 0, 46.4), (28, 80, 154.9)])
-def test_a_card_is_foretold_within_a_third(layers: int, texts: int, seconds: float) -> None:
+@pytest.mark.parametrize(("layers", "texts", "seconds", "card_gib"), [(3, 0, 46.4, 18.1), (28, 80, 154.9, 23.3)])
+def test_a_card_is_foretold_within_a_third(layers: int, texts: int, seconds: float, card_gib: float) -> None:
     """A 7B's shapes on an H200 (docs/results.md); the rates were fitted to three of its layers and two of a 72B's. All of its layers held
-    5.9 GiB of the host and 23.3 of the card."""
+    5.9 GiB of the host. Since then down_proj's outputs are kept instead of its inputs, up to 1.2 GB less."""
     work = Work(
         [SEVEN] * layers,
         ends=2 * 152064 * 3584,
@@ -115,7 +115,7 @@ def test_a_card_is_foretold_within_a_third(layers: int, texts: int, seconds: flo
     )
     assert sum(stage_seconds(work, CARD).values()) == pytest.approx(seconds, rel=1 / 3)
     found = [bytes_ / 2**30 for bytes_ in memory(work, "cuda")]
-    assert found == pytest.approx([5.9, 23.3], rel=1 / 3)
+    assert found == pytest.approx([5.9, card_gib], rel=1 / 3)
 
 
 def sites(width: int, heads: int, kv_heads: int, ffn: int) -> list[Site]:

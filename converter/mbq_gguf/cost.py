@@ -35,7 +35,7 @@ class Rates:
     scored: float  # an entry of the vocabulary times a token of all texts
     moved: float  # a token times a channel of a site: observed, kept, fetched again
     multiplied: float  # a token times a weight: runs through the layers
-    squared: float  # a token times a site's channel squared: second moments
+    squared: float  # a token times two channels: second moments
     column: float  # a column of a site: rounding goes column by column
     rounded: float  # a weight: ranges, codes, refits
     product: float  # a weight times a column of its site: errors carried on, codes improved
@@ -72,7 +72,7 @@ CPU = Rates(
     scored=1.6e-8,
     moved=2.8e-8,
     multiplied=2.18e-11,
-    squared=1.63e-11,
+    squared=9.9e-12,
     column=0.0,
     rounded=5e-7,
     product=6e-11,
@@ -93,7 +93,7 @@ CARD = Rates(
     scored=0.0,
     moved=2e-10,
     multiplied=2e-14,
-    squared=1.7e-14,
+    squared=1.03e-14,
     column=4e-6,
     rounded=1.8e-9,
     product=6.1e-13,
@@ -101,6 +101,7 @@ CARD = Rates(
     stored=1.0e-9,
     nearest=6e-8,
 )
+HALF = 0.65  # of the products of a symmetric sum are computed (calibration/sums.py)
 SEARCHED = 3.4  # times a layer's seconds where channel factors are searched (MBQ, AWQ): 1483 s for 435 on the reference VLM
 LEARNED = 1.4  # a pass of --learn-scales: 2855 s for 435 with four passes
 
@@ -112,6 +113,11 @@ class Site:
     columns: int
     rows: int
     share: float = 1.0
+
+    @property
+    def compared(self) -> int:
+        """Channels that are held against the original's: inputs, or outputs where these are fewer (calibration/moments.py)."""
+        return min(self.columns, self.rows)
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,8 @@ def layer_seconds(work: Work, sites: Sequence[Site], rates: Rates) -> float:
     total = 0.0
     for site in sites:
         tokens = work.tokens * site.share
-        total += tokens * site.columns * (site.rows * rates.multiplied + rates.moved + site.columns * rates.squared)
+        squares = HALF * site.columns + site.compared
+        total += tokens * site.columns * (site.rows * rates.multiplied + rates.moved + squares * rates.squared)
         total += site.columns * rates.column + site.columns**2 * site.rows * rates.product
     return total + weights * rates.rounded
 
@@ -222,13 +229,13 @@ def memory(work: Work, device: str, room: float = float("inf")) -> tuple[float, 
     ends = 4.0 * (work.ends + work.tower)
     layer = max((sum(site.columns * site.rows for site in sites) for sites in work.layers), default=0)
     rounding = 4.0 * layer + (to_round(work.layers) if work.tokens else 0.0)
-    a_token = max((2 * sum(_shared(sites)) + 4 * sum(_shared(sites[1::2])) for sites in work.layers), default=0) + 12 * work.width
+    a_token = max((2 * sum(_compared(sites)) + 4 * sum(_shared(sites[1::2])) for sites in work.layers), default=0) + 12 * work.width
     activations = float(work.tokens * a_token)
     if device != "cpu":
         kept = min(activations, max(0.0, room - rounding))  # on the card (calibration/spill.py), where ends are away meanwhile
         one_end = 4.0 * work.vocabulary * work.width  # read, or packed for the file
         return PROCESS + DRIVER + max(activations - kept, one_end), max(ends + _writing(work, 16, room - ends), rounding + kept)
-    inputs = work.tokens * max((2 * sum(_shared(sites)) + 4 * work.width for sites in work.layers), default=0)
+    inputs = work.tokens * max((2 * sum(_compared(sites)) + 4 * work.width for sites in work.layers), default=0)
     ahead = 4.0 * layer + inputs if work.tokens else 0.0  # of the original's next layer (walk/ahead.py)
     return PROCESS + ends + max(_writing(work, 32, room - ends), activations + ahead + rounding), 0.0
 
@@ -245,6 +252,11 @@ def _writing(work: Work, bits: int, room: float) -> float:
     return next((size for size in sizes if size <= SHARE * room), sizes[-1])
 
 
+def _compared(sites: Sequence[Site]) -> list[float]:
+    """Channels that a token leaves of the original layer."""
+    return [site.compared * site.share for site in sites]
+
+
 def _shared(sites: Sequence[Site]) -> list[float]:
-    """Channels of the inputs that a token leaves; those of every other site, attention's and the feed-forward's last, are kept twice."""
+    """Channels of the inputs that a token leaves of the rounded layer, which keeps those of every other site, each branch's last."""
     return [site.columns * site.share for site in sites]

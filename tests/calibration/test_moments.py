@@ -59,9 +59,15 @@ def test_moments_equal_those_of_whole_runs(layer: Layer, streams: list[Streamed]
     for site in STANDARD.sites:
         inputs = whole_runs(layer, streams, site)
         originals = [x.float() + torch.randn_like(x, dtype=torch.float32) for x in inputs]
-        found = replay.moments(site, uniform, originals)
-        x, y = torch.cat(inputs), torch.cat(originals).double()
-        for ours, exact in ((found.hessian, x.t() @ x), (found.cross, (y - x).t() @ x)):
+        writer, x, y = layer.narrow_writer(site), torch.cat(inputs), torch.cat(originals).double()
+        if writer:
+            outputs = [original @ writer.weight.t() for original in originals]
+            found = replay.moments(site, uniform, outputs)
+            crossed, exact_crossed = found.written, torch.cat(outputs).double().t() @ x
+        else:
+            found = replay.moments(site, uniform, originals)
+            crossed, exact_crossed = found.cross, (y - x).t() @ x
+        for ours, exact in ((found.hessian, x.t() @ x), (crossed, exact_crossed)):
             assert ours is not None
             assert float((ours - exact).abs().max() / exact.abs().max()) < ROUNDING
         round_coarsely(layer, site)

@@ -22,6 +22,7 @@ from mbq_gguf.rounding.refit import _fill, refit, refit_row_scale
 from mbq_gguf.rounding.sequence import Refinement, corrected, refined
 
 COLUMNS = 128
+OF_THE_CHANGE = 1e-3  # of a correction is what float32 sums of W y instead of y - x may change; 3.5e-4 here
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,19 @@ def test_the_corrected_weight_gives_the_original_output() -> None:
 
     half = corrected(weight, found, inverse_factor(found.hessian, 1e-6), 0.5)
     assert miss(whole) < miss(half) < miss(weight)
+
+
+def test_the_original_output_stands_for_the_original_input() -> None:
+    """(W y)^T x less W H is W (y - x)^T x, also of some rows of W."""
+    y, weight = inputs(5), drawn(7, 10, COLUMNS)
+    x = y + 0.2 * drawn(9, *y.shape)
+    by_inputs = Moments(x.t() @ x, (y - x).t() @ x)
+    by_outputs = Moments(by_inputs.hessian, written=(y @ weight.t()).t() @ x)
+    factor = inverse_factor(by_inputs.hessian, 0.01)
+    whole = corrected(weight, by_inputs, factor, 0.5)
+    for rows in (slice(0, 10), slice(3, 8)):
+        miss = corrected(weight[rows], by_outputs.of_rows(rows), factor, 0.5) - whole[rows]
+        assert float(miss.norm() / (whole - weight)[rows].norm()) < OF_THE_CHANGE
 
 
 def test_zeros_of_the_factor_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

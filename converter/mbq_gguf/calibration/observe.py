@@ -17,7 +17,7 @@ from mbq_gguf.models.layer import Layer, batched
 from mbq_gguf.models.layout import Site
 from mbq_gguf.parallel import Parts, spread
 
-# Inputs are kept only to be compared with those of the rounded model, which differ by far more than this type rounds off.
+# Activations are kept only to be compared with those of the rounded model, which differ by far more than this type rounds off.
 KEPT = torch.bfloat16
 NONE = torch.empty(0, 1, dtype=KEPT)  # stands for inputs that another process keeps
 
@@ -26,12 +26,12 @@ TokenWeights = Callable[[Streamed, Site], torch.Tensor]  # one weight a token [t
 
 @dataclass
 class Observed:
-    """By site name: the Hessian of its input x on the device [columns, columns], the sum over tokens of w_t x_t x_t^T, and all inputs
-    where asked for, one [tokens, columns] a sample (none of experts, which see other tokens in another model; an empty one for
-    a sample that another process has run)."""
+    """By site name: the Hessian of its input x on the device [columns, columns], the sum over tokens of w_t x_t x_t^T, and the
+    ``originals`` where asked for, one [tokens, columns] a sample: the inputs, or what the site's :meth:`Layer.narrow_writer` makes of them
+    before its bias (none of experts, which see other tokens in another model; an empty one for a sample that another process has run)."""
 
     hessians: dict[str, torch.Tensor] = field(default_factory=dict)
-    inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    originals: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -40,11 +40,11 @@ def observe(
     streams: Sequence[Streamed],
     *,
     hessian_weights: TokenWeights | None,
-    keep_inputs: bool = False,
+    keep_originals: bool = False,
 ) -> Observed:
     """Run ``streams`` through ``layer``, in place, and keep what calibration needs; ``hessian_weights`` None means no
     Hessians."""
-    inputs: dict[str, dict[int, torch.Tensor]] = {site.name: {} for site in layer.sites}
+    originals: dict[str, dict[int, torch.Tensor]] = {site.name: {} for site in layer.sites}
     sums: dict[str, Sum] = {}
 
     def run(batch: list[Streamed]) -> Parts:
@@ -54,9 +54,10 @@ def observe(
             if site.name not in watch.inputs:  # of an expert that no token of the batch has reached
                 continue
             x = watch.inputs[site.name][0].float()
-            if keep_inputs and site.expert is None:
-                each = torch.split(kept(x, KEPT), [stream.hidden.shape[1] for stream in batch])
-                inputs[site.name] |= {id(stream): part for stream, part in zip(batch, each, strict=True)}
+            if keep_originals and site.expert is None:
+                original = watch.written[site.name][0] if site.name in watch.written else x
+                each = torch.split(kept(original, KEPT), [stream.hidden.shape[1] for stream in batch])
+                originals[site.name] |= {id(stream): part for stream, part in zip(batch, each, strict=True)}
             if hessian_weights is not None:
                 weights = torch.cat([hessian_weights(stream, site) for stream in batch]).to(layer.device)
                 parts[f"site {site.name}"] = root_weighted(x, layer.row_weights(site, weights))
@@ -66,21 +67,25 @@ def observe(
         for site in layer.sites:
             if f"site {site.name}" in parts:
                 rooted = parts[f"site {site.name}"]
-                sums.setdefault(site.name, Sum.like(rooted)).add(rooted, rooted)
+                sums.setdefault(site.name, Sum.like(rooted, rooted)).add(rooted, rooted)
         split_back(batch, parts)
     hessians = {name: found.whole() for name, found in sums.items()}
     return Observed(
-        hessians, {name: [found.get(id(stream), NONE) for stream in streams] if found else [] for name, found in inputs.items()}
+        hessians, {name: [found.get(id(stream), NONE) for stream in streams] if found else [] for name, found in originals.items()}
     )
 
 
 class Watch:
-    """While open, keeps the latest input [1, tokens, columns] of the first linear of each of ``sites`` (None: all), by the site's name."""
+    """While open, keeps the latest input [1, tokens, columns] of the first linear of each of ``sites`` (None: all), by the site's name, and
+    what its :meth:`Layer.narrow_writer` has ``written`` [1, tokens, rows], less its bias."""
 
     def __init__(self, layer: Layer, sites: Sequence[Site] | None = None) -> None:
         self.inputs: dict[str, torch.Tensor] = {}
+        self.written: dict[str, torch.Tensor] = {}
         watched = layer.sites if sites is None else sites
         self.handles = [layer.holder(site.readers[0]).register_forward_pre_hook(self._input(site.name)) for site in watched]
+        writers = [(site.name, layer.narrow_writer(site)) for site in watched]
+        self.handles += [writer.register_forward_hook(self._output(name)) for name, writer in writers if writer]
 
     def __enter__(self) -> Watch:
         return self
@@ -92,5 +97,11 @@ class Watch:
     def _input(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             self.inputs[name] = batched(args[0])
+
+        return hook
+
+    def _output(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Linear, _args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+            self.written[name] = batched(out if module.bias is None else out - module.bias)
 
         return hook

@@ -13,17 +13,17 @@ TILE = 384  # rows of a sum computed at a time; of a symmetric one half is left 
 
 @dataclass
 class Sum:
-    """``total`` [columns, columns] float32 on the device; other processes' tiles are zero until :meth:`whole`."""
+    """``total`` [rows, columns] float32 on the device; other processes' tiles are zero until :meth:`whole`."""
 
     total: torch.Tensor
 
     @staticmethod
-    def like(x: torch.Tensor) -> Sum:
-        """Nothing yet, of inputs like ``x`` [tokens, columns]."""
-        return Sum(x.new_zeros(x.shape[1], x.shape[1]))
+    def like(a: torch.Tensor, b: torch.Tensor) -> Sum:
+        """Nothing yet, of products of ``a`` [tokens, rows] and ``b`` [tokens, columns]."""
+        return Sum(b.new_zeros(a.shape[1], b.shape[1]))
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Add a^T b for ``a`` and ``b`` [tokens, columns]."""
+        """Add a^T b for ``a`` [tokens, rows] and ``b`` [tokens, columns]."""
         for start in self._tiles(parallel.rank()):
             end = start + TILE
             self.total[start:end].addmm_(a[:, start:end].t(), b)

@@ -77,6 +77,15 @@ class Layer:
         assert isinstance(module, nn.Linear)
         return module
 
+    def narrow_writer(self, site: Site) -> nn.Linear | None:
+        """The linear that alone reads ``site`` and writes fewer channels than it reads into the residual stream (down_proj); None where
+        there is no such."""
+        name = site.readers[0]
+        if len(site.readers) > 1 or name not in {branch.writer for branch in self.layout.branches} or self.layout.fused_of(name):
+            return None
+        linear = self.holder(name)
+        return linear if linear.out_features < linear.in_features else None
+
     def outputs(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """The channels of the reader ``name`` in ``values`` [..., channels] at its holder's output."""
         fused = self.layout.fused_of(name)

@@ -76,19 +76,19 @@ def _rounded(weights: Sequence[torch.Tensor], kept: QuantType, found: Moments | 
         return [Matrix(kept.name, round_nearest(weight.detach(), kept)) for weight in weights]
     whole = torch.cat([weight.detach().float() for weight in weights])
     factor = inverse_factor(found.hessian, refinement.damping)  # by all processes, of which one may have no rows
-    coded, data = _shared_rows(whole, lambda rows: refined_by(factor, rows, found, grid, refinement), grid)
+    coded, data = _shared_rows(len(whole), lambda rows: refined_by(factor, whole[rows], found.of_rows(rows), grid, refinement), grid)
     lengths = [len(weight) for weight in weights]
     parts = zip(coded.split(lengths), torch.split(data, lengths), strict=True)
     return [Matrix(kept.name, Rounded(packed.cpu().numpy(), part.values(grid)), grid, part) for part, packed in parts]
 
 
-def _shared_rows(whole: torch.Tensor, code: Callable[[torch.Tensor], Coded], grid: Grid) -> tuple[Coded, torch.Tensor]:
-    """What ``code`` makes of the rows of ``whole``, and their bytes [rows, row_bytes]; each process takes an equal share of blocks."""
-    blocks = row_blocks(len(whole))
+def _shared_rows(count: int, code: Callable[[slice], Coded], grid: Grid) -> tuple[Coded, torch.Tensor]:
+    """What ``code`` makes of ``count`` rows, and their bytes [rows, row_bytes]; each process takes an equal share of blocks."""
+    blocks = row_blocks(count)
     share = parallel.shares(len(blocks))[parallel.rank()]
     parts = {}
     if share:
-        own = code(whole[blocks[share[0]].start : blocks[share[-1]].stop])
+        own = code(slice(blocks[share[0]].start, blocks[share[-1]].stop))
         data = grid.packed(own.codes, own.scale, own.offset, own.steps)
         parts = {"codes": own.codes.to(CODES), "scale": own.scale, "offset": own.offset, "steps": own.steps, "data": data}
     found = [parts] if parallel.count() == 1 else [other for other in parallel.exchange(parts) if other]
@@ -103,7 +103,7 @@ def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refine
 
 def refined_by(factor: torch.Tensor, weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refinement) -> Coded:
     """The same with the :func:`inverse_factor` of ``found``."""
-    if refinement.error_correction and found.cross is not None:
+    if refinement.error_correction and (found.cross is not None or found.written is not None):
         weight = corrected(weight, found, factor, refinement.error_correction)
     fit = searched(grid) if refinement.clip else None
     coded = code_gptq(weight, factor, grid, fit)
@@ -119,10 +119,19 @@ def refined_by(factor: torch.Tensor, weight: torch.Tensor, found: Moments, grid:
 
 def corrected(weight: torch.Tensor, found: Moments, factor: torch.Tensor, share: float) -> torch.Tensor:
     """W + share W C H^-1 with C the cross moments and H^-1 = U^T U of the damped Hessian; computed in float64."""
-    assert found.cross is not None
-    upper, cross = factor.double(), found.cross.double()
-    changes = [_through_inverse(weight[rows].double() @ cross, upper) for rows in row_blocks(len(weight))]
+    upper, crossed = factor.double(), _crossed(found)
+    changes = [_through_inverse(crossed(weight, rows), upper) for rows in row_blocks(len(weight))]
     return weight + share * torch.cat(changes).float()
+
+
+def _crossed(found: Moments) -> Callable[[torch.Tensor, slice], torch.Tensor]:
+    """What makes W C [rows, columns] of some rows of W, in float64."""
+    if found.written is not None:
+        written, hessian = found.written, found.hessian.double()
+        return lambda weight, rows: written[rows].double() - weight[rows].double() @ hessian
+    assert found.cross is not None
+    cross = found.cross.double()
+    return lambda weight, rows: weight[rows].double() @ cross
 
 
 def _through_inverse(change: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:

@@ -16,11 +16,12 @@ def _inverse_factors(layer: Layer, site: Site, factors: dict[str, torch.Tensor])
     return 1.0 / spread(layer, site, factors[site.name]) if site.name in factors else None
 
 
-def folded_inputs(layer: Layer, site: Site, observed: Observed, factors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The original model's inputs as the folded layer's linears take them, x / s, one [tokens, columns] a sample."""
-    inverse = _inverse_factors(layer, site, factors)
-    inputs = observed.inputs[site.name]
-    return inputs if inverse is None else [x * inverse.to(x.device) for x in inputs]
+def folded_originals(layer: Layer, site: Site, observed: Observed, factors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The original model's activations, one [tokens, columns] a sample, as the folded layer has them: inputs x as x / s, while what a
+    :meth:`Layer.narrow_writer` makes of them stays the same."""
+    inverse = None if layer.narrow_writer(site) else _inverse_factors(layer, site, factors)
+    originals = observed.originals[site.name]
+    return originals if inverse is None else [x * inverse.to(x.device) for x in originals]
 
 
 def folded_moments(layer: Layer, site: Site, observed: Observed, factors: dict[str, torch.Tensor]) -> Moments:

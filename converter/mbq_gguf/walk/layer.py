@@ -27,7 +27,7 @@ from mbq_gguf.rounding.learned import learn
 from mbq_gguf.rounding.sequence import Matrix, Refinement, round_in_order
 from mbq_gguf.settings import QuantiseSettings
 from mbq_gguf.transforms.fold import repeats
-from mbq_gguf.transforms.folded import folded_inputs, folded_moments
+from mbq_gguf.transforms.folded import folded_moments, folded_originals
 from mbq_gguf.transforms.layer import Judge, changed_parameters, fold_layer, search_layer
 from mbq_gguf.transforms.smooth import smooth_layer
 from mbq_gguf.walk.ahead import Original, helps
@@ -61,7 +61,7 @@ def run_original(walk: Walk, layer: Layer, streams: Sequence[Streamed]) -> Origi
     shares = shares_of(layer, passed) if settings.rounding == "gptq" else []
     weights = walk.token_weights(layer.index) if _of_originals(walk) else None
     with seeing_others(layer, shares if weights else []):
-        observed = observe(layer, passed, hessian_weights=weights, keep_inputs=_corrects(settings))
+        observed = observe(layer, passed, hessian_weights=weights, keep_originals=_corrects(settings))
     return Original(layer.index, passed, observed, shares)
 
 
@@ -186,7 +186,7 @@ def _refinement(settings: QuantiseSettings) -> Refinement:
 
 
 def _corrects(settings: QuantiseSettings) -> bool:
-    """Whether rounding makes good what the prefix has lost, and so needs the original inputs."""
+    """Whether rounding makes good what the prefix has lost, and so needs the original's activations."""
     return settings.rounding == "gptq" and _refinement(settings).error_correction > 0
 
 
@@ -204,10 +204,10 @@ def _moments(work: LayerWork, site: Site) -> Moments | None:
         return None
     if not settings.follows_prefix:
         return folded_moments(layer, site, observed, work.factors)
-    originals = folded_inputs(layer, site, observed, work.factors) if _corrects(settings) and site.expert is None else None
+    originals = folded_originals(layer, site, observed, work.factors) if _corrects(settings) and site.expert is None else None
     with work.walk.timed("moments"), coarse_products(), work.walk.ahead.resting():
         found = work.replay.moments(site, work.weights, originals)
-    observed.inputs.pop(site.name, None)  # a site is asked for once; a card has room for what comes next
+    observed.originals.pop(site.name, None)  # a site is asked for once; a card has room for what comes next
     return found
 
 
