@@ -19,6 +19,7 @@ from mbq_gguf.calibration.precision import fast_bfloat16
 from mbq_gguf.errors import UserError
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.parallel import from_first
+from mbq_gguf.threads import threads
 
 # Of the texts, each written in a thread of its own on a CPU: 23 steps of 80 take 3.7 s on two cores; two threads in each product, which
 # wait for one another a thousand times a step, take 5.0.
@@ -74,7 +75,7 @@ def _in_parts(model: nn.Module, count: int, write: Callable[[nn.Module, slice], 
     """What ``write`` makes of each part of ``count`` texts, in a thread of its own; ``stop`` is set where one of them ends early."""
     parts = min(HALVES, count, torch.get_num_threads())
     texts = [slice(*bounds) for bounds in pairwise(count * part // parts for part in range(parts + 1))]
-    with _threads_of_each(parts), ThreadPoolExecutor(parts) as pool:
+    with threads(max(1, torch.get_num_threads() // parts)), ThreadPoolExecutor(parts) as pool:
         try:
             return list(pool.map(write, [_twin(model) for _ in texts], texts))
         except BaseException:
@@ -88,17 +89,6 @@ def _lay_by_columns(loaded: LoadedModel) -> None:
     for module in loaded.decoder.layers.modules():
         if isinstance(module, nn.Linear):
             module.weight.data = module.weight.data.t().contiguous().t()
-
-
-@contextmanager
-def _threads_of_each(parts: int) -> Iterator[None]:
-    """While open, PyTorch's threads divided by ``parts`` for each thread that begins."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // parts))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _twin(model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from mbq_gguf.calibration.sums import Sum, root_weighted
 from mbq_gguf.models.layer import Layer, batched
 from mbq_gguf.models.layout import Site
 from mbq_gguf.parallel import Parts, spread
+from mbq_gguf.threads import side_by_side
 
 # Activations are kept only to be compared with those of the rounded model, which differ by far more than this type rounds off.
 KEPT = torch.bfloat16
@@ -41,13 +43,14 @@ def observe(
     *,
     hessian_weights: TokenWeights | None,
     keep_originals: bool = False,
+    workers: int = 1,
 ) -> Observed:
     """Run ``streams`` through ``layer``, in place, and keep what calibration needs; ``hessian_weights`` None means no
-    Hessians."""
+    Hessians. So many ``workers`` run batches side by side, where one process does it."""
     originals: dict[str, dict[int, torch.Tensor]] = {site.name: {} for site in layer.sites}
     sums: dict[str, Sum] = {}
 
-    def run(batch: list[Streamed]) -> Parts:
+    def run(layer: Layer, batch: list[Streamed]) -> Parts:
         with Watch(layer) as watch:
             parts = pass_batch(layer, batch)
         for site in layer.sites:
@@ -63,7 +66,9 @@ def observe(
                 parts[f"site {site.name}"] = root_weighted(x, layer.row_weights(site, weights))
         return parts
 
-    for batch, parts in spread(list(batches(streams, layer.index)), run):
+    pieces = list(batches(streams, layer.index))
+    twins = [layer.twin() for _ in range(workers)] if workers > 1 else []
+    for batch, parts in zip(pieces, side_by_side(twins, pieces, run), strict=True) if twins else spread(pieces, partial(run, layer)):
         for site in layer.sites:
             if f"site {site.name}" in parts:
                 rooted = parts[f"site {site.name}"]

@@ -103,6 +103,11 @@ class Layer:
         assert site.absorber is not None
         return self.linear(site.absorber) if site.absorber in self.layout.readers else self.part(site.absorber)
 
+    def twin(self) -> Layer:
+        """The same layer in modules of its own over the same tensors: two threads can run it at a time, each with hooks of its own."""
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        return replace(self, module=copy.deepcopy(self.module, {id(tensor): tensor for tensor in tensors}))
+
     def copy(self) -> Layer:
         """The same layer in tensors of its own."""
         return replace(self, module=copy.deepcopy(self.module))

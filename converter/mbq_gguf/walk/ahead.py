@@ -1,7 +1,7 @@
-"""The original model one layer ahead: its next layer is run in a thread while this one is rounded.
+"""The original model one layer ahead: its next layer is run in threads while this one is rounded.
 
 Rounding is many small operations one after the other, which leave the other cores of a CPU idle; the original's layers depend on none of
-them. Moments fill all cores by themselves, so the thread rests meanwhile: without that it would be done before the later matrices are
+them. Moments fill all cores by themselves, so the threads rest meanwhile: without that they would be done before the later matrices are
 rounded, and these alone. What comes out is the same bits as in turns.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from threading import Event, Thread
+from threading import Condition, Thread
 
 import torch
 
@@ -20,6 +20,9 @@ from mbq_gguf.calibration.observe import Observed
 from mbq_gguf.calibration.precision import fast_bfloat16
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
+from mbq_gguf.threads import threads
+
+WORKERS = 2  # run batches of a layer side by side, each on its share of the cores
 
 
 @dataclass(frozen=True)
@@ -40,32 +43,40 @@ def helps(device: torch.device) -> bool:
 
 
 class Ahead:
-    """At most one layer on its way; behind the block the thread has ended, if need be before its layer's end."""
+    """At most one layer on its way; behind the block its threads have ended, if need be before its layer's end.
+
+    A run of the layer takes a share of the cores, one of WORKERS: one may go on while the walk rounds on the other share, none while it
+    sums moments on all cores, and all of them once the walk waits for what they find. So no core is idle for long, and none is shared.
+    """
 
     def __init__(self) -> None:
         self._found: Future[Original] | None = None
-        self._ended = Event()
-        self._free = Event()
-        self._free.set()
         self._thread: Thread | None = None
+        self._cores = 0  # of the walk's thread, where a layer is on its way
+        self._turns = Condition()
+        self._most, self._running, self._ended = 1, 0, False  # runs at a time
 
     def __enter__(self) -> Ahead:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
+        with self._turns:
+            self._ended = True
+            self._turns.notify_all()
         if self._thread:
             self._thread.join()
 
     def start(self, layer: Layer, run: Callable[[Layer], Original]) -> None:
         """Begin with ``run`` of ``layer``, which nobody else has."""
-        layer.module.register_forward_pre_hook(self._go_on)
+        layer.module.register_forward_pre_hook(lambda *_: self._enter())
+        layer.module.register_forward_hook(lambda *_: self._leave(), always_call=True)
         found: Future[Original] = Future()
-        self._found = found
+        self._found, self._cores = found, torch.get_num_threads()
 
         def work() -> None:
             try:
-                found.set_result(run(layer))
+                with threads(self._cores):
+                    found.set_result(run(layer))
             except BaseException as error:  # told to whoever takes it
                 found.set_exception(error)
 
@@ -73,21 +84,46 @@ class Ahead:
         self._thread.start()
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
-        """While open, the thread begins with no other batch."""
-        self._free.clear()
-        try:
+    def beside(self) -> Iterator[None]:
+        """While open, the caller leaves a share of the cores to the layer on its way, if there is one."""
+        with threads(max(1, self._cores // WORKERS)) if self._cores else nullcontext():
             yield
-        finally:
-            self._free.set()
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """While open, no other run begins, and the caller has all cores."""
+        with self._at_most(0), threads(self._cores) if self._cores else nullcontext():
+            yield
 
     def take(self, index: int) -> Original | None:
         """What was found of layer ``index``, once it is, or None where nobody has begun with it."""
-        found, self._found = self._found, None
-        original = found.result() if found else None
+        found, self._found, self._cores = self._found, None, 0
+        with self._at_most(WORKERS):
+            original = found.result() if found else None
         return original if original and original.index == index else None
 
-    def _go_on(self, *_: object) -> None:
-        self._free.wait()
-        if self._ended.is_set():
-            raise InterruptedError("the walk has ended")
+    @contextmanager
+    def _at_most(self, runs: int) -> Iterator[None]:
+        before = self._most
+        self._allow(runs)
+        try:
+            yield
+        finally:
+            self._allow(before)
+
+    def _allow(self, runs: int) -> None:
+        with self._turns:
+            self._most = runs
+            self._turns.notify_all()
+
+    def _enter(self) -> None:
+        with self._turns:
+            self._turns.wait_for(lambda: self._ended or self._running < self._most)
+            self._running += 1
+            if self._ended:
+                raise InterruptedError("the walk has ended")
+
+    def _leave(self) -> None:
+        with self._turns:
+            self._running -= 1
+            self._turns.notify_all()

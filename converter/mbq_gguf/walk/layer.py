@@ -30,7 +30,7 @@ from mbq_gguf.transforms.fold import repeats
 from mbq_gguf.transforms.folded import folded_moments, folded_originals
 from mbq_gguf.transforms.layer import Judge, changed_parameters, fold_layer, search_layer
 from mbq_gguf.transforms.smooth import smooth_layer
-from mbq_gguf.walk.ahead import Original, helps
+from mbq_gguf.walk.ahead import WORKERS, Original, helps
 from mbq_gguf.walk.state import LayerWork, Walk, made
 
 
@@ -61,7 +61,8 @@ def run_original(walk: Walk, layer: Layer, streams: Sequence[Streamed]) -> Origi
     shares = shares_of(layer, passed) if settings.rounding == "gptq" else []
     weights = walk.token_weights(layer.index) if _of_originals(walk) else None
     with seeing_others(layer, shares if weights else []):
-        observed = observe(layer, passed, hessian_weights=weights, keep_originals=_corrects(settings))
+        workers = WORKERS if helps(layer.device) else 1
+        observed = observe(layer, passed, hessian_weights=weights, keep_originals=_corrects(settings), workers=workers)
     return Original(layer.index, passed, observed, shares)
 
 
@@ -104,7 +105,7 @@ def check_function(work: LayerWork) -> None:
 def round_layer(work: LayerWork) -> None:
     """Round every matrix, site after site."""
     layer = work.layer
-    with work.walk.timed("rounding"), seeing_others(layer, work.shares):
+    with work.walk.timed("rounding"), work.walk.ahead.beside(), seeing_others(layer, work.shares):
         if work.walk.result.plan:
             work.before = {name: layer.linear(name).weight.detach().clone() for name in layer.layout.readers}
         work.matrices = round_in_order(layer, work.type_names, lambda site: _moments(work, site), _refinement(work.walk.settings))
