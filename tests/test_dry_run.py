@@ -25,6 +25,7 @@ GPTQ = {"samples": 2, "synthetic": 0}
         {**NEAREST, "type": "MBQ3S", "mmproj_type": "Q8_0"},
         {**NEAREST, "type": "W4A8", "embedding_type": "F16", "mmproj_type": "W4A8"},
         {**NEAREST, "type": "Q4_0", "rotate": "full"},
+        {**GPTQ, "type": "BF16", "mmproj_type": "W8A8"},
         {**GPTQ, "method": "awq", "target_bpw": 4.5},
     ],
     ids=lambda settings: " ".join(map(str, settings.values())),

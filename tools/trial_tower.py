@@ -35,26 +35,38 @@ class Row:
     type: str
     rounding: str = "gptq"
     rotate: bool = False
+    static: bool = False  # ranges of activations
 
     def __str__(self) -> str:
-        if self.type in ("F16", "Q8_0"):
-            return self.type + (", rotated" if self.rotate else "")
-        return f"{self.type}, {self.rounding}{', rotated' if self.rotate else ''}"
+        rounding = () if self.type in ("F16", "Q8_0") else (self.rounding,)
+        return ", ".join((self.type, *rounding, *(["rotated"] if self.rotate else []), *(["static"] if self.static else [])))
 
 
 ROWS = (
     Row("F16"),
     Row("F16", rotate=True),
     Row("Q8_0"),
-    *(Row(kind, rounding, rotate) for kind in ("W8A8", "W4A8") for rounding in ("nearest", "gptq") for rotate in (False, True)),
+    *(
+        Row(kind, rounding, rotate, static)
+        for kind in ("W8A8", "W4A8")
+        for rounding, static in (("nearest", False), ("gptq", False), ("gptq", True))
+        for rotate in (False, True)
+    ),
 )
 
 
 def made(model_dir: Path, folder: Path, row: Row, samples: int) -> Path:
     """The vision file of ``row``; the language model beside it is BF16."""
-    out = folder / f"{row.type}-{row.rounding}{'-rotated' if row.rotate else ''}.gguf"
+    out = folder / f"{row.type}-{row.rounding}{'-rotated' if row.rotate else ''}{'-static' if row.static else ''}.gguf"
     chosen = ConvertOptions(
-        model_dir, out, type="BF16", mmproj_type=row.type, rounding=row.rounding, rotate_tower=row.rotate, samples=samples
+        model_dir,
+        out,
+        type="BF16",
+        mmproj_type=row.type,
+        rounding=row.rounding,
+        rotate_tower=row.rotate,
+        mmproj_activations="static" if row.static else "dynamic",
+        samples=samples,
     )
     if not chosen.mmproj.is_file():
         convert(chosen, Console(stderr=True))

@@ -50,6 +50,10 @@ def check_inputs(options: ConvertOptions) -> list[Path]:
     check_activations(options.settings)
     if options.mmproj_type not in MMPROJ_TYPES:
         raise UsageError(f"there is no mmproj type {options.mmproj_type}: choose one of {', '.join(MMPROJ_TYPES)}")
+    if options.mmproj_activations == "static" and not (options.tower_type and options.rounding == "gptq"):
+        raise UsageError(
+            "a tower's static ranges are measured while GPTQ rounds it: give --mmproj-type W8A8 or W4A8, and no --rounding nearest"
+        )
     check_device(options.device)
     if options.samples < 1:
         raise UsageError("calibration needs at least one sample: give --samples 1 or more")

@@ -27,6 +27,7 @@ from mbq_gguf.llama_cpp.pin import read_pin
 MARK = re.compile(r"<!-- mbq-gguf card (\{.*\}) -->")
 LARGEST = 1 << 28  # bytes of a JSON file that is looked into
 SETTINGS = "mbq."  # metadata keys that say how a file was made; arrays are left out
+OF_TOWER = ("mbq.tower.", "mbq.act.")  # those of a vision file; what a rotation of the decoder changed in it stands in the other
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,12 @@ def entry(path: Path, header: Header, made: dict[str, str]) -> Entry:
     for tensor in header.tensors:
         sizes[tensor.type_name] = sizes.get(tensor.type_name, 0) + tensor.nbytes
     bits = 8 * sum(sizes.values()) / max(1, sum(tensor.elements for tensor in header.tensors))
-    settings = {key.removeprefix(SETTINGS): value for key, value in header.metadata.items() if key.startswith(SETTINGS)}
-    settings = {key: shown(value) for key, value in sorted(settings.items()) if not isinstance(value, list)}
     mmproj = path.with_name(f"mmproj-{path.name}")
     there = mmproj.is_file()
+    vision = read_header(mmproj) if there else None
+    settings = settings_of(header, SETTINGS)
+    if vision:
+        settings |= {f"vision file: {key}": value for key, value in settings_of(vision, *OF_TOWER).items()}
     return Entry(
         name=path.name,
         size=megabytes(path.stat().st_size),
@@ -133,13 +136,19 @@ def entry(path: Path, header: Header, made: dict[str, str]) -> Entry:
         settings=settings,
         mmproj=mmproj.name if there else None,
         mmproj_size=megabytes(mmproj.stat().st_size) if there else "",
-        patched=bool(OWN.keys() & sizes.keys()) or "mbq.hadamard.ffn_down" in header.metadata or (there and cut_by_us(mmproj)),
+        patched=bool(OWN.keys() & sizes.keys()) or "mbq.hadamard.ffn_down" in header.metadata or (vision is not None and cut_by_us(vision)),
     )
 
 
-def cut_by_us(mmproj: Path) -> bool:
+def settings_of(header: Header, *beginnings: str) -> dict[str, str]:
+    """What the keys with these beginnings say, arrays left out."""
+    found = {key.removeprefix(SETTINGS): value for key, value in header.metadata.items() if key.startswith(beginnings)}
+    return {key: shown(value) for key, value in sorted(found.items()) if not isinstance(value, list)}
+
+
+def cut_by_us(vision: Header) -> bool:
     """Whether the pictures of a vision file are cut as only the patched llama.cpp does it."""
-    return read_header(mmproj).metadata.get("clip.projector_type") == PROJECTOR_TYPE
+    return vision.metadata.get("clip.projector_type") == PROJECTOR_TYPE
 
 
 def shown(value: object) -> str:

@@ -25,7 +25,14 @@ from mbq_gguf.export.atomic import check_output, claimed, staged
 from mbq_gguf.export.gguf_writer import TextFile, VisionFile, write_mmproj, write_text
 from mbq_gguf.export.injection import TensorRecord
 from mbq_gguf.export.progress import Stages, progress_bars
-from mbq_gguf.export.report import ConvertReport, fallback_sentences, nearest_sentences, static_sentences, transform_sentences
+from mbq_gguf.export.report import (
+    ConvertReport,
+    fallback_sentences,
+    nearest_sentences,
+    static_sentences,
+    tower_sentences,
+    transform_sentences,
+)
 from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.memory import available, own
 from mbq_gguf.models import LoadedModel, load
@@ -95,6 +102,8 @@ def _convert(options: ConvertOptions, console: Console, told: Callable[[str, int
         sentences += transform_sentences(name for name, _ in weights.values())
     if quantised:
         sentences += static_sentences(quantised.result.facts_of("metadata"))
+    if tower:
+        sentences += tower_sentences(tower.metadata)
     allocation = plan_table(plan, quantised.result.losses) if quantised and plan else None
     if options.work_dir is None:
         shutil.rmtree(options.work_root, ignore_errors=True)

@@ -125,6 +125,12 @@ research = option_group("Research (what each does to the figures: docs/results.m
     help="Rotate the vision tower too, folded into its weights: any llama.cpp runs it (default: for --mmproj-type W4A8, where it can be).",
 )
 @research(
+    "--mmproj-activations",
+    type=click.Choice(["dynamic", "static"]),
+    help="--mmproj-type W8A8, W4A8: int8 scales of activations found for each patch, or measured beforehand, one for all "
+    "(default: static where GPTQ rounds).",
+)
+@research(
     "--activations",
     type=click.Choice(["dynamic", "static"]),
     default=QuantiseSettings.activations,

@@ -52,6 +52,7 @@ class ConvertOptions:
     range_estimator: Estimator = QuantiseSettings.range_estimator
     rotate: Rotate | None = None  # None: all that the model allows for ROTATED_TYPES, else nothing
     rotate_tower: bool | None = None  # None: where mmproj_type is one of ROTATED_TYPES and the tower allows it
+    mmproj_activations: Activations | None = None  # None: static where GPTQ rounds the tower, on pictures
     search_samples: int | None = QuantiseSettings.search_samples
     search_loss: SearchLoss | None = QuantiseSettings.search_loss
     grouped_o: bool = QuantiseSettings.grouped_o
@@ -122,10 +123,18 @@ class ConvertOptions:
         """Whether ``tower`` is rotated."""
         return self.tower_type in defaults.ROTATED_TYPES and tower.no_rotation() is None if self.rotate_tower is None else self.rotate_tower
 
+    @property
+    def tower_activations(self) -> Activations:
+        """Whether the activations of the tower's blocks have static ranges."""
+        measured: Activations = "static" if self.tower_type and self.rounding == "gptq" else "dynamic"
+        return self.mmproj_activations or measured
+
     def tower_settings(self, tower: Tower) -> TowerSettings:
         """What is done to ``tower``."""
-        made = self.synthetic // 2
-        return TowerSettings(self.tower_type, self.turns_tower(tower), made, self.settings.damping, self.settings.refits)
+        made, settings = self.synthetic // 2, self.settings
+        return TowerSettings(
+            self.tower_type, self.turns_tower(tower), made, settings.damping, settings.refits, activations=self.tower_activations
+        )
 
     @property
     def unquantised(self) -> bool:

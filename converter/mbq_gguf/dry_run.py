@@ -147,7 +147,7 @@ def expected_vision(options: ConvertOptions, model: LoadedModel) -> VisionFile:
     if not options.changes_tower:
         return VisionFile(metadata=keys)
     tower = check_tower(options, model)
-    found = tower_file(tower, options.tower_type) if options.tower_type else VisionFile()
+    found = tower_file(tower, options.tower_type, options.tower_activations) if options.tower_type else VisionFile()
     return replace(found, metadata={**found.metadata, **keys, **tower_keys(options.tower_settings(tower), options.rounding)})
 
 

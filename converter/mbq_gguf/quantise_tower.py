@@ -2,6 +2,7 @@
 
 A block's Hessians are measured with everything before it rounded, all of its sites in one run; what reads the end of the stream is rounded
 behind the blocks, one group after the other. Feed-forward widths that are no multiple of a block are padded by channels that are 0.
+Static ranges of a block's activations are measured with the block itself rounded too.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from PIL import Image
 from torch import nn
 
 from mbq_gguf.calibration.dataset import FREE_QUESTION, Sample
+from mbq_gguf.calibration.magnitudes import Estimator
 from mbq_gguf.calibration.moments import Moments
 from mbq_gguf.calibration.pictures import picture
 from mbq_gguf.calibration.precision import coarse_products
 from mbq_gguf.calibration.stream import capture_encoded
+from mbq_gguf.calibration.tower_ranges import ESTIMATOR, SITES, counting, tower_range_keys
 from mbq_gguf.export.gguf_writer import FEED_FORWARD, VisionFile
 from mbq_gguf.formats.grid import grid_of
 from mbq_gguf.formats.quantised import QuantisedTensor
@@ -33,6 +36,7 @@ from mbq_gguf.models.tower import BLOCK, PADDED, Tower, joined, linear
 from mbq_gguf.models.towers import find_tower
 from mbq_gguf.rounding.nearest import round_nearest
 from mbq_gguf.rounding.sequence import Refinement, refined
+from mbq_gguf.settings import Activations
 from mbq_gguf.transforms.tower import rotate_tower
 
 SEED = 0
@@ -51,13 +55,15 @@ class TowerResult(VisionFile):
 @dataclass(frozen=True)
 class TowerSettings:
     """``type_name`` is W8A8 or W4A8 (None: matrices keep their type), ``made`` the number of procedural pictures beside the samples';
-    ``damping`` and ``refits`` are GPTQ's."""
+    ``damping`` and ``refits`` are GPTQ's; static ``activations`` need ``type_name`` and samples, ``estimator`` is that of their ranges."""
 
     type_name: str | None
     rotate: bool
     made: int = 0
     damping: float = 0.01
     refits: int = 2
+    activations: Activations = "dynamic"
+    estimator: Estimator = ESTIMATOR
 
 
 @torch.no_grad()
@@ -70,7 +76,8 @@ def quantise_tower(
 ) -> TowerResult:
     """Change the tower of ``loaded``, in place, and give what the vision file must hold of it.
 
-    GPTQ rounds on the pictures of ``samples`` and procedural ones; without samples matrices are rounded to the nearest. ``turned`` is what
+    GPTQ rounds on the pictures of ``samples`` and procedural ones; without samples matrices are rounded to the nearest and activations
+    dynamic. ``turned`` is what
     a rotation of the decoder has changed in the projector. ``advance`` is told of finished blocks. UsageError where no rotation passes.
     """
     tower = find_tower(loaded)
@@ -117,7 +124,7 @@ def padded_width(tower: Tower) -> int:
     return 0 if width % BLOCK == 0 else -(-width // PADDED) * PADDED
 
 
-def tower_file(tower: Tower, type_name: str) -> VisionFile:
+def tower_file(tower: Tower, type_name: str, activations: Activations = "dynamic") -> VisionFile:
     """What a file of ``tower`` in ``type_name`` will hold, in zeros that take no memory."""
     found, replaced, wide = {}, {}, padded_width(tower)
     for name, (rows, columns) in quantised_shapes(tower).items():
@@ -127,7 +134,8 @@ def tower_file(tower: Tower, type_name: str) -> VisionFile:
         for name in tower.layout.sites[2].readers:
             if linear(block, name).bias is not None:
                 replaced[f"{tower.block_name(index)}.{name}.bias"] = torch.zeros(()).expand(wide)
-    return VisionFile(found, replaced, {FEED_FORWARD: wide} if wide else {})
+    keys = tower_range_keys(ESTIMATOR, [[0.0] * len(SITES)] * len(tower.blocks)) if activations == "static" else {}
+    return VisionFile(found, replaced, keys | ({FEED_FORWARD: wide} if wide else {}))
 
 
 def _names(tower: Tower) -> dict[str, nn.Parameter]:
@@ -195,7 +203,8 @@ def _round(
     advance: Advance,
 ) -> None:
     assert settings.type_name
-    type_name = settings.type_name
+    type_name, static = settings.type_name, settings.activations == "static" and bool(pictures)
+    ranges: list[list[float]] = []
     refinement = Refinement(settings.damping, clip=True, error_correction=0.0, refits=settings.refits)
     blocks = tower.blocks
     groups = list(_exit_groups(tower))
@@ -208,10 +217,13 @@ def _round(
         for site in sites:
             here = {f"{tower.block_name(index)}.{name}.weight": module for name, module in site.items()}
             _round_site(here, found.get(next(iter(site.values()))), type_name, refinement, result)
-        with coarse_products():
+        with counting([list(site.values()) for site in sites] if static else []) as inputs, coarse_products():
             for state in entered:
                 _advance(block, state)
+        ranges.append([site.range(settings.estimator) for site in inputs])
         advance(index + 1, len(blocks) + len(groups))
+    if static:
+        result.metadata.update(tower_range_keys(settings.estimator, ranges))
     for number, group in enumerate(groups):
         with _hessians(list(group.values())) as found, coarse_products():
             for encoded in pictures:

@@ -7,18 +7,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from mbq_cbind.errors import BindingError
 from mbq_cbind.model import Model
+from mbq_gguf.calibration.dataset import FREE_QUESTION, Sample
+from mbq_gguf.calibration.precision import coarse_products
+from mbq_gguf.calibration.stream import capture_encoded
+from mbq_gguf.calibration.tower_ranges import SITES, counting
+from mbq_gguf.card import write_card
 from mbq_gguf.convert import ConvertOptions, convert
+from mbq_gguf.errors import UsageError
 from mbq_gguf.evaluate.exact_match import SHIPPED, load_questions
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf
+from mbq_gguf.export.inspect import inspect
 from mbq_gguf.formats import row_scale
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
-from mbq_gguf.models import LoadedModel
+from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.tower import linear
 from mbq_gguf.models.towers import find_tower
+from mbq_gguf.quantise_tower import TowerSettings, quantise_tower
 from rich.console import Console
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -37,6 +46,12 @@ def features(text: Path, mmproj: Path, gpu_layers: int = 0) -> Floats:
         return np.concatenate(model.vision.encode(load_questions(SHIPPED)[0].image).embeddings)
 
 
+def said(table: Any) -> str:
+    with (console := Console(width=160)).capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
 def moved(found: Floats, plain: Floats) -> float:
     return float(np.linalg.norm(found - plain) / np.linalg.norm(plain))
 
@@ -52,10 +67,57 @@ def test_converted_towers(text: ConvertOptions, tiny_dir: Path, tmp_path: Path) 
         assert [(tensor.name, tensor.shape) for tensor in header.tensors] == shapes  # only tensors change, never the graph
         assert header.metadata.get("mbq.tower.type", "F16") == name
         assert header.metadata["mbq.tower.rotated"] == (name != "W8A8")
+        assert ("mbq.act.version" in header.metadata) == (name in row_scale.ROW_SCALES)
         if name in row_scale.ROW_SCALES:
             assert header.lengths["mbq.row_scale"] == 3 * 6 + 2  # q, k, v, out, up and down of three blocks, and the projector's
     assert off["F16"] < 2e-3  # fp16 has 11 bits, over some twenty matrices
     assert off["F16"] < off["W8A8"] < off["W4A8"] < 0.1
+
+
+def test_static_ranges_are_those_of_the_rounded_tower(tiny_dir: Path, samples: list[Sample]) -> None:
+    """The largest input of every site, by the tower as it is afterwards; then by another estimator, which cuts."""
+    loaded = load(tiny_dir)
+    tower = find_tower(loaded)
+    assert tower
+    made = quantise_tower(loaded, TowerSettings("W8A8", rotate=False, activations="static", estimator="minmax"), samples[:2]).metadata
+    readers = [[linear(block, name) for name in site.readers] for block in tower.blocks for site in tower.layout.sites]
+    with counting(readers) as found, torch.no_grad(), coarse_products():
+        for sample in dict.fromkeys(sample.image for sample in samples[:2]):
+            capture_encoded(loaded, loaded.encode(sample, [(FREE_QUESTION, "")]))
+    largest = np.array([site.magnitudes.largest for site in found]).reshape(3, 4)
+    ranges = np.array([made[f"mbq.act.range.{site}.vision"] for site in SITES]).T
+    assert np.array_equal(ranges, largest)
+    settings = TowerSettings("W8A8", rotate=False, activations="static", estimator="p99.9")
+    cut = quantise_tower(load(tiny_dir), settings, samples[:2]).metadata
+    assert cut["mbq.act.estimator"] == "p99.9"
+    few = np.array([cut[f"mbq.act.range.{site}.vision"] for site in SITES]).T
+    assert (few <= ranges).all()
+    assert ((few > 0) & (few < ranges)).any()
+
+
+def test_static_towers_answer_nearly_as_dynamic_ones(text: ConvertOptions, tiny_dir: Path, tmp_path: Path) -> None:
+    """And the report, inspect and the card say which they are."""
+    plain, off = features(text.out, text.mmproj), {}
+    for activations in ("dynamic", "static"):
+        out = tmp_path / f"{activations}.gguf"
+        options = ConvertOptions(tiny_dir, out, type="BF16", mmproj_type="W8A8", samples=2, synthetic=0, mmproj_activations=activations)  # type: ignore[arg-type]
+        report = convert(options, Console(quiet=True))
+        off[activations] = moved(features(text.out, options.mmproj), plain)
+        static = activations == "static"
+        assert ("static scales of the tower's activations (p99.99)" in said(report.render())) == static
+        assert ("gate_up.vision" in said(inspect(options.mmproj))) == static
+        card = write_card(out, None).read_text()
+        assert "| vision file: tower.type | W8A8 |" in card
+        assert ("| vision file: act.estimator | p99.99 |" in card) == static
+    print(f"features moved by {off['dynamic']:.4f} and {off['static']:.4f}")
+    assert off["static"] != off["dynamic"]
+    assert off["static"] < 1.5 * off["dynamic"]  # activations' errors are 1.2 to 2 times as large; measured: 0.0020 both
+
+
+@pytest.mark.parametrize("chosen", [{"mmproj_type": "F16"}, {"mmproj_type": "W8A8", "rounding": "nearest"}])
+def test_static_towers_without_pictures_or_types_are_refused(chosen: dict[str, Any], tiny_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a tower's static ranges are measured while GPTQ rounds it"):
+        convert(ConvertOptions(tiny_dir, tmp_path / "out.gguf", type="BF16", mmproj_activations="static", **chosen), Console(quiet=True))
 
 
 @pytest.mark.gpu

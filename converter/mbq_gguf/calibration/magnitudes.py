@@ -55,14 +55,17 @@ class Magnitudes:
         return self._least_squares() if estimator == "least-squares" else self.quantile(float(estimator.removeprefix("p")) / 100)
 
     def _least_squares(self) -> float:
-        """The end of a bin with the least sum of squared errors: rounding within the range, cutting beyond it."""
+        """The end of a bin with the least :meth:`squared_errors`."""
         used = self.counts.nonzero()[:, 0]
         if not len(used):
             return 0.0
-        edges = _edges()
+        candidates = _edges()[int(used[-1]) + 1 - torch.arange(min(int(used[-1]) + 1, 6 * 32))].clamp(max=self.largest)
+        return float(candidates[self.squared_errors(candidates).argmin()])
+
+    def squared_errors(self, limits: torch.Tensor) -> torch.Tensor:
+        """The sum of squared errors of all values by each of ``limits`` [n] as range: rounding within it, cutting beyond it."""
+        used, edges = self.counts.nonzero()[:, 0], _edges()
         value, count = (edges[used] + edges[(used + 1).clamp(max=BINS - 1)]) / 2, self.counts[used].double()
-        candidates = edges[int(used[-1]) + 1 - torch.arange(min(int(used[-1]) + 1, 6 * 32))].clamp(max=self.largest)
-        limit = candidates[:, None]
+        limit = limits.double()[:, None]
         rounded = torch.minimum(value**2, (limit / CODES) ** 2 / 12)
-        errors = (torch.where(value <= limit, rounded, (value - limit) ** 2) * count).sum(1)
-        return float(candidates[errors.argmin()])
+        return (torch.where(value <= limit, rounded, (value - limit) ** 2) * count).sum(1)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mbq_gguf.export.injection import TensorRecord
+from mbq_gguf.export.metadata import RANGE
 from mbq_gguf.formats.grid import grid_of
 from mbq_gguf.formats.own import OWN
 from mbq_gguf.formats.registry import quant_type
@@ -119,6 +120,15 @@ def static_sentences(keys: Mapping[str, Any]) -> list[str]:
     return [
         f"static scales of activations ({keys['mbq.act.estimator']}), dynamic at {' and '.join(sinks) or 'no token: no sink was found'}"
     ]
+
+
+def tower_sentences(keys: Mapping[str, Any]) -> list[str]:
+    """The same of a vision file."""
+    if "mbq.act.version" not in keys:
+        return []
+    ranges = [value for key, values in keys.items() if key.startswith(RANGE) for value in values]
+    dynamic = f", {ranges.count(0.0)} of {len(ranges)} dynamic, since outliers are among them" if 0.0 in ranges else ""
+    return [f"static scales of the tower's activations ({keys['mbq.act.estimator']}){dynamic}"]
 
 
 def megabytes(size: int) -> str:

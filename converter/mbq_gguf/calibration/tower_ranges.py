@@ -1,0 +1,76 @@
+"""Static ranges of a vision tower's activations: one a block and site, which all rows of all pictures share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mbq_gguf.calibration.magnitudes import Estimator, Magnitudes
+from mbq_gguf.calibration.ranges import VERSION, range_key
+from mbq_gguf.transforms.activations import SMALLEST_AMAX, int8_tokens
+
+SITES = ("qkv", "o", "gate_up", "down")  # of every block, in a layout's order
+ESTIMATOR: Estimator = "p99.99"
+COARSER = 4.0  # times the steps that rows would have by themselves, two bits of eight: a site beyond it stays dynamic
+MOST = 0.9  # of a site's rows; the others may be outliers, as class tokens and registers are
+
+
+@dataclass
+class SiteInputs:
+    """What a site was given: how large its values are, each row's own range, and the sum of squared errors of int8 by those."""
+
+    magnitudes: Magnitudes = field(default_factory=Magnitudes)
+    rows: list[torch.Tensor] = field(default_factory=list)
+    dynamic: float = 0.0
+    last: torch.Tensor | None = None
+
+    def add(self, x: torch.Tensor) -> None:
+        """Count every row of ``x`` [..., columns]."""
+        x = x.detach().float()
+        self.magnitudes.add(x)
+        self.rows.append(x.abs().amax(dim=-1).flatten().cpu())
+        self.dynamic += float((int8_tokens(x) - x).double().square().sum())
+
+    def hook(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Count what a module is given, once where the one before was given the very same."""
+        if args[0] is not self.last:
+            self.add(args[0])
+        self.last = args[0]
+
+    def range(self, estimator: Estimator) -> float:
+        """The range that ``estimator`` chooses, or 0, dynamic, where outliers spoil it: where most rows lose two bits to it, or where
+        it costs as much in squared errors, which cutting outliers does."""
+        limit = self.magnitudes.range(estimator)
+        return limit if limit >= SMALLEST_AMAX and self.coarser(limit) <= COARSER and self.worse(limit) <= COARSER**2 else 0.0
+
+    def coarser(self, limit: float) -> float:
+        """How many times their own steps the steps of ``limit`` are for :data:`MOST` of the rows, at least."""
+        return limit / max(float(np.quantile(torch.cat(self.rows).numpy(), MOST)), SMALLEST_AMAX)
+
+    def worse(self, limit: float) -> float:
+        """How many times the squared error of rows' own ranges that of ``limit`` for all of them is."""
+        return float(self.magnitudes.squared_errors(torch.tensor([limit]))) / max(self.dynamic, 1e-300)
+
+
+def tower_range_keys(estimator: Estimator, ranges: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """What a vision file says of its ``ranges`` [blocks, :data:`SITES`]."""
+    keys: dict[str, Any] = {"mbq.act.version": VERSION, "mbq.act.estimator": estimator}
+    return keys | {range_key(site, "vision"): [block[index] for block in ranges] for index, site in enumerate(SITES)}
+
+
+@contextmanager
+def counting(sites: Sequence[Sequence[nn.Module]]) -> Iterator[list[SiteInputs]]:
+    """While open, what the readers of each of ``sites`` are given is counted; Gemma 4 gives each another, between limits of its own."""
+    found = [SiteInputs() for _ in sites]
+    handles = [module.register_forward_pre_hook(site.hook) for readers, site in zip(sites, found, strict=True) for module in readers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
