@@ -46,6 +46,15 @@ struct builder {
         if (early) { ggml_build_forward_expand(graph, ranges); }
     }
 
+    // One static range for all columns of all products to come
+    void make_range(const int64_t n) {
+        ggml_tensor * range = ggml_scale_bias(nodes, ggml_sqr(nodes, floats(1, 1)), 1.0f, 0.5f);
+        ranges = ggml_view_1d(nodes, range, 1, 0);
+        ranges->ne[1] = n; // one value for all, where ggml_view_2d would want n
+        ranges->nb[1] = ranges->nb[2] = ranges->nb[3] = 0;
+        ggml_build_forward_expand(graph, ranges);
+    }
+
     ggml_tensor * output(ggml_tensor * t) {
         ggml_set_output(t);
         ggml_build_forward_expand(graph, t);

@@ -1,5 +1,5 @@
 // Graphs of a vision tower's weights with one scale a row, or in F16, on every GPU, against the same graphs node by node (row_scale_builder.h): LayerNorm and GELU fused
-// with quantising or F16, biases and the residual stream added by the products or right behind them; norms in floats and rotary embeddings. With an argument only small ones, for the sanitizer. Run by test_cuda_card.py.
+// with quantising or F16, biases and the residual stream added by the products or right behind them; with one static range activations as int8 at once; norms in floats and rotary embeddings. With an argument only small ones, for the sanitizer. Run by test_cuda_card.py.
 
 #include "every_gpu.h"
 #include "row_scale_builder.h"
@@ -20,11 +20,13 @@ static ggml_tensor * block(builder & b, ggml_tensor * x, const int64_t ff, const
     return ggml_add(b.nodes, x, b.biased(b.product(h, x->ne[0], type)));
 }
 
-static int check_blocks(ggml_backend_t backend, const std::string & name, const int64_t k, const int64_t ff, const int64_t n, const ggml_type type, const function f) {
+static int check_blocks(ggml_backend_t backend, const std::string & name, const int64_t k, const int64_t ff, const int64_t n, const ggml_type type, const function f,
+        const bool ranges = false) {
     builder b;
+    if (ranges) { b.make_range(n); }
     ggml_tensor * x = block(b, b.floats(k, n), ff, type, f);
     b.output(block(b, x, ff, type, f));
-    return check(backend, "blocks " + name + " " + ggml_type_name(type) + " " + std::to_string(k) + " " + std::to_string(ff) + " " + std::to_string(n), b);
+    return check(backend, (ranges ? "static " : "blocks ") + name + " " + ggml_type_name(type) + " " + std::to_string(k) + " " + std::to_string(ff) + " " + std::to_string(n), b);
 }
 
 // A layer of a language model in F16: norms without a bias; k and v nothing is added to; gate and up, which only their function is behind
@@ -119,8 +121,9 @@ static ggml_tensor * positions(builder & b, const int64_t n) {
 }
 
 // A block's attention as libmtmd builds it
-static int check_attention(ggml_backend_t backend, const ggml_type type, const int64_t head, const int64_t heads, const int64_t n) {
+static int check_attention(ggml_backend_t backend, const ggml_type type, const int64_t head, const int64_t heads, const int64_t n, const bool ranges = false) {
     builder b;
+    if (ranges) { b.make_range(n); }
     ggml_tensor * pos = positions(b, n);
     ggml_tensor * x   = ggml_scale(b.nodes, b.floats(head*heads, n), 0.5f);
     ggml_tensor * y   = b.layer_norm(x);
@@ -137,7 +140,7 @@ static int check_attention(ggml_backend_t backend, const ggml_type type, const i
     ggml_tensor * attention = ggml_flash_attn_ext(b.nodes, parts[0], k, v, nullptr, 1/sqrtf(head), 0.0f, 0.0f);
     ggml_prec_set_acc(attention, GGML_PREC_F32);
     b.output(ggml_add(b.nodes, b.biased(b.product(ggml_reshape_2d(b.nodes, attention, head*heads, n), head*heads, type)), x));
-    return check(backend, std::string("attention ") + ggml_type_name(type) + " " + std::to_string(head) + " " + std::to_string(heads) + " " + std::to_string(n), b);
+    return check(backend, std::string(ranges ? "static attention " : "attention ") + ggml_type_name(type) + " " + std::to_string(head) + " " + std::to_string(heads) + " " + std::to_string(n), b);
 }
 
 // LayerNorm that no product of such weights reads: one kernel too; columns apart from each other, one of them read twice
@@ -183,6 +186,13 @@ int main(int argc, char **) {
                 bad += check_blocks(backend, "quick", 1280, 5120, 4096, type, ggml_gelu_quick) + check_blocks(backend, "erf", 1024, 4096, 1025, type, ggml_gelu_erf);
                 bad += check_added(backend, type, 1280, 1280, 4096) + check_added(backend, type, 5120, 1280, 1024);
             }
+        }
+        for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0 }) { // one static range
+            for (const int64_t n : small ? std::vector<int64_t>{ 128 } : std::vector<int64_t>{ 8, 64, 300, 1025, 4096 }) {
+                bad += check_blocks(backend, "gelu", 256, 512, n, type, ggml_gelu, true) + check_blocks(backend, "quick", 576, 1536, n, type, ggml_gelu_quick, true);
+                bad += check_blocks(backend, "erf", 1024, 256, n, type, ggml_gelu_erf, true) + check_attention(backend, type, 80, 16, n, true);
+            }
+            if (!small) { bad += check_blocks(backend, "quick", 1280, 5120, 4096, type, ggml_gelu_quick, true); }
         }
         for (const int64_t n : { 2, 8, 9, 64, 300 }) { bad += check_read(backend, n); }
         bad += check_casts(backend, 80, 16, 300) + check_casts(backend, 6, 3, 5);

@@ -3,6 +3,7 @@
 // The consumer's half of mbq_attention (mbq-attention.cuh): scores, softmax and output of 64 queries in the registers of four warps.
 
 #include "mbq-attention-wgmma.cuh"
+#include "mbq-w4a8-codes.cuh"
 
 static constexpr int MBQ_ATTENTION_Q     = 128; // queries of a CTA
 static constexpr int MBQ_ATTENTION_KEYS  = 128; // of a tile
@@ -22,6 +23,7 @@ struct mbq_attention_args {
     const uint8_t * seen;   // of each tile of the mask: MBQ_MASK_*
     float * dst;            // [D, heads, queries, samples]
     bool  f16;              // there as F16; never with a mask, whose kernels have no registers left
+    mbq_w4a8_codes codes;   // or as int8, there or elsewhere; never with a mask either
     bool  q_f16;            // never with a mask either: queries are F16 and scaled (mbq-qkv.cuh), each number in the place of half a float from the head's first on
     int queries, keys, heads;
     int mask_samples;
@@ -146,17 +148,25 @@ template <int D, bool masked> struct mbq_attention_rows {
     }
 
     __device__ __forceinline__ void store(const mbq_attention_args & args) {
+        float scale[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float all = sum[r];
             all += __shfl_xor_sync(0xFFFFFFFF, all, 1);
             all += __shfl_xor_sync(0xFFFFFFFF, all, 2);
-            const float scale = all > 0.0f ? 1.0f/all : 0.0f;
+            scale[r] = all > 0.0f ? 1.0f/all : 0.0f;
+        }
+        if (!masked && args.codes.q) {
+            store_codes(args, scale);
+            return;
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
             if (row + 8*r < args.queries) {
                 const int64_t at = (((int64_t) blockIdx.z*args.queries + row + 8*r)*args.heads + blockIdx.y)*D + threadIdx.x%4*2;
 #pragma unroll
                 for (int i = 0; i < D/8; ++i) {
-                    const float2 v = make_float2(o[4*i + 2*r]*scale, o[4*i + 2*r + 1]*scale);
+                    const float2 v = make_float2(o[4*i + 2*r]*scale[r], o[4*i + 2*r + 1]*scale[r]);
                     if (!masked && args.f16) {
                         *(half2 *) ((half *) args.dst + at + 8*i) = __float22half2_rn(v);
                     } else {
@@ -165,6 +175,30 @@ template <int D, bool masked> struct mbq_attention_rows {
                 }
             }
         }
+    }
+
+    // A lane has two numbers of each of its rows from 8: one of an even number takes its neighbour's of the first row, an odd one of the second
+    __device__ __forceinline__ void store_codes(const mbq_attention_args & args, const float (&scale)[2]) {
+        const mbq_w4a8_codes & to = args.codes;
+        const float2 of_range = to.column_scale();
+        const int t = threadIdx.x % 4, odd = t % 2, mine = row + 8*odd;
+        const int column = blockIdx.z*args.queries + mine;
+#pragma unroll
+        for (int i = 0; i < D/8; ++i) {
+            uint32_t pair[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                pair[r] = mbq_w4a8_pack_two(mbq_w4a8_code(o[4*i + 2*r]*scale[r], of_range.x), mbq_w4a8_code(o[4*i + 2*r + 1]*scale[r], of_range.x));
+            }
+            const uint32_t other = __shfl_xor_sync(0xFFFFFFFF, odd ? pair[0] : pair[1], 1);
+            if (mine < args.queries) {
+                *to.word(blockIdx.y*D + 8*i + t/2*4, column) = odd ? mbq_w4a8_join(other, pair[1]) : mbq_w4a8_join(pair[0], other);
+            }
+        }
+        if (blockIdx.y == 0 && t < 2 && mine < args.queries) {
+            to.scale[column] = of_range.y;
+        }
+        to.clear_flags(((blockIdx.z*gridDim.y + blockIdx.y)*gridDim.x + blockIdx.x)*256 + threadIdx.x, gridDim.x*gridDim.y*gridDim.z*256);
     }
 };
 

@@ -69,6 +69,9 @@ static void mbq_attention_run(ggml_backend_cuda_context & ctx, const ggml_tensor
     args.q        = (const char *) q->data;
     args.dst      = (float *) dst->data;
     args.f16      = !mask && ggml_cuda_f16_result(ctx, dst);
+    if (!mask) {
+        args.codes = ggml_cuda_w4a8_result(ctx, dst);
+    }
     args.queries  = q->ne[1];
     args.keys     = k->ne[1];
     args.heads    = q->ne[2];

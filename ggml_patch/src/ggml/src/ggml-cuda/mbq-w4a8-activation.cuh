@@ -5,7 +5,7 @@
 
 #include "fwht.cuh"
 #include "mbq-w4a8-fuse.cuh"
-#include "unary.cuh"
+#include "mbq-w4a8-gelu.cuh"
 
 // N floats of a warp's lanes, value i of lane t being element 32i + t: see fwht_cuda
 template <int N>
@@ -35,21 +35,6 @@ static __device__ __forceinline__ void mbq_w4a8_hadamard(float (&v)[N/32], const
         }
     }
 }
-
-enum mbq_w4a8_function { MBQ_W4A8_SWIGLU, MBQ_W4A8_GELU, MBQ_W4A8_GELU_ERF, MBQ_W4A8_GELU_QUICK };
-
-// See unary_op_kernel
-template <mbq_w4a8_function f> struct mbq_w4a8_gelu {
-    static __device__ __forceinline__ float of(const float x) {
-        if constexpr (f == MBQ_W4A8_GELU) {
-            return ggml_cuda_op_gelu_single(x);
-        } else if constexpr (f == MBQ_W4A8_GELU_ERF) {
-            return 0.5f*x*(1.0f + erff(x*0.70710678118654752440084436210484f));
-        } else {
-            return x * (1.0f / (1.0f + expf(-1.702f * x)));
-        }
-    }
-};
 
 // Warps of a CTA at most, so that a multiprocessor has registers for two
 static constexpr int mbq_w4a8_warps(const int N) {
@@ -144,30 +129,11 @@ static int mbq_w4a8_hadamard_after(const ggml_cgraph * graph, const int i) {
     return chain && read_once && n[1]->type == GGML_TYPE_F32 && (size == 64 || size == 128 || size == 256 || size == 512) ? size : 0;
 }
 
-// Which function the node is; -1: none of these
-static int mbq_w4a8_function_of(const ggml_tensor * node) {
-    if (node->view_src) {
-        return -1;
-    }
-    if (node->op == GGML_OP_GLU) {
-        return ggml_get_glu_op(node) == GGML_GLU_OP_SWIGLU && node->src[1] ? MBQ_W4A8_SWIGLU : -1;
-    }
-    if (node->op != GGML_OP_UNARY) {
-        return -1;
-    }
-    switch (ggml_get_unary_op(node)) {
-        case GGML_UNARY_OP_GELU:       return MBQ_W4A8_GELU;
-        case GGML_UNARY_OP_GELU_ERF:   return MBQ_W4A8_GELU_ERF;
-        case GGML_UNARY_OP_GELU_QUICK: return MBQ_W4A8_GELU_QUICK;
-        default:                       return -1;
-    }
-}
-
 // SWIGLU, with a transform or none, or a GELU: the node whose result it has made; -1: another node
 static int mbq_w4a8_fuse_activation(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const int n_flags) {
     const ggml_tensor * node = graph->nodes[i];
-    const int function = mbq_w4a8_function_of(node);
-    if (function < 0) {
+    const mbq_w4a8_function function = mbq_w4a8_function_of(node);
+    if (function == MBQ_W4A8_NONE) {
         return -1;
     }
     const ggml_tensor * x = node->src[0];
@@ -190,6 +156,6 @@ static int mbq_w4a8_fuse_activation(ggml_backend_cuda_context & ctx, const ggml_
     args.x_column = x->nb[1]/sizeof(float);
     args.y_column = y->nb[1]/sizeof(float);
     const auto launch = f.x.order == MBQ_W4A8_TILES ? &mbq_w4a8_launch_activation<true> : &mbq_w4a8_launch_activation<false>;
-    launch(ctx, args, node->ne[1], (mbq_w4a8_function) function, hadamard);
+    launch(ctx, args, node->ne[1], function, hadamard);
     return end;
 }

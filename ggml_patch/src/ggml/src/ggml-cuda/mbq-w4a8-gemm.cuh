@@ -25,12 +25,16 @@
 #ifdef MBQ_WGMMA
 
 template <typename T>
-static __device__ __forceinline__ void mbq_w4a8_produce_activations(const mbq_gemm_args & args, const mbq_gemm_thread & at, const mbq_w4a8_smem<T> & smem) {
+static __device__ __forceinline__ void mbq_w4a8_produce_activations(const mbq_w4a8_args & w4a8, const mbq_gemm_thread & at, const mbq_w4a8_smem<T> & smem) {
     ggml_cuda_pdl_sync();
+    const mbq_gemm_args & args = w4a8.gemm;
     constexpr int mine  = T::BN/T::CL;              // columns
     constexpr int chunk = mine < 128 ? mine : 128;
     const int k_tiles = args.K/MBQ_GEMM_TILE_K;
     mbq_ring<T::XS> ring;
+    if constexpr (T::codes) {
+        w4a8.codes.clear_flags(blockIdx.x*32 + at.lane, gridDim.x*32);
+    }
     if (at.lane > 0) {
         return;
     }
@@ -79,7 +83,11 @@ static __device__ __forceinline__ void mbq_w4a8_produce_weights(const mbq_w4a8_a
             mbq_barrier_wait(smem.empty_w + ring.stage*8, ring.phase ^ 1);
             if constexpr (T::dense) {
                 mbq_barrier_expect(full, T::W_BYTES, true);
-                mbq_box_copy_3d(stage, maps.of[k], step*(L::group_bytes/4), row_first/2, full);
+                if constexpr (T::codes) {
+                    mbq_box_copy_5d(stage, maps.of[k], step*(L::group_bytes/4), row_first%256/64, row_first/256*4, full);
+                } else {
+                    mbq_box_copy_3d(stage, maps.of[k], step*(L::group_bytes/4), row_first/2, full);
+                }
             } else {
                 constexpr int lanes = T::bits == 4 ? 16 : 32; // that copy a row
                 constexpr int rows  = 32/lanes;               // that a warp copies at a time
@@ -108,11 +116,16 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
     const int g = at.lane / 4;
     const int t = at.lane % 4;
     const int steps = args.K/128;
-    const int row_in_tile = at.warp % T::WARPS*16 + 2*g; // and the next
+    using R = mbq_w4a8_tile_rows<T>;
     const int group = at.warp / 4;
     mbq_ring<T::WS> w_ring;
     mbq_ring<T::XS> x_ring;
     const uint32_t empty_there = mbq_in_cta<T::CL>(smem.empty_x, at.lane % T::CL);
+    float2 of_range = {}; // of the codes: 127 over it, and the scale
+    if constexpr (T::codes) {
+        ggml_cuda_pdl_sync();
+        of_range = w4a8.codes.column_scale();
+    }
     uint32_t before = 0; // empty barrier of the stage before x_ring's
     int part = -1;
     for (mbq_stream_k work(args, at.worker, at.workers); work.next(args, at.workers);) {
@@ -129,21 +142,24 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
         }
         const int n_tile = work.tile % args.n_tiles;
         const mbq_w4a8_gemm_matrix & m = w4a8.of[w4a8.matrix(work.tile / args.n_tiles)];
-        const int row    = ((work.tile / args.n_tiles - m.tile)*T::CL + at.rank)*T::BM + row_in_tile;
+        const int row    = R::row(((work.tile / args.n_tiles - m.tile)*T::CL + at.rank)*T::BM, at.warp, g); // and the next
         const auto pair_of = [&](const int r) {
             const int shift = T::dense ? 0 : (int) ((uintptr_t) m.w + (uintptr_t) min(row + r, m.M - 1)*args.row_bytes) & 15;
-            return P(smem.w + (row_in_tile/2 + r*(T::BM/2))*T::ROW_BYTES + shift + t*(2*L::block_bytes)); // see mbq_w4a8_slot
+            return P(smem.w + R::slot(at.warp, g, r)*T::ROW_BYTES + shift + t*(2*L::block_bytes));
         };
         const P pairs[2] = { pair_of(0), pair_of(1) };
         int   d[T::BN/2];
-        float d_w[2]; // the rows' scales
+        mbq_w4a8_end end = { m, {}, {} }; // the rows' scales and, with codes, biases
 #pragma unroll
         for (int i = 0; i < T::BN/2; ++i) {
             d[i] = 0;
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            d_w[r] = __half2float(*(const half *) (m.w + (int64_t) min(row + r, m.M - 1)*args.row_bytes));
+            end.d_w[r] = __half2float(*(const half *) (m.w + (int64_t) min(row + r, m.M - 1)*args.row_bytes));
+            if (T::codes && m.bias) {
+                end.bias[r] = m.bias[row + r];
+            }
         }
         mbq_w4a8_words<T::bits> words[2];
         const auto load = [&](const uint32_t stage, const int second) {
@@ -226,7 +242,11 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
             }
             mbq_w4a8_add<T>(mbq_w4a8_part<T>(args, at, s), d);
         }
-        mbq_w4a8_store<T>(w4a8, m, n_tile, row, t, d_w, d);
+        if constexpr (T::codes) {
+            mbq_w4a8_store_codes<T>(w4a8, end, n_tile, row, at, of_range, d);
+        } else {
+            mbq_w4a8_store<T>(w4a8, end, n_tile, row, t, d);
+        }
     }
 }
 
@@ -254,7 +274,7 @@ static __global__ void MBQ_CLUSTER(T::CL) __launch_bounds__(MBQ_GEMM_THREADS, 1)
             asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         }
         if (at.warp == 11) {
-            mbq_w4a8_produce_activations<T>(args.gemm, at, smem);
+            mbq_w4a8_produce_activations<T>(args, at, smem);
         } else {
             mbq_w4a8_produce_weights<T>(args, maps, at, smem);
         }

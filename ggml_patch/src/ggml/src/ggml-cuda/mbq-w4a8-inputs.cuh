@@ -68,6 +68,10 @@ static bool mbq_w4a8_same(const ggml_tensor * a, const ggml_tensor * b) {
     return a == b || (a && b && a->data == b->data && ggml_are_same_shape(a, b) && ggml_are_same_stride(a, b));
 }
 
+static bool mbq_w4a8_same(const mbq_w4a8_activations & a, const mbq_w4a8_activations & b) {
+    return a.order == b.order && mbq_w4a8_same(a.x, b.x) && mbq_w4a8_same(a.ranges, b.ranges);
+}
+
 struct ggml_cuda_w4a8_inputs {
     const ggml_cgraph * graph = nullptr; // that runs, and its node; nullptr: share nothing
     int node = 0;
@@ -81,6 +85,10 @@ struct ggml_cuda_w4a8_inputs {
     const ggml_tensor * f16 = nullptr; // what lies as F16 in the place of its floats until node f16_last has read it (mbq-f16-inputs.cuh)
     int f16_last = 0;
 
+    mbq_w4a8_int8        placed    = {}; // int8 in the place of floats until node placed_last has read it (mbq-w4a8-place.cuh)
+    mbq_w4a8_activations placed_of = {};
+    int placed_last = -1;
+
     const ggml_tensor * attention = nullptr; // whose queries lie as F16 (mbq-qkv.cuh)
 
     std::vector<int> early; // nodes, each with the one behind it, that have run before their turn (mbq-w4a8-one.cuh)
@@ -92,6 +100,7 @@ struct ggml_cuda_w4a8_inputs {
         }
         if (now != graph || i <= node) {
             early.clear();
+            placed_last = -1;
             f16 = nullptr;
             attention = nullptr;
         }
@@ -104,7 +113,11 @@ struct ggml_cuda_w4a8_inputs {
     }
 
     bool holds(const mbq_w4a8_activations & a) const {
-        return memory && a.order == of.order && mbq_w4a8_same(a.x, of.x) && mbq_w4a8_same(a.ranges, of.ranges);
+        return memory && mbq_w4a8_same(a, of);
+    }
+
+    bool has_placed(const mbq_w4a8_activations & a) const {
+        return node <= placed_last && mbq_w4a8_same(a, placed_of);
     }
 
     // Memory for activations, until node `to` has read them
@@ -186,23 +199,27 @@ static mbq_w4a8_readers mbq_w4a8_readers_after(const ggml_backend_cuda_context &
     return readers;
 }
 
-// Whether the activations of dst, at the node that runs, are held: found, or made by quantise(int8) because a later product reads them too. After the
+// The activations of dst, at the node that runs, if they are held: found, or made by quantise(int8) because a later product reads them too; else nullptr. After the
 // product: read().
 template <typename Quantise>
-static bool mbq_w4a8_share(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const mbq_w4a8_order order, const int n_flags, const Quantise & quantise) {
+static const mbq_w4a8_int8 * mbq_w4a8_share(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const mbq_w4a8_order order, const int n_flags, const Quantise & quantise) {
     ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(ctx);
     const mbq_w4a8_activations a = { dst->src[1], dst->src[2], order };
     if (order == MBQ_W4A8_FLOATS || !inputs.runs(dst)) {
-        return false;
+        return nullptr;
+    }
+    if (inputs.has_placed(a)) {
+        return &inputs.placed;
     }
     if (inputs.holds(a)) {
-        return true;
+        return &inputs.held;
     }
     GGML_ASSERT(!inputs.memory || inputs.floats || !mbq_w4a8_same(a.x, inputs.of.x));
     const mbq_w4a8_readers readers = mbq_w4a8_readers_after(ctx, inputs.graph, inputs.node, a);
     if (inputs.memory || readers.count == 0) {
-        return false;
+        return nullptr;
     }
-    quantise(inputs.hold(ctx.pool(), a, n_flags, readers.last, true));
-    return true;
+    const mbq_w4a8_int8 & to = inputs.hold(ctx.pool(), a, n_flags, readers.last, true);
+    quantise(to);
+    return &to;
 }

@@ -20,6 +20,7 @@ struct mbq_w4a8_matrix {
     const float * bias = nullptr; // see mbq_w4a8_gemm_matrix; only mbq_w4a8_many adds them
     const float * more = nullptr;
     int64_t more_column = 0;
+    mbq_w4a8_codes codes = {};   // instead of floats in dst
 
     int64_t padded() const { return (K + 255)/256*256; }
     bool    dense()  const { return ((uintptr_t) w | row_bytes) % 16 == 0; } // then K is a multiple of 256
@@ -69,13 +70,27 @@ static mbq_w4a8_map mbq_w4a8_make_map(const mbq_w4a8_matrix & m, const char * w,
         CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
     return map;
 }
+
+// The same rows, 256 upon 256, as [64][16 of these][parity][half of them][words], for tiles of BM rows with codes: see mbq_w4a8_tile_rows
+template <int bits>
+static mbq_w4a8_map mbq_w4a8_make_codes_map(const mbq_w4a8_matrix & m, const int BM) {
+    mbq_w4a8_map map;
+    const cuuint64_t row = m.row_bytes;
+    const cuuint64_t size[5]   = { row/4, 8, 2, 4, (cuuint64_t) m.M/64 };
+    const cuuint64_t stride[4] = { 2*row, row, 16*row, 64*row };
+    const cuuint32_t box[5]    = { mbq_w4a8_layout<bits>::group_bytes/4, 8, 2, (cuuint32_t) BM/64, 4 };
+    const cuuint32_t step[5]   = { 1, 1, 1, 1, 1 };
+    CU_CHECK(cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_UINT32, 5, (void *) m.w, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+    return map;
+}
 #endif
 
 // The tiles of MBQ_W4A8_SHAPES, in as many stages as fit
-template <int bits, int shape>
+template <int bits, int shape, bool codes = false>
 using mbq_w4a8_tile_of = mbq_w4a8_tile<bits, MBQ_W4A8_SHAPES[shape].BM, MBQ_W4A8_SHAPES[shape].BN, MBQ_W4A8_SHAPES[shape].CL,
     shape == 0 ? 12 : shape == 2 ? 5 : bits == 4 ? 8 : 6,
-    shape == 0 ? (bits == 4 ? 6 : 3) : shape == 2 ? (bits == 4 ? 6 : 3) : bits == 4 ? 4 : 3, shape != 3>;
+    shape == 0 ? (bits == 4 ? 6 : 3) : shape == 2 ? (bits == 4 ? 6 : 3) : bits == 4 ? 4 : 3, shape != 3, codes>;
 
 // Whether this device runs mbq_w4a8_gemm: see mbq_gemm_available
 template <int bits>
@@ -94,15 +109,16 @@ static bool mbq_w4a8_gemm_available(const int id) {
 #endif
 }
 
-template <int bits, int shape>
+template <int bits, int shape, bool codes = false>
 static void mbq_w4a8_launch_gemm(ggml_backend_cuda_context & ctx, const mbq_w4a8_args & args, const mbq_w4a8_maps & maps, const int workers) {
-    using T = mbq_w4a8_tile_of<bits, shape>;
+    using T = mbq_w4a8_tile_of<bits, shape, codes>;
     CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_gemm<T>), T::BYTES);
     const ggml_cuda_kernel_launch_params params(dim3(workers*T::CL), dim3(MBQ_GEMM_THREADS), (size_t) T::BYTES, ctx.stream());
     ggml_cuda_kernel_launch(mbq_w4a8_gemm<T>, params, args, maps);
 }
 
-// n matrices of equal rows by the activations of the first; more than one only where each is dense and has an even number of rows
+// n matrices of equal rows by the activations of the first; more than one only where each is dense and has an even number of rows; with codes one dense one of
+// whole 256 rows
 template <int bits>
 static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix * matrices, const int n, const mbq_w4a8_int8 & x) {
     const mbq_w4a8_matrix & m = matrices[0];
@@ -119,6 +135,7 @@ static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix
     mbq_w4a8_args args = {};
     args.scale              = x.scale;
     args.blocks             = m.K/32;
+    args.codes              = m.codes;
     args.gemm.x_tiles       = (half *) x.q;
     args.gemm.done          = x.flags;
     args.gemm.N             = m.N;
@@ -138,13 +155,14 @@ static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix
         tile += (mk.M + shape.BM*shape.CL - 1)/(shape.BM*shape.CL);
 #ifdef MBQ_USE_TMA
         if (dense) {
-            maps.of[k] = k < n ? mbq_w4a8_make_map<bits>(mk, mk.w, mk.M, 2, shape.BM/2) : maps.of[0];
+            maps.of[k] = k >= n ? maps.of[0] : mk.codes.q ? mbq_w4a8_make_codes_map<bits>(mk, shape.BM) : mbq_w4a8_make_map<bits>(mk, mk.w, mk.M, 2, shape.BM/2);
         }
 #endif
     }
-    const auto launch = plan.shape == 0 ? &mbq_w4a8_launch_gemm<bits, 0> : plan.shape == 1 ? &mbq_w4a8_launch_gemm<bits, 1> :
+    const auto of_floats = plan.shape == 0 ? &mbq_w4a8_launch_gemm<bits, 0> : plan.shape == 1 ? &mbq_w4a8_launch_gemm<bits, 1> :
         plan.shape == 2 ? &mbq_w4a8_launch_gemm<bits, 2> : &mbq_w4a8_launch_gemm<bits, 3>;
-    launch(ctx, args, maps, plan.workers);
+    const auto of_codes = plan.shape == 0 ? &mbq_w4a8_launch_gemm<bits, 0, true> : plan.shape == 1 ? &mbq_w4a8_launch_gemm<bits, 1, true> : &mbq_w4a8_launch_gemm<bits, 2, true>;
+    (m.codes.q ? of_codes : of_floats)(ctx, args, maps, plan.workers);
 }
 
 template <int bits, int N>

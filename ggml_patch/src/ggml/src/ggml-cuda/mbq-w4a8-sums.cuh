@@ -87,13 +87,12 @@ static __device__ __forceinline__ void mbq_w4a8_store_whole(const mbq_w4a8_end &
     }
 }
 
-// Rows `row` and row + 1 of the tile's columns; d_w: the rows' scales
+// Rows `row` and row + 1 of the tile's columns
 template <typename T>
-static __device__ __forceinline__ void mbq_w4a8_store(const mbq_w4a8_args & w4a8, const mbq_w4a8_gemm_matrix & m, const int n_tile, const int row, const int t,
-        const float (&d_w)[2], const int (&d)[T::BN/2]) {
+static __device__ __forceinline__ void mbq_w4a8_store(const mbq_w4a8_args & w4a8, mbq_w4a8_end & end, const int n_tile, const int row, const int t, const int (&d)[T::BN/2]) {
     using L = mbq_w4a8_layout<T::bits>;
     const mbq_gemm_args & args = w4a8.gemm;
-    mbq_w4a8_end end = { m, { d_w[0], d_w[1] }, { 0.0f, 0.0f } };
+    const mbq_w4a8_gemm_matrix & m = end.m;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         end.bias[r] = m.bias ? m.bias[min(row + r, m.M - 1)] : 0.0f;
@@ -126,6 +125,75 @@ static __device__ __forceinline__ void mbq_w4a8_store(const mbq_w4a8_args & w4a8
                 }
             }
         }
+    }
+}
+
+// What f makes of the sums of two rows by two columns, as codes: a column's in the low bytes of x or of y
+template <mbq_w4a8_function f>
+static __device__ __forceinline__ uint2 mbq_w4a8_codes_of(const mbq_w4a8_end & end, const int * sums, const int shift, const float2 scale, const float inverse) {
+    const auto code = [&](const int i, const int r, const float of_column) {
+        return mbq_w4a8_code(mbq_w4a8_gelu<f>::of(end(sums[i] >> shift, r, of_column, 0.0f)), inverse);
+    };
+    return make_uint2(mbq_w4a8_pack_two(code(0, 0, scale.x), code(2, 1, scale.x)), mbq_w4a8_pack_two(code(1, 0, scale.y), code(3, 1, scale.y)));
+}
+
+// Of a group of four warps, which have each one word of the same 16 bytes
+template <int BN> struct mbq_w4a8_meeting {
+    static constexpr int batch = 8; // times 8 columns
+    uint32_t words[4][batch*32];
+    float scale[BN];
+};
+
+// A tile's columns from `first` on, of rows `row` and the next
+template <typename T, mbq_w4a8_function f>
+static __device__ __forceinline__ void mbq_w4a8_store_codes_of(const mbq_w4a8_args & w4a8, const mbq_w4a8_end & end, const int first, const int row, const mbq_gemm_thread & at,
+        const float inverse, mbq_w4a8_meeting<T::BN> & meeting, const int (&d)[T::BN/2]) {
+    constexpr int batch = mbq_w4a8_meeting<T::BN>::batch;
+    const mbq_w4a8_codes & to = w4a8.codes;
+    const int group = at.warp/4, warp = at.warp % 4, g = at.lane/4, t = at.lane % 4;
+    const int unit  = row/256*16 + row/32%2*8 + row/16%2; // see mbq_w4a8_codes::word; and 2, 4 and 6 on
+    const auto together = [&] { asm volatile("bar.sync %0, 128;" : : "r"(1 + group) : "memory"); };
+    for (int i = threadIdx.x % 128; i < T::BN; i += 128) {
+        meeting.scale[i] = w4a8.scale[min(first + i, w4a8.gemm.N - 1)]; // what is behind the last column is dropped
+    }
+    together();
+#pragma unroll
+    for (int i0 = 0; i0 < T::BN/8; i0 += batch) {
+#pragma unroll
+        for (int i = 0; i < batch; ++i) {
+            const float2 scale = *(const float2 *) &meeting.scale[8*(i0 + i) + 2*t];
+            const uint2  mine  = mbq_w4a8_codes_of<f>(end, d + 4*(i0 + i), mbq_w4a8_layout<T::bits>::shift, scale, inverse);
+            // a lane of even g keeps the first column, of odd g the second, of its rows and its neighbour's
+            const uint32_t other = __shfl_xor_sync(0xFFFFFFFF, g % 2 ? mine.x : mine.y, 4);
+            meeting.words[warp][i*32 + (2*t + g % 2)*4 + g/2] = g % 2 ? mbq_w4a8_join(other, mine.y) : mbq_w4a8_join(mine.x, other);
+        }
+        together();
+#pragma unroll
+        for (int i = threadIdx.x % 128; i < batch*32; i += 128) {
+            to.q[mbq_w4a8_unit_at<true>(unit + i%4*2, first + 8*i0 + i/4, 0, to.K)] =
+                make_int4(meeting.words[0][i], meeting.words[1][i], meeting.words[2][i], meeting.words[3][i]);
+        }
+        together();
+    }
+}
+
+// Rows `row` and row + 1 of the tile's columns as int8
+template <typename T>
+static __device__ __forceinline__ void mbq_w4a8_store_codes(const mbq_w4a8_args & w4a8, const mbq_w4a8_end & end, const int n_tile, const int row, const mbq_gemm_thread & at,
+        const float2 of_range, const int (&d)[T::BN/2]) {
+    __shared__ mbq_w4a8_meeting<T::BN> meetings[2]; // of each group
+    const mbq_w4a8_codes & to = w4a8.codes;
+    const int first = n_tile*T::BN;
+    if (row < 16) { // one warp of all that have these columns
+        for (int i = at.lane; i < min(T::BN, w4a8.gemm.N - first); i += 32) {
+            to.scale[first + i] = of_range.y;
+        }
+    }
+    mbq_w4a8_meeting<T::BN> & meeting = meetings[at.warp/4];
+    switch (to.of) {
+        case MBQ_W4A8_GELU:     mbq_w4a8_store_codes_of<T, MBQ_W4A8_GELU>      (w4a8, end, first, row, at, of_range.x, meeting, d); break;
+        case MBQ_W4A8_GELU_ERF: mbq_w4a8_store_codes_of<T, MBQ_W4A8_GELU_ERF>  (w4a8, end, first, row, at, of_range.x, meeting, d); break;
+        default:                mbq_w4a8_store_codes_of<T, MBQ_W4A8_GELU_QUICK>(w4a8, end, first, row, at, of_range.x, meeting, d); break;
     }
 }
 

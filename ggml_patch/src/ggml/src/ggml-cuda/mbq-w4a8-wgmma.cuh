@@ -3,12 +3,12 @@
 // What mbq_w4a8_gemm (mbq-w4a8-gemm.cuh) is made of: the shape of its tiles, its shared memory, and int8 wgmma.
 
 #include "mbq-gemm.cuh"
-#include "mbq-w4a8-quantize.cuh"
+#include "mbq-w4a8-codes.cuh"
 
-// BM rows and BN columns a tile, CL CTAs a cluster, XS and WS stages of activations and weights. dense: see mbq_w4a8_pair
-template <int bits_, int BM_, int BN_, int CL_, int XS_, int WS_, bool dense_> struct mbq_w4a8_tile {
+// BM rows and BN columns a tile, CL CTAs a cluster, XS and WS stages of activations and weights. dense: see mbq_w4a8_pair. codes: results are int8 (mbq-w4a8-codes.cuh)
+template <int bits_, int BM_, int BN_, int CL_, int XS_, int WS_, bool dense_, bool codes_ = false> struct mbq_w4a8_tile {
     static constexpr int  bits = bits_, BM = BM_, BN = BN_, CL = CL_, XS = XS_, WS = WS_;
-    static constexpr bool dense = dense_;
+    static constexpr bool dense = dense_, codes = codes_;
     static constexpr bool turns = BM == 64;  // the two groups of consumers take whole tiles in turn
     static constexpr int  WARPS = BM/16;     // consumers of a tile
     static constexpr int  X_BYTES   = BN*128;
@@ -34,6 +34,7 @@ struct mbq_w4a8_args {
     mbq_w4a8_gemm_matrix of[MBQ_W4A8_MATRICES]; // one behind the other; tile = INT_MAX: no such one
     const float * scale;  // of each column
     int blocks;           // of a row
+    mbq_w4a8_codes codes; // of a tile with codes: where they go
 
     __device__ __forceinline__ int matrix(const int m_tile) const {
         return (m_tile >= of[1].tile) + (m_tile >= of[2].tile);
@@ -114,5 +115,34 @@ static __device__ __forceinline__ void mbq_box_copy_3d(const uint32_t dst, const
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
         : : "r"(dst), "l"(&map), "r"(x), "r"(y), "r"(0), "r"(barrier) : "memory");
 }
+
+// The box at (x, 0, 0, y, z) of a map
+static __device__ __forceinline__ void mbq_box_copy_5d(const uint32_t dst, const CUtensorMap & map, const int x, const int y, const int z, const uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %3, %4, %5}], [%6];"
+        : : "r"(dst), "l"(&map), "r"(x), "r"(0), "r"(y), "r"(z), "r"(barrier) : "memory");
+}
+
+// Which rows of weights a thread multiplies, of a CTA's tile that begins at row `first` of a matrix, counted as tiles lie: the first one of two, the other is the next; and
+// where the stage has them (their slots). The tile's rows are the next BM. With codes they are 16 from each 64 of 256 for each group, whose codes are then whole words of
+// 16 bytes (mbq_w4a8_unit_k).
+template <typename T> struct mbq_w4a8_tile_rows {
+    static constexpr int groups = T::BM/64;
+
+    static __device__ __forceinline__ int row(const int first, const int warp, const int g) {
+        if constexpr (T::codes) {
+            return first/256*256 + warp%4*64 + (first%256/64 + (groups == 2 ? warp/4 : 0))*16 + 2*g;
+        } else {
+            return first + warp % T::WARPS*16 + 2*g;
+        }
+    }
+
+    static __device__ __forceinline__ int slot(const int warp, const int g, const int r) {
+        if constexpr (T::codes) {
+            return (warp%4*groups + (groups == 2 ? warp/4 : 0))*16 + 8*r + g;
+        } else {
+            return warp % T::WARPS*8 + g + r*(T::BM/2); // see mbq_w4a8_slot
+        }
+    }
+};
 
 #endif // MBQ_WGMMA

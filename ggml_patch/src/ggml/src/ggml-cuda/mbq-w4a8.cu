@@ -6,6 +6,7 @@
 #include "mbq-w4a8-added.cuh"
 #include "mbq-w4a8-launch.cuh"
 #include "mbq-w4a8-one.cuh"
+#include "mbq-w4a8-place.cuh"
 
 int64_t ggml_cuda_w4a8_count(const ggml_cuda_w4a8_counted what) {
     return mbq_w4a8_counts[what];
@@ -26,16 +27,28 @@ bool ggml_cuda_f16_queries(ggml_backend_cuda_context & ctx, const ggml_tensor * 
     return mbq_w4a8_inputs(ctx).attention == dst;
 }
 
-bool ggml_cuda_f16_result(ggml_backend_cuda_context & ctx, const ggml_tensor * node) {
-    const ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(ctx);
+// Behind the node that runs: a RESHAPE of its result, which nobody else reads; -1: another node
+static int mbq_w4a8_reshape_behind(const ggml_cuda_w4a8_inputs & inputs, const ggml_tensor * node) {
     const int i = inputs.node + 1;
     if (!inputs.runs(node) || i >= inputs.graph->n_nodes) {
-        return false;
+        return -1;
     }
     const ggml_tensor * reshape = inputs.graph->nodes[i];
     const bool alone = reshape->op == GGML_OP_RESHAPE && reshape->src[0] == node && reshape->data == node->data &&
         ggml_node_get_use_count(inputs.graph, inputs.node) == 1 && !(node->flags & GGML_TENSOR_FLAG_OUTPUT);
-    return alone && mbq_f16_hold(ctx, inputs.graph, i);
+    return alone ? i : -1;
+}
+
+bool ggml_cuda_f16_result(ggml_backend_cuda_context & ctx, const ggml_tensor * node) {
+    const int i = mbq_w4a8_reshape_behind(mbq_w4a8_inputs(ctx), node);
+    return i > 0 && mbq_f16_hold(ctx, mbq_w4a8_inputs(ctx).graph, i);
+}
+
+mbq_w4a8_codes ggml_cuda_w4a8_result(ggml_backend_cuda_context & ctx, const ggml_tensor * node) {
+    const int i = mbq_w4a8_reshape_behind(mbq_w4a8_inputs(ctx), node);
+    const mbq_w4a8_codes codes = i > 0 ? mbq_w4a8_place(ctx, mbq_w4a8_inputs(ctx).graph, i, MBQ_W4A8_NONE) : mbq_w4a8_codes {};
+    mbq_w4a8_counts[GGML_CUDA_W4A8_PLACED] += codes.q != nullptr;
+    return codes;
 }
 
 template <int bits>
@@ -80,12 +93,13 @@ static bool mbq_w4a8_mul_mat_shared(ggml_backend_cuda_context & ctx, const ggml_
         mbq_w4a8_quantise(ctx, m[0], order, to);
         found = false;
     };
-    if (!mbq_w4a8_share(ctx, dst, order, mbq_w4a8_n_flags(ctx, order), quantise)) {
+    const mbq_w4a8_int8 * x = mbq_w4a8_share(ctx, dst, order, mbq_w4a8_n_flags(ctx, order), quantise);
+    if (!x) {
         return false;
     }
     mbq_w4a8_counts[GGML_CUDA_W4A8_FOUND] += found ? n : n - 1;
     const auto product = dst->src[0]->type == GGML_TYPE_Q4_0 ? &mbq_w4a8_product<4> : &mbq_w4a8_product<8>;
-    product(ctx, m, n, order, mbq_w4a8_inputs(ctx).held);
+    product(ctx, m, n, order, *x);
     mbq_w4a8_inputs(ctx).read();
     return true;
 }
@@ -101,10 +115,13 @@ static int mbq_w4a8_fuse_added(ggml_backend_cuda_context & ctx, const ggml_cgrap
     const auto others = mbq_w4a8_others_of(ctx, graph, i, early);
     const bool adjacent = !others.empty() && others[0].first == i + 1; // gate and up
     const bool next     = i + 1 < graph->n_nodes && ggml_op_is_empty(graph->nodes[i + 1]->op);
-    if (a.nodes == 0 && (others.empty() || !(next || adjacent))) {
+    const mbq_w4a8_codes codes = others.empty() ? mbq_w4a8_place_gelu(ctx, graph, i, a) : mbq_w4a8_codes {};
+    const bool alone = a.nodes == 0 && !codes.q;
+    if (alone && (others.empty() || !(next || adjacent))) {
         return 0;
     }
     mbq_w4a8_matrix m[MBQ_W4A8_MATRICES] = { mbq_w4a8_matrix_of(dst, a) };
+    m[0].codes = codes;
     int n = 1;
     for (const auto & other : others) {
         m[n++] = mbq_w4a8_matrix_of(graph->nodes[other.first], other.second);
@@ -116,14 +133,15 @@ static int mbq_w4a8_fuse_added(ggml_backend_cuda_context & ctx, const ggml_cgrap
             }
         }
         mbq_w4a8_counts[GGML_CUDA_W4A8_TOGETHER] += n > 1;
-    } else if (a.nodes > 0) {
+    } else if (!alone) {
         const auto mul_mat = dst->src[0]->type == GGML_TYPE_Q4_0 ? &mbq_w4a8_mul_mat<4> : &mbq_w4a8_mul_mat<8>;
         mul_mat(ctx, m[0]);
     } else {
         return 0;
     }
-    mbq_w4a8_counts[GGML_CUDA_W4A8_ADDED] += a.nodes > 0;
-    return adjacent ? 1 + others[0].second.nodes : std::max(a.nodes, 1);
+    mbq_w4a8_counts[GGML_CUDA_W4A8_ADDED]  += a.nodes > 0;
+    mbq_w4a8_counts[GGML_CUDA_W4A8_PLACED] += codes.q != nullptr;
+    return codes.q ? a.nodes + 1 : adjacent ? 1 + others[0].second.nodes : std::max(a.nodes, 1);
 }
 
 bool ggml_cuda_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst) {

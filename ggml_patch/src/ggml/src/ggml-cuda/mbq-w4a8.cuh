@@ -40,6 +40,7 @@ enum ggml_cuda_w4a8_counted {
     GGML_CUDA_F16_FOUND,      // of these, those that found their activations as F16
     GGML_CUDA_F16_ROPE,       // and those with a rotary embedding behind them
     GGML_CUDA_W4A8_QKV,       // q, k and v made ready for attention in one kernel (mbq-qkv.cuh)
+    GGML_CUDA_W4A8_PLACED,    // activations made as int8 by the product or the attention whose result they are (mbq-w4a8-codes.cuh)
     GGML_CUDA_W4A8_COUNTS,
 };
 extern "C" GGML_BACKEND_API int64_t ggml_cuda_w4a8_count(ggml_cuda_w4a8_counted what);
