@@ -112,7 +112,7 @@ def test_behind_a_product_on_the_cpu(tmp_path: Path) -> None:
 def test_layer_norm_of_a_warp_on_the_cpu(tmp_path: Path) -> None:
     """Each column's floats, int8 codes and scale, of widths that fill a warp's registers or do not, with a bias and without."""
     quantize = read("mbq-w4a8-quantize.cuh")
-    norm = replaced(r"__shared__ __align__\(16\) uint8_t codes", "static uint8_t codes", read("mbq-w4a8-layer-norm.cuh"))
+    norm = replaced(r"__shared__ __align__\(16\) int codes", "static int codes", read("mbq-w4a8-layer-norm.cuh"))
     parts = [
         between(quantize, "template <bool tiled>", "// The largest of a CTA"),
         between(quantize, "// 127 / amax", "// The rows of src[2]"),
@@ -120,6 +120,25 @@ def test_layer_norm_of_a_warp_on_the_cpu(tmp_path: Path) -> None:
         between(norm, "static constexpr int MBQ_LAYER_NORM_WARPS", "template <int R>\nstatic void"),
     ]
     run_emulated("layer_norm", {"layer_norm.cuh": "".join(parts)}, tmp_path)
+
+
+def test_sums_become_int8_on_the_cpu(tmp_path: Path) -> None:
+    """Tiles of all three shapes: each sum's function as the quantiser would round and place it, the scales, and which rows a tile has."""
+    quantize, sums = read("mbq-w4a8-quantize.cuh"), read("mbq-w4a8-sums.cuh")
+    sums = replaced(r'asm volatile\("bar\.sync[^;]*;[^;]*;', "wait_for(group + 1, 128);", sums)
+    sums = replaced(r"__shared__ mbq_w4a8_meeting", "static mbq_w4a8_meeting", sums)
+    gelu, tiles = read("mbq-w4a8-gelu.cuh"), read("mbq-w4a8-wgmma.cuh")
+    parts = [
+        between(quantize, "template <bool tiled>", "// The largest of a CTA"),
+        between(quantize, "// 127 / amax", "// Static ranges, one a column"),
+        between(gelu, "enum mbq_w4a8_function", "// Which of them the node is"),
+        between(read("mbq-w4a8-codes.cuh"), "// Codes of columns", "// Of the node that runs"),
+        "struct mbq_w4a8_args { mbq_gemm_args gemm; const float * scale; mbq_w4a8_codes codes; };\n",
+        between(tiles, "// Which rows of weights a thread multiplies", "#endif // MBQ_WGMMA"),
+        between(sums, "// How a sum becomes what is stored", "// A whole tile's columns of two rows"),
+        between(sums, "// What f makes of the sums", "#endif // MBQ_WGMMA"),
+    ]
+    run_emulated("codes", {"codes.cuh": "".join(parts)}, tmp_path)
 
 
 def test_q_k_and_v_ready_for_attention_on_the_cpu(tmp_path: Path) -> None:

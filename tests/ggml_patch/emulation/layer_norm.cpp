@@ -13,7 +13,6 @@ static float __fadd_rn(float a, float b) { return a + b; }
 static float mbq_mul_rn(float a, float b) { return a*b; }
 static float mbq_div_rn(float a, float b) { return a/b; }
 static float rsqrtf(float x) { return 1/sqrtf(x); }
-static int   __float2int_rn(float x) { return (int) nearbyintf(x); }
 static int   __float_as_int(float f) { return (int) __float_as_uint(f); }
 static float2 warp_reduce_sum(float2 a) {
     for (int h = 16; h > 0; h /= 2) {
@@ -91,12 +90,26 @@ template <int R> static void check_norm(const int K, const int N, const bool bia
     check(std::count(flags.begin(), flags.end(), 0) == 7, "flags", K, N);
 }
 
+// Every half code from -130 to 130, next to it, and what the scale of a static range leaves outside
+static void check_codes() {
+    bool same = true;
+    for (int i = -260; i <= 260; ++i) {
+        const float x = 0.5f*i, v[4] = { x, nextafterf(x, 1000.0f), nextafterf(x, -1000.0f), 1e30f*x };
+        const int codes = mbq_w4a8_four_codes(make_float4(v[0], v[1], v[2], v[3]), 1.0f);
+        for (int j = 0; j < 4; ++j) {
+            same = same && (int8_t) (codes >> 8*j) == (int) nearbyintf(std::min(std::max(v[j], -127.0f), 127.0f));
+        }
+    }
+    check(same, "codes", 0, 0);
+}
+
 int main() {
     std::mt19937 rng(3);
-    check_norm<40>(1280, 9, true, rng);
-    check_norm<40>(1024, 130, true, rng);
-    check_norm<40>(1152, 5, false, rng);
-    check_norm<48>(1536, 4, true, rng);
-    check_norm<48>(1312, 3, true, rng);
+    check_codes();
+    check_norm<10>(1280, 9, true, rng);
+    check_norm<10>(1024, 130, true, rng);
+    check_norm<10>(1152, 5, false, rng);
+    check_norm<12>(1536, 4, true, rng);
+    check_norm<12>(1408, 3, true, rng);
     return wrong != 0;
 }

@@ -65,15 +65,47 @@ static __global__ void __launch_bounds__(256, MBQ_W4A8_CTAS(4)) mbq_w4a8_layer_n
 
 static constexpr int MBQ_LAYER_NORM_WARPS = 4;
 
-// As mbq_w4a8_layer_norm of 1024 to 32*R numbers, a multiple of 32, int8 as tiles. norm_f32 has 1024 threads, of which number 32w + lane sums x[32w + lane] and
-// x[1024 + 32w + lane], then 32 warps' sums, then the sum of these. Here the lanes sum for all of these warps together: lane w ends with the sum of warp w.
+// Of a warp's numbers, 128j + 4 lane of which lie in v[j]: what norm_f32 of 1024 threads sums of f(x). Thread 32w + p sums f(x[32w + p]) and f(x[1024 + 32w + p]), then
+// each warp its threads' sums, then one warp these. Here eight lanes have the numbers of warps 4j + lane/8, eight j at once; each step halves the j of a lane, so that
+// lane 8g + j ends with the sum of warp 4j + g.
+template <int R, typename F>
+static __device__ __forceinline__ float mbq_w4a8_sum_as_1024(const float4 (&v)[R], const F & f) {
+    const int lane = threadIdx.x % 32;
+    const auto of_threads = [&](const int j) {
+        float4 sum = make_float4(f(v[j].x, 0.0f), f(v[j].y, 0.0f), f(v[j].z, 0.0f), f(v[j].w, 0.0f));
+        if (j + 8 < R) {
+            sum = make_float4(f(v[j + 8].x, sum.x), f(v[j + 8].y, sum.y), f(v[j + 8].z, sum.z), f(v[j + 8].w, sum.w));
+        }
+        return sum;
+    };
+    const auto halve = [&](const float4 low, const float4 high, const int h) { // lanes with bit h go on with `high`
+        const bool up = lane & h;
+        const auto one = [&](const float a, const float b) { return (up ? b : a) + __shfl_xor_sync(0xFFFFFFFF, up ? a : b, h); };
+        return make_float4(one(low.x, high.x), one(low.y, high.y), one(low.z, high.z), one(low.w, high.w));
+    };
+    float4 sums[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        sums[j] = halve(of_threads(j), of_threads(j + 4), 4);
+    }
+    sums[0] = halve(sums[0], sums[2], 2);
+    sums[1] = halve(sums[1], sums[3], 2);
+    sums[0] = halve(sums[0], sums[1], 1);
+    float sum = (sums[0].x + sums[0].z) + (sums[0].y + sums[0].w);
+    for (const int h : { 4, 2, 1, 16, 8 }) {
+        sum += __shfl_xor_sync(0xFFFFFFFF, sum, h);
+    }
+    return sum;
+}
+
+// As mbq_w4a8_layer_norm of 1024 to 128*R numbers, a multiple of 128, int8 as tiles; all that it reads is 16-byte words
 template <int R>
 static __global__ void __launch_bounds__(32*MBQ_LAYER_NORM_WARPS) mbq_w4a8_layer_norm_of_warp(const mbq_w4a8_fused_args args, const int columns) {
-    __shared__ __align__(16) uint8_t codes[MBQ_LAYER_NORM_WARPS][GGML_PAD(32*R, 256)];
+    __shared__ __align__(16) int codes[MBQ_LAYER_NORM_WARPS][GGML_PAD(32*R, 64)];
     ggml_cuda_pdl_lc();
     const int lane   = threadIdx.x % 32;
     const int column = blockIdx.x*MBQ_LAYER_NORM_WARPS + threadIdx.x/32;
-    const int rows   = args.K/32;
+    const int rows   = args.K/128;
     ggml_cuda_pdl_sync();
     for (int i = blockIdx.x*blockDim.x + threadIdx.x; i < args.n_flags; i += gridDim.x*blockDim.x) {
         args.flags[i] = 0;
@@ -81,78 +113,49 @@ static __global__ void __launch_bounds__(32*MBQ_LAYER_NORM_WARPS) mbq_w4a8_layer
     if (column >= columns) {
         return;
     }
-    const float * x = args.x + column*args.x_column + lane;
-    float v[R];
+    const float4 * x = (const float4 *) (args.x + column*args.x_column) + lane;
+    float4 v[R];
 #pragma unroll
     for (int j = 0; j < R; ++j) {
-        v[j] = j < 32 || j < rows ? x[32*j] : -0.0f; // which changes no sum
+        v[j] = j < 8 || j < rows ? x[32*j] : make_float4(0.0f, 0.0f, 0.0f, 0.0f); // which changes no sum
     }
-    const auto of_thread = [&](const int w) {
-        float2 sum = make_float2(0.0f, 0.0f);
-#pragma unroll
-        for (int j = w; j < R; j += 32) {
-            sum.x += v[j];
-            sum.y += v[j] * v[j];
-        }
-        return sum;
-    };
-    const auto halve = [&](const float2 low, const float2 high, const int h) { // of two warps: lanes with bit h go on with `high`
-        const bool up = lane & h;
-        const float2 keep = up ? high : low, give = up ? low : high;
-        return make_float2(keep.x + __shfl_xor_sync(0xFFFFFFFF, give.x, h), keep.y + __shfl_xor_sync(0xFFFFFFFF, give.y, h));
-    };
-    float2 sums[16];
-#pragma unroll
-    for (int w = 0; w < 16; ++w) {
-        sums[w] = halve(of_thread(w), of_thread(w + 16), 16);
-    }
-#pragma unroll
-    for (int h = 8; h > 0; h /= 2) {
-#pragma unroll
-        for (int w = 0; w < h; ++w) {
-            sums[w] = halve(sums[w], sums[w + h], h);
-        }
-    }
-    const float2 mean_var = warp_reduce_sum(sums[0]);
-    const float mean    = mean_var.x / args.K;
-    const float var     = mean_var.y / args.K - mean * mean;
+    const float mean_sum = mbq_w4a8_sum_as_1024(v, [](const float xi, const float sum) { return sum + xi; });
+    const float var_sum  = mbq_w4a8_sum_as_1024(v, [](const float xi, const float sum) { return sum + xi * xi; });
+    const float mean    = mean_sum / args.K;
+    const float var     = var_sum / args.K - mean * mean;
     const float inv_std = rsqrtf(var + args.eps);
     int amax = 0;
 #pragma unroll
     for (int j = 0; j < R; ++j) {
-        if (j < 32 || j < rows) {
-            v[j] = __fmul_rn((v[j] - mean) * inv_std, args.y[32*j + lane]);
+        if (j < 8 || j < rows) {
+            const float4 y = ((const float4 *) args.y)[32*j + lane];
+            const auto normed = [&](const float xi, const float yi) { return __fmul_rn((xi - mean) * inv_std, yi); };
+            v[j] = make_float4(normed(v[j].x, y.x), normed(v[j].y, y.y), normed(v[j].z, y.z), normed(v[j].w, y.w));
             if (args.z) {
-                v[j] = __fadd_rn(v[j], args.z[32*j + lane]);
+                const float4 z = ((const float4 *) args.z)[32*j + lane];
+                v[j] = make_float4(__fadd_rn(v[j].x, z.x), __fadd_rn(v[j].y, z.y), __fadd_rn(v[j].z, z.z), __fadd_rn(v[j].w, z.w));
+            }
+            if (args.out) {
+                ((float4 *) (args.out + column*args.out_column))[32*j + lane] = v[j];
             }
         }
-        amax = max(amax, mbq_w4a8_bits(v[j]));
+        amax = max(amax, max(max(mbq_w4a8_bits(v[j].x), mbq_w4a8_bits(v[j].y)), max(mbq_w4a8_bits(v[j].z), mbq_w4a8_bits(v[j].w))));
     }
-    if (args.out) {
-        float * out = args.out + column*args.out_column + lane;
-#pragma unroll
-        for (int j = 0; j < R; ++j) {
-            if (j < 32 || j < rows) {
-                out[32*j] = v[j];
-            }
-        }
-    }
-    amax = mbq_w4a8_largest_of_warp(amax);
-    const float2 scale = mbq_w4a8_column_scale(args.ranges.amax(column, amax));
+    const float2 scale = mbq_w4a8_column_scale(args.ranges.amax(column, mbq_w4a8_largest_of_warp(amax)));
     if (lane == 0) {
         args.scale[column] = scale.y;
     }
-    uint8_t * code = codes[threadIdx.x/32];
+    int * code = codes[threadIdx.x/32];
 #pragma unroll
-    for (int j = 0; j < GGML_PAD(32*R, 256)/32; ++j) {
-        code[32*j + lane] = j < R ? mbq_w4a8_code(v[j], scale.x) : 0; // v behind K is 0
+    for (int j = 0; j < GGML_PAD(R, 2); ++j) {
+        code[32*j + lane] = j < R ? mbq_w4a8_four_codes(v[j], scale.x) : 0; // v behind K is 0
     }
     __syncwarp();
     for (int unit = lane; unit < args.padded/16; unit += 32) {
         int word[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            word[i] = *(const int *) (code + mbq_w4a8_unit_k<true>(unit, i));
+            word[i] = code[mbq_w4a8_unit_k<true>(unit, i)/4];
         }
         args.q[mbq_w4a8_unit_at<true>(unit, column, columns, args.padded)] = make_int4(word[0], word[1], word[2], word[3]);
     }
@@ -166,8 +169,9 @@ static void mbq_w4a8_launch_layer_norm_of_warp(ggml_backend_cuda_context & ctx, 
 
 template <bool tiled>
 static void mbq_w4a8_launch_layer_norm(ggml_backend_cuda_context & ctx, const mbq_w4a8_fused_args & args, const int columns) {
-    if (tiled && args.q && args.K >= 1024 && args.K <= 1536 && args.K % 32 == 0) {
-        const auto of_warp = args.K <= 1280 ? &mbq_w4a8_launch_layer_norm_of_warp<40> : &mbq_w4a8_launch_layer_norm_of_warp<48>;
+    const bool words = ((uintptr_t) args.x | (uintptr_t) args.y | (uintptr_t) args.z | (uintptr_t) args.out | args.x_column*sizeof(float)) % 16 == 0;
+    if (tiled && args.q && args.K >= 1024 && args.K <= 1536 && args.K % 128 == 0 && words) {
+        const auto of_warp = args.K <= 1280 ? &mbq_w4a8_launch_layer_norm_of_warp<10> : &mbq_w4a8_launch_layer_norm_of_warp<12>;
         of_warp(ctx, args, columns);
         return;
     }

@@ -43,6 +43,11 @@ static __device__ __forceinline__ uint32_t mbq_w4a8_join(const uint32_t low, con
     return __byte_perm(low, high, 0x5410);
 }
 
+static __device__ __forceinline__ uint32_t mbq_w4a8_four_codes(const float4 v, const float inverse) {
+    const auto code = [&](const float value) { return mbq_w4a8_code(value, inverse); };
+    return mbq_w4a8_join(mbq_w4a8_pack_two(code(v.x), code(v.y)), mbq_w4a8_pack_two(code(v.z), code(v.w)));
+}
+
 struct mbq_w4a8_unit {
     float4 v[4];
 
@@ -74,13 +79,8 @@ struct mbq_w4a8_unit {
     }
 
     __device__ __forceinline__ int4 codes(const float inverse) const {
-        const auto code = [&](const float value) { return mbq_w4a8_code(value, inverse); };
-        int word[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            word[i] = mbq_w4a8_join(mbq_w4a8_pack_two(code(v[i].x), code(v[i].y)), mbq_w4a8_pack_two(code(v[i].z), code(v[i].w)));
-        }
-        return make_int4(word[0], word[1], word[2], word[3]);
+        const auto word = [&](const int i) { return (int) mbq_w4a8_four_codes(v[i], inverse); };
+        return make_int4(word(0), word(1), word(2), word(3));
     }
 };
 
