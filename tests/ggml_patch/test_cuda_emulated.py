@@ -135,7 +135,7 @@ def test_sums_become_int8_on_the_cpu(tmp_path: Path) -> None:
         between(read("mbq-w4a8-codes.cuh"), "// Codes of columns", "// Of the node that runs"),
         "struct mbq_w4a8_args { mbq_gemm_args gemm; const float * scale; mbq_w4a8_codes codes; };\n",
         between(tiles, "// Which rows of weights a thread multiplies", "#endif // MBQ_WGMMA"),
-        between(sums, "// How a sum becomes what is stored", "// A whole tile's columns of two rows"),
+        between(sums, "// How a sum becomes what is stored", "// Two rows of a column"),
         between(sums, "// What f makes of the sums", "#endif // MBQ_WGMMA"),
     ]
     run_emulated("codes", {"codes.cuh": "".join(parts)}, tmp_path)

@@ -139,7 +139,10 @@ static int check_attention(ggml_backend_t backend, const ggml_type type, const i
     for (ggml_tensor * t : { sums[0], sums[1], sums[2], parts[1], pos }) { b.keep(t); } // positions are a tower's input, whose memory stays its own
     ggml_tensor * attention = ggml_flash_attn_ext(b.nodes, parts[0], k, v, nullptr, 1/sqrtf(head), 0.0f, 0.0f);
     ggml_prec_set_acc(attention, GGML_PREC_F32);
-    b.output(ggml_add(b.nodes, b.biased(b.product(ggml_reshape_2d(b.nodes, attention, head*heads, n), head*heads, type)), x));
+    ggml_tensor * flat = ggml_reshape_2d(b.nodes, attention, head*heads, n);
+    ggml_build_forward_expand(b.graph, flat);
+    b.keep(sums[2]);
+    b.output(ggml_add(b.nodes, b.biased(b.product(flat, head*heads, type)), x));
     return check(backend, std::string(ranges ? "static attention " : "attention ") + ggml_type_name(type) + " " + std::to_string(head) + " " + std::to_string(heads) + " " + std::to_string(n), b);
 }
 

@@ -54,6 +54,12 @@ static void check_qkv(const int D, const int H, const int N, std::mt19937 & rng)
     check(same, "q", D, N);
     check(memcmp(k.data(), made_k.data(), k.size()*sizeof(half)) == 0, "k", D, N);
     check(memcmp(v.data(), made_v.data(), v.size()*sizeof(half)) == 0, "v", D, N);
+
+    std::vector<float> alone = x[0]; // values are left to their product
+    args.x[0] = alone.data(); args.x[2] = nullptr; args.q = (half *) alone.data(); args.v = nullptr;
+    std::fill(made_k.begin(), made_k.end(), __float2half(0.0f));
+    launch(grid, block, [&] { mbq_qkv(args); });
+    check(memcmp(q.data(), alone.data(), q.size()*sizeof(float)) == 0 && memcmp(k.data(), made_k.data(), k.size()*sizeof(half)) == 0, "without v", D, N);
 }
 
 int main() {

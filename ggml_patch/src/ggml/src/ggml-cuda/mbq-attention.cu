@@ -43,20 +43,21 @@ static bool mbq_attention_takes(const ggml_tensor * dst) {
 }
 
 // Keys or values as [sample][head][row][D], in boxes of 16 numbers of the rows of a tile. What lies behind a row or the last row is zero.
-static CUtensorMap mbq_attention_map(const ggml_tensor * t) {
+// place: floats [D, heads, rows] in whose place they lie instead, or nullptr
+static CUtensorMap mbq_attention_map(const ggml_tensor * t, const ggml_tensor * place = nullptr) {
     CUtensorMap map;
     const cuuint64_t size[4]   = { (cuuint64_t) t->ne[0], (cuuint64_t) t->ne[1], (cuuint64_t) t->ne[2], (cuuint64_t) t->ne[3] };
-    const cuuint64_t stride[3] = { t->nb[1], t->nb[2], t->nb[3] };
+    const cuuint64_t stride[3] = { place ? place->nb[2] : t->nb[1], place ? place->nb[1]/2 : t->nb[2], place ? place->nb[3] : t->nb[3] };
     const cuuint32_t box[4]    = { 16, MBQ_ATTENTION_KEYS, 1, 1 };
     const cuuint32_t step[4]   = { 1, 1, 1, 1 };
-    CU_CHECK(cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, t->data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+    CU_CHECK(cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, place ? place->data : t->data, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
         CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
     return map;
 }
 
 template <int D, bool masked>
 static void mbq_attention_launch(ggml_backend_cuda_context & ctx, const mbq_attention_args & args, const ggml_tensor * dst, const dim3 grid) {
-    const mbq_attention_maps maps = { mbq_attention_map(dst->src[1]), mbq_attention_map(dst->src[2]) };
+    const mbq_attention_maps maps = { mbq_attention_map(dst->src[1]), mbq_attention_map(dst->src[2], ggml_cuda_f16_values(ctx, dst)) };
     constexpr int smem = mbq_attention_shape<D>::SMEM;
     CUDA_SET_SHARED_MEMORY_LIMIT((mbq_attention<D, masked>), smem);
     ggml_cuda_kernel_launch(mbq_attention<D, masked>, ggml_cuda_kernel_launch_params(grid, dim3(MBQ_ATTENTION_THREADS), smem, ctx.stream()), args, maps);

@@ -231,6 +231,11 @@ static __device__ __forceinline__ void mbq_store_past_l1(float * to, const float
     asm volatile("st.global.L1::no_allocate.v2.f32 [%0], {%1, %2};" : : "l"(to), "f"(v.x), "f"(v.y) : "memory");
 }
 
+static __device__ __forceinline__ void mbq_store_past_l1(half * to, const float2 v) {
+    const half2 h = __float22half2_rn(v);
+    asm volatile("st.global.L1::no_allocate.b32 [%0], %1;" : : "l"(to), "r"(*(const uint32_t *) &h) : "memory");
+}
+
 // Rows `row` and row + 1 of the tile's columns
 template <int BN>
 static __device__ __forceinline__ void mbq_store_tile(const mbq_gemm_args & args, const int n_tile, const int row, const int t, const float (&d)[BN/2]) {

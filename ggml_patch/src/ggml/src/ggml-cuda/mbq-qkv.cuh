@@ -4,7 +4,7 @@
 //
 //   q   ROPE            scaled for attention, F16 in the place of the floats
 //   k   ROPE, CPY       F16, heads before positions
-//   v   CPY             F16, heads before positions
+//   v   CPY             F16, heads before positions; or the product has stored it as F16, and attention reads it where it is
 //
 // Node by node these are four kernels which write floats that the next one reads: of 4096 positions of 1280 numbers 168 MB, here 94. A CTA takes one position
 // (see mbq-rope.cuh). The same bits: attention itself would scale and round q like this.
@@ -18,7 +18,7 @@ struct mbq_qkv_args {
     const float * x[3]; // q, k, v: [head][n_dims pairs] of a position
     int64_t x_column;   // elements
     half * q;           // a position of which has the room of its floats
-    half * k, * v;      // [head][position][n_dims pairs]
+    half * k, * v;      // [head][position][n_dims pairs]; v == nullptr: left alone
     int threads;        // heads times quads
     float scale;        // of q
     mbq_rope_angles angles;
@@ -46,6 +46,9 @@ static __global__ void __launch_bounds__(1024) mbq_qkv(const mbq_qkv_args args) 
     float4 a[3], b[3];
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
+        if (i == 2 && !args.v) {
+            break;
+        }
         const float * x = args.x[i] + blockIdx.x*args.x_column + head*2*n_dims + d;
         a[i] = has ? *(const float4 *) x            : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         b[i] = has ? *(const float4 *) (x + n_dims) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -64,8 +67,10 @@ static __global__ void __launch_bounds__(1024) mbq_qkv(const mbq_qkv_args args) 
     const int64_t at = ((int64_t) head*gridDim.x + blockIdx.x)*2*n_dims + d;
     mbq_store_halves(args.k + at,          a[1]);
     mbq_store_halves(args.k + at + n_dims, b[1]);
-    mbq_store_halves(args.v + at,          a[2]);
-    mbq_store_halves(args.v + at + n_dims, b[2]);
+    if (args.v) {
+        mbq_store_halves(args.v + at,          a[2]);
+        mbq_store_halves(args.v + at + n_dims, b[2]);
+    }
 }
 
 // The nodes of a tower's attention from its first rotary embedding on
@@ -153,14 +158,46 @@ static bool mbq_qkv_takes(const mbq_qkv_nodes & n) {
     return mbq_rope_takes(n.q) && mbq_rope_takes(n.k) && ggml_is_contiguous(n.q) && ((uintptr_t) n.k16->data | (uintptr_t) n.v16->data) % 8 == 0;
 }
 
+// Whether the kernel makes q and k for the attention whose queries node i turns
+static bool mbq_qkv_runs(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const int attention, const std::vector<int> & made, mbq_qkv_nodes & n) {
+    return mbq_qkv_may_run(graph, i, attention, made, n) && mbq_qkv_takes(n) && ggml_cuda_mbq_attention_takes(ctx, n.attention);
+}
+
+// The values that attention behind node i, a product of q, k and v, can read where their product stores them as F16, since nobody else reads them and nothing
+// lies there before attention is done; nullptr: none. made: nodes that are made with node i
+static const ggml_tensor * mbq_qkv_values(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const std::vector<int> & made) {
+    int rope = i + 1;
+    while (rope < std::min(graph->n_nodes, i + 1 + MBQ_W4A8_AHEAD) && graph->nodes[rope]->op != GGML_OP_ROPE) {
+        ++rope;
+    }
+    mbq_qkv_nodes n;
+    const int attention = rope < graph->n_nodes ? mbq_qkv_find(graph, rope, n) : -1;
+    if (attention < 0 || !mbq_qkv_runs(ctx, graph, rope, attention, made, n)) {
+        return nullptr;
+    }
+    const ggml_tensor * values = n.x(2);
+    for (int j = i; j <= attention; ++j) {
+        const ggml_tensor * node = graph->nodes[j];
+        const bool of_values = node == values || node == values->src[0] || node == n.v16->src[0];
+        if (of_values && (ggml_node_get_use_count(graph, j) != 1 || (node->flags & GGML_TENSOR_FLAG_OUTPUT))) {
+            return nullptr;
+        }
+        if (j > n.last && mbq_w4a8_runs(node) && mbq_w4a8_overlap(node, values)) {
+            return nullptr;
+        }
+    }
+    return values->op == GGML_OP_RESHAPE && values->src[0]->data == values->data ? values : nullptr;
+}
+
 // How many nodes behind i have run with it
 static int mbq_qkv_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
     ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(ctx);
     mbq_qkv_nodes n;
     const int attention = mbq_qkv_find(graph, i, n);
-    if (attention < 0 || !mbq_qkv_may_run(graph, i, attention, inputs.early, n) || !mbq_qkv_takes(n) || !ggml_cuda_mbq_attention_takes(ctx, n.attention)) {
+    if (attention < 0 || !mbq_qkv_runs(ctx, graph, i, attention, inputs.early, n)) {
         return 0;
     }
+    const bool has_values = inputs.values == n.x(2);
     mbq_qkv_args args = {};
     for (int j = 0; j < 3; ++j) {
         args.x[j] = (const float *) n.x(j)->data;
@@ -168,7 +205,7 @@ static int mbq_qkv_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
     args.x_column = n.q->ne[0]*n.q->ne[1];
     args.q        = (half *) n.q->data;
     args.k        = (half *) n.k16->data;
-    args.v        = (half *) n.v16->data;
+    args.v        = has_values ? nullptr : (half *) n.v16->data;
     args.scale    = ggml_get_op_params_f32(n.attention, 0)*MBQ_ATTENTION_LOG2E;
     args.angles   = mbq_rope_angles_of(n.q);
     args.threads  = n.q->ne[1]*(args.angles.n_dims/4);
@@ -178,11 +215,17 @@ static int mbq_qkv_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
     return n.last - i;
 }
 
-// Before a graph has memory: keys whose floats must stay until values are cast, which would take their place. The node of the values; i: no such keys
+// Before a graph has memory: keys whose floats must stay until values are cast, which would take their place, and values which must stay until attention has read
+// them. The node of the attention; i: no such keys
 static int mbq_qkv_until(const ggml_cgraph * graph, const int i) {
     const ggml_tensor * k16 = graph->nodes[i];
     if (i + 2 >= graph->n_nodes || !mbq_qkv_is_cast(k16) || k16->src[0]->src[0]->op != GGML_OP_ROPE || !mbq_qkv_is_cast(graph->nodes[i + 2])) {
         return i;
+    }
+    for (int j = i + 3; j < std::min(graph->n_nodes, i + 8); ++j) {
+        if (graph->nodes[j]->op == GGML_OP_FLASH_ATTN_EXT && graph->nodes[j]->src[1] == k16) {
+            return j;
+        }
     }
     return i + 2;
 }

@@ -90,6 +90,7 @@ struct ggml_cuda_w4a8_inputs {
     int placed_last = -1;
 
     const ggml_tensor * attention = nullptr; // whose queries lie as F16 (mbq-qkv.cuh)
+    const ggml_tensor * values    = nullptr; // which lie as F16 from where each column's floats would begin (mbq-qkv.cuh)
 
     std::vector<int> early; // nodes, each with the one behind it, that have run before their turn (mbq-w4a8-one.cuh)
 
@@ -102,7 +103,7 @@ struct ggml_cuda_w4a8_inputs {
             early.clear();
             placed_last = -1;
             f16 = nullptr;
-            attention = nullptr;
+            attention = values = nullptr;
         }
         graph = ctx.concurrent_stream_context.concurrent_events.empty() && ctx.curr_stream_no == 0 ? now : nullptr;
         node  = i;

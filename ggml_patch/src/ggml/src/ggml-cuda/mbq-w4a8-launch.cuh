@@ -21,6 +21,7 @@ struct mbq_w4a8_matrix {
     const float * more = nullptr;
     int64_t more_column = 0;
     mbq_w4a8_codes codes = {};   // instead of floats in dst
+    bool halves = false;         // or F16 in dst
 
     int64_t padded() const { return (K + 255)/256*256; }
     bool    dense()  const { return ((uintptr_t) w | row_bytes) % 16 == 0; } // then K is a multiple of 256
@@ -151,7 +152,7 @@ static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix
     int tile = 0;
     for (int k = 0; k < MBQ_W4A8_MATRICES; ++k) {
         const mbq_w4a8_matrix & mk = matrices[std::min(k, n - 1)];
-        args.of[k] = { mk.w, mk.dst, mk.bias, mk.more, mk.dst_column, mk.more_column, (int) mk.M, k < n ? tile : INT_MAX };
+        args.of[k] = { mk.w, mk.dst, mk.bias, mk.more, mk.dst_column, mk.more_column, (int) mk.M, k < n ? tile : INT_MAX, mk.halves };
         tile += (mk.M + shape.BM*shape.CL - 1)/(shape.BM*shape.CL);
 #ifdef MBQ_USE_TMA
         if (dense) {

@@ -57,9 +57,19 @@ struct mbq_w4a8_end {
     }
 };
 
+// Two rows of a column, whose floats would begin at dst
+template <bool halves>
+static __device__ __forceinline__ void mbq_w4a8_store_two(float * dst, const int row, const float2 v) {
+    if constexpr (halves) {
+        mbq_store_past_l1((half *) dst + row, v);
+    } else {
+        mbq_store_past_l1(dst + row, v);
+    }
+}
+
 // A whole tile's columns of two rows. Scales, and what is added, are loaded many at a time: a load before each store takes 6 us a tile of 128 columns.
-template <typename T, bool with_more>
-static __device__ __forceinline__ void mbq_w4a8_store_whole(const mbq_w4a8_end & end, float * dst, const float * scale, const float * more, const int (&d)[T::BN/2]) {
+template <typename T, bool with_more, bool halves = false>
+static __device__ __forceinline__ void mbq_w4a8_store_whole(const mbq_w4a8_end & end, float * dst, const int row, const float * scale, const float * more, const int (&d)[T::BN/2]) {
     using L = mbq_w4a8_layout<T::bits>;
     constexpr int batch = T::BN < 128 || with_more ? 8 : 16;
     const int64_t dst_column = end.m.dst_column, more_column = end.m.more_column;
@@ -80,7 +90,7 @@ static __device__ __forceinline__ void mbq_w4a8_store_whole(const mbq_w4a8_end &
             for (int c = 0; c < 2; ++c) {
                 const int * sums = d + 4*(i0 + i) + c;
                 const float of_column = c == 0 ? s[i].x : s[i].y;
-                mbq_store_past_l1(dst + (8*(i0 + i) + c)*dst_column,
+                mbq_w4a8_store_two<halves>(dst + (8*(i0 + i) + c)*dst_column, row,
                     make_float2(end(sums[0] >> L::shift, 0, of_column, m[i][c].x), end(sums[2] >> L::shift, 1, of_column, m[i][c].y)));
             }
         }
@@ -98,15 +108,17 @@ static __device__ __forceinline__ void mbq_w4a8_store(const mbq_w4a8_args & w4a8
         end.bias[r] = m.bias ? m.bias[min(row + r, m.M - 1)] : 0.0f;
     }
     const int first = n_tile*T::BN + 2*t; // column, and the next, and 8 on
-    float * dst = m.dst + row + first*m.dst_column;
+    float * dst = m.dst + first*m.dst_column;
     const float * scale = w4a8.scale + first;
     const float * more  = m.more ? m.more + row + first*m.more_column : nullptr;
     const bool pairs = ((uintptr_t) m.dst | m.dst_column*4 | (uintptr_t) m.more | m.more_column*4) % 8 == 0;
     if (pairs && row + 1 < m.M && (n_tile + 1)*T::BN <= args.N) {
         if (m.more) {
-            mbq_w4a8_store_whole<T, true>(end, dst, scale, more, d);
+            mbq_w4a8_store_whole<T, true>(end, dst, row, scale, more, d);
+        } else if (m.halves) {
+            mbq_w4a8_store_whole<T, false, true>(end, dst, row, scale, more, d);
         } else {
-            mbq_w4a8_store_whole<T, false>(end, dst, scale, more, d);
+            mbq_w4a8_store_whole<T, false>(end, dst, row, scale, more, d);
         }
         return;
     }
@@ -120,7 +132,13 @@ static __device__ __forceinline__ void mbq_w4a8_store(const mbq_w4a8_args & w4a8
                 for (int r = 0; r < 2; ++r) {
                     if (row + r < m.M) {
                         const float added = m.more ? more[(8*i + c)*m.more_column + r] : 0.0f;
-                        dst[(8*i + c)*m.dst_column + r] = end(d[4*i + 2*r + c] >> L::shift, r, s, added);
+                        const float v = end(d[4*i + 2*r + c] >> L::shift, r, s, added);
+                        float * column = dst + (8*i + c)*m.dst_column;
+                        if (m.halves) {
+                            ((half *) column)[row + r] = __float2half_rn(v);
+                        } else {
+                            column[row + r] = v;
+                        }
                     }
                 }
             }

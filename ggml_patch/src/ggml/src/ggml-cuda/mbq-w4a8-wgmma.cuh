@@ -26,6 +26,7 @@ struct mbq_w4a8_gemm_matrix {
     int64_t dst_column, more_column; // elements
     int M;
     int tile;             // its first one of workers, in rows
+    bool halves;          // results are F16, each column from where its floats would begin
 };
 
 struct mbq_w4a8_args {

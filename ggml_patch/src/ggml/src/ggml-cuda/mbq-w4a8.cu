@@ -27,6 +27,11 @@ bool ggml_cuda_f16_queries(ggml_backend_cuda_context & ctx, const ggml_tensor * 
     return mbq_w4a8_inputs(ctx).attention == dst;
 }
 
+const ggml_tensor * ggml_cuda_f16_values(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
+    const ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(ctx);
+    return inputs.attention == dst ? inputs.values : nullptr;
+}
+
 // Behind the node that runs: a RESHAPE of its result, which nobody else reads; -1: another node
 static int mbq_w4a8_reshape_behind(const ggml_cuda_w4a8_inputs & inputs, const ggml_tensor * node) {
     const int i = inputs.node + 1;
@@ -126,11 +131,21 @@ static int mbq_w4a8_fuse_added(ggml_backend_cuda_context & ctx, const ggml_cgrap
     for (const auto & other : others) {
         m[n++] = mbq_w4a8_matrix_of(graph->nodes[other.first], other.second);
     }
+    std::vector<int> made = early;
+    for (const auto & other : others) {
+        if (other.first > i + 1) {
+            made.push_back(other.first);
+        }
+    }
+    const ggml_tensor * values = n == 3 ? mbq_qkv_values(ctx, graph, i, made) : nullptr;
+    for (int k = 1; values && k < n; ++k) {
+        m[k].halves = m[k].dst == values->data;
+    }
     if (mbq_w4a8_mul_mat_shared(ctx, dst, m, n)) {
-        for (const auto & other : others) {
-            if (other.first > i + 1) {
-                early.push_back(other.first);
-            }
+        early = made;
+        if (m[1].halves || m[2].halves) {
+            mbq_w4a8_inputs(ctx).values = values;
+            mbq_w4a8_counts[GGML_CUDA_W4A8_VALUES]++;
         }
         mbq_w4a8_counts[GGML_CUDA_W4A8_TOGETHER] += n > 1;
     } else if (!alone) {

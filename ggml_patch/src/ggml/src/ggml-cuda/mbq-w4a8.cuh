@@ -23,6 +23,9 @@ bool ggml_cuda_f16_result(ggml_backend_cuda_context & ctx, const ggml_tensor * n
 // Whether the queries of the attention dst lie as F16 in the place of their floats, scaled (mbq-qkv.cuh)
 bool ggml_cuda_f16_queries(ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
 
+// The values of the attention dst [head, heads, positions], if they lie as F16, each position from where its floats would begin; else nullptr (mbq-qkv.cuh)
+const ggml_tensor * ggml_cuda_f16_values(ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
+
 // Before a graph is given memory: keep(i, last) where what is made and read from node i on must stay in its place until node `last`, so that one kernel can make
 // the products from i to last that read the same activations (mbq-w4a8-column.cuh).
 void ggml_cuda_w4a8_keep(const ggml_cgraph * graph, const std::function<void(size_t, size_t)> & keep);
@@ -40,6 +43,7 @@ enum ggml_cuda_w4a8_counted {
     GGML_CUDA_F16_FOUND,      // of these, those that found their activations as F16
     GGML_CUDA_F16_ROPE,       // and those with a rotary embedding behind them
     GGML_CUDA_W4A8_QKV,       // q, k and v made ready for attention in one kernel (mbq-qkv.cuh)
+    GGML_CUDA_W4A8_VALUES,    // values stored as F16 by their product
     GGML_CUDA_W4A8_PLACED,    // activations made as int8 by the product or the attention whose result they are (mbq-w4a8-codes.cuh)
     GGML_CUDA_W4A8_COUNTS,
 };
