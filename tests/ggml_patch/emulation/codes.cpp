@@ -73,7 +73,7 @@ template <typename T> static void check_codes(const int M, const int N, const bo
             for (int j = 0; j < 4; ++j) { d[4*i + j] = sums[(size_t) (row + j/2)*padded + n_tile*T::BN + 8*i + 2*t + j%2]; }
         }
         const mbq_w4a8_end end = { m, { d_w[row], d_w[row + 1] }, { biased ? bias[row] : 0.0f, biased ? bias[row + 1] : 0.0f } };
-        mbq_w4a8_store_codes<T>(args, end, n_tile, row, at, args.codes.column_scale(), d);
+        mbq_w4a8_store_codes<T>(args, end, n_tile, row, at, mbq_w4a8_column_scale(__float_as_int(range)), d);
     });
     bool same = true, scales = true, words = true;
     for (int n = 0; n < N; ++n) {

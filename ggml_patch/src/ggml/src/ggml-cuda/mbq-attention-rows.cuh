@@ -147,7 +147,7 @@ template <int D, bool masked> struct mbq_attention_rows {
         }
     }
 
-    __device__ __forceinline__ void store(const mbq_attention_args & args) {
+    __device__ __forceinline__ void store(const mbq_attention_args & args, const float range) {
         float scale[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -157,7 +157,7 @@ template <int D, bool masked> struct mbq_attention_rows {
             scale[r] = all > 0.0f ? 1.0f/all : 0.0f;
         }
         if (!masked && args.codes.q) {
-            store_codes(args, scale);
+            store_codes(args, scale, mbq_w4a8_column_scale(__float_as_int(range)));
             return;
         }
 #pragma unroll
@@ -178,9 +178,8 @@ template <int D, bool masked> struct mbq_attention_rows {
     }
 
     // A lane has two numbers of each of its rows from 8: one of an even number takes its neighbour's of the first row, an odd one of the second
-    __device__ __forceinline__ void store_codes(const mbq_attention_args & args, const float (&scale)[2]) {
+    __device__ __forceinline__ void store_codes(const mbq_attention_args & args, const float (&scale)[2], const float2 of_range) {
         const mbq_w4a8_codes & to = args.codes;
-        const float2 of_range = to.column_scale();
         const int t = threadIdx.x % 4, odd = t % 2, mine = row + 8*odd;
         const int column = blockIdx.z*args.queries + mine;
 #pragma unroll

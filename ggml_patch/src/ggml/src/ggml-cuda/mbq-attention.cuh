@@ -124,6 +124,7 @@ static __device__ __forceinline__ void mbq_attention_consume(const mbq_attention
     const auto pass = [&] { asm volatile("bar.arrive %0, 256;" : : "r"(2 - half) : "memory"); };
     mbq_attention_rows<D, masked> rows;
     float less[2];
+    const float range = !masked && args.codes.q ? *args.codes.range : 0.0f; // from the card's memory: asked for at the end it would take longer than storing
     rows.load(args);
     if (half == 1) {
         pass();
@@ -163,7 +164,7 @@ static __device__ __forceinline__ void mbq_attention_consume(const mbq_attention
     rows.values(smem.v + last*bytes);
     mbq_wgmma_wait<0>();
     mbq_settled(rows.o);
-    rows.store(args);
+    rows.store(args, range);
 }
 
 #endif // MBQ_WGMMA

@@ -34,9 +34,6 @@ struct mbq_w4a8_codes {
         }
     }
 
-    __device__ __forceinline__ float2 column_scale() const {
-        return mbq_w4a8_column_scale(__float_as_int(*range));
-    }
 };
 
 // Of the node that runs, behind which is a RESHAPE: where its result is to lie as codes (mbq-w4a8-place.cuh), q == nullptr: in floats

@@ -121,10 +121,10 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
     mbq_ring<T::WS> w_ring;
     mbq_ring<T::XS> x_ring;
     const uint32_t empty_there = mbq_in_cta<T::CL>(smem.empty_x, at.lane % T::CL);
-    float2 of_range = {}; // of the codes: 127 over it, and the scale
+    float range = 0.0f; // of the codes
     if constexpr (T::codes) {
         ggml_cuda_pdl_sync();
-        of_range = w4a8.codes.column_scale();
+        range = *w4a8.codes.range;
     }
     uint32_t before = 0; // empty barrier of the stage before x_ring's
     int part = -1;
@@ -243,7 +243,7 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
             mbq_w4a8_add<T>(mbq_w4a8_part<T>(args, at, s), d);
         }
         if constexpr (T::codes) {
-            mbq_w4a8_store_codes<T>(w4a8, end, n_tile, row, at, of_range, d);
+            mbq_w4a8_store_codes<T>(w4a8, end, n_tile, row, at, mbq_w4a8_column_scale(__float_as_int(range)), d);
         } else {
             mbq_w4a8_store<T>(w4a8, end, n_tile, row, t, d);
         }

@@ -138,7 +138,7 @@ static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv
         for (int r = 0; r < MBQ_W4A8_UNITS; ++r) {
             amax = unit[r].amax(amax);
         }
-        const float2 scale = mbq_w4a8_column_scale(args.ranges.amax(0, mbq_w4a8_largest(amax, largest, thread, threads)));
+        const float2 scale = mbq_w4a8_column_scale(mbq_w4a8_amax(args.ranges.of(0), mbq_w4a8_largest(amax, largest, thread, threads)));
         scale_one = scale.y;
 #pragma unroll
         for (int r = 0; r < MBQ_W4A8_UNITS; ++r) {

@@ -113,6 +113,7 @@ static __global__ void __launch_bounds__(32*MBQ_LAYER_NORM_WARPS) mbq_w4a8_layer
     if (column >= columns) {
         return;
     }
+    const float range = args.ranges.of(column);
     const float4 * x = (const float4 *) (args.x + column*args.x_column) + lane;
     float4 v[R];
 #pragma unroll
@@ -141,7 +142,7 @@ static __global__ void __launch_bounds__(32*MBQ_LAYER_NORM_WARPS) mbq_w4a8_layer
         }
         amax = max(amax, max(max(mbq_w4a8_bits(v[j].x), mbq_w4a8_bits(v[j].y)), max(mbq_w4a8_bits(v[j].z), mbq_w4a8_bits(v[j].w))));
     }
-    const float2 scale = mbq_w4a8_column_scale(args.ranges.amax(column, mbq_w4a8_largest_of_warp(amax)));
+    const float2 scale = mbq_w4a8_column_scale(mbq_w4a8_amax(range, mbq_w4a8_largest_of_warp(amax)));
     if (lane == 0) {
         args.scale[column] = scale.y;
     }

@@ -45,11 +45,12 @@ static __device__ __forceinline__ void mbq_w4a8_give(const mbq_w4a8_fused_args &
 template <bool tiled>
 static __device__ __forceinline__ void mbq_w4a8_quantize_shared(const mbq_w4a8_fused_args & args, float * column, const int amax) {
     __shared__ int largest[32];
+    const float range = args.ranges.of(blockIdx.x);
     for (int i = args.K + threadIdx.x; i < args.padded; i += blockDim.x) {
         column[i] = 0.0f;
     }
     const int all = mbq_w4a8_largest(amax, largest, threadIdx.x, blockDim.x); // its barrier: the column is whole
-    const float2 scale = mbq_w4a8_column_scale(args.ranges.amax(blockIdx.x, all));
+    const float2 scale = mbq_w4a8_column_scale(mbq_w4a8_amax(range, all));
     if (threadIdx.x == 0) {
         args.scale[blockIdx.x] = scale.y;
     }

@@ -113,11 +113,15 @@ struct mbq_w4a8_ranges {
     const float * range; // nullptr: none at all
     int64_t stride;      // elements
 
-    __device__ __forceinline__ int amax(const int column, const int largest) const {
-        const float v = range ? range[column*stride] : 0.0f;
-        return v > 0.0f ? __float_as_int(v) : largest;
+    // To be called early: nothing has read these in this layer, so they come from the card's memory
+    __device__ __forceinline__ float of(const int column) const {
+        return range ? range[column*stride] : 0.0f;
     }
 };
+
+static __device__ __forceinline__ int mbq_w4a8_amax(const float range, const int largest) {
+    return range > 0.0f ? __float_as_int(range) : largest;
+}
 
 // The rows of src[2] of a product, or nullptr
 static mbq_w4a8_ranges mbq_w4a8_ranges_of(const ggml_tensor * ranges) {
@@ -155,6 +159,7 @@ static __global__ void __launch_bounds__(threads, MBQ_W4A8_CTAS(ctas)) mbq_w4a8_
     for (int i = blockIdx.x*blockDim.x + threadIdx.x; i < args.n_flags; i += gridDim.x*blockDim.x) {
         args.flags[i] = 0;
     }
+    const float range = args.ranges.of(column);
     mbq_w4a8_unit unit[R];
     int amax = 0;
 #pragma unroll
@@ -167,7 +172,7 @@ static __global__ void __launch_bounds__(threads, MBQ_W4A8_CTAS(ctas)) mbq_w4a8_
         amax = unit[r].amax(amax);
     }
     __shared__ int largest[32];
-    const float2 scale = mbq_w4a8_column_scale(args.ranges.amax(column, mbq_w4a8_largest(amax, largest, threadIdx.x, blockDim.x)));
+    const float2 scale = mbq_w4a8_column_scale(mbq_w4a8_amax(range, mbq_w4a8_largest(amax, largest, threadIdx.x, blockDim.x)));
     if (threadIdx.x == 0) {
         args.scale[column] = scale.y;
     }
