@@ -128,7 +128,8 @@ def test_products_share_what_is_quantised_and_fused(row_scale_graphs: Path) -> N
 def test_blocks_of_a_tower_are_fused(tower_graphs: Path) -> None:
     """LayerNorm and GELUs with quantising, biases and the residual stream in the products: the bits of the graph run node by node.
 
-    With one static range the products and attention write int8 themselves. The same of weights in F16, with what a language model in F16 has; LayerNorm in floats; rotary embeddings: those of upstream's kernel.
+    With one static range the products and attention write int8 themselves. The same of weights in F16, with what a language model in F16
+    has; LayerNorm in floats; rotary embeddings: those of upstream's kernel.
 
     The counts are Hopper's.
     """
@@ -138,7 +139,7 @@ def test_blocks_of_a_tower_are_fused(tower_graphs: Path) -> None:
     placed = {name: counts.pop(name)[12] for name in list(counts) if name.startswith("static")}
     assert len(placed) == 2 * (5 * 4 + 1)
     for name, found in placed.items():  # codes take the room of floats, whole 256 rows of weights a multiple of 16 bytes apart
-        *_, kind, width, rows, columns = name.split()
+        *_, width, rows, columns = name.split()
         attention = "attention" in name
         k, n = (int(width) * int(rows), int(columns)) if attention else (int(rows), int(columns))
         room = 4 * k * n >= k * -(-n // 256) * 256 + 4 * (n + 8 * 132)
