@@ -42,6 +42,6 @@ def test_towers_and_prompts_run(built_llama: Path, tmp_path: Path, monkeypatch: 
         return {"call": run()}
 
     monkeypatch.setattr(profile_tower, "profiled", once)
-    found = dict(profile_tower.towers(tmp_path, ["F16", "W8A8"], 256)) | dict(profile_tower.prompts(tmp_path, ["2B:W4A8"]))
-    assert list(found) == ["F16, 64 tokens", "W8A8, 64 tokens", "2B:W4A8, a picture of 64 tokens"]
+    found = dict(profile_tower.towers(tmp_path, ["F16", "W8A8", "W8A8:dynamic"], 256)) | dict(profile_tower.prompts(tmp_path, ["2B:W4A8"]))
+    assert list(found) == ["F16, 64 tokens", "W8A8, 64 tokens", "W8A8:dynamic, 64 tokens", "2B:W4A8, a picture of 64 tokens"]
     assert all(times["call"] > 0 for times in found.values())
