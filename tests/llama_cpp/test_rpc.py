@@ -113,6 +113,14 @@ def test_one_scale_a_row_and_static_ranges(
     assert distance(there, ask(plain, tiny_pair.mmproj)) > 10 * LIMIT
 
 
+def test_one_plan_for_all_micro_batches(tiny_pair: Pair, endpoints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text, text and rows of a picture, rows alone, a token: where the scheduler plans anew it waits for the card first, and told to by
+    this variable it ends the process."""
+    monkeypatch.setenv("GGML_SCHED_DEBUG_REALLOC", "2")
+    options = ["--rpc", endpoints, "--gpu-layers", "99", "--no-mmproj-offload", "--ubatch-size", "24"]
+    assert distance(ask(*tiny_pair, options, tmp_path / "log"), ask(*tiny_pair)) <= LIMIT
+
+
 def test_a_server_without_the_patch_is_refused(tiny_pair: Pair, tmp_path: Path) -> None:
     """It answers the greeting as upstream's does, whose major version is 7."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <future>
 #include <vector>
 
 // a row that is added to a batch: its address if it may stay there, else nullptr and a copy behind `embd`
@@ -51,7 +52,23 @@ static inline float * llama_mbq_block(const std::vector<const float *> & rows, s
     return const_cast<float *>(rows[0]);
 }
 
-// write a mixed micro-batch's embeddings, a run of neighbours at a time; what stands in the rows of tokens is replaced in the graph
+// n rows at `from` to row i of an input; four threads for many, since the card waits for the first micro-batch's: 7 MB
+static inline void llama_mbq_set_run(ggml_tensor * to, const float * from, size_t i, size_t n) {
+    const size_t n_parts = n*to->nb[1] >= 1 << 21 ? 4 : 1;
+    const auto part = [=](size_t k) {
+        const size_t begin = k*n/n_parts, end = (k + 1)*n/n_parts;
+        ggml_backend_tensor_set(to, from + begin*to->ne[0], (i + begin)*to->nb[1], (end - begin)*to->nb[1]);
+    };
+    std::vector<std::future<void>> others;
+    for (size_t k = 1; k < n_parts; ++k) {
+        others.push_back(std::async(std::launch::async, part, k));
+    }
+    part(0);
+}
+
+// Write a mixed micro-batch's embeddings, a run of neighbours at a time. What stands in the rows of tokens is replaced in the graph, in place and on the CPU, where
+// the inputs and the table of tokens lie: so a micro-batch of any kind has one tensor that goes to the card, the scheduler's plan holds from one kind to
+// the next, and what the host does for a micro-batch is done while the card is at the one before. (Where the plan must change the scheduler waits first.)
 template <typename U> // llama_ubatch
 static void llama_mbq_set_rows(ggml_tensor * to, const U & ubatch) {
     if (!ubatch.data || ubatch.data->rows.empty()) {
@@ -62,7 +79,7 @@ static void llama_mbq_set_rows(ggml_tensor * to, const U & ubatch) {
     for (size_t i = 0, n = 0; i < rows.size(); i += std::max<size_t>(n, 1)) {
         for (n = 0; i + n < rows.size() && rows[i] && rows[i + n] == rows[i] + n*to->ne[0]; ++n) {}
         if (n > 0) {
-            ggml_backend_tensor_set(to, rows[i], i*to->nb[1], n*to->nb[1]);
+            llama_mbq_set_run(to, rows[i], i, n);
         }
     }
 }
