@@ -1,5 +1,5 @@
 """Each family's text and pictures in one pass give the logits of the decode in turns, or the table of families says that there are none;
-and pictures of one size that go through the tower together give what each alone does."""
+and pictures of one size that go through the tower together, or one after the other, give what each alone does."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def test_one_pass_is_the_decode_in_turns(small: Small, models: tuple[Model, Mode
         Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*small.recipe.size[::-1], 3), dtype=np.uint8)).save(path)
     alone = turns.vision.encode(pictures[0])
     passes = turns.vision.passes
-    images = [turns.vision.encode(path, len(pictures)) for path in pictures]
+    images = [turns.vision.encode(path, len(pictures)) for path in pictures]  # the later ones by the first one's graph
+    first = once.vision.encode(pictures[-1], len(pictures))
+    assert all(np.array_equal(*pair) for pair in zip(first.embeddings, images[-1].embeddings, strict=True))
     passes = turns.vision.passes - passes  # one for each slice of each picture
     before = turns.vision.passes
     joined = turns.vision.encode_together(pictures)

@@ -14,7 +14,7 @@ from mbq_gguf.llama_cpp import pin, source
 from mbq_gguf.llama_cpp.patch import apply_patch
 from rich.console import Console
 
-# Of upstream's own; 309 before a tower's activations had static ranges;
+# Of upstream's own; 312 before a tower's graph was kept; 309 before a tower's activations had static ranges;
 # 315 before a picture's rows stayed where they are; 303, 53 before LLaVA-NeXT's and OneVision's tiles; 300, 52 before
 # PaddleOCR-VL's positions were not smoothed; 277, 52 before a picture's rows lost two copies; 276, 52 before a tower's attention was
 # ours; 264, 51 before every MiniCPM-V cut pictures by one rule and CogVLM's class token came first; 249, 50 before one picture of all
@@ -23,7 +23,7 @@ from rich.console import Console
 # long strings went past the JSON parser and a request's pictures were read in threads; 213 before a vision file's rows had one scale,
 # 210, 43 before pictures could come first and attention had one order of sums; 206, 41 before RPC's version and a token twice; 205 before
 # files that end the process were refused, 185, 38 before a picture's rows were flagged.
-LINES_LIMIT, FILES_LIMIT = 312, 54
+LINES_LIMIT, FILES_LIMIT = 314, 54
 PATCHES = pin.patch_files()
 
 

@@ -10,8 +10,8 @@ from mbq_gguf.llama_cpp import paths
 from test_kernels import compiler
 
 
-@pytest.mark.parametrize("name", ["tower_rows"])
-def test_memory_is_taken_again_and_bounded(name: str, built_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tower_rows", "kept_graphs"])
+def test_what_is_kept(name: str, built_llama: Path, tmp_path: Path) -> None:
     libraries, program = paths.find_library("ggml-base").parent, tmp_path / name
     command = [compiler("c++"), "-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     command += [f"-I{built_llama / folder}" for folder in ("ggml/include", "tools/mtmd")]

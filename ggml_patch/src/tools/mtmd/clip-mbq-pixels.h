@@ -3,7 +3,8 @@
 // The pixels of a preprocessed picture: copies share them (a picture is copied on its way from the prompt to the tower, its megabytes are
 // not), and from bytes they are made by a table. Included by clip-impl.h.
 
-#include "clip-mbq-rows.h" // where they end
+#include "clip-mbq-graphs.h" // what they go through
+#include "clip-mbq-rows.h"   // and where that ends
 
 #include <cstddef>
 #include <cstdint>

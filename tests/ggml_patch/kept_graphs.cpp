@@ -1,0 +1,113 @@
+// Which pictures find the graph of the last (tools/mtmd/clip-mbq-graphs.h), with ggml's scheduler, on the CPU. Run by test_tower_memory.py; ends with 1 where
+// something is wrong.
+
+#include "clip-mbq-graphs.h"
+
+#include "ggml-cpp.h"
+#include "ggml-cpu.h"
+
+#include <cstdint>
+#include <cstdio>
+#include <vector>
+
+static int failures = 0;
+
+static void expect(bool what, const char * words) {
+    if (!what) {
+        printf("not so: %s\n", words);
+        failures++;
+    }
+}
+
+// what clip_mbq_graph() reads of clip_ctx, clip_image_f32 and clip_image_f32_batch
+struct picture {
+    int width, height;
+    bool add_viewsep = false, add_newline = false;
+    int lead_pad = 0;
+    struct grid { bool tiled = false; bool is_tiled() const { return tiled; } } anyres = {};
+
+    int nx() const { return width; }
+    int ny() const { return height; }
+};
+
+struct batch {
+    std::vector<picture> entries;
+    bool is_audio = false, pictures = false;
+};
+
+struct context {
+    std::vector<uint8_t> buf_compute_meta = std::vector<uint8_t>(16*ggml_tensor_overhead() + ggml_graph_overhead());
+    clip_mbq_kept_graph kept;
+    ggml_backend_ptr cpu{ ggml_backend_cpu_init() };
+    ggml_backend_sched_ptr sched;
+
+    context() {
+        ggml_backend_t backend = cpu.get();
+        sched.reset(ggml_backend_sched_new(&backend, nullptr, 1, 64, false, true));
+    }
+};
+
+static int n_built = 0;
+
+// twice each number of a picture
+static ggml_cgraph * graph_of(context & ctx, const batch & imgs) {
+    return clip_mbq_graph(ctx, imgs, [&] {
+        n_built++;
+        ggml_context_ptr ggml(ggml_init({ ctx.buf_compute_meta.size(), ctx.buf_compute_meta.data(), true }));
+        ggml_tensor * in = ggml_new_tensor_2d(ggml.get(), GGML_TYPE_F32, imgs.entries[0].nx(), imgs.entries[0].ny());
+        ggml_set_input(in);
+        ggml_set_name(in, "in");
+        ggml_cgraph * gf = ggml_new_graph(ggml.get());
+        ggml_build_forward_expand(gf, ggml_scale(ggml.get(), in, 2.0f));
+        return gf;
+    });
+}
+
+// computes, with other numbers each time
+static void pass(context & ctx, const batch & imgs) {
+    static float start = 0.0f;
+    ggml_cgraph * gf = graph_of(ctx, imgs);
+    std::vector<float> in((size_t) imgs.entries[0].nx()*imgs.entries[0].ny()), out(in.size());
+    for (float & x : in) {
+        x = start += 1.0f;
+    }
+    ggml_backend_tensor_set(ggml_graph_get_tensor(gf, "in"), in.data(), 0, in.size()*sizeof(float));
+    expect(ggml_backend_sched_graph_compute(ctx.sched.get(), gf) == GGML_STATUS_SUCCESS, "it computes");
+    ggml_backend_tensor_get(ggml_graph_node(gf, -1), out.data(), 0, out.size()*sizeof(float));
+    for (size_t i = 0; i < in.size(); i++) {
+        expect(out[i] == 2.0f*in[i], "each picture's own numbers");
+    }
+}
+
+static int built(context & ctx, const batch & imgs) {
+    const int before = n_built;
+    pass(ctx, imgs);
+    return n_built - before;
+}
+
+int main() {
+    context ctx;
+    const batch small{ { { 4, 4 } } }, large{ { { 8, 8 } } };
+
+    expect(built(ctx, small) == 1 && built(ctx, small) == 0 && built(ctx, small) == 0, "a graph stays for the same size");
+    const batch two{ { { 4, 4 }, { 4, 4 } } };
+    batch joined = two;
+    joined.pictures = true;
+    for (const batch & other : { large, batch{ { { 4, 8 } } }, two, joined }) {
+        expect(built(ctx, other) == 1 && built(ctx, other) == 0, "another shape has another graph");
+    }
+
+    batch marked[5] = { small, small, small, small, small };
+    marked[0].entries[0].add_viewsep = true;
+    marked[1].entries[0].add_newline = true;
+    marked[2].entries[0].lead_pad = 1;
+    marked[3].entries[0].anyres.tiled = true;
+    marked[4].is_audio = true;
+    pass(ctx, small);
+    for (const batch & other : marked) {
+        expect(built(ctx, other) == 1 && built(ctx, other) == 1, "what has marks, and sounds, each have their own");
+        expect(built(ctx, small) == 1, "and leave nothing for others");
+    }
+    expect(built(ctx, batch{ { { 4, 4 }, { 8, 8 } } }) == 1 && built(ctx, batch{ { { 4, 4 }, { 8, 8 } } }) == 1, "nor have entries of two sizes");
+    return failures > 0;
+}
