@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from mbq_gguf.threads import side_by_side, threads
+from mbq_gguf.threads import Workers, threads
 
 BOTH = threading.Barrier(2, timeout=60)
 
@@ -22,13 +22,14 @@ def test_results_come_in_order_and_pieces_share_no_tool() -> None:
         taken[tool].release()
         return piece * piece
 
-    assert list(side_by_side(list(taken), range(40), compute)) == [piece * piece for piece in range(40)]
+    with Workers(list(taken)) as workers:
+        assert list(workers.each(range(40), compute)) == [piece * piece for piece in range(40)]
     assert tools == {"left", "right"}
 
 
 def test_each_has_its_share_of_the_cores_and_no_gradients() -> None:
-    with threads(6):
-        found = list(side_by_side("abc", range(9), lambda _tool, _piece: (torch.get_num_threads(), torch.is_grad_enabled())))
+    with threads(6), Workers("abc") as workers:
+        found = list(workers.each(range(9), lambda _tool, _piece: (torch.get_num_threads(), torch.is_grad_enabled())))
         assert torch.get_num_threads() == 6
     assert found == [(2, False)] * 9
 
@@ -39,6 +40,6 @@ def test_an_error_ends_it() -> None:
             raise OSError("the disk is gone")
         return piece
 
-    with pytest.raises(OSError, match="the disk is gone"):
-        list(side_by_side("ab", range(1000), compute))
+    with Workers("ab") as workers, pytest.raises(OSError, match="the disk is gone"):
+        list(workers.each(range(1000), compute))
     assert torch.is_grad_enabled()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -26,21 +26,31 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def side_by_side(tools: Sequence[Tool], pieces: Sequence[Piece], compute: Callable[[Tool, Piece], Value]) -> Iterator[Value]:
-    """What ``compute`` makes of each of ``pieces``, in order, without gradients: as many at a time as there are ``tools``, each of which
-    one piece has to itself, with its share of this thread's cores."""
-    share = max(1, torch.get_num_threads() // len(tools))
-    free: SimpleQueue[Tool] = SimpleQueue()
-    for tool in tools:
-        free.put(tool)
+class Workers(Generic[Tool]):
+    """Threads that compute side by side, one for each of ``tools``, which one piece has to itself."""
 
-    def computed(piece: Piece) -> Value:
-        with threads(share), torch.no_grad():
-            tool = free.get()
-            try:
-                return compute(tool, piece)
-            finally:
-                free.put(tool)
+    def __init__(self, tools: Sequence[Tool]) -> None:
+        self._count, self._pool = len(tools), ThreadPoolExecutor(len(tools))
+        self._free: SimpleQueue[Tool] = SimpleQueue()
+        for tool in tools:
+            self._free.put(tool)
 
-    with ThreadPoolExecutor(len(tools)) as pool:
-        yield from pool.map(computed, pieces)
+    def each(self, pieces: Sequence[Piece], compute: Callable[[Tool, Piece], Value]) -> Iterator[Value]:
+        """What ``compute`` makes of each of ``pieces``, in order, without gradients, and with a worker's share of the caller's cores."""
+        share = max(1, torch.get_num_threads() // self._count)
+
+        def computed(piece: Piece) -> Value:
+            with threads(share), torch.no_grad():
+                tool = self._free.get()
+                try:
+                    return compute(tool, piece)
+                finally:
+                    self._free.put(tool)
+
+        yield from self._pool.map(computed, pieces)
+
+    def __enter__(self) -> Workers[Tool]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()

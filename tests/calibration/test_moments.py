@@ -18,6 +18,7 @@ from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 from mbq_gguf.models.layouts import STANDARD
+from mbq_gguf.threads import threads
 
 ROUNDING = 1e-5  # of the largest entry: sums over 1,000 tokens in float32 against float64
 
@@ -74,6 +75,32 @@ def test_moments_equal_those_of_whole_runs(layer: Layer, streams: list[Streamed]
     replay.advance()
     advance(layer, streams)
     assert all(torch.equal(ours.hidden, plain.hidden) for ours, plain in zip(replay.streams, streams, strict=True))
+
+
+def test_workers_give_the_bits_of_one(layer: Layer, streams: list[Streamed], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of one sample each, of which the last has no other beside it, and tiles that leave a rest."""
+    monkeypatch.setattr(batches, "TOKENS", 1)
+    monkeypatch.setattr(sums, "TILE", 40)
+    found: list[list[torch.Tensor]] = []
+    for workers in (1, 2):
+        own = layer.copy()
+        tensors, replay = [], Replay(own, [replace(stream) for stream in streams], workers)
+        assert len(replay.batches) == 3
+        with threads(workers):
+            for site in own.sites:
+                moments = replay.moments(site, uniform, of_original(own, streams, site))
+                tensors += [part for part in (moments.hessian, moments.cross, moments.written) if part is not None]
+                round_coarsely(own, site)
+            replay.advance()
+        found.append(tensors + [stream.hidden for stream in replay.streams])
+    assert len(found[0]) == 2 * len(layer.sites) + 3
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def of_original(layer: Layer, streams: list[Streamed], site: Site) -> list[torch.Tensor]:
+    """What stands for the original's activations of ``site``: inputs, or outputs where they are fewer."""
+    inputs, writer = [x.float() for x in whole_runs(layer, streams, site)], layer.narrow_writer(site)
+    return [x @ writer.weight.t() for x in inputs] if writer else inputs
 
 
 def test_every_linear_runs_once_a_batch(layer: Layer, streams: list[Streamed], monkeypatch: pytest.MonkeyPatch) -> None:

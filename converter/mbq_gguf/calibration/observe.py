@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,7 +17,7 @@ from mbq_gguf.calibration.sums import Sum, root_weighted
 from mbq_gguf.models.layer import Layer, batched
 from mbq_gguf.models.layout import Site
 from mbq_gguf.parallel import Parts, spread
-from mbq_gguf.threads import side_by_side
+from mbq_gguf.threads import Workers
 
 # Activations are kept only to be compared with those of the rounded model, which differ by far more than this type rounds off.
 KEPT = torch.bfloat16
@@ -67,8 +67,7 @@ def observe(
         return parts
 
     pieces = list(batches(streams, layer.index))
-    twins = [layer.twin() for _ in range(workers)] if workers > 1 else []
-    for batch, parts in zip(pieces, side_by_side(twins, pieces, run), strict=True) if twins else spread(pieces, partial(run, layer)):
+    for batch, parts in _by_twins(layer, workers, pieces, run) if workers > 1 else spread(pieces, partial(run, layer)):
         for site in layer.sites:
             if f"site {site.name}" in parts:
                 rooted = parts[f"site {site.name}"]
@@ -78,6 +77,13 @@ def observe(
     return Observed(
         hessians, {name: [found.get(id(stream), NONE) for stream in streams] if found else [] for name, found in originals.items()}
     )
+
+
+def _by_twins(
+    layer: Layer, workers: int, pieces: Sequence[list[Streamed]], run: Callable[[Layer, list[Streamed]], Parts]
+) -> Iterator[tuple[list[Streamed], Parts]]:
+    with Workers([layer.twin() for _ in range(workers)]) as twins:
+        yield from zip(pieces, twins.each(pieces, run), strict=True)
 
 
 class Watch:

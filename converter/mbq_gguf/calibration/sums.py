@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -24,15 +26,23 @@ class Sum:
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Add a^T b for ``a`` [tokens, rows] and ``b`` [tokens, columns]."""
-        for start in self._tiles(parallel.rank()):
-            end = start + TILE
-            self.total[start:end].addmm_(a[:, start:end].t(), b)
+        for add in self.adding(a, b):
+            add()
 
     def add_square(self, x: torch.Tensor) -> None:
         """Add x^T x: all of its upper triangle, and what else lies in the same tiles."""
-        for start in self._tiles(parallel.rank()):
-            end = start + TILE
-            self.total[start:end, start:].addmm_(x[:, start:end].t(), x[:, start:])
+        for add in self.adding_square(x):
+            add()
+
+    def adding(self, a: torch.Tensor, b: torch.Tensor) -> list[Callable[[], object]]:
+        """:meth:`add` by tiles, which can be added at the same time."""
+        tiles = [slice(start, start + TILE) for start in self._tiles(parallel.rank())]
+        return [partial(self.total[tile].addmm_, a[:, tile].t(), b) for tile in tiles]
+
+    def adding_square(self, x: torch.Tensor) -> list[Callable[[], object]]:
+        """:meth:`add_square` by tiles."""
+        tiles = [slice(start, start + TILE) for start in self._tiles(parallel.rank())]
+        return [partial(self.total[tile, tile.start :].addmm_, x[:, tile].t(), x[:, tile.start :]) for tile in tiles]
 
     def whole(self) -> torch.Tensor:
         """The sum, when everything is added."""

@@ -42,6 +42,11 @@ def helps(device: torch.device) -> bool:
     return device.type == "cpu" and torch.get_num_threads() > 1 and parallel.count() == 1 and not fast_bfloat16()
 
 
+def workers(device: torch.device) -> int:
+    """How many batches are run side by side on ``device``."""
+    return WORKERS if helps(device) else 1
+
+
 class Ahead:
     """At most one layer on its way; behind the block its threads have ended, if need be before its layer's end.
 

@@ -30,7 +30,7 @@ from mbq_gguf.transforms.fold import repeats
 from mbq_gguf.transforms.folded import folded_moments, folded_originals
 from mbq_gguf.transforms.layer import Judge, changed_parameters, fold_layer, search_layer
 from mbq_gguf.transforms.smooth import smooth_layer
-from mbq_gguf.walk.ahead import WORKERS, Original, helps
+from mbq_gguf.walk.ahead import Original, helps, workers
 from mbq_gguf.walk.state import LayerWork, Walk, made
 
 
@@ -42,7 +42,7 @@ def enter_layer(walk: Walk, index: int) -> LayerWork:
         name: plan.type_names[f"layers.{index}.{layout.linear_of(name)}.weight"] if plan else walk.settings.type_name
         for name in layout.readers
     }
-    return LayerWork(walk, layer, walk.token_weights(index), type_names, Replay(layer, walk.prefix))
+    return LayerWork(walk, layer, walk.token_weights(index), type_names, _replay(walk, layer))
 
 
 def pass_original(work: LayerWork) -> None:
@@ -61,8 +61,7 @@ def run_original(walk: Walk, layer: Layer, streams: Sequence[Streamed]) -> Origi
     shares = shares_of(layer, passed) if settings.rounding == "gptq" else []
     weights = walk.token_weights(layer.index) if _of_originals(walk) else None
     with seeing_others(layer, shares if weights else []):
-        workers = WORKERS if helps(layer.device) else 1
-        observed = observe(layer, passed, hessian_weights=weights, keep_originals=_corrects(settings), workers=workers)
+        observed = observe(layer, passed, hessian_weights=weights, keep_originals=_corrects(settings), workers=workers(layer.device))
     return Original(layer.index, passed, observed, shares)
 
 
@@ -124,7 +123,7 @@ def learn_scales(work: LayerWork) -> None:
         grid = coded[name][0]
         matrices[name] = Matrix(matrices[name].type_name, better.rounded(grid), grid, better)
         layer.linear(name).weight.data.copy_(matrices[name].rounded.weight)
-    work.replay = Replay(layer, walk.prefix)  # what the old one has kept came from the weights before
+    work.replay = _replay(walk, layer)  # what the old one has kept came from the weights before
 
 
 def keep_parameters(work: LayerWork) -> None:
@@ -179,6 +178,10 @@ def leave_layer(work: LayerWork) -> None:
     with work.walk.timed("moments"), coarse_products(), work.walk.ahead.resting():
         work.replay.advance()
     work.walk.streams = made(work.passed)
+
+
+def _replay(walk: Walk, layer: Layer) -> Replay:
+    return Replay(layer, walk.prefix, workers(layer.device))
 
 
 def _refinement(settings: QuantiseSettings) -> Refinement:
