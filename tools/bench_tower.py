@@ -2,6 +2,7 @@
 """The time of a vision tower by its type, and of the first token behind one picture: tower and language model apart, random weights.
 
     python tools/bench_tower.py --gpu-layers 99                                     Qwen2-VL's tower, 256 and 1024 tokens a picture
+    python tools/bench_tower.py --tokens 1024 --gpu-layers 99                       one size: a picture has the last one's graph
     python tools/bench_tower.py --language 7B:F16,7B:Q4_K_M,7B:W4A8 --gpu-layers 99    and prompts with one picture of a 7B
 
 Interleaved rounds: every type once in each, the order turned from round to round. Flash attention is on. A tower's time
@@ -68,12 +69,12 @@ def prepared(vision: Vision, picture: Path) -> Iterator[Callable[[], float]]:
         yield run
 
 
-def towers(folder: Path, kinds: list[str], width: int, rounds: int, options: dict[str, Any]) -> Timed:
+def towers(folder: Path, kinds: list[str], sizes: list[int], width: int, rounds: int, options: dict[str, Any]) -> Timed:
     """Seconds of the tower alone, beside a language model of one layer."""
     tokenizer, count = demo_tokenizer()
     text = folder / "one-layer.gguf"
     write_random_gguf(text, LanguageShape(1, width, 256, width // 128, 1, count), "F16", tokenizer)
-    pictures = {tokens: noise(folder, 1, tokens)[0] for tokens in SIDES}
+    pictures = {tokens: noise(folder, 1, tokens)[0] for tokens in sizes}
     with ExitStack() as stack:
         runs: dict[tuple[str, int], Callable[[], float]] = {}
         for kind in kinds:
@@ -98,10 +99,10 @@ def answered(model: Model, words: str, image: EncodedImage) -> float:
     return time.perf_counter() - begin
 
 
-def languages(folder: Path, names: list[str], rounds: int, options: dict[str, Any]) -> Timed:
+def languages(folder: Path, names: list[str], sizes: list[int], rounds: int, options: dict[str, Any]) -> Timed:
     """Seconds of a prompt with one encoded picture, to the logits of its last token."""
     tokenizer, count = demo_tokenizer()
-    pictures = {tokens: noise(folder, 1, tokens)[0] for tokens in SIDES}
+    pictures = {tokens: noise(folder, 1, tokens)[0] for tokens in sizes}
     with ExitStack() as stack:
         runs: dict[tuple[str, int], Callable[[], float]] = {}
         for name in names:
@@ -139,7 +140,7 @@ def together(of_towers: Timed, of_languages: Timed) -> Table:
     table = Table(
         "language model", "tower", "tokens", "tower, ms", "language, ms", "first token, ms", "times the first", title="first token"
     )
-    for tokens in SIDES:
+    for tokens in sorted({at for _, at in of_towers}):
         first = None
         for (name, at), language in of_languages.items():
             for (kind, also), tower in of_towers.items():
@@ -153,22 +154,31 @@ def together(of_towers: Timed, of_languages: Timed) -> Table:
 @click.command()
 @click.option("--towers", "kinds", default="F16,Q8_0,W8A8,W4A8", show_default=True)
 @click.option("--language", "names", default="", help="Random language models, for example 7B:F16,7B:W4A8.")
+@click.option(
+    "--tokens",
+    "sizes",
+    type=click.Choice(["256,1024", "256", "1024"]),
+    default="256,1024",
+    show_default=True,
+    help="Of a picture; two sizes take turns.",
+)
 @click.option("--width", type=int, default=3584, show_default=True, help="Of the language model, where none is given.")
 @click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1))
 @click.option("--gpu-layers", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write every time as JSON.")
-def main(kinds: str, names: str, width: int, rounds: int, threads: int | None, gpu_layers: int, output: Path | None) -> None:
+def main(kinds: str, names: str, sizes: str, width: int, rounds: int, threads: int | None, gpu_layers: int, output: Path | None) -> None:
     """Print the tables."""
     bind()
     bench_ttft.SIDES.update(SIDES)
     options = {"threads": threads, "gpu_layers": gpu_layers}
     with tempfile.TemporaryDirectory() as temporary:
         folder, listed = Path(temporary), kinds.split(",")
-        of_towers = towers(folder, listed, width, rounds, options)
+        tokens = [int(size) for size in sizes.split(",")]
+        of_towers = towers(folder, listed, tokens, width, rounds, options)
         Console(width=140).print(table_of("tower", of_towers, listed[0]))
         models = list(filter(None, names.split(",")))
-        of_languages = languages(folder, models, rounds, options) if models else {}
+        of_languages = languages(folder, models, tokens, rounds, options) if models else {}
     if models:
         Console(width=140).print(table_of("language model", of_languages, models[0]), together(of_towers, of_languages))
     if output:

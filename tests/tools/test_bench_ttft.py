@@ -38,9 +38,9 @@ def test_towers_of_every_type_are_timed(built_llama: Path, tmp_path: Path, monke
     monkeypatch.setattr(bench_tower, "SIDES", {64: 224})
     monkeypatch.setitem(bench_ttft.SHAPES, "2B", random_gguf.LanguageShape(1, 256, 512, 2, 1, 0))
     kinds = ["F16", "Q8_0", "W8A8", "W4A8"]
-    times = bench_tower.towers(tmp_path, kinds, 256, 2, {"threads": 1})
+    times = bench_tower.towers(tmp_path, kinds, [64], 256, 2, {"threads": 1})
     assert {key: len(found) for key, found in times.items()} == {(kind, 64): 2 for kind in kinds}
-    language = bench_tower.languages(tmp_path, ["2B:W4A8"], 1, {"threads": 1})
+    language = bench_tower.languages(tmp_path, ["2B:W4A8"], [64], 1, {"threads": 1})
     assert bench_tower.together(times, language).row_count == len(kinds)
 
 
