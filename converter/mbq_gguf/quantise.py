@@ -14,7 +14,7 @@ from mbq_gguf.formats.row_scale import QUANT_TYPES, stored_as
 from mbq_gguf.models.decoder import Decoder
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
-from mbq_gguf.models.stored import read_ahead
+from mbq_gguf.models.read_ahead import ReadAhead
 from mbq_gguf.outcome import Outcome, QuantiseResult
 from mbq_gguf.settings import ALONE, QuantiseSettings
 from mbq_gguf.transforms.rotation import check_rotatable
@@ -142,7 +142,7 @@ def quantise_layer(walk: Walk, index: int) -> None:
     """Quantise layer ``index``, or take it from the work directory, and move the walk behind it."""
     work = layer.enter_layer(walk, index)
     for following in walk.loaded.decoder.layers[index + 1 : index + 2]:
-        read_ahead(following)
+        walk.coming = ReadAhead(following, walk.loaded.device)
     found = walk.work.found(_item(index))
     if found:
         layer.put_back(work, Outcome(*found))

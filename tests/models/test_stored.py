@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from mbq_gguf.models import LoadedModel
-from mbq_gguf.models.stored import Stored, read_ahead, read_into, stored_tensors
+from mbq_gguf.models.stored import Stored, read_into, stored_tensors
 from safetensors.torch import save_file
 from torch import nn
 
@@ -87,17 +87,3 @@ def test_layers_are_in_files_but_while_they_are_held(tiny: LoadedModel) -> None:
         assert {(parameter.device.type, parameter.dtype) for parameter in layers.parameters()} == {("cpu", torch.bfloat16)}
     assert all(isinstance(parameter, Stored) for parameter in layers.parameters())
     assert not any(isinstance(value, Stored) for value in (tiny.decoder.norm.weight, tiny.decoder.head.weight))
-
-
-def test_all_that_a_module_is_made_of_is_read_ahead(stored: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each tensor of stacked and cut ones, from its own file; nothing of the model changes."""
-    seen: list[str] = []
-    monkeypatch.setattr("mbq_gguf.models.stored._InFile.__call__", lambda leaf, made: seen.append(leaf.name) or torch.zeros(1))
-    module = nn.Module()
-    stack = torch.stack([stored["expert.0"], stored["expert.1"]])
-    module.register_parameter("cut", nn.Parameter(stack.chunk(2, dim=1)[0], requires_grad=False))
-    module.register_parameter("matrix", nn.Parameter(stored["matrix"], requires_grad=False))
-    module.register_buffer("made", torch.ones(2))
-    read_ahead(module).join()
-    assert sorted(set(seen)) == ["expert.0", "expert.1", "matrix"]
-    assert module.get_parameter("cut").is_meta

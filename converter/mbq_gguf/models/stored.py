@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from safetensors import safe_open
 from torch import nn
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32}
-PAGE = 4096  # bytes that the system reads at least
 Made = dict[int, Any]  # what has been read already, by the identity of what it came from
 
 
@@ -82,13 +80,15 @@ class _Part:
         return self.call(made)[self.place]
 
 
-class _InFile:
+class InFile:
     """A checkpoint's tensor."""
 
     def __init__(self, file: Path, name: str) -> None:
         self.file, self.name = file, name
 
     def __call__(self, made: Made) -> Any:
+        if id(self) in made:
+            return made[id(self)]
         with safe_open(str(self.file), framework="pt") as opened:
             return opened.get_tensor(self.name)
 
@@ -104,14 +104,16 @@ def stored_tensors(files: Sequence[Path]) -> dict[str, torch.Tensor]:
                 if dtype is None:  # of a kind that is no weight, and small
                     found[name] = opened.get_tensor(name)
                 else:
-                    found[name] = Stored.of(torch.empty(part.get_shape(), dtype=dtype, device="meta"), _InFile(file, name))
+                    found[name] = Stored.of(torch.empty(part.get_shape(), dtype=dtype, device="meta"), InFile(file, name))
     return found
 
 
-def read_into(module: nn.Module, device: torch.device, dtype: torch.dtype | None, left: Sequence[nn.Module] = ()) -> None:
+def read_into(
+    module: nn.Module, device: torch.device, dtype: torch.dtype | None, left: Sequence[nn.Module] = (), made: Made | None = None
+) -> None:
     """Give ``module``, in place, the values of all that it still has in files, and put everything on ``device``, floating point in
-    ``dtype`` (None: as stored); modules ``left`` stay as they are, with all that is in them."""
-    made: Made = {}
+    ``dtype`` (None: as stored); modules ``left`` stay as they are, with all that is in them. What is in ``made`` is not read again."""
+    made = {} if made is None else made
     placed: dict[int, torch.Tensor] = {}  # a tensor that two modules share stays one
     skipped = {id(inner) for outer in left for inner in outer.modules()}
     for owner, name, value in tensors_of(module):
@@ -122,32 +124,18 @@ def read_into(module: nn.Module, device: torch.device, dtype: torch.dtype | None
         put(owner, name, placed[id(value)])
 
 
-def read_ahead(module: nn.Module) -> Thread:
-    """Bring what ``module`` has in files into the system's memory, in a thread that nobody needs to wait for: whoever reads it then need
-    not wait for the disk."""
-    thread = Thread(target=_touch, args=([leaf for _, _, value in tensors_of(module) for leaf in _leaves(value)],), daemon=True)
-    thread.start()
-    return thread
-
-
-def _leaves(value: Any) -> Iterator[_InFile]:
+def leaves(value: Any) -> Iterator[InFile]:
     """The checkpoint's tensors that ``value``, or what is in it, is made of."""
     match value.source if isinstance(value, Stored) else value:
-        case _InFile() as leaf:
+        case InFile() as leaf:
             yield leaf
         case _Part() as part:
-            yield from _leaves(part.call)
+            yield from leaves(part.call)
         case _Call() as call:
-            yield from _leaves([*call.args, *call.kwargs.values()])
+            yield from leaves([*call.args, *call.kwargs.values()])
         case list() | tuple() as several:
             for each in several:
-                yield from _leaves(each)
-
-
-def _touch(leaves: Sequence[_InFile]) -> None:
-    for leaf in leaves:
-        whole = leaf({})
-        whole.view(-1)[:: max(1, PAGE // whole.element_size())].sum()
+                yield from leaves(each)
 
 
 def put(owner: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -161,7 +149,7 @@ def put(owner: nn.Module, name: str, value: torch.Tensor) -> None:
 def read_to(value: torch.Tensor, device: torch.device, dtype: torch.dtype | None, made: Made) -> torch.Tensor:
     """``value`` on ``device`` in ``dtype``, read where it still is in a file; a parameter stays one."""
     found = value.read(made) if isinstance(value, Stored) else value.detach()
-    found = found.to(device)  # before it grows: a checkpoint's 16 bits travel, not 32
+    found = found.to(device, non_blocking=found.is_pinned())  # before it grows: a checkpoint's 16 bits travel, not 32
     found = found.to(dtype) if dtype is not None and found.is_floating_point() else found
     if isinstance(value, Stored) and device.type == "cpu" and found.dtype == value.dtype:
         found = found.clone()  # out of the mapped file

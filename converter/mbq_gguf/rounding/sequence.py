@@ -17,6 +17,7 @@ from mbq_gguf.calibration.moments import Moments
 from mbq_gguf.formats.grid import Grid, grid_of
 from mbq_gguf.formats.quant_type import QuantType
 from mbq_gguf.formats.registry import quant_type_for
+from mbq_gguf.memory import to_host
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 from mbq_gguf.rounding.descent import descend
@@ -79,7 +80,7 @@ def _rounded(weights: Sequence[torch.Tensor], kept: QuantType, found: Moments | 
     coded, data = _shared_rows(len(whole), lambda rows: refined_by(factor, whole[rows], found.of_rows(rows), grid, refinement), grid)
     lengths = [len(weight) for weight in weights]
     parts = zip(coded.split(lengths), torch.split(data, lengths), strict=True)
-    return [Matrix(kept.name, Rounded(packed.cpu().numpy(), part.values(grid)), grid, part) for part, packed in parts]
+    return [Matrix(kept.name, Rounded(to_host(packed).numpy(), part.values(grid)), grid, part) for part, packed in parts]
 
 
 def _shared_rows(count: int, code: Callable[[slice], Coded], grid: Grid) -> tuple[Coded, torch.Tensor]:

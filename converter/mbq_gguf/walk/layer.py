@@ -130,7 +130,7 @@ def keep_parameters(work: LayerWork) -> None:
     """Enter the quantised weights, by linear, and every other parameter that has changed."""
     layer = work.layer
     for name, parts in layer.layout.by_linear(made(work.matrices)).items():
-        data = np.concatenate([part.rounded.data for part in parts])
+        data = np.concatenate([part.rounded.data for part in parts]) if len(parts) > 1 else parts[0].rounded.data
         work.outcome.put_quantised(f"{name}.weight", QuantisedTensor(parts[0].type_name, data, parts[0].rounded.weight.shape[1]))
     for name, value in changed_parameters(layer, work.walk.loaded.decoder.layers[layer.index]).items():
         work.outcome.put("replaced", name, value)

@@ -23,6 +23,7 @@ from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights import hessian_weights
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
+from mbq_gguf.models.read_ahead import ReadAhead
 from mbq_gguf.outcome import Outcome, QuantiseResult
 from mbq_gguf.rounding.sequence import Matrix
 from mbq_gguf.settings import QuantiseSettings
@@ -62,6 +63,7 @@ class Walk:
     check: FunctionCheck | None = None
     ahead: Ahead = field(default_factory=Ahead)
     behind: Behind = field(default_factory=Behind)
+    coming: ReadAhead | None = None  # the layer after the one at hand
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Add the block's time to ``stage``."""
@@ -78,7 +80,7 @@ class Walk:
 
     def rotated_layer(self, index: int) -> Layer:
         """A copy of layer ``index`` on the device, rotated where the model is."""
-        layer = working_layer(self.loaded, index)
+        layer = working_layer(self.loaded, index, self.coming.taken() if self.coming else None)
         if self.rotation:
             rotate_layer(layer, self.rotation)
         return layer
