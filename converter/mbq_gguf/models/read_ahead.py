@@ -1,8 +1,8 @@
 """The next decoder layer's weights on their way out of their files, in a thread, while the layer before is quantised.
 
-For a CPU it is enough that the system has them in memory. A card copies them, out of mapped pages by way of its driver's small buffers, with
-all of its work waiting; so they wait for it in page-locked memory, which it reads by itself: a layer of a 7B takes an H200 1.96 s so, and
-2.36 from mapped pages.
+For a CPU it is enough that the system has them in memory. A card copies them, out of mapped pages by way of its driver's buffers, with all
+of its work waiting; so they wait for it in page-locked memory, which it reads by itself: a layer of a 7B takes an H200 1.96 s so, and 2.36
+from mapped pages.
 """
 
 from __future__ import annotations
