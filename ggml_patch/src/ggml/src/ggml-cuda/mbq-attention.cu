@@ -113,18 +113,6 @@ bool ggml_cuda_mbq_attention(ggml_backend_cuda_context & ctx, const ggml_tensor 
     return true;
 }
 
-static constexpr int64_t MBQ_ATTENTION_DIRECT = 1024; // positions, from which on kernels take longer than their launches
-
-bool ggml_cuda_mbq_runs_directly(const ggml_cgraph * graph) {
-    for (int i = 0; i < graph->n_nodes; ++i) {
-        const ggml_tensor * node = graph->nodes[i];
-        if (node->op == GGML_OP_FLASH_ATTN_EXT) {
-            return node->src[0]->ne[1]*node->src[0]->ne[3] >= MBQ_ATTENTION_DIRECT && mbq_attention_takes(node) && mbq_attention_available(ggml_cuda_get_device());
-        }
-    }
-    return false;
-}
-
 #else
 
 bool ggml_cuda_mbq_attention_takes(const ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
@@ -134,11 +122,6 @@ bool ggml_cuda_mbq_attention_takes(const ggml_backend_cuda_context & ctx, const 
 
 bool ggml_cuda_mbq_attention(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
     GGML_UNUSED_VARS(ctx, dst);
-    return false;
-}
-
-bool ggml_cuda_mbq_runs_directly(const ggml_cgraph * graph) {
-    GGML_UNUSED(graph);
     return false;
 }
 

@@ -38,10 +38,6 @@ bool ggml_cuda_mbq_rope(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 bool ggml_cuda_mbq_attention(ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
 bool ggml_cuda_mbq_attention_takes(const ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
 
-// Whether a graph, that of a vision tower about a large picture, is to run node by node and not as a CUDA graph: for the launch of one with some hundred kernels the card
-// waits 0.4 to 1 ms, for launches one by one hardly, since each is done before the kernel before it.
-bool ggml_cuda_mbq_runs_directly(const ggml_cgraph * graph);
-
 static constexpr float MBQ_ATTENTION_LOG2E = 1.44269504f; // queries are scaled by it too, so that exp2 is the exponential
 
 // nullptr for other types
