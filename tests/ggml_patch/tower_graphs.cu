@@ -191,7 +191,7 @@ int main(int argc, char **) {
             }
         }
         for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0 }) { // one static range
-            for (const int64_t n : small ? std::vector<int64_t>{ 128 } : std::vector<int64_t>{ 8, 64, 300, 1025, 4096 }) {
+            for (const int64_t n : small ? std::vector<int64_t>{ 2048 } : std::vector<int64_t>{ 8, 300, 2047, 2049, 4096 }) {
                 bad += check_blocks(backend, "gelu", 256, 512, n, type, ggml_gelu, true) + check_blocks(backend, "quick", 576, 1536, n, type, ggml_gelu_quick, true);
                 bad += check_blocks(backend, "erf", 1024, 256, n, type, ggml_gelu_erf, true) + check_attention(backend, type, 80, 16, n, true);
             }
