@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Generic, TypeVar
@@ -36,7 +37,10 @@ class Workers(Generic[Tool]):
             self._free.put(tool)
 
     def each(self, pieces: Sequence[Piece], compute: Callable[[Tool, Piece], Value]) -> Iterator[Value]:
-        """What ``compute`` makes of each of ``pieces``, in order, without gradients, and with a worker's share of the caller's cores."""
+        """What ``compute`` makes of each of ``pieces``, in order, without gradients, and with a worker's share of the caller's cores.
+
+        One piece for each worker is on its way while the caller works with the one before, and may give the workers other pieces.
+        """
         share = max(1, torch.get_num_threads() // self._count)
 
         def computed(piece: Piece) -> Value:
@@ -47,7 +51,17 @@ class Workers(Generic[Tool]):
                 finally:
                     self._free.put(tool)
 
-        yield from self._pool.map(computed, pieces)
+        found: deque[Future[Value]] = deque()
+        try:
+            for piece in pieces:
+                found.append(self._pool.submit(computed, piece))
+                if len(found) > self._count:
+                    yield found.popleft().result()
+            while found:
+                yield found.popleft().result()
+        finally:
+            for future in found:
+                future.cancel()
 
     def __enter__(self) -> Workers[Tool]:
         return self

@@ -95,7 +95,7 @@ class Replay:
         cross: Sum | None = None
         for parts in self._of_inputs(site, rooted_input):
             if square is None:
-                square = Sum.like(parts["rooted"], parts["rooted"])
+                square = Sum.square_of(parts["rooted"])
                 cross = None if originals is None else Sum.like(parts["original"], parts["rooted"])
                 self.summed = sum(each.total.nbytes for each in (square, cross) if each is not None)
             tiles = square.adding_square(parts["rooted"])
@@ -120,7 +120,7 @@ class Replay:
 
         for _, parts in spread(range(len(self.batches)), rooted_inputs):
             for name, rooted in parts.items():
-                found.setdefault(name, Sum.like(rooted, rooted)).add_square(rooted)
+                found.setdefault(name, Sum.square_of(rooted)).add_square(rooted)
         return {name: Moments(total.whole_square()) for name, total in found.items()}
 
     @torch.no_grad()
@@ -169,11 +169,8 @@ class Replay:
         """Each batch's number, in order, and what ``run`` makes of it: as many at a time as there are workers or processes."""
         numbers = range(len(self.batches))
         if not self.workers:
-            yield from spread(numbers, partial(run, self.layer))
-            return
-        for start in range(0, len(numbers), self.count):
-            some = numbers[start : start + self.count]
-            yield from zip(some, self.workers.each(some, run), strict=True)
+            return spread(numbers, partial(run, self.layer))
+        return zip(numbers, self.workers.each(numbers, run), strict=True)
 
     def _do(self, tasks: Sequence[Callable[[], object]]) -> None:
         """All of ``tasks``, of which none waits for another."""
