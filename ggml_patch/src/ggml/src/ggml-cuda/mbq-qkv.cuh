@@ -178,8 +178,9 @@ static const ggml_tensor * mbq_qkv_values(const ggml_backend_cuda_context & ctx,
     const ggml_tensor * values = n.x(2);
     for (int j = i; j <= attention; ++j) {
         const ggml_tensor * node = graph->nodes[j];
-        const bool of_values = node == values || node == values->src[0] || node == n.v16->src[0];
-        if (of_values && (ggml_node_get_use_count(graph, j) != 1 || (node->flags & GGML_TENSOR_FLAG_OUTPUT))) {
+        const bool of_values = node == values || node == values->src[0] || node == n.v16->src[0] || node == n.v16;
+        const int readers = ggml_node_get_use_count(graph, j) - (node->src[1] == node); // ggml_cast names itself as a source
+        if (of_values && (readers > 1 || (node->flags & GGML_TENSOR_FLAG_OUTPUT))) {
             return nullptr;
         }
         if (j > n.last && mbq_w4a8_runs(node) && mbq_w4a8_overlap(node, values)) {
