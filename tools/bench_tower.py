@@ -31,7 +31,7 @@ from bench_ttft import QUESTION, SHAPES, demo_tokenizer, device, noise
 from mbq_cbind.model import Model
 from mbq_cbind.vision import EncodedImage, Vision
 from mbq_gguf.llama_cpp.bindings import bind
-from random_gguf import LanguageShape, write_random_gguf, write_random_tower
+from random_gguf import MIXTURES, TOWERS, LanguageShape, write_random_gguf, write_random_tower
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -151,9 +151,22 @@ def together(of_towers: Timed, of_languages: Timed) -> Table:
     return table
 
 
+def listed(_: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    """The names in ``value``; one that there is no random model for is refused before minutes are spent on the others."""
+    of_towers = parameter.name == "kinds"
+    names = value.split(",") if value or of_towers else []
+    known = TOWERS if of_towers else [f"{size}:{mixture}" for size in SHAPES for mixture in MIXTURES]
+    for name in names:
+        if name not in known:
+            raise click.BadParameter(f"there is no {name!r}: choose of {', '.join(known)}")
+    return names
+
+
 @click.command()
-@click.option("--towers", "kinds", default="F16,Q8_0,W8A8,W4A8", show_default=True)
-@click.option("--language", "names", default="", help="Random language models, for example 7B:F16,7B:W4A8.")
+@click.option(
+    "--towers", "kinds", default="F16,Q8_0,W8A8,W4A8", show_default=True, callback=listed, help="Types, the first to compare with."
+)
+@click.option("--language", "models", default="", callback=listed, help="Random language models, for example 7B:F16,7B:W4A8.")
 @click.option(
     "--tokens",
     "sizes",
@@ -167,17 +180,18 @@ def together(of_towers: Timed, of_languages: Timed) -> Table:
 @click.option("--threads", type=click.IntRange(min=1))
 @click.option("--gpu-layers", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write every time as JSON.")
-def main(kinds: str, names: str, sizes: str, width: int, rounds: int, threads: int | None, gpu_layers: int, output: Path | None) -> None:
+def main(
+    kinds: list[str], models: list[str], sizes: str, width: int, rounds: int, threads: int | None, gpu_layers: int, output: Path | None
+) -> None:
     """Print the tables."""
     bind()
     bench_ttft.SIDES.update(SIDES)
     options = {"threads": threads, "gpu_layers": gpu_layers}
     with tempfile.TemporaryDirectory() as temporary:
-        folder, listed = Path(temporary), kinds.split(",")
+        folder = Path(temporary)
         tokens = [int(size) for size in sizes.split(",")]
-        of_towers = towers(folder, listed, tokens, width, rounds, options)
-        Console(width=140).print(table_of("tower", of_towers, listed[0]))
-        models = list(filter(None, names.split(",")))
+        of_towers = towers(folder, kinds, tokens, width, rounds, options)
+        Console(width=140).print(table_of("tower", of_towers, kinds[0]))
         of_languages = languages(folder, models, tokens, rounds, options) if models else {}
     if models:
         Console(width=140).print(table_of("language model", of_languages, models[0]), together(of_towers, of_languages))

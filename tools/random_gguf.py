@@ -30,6 +30,9 @@ SCALES = {
     "MBQ3S": [0, 2],  # scale words: as fp16 scales they are finite, and small
     "MBQ3S_64": [0, 2],
 }
+MATRICES = ("F16", *SCALES, *row_scale.ROW_SCALES)  # types of random matrices
+TOWERS = (*MATRICES, *(f"{name}:dynamic" for name in row_scale.ROW_SCALES))  # what write_random_tower() takes
+MIXTURES = (*MATRICES, "Q4_K_M", "Q3_K_M")  # what write_random_gguf() takes
 PATTERN_BLOCKS = 1 << 16  # random blocks that fill a matrix again and again
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import random_gguf
 from bench_ttft import DEMO, Prompt
+from click.testing import CliRunner
 from mbq_cbind.model import Model
 from mbq_gguf.llama_cpp.bindings import bind
 from tokenizers import Tokenizer
@@ -42,6 +43,13 @@ def test_towers_of_every_type_are_timed(built_llama: Path, tmp_path: Path, monke
     assert {key: len(found) for key, found in times.items()} == {(kind, 64): 2 for kind in kinds}
     language = bench_tower.languages(tmp_path, ["2B:W4A8"], [64], 1, {"threads": 1})
     assert bench_tower.together(times, language).row_count == len(kinds)
+
+
+@pytest.mark.parametrize("arguments", [["--towers", ""], ["--towers", "F16,Q9_9"], ["--towers", "F16:dynamic"], ["--language", "7B"]])
+def test_names_without_a_random_model_are_refused_before_any_is_made(arguments: list[str]) -> None:
+    result = CliRunner().invoke(bench_tower.main, arguments)
+    assert result.exit_code == 2
+    assert f"there is no {arguments[1].split(',')[-1]!r}: choose of " in result.output
 
 
 def test_ratios_are_within_a_round_and_the_first_of_it_alternates() -> None:
