@@ -77,8 +77,8 @@ def quantise_tower(
     """Change the tower of ``loaded``, in place, and give what the vision file must hold of it.
 
     GPTQ rounds on the pictures of ``samples`` and procedural ones; without samples matrices are rounded to the nearest and activations
-    dynamic. ``turned`` is what
-    a rotation of the decoder has changed in the projector. ``advance`` is told of finished blocks. UsageError where no rotation passes.
+    dynamic. ``turned`` is what a rotation of the decoder has changed in the projector. ``advance`` is told of finished blocks. UsageError
+    where no rotation passes.
     """
     tower = find_tower(loaded)
     assert tower is not None, "beforehand.check_tower comes first"
