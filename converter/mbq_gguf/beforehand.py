@@ -50,6 +50,10 @@ def check_inputs(options: ConvertOptions) -> list[Path]:
     check_activations(options.settings)
     if options.mmproj_type not in MMPROJ_TYPES:
         raise UsageError(f"there is no mmproj type {options.mmproj_type}: choose one of {', '.join(MMPROJ_TYPES)}")
+    if options.language_model_only and (options.calib or options.changes_tower or options.mmproj_activations):
+        raise UsageError(
+            f"{ALONE} takes no pictures and writes no tower: leave out --calib, --mmproj-type, --mmproj-activations and --rotate-tower"
+        )
     if options.mmproj_activations == "static" and not (options.tower_type and options.rounding == "gptq"):
         raise UsageError(
             "a tower's static ranges are measured while GPTQ rounds it: give --mmproj-type W8A8 or W4A8, and no --rounding nearest"
@@ -57,8 +61,6 @@ def check_inputs(options: ConvertOptions) -> list[Path]:
     check_device(options.device)
     if options.samples < 1:
         raise UsageError("calibration needs at least one sample: give --samples 1 or more")
-    if options.language_model_only and (options.calib or options.changes_tower):
-        raise UsageError(f"{ALONE} takes no pictures and writes no tower: leave out --calib, --mmproj-type and --rotate-tower")
     check_source(options.model_dir)
     files = weight_files(options.model_dir)
     check_room(needed(options, files))

@@ -115,6 +115,7 @@ def test_the_file_and_the_report_say_what_it_saw(checkpoint: Path, tmp_path: Pat
         ({"language_model_only": False}, "or give --language-model-only"),
         ({"calib": Path("pictures")}, "takes no pictures"),
         ({"mmproj_type": "W8A8"}, "writes no tower"),
+        ({"mmproj_activations": "static"}, "writes no tower.*--mmproj-activations"),
         ({"method": "mbq"}, "leave out --target-bpw, --method"),
         ({"synthetic": 0}, "give --synthetic 1 or more"),
     ],
