@@ -15,6 +15,7 @@ import pytest
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.llama_cpp.server import LlamaServer
 from owners import HOLDER, alive, started
+from static_files import with_keys
 from tiny_pair import Pair, write_pair
 
 EVAL = Path(__file__).parents[2] / "converter" / "mbq_gguf" / "demo" / "data" / "eval"
@@ -122,3 +123,10 @@ def test_files_that_are_no_model(tiny_pair: Pair, tmp_path: Path) -> None:
         pass
     assert time.monotonic() - begin < 60, "an end is noticed at once, not after the time that loading may take"
     assert "\n" not in str(caught.value)
+
+
+def test_why_a_vision_file_is_refused_is_said(tiny_pair: Pair, tmp_path: Path) -> None:
+    spoilt = tmp_path / "mmproj.gguf"
+    spoilt.write_bytes(with_keys(tiny_pair.mmproj.read_bytes(), {"mbq.act.version": 2}))
+    with pytest.raises(UserError, match=r"mbq\.act\.version is 2: this program knows 1"), LlamaServer(tiny_pair.model, spoilt, threads=1):
+        pass

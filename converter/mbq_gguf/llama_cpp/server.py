@@ -183,8 +183,8 @@ class Server:
             end_group(self._process)
             self._process.wait()
 
-    def _last_words(self, lines: int = 3) -> str:
-        """The last lines of the server's log that speak of an error, else simply the last ones."""
+    def _last_words(self, lines: int = 4) -> str:
+        """The last lines of the server's log that speak of an error, else simply the last ones; three that only pass on follow a cause."""
         assert self._log is not None
         said = [line.strip() for line in Path(self._log.name).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         errors = [line for line in said if any(word in line.lower() for word in ("error", "failed", "couldn't", "unknown"))]
