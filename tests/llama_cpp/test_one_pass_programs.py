@@ -161,10 +161,10 @@ def test_who_waits_for_a_token_waits_for_one_picture(exact: Pair, tmp_path: Path
     """Batches are full as long as nobody is answered. Then a prompt takes the steps that it takes in turns, and however many prompts have
     pictures, one is encoded and one decode call made between two tokens: pictures of the oldest request first."""
     prompt: list[Path | str] = [*P[:3], "What are these?"]
-    body = {"messages": messages(["A story"]), "max_tokens": 700, "ignore_eos": True, "stream": True, "id_slot": 0}
+    body = {"messages": messages(["A story"]), "max_tokens": 3000, "ignore_eos": True, "stream": True, "id_slot": 0}
     found = {}
     for mode in ("off", "on"):
-        for asked in start(exact, tmp_path / mode, "--aifs", mode, "-b", "512", "-lv", "5"):
+        for asked in start(exact, tmp_path / mode, "--aifs", mode, "-b", "512", "-lv", "5", "--ctx-size", str(4096 * SLOTS)):
             assert len(steps(asked, prompt, 1)) == (1 if mode == "on" else 4)
             headers = {"Authorization": f"Bearer {asked.server.key}"}
             with requests.post(asked.server.url + "/v1/chat/completions", json=body, headers=headers, stream=True, timeout=60) as listening:
