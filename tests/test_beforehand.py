@@ -98,7 +98,7 @@ def test_a_work_directory_of_others(tiny_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not empty and no work directory"):
         ahead(tiny_dir, tmp_path / "out.gguf", work_dir=work, samples=1)
     (work / "fingerprint.json").write_text(json.dumps({"model": "another"}))
-    with pytest.raises(UserError, match="belongs to another model and settings and code"):
+    with pytest.raises(UserError, match="differs in its model and settings and code"):
         ahead(tiny_dir, tmp_path / "out.gguf", work_dir=work, samples=1)
 
 

@@ -46,7 +46,7 @@ def test_an_item_is_made_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", sorted(MARK))
 def test_another_fingerprint_is_refused(tmp_path: Path, part: str) -> None:
     open_workdir(tmp_path / "work", MARK)
-    with pytest.raises(UsageError, match=f"belongs to another {part}: remove it or choose another"):
+    with pytest.raises(UsageError, match=f"differs in its {part}: remove it or choose another"):
         open_workdir(tmp_path / "work", {**MARK, part: "other"})
 
 

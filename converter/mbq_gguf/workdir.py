@@ -118,7 +118,9 @@ def check_workdir(path: Path, fingerprint: Mapping[str, str]) -> None:
         found = _read_fingerprint(file)
         others = [] if found is None else [name for name, value in fingerprint.items() if found.get(name) != value]
         if others:
-            raise UsageError(f"the work directory {path} belongs to another {' and '.join(others)}: remove it or choose another")
+            raise UsageError(
+                f"the work directory {path} is of a run that differs in its {' and '.join(others)}: remove it or choose another"
+            )
         if found is None and not os.path.lexists(file) and path.is_dir() and any(path.iterdir()):
             raise UsageError(f"{path} is not empty and no work directory: choose another")
     except OSError as error:
