@@ -28,6 +28,7 @@ from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.tower import linear
 from mbq_gguf.models.towers import find_tower
 from mbq_gguf.quantise_tower import TowerSettings, quantise_tower
+from mbq_gguf.settings import Activations
 from rich.console import Console
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -98,9 +99,10 @@ def test_static_ranges_are_those_of_the_rounded_tower(tiny_dir: Path, samples: l
 def test_static_towers_answer_nearly_as_dynamic_ones(text: ConvertOptions, tiny_dir: Path, tmp_path: Path) -> None:
     """And the report, inspect and the card say which they are."""
     plain, off = features(text.out, text.mmproj), {}
-    for activations in ("dynamic", "static"):
+    kinds: tuple[Activations, ...] = ("dynamic", "static")
+    for activations in kinds:
         out = tmp_path / f"{activations}.gguf"
-        options = ConvertOptions(tiny_dir, out, type="BF16", mmproj_type="W8A8", samples=2, synthetic=0, mmproj_activations=activations)  # type: ignore[arg-type]
+        options = ConvertOptions(tiny_dir, out, type="BF16", mmproj_type="W8A8", samples=2, synthetic=0, mmproj_activations=activations)
         report = convert(options, Console(quiet=True))
         off[activations] = moved(features(text.out, options.mmproj), plain)
         static = activations == "static"
