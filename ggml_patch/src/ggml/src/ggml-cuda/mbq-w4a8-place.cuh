@@ -5,8 +5,8 @@
 
 #include "mbq-w4a8-added.cuh"
 
-// Columns from which on. Of 4096 a W8A8 tower's pass is busy for 14.9 ms so and for 15.2 with passes over floats, of 1024 for 4.2 and 4.0: while such a pass runs, the next
-// product is already there and loads weights, for which two products, or attention and a product, have no room at the same time.
+// Columns from which on. Of 4096 a W8A8 tower's pass keeps an H200 busy for 14.9 ms so and for 15.2 with passes over floats, of 1024 for 4.2 and 4.0; between them nothing
+// was measured. Probably since beside a pass over floats the next product has room to load its weights, which it has not beside a product or attention.
 static constexpr int64_t MBQ_W4A8_PLACED_COLUMNS = 2048;
 
 // Where the result of node i, which runs with the node at which the graph is, is to lie as codes; q == nullptr: in floats
