@@ -54,10 +54,10 @@ def check_inputs(options: ConvertOptions) -> list[Path]:
         raise UsageError(
             f"{ALONE} takes no pictures and writes no tower: leave out --calib, --mmproj-type, --mmproj-activations and --rotate-tower"
         )
-    if options.mmproj_activations == "static" and not (options.tower_type and options.rounding == "gptq"):
-        raise UsageError(
-            "a tower's static ranges are measured while GPTQ rounds it: give --mmproj-type W8A8 or W4A8, and no --rounding nearest"
-        )
+    if options.mmproj_activations and not options.tower_type:
+        raise UsageError("--mmproj-activations is for a tower of int8 products: give --mmproj-type W8A8 or W4A8 with it, or leave it out")
+    if options.mmproj_activations == "static" and options.rounding != "gptq":
+        raise UsageError("a tower's static ranges are measured while GPTQ rounds it: give no --rounding nearest")
     check_device(options.device)
     if options.samples < 1:
         raise UsageError("calibration needs at least one sample: give --samples 1 or more")

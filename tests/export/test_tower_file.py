@@ -116,10 +116,17 @@ def test_static_towers_answer_nearly_as_dynamic_ones(text: ConvertOptions, tiny_
     assert off["static"] < 1.5 * off["dynamic"]  # activations' errors are 1.2 to 2 times as large; measured: 0.0020 both
 
 
-@pytest.mark.parametrize("chosen", [{"mmproj_type": "F16"}, {"mmproj_type": "W8A8", "rounding": "nearest"}])
-def test_static_towers_without_pictures_or_types_are_refused(chosen: dict[str, Any], tiny_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a tower's static ranges are measured while GPTQ rounds it"):
-        convert(ConvertOptions(tiny_dir, tmp_path / "out.gguf", type="BF16", mmproj_activations="static", **chosen), Console(quiet=True))
+@pytest.mark.parametrize(
+    ("chosen", "why"),
+    [
+        ({"mmproj_type": "F16", "mmproj_activations": "dynamic"}, "give --mmproj-type W8A8 or W4A8 with it, or leave it out"),
+        ({"mmproj_type": "Q8_0", "mmproj_activations": "static"}, "give --mmproj-type W8A8 or W4A8 with it, or leave it out"),
+        ({"mmproj_type": "W8A8", "mmproj_activations": "static", "rounding": "nearest"}, "are measured while GPTQ rounds it"),
+    ],
+)
+def test_ranges_of_a_tower_that_would_change_nothing_are_refused(chosen: dict[str, Any], why: str, tiny_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=why):
+        convert(ConvertOptions(tiny_dir, tmp_path / "out.gguf", type="BF16", **chosen), Console(quiet=True))
 
 
 @pytest.mark.gpu
