@@ -20,6 +20,7 @@ from mbq_gguf.errors import UsageError
 from mbq_gguf.export.anyres_tower import PROJECTOR_TYPE
 from mbq_gguf.export.atomic import staged
 from mbq_gguf.export.gguf_header import Header, read_header
+from mbq_gguf.export.metadata import version_sentences
 from mbq_gguf.export.report import megabytes
 from mbq_gguf.formats.own import OWN
 from mbq_gguf.llama_cpp.pin import read_pin
@@ -43,6 +44,7 @@ class Entry:
     mmproj: str | None
     mmproj_size: str
     patched: bool  # whether it needs the patched llama.cpp
+    unknown: list[str]  # why that one will not load it, or its vision file
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,12 @@ def entry(path: Path, header: Header, made: dict[str, str]) -> Entry:
         mmproj=mmproj.name if there else None,
         mmproj_size=megabytes(mmproj.stat().st_size) if there else "",
         patched=bool(OWN.keys() & sizes.keys()) or "mbq.hadamard.ffn_down" in header.metadata or (vision is not None and cut_by_us(vision)),
+        unknown=[
+            f"{name}: {shown(sentence)}"
+            for name, found in ((path.name, header), (mmproj.name, vision))
+            if found
+            for sentence in version_sentences(found.metadata)
+        ],
     )
 
 

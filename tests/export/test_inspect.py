@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from mbq_gguf.calibration import ranges as ranges_of_activations
+from mbq_gguf.card import write_card
 from mbq_gguf.errors import UserError
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.gguf_writer import add_metadata
 from mbq_gguf.export.inspect import inspect, ranges, sparkline
-from mbq_gguf.export.metadata import describe
+from mbq_gguf.export.metadata import KNOWN_VERSIONS, describe
+from mbq_gguf.formats import row_scale
 from mbq_gguf.formats.gguf_types import import_gguf
 from mbq_gguf.formats.mbq3 import MBQ3
 from rich.console import Console
@@ -79,6 +82,28 @@ def test_everything_is_shown(small_file: Path) -> None:
     ):
         assert expected in lines
     assert "tokenizer.ggml.tokens [<0>, <1>, <2>, <3>, <4>, <5>, <6>, <7>, … 50 in all]" in lines
+
+
+def test_a_version_that_is_not_known_yet_is_told(tmp_path: Path) -> None:
+    """By inspect and by the card, of a vision file as well."""
+    assert KNOWN_VERSIONS == {"mbq.row_scale.version": row_scale.VERSION, "mbq.act.version": ranges_of_activations.VERSION}
+    for name, versions in {
+        "out.gguf": {"mbq.act.version": 2},
+        "mmproj-out.gguf": {"mbq.act.version": 1, "mbq.row_scale.version": "|2"},
+    }.items():
+        writer = import_gguf().GGUFWriter(str(tmp_path / name), "qwen2vl")
+        for key, value in versions.items():
+            add_metadata(writer, key, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    assert "mbq.act.version is 2, and the llama.cpp of this mbq-gguf knows 1: it will not load the file" in shown(tmp_path / "out.gguf")
+    vision = shown(tmp_path / "mmproj-out.gguf")
+    assert "mbq.row_scale.version is |2, and" in vision
+    assert "mbq.act.version is" not in vision
+    card = write_card(tmp_path / "out.gguf").read_text()
+    assert "\n\nout.gguf: mbq.act.version is 2, and the llama.cpp of this mbq-gguf knows 1: it will not load the file" in card
+    assert "\n\nmmproj-out.gguf: mbq.row_scale.version is \\|2, and" in card
 
 
 def test_header_agrees_with_ggufs_own_reader(small_file: Path) -> None:

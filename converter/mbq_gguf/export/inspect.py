@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mbq_gguf.export.gguf_header import Header, TensorEntry, Value, read_header
-from mbq_gguf.export.metadata import PREFIX, RANGE, RATIO
+from mbq_gguf.export.metadata import PREFIX, RANGE, RATIO, version_sentences
 
 LAYER = re.compile(r"\bblk\.(\d{1,6})\.")
 BARS = "▁▂▃▄▅▆▇█"
@@ -27,9 +27,13 @@ LAYERED = {  # keys with a number a layer, by their beginning: the table's title
 
 
 def inspect(path: Path) -> RenderableType:
-    """Metadata, ratios per layer, and tensors of the GGUF file ``path``. Raises UserError where it is none, or is damaged."""
+    """Why it will not load, if so, metadata, ratios per layer, and tensors of the GGUF file ``path``.
+
+    Raises UserError where it is none, or is damaged.
+    """
     header = read_header(path)
-    tables: list[RenderableType] = [metadata_table(header)]
+    tables: list[RenderableType] = [printable(sentence) for sentence in version_sentences(header.metadata)]
+    tables.append(metadata_table(header))
     for prefix, (title, column) in LAYERED.items():
         if any(key.startswith(prefix) for key in header.metadata):
             tables.append(layered_table(header, prefix, title, column))

@@ -7,6 +7,7 @@ from typing import Any
 
 import mbq_gguf
 from mbq_gguf.allocation.plan import Plan
+from mbq_gguf.formats import row_scale
 from mbq_gguf.formats.gguf_types import FILE_TYPES, import_gguf
 from mbq_gguf.formats.row_scale import stored_as
 
@@ -14,6 +15,7 @@ FORMAT_VERSION = 1  # raised whenever a file of the old layout must not be read 
 PREFIX = "mbq."
 RATIO = "mbq.ratio."  # + "attention" or "mlp"
 RANGE = "mbq.act.range."  # + SITE.CLASS (calibration/ranges.py)
+KNOWN_VERSIONS = {"mbq.row_scale.version": row_scale.VERSION, "mbq.act.version": 1}  # the patched llama.cpp loads files of no other
 
 # llama.cpp names most of its K-quant mixtures, not types; a file all of one type bears the name of the plainest mixture.
 STOCK_FILE_TYPES = {"Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S", "Q2_K": "MOSTLY_Q2_K_S"}
@@ -59,6 +61,15 @@ def describe(
         "mbq.calibration.synthetic": synthetic,
     }
     return keys | {RATIO + part: [float(value) for value in values] for part, values in ratios.items()}
+
+
+def version_sentences(keys: Mapping[str, Any]) -> list[str]:
+    """Why the patched llama.cpp will not load a file with this metadata: a sentence for each version that it does not know."""
+    return [
+        f"{key} is {keys[key]!s:.20}, and the llama.cpp of this mbq-gguf knows {known}: it will not load the file, a later one may"
+        for key, known in KNOWN_VERSIONS.items()
+        if keys.get(key, known) != known
+    ]
 
 
 def gptq(*, clip: bool, propagate_error: bool, error_correction: float, refits: int, learn_scales: int) -> dict[str, Any]:
