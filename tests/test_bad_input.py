@@ -286,6 +286,18 @@ def test_unknown_choice_names_the_known_ones(option: str, known: str, tiny_dir: 
     assert known in sentence
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--embedding-type", "W4A8", "give --embedding-type Q4_0 in the place of W4A8"),
+        ("--device", "meta", "torch cannot compute on meta"),
+        ("--type", "Q4_K_M", "no type Q4_K_M (llama-quantize mixes types under this name, Q4_K above all"),
+    ],
+)
+def test_choice_that_is_none_here(option: str, value: str, words: str, tiny_dir: Path, out: Path) -> None:
+    assert words in refused("convert", tiny_dir, out, option, value)
+
+
 def test_two_ways_to_choose_types(tiny_dir: Path, out: Path) -> None:
     assert "give --type or --target-bpw" in refused("convert", tiny_dir, out, "--type", "Q4_0", "--target-bpw", "4")
 

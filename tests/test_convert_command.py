@@ -14,6 +14,7 @@ from mbq_gguf.calibration.dataset import Turns
 from mbq_gguf.calibration.token_weights import Kind
 from mbq_gguf.cli import imatrix, main
 from mbq_gguf.convert_command import convert
+from mbq_gguf.evaluate.command import eval_command
 from mbq_gguf.models.prompts import AnswerMask
 from mbq_gguf.option_groups import GroupedOption
 from mbq_gguf.transforms.rotation import Rotate
@@ -63,6 +64,25 @@ def test_choices_are_those_of_the_code(field: str, kind: object) -> None:
     [option] = [parameter for parameter in convert.params if parameter.name == field]
     assert isinstance(option.type, click.Choice)
     assert tuple(option.type.choices) == get_args(kind)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_are_finite(value: str) -> None:
+    """click finds NaN in every range."""
+    options = [parameter for parameter in convert.params if isinstance(parameter.type, click.types.FloatParamType)]
+    assert {option.name for option in options} == {"memory", "error_correction", "target_bpw", "prompt_weight"}
+    for option in options:
+        with pytest.raises(click.BadParameter):
+            parsed(option.opts[0], value)
+
+
+@pytest.mark.parametrize("command", [convert, eval_command])
+def test_no_more_threads_than_llama_cpp_takes(command: click.Command) -> None:
+    [option] = [parameter for parameter in command.params if parameter.name == "threads"]
+    assert option.type_cast_value(click.Context(command), 512) == 512
+    for count in (0, 513):
+        with pytest.raises(click.BadParameter):
+            option.type_cast_value(click.Context(command), count)
 
 
 def test_imatrix_calibrates_on_as_much_as_convert() -> None:

@@ -19,6 +19,7 @@ from mbq_gguf.export.gguf_writer import MMPROJ_TYPES, mmproj_base
 from mbq_gguf.export.rehearsal import rehearse, rehearse_quantised, rehearse_tower
 from mbq_gguf.export.space import Need, check_room, predict, taken
 from mbq_gguf.formats.registry import quant_type
+from mbq_gguf.formats.row_scale import ROW_SCALES, stored_as
 from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.load import check_source, outline
 from mbq_gguf.models.loaded import LoadedModel
@@ -46,7 +47,7 @@ class Ahead:
 def check_inputs(options: ConvertOptions) -> list[Path]:
     """Everything that can be refused before any work; returns the checkpoint's weight files."""
     quant_type(options.type)
-    quant_type(options.embedding_type)
+    check_embedding_type(options.embedding_type)
     check_activations(options.settings)
     if options.mmproj_type not in MMPROJ_TYPES:
         raise UsageError(f"there is no mmproj type {options.mmproj_type}: choose one of {', '.join(MMPROJ_TYPES)}")
@@ -83,10 +84,19 @@ def needed(options: ConvertOptions, files: Sequence[Path]) -> list[Need]:
     return needs
 
 
+def check_embedding_type(name: str) -> None:
+    """Raise UsageError for a type that embeddings are not stored in."""
+    found = quant_type(name).name
+    if found in ROW_SCALES:
+        raise UsageError(
+            f"embeddings and output head have no scale a row: give --embedding-type {stored_as(found)} in the place of {found}"
+        )
+
+
 def check_device(name: str) -> None:
     """Raise UsageError where torch cannot compute on the device called ``name``."""
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()  # "meta" makes tensors that hold nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"torch cannot compute on {name} ({said(error)}): give --device cpu, or install a torch for your card") from error
 

@@ -15,7 +15,7 @@ from mbq_gguf import launch, settings
 from mbq_gguf.errors import UsageError
 from mbq_gguf.export.atomic import check_output
 from mbq_gguf.hub import model_directory
-from mbq_gguf.option_groups import ARGUMENTS, GroupedCommand, option_group
+from mbq_gguf.option_groups import ARGUMENTS, THREADS, Finite, GroupedCommand, option_group
 from mbq_gguf.settings import QuantiseSettings
 
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
@@ -48,10 +48,10 @@ research = option_group("Research (what each does to the figures: docs/results.m
 @everyday("--card", is_flag=True, help="Also write README.md beside OUT, a model card; `mbq-gguf card OUT` renews it after `eval`.")
 @everyday("--revision", help="Of a MODEL on a hub: a branch, a tag or a commit (default: main).")
 @everyday("--device", default=settings.DEVICE, help="Where layers are computed: cpu, cuda, cuda:1.")
-@everyday("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")
+@everyday("--threads", type=THREADS, help="CPU threads (default: all cores).")
 @everyday(
     "--memory",
-    type=click.FloatRange(min=0),
+    type=Finite(min=0),
     help="GB of the host's memory to hold before samples' activations go to disk, beside finished layers (default: most of what is free).",
 )
 @everyday("--work-dir", type=DIRECTORY, help="Where finished layers are kept (default: beside OUT until it is whole).")
@@ -98,7 +98,7 @@ research = option_group("Research (what each does to the figures: docs/results.m
 @rounding(
     "--error-correction",
     former=["--correction"],
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     default=QuantiseSettings.error_correction,
     help="With --propagate-error: the share of earlier layers' error that a layer makes good.",
 )
@@ -110,7 +110,7 @@ research = option_group("Research (what each does to the figures: docs/results.m
 )
 @research(
     "--target-bpw",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(min=0, min_open=True),
     help="Instead of --type: a type for each tensor, at most this many bits a weight of the decoder's matrices in all.",
 )
 @research(
@@ -157,7 +157,7 @@ research = option_group("Research (what each does to the figures: docs/results.m
 )
 @research(
     "--prompt-weight",
-    type=click.FloatRange(min=0),
+    type=Finite(min=0),
     default=QuantiseSettings.prompt_weight,
     help="With --token-weights modality: the weight of a token of the question; a token of the answer has weight 1.",
 )

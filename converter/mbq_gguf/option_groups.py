@@ -1,8 +1,9 @@
-"""Options of a command under headings, in ``--help``."""
+"""Options of a command under headings, in ``--help``, and what their numbers may be."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,19 @@ import click
 
 OTHER = "Other"
 ARGUMENTS = "mbq_gguf.arguments"  # key of Context.meta
+THREADS = click.IntRange(1, 512)  # GGML_MAX_N_THREADS; many more and the system gives none, in the middle of the work
 Decorate = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Finite(click.FloatRange):
+    """A number of a range: neither NaN, which click finds in every range, nor an infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number."""
+        found = float(super().convert(value, param, ctx))
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
 
 
 class GroupedOption(click.Option):

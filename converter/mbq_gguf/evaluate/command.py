@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from mbq_gguf.option_groups import THREADS
+
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -20,7 +22,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--text", type=FILE, help="A text file to compare on without pictures.")
 @click.option("--out", type=FILE, help="Write every figure and answer as JSON.")
 @click.option("--html", type=FILE, help="Write the report as one HTML page.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads (default: all cores).")
+@click.option("--threads", type=THREADS, help="CPU threads (default: all cores).")
 @click.option("--gpu-layers", type=int, default=0, show_default=True, help="Layers on the GPU, -1 for all.")
 @click.option("--context", type=click.IntRange(min=512), default=4096, show_default=True, help="Tokens of picture, question and answer.")
 def eval_command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 from mbq_gguf.errors import UsageError
@@ -25,7 +26,13 @@ def quant_type(name: str) -> QuantType:
         return row_scale.QUANT_TYPES[upper]
     if upper in stock.NAMES:
         return stock.stock_type(upper)
-    raise UsageError(f"there is no type {name}: choose one of {', '.join(names())}")
+    raise UsageError(f"there is no type {name}{_mixture(upper)}: choose one of {', '.join(names())}")
+
+
+def _mixture(name: str) -> str:
+    """What is to be said of llama-quantize's Q4_K_M and its like, which are no types; "" of other names."""
+    main = re.sub(r"_(S|M|L)$", "", name)
+    return f" (llama-quantize mixes types under this name, {main} above all; --target-bpw mixes them here)" if main in stock.NAMES else ""
 
 
 def quant_type_for(name: str, columns: int) -> QuantType:
