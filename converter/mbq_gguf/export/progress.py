@@ -1,4 +1,4 @@
-"""Progress bars, one a stage, with the time left."""
+"""Progress bars, one a stage, with the time left; of files they count megabytes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from rich.progress import (
 from rich.text import Text
 
 from mbq_gguf.memory import on_card, own
+
+MB = 10**6
 
 
 def progress_bars(console: Console) -> Progress:
@@ -71,12 +73,12 @@ class Stages:
             self._told(stage, done, total)
 
     def counter(self, stage: str) -> Callable[[int, int], None]:
-        """For callers that tell (newly done, total): a function that keeps the sum."""
+        """For callers that tell (newly done, total) in bytes: a function that keeps the sum, and shows megabytes."""
         done = 0
 
         def advance(more: int, total: int) -> None:
             nonlocal done
             done += more
-            self(stage, done, total)
+            self(stage, done // MB, total // MB)
 
         return advance
