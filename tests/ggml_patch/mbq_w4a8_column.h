@@ -46,7 +46,7 @@ struct random_graph {
             ggml_tensor * y = ggml_mul_mat(ctx, w, x);
             if (any(6) == 0) { y->src[2] = tensors[any(tensors.size())]; }
             ggml_tensor * bias = any(2) ? tensors[any(tensors.size())] : place(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, LONG, 1));
-            const auto clear = [&](const ggml_tensor * t) { return !t || !mbq_w4a8_overlap(y, t); };
+            const auto clear = [&](const ggml_tensor * t) { return !t || !mbq_overlap(y, t); };
             do { place(y); } while (!clear(x) || !clear(bias) || !clear(y->src[2]));
             if (any(4)) {
                 ggml_tensor * sum = place(any(2) ? ggml_add(ctx, y, bias) : ggml_add(ctx, bias, y));
@@ -137,9 +137,11 @@ static int run(const int graphs) {
         together = in_order;
         std::vector<uint64_t> results(r.graph->n_nodes);
         for (int i = 0; i < r.graph->n_nodes; ++i) {
-            if (mbq_w4a8_runs(r.graph->nodes[i])) { run(in_order, r.graph->nodes[i]); }
+            if (mbq_runs(r.graph->nodes[i])) { run(in_order, r.graph->nodes[i]); }
             results[i] = read(in_order, r.graph->nodes[i]);
         }
+        r.graph->uid = g % 2*g;
+        mbq_w4a8_inputs(cuda).nodes.find(r.graph);
         std::vector<int> made;
         const auto check = [&](const int i) {
             if (read(together, r.graph->nodes[i]) != results[i]) {
@@ -148,7 +150,7 @@ static int run(const int graphs) {
             }
         };
         for (int i = 0; i < r.graph->n_nodes; ++i) {
-            if (!mbq_w4a8_runs(r.graph->nodes[i])) {
+            if (!mbq_runs(r.graph->nodes[i])) {
                 continue;
             }
             const bool was = mbq_w4a8_is_in(made, i);

@@ -41,7 +41,7 @@ struct random_graph {
     ggml_tensor * place(ggml_tensor * t, const ggml_tensor * away_from) { // somewhere in the arena
         do {
             t->data = arena + any(WORDS/64 - 8)*64;
-        } while (away_from && mbq_w4a8_overlap(t, away_from));
+        } while (away_from && mbq_overlap(t, away_from));
         return t;
     }
 
@@ -57,7 +57,7 @@ struct random_graph {
                 ranges = ranges && any(3) ? ranges : place(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, 4), nullptr);
                 t->src[2] = ranges;
             }
-            do { place(t, x); } while (t->src[2] && mbq_w4a8_overlap(t, ranges));
+            do { place(t, x); } while (t->src[2] && mbq_overlap(t, ranges));
         } else if (kind == 6) {
             t = place(ggml_neg(ctx, ggml_is_contiguous(x) ? x : ggml_cont(ctx, x)), nullptr);
         } else if (kind == 7) { // a view, of the same or of fewer columns, or of rows that lie elsewhere
@@ -107,11 +107,12 @@ static int run(const int graphs) {
             }
             return all;
         };
+        r.graph->uid = g % 2*g; // of every other graph nodes are looked at once (mbq-nodes.cuh)
         std::vector<int> held;
         for (int i = 0; i < 2*r.graph->n_nodes; ++i) { // twice
             const int at = i % r.graph->n_nodes;
             ggml_tensor * node = r.graph->nodes[at];
-            if (!mbq_w4a8_runs(node)) {
+            if (!mbq_runs(node)) {
                 continue;
             }
             ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(cuda);

@@ -46,17 +46,16 @@ static bool mbq_f16_runs(const ggml_backend_cuda_context & ctx, const ggml_cgrap
 // The last reader of the result of node i, if all who read it are such products; -1: others may look at it, see mbq_w4a8_fusion
 static int mbq_f16_last_reader(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
     const ggml_tensor * x = graph->nodes[i];
+    const mbq_span lies = mbq_span_of(x);
     int last = -1, count = 0;
     for (int j = i + 1; j < std::min(graph->n_nodes, i + 1 + MBQ_W4A8_AHEAD); ++j) {
+        const mbq_node n = mbq_w4a8_node(ctx, graph, j);
         const ggml_tensor * node = graph->nodes[j];
-        if (!mbq_w4a8_runs(node)) {
-            continue;
-        }
-        if (node->src[1] == x && node->src[0] != x && mbq_f16_runs(ctx, graph, j)) {
+        if (n.x == x->data && node->src[1] == x && node->src[0] != x && mbq_f16_runs(ctx, graph, j)) {
             last = j;
             ++count;
         }
-        if (mbq_w4a8_overlap(node, x)) {
+        if (mbq_overlap(n.writes, lies)) {
             break;
         }
     }

@@ -112,7 +112,7 @@ static int mbq_f16_gelu_behind(const ggml_cgraph * graph, const int i, const mbq
     }
     const ggml_tensor * gelu = graph->nodes[i + 1];
     const int function = mbq_w4a8_function_of(gelu);
-    return gelu->type == GGML_TYPE_F32 && ggml_is_contiguous(gelu) && mbq_f16_aligned(gelu) && !(a.bias && mbq_w4a8_overlap(a.bias, gelu)) ? function : -1;
+    return gelu->type == GGML_TYPE_F32 && ggml_is_contiguous(gelu) && mbq_f16_aligned(gelu) && !(a.bias && mbq_overlap(a.bias, gelu)) ? function : -1;
 }
 
 // The rotary embedding behind node i, the product with its bias, and a RESHAPE; nullptr: none
@@ -122,7 +122,7 @@ static const ggml_tensor * mbq_f16_rope_behind(const ggml_cgraph * graph, const 
     }
     const ggml_tensor * rope = graph->nodes[i + 2];
     const bool chain = rope->src[0] == graph->nodes[i + 1] && graph->nodes[i + 1]->src[0] == graph->nodes[i] && ggml_is_contiguous(rope->src[0]);
-    return chain && mbq_rope_takes(rope) && !(a.bias && mbq_w4a8_overlap(a.bias, rope)) ? rope : nullptr;
+    return chain && mbq_rope_takes(rope) && !(a.bias && mbq_overlap(a.bias, rope)) ? rope : nullptr;
 }
 
 // How many nodes behind i have run with it

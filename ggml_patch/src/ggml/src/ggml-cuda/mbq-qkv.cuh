@@ -122,30 +122,37 @@ static int mbq_qkv_find(const ggml_cgraph * graph, const int i, mbq_qkv_nodes & 
     return chains && memcmp(n.q->op_params, n.k->op_params, sizeof(n.q->op_params)) == 0 ? found : -1;
 }
 
+// Whether one other node reads node i
+static bool mbq_qkv_alone(const ggml_cgraph * graph, const int i) {
+    const ggml_tensor * node = graph->nodes[i];
+    return ggml_node_get_use_count(graph, i) - (node->src[1] == node) == 1 && !(node->flags & GGML_TENSOR_FLAG_OUTPUT); // ggml_cast names itself as a source
+}
+
 // Whether all from node i to v16 can run at once: only what the kernel makes is left to do, nobody else reads it, and nothing is overwritten before it is read
-static bool mbq_qkv_may_run(const ggml_cgraph * graph, const int i, const int attention, const std::vector<int> & made, mbq_qkv_nodes & n) {
+static bool mbq_qkv_may_run(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const int attention, const std::vector<int> & made, mbq_qkv_nodes & n) {
     n.last = 0;
     for (int j = i; j < attention; ++j) {
         const ggml_tensor * node = graph->nodes[j];
-        const bool alone = ggml_node_get_use_count(graph, j) == 1 && !(node->flags & GGML_TENSOR_FLAG_OUTPUT);
-        if ((node == n.q || node == n.k || node == n.attention->src[0] || node == n.k16->src[0]) && !alone) {
+        if ((node == n.q || node == n.k || node == n.attention->src[0] || node == n.k16->src[0]) && !mbq_qkv_alone(graph, j)) {
             return false;
         }
         n.last = node == n.v16 ? j : n.last;
     }
     for (int j = i + 1; j < n.last; ++j) {
         const ggml_tensor * node = graph->nodes[j];
-        const bool early = mbq_w4a8_is_in(made, j) || mbq_w4a8_is_in(made, j - 1); // see ggml_cuda_w4a8_inputs
-        if (mbq_w4a8_runs(node) && node != n.k && node != n.k16 && !early) {
+        if (node == n.k || node == n.k16 || !mbq_w4a8_node(ctx, graph, j).runs()) {
+            continue;
+        }
+        if (!mbq_w4a8_is_in(made, j) && !mbq_w4a8_is_in(made, j - 1)) { // see ggml_cuda_w4a8_inputs
             return false;
         }
     }
     for (const ggml_tensor * x : std::initializer_list<const ggml_tensor *>{ n.x(0), n.x(1), n.x(2), n.q->src[1] }) {
-        if (mbq_w4a8_overlap(x, n.k16) || mbq_w4a8_overlap(x, n.v16) || (x == n.x(0) ? !mbq_w4a8_read_in_place(x, n.q) : mbq_w4a8_overlap(x, n.q))) {
+        if (mbq_overlap(x, n.k16) || mbq_overlap(x, n.v16) || (x == n.x(0) ? !mbq_w4a8_read_in_place(x, n.q) : mbq_overlap(x, n.q))) {
             return false;
         }
     }
-    return n.last > 0 && !mbq_w4a8_overlap(n.k16, n.v16) && !mbq_w4a8_overlap(n.q, n.k16) && !mbq_w4a8_overlap(n.q, n.v16);
+    return n.last > 0 && !mbq_overlap(n.k16, n.v16) && !mbq_overlap(n.q, n.k16) && !mbq_overlap(n.q, n.v16);
 }
 
 static bool mbq_qkv_takes(const mbq_qkv_nodes & n) {
@@ -160,7 +167,7 @@ static bool mbq_qkv_takes(const mbq_qkv_nodes & n) {
 
 // Whether the kernel makes q and k for the attention whose queries node i turns
 static bool mbq_qkv_runs(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const int attention, const std::vector<int> & made, mbq_qkv_nodes & n) {
-    return mbq_qkv_may_run(graph, i, attention, made, n) && mbq_qkv_takes(n) && ggml_cuda_mbq_attention_takes(ctx, n.attention);
+    return mbq_qkv_may_run(ctx, graph, i, attention, made, n) && mbq_qkv_takes(n) && ggml_cuda_mbq_attention_takes(ctx, n.attention);
 }
 
 // The values that attention behind node i, a product of q, k and v, can read where their product stores them as F16, since nobody else reads them and nothing
@@ -179,11 +186,10 @@ static const ggml_tensor * mbq_qkv_values(const ggml_backend_cuda_context & ctx,
     for (int j = i; j <= attention; ++j) {
         const ggml_tensor * node = graph->nodes[j];
         const bool of_values = node == values || node == values->src[0] || node == n.v16->src[0] || node == n.v16;
-        const int readers = ggml_node_get_use_count(graph, j) - (node->src[1] == node); // ggml_cast names itself as a source
-        if (of_values && (readers > 1 || (node->flags & GGML_TENSOR_FLAG_OUTPUT))) {
+        if (of_values && !mbq_qkv_alone(graph, j)) {
             return nullptr;
         }
-        if (j > n.last && mbq_w4a8_runs(node) && mbq_w4a8_overlap(node, values)) {
+        if (j > n.last && mbq_overlap(mbq_w4a8_node(ctx, graph, j).writes, values)) {
             return nullptr;
         }
     }

@@ -146,7 +146,7 @@ static int mbq_w4a8_fuse_activation(ggml_backend_cuda_context & ctx, const ggml_
     const int hadamard = function == MBQ_W4A8_SWIGLU ? mbq_w4a8_hadamard_after(graph, i) : 0;
     const int end      = hadamard > 0 ? i + 3 : i;
     const mbq_w4a8_fusion f = mbq_w4a8_readers_of(ctx, graph, end);
-    const bool next = hadamard > 0 || mbq_w4a8_next_reader(ctx, graph, i, f.x) == i + 1; // see ggml_cuda_w4a8_fuse
+    const bool next = hadamard > 0 || f.readers.first == i + 1; // see ggml_cuda_w4a8_fuse
     if (f.readers.count == 0 || f.floats || !next || (function != MBQ_W4A8_SWIGLU && node->ne[0] > MBQ_W4A8_LONGEST_GELU)) {
         return -1;
     }

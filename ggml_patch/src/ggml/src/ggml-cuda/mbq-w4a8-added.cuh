@@ -18,7 +18,7 @@ struct mbq_w4a8_added {
 
 // Each element of t is read by the thread that writes it in `out`, or none of t lies there.
 static bool mbq_w4a8_read_in_place(const ggml_tensor * t, const ggml_tensor * out) {
-    return (t->data == out->data && ggml_are_same_stride(t, out)) || !mbq_w4a8_overlap(t, out);
+    return (t->data == out->data && ggml_are_same_stride(t, out)) || !mbq_overlap(t, out);
 }
 
 static mbq_w4a8_added mbq_w4a8_added_to(const ggml_cgraph * graph, const int i) {
@@ -32,7 +32,7 @@ static mbq_w4a8_added mbq_w4a8_added_to(const ggml_cgraph * graph, const int i) 
         const bool is_bias = !a.bias && ggml_is_contiguous(other) && other->ne[0] == sum->ne[0] && ggml_nelements(other) == other->ne[0];
         const bool is_more = ggml_are_same_shape(other, sum) && other->nb[0] == sizeof(float);
         const ggml_tensor * bias = is_bias ? other : a.bias;
-        if ((!is_bias && !(is_more && mbq_w4a8_read_in_place(other, sum))) || (bias && mbq_w4a8_overlap(bias, sum))) {
+        if ((!is_bias && !(is_more && mbq_w4a8_read_in_place(other, sum))) || (bias && mbq_overlap(bias, sum))) {
             break;
         }
         (is_bias ? a.bias : a.more) = other;
@@ -66,19 +66,21 @@ static std::vector<std::pair<int, mbq_w4a8_added>> mbq_w4a8_others_of(const ggml
     std::vector<std::pair<int, mbq_w4a8_added>> others;
     const ggml_tensor * first = graph->nodes[i];
     const auto dense = [](const ggml_tensor * node) { return mbq_w4a8_matrix_of(node, 0, 0).dense() && node->ne[0] % 2 == 0; };
-    for (int j = i + 1; dense(first) && others.size() + 1 < MBQ_W4A8_MATRICES && j < std::min(graph->n_nodes - 1, i + 1 + MBQ_W4A8_AHEAD); ++j) {
+    if (!dense(first)) {
+        return others;
+    }
+    const mbq_span x = mbq_span_of(first->src[1]), ranges = mbq_span_of(first->src[2]);
+    for (int j = i + 1; others.size() + 1 < MBQ_W4A8_MATRICES && j < std::min(graph->n_nodes - 1, i + 1 + MBQ_W4A8_AHEAD); ++j) {
+        const mbq_node n = mbq_w4a8_node(ctx, graph, j);
         ggml_tensor * node = graph->nodes[j];
-        if (!mbq_w4a8_runs(node)) {
-            continue;
-        }
-        if (node->op == GGML_OP_MUL_MAT && !mbq_w4a8_is_in(made, j) && mbq_w4a8_same_column(first, node) && mbq_w4a8_of_tiles(ctx, node) && dense(node)) {
+        if (n.x == first->src[1]->data && !mbq_w4a8_is_in(made, j) && mbq_w4a8_same_column(first, node) && mbq_w4a8_of_tiles(ctx, node) && dense(node)) {
             const mbq_w4a8_added a = mbq_w4a8_added_to(graph, j);
             const bool alone = a.nodes == 0 && (j == i + 1 || ggml_op_is_empty(graph->nodes[j + 1]->op));
-            if ((alone || (a.nodes == 1 && a.bias)) && mbq_w4a8_may_be_early(graph, i, { j, node, a.bias, a.out })) {
+            if ((alone || (a.nodes == 1 && a.bias)) && mbq_w4a8_may_be_early(ctx, graph, i, { j, node, a.bias, a.out })) {
                 others.push_back({ j, a });
             }
         }
-        if (mbq_w4a8_overlap(node, first->src[1]) || (first->src[2] && mbq_w4a8_overlap(node, first->src[2]))) {
+        if (mbq_overlap(n.writes, x) || mbq_overlap(n.writes, ranges)) {
             break;
         }
     }

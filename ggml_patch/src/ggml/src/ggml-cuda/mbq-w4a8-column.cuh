@@ -37,8 +37,8 @@ static bool mbq_w4a8_one_column(const ggml_backend_cuda_context & ctx, const ggm
 
 // Every CTA reads the column and its range while others write: neither may lie where the result does.
 static bool mbq_w4a8_reads_apart(const ggml_tensor * product, const ggml_tensor * out) {
-    return out->type == GGML_TYPE_F32 && ggml_is_contiguous(out) && !mbq_w4a8_overlap(product->src[1], out) &&
-        !(product->src[2] && mbq_w4a8_overlap(product->src[2], out));
+    return out->type == GGML_TYPE_F32 && ggml_is_contiguous(out) && !mbq_overlap(product->src[1], out) &&
+        !(product->src[2] && mbq_overlap(product->src[2], out));
 }
 
 static bool mbq_w4a8_same_column(const ggml_tensor * a, const ggml_tensor * b) { // of products, and of weights the same rows
@@ -62,23 +62,24 @@ static bool mbq_w4a8_sum_at(const ggml_backend_cuda_context & ctx, const ggml_cg
         s.out  = graph->nodes[i + 1];
         s.bias = s.out->src[s.out->src[0] == s.product];
         return s.bias != s.product && s.bias->type == GGML_TYPE_F32 && ggml_is_contiguous(s.bias) && ggml_are_same_shape(s.bias, s.product) &&
-            mbq_w4a8_reads_apart(s.product, s.out) && (s.bias->data == s.out->data || !mbq_w4a8_overlap(s.bias, s.out));
+            mbq_w4a8_reads_apart(s.product, s.out) && (s.bias->data == s.out->data || !mbq_overlap(s.bias, s.out));
     }
     return ggml_op_is_empty(graph->nodes[i + 1]->op) && mbq_w4a8_reads_apart(s.product, s.out);
 }
 
 // Whether a sum may be made at node i, before its turn: until then nobody reads or writes where it goes, nor writes its bias
-static bool mbq_w4a8_may_be_early(const ggml_cgraph * graph, const int i, const mbq_w4a8_sum & s) {
+static bool mbq_w4a8_may_be_early(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const mbq_w4a8_sum & s) {
+    const mbq_span out = mbq_span_of(s.out), bias = mbq_span_of(s.bias);
     for (int k = i; k < s.node; ++k) {
-        const ggml_tensor * node = graph->nodes[k];
-        if (!mbq_w4a8_runs(node)) {
+        const mbq_node n = mbq_w4a8_node(ctx, graph, k);
+        if (!n.runs()) {
             continue;
         }
-        if (mbq_w4a8_overlap(node, s.out) || (s.bias && mbq_w4a8_overlap(node, s.bias))) {
+        if (mbq_overlap(n.writes, out) || mbq_overlap(n.writes, bias)) {
             return false;
         }
-        for (const ggml_tensor * src : node->src) {
-            if (src && mbq_w4a8_overlap(src, s.out)) {
+        for (const ggml_tensor * src : graph->nodes[k]->src) {
+            if (src && mbq_overlap(out, src)) {
                 return false;
             }
         }
@@ -100,16 +101,14 @@ static std::vector<mbq_w4a8_sum> mbq_w4a8_sums_from(const ggml_backend_cuda_cont
     }
     sums.push_back(s);
     const ggml_tensor * first = s.product;
+    const mbq_span x = mbq_span_of(first->src[1]), ranges = mbq_span_of(first->src[2]);
     for (int j = i + 1; sums.size() < most && j < std::min(graph->n_nodes, i + 1 + MBQ_W4A8_AHEAD); ++j) {
-        const ggml_tensor * node = graph->nodes[j];
-        if (!mbq_w4a8_runs(node)) {
-            continue;
-        }
-        if (node->op == GGML_OP_MUL_MAT && !mbq_w4a8_is_in(made, j) && mbq_w4a8_same_column(first, node) && mbq_w4a8_sum_at(ctx, graph, j, s) &&
-                mbq_w4a8_may_be_early(graph, i, s)) {
+        const mbq_node n = mbq_w4a8_node(ctx, graph, j);
+        if (n.x == first->src[1]->data && !mbq_w4a8_is_in(made, j) && mbq_w4a8_same_column(first, graph->nodes[j]) && mbq_w4a8_sum_at(ctx, graph, j, s) &&
+                mbq_w4a8_may_be_early(ctx, graph, i, s)) {
             sums.push_back(s);
         }
-        if (mbq_w4a8_overlap(node, first->src[1]) || (first->src[2] && mbq_w4a8_overlap(node, first->src[2]))) {
+        if (mbq_overlap(n.writes, x) || mbq_overlap(n.writes, ranges)) {
             break;
         }
     }
@@ -123,9 +122,12 @@ static int mbq_w4a8_early_until(const ggml_cgraph * graph, const int i) {
         return ggml_is_row_scale_mul_mat(node) && j + 1 < graph->n_nodes && (graph->nodes[j + 1]->op == GGML_OP_ADD || ggml_op_is_empty(graph->nodes[j + 1]->op));
     };
     int last = i;
-    for (int j = i + 1; is_sum(i) && j < std::min(graph->n_nodes, i + 1 + MBQ_W4A8_AHEAD); ++j) {
+    if (!is_sum(i)) {
+        return last;
+    }
+    for (int j = i + 1; j < std::min(graph->n_nodes, i + 1 + MBQ_W4A8_AHEAD); ++j) {
         const ggml_tensor * node = graph->nodes[j];
-        if (is_sum(j) && node->src[1] == graph->nodes[i]->src[1] && node->src[0]->type == graph->nodes[i]->src[0]->type) {
+        if (node->src[1] == graph->nodes[i]->src[1] && is_sum(j) && node->src[0]->type == graph->nodes[i]->src[0]->type) {
             last = graph->nodes[j + 1]->op == GGML_OP_ADD ? j + 1 : j;
         }
     }

@@ -17,7 +17,7 @@ static mbq_w4a8_fusion mbq_w4a8_readers_of(ggml_backend_cuda_context & ctx, cons
     const ggml_tensor * x = graph->nodes[i];
     mbq_w4a8_fusion f = { { x, nullptr, x->ne[1] > MBQ_W4A8_FEW_COLUMNS ? MBQ_W4A8_TILES : MBQ_W4A8_RECORDS }, {}, true };
     if (x->type == GGML_TYPE_F32 && ggml_is_contiguous(x) && x->ne[2]*x->ne[3] == 1 && GGML_PAD(x->ne[0], 256)*sizeof(float) <= mbq_w4a8_room(ctx)) {
-        f.x.ranges = mbq_w4a8_next_ranges(graph, i, x);
+        f.x.ranges = mbq_w4a8_next_ranges(ctx, graph, i, x);
         f.readers  = mbq_w4a8_readers_after(ctx, graph, i, f.x);
         f.floats   = ggml_node_get_use_count(graph, i) != f.readers.count || (x->flags & GGML_TENSOR_FLAG_OUTPUT) || f.readers.last == graph->n_nodes - 1;
     }
@@ -53,7 +53,7 @@ static mbq_w4a8_fused_args mbq_w4a8_norm_alone(const ggml_tensor * out, half * h
 
 static bool mbq_w4a8_can_be_alone(const ggml_backend_cuda_context & ctx, const ggml_tensor * x, const ggml_tensor * out) {
     return out->type == GGML_TYPE_F32 && ggml_is_contiguous(out) && out->ne[2]*out->ne[3] == 1 && GGML_PAD(out->ne[0], 256)*sizeof(float) <= mbq_w4a8_room(ctx) &&
-        ((x->data == out->data && x->nb[1] == out->nb[1]) || !mbq_w4a8_overlap(x, out)); // a CTA has read its column before it writes it
+        ((x->data == out->data && x->nb[1] == out->nb[1]) || !mbq_overlap(x, out)); // a CTA has read its column before it writes it
 }
 
 // NORM or RMS_NORM, MUL by a weight and, behind NORM, ADD of a bias: how many nodes behind i have run with it
@@ -82,10 +82,10 @@ static int mbq_w4a8_fuse_norm(ggml_backend_cuda_context & ctx, const ggml_cgraph
     const ggml_tensor * out = graph->nodes[i + behind];
     half * halves = nullptr;
     if (alone) {
-        if (!mbq_w4a8_can_be_alone(ctx, x, out) || mbq_w4a8_overlap(read[0], out) || (read[1] && mbq_w4a8_overlap(read[1], out))) {
+        if (!mbq_w4a8_can_be_alone(ctx, x, out) || mbq_overlap(read[0], out) || (read[1] && mbq_overlap(read[1], out))) {
             return 0;
         }
-        halves = mbq_w4a8_overlap(x, out) ? nullptr : mbq_f16_hold(ctx, graph, i + behind);
+        halves = mbq_overlap(x, out) ? nullptr : mbq_f16_hold(ctx, graph, i + behind);
         if (!halves && behind != 2) {
             return 0;
         }

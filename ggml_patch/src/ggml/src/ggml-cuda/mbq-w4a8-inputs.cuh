@@ -15,10 +15,10 @@
 // their own: with several at once (GGML_CUDA_GRAPH_OPT) nothing is shared.
 
 #include "common.cuh"
-#include "ggml-backend-impl.h"
-#include "ggml-impl.h"
 #include "ggml-row-scale.h"
+#include "mbq-nodes.cuh"
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -93,6 +93,7 @@ struct ggml_cuda_w4a8_inputs {
     const ggml_tensor * values    = nullptr; // which lie as F16 from where each column's floats would begin (mbq-qkv.cuh)
 
     std::vector<int> early; // nodes, each with the one behind it, that have run before their turn (mbq-w4a8-one.cuh)
+    mbq_nodes nodes;        // of the graph
 
     // Before node i of a graph
     void step(const ggml_backend_cuda_context & ctx, const ggml_cgraph * now, const int i) {
@@ -105,6 +106,8 @@ struct ggml_cuda_w4a8_inputs {
             f16 = nullptr;
             attention = values = nullptr;
         }
+        nodes.find(now);
+        early.erase(std::remove_if(early.begin(), early.end(), [i](const int j) { return j + 1 < i; }), early.end());
         graph = ctx.concurrent_stream_context.concurrent_events.empty() && ctx.curr_stream_no == 0 ? now : nullptr;
         node  = i;
     }
@@ -147,55 +150,42 @@ static ggml_cuda_w4a8_inputs & mbq_w4a8_inputs(ggml_backend_cuda_context & ctx) 
     return *ctx.w4a8_inputs;
 }
 
-static bool mbq_w4a8_runs(const ggml_tensor * node) { // see ggml_cuda_graph_evaluate_and_capture
-    return !ggml_is_empty(node) && !ggml_op_is_empty(node->op) && (node->flags & GGML_TENSOR_FLAG_COMPUTE);
-}
-
-static bool mbq_w4a8_overlap(const ggml_tensor * a, const ggml_tensor * b) {
-    const auto end = [](const ggml_tensor * t) {
-        return (const char *) t->data + (t->buffer ? ggml_backend_buft_get_alloc_size(t->buffer->buft, t) : ggml_nbytes(t));
-    };
-    return a->data < end(b) && b->data < end(a);
+static mbq_node mbq_w4a8_node(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
+    return ctx.w4a8_inputs ? ctx.w4a8_inputs->nodes.at(graph, i) : mbq_node_of(graph->nodes[i]);
 }
 
 // The static ranges that the next product of x has
-static const ggml_tensor * mbq_w4a8_next_ranges(const ggml_cgraph * graph, const int i, const ggml_tensor * x) {
+static const ggml_tensor * mbq_w4a8_next_ranges(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const ggml_tensor * x) {
     for (int j = i + 1; j < std::min(graph->n_nodes, i + 1 + MBQ_W4A8_AHEAD); ++j) {
-        const ggml_tensor * node = graph->nodes[j];
-        if (mbq_w4a8_runs(node) && node->op == GGML_OP_MUL_MAT && mbq_w4a8_same(node->src[1], x)) {
-            return node->src[2];
+        if (mbq_w4a8_node(ctx, graph, j).x == x->data && mbq_w4a8_same(graph->nodes[j]->src[1], x)) {
+            return graph->nodes[j]->src[2];
         }
     }
     return nullptr;
 }
 
-// The node after i that reads the activations next as they say, while they and their ranges are what they were. -1: none
-static int mbq_w4a8_next_reader(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const mbq_w4a8_activations & a) {
-    for (int j = i + 1; j < std::min(graph->n_nodes, i + 1 + MBQ_W4A8_AHEAD); ++j) {
-        const ggml_tensor * node = graph->nodes[j];
-        if (!mbq_w4a8_runs(node)) {
-            continue;
-        }
-        if (node->op == GGML_OP_MUL_MAT && mbq_w4a8_same(node->src[1], a.x) && mbq_w4a8_same(node->src[2], a.ranges) &&
-                mbq_w4a8_order_of(ctx, node) == a.order) {
-            return j;
-        }
-        if (mbq_w4a8_overlap(node, a.x) || (a.ranges && mbq_w4a8_overlap(node, a.ranges))) {
-            return -1;
-        }
-    }
-    return -1;
-}
-
 struct mbq_w4a8_readers {
+    int first = -1;
     int last  = -1;
     int count = 0;
 };
 
+// The nodes after i that read the activations as they say, while they and their ranges are what they were
 static mbq_w4a8_readers mbq_w4a8_readers_after(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const mbq_w4a8_activations & a) {
     mbq_w4a8_readers readers;
-    for (int j = i; (j = mbq_w4a8_next_reader(ctx, graph, j, a)) >= 0; ++readers.count) {
-        readers.last = j;
+    const mbq_span x = mbq_span_of(a.x), ranges = mbq_span_of(a.ranges);
+    int end = i + 1 + MBQ_W4A8_AHEAD;
+    for (int j = i + 1; j < std::min(graph->n_nodes, end); ++j) {
+        const mbq_node n = mbq_w4a8_node(ctx, graph, j);
+        const ggml_tensor * node = graph->nodes[j];
+        if (n.x == a.x->data && mbq_w4a8_same(node->src[1], a.x) && mbq_w4a8_same(node->src[2], a.ranges) && mbq_w4a8_order_of(ctx, node) == a.order) {
+            readers.first = readers.count == 0 ? j : readers.first;
+            readers.last  = j;
+            readers.count++;
+            end = j + 1 + MBQ_W4A8_AHEAD;
+        } else if (mbq_overlap(n.writes, x) || mbq_overlap(n.writes, ranges)) {
+            break;
+        }
     }
     return readers;
 }

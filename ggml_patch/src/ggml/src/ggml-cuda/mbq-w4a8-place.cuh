@@ -13,15 +13,15 @@ static constexpr int64_t MBQ_W4A8_PLACED_COLUMNS = 2048;
 static mbq_w4a8_codes mbq_w4a8_place(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const mbq_w4a8_function function) {
     ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(ctx);
     const ggml_tensor * x = graph->nodes[i];
-    const mbq_w4a8_activations a = { x, mbq_w4a8_next_ranges(graph, i, x), MBQ_W4A8_TILES };
+    const mbq_w4a8_activations a = { x, mbq_w4a8_next_ranges(ctx, graph, i, x), MBQ_W4A8_TILES };
     const int n_flags = mbq_w4a8_n_flags(ctx, a.order);
     if (x->type != GGML_TYPE_F32 || !ggml_is_contiguous(x) || x->ne[2]*x->ne[3] != 1 || x->ne[0] % 256 != 0 || x->ne[1] < MBQ_W4A8_PLACED_COLUMNS ||
             (uintptr_t) x->data % 16 != 0 || !a.ranges || a.ranges->nb[1] != 0 || inputs.node <= inputs.placed_last) {
         return {};
     }
     GGML_ASSERT(mbq_w4a8_int8::bytes(x->ne[0], x->ne[1], a.order, n_flags) <= ggml_nbytes(x));
-    for (int j = inputs.node; j <= i; ++j) { // behind that: mbq_w4a8_next_reader
-        if (mbq_w4a8_overlap(graph->nodes[j], a.ranges)) {
+    for (int j = inputs.node; j <= i; ++j) { // behind that: mbq_w4a8_readers_after
+        if (mbq_overlap(mbq_w4a8_node(ctx, graph, j).writes, a.ranges)) {
             return {};
         }
     }
@@ -43,7 +43,7 @@ static mbq_w4a8_codes mbq_w4a8_place_gelu(ggml_backend_cuda_context & ctx, const
         return {};
     }
     const mbq_w4a8_function function = mbq_w4a8_function_of(graph->nodes[gelu]);
-    if (function == MBQ_W4A8_NONE || mbq_w4a8_overlap(graph->nodes[gelu], graph->nodes[i]->src[1])) { // which may be codes there
+    if (function == MBQ_W4A8_NONE || mbq_overlap(graph->nodes[gelu], graph->nodes[i]->src[1])) { // which may be codes there
         return {};
     }
     return mbq_w4a8_place(ctx, graph, gelu, function);
