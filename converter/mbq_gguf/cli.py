@@ -24,6 +24,18 @@ DIRECTORY = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
+WHOLE = "nothing half-written is left"
+GOES_ON = f"{WHOLE}; the same command goes on from what is finished"
+STOPPED = {  # what is left of a command that writes; others have nothing to say
+    "build": WHOLE,
+    "convert": GOES_ON,
+    "demo": GOES_ON,
+    "demo-model": WHOLE,
+    "eval": f"{WHOLE}; with --out or --html the same command goes on from what is finished",
+    "imatrix": WHOLE,
+}
+
+
 class Commands(click.Group):
     """A group that prints one of :data:`SHOWN` as its sentence and ends with its exit code."""
 
@@ -49,20 +61,20 @@ class Commands(click.Group):
             Console(stderr=True).print("[bold red]error:[/] a path is longer than the file system takes: shorten it", highlight=False)
             sys.exit(2)
         except KeyboardInterrupt:
-            _say_stopped()
+            _say_stopped(ctx.invoked_subcommand)
             sys.exit(130)
         except SystemExit as end:
             if end.code in (129, 143):
-                _say_stopped()
+                _say_stopped(ctx.invoked_subcommand)
             raise
 
 
-def _say_stopped() -> None:
+def _say_stopped(command: str | None) -> None:
     if not launch.first():
         return
-    left = launch.ENDED if launch.count() > 1 else "nothing half-written is left; the same command goes on from here"
+    left = launch.ENDED if launch.count() > 1 else STOPPED.get(command or "")
     with suppress(OSError):  # SIGHUP: the terminal is gone
-        Console(stderr=True).print(f"stopped: {left}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"stopped: {left}" if left else "stopped", highlight=False, soft_wrap=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

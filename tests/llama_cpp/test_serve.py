@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -32,8 +34,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_serve_prints_address_and_key_and_ends_with_ctrl_c(tiny_pair: Pair) -> None:
     port = free_port()
     command = [*COMMAND, "serve", str(tiny_pair.model), "--port", str(port), "--", "--threads", "1", "--ctx-size", "512"]
-    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    with started(*command, **default) as user:
+    with started(*command, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as user:
         assert user.stdout.readline() == f"http://127.0.0.1:{port}\n"
         key = re.match(r"key: (\w{32}) ", user.stdout.readline())
         assert key is not None
@@ -41,9 +42,21 @@ def test_serve_prints_address_and_key_and_ends_with_ctrl_c(tiny_pair: Pair) -> N
         assert reply["modalities"]["vision"], "the vision file beside it was found"
         [server] = server_of(user.pid)
         user.send_signal(signal.SIGINT)
-        user.communicate(timeout=30)
+        assert user.communicate(timeout=30)[1] == "stopped\n"
     assert user.returncode == 130
     assert not alive(server)
+
+
+def test_why_a_server_ended_by_itself_is_said(tiny_pair: Pair) -> None:
+    command = [*COMMAND, "serve", str(tiny_pair.model), "--port", str(free_port()), "--", "--threads", "1", "--ctx-size", "512"]
+    with started(*command, stderr=subprocess.PIPE) as user:
+        for _ in range(3):
+            user.stdout.readline()
+        [server] = server_of(user.pid)
+        os.kill(server, signal.SIGKILL)
+        said = user.communicate(timeout=30)[1]
+    assert user.returncode == 1
+    assert re.match(r"error: llama-server ended by itself with signal 9 \(.+\): start it again", said)
 
 
 def server_of(pid: int) -> list[int]:
@@ -86,6 +99,25 @@ def test_an_option_that_llama_server_does_not_know(tiny_pair: Pair) -> None:
     done = run("serve", tiny_pair.model, "--port", free_port(), "--", "--no-such-option")
     assert done.returncode == 1
     assert "llama-server did not start (error: invalid argument: --no-such-option" in done.stderr
+
+
+@pytest.mark.parametrize("port", ["99999", "http", "-1"])
+def test_a_port_that_is_none(tiny_pair: Pair, port: str) -> None:
+    done = run("serve", tiny_pair.model, "--", "--port", port)
+    assert done.returncode == 2
+    assert done.stderr == f"error: --port {port} is none: give a number from 1 to 65535\n"
+
+
+def test_a_context_that_is_too_large_is_said_with_its_cause(tiny_pair: Pair) -> None:
+    """13 GB of keys and values where a process may have 8."""
+    options = ["--", "--threads", "1", "--fit", "off", "--ctx-size", str(1 << 24)]
+    command = [*COMMAND, "serve", str(tiny_pair.model), "--port", str(free_port()), *options]
+    limit = (8 << 30, 8 << 30)
+    done = subprocess.run(
+        command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert "failed to allocate buffer for kv cache" in done.stderr
 
 
 def test_a_context_that_is_too_small_is_said(tiny_pair: Pair) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mbq_gguf.errors import UsageError, UserError
+from mbq_gguf.errors import UsageError
 from mbq_gguf.export.gguf_specials import file_specials
 from mbq_gguf.llama_cpp.server import Answer, LlamaServer, Server
 from mbq_gguf.llama_cpp.steps import say
@@ -30,8 +30,7 @@ def serve(file: Path, mmproj: Path | None, port: int, options: Sequence[str], co
         if server.key:
             say(console, f"key: {server.key} (the page asks for it; programs send it as `Authorization: Bearer KEY`)")
         say(console, "Ctrl-C stops it")
-        code = server.wait()
-    raise UserError(f"llama-server ended by itself with exit code {code}: start it again, with `-- --log-file FILE` to see why")
+        server.wait()
 
 
 def ask(

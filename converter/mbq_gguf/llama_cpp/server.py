@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, NoReturn, Self
 
 import requests
 
@@ -30,6 +31,7 @@ from mbq_gguf.picture import png
 
 START_SECONDS = 600.0  # large models on slow disks load for minutes
 ANSWER_SECONDS = 600.0  # one answer, waiting for a free slot included
+LOGGED = re.compile(r"^\d+(\.\d+){3} [A-Z] ([a-z]{3,4} +)?")  # time, level and module of a line of its log
 START_TRIES = 3  # another program may take the free port before the server does
 # The kernel ends a tethered server with the thread that started it: this one lasts as long as the process.
 _STARTER = ThreadPoolExecutor(1, thread_name_prefix="llama-server")
@@ -65,7 +67,7 @@ class Server:
             self._command += ["--mmproj", str(mmproj.absolute())]
         self._command += [*closed.OPTIONS, *options]
         self._host = _last_value(options, "--host") or "127.0.0.1"
-        self._port = int(_last_value(options, "--port") or port)
+        self._port = _port(_last_value(options, "--port") or str(port))
         self._log_file = log_file
         self._exit = ExitStack()
         self._process: subprocess.Popen[str] | None = None
@@ -99,10 +101,14 @@ class Server:
             raise RuntimeError("the server runs only inside the with block")
         return self._process.pid
 
-    def wait(self) -> int:
-        """Wait until the server ends by itself; its exit code."""
+    def wait(self) -> NoReturn:
+        """Wait until the server ends by itself. Raises UserError, which says how."""
         assert self._process is not None
-        return self._process.wait()
+        code = self._process.wait()
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        raise UserError(
+            f"llama-server ended by itself with {how} ({self._last_words()}): start it again, `-- --log-file FILE` keeps its log"
+        )
 
     def ask(
         self, images: Path | Sequence[Path] | None, question: str, max_tokens: int = 64, *, temperature: float = 0.0, seed: int = 0
@@ -184,11 +190,13 @@ class Server:
             self._process.wait()
 
     def _last_words(self, lines: int = 4) -> str:
-        """The last lines of the server's log that speak of an error, else simply the last ones; three that only pass on follow a cause."""
+        """The last lines of the server's log that speak of an error, else simply the last ones, without what its log puts before them and
+        each once; three that only pass on follow a cause."""
         assert self._log is not None
-        said = [line.strip() for line in Path(self._log.name).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        logged = Path(self._log.name).read_text(encoding="utf-8", errors="replace").splitlines()
+        said = [text for line in logged if (text := LOGGED.sub("", line).strip())]
         errors = [line for line in said if any(word in line.lower() for word in ("error", "failed", "couldn't", "unknown"))]
-        words = " | ".join((errors or said)[-lines:]) or "it said nothing"
+        words = " | ".join(list(dict.fromkeys(errors or said))[-lines:]) or "it said nothing"
         return f"{words}; the log is {self._log_file}" if self._log_file else words
 
 
@@ -238,6 +246,12 @@ def _last_value(options: Sequence[str], name: str) -> str | None:
     """What follows the last `name` among `options`, which is what llama-server takes; None where it is not there."""
     values = [value for option, value in pairwise(options) if option == name]
     return values[-1] if values else None
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise UsageError(f"--port {text} is none: give a number from 1 to 65535")
+    return int(text)
 
 
 def _taken(port: int) -> bool:
