@@ -312,6 +312,14 @@ def test_output_that_is_a_folder(tiny_dir: Path, tmp_path: Path) -> None:
     assert "is a directory" in result.stderr.splitlines()[-1]  # click's own refusal, after a line on usage
 
 
+@pytest.mark.parametrize("command", ["convert", "imatrix"])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_output_that_is_a_file_of_the_model(command: str, file: str, model: Path) -> None:
+    before = (model / file).read_bytes()
+    assert f"{file} is there and is no GGUF file" in refused(command, model, model / file)
+    assert (model / file).read_bytes() == before
+
+
 def test_output_where_nothing_can_be_written(tiny_dir: Path) -> None:
     assert "cannot write in /proc" in refused("convert", tiny_dir, "/proc/model.gguf")
 

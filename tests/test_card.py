@@ -73,6 +73,13 @@ def test_the_readme_of_somebody_else_stays(tiny_dir: Path, tmp_path: Path) -> No
     assert card.read_text() == "# Mine\n"
 
 
+def test_a_card_of_what_is_no_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# Mine\n")
+    ended = CliRunner().invoke(main, ["card", str(tmp_path / "README.md")])
+    assert ended.exit_code == 1
+    assert "README.md is no GGUF file" in ended.stderr
+
+
 def test_a_command_cannot_end_the_mark(tmp_path: Path) -> None:
     kept = {"a.gguf": {"command": "convert 'x --> y'"}}
     text = json.dumps(kept).replace(">", "\\u003e")

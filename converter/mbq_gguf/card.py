@@ -72,7 +72,7 @@ def made_before(card: Path) -> dict[str, dict[str, str]]:
         return {}
     found = MARK.search(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
     if found is None:
-        raise UsageError(f"{card} was not written by mbq-gguf: move it away, or leave out --card")
+        raise UsageError(f"{card} was not written by mbq-gguf: move it away, or do without a card")
     kept = json.loads(found[1])
     return {str(name): dict(made) for name, made in kept.items()}
 

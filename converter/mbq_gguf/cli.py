@@ -16,7 +16,7 @@ from mbq_gguf import __version__, launch, settings
 from mbq_gguf.convert_command import convert
 from mbq_gguf.errors import SHOWN, UsageError
 from mbq_gguf.evaluate.command import eval_command
-from mbq_gguf.export.atomic import check_output
+from mbq_gguf.export.atomic import check_gguf_output
 from mbq_gguf.hub import model_directory
 from mbq_gguf.llama_cpp.locks import termination_as_exit
 
@@ -231,7 +231,7 @@ def imatrix(
     `convert` needs no such file: it calibrates by itself, and its rounding keeps far more.
     """
     console = Console()
-    check_output(out)  # before gigabytes are fetched
+    check_gguf_output(out)  # before gigabytes are fetched
     model_dir = model_directory(model, revision, console, trust_remote_code)
     from mbq_gguf.imatrix import make_imatrix
 
@@ -257,7 +257,9 @@ def models(as_json: bool) -> None:
 def card(out: Path) -> None:
     """Write or renew README.md beside the GGUF file OUT: a model card, with what `eval --out` found if its JSON lies there."""
     from mbq_gguf.card import write_card
+    from mbq_gguf.export.gguf_header import read_header
 
+    read_header(out)  # what is wrong with OUT is said before what is wrong with README.md
     Console().print(f"{write_card(out)} written", highlight=False, soft_wrap=True)
 
 

@@ -21,7 +21,7 @@ from mbq_gguf.calibration.spill import spilling
 from mbq_gguf.convert_options import ConvertOptions as ConvertOptions
 from mbq_gguf.cost import sites_of, to_round
 from mbq_gguf.export import metadata
-from mbq_gguf.export.atomic import check_output, claimed, staged
+from mbq_gguf.export.atomic import check_gguf_output, claimed, staged
 from mbq_gguf.export.gguf_writer import TextFile, VisionFile, write_mmproj, write_text
 from mbq_gguf.export.injection import TensorRecord
 from mbq_gguf.export.progress import Stages, progress_bars
@@ -67,8 +67,8 @@ def convert(options: ConvertOptions, console: Console, told: Callable[[str, int,
     Both files appear when both are whole; a run that was stopped goes on after its last finished layer. Raises UserError or UsageError
     for everything a user can mend: directory, architecture, weights, images, types, and output paths and disks.
     """
-    check_output(options.out)
-    check_output(options.mmproj)
+    check_gguf_output(options.out)
+    check_gguf_output(options.mmproj)
     shared = [] if options.work_dir is None else [options.work_dir]
     alone = language_model_alone(options.language_model_only)
     with claimed(options.out, options.mmproj, *shared), remote_code(options.trust_remote_code), alone:

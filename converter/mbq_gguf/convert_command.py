@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mbq_gguf import launch, settings
 from mbq_gguf.errors import UsageError
-from mbq_gguf.export.atomic import check_output
+from mbq_gguf.export.atomic import check_gguf_output
 from mbq_gguf.hub import model_directory
 from mbq_gguf.option_groups import ARGUMENTS, THREADS, Finite, GroupedCommand, option_group
 from mbq_gguf.settings import QuantiseSettings
@@ -219,7 +219,7 @@ def convert(context: click.Context, /, model: str, type_: str, revision: str | N
     if dry_run and not launch.first():
         return
     console = Console(quiet=not launch.first())
-    check_output(options["out"])  # before gigabytes are fetched
+    check_gguf_output(options["out"])  # before gigabytes are fetched
     if card:
         from mbq_gguf.card import check_card
 

@@ -22,7 +22,7 @@ from mbq_gguf.beforehand import check_inputs, check_tower, look_ahead
 from mbq_gguf.calibration.dataset import FREE_ANSWER_TOKENS, FREE_QUESTION, Drawn
 from mbq_gguf.convert import ConvertOptions, Quantised, text_file
 from mbq_gguf.cost import CARD, Speed, Work, memory, rates_at, stage_seconds, work_of
-from mbq_gguf.export.atomic import check_output
+from mbq_gguf.export.atomic import check_gguf_output
 from mbq_gguf.export.gguf_writer import HEAD, TextFile, VisionFile, measure_mmproj, measure_text
 from mbq_gguf.export.report import ConvertReport, duration, megabytes, type_table
 from mbq_gguf.formats.quantised import QuantisedTensor
@@ -67,8 +67,8 @@ class Expected:
 
 def dry_run(options: ConvertOptions, console: Console) -> Expected:
     """Check what can be checked and tell what to expect; raises UserError and UsageError as ``convert`` does at its start."""
-    check_output(options.out)
-    check_output(options.mmproj)
+    check_gguf_output(options.out)
+    check_gguf_output(options.mmproj)
     with remote_code(options.trust_remote_code), language_model_alone(options.language_model_only):
         return _dry_run(options, console)
 

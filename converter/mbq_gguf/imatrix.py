@@ -12,7 +12,7 @@ from mbq_gguf.calibration.dataset import draw_samples
 from mbq_gguf.calibration.importance import importance
 from mbq_gguf.calibration.stream import capture
 from mbq_gguf.errors import UsageError
-from mbq_gguf.export.atomic import check_output
+from mbq_gguf.export.atomic import check_gguf_output
 from mbq_gguf.export.imatrix import write_imatrix
 from mbq_gguf.export.progress import Stages, progress_bars
 from mbq_gguf.export.rehearsal import rehearse, rehearse_quantised
@@ -38,7 +38,7 @@ def make_imatrix(
     ``calib`` as in :func:`draw_samples`. Raises UserError or UsageError for a directory, a set, a device or an output that will not do.
     """
     check_device(device)
-    check_output(out)
+    check_gguf_output(out)
     with remote_code(trust_remote_code):
         return _make_imatrix(model_dir, out, calib, samples, seed, device, console)
 

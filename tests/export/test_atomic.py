@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from mbq_gguf.errors import UsageError, UserError
-from mbq_gguf.export.atomic import check_output, check_space, claimed, hidden, staged
+from mbq_gguf.export.atomic import check_gguf_output, check_output, check_space, claimed, hidden, staged
 from mbq_gguf.workdir import TEMPORARY, open_workdir
 
 
@@ -90,6 +90,21 @@ def test_devices_and_pipes_are_refused(make: Callable[[Path], None], tmp_path: P
     make(path)
     with pytest.raises(UsageError, match="is a device or a pipe"):
         check_output(path)
+
+
+@pytest.mark.parametrize("name", ["out.gguf", "linked.gguf"])
+def test_what_is_no_gguf_file_is_not_replaced(name: str, tmp_path: Path) -> None:
+    out = tmp_path / name
+    if name == "linked.gguf":
+        out.symlink_to(tmp_path / "target")
+    check_gguf_output(out)
+    for content in (b"", b"GGUF", b"GGUF and more"):
+        out.write_bytes(content)
+        check_gguf_output(out)
+    for content in (b"{", b'{"a": 1}', b"GGML"):
+        out.write_bytes(content)
+        with pytest.raises(UsageError, match=f"{name} is there and is no GGUF file: move it away"):
+            check_gguf_output(out)
 
 
 def test_a_link_is_written_through(tmp_path: Path) -> None:

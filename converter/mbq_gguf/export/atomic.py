@@ -17,6 +17,7 @@ from mbq_gguf.errors import UsageError, UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, or the largest file allowed
 PART = ".part"
+GGUF = b"GGUF"  # how such a file begins
 
 
 def check_output(path: Path) -> None:
@@ -34,6 +35,21 @@ def check_output(path: Path) -> None:
             pass
     except OSError as error:
         raise UsageError(f"cannot write in {folder} ({reason(error)}): choose another place for {path.name}") from error
+
+
+def check_gguf_output(path: Path) -> None:
+    """The same for a GGUF file, which takes the place of another GGUF file or of an empty one, and of nothing else: two arguments in the
+    wrong order must not cost a model's config.json."""
+    check_output(path)
+    try:
+        with path.open("rb") as file:
+            begins = file.read(len(GGUF))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(f"{path} is there and cannot be read ({reason(error)}): move it away, or choose another name") from error
+    if begins not in (b"", GGUF):
+        raise UsageError(f"{path} is there and is no GGUF file: move it away, or choose another name")
 
 
 def check_space(folder: Path, needed: int) -> None:
