@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -36,10 +36,11 @@ class Workers(Generic[Tool]):
         for tool in tools:
             self._free.put(tool)
 
-    def each(self, pieces: Sequence[Piece], compute: Callable[[Tool, Piece], Value]) -> Iterator[Value]:
+    def each(self, pieces: Iterable[Piece], compute: Callable[[Tool, Piece], Value]) -> Iterator[Value]:
         """What ``compute`` makes of each of ``pieces``, in order, without gradients, and with a worker's share of the caller's cores.
 
-        One piece for each worker is on its way while the caller works with the one before, and may give the workers other pieces.
+        One piece for each worker is on its way while the caller works with the one before, and may give the workers other pieces;
+        it makes the ``pieces`` themselves meanwhile, where they are an iterator.
         """
         share = max(1, torch.get_num_threads() // self._count)
 

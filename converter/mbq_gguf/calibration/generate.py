@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -68,16 +67,16 @@ def written_texts(
         if loaded.device.type != "cpu" or fast_bfloat16():
             return write(loaded.model, slice(0, count))
         _lay_by_columns(loaded)
-        return torch.cat(_in_parts(loaded.model, count, write, stop))
+        return torch.cat(_in_parts(loaded, count, write, stop))
 
 
-def _in_parts(model: nn.Module, count: int, write: Callable[[nn.Module, slice], torch.Tensor], stop: Event) -> list[torch.Tensor]:
+def _in_parts(loaded: LoadedModel, count: int, write: Callable[[nn.Module, slice], torch.Tensor], stop: Event) -> list[torch.Tensor]:
     """What ``write`` makes of each part of ``count`` texts, in a thread of its own; ``stop`` is set where one of them ends early."""
     parts = min(HALVES, count, torch.get_num_threads())
     texts = [slice(*bounds) for bounds in pairwise(count * part // parts for part in range(parts + 1))]
     with threads(max(1, torch.get_num_threads() // parts)), ThreadPoolExecutor(parts) as pool:
         try:
-            return list(pool.map(write, [_twin(model) for _ in texts], texts))
+            return list(pool.map(write, [loaded.twin().model for _ in texts], texts))
         except BaseException:
             stop.set()
             raise
@@ -89,11 +88,6 @@ def _lay_by_columns(loaded: LoadedModel) -> None:
     for module in loaded.decoder.layers.modules():
         if isinstance(module, nn.Linear):
             module.weight.data = module.weight.data.t().contiguous().t()
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """``model`` in modules of its own over the same tensors: Qwen2-VL's remember what the latest call was about."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def to_dtype(values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:

@@ -15,10 +15,9 @@ import torch
 from mbq_gguf.calibration.dataset import FREE_QUESTION, Sample
 from mbq_gguf.calibration.generate import written_texts
 from mbq_gguf.calibration.pictures import picture
-from mbq_gguf.calibration.stream import capture_encoded
+from mbq_gguf.calibration.stream import capture_each
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.loaded import LoadedModel
-from mbq_gguf.parallel import spread_values
 
 TEXT_TOKENS = 128  # as long as the reference VLM's six minutes allow
 TEMPERATURE = 1.6  # 1.0 gives too plain texts: 0.60 to 0.64 nats on text, 0.53 to 0.57 with 1.3 to 2.0; photographs suffer from 2.0
@@ -31,13 +30,15 @@ def written(loaded: LoadedModel, count: int, progress: Callable[[int, int], None
     return written_texts(loaded, count, TEXT_TOKENS, TEMPERATURE, SEED, progress)
 
 
-def synthetic_streams(loaded: LoadedModel, texts: torch.Tensor, samples: Sequence[Sample], pictures: int) -> Iterator[Streamed]:
-    """Each of ``texts`` [count, tokens] and so many ``pictures``, before layer 0. They have no answers."""
-    yield from spread_values(list(texts), lambda ids: capture_encoded(loaded, loaded.encode_text(ids)))
+def synthetic_streams(
+    loaded: LoadedModel, texts: torch.Tensor, samples: Sequence[Sample], pictures: int, workers: int = 1
+) -> Iterator[Streamed]:
+    """Each of ``texts`` [count, tokens] and so many ``pictures``, before layer 0, by :func:`capture_each`. They have no answers."""
+    yield from capture_each(loaded, list(texts), loaded.encode_text, workers=workers)
     draw = np.random.default_rng(SEED)
     asked = sorted({question for sample in samples for question, _ in sample.turns}) or [FREE_QUESTION]
     drawn = []
     for _ in range(pictures):
         question = FREE_QUESTION if draw.random() < FREE_SHARE else str(draw.choice(asked))
         drawn.append((picture(draw), question))
-    yield from spread_values(drawn, lambda pair: capture_encoded(loaded, loaded.encode(pair[0], [(pair[1], "")])))
+    yield from capture_each(loaded, drawn, lambda pair: loaded.encode(pair[0], [(pair[1], "")]), workers=workers)

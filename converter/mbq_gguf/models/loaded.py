@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ class LoadedModel:
             value = value.to(self.device)
             encoded.inputs[name] = value.to(self.dtype) if value.is_floating_point() else value
         return encoded
+
+    def twin(self) -> LoadedModel:
+        """The same model in modules of its own over the same tensors: two threads can run it at a time, since Qwen2-VL's modules remember
+        what the latest call was about."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        shared = {id(each): each for each in (*tensors, self.decoder.layout)}
+        model, decoder = copy.deepcopy((self.model, self.decoder), shared)
+        return replace(self, model=model, decoder=decoder)
 
     def hold(self, dtype: torch.dtype | None = None) -> None:
         """Read all decoder layers, to ``device`` and ``dtype`` (None: as stored), for who runs the whole model."""

@@ -19,6 +19,7 @@ from mbq_gguf.calibration.synthetic import synthetic_streams, written
 from mbq_gguf.parallel import from_first
 from mbq_gguf.transforms.preserved import FunctionCheck
 from mbq_gguf.transforms.rotation import draw, file_keys, rotated_embeddings, rotated_projector
+from mbq_gguf.walk.ahead import workers
 from mbq_gguf.walk.state import Walk, made
 
 ROTATION_SEED = 0
@@ -28,7 +29,7 @@ def capture_samples(walk: Walk) -> None:
     """Run the samples up to the first layer."""
     walk.captured = []
     with walk.timed("capture"):
-        for stream in capture(walk.loaded, walk.samples, walk.settings.answer_mask):
+        for stream in capture(walk.loaded, walk.samples, walk.settings.answer_mask, workers(walk.loaded.device)):
             walk.captured.append(stream)
             walk.progress("capture", len(walk.captured), len(walk.samples))
 
@@ -67,7 +68,7 @@ def add_synthetic(walk: Walk) -> None:
 
     ids = walk.work.cached("texts", texts)[0]["ids"]
     with walk.timed("capture"):
-        for number, stream in enumerate(synthetic_streams(walk.loaded, ids, walk.samples, pictures)):
+        for number, stream in enumerate(synthetic_streams(walk.loaded, ids, walk.samples, pictures, workers(walk.loaded.device))):
             captured.append(stream)
             walk.progress("synthetic", number + 1, count + pictures)
 
