@@ -23,6 +23,7 @@ import torch
 from mbq_gguf.calibration.precision import fast_bfloat16
 from mbq_gguf.convert import ConvertOptions, convert
 from mbq_gguf.export.gguf_header import read_header
+from mbq_gguf.rounding.kernels import kernels_for
 from rich.console import Console
 from tiny_vlm import write_tiny_vlm
 
@@ -49,9 +50,10 @@ UNSTABLE_KEYS = ("mbq.tool", "mbq.calibration.fingerprint")  # the version; the 
 
 
 def kernels() -> str:
-    """What decides how floating-point sums come out: torch, its CPU capability and bfloat16 unit, and whose CPU it is (MKL asks)."""
+    """What decides how floating-point sums come out: torch, its CPU capability and bfloat16 unit, whose CPU it is (MKL asks), and whether a
+    compiler is there for rounding's kernels."""
     vendor = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("vendor_id")), platform.processor())
-    low = ", bf16" if fast_bfloat16() else ""
+    low = (", bf16" if fast_bfloat16() else "") + (", compiled" if kernels_for(torch.empty(0)) else "")
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}{low}, {vendor} {platform.machine()}"
 
 

@@ -23,14 +23,16 @@ def test_what_decides_a_layer_is_in_it() -> None:
     assert {"convert.py", "export/injection.py", "quantise.py"} <= sources("convert")
 
 
-def test_another_source_is_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changed", ["second.py", "second.c"])
+def test_another_source_is_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
     name = module.PACKAGE.name
     (tmp_path / name).mkdir()
     monkeypatch.setattr(module, "PACKAGE", tmp_path / name)
     (tmp_path / name / "first.py").write_text(f"from {name} import second\n")
+    (tmp_path / name / "second.py").write_text("")
     hashes = []
     for text in ("a = 1\n", "a = 2\n"):
-        (tmp_path / name / "second.py").write_text(text)
+        (tmp_path / name / changed).write_text(text)
         code_hash.cache_clear()
         hashes.append(code_hash("first"))
     code_hash.cache_clear()

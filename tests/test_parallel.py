@@ -31,7 +31,8 @@ SETTINGS = QuantiseSettings(token_weights="token", synthetic=2)
 def quantised(model: str, out: str, work: str) -> None:
     """Quantise ``model`` in pieces so small that every process has several, and save what the first has to write to ``out``."""
     torch.set_num_threads(1)
-    batches.TOKENS, sums.TILE, gptq.ROWS_AT_ONCE, gptq.COLUMNS_SOLVED = 200, 48, 32, 24
+    batches.TOKENS, sums.TILE, gptq.ROWS_AT_ONCE = 200, 48, 32
+    gptq.COLUMNS_SOLVED["cpu"] = 24
     samples = [Sample(s.image, s.turns[:1]) for s in read_jsonl(SHIPPED)[:3]]
     with together("cpu"):
         kept = open_workdir(Path(work), {"model": "tiny"}) if launch.first() else WorkDir(Path(work), "")

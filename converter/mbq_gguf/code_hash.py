@@ -14,11 +14,12 @@ WITHOUT = ("llama_cpp",)
 
 @cache
 def code_hash(module: str) -> str:
-    """SHA-256 over the sources of ``module`` ("quantise", "export.gguf_writer") of this package and of all that it imports from it."""
+    """SHA-256 over the sources of ``module`` ("quantise", "export.gguf_writer") of this package and of all that it imports from it, with
+    the C sources of their names."""
     found: set[Path] = set()
     _collect(_file(module), found)
     digest = hashlib.sha256()
-    for file in sorted(found):
+    for file in sorted(found | {source for file in found if (source := file.with_suffix(".c")).is_file()}):
         digest.update(f"{file.relative_to(PACKAGE)} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
     return digest.hexdigest()
 

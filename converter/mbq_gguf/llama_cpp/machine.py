@@ -75,8 +75,8 @@ class Toolchain:
 def find_toolchain(backend: str) -> Toolchain:
     """Look for everything that a build needs, before anything is fetched. Raises UserError naming the first that is missing."""
     cmake, git = find_tool("cmake"), find_tool("git")
-    c_compiler, cxx_compiler = _compiler("CC", "cc", "gcc", "clang"), _compiler("CXX", "c++", "g++", "clang++")
-    if cxx_compiler is None or c_compiler is None:
+    c_found, cxx_compiler = c_compiler(), _compiler("CXX", "c++", "g++", "clang++")
+    if cxx_compiler is None or c_found is None:
         raise UserError("no C and C++ compiler was found: install one, for example with `apt install g++`, or set CC and CXX")
     if not _shares_runtime(cxx_compiler):
         raise UserError(
@@ -90,7 +90,7 @@ def find_toolchain(backend: str) -> Toolchain:
     ninja = find_tool("ninja", "ninja-build")
     if ninja is None and find_tool("make") is None:
         raise UserError("neither ninja nor make was found: install ninja with `pip install 'mbq-gguf[build]'`")
-    return Toolchain(cmake, ninja, git, c_compiler, cxx_compiler, _nvcc() if backend == "cuda" else None)
+    return Toolchain(cmake, ninja, git, c_found, cxx_compiler, _nvcc() if backend == "cuda" else None)
 
 
 def _shares_runtime(compiler: Path) -> bool:
@@ -113,6 +113,11 @@ def gpu_architectures() -> str:
     if not found:
         raise UserError("no NVIDIA GPU is visible here: name the ones to build for, for example with `--cuda-architectures 90`")
     return ";".join(f"{number}-real" for number in found)
+
+
+def c_compiler() -> Path | None:
+    """The C compiler, or None."""
+    return _compiler("CC", "cc", "gcc", "clang")
 
 
 def _compiler(variable: str, *names: str) -> Path | None:

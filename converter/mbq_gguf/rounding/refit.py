@@ -80,8 +80,8 @@ def _fill(
     offset: torch.Tensor,
     hessian: torch.Tensor,
 ) -> None:
-    """F H F^T into ``system`` [rows, 2 groups, 2 groups] and F H (w - v) into ``right`` [rows, 2 groups], in the order of
-    :func:`_backwards`: the system is solved for changes."""
+    """The lower triangle of F H F^T into ``system`` [rows, 2 groups, 2 groups] and F H (w - v) into ``right`` [rows, 2 groups], in the
+    order of :func:`_backwards`: the system is solved for changes."""
     rows, groups = scale.shape
     split = codes.view(rows, groups, -1)
     pull = ((weight - _values(codes, scale, offset)) @ hessian).view_as(split)  # of the error as it is
@@ -117,7 +117,7 @@ def _held_in_turn(grid: Grid, scale: torch.Tensor, offset: torch.Tensor, lower: 
     """
     fused, left = kernels_for(lower), halfway.clone()
     if fused:
-        return *fused.take_steps(left, lower.contiguous(), scale, offset, grid.held_pair is not None), left
+        return *fused.take_steps(left, lower, scale, offset, grid.held_pair is not None), left
     new_scale, new_offset, left = _recorded(grid)(left, lower, scale, offset)
     return new_scale, new_offset, left
 

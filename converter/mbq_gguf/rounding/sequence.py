@@ -136,9 +136,10 @@ def _crossed(found: Moments) -> Callable[[torch.Tensor, slice], torch.Tensor]:
 
 
 def _through_inverse(change: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
-    """``change`` [rows, columns] times U^T U, in its place. What lies below the diagonal of U is left out, 4096 columns at a time: a
-    correction of 3584 x 18944 takes 0.11 s on a card instead of 0.14."""
-    parts = [slice(start, start + COLUMNS_SOLVED) for start in range(0, len(upper), COLUMNS_SOLVED)]
+    """``change`` [rows, columns] times U^T U, in its place. What lies below the diagonal of U is left out, some columns at a time: a
+    correction of 3584 x 18944 takes 0.11 s on a card instead of 0.14, of 256 x 1536 18 ms on a core instead of 26."""
+    at_once = COLUMNS_SOLVED[upper.device.type]
+    parts = [slice(start, start + at_once) for start in range(0, len(upper), at_once)]
     for part in parts:
         change[:, part] = change[:, part.start :] @ upper[part, part.start :].t()
     for part in reversed(parts):

@@ -15,8 +15,8 @@ def take_steps(
     halfway: torch.Tensor, lower: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, word: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and offsets rounded in turn; see :func:`mbq_gguf.rounding.refit._take_steps`. ``word``: MBQ3S's scale words, else fp16."""
-    assert lower.stride(2) == 1
     rows, groups = scale.shape
+    lower = lower.contiguous()
     new_scale, new_offset = torch.empty_like(scale), torch.empty_like(offset)
     _take_steps[(rows,)](
         halfway, lower, scale, offset, new_scale, new_offset, groups, lower.stride(0), lower.stride(1), halfway.stride(0),

@@ -1,6 +1,8 @@
-"""Triton's kernels against PyTorch's operations that they stand for: on a card where there is one, else interpreted."""
+"""Kernels against PyTorch's operations that they stand for: Triton's on a card where there is one, else interpreted, and compiled ones."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,35 +10,54 @@ from grids import grid_for
 from mbq_gguf.calibration.moments import Moments
 from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.rounding import descent, gptq, ranges, refit
-from mbq_gguf.rounding.kernels import Kernels, all_kernels
+from mbq_gguf.rounding.kernels import Kernels, compiled, kernels_for, of_triton
 from mbq_gguf.rounding.sequence import Refinement, refined
+from mbq_gguf.threads import threads
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-triton = pytest.importorskip("triton")
+CARD = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = 16
 SUMS = 1e-5  # sums of float32 in another order: measured 4e-7 of the largest, where that is not rounded to what a file holds
 SEARCHED = [(kind, True) for kind in ("MBQ3S", "MBQ3", "Q4_0", "Q4_1", "Q3_K", "Q4_K", "Q6_K")] + [("Q3_K", False), ("Q4_K", False)]
 
 
+@pytest.fixture(scope="module", params=["triton", "compiled"])
+def kind_of_kernels(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def kernels() -> Kernels:
-    if DEVICE == "cpu" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+def device(kind_of_kernels: str) -> str:
+    return CARD if kind_of_kernels == "triton" else "cpu"
+
+
+@pytest.fixture(scope="module")
+def kernels(kind_of_kernels: str) -> Kernels:
+    if kind_of_kernels == "compiled":
+        found = kernels_for(torch.empty(0))
+        assert found is not None, "no C compiler"
+        return found
+    triton = pytest.importorskip("triton")
+    if CARD == "cpu" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         pytest.skip("its interpreter does not know this NumPy")
-    return all_kernels()
+    return of_triton()
+
+
+def use(found: Kernels | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (descent, gptq, ranges, refit):
+        monkeypatch.setattr(module, "kernels_for", lambda like: found)
 
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's operations for what is compared, on a card too."""
-    for module in (descent, gptq, ranges, refit):
-        monkeypatch.setattr(module, "kernels_for", lambda like: None)
+    use(None, monkeypatch)
 
 
-def problem(columns: int, rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
+def problem(device: str, columns: int, rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [rows, columns] and a Hessian, of inputs that share some directions."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(600, 24, generator=draw) @ torch.randn(24, columns, generator=draw) + torch.randn(600, columns, generator=draw)
-    return torch.randn(rows, columns, generator=draw).to(DEVICE), (x.t() @ x).to(DEVICE)
+    return torch.randn(rows, columns, generator=draw).to(device), (x.t() @ x).to(device)
 
 
 def same(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], error: float = 0.0) -> None:
@@ -46,28 +67,28 @@ def same(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], er
 
 
 @pytest.mark.parametrize(("kind", "stepped"), SEARCHED)
-def test_search(kernels: Kernels, kind: str, stepped: bool) -> None:
+def test_search(kernels: Kernels, device: str, kind: str, stepped: bool) -> None:
     grid = grid_for(quant_type_for(kind, 256))
-    weight, hessian = problem(grid.group)
+    weight, hessian = problem(device, grid.group)
     weight[0], weight[1] = 0.0, 0.5  # of no range
-    steps = (0.01 + 0.02 * torch.rand(ROWS, 2, generator=torch.Generator().manual_seed(1))).half().float().to(DEVICE) if stepped else None
+    steps = (0.01 + 0.02 * torch.rand(ROWS, 2, generator=torch.Generator().manual_seed(1))).half().float().to(device) if stepped else None
     expected = ranges.search_range(grid, weight, hessian.diagonal(), steps)
     # Sums are in another order; no row has two candidates so near one another that this matters.
     same(kernels.search(grid, weight, hessian.diagonal(), steps, ranges.shares_of(grid), ranges.TURNS), expected, SUMS)
 
 
-def test_search_of_blocks_with_costs_of_their_own(kernels: Kernels) -> None:
+def test_search_of_blocks_with_costs_of_their_own(kernels: Kernels, device: str) -> None:
     grid = grid_for(quant_type_for("Q4_K", 256))
-    weight, hessian = problem(256, rows=5)
+    weight, hessian = problem(device, 256, rows=5)
     blocks, costs = weight.t().contiguous().t().reshape(5, -1, grid.group), hessian.diagonal().view(-1, grid.group)
     expected = ranges.search_range(grid, blocks, costs)
     same(kernels.search(grid, blocks, costs, None, ranges.shares_of(grid), ranges.TURNS), expected, SUMS)
 
 
 @pytest.mark.parametrize("kind", ["MBQ3S", "Q3_K", "W4A8"])
-def test_columns_of_gptq(kernels: Kernels, kind: str) -> None:
+def test_columns_of_gptq(kernels: Kernels, device: str, kind: str) -> None:
     grid = grid_for(quant_type_for(kind, 128 if kind != "Q3_K" else 256))
-    weight, hessian = problem(128, rows=ROWS + 3)
+    weight, hessian = problem(device, 128, rows=ROWS + 3)
     factor, group = gptq.inverse_factor(hessian, 0.01), range(0, min(grid.group, 128))
     scale = weight.abs().amax(dim=1) / (grid.high - grid.low)
     scale[1] = 0.0
@@ -87,9 +108,9 @@ def test_columns_of_gptq(kernels: Kernels, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["MBQ3_64", "Q4_0"])
-def test_columns_of_descent(kernels: Kernels, kind: str) -> None:
+def test_columns_of_descent(kernels: Kernels, device: str, kind: str) -> None:
     grid = grid_for(quant_type_for(kind, 64))
-    weight, hessian = problem(64, rows=ROWS + 3)
+    weight, hessian = problem(device, 64, rows=ROWS + 3)
     coded = gptq.code_gptq(weight, gptq.inverse_factor(hessian, 0.01), grid, ranges.searched(grid))
     scales, codes = coded.scale.repeat_interleave(grid.group, 1).t().contiguous(), coded.codes.t().contiguous()
     slope = (hessian @ (weight - coded.values(grid)).t()).contiguous()
@@ -99,13 +120,13 @@ def test_columns_of_descent(kernels: Kernels, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["MBQ3S", "MBQ3_64", "Q4_1"])
-def test_systems_and_their_steps(kernels: Kernels, kind: str) -> None:
+def test_systems_and_their_steps(kernels: Kernels, device: str, kind: str) -> None:
     grid = grid_for(quant_type_for(kind, 256))
-    weight, hessian = problem(256, rows=5)
+    weight, hessian = problem(device, 256, rows=5)
     coded = gptq.code_gptq(weight, gptq.inverse_factor(hessian, 0.01), grid, ranges.searched(grid))
     count = 2 * coded.scale.shape[1]
-    system, found = (torch.zeros(5, count, count, dtype=torch.float64, device=DEVICE) for _ in range(2))
-    right = torch.zeros(5, count, dtype=torch.float64, device=DEVICE)
+    system, found = (torch.zeros(5, count, count, dtype=torch.float64, device=device) for _ in range(2))
+    right = torch.zeros(5, count, dtype=torch.float64, device=device)
     refit._fill(system, right, weight, coded.codes, coded.scale, coded.offset, hessian)
     kernels.fill(found, coded.codes, hessian, count // 2)
     error = (found - system).tril().abs().amax() / system.abs().amax()
@@ -119,27 +140,39 @@ def test_systems_and_their_steps(kernels: Kernels, kind: str) -> None:
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_carry(kernels: Kernels, turned: bool) -> None:
+def test_carry(kernels: Kernels, device: str, turned: bool) -> None:
+    if kernels.carry is None:
+        pytest.skip("a library's product does it")
     draw = torch.Generator().manual_seed(0)
-    later, factor, errors = (torch.randn(size, generator=draw).to(DEVICE) for size in ((70, 150), (70, 64), (64, 150)))
+    later, factor, errors = (torch.randn(size, generator=draw).to(device) for size in ((70, 150), (70, 64), (64, 150)))
     factor = factor.t().contiguous().t() if turned else factor
     expected = later.double() - factor.double() @ errors.double()
     kernels.carry(later, factor, errors)
     same((later.double(),), (expected,), 1e-6)  # float32 sums of 64 products: measured 2e-7
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["MBQ3S", "MBQ3", "Q4_0", "Q4_K"])
-def test_whole_rounding_on_a_card(kernels: Kernels, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As good as PyTorch's operations; and a row comes out the same whichever other blocks of rows are rounded with it."""
+def test_whole_rounding(kind_of_kernels: str, kernels: Kernels, device: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As good as PyTorch's operations; and a row comes out the same whichever other rows are rounded with it, and by how many threads."""
+    if kind_of_kernels == "triton" and device == "cpu":
+        pytest.skip("takes minutes interpreted")
     grid, how = grid_for(quant_type_for(kind, 1024)), Refinement(0.01, clip=True, error_correction=0.5, refits=2)
-    weight, hessian = problem(1024, rows=3 * gptq.ROWS_AT_ONCE)
+    weight, hessian = problem(device, 1024, rows=3 * gptq.ROWS_AT_ONCE)
     plain = gptq.objective(weight, refined(weight, Moments(hessian), grid, how).values(grid), hessian)
-    for module in (descent, gptq, ranges, refit):
-        monkeypatch.setattr(module, "kernels_for", lambda like: kernels)
+    use(kernels, monkeypatch)
     gptq._recorded.cache_clear()
-    coded = refined(weight, Moments(hessian), grid, how)
+    with threads(1):
+        coded = refined(weight, Moments(hessian), grid, how)
     assert gptq.objective(weight, coded.values(grid), hessian) == pytest.approx(plain, rel=1e-3)  # near ties fall otherwise
-    some = refined(weight[: gptq.ROWS_AT_ONCE], Moments(hessian), grid, how)
+    with threads(3):
+        some = refined(weight[: gptq.ROWS_AT_ONCE], Moments(hessian), grid, how)
     same((some.codes, some.scale), (coded.codes[: gptq.ROWS_AT_ONCE], coded.scale[: gptq.ROWS_AT_ONCE]))
     gptq._recorded.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", [None, Path("/bin/false"), Path("/nowhere/cc")])
+def test_without_a_compiler_there_are_none(compiler: Path | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiled, "c_compiler", lambda: compiler)
+    monkeypatch.setenv("MBQ_GGUF_CACHE", str(tmp_path))
+    assert compiled.library.__wrapped__() is None
+    assert not list(tmp_path.rglob("*.so"))
