@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -93,6 +94,14 @@ def main() -> None:
     mbq-gguf models                                  which families are supported, and what works with each
     mbq-gguf path llama-server                       where a built program lies
     """
+
+
+def wide_console() -> Console:
+    """Standard output for tables: 160 columns into a file or a pipe, where rich gives 80, so that grep finds a row in one line."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160
+    return console
 
 
 @main.command()
@@ -202,7 +211,7 @@ def inspect(file: Path) -> None:
     """Show how FILE was made and a table of its tensors, types and bits per weight."""
     from mbq_gguf.export.inspect import inspect as inspect_file
 
-    Console().print(inspect_file(file))
+    wide_console().print(inspect_file(file))
 
 
 @main.command()
@@ -249,7 +258,7 @@ def models(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(support.as_json(), indent=2))
     else:
-        Console().print(support.table(), highlight=False)
+        wide_console().print(support.table(), highlight=False)
 
 
 @main.command()

@@ -57,9 +57,9 @@ def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def shown(path: Path) -> str:
+def shown(path: Path, width: int = 140) -> str:
     """What a user sees of ``path``."""
-    console = Console(file=StringIO(), width=140)
+    console = Console(file=StringIO(), width=width)
     console.print(inspect(path))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -113,6 +113,12 @@ def test_header_agrees_with_ggufs_own_reader(small_file: Path) -> None:
     ]
     theirs = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert header.metadata == theirs
+
+
+def test_keys_are_whole_in_a_narrow_terminal(small_file: Path) -> None:
+    words = [line.split() for line in shown(small_file, width=40).splitlines()]
+    assert ["mbq.calibration.s", "7"] in words
+    assert ["amples"] in words
 
 
 def test_long_arrays_are_cut(small_file: Path) -> None:

@@ -39,6 +39,17 @@ def test_the_command_says_the_same_in_both_forms() -> None:
     assert listed["refused"] == REFUSED
 
 
+@pytest.mark.parametrize("columns", ["80", None])
+def test_nothing_is_cut_off(columns: str | None) -> None:
+    """In a narrow terminal cells are folded; into a pipe every family has one line, with its words as in the README."""
+    shown = CliRunner().invoke(main, ["models"], catch_exceptions=False, env={"COLUMNS": columns}).output
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    assert all(architecture in shown for architecture in REFUSED)
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    for family in support.support() if columns is None else []:
+        assert " ".join([family.family, family.gguf, *map(family.cell, family.limits)]) in lines
+
+
 @pytest.mark.parametrize("architecture", REFUSED)
 def test_a_refusal_says_why(architecture: str) -> None:
     name, _, setting = architecture.partition("/")

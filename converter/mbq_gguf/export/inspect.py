@@ -125,7 +125,7 @@ def printable(text: str) -> Text:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for index, column in enumerate(columns):
+    for column in columns:
         numeric = column in ("bits per weight", "tensors", "weights", "MB", "lowest", "median", "highest")
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold" if index else "ellipsis")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     return table

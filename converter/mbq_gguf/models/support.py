@@ -7,12 +7,13 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 
 from mbq_gguf.models.families import FAMILIES, IN_TURNS, LANGUAGE_ALONE, REFUSED, Family
 from mbq_gguf.models.layouts import layout_of
 
 WORKS = "yes"
+ALONE_TITLE = "alone: whether the language model converts by itself (--language-model-only)"
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,14 @@ def reasons() -> list[str]:
 
 
 def table() -> RenderableType:
-    """Families and refusals for a terminal."""
+    """Families and refusals for a terminal, of 80 columns as well."""
     found = support()
     columns = list(found[0].limits)
-    families = Table("family", "architecture", "llama.cpp", *columns, box=box.SIMPLE_HEAD)
+    headers = [Column(name, overflow="fold") for name in ("family", "llama.cpp", *columns)]
+    families = Table(*headers, box=box.SIMPLE_HEAD, padding=0)
     for row in found:
-        families.add_row(row.family, "\n".join(row.architectures), row.gguf, *map(row.cell, columns))
-    refused = Table("refused", "because", "language model alone", box=box.SIMPLE_HEAD)
+        families.add_row(row.family, row.gguf, *map(row.cell, columns))
+    refused = Table(Column("refused", no_wrap=True), "because", "alone", box=box.SIMPLE_HEAD, caption=ALONE_TITLE, caption_justify="left")
     for architecture, why in REFUSED.items():
         refused.add_row(architecture, why, WORKS if architecture in LANGUAGE_ALONE else "no")
     return Group(families, *reasons(), refused)
