@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from io import StringIO
 from pathlib import Path
 
@@ -73,6 +73,13 @@ def test_metadata_say_how_it_was_made(rtn: tuple[ConvertReport, str]) -> None:
     assert {key: found[key] for key in expected} == expected
     assert found["general.file_type"] == 122
     assert "mbq.calibration.fingerprint" not in found
+
+
+@pytest.mark.parametrize(("ratio", "words"), [(2, "2.00 times smaller"), (1, "1.00 times smaller"), (0.5, "2.00 times larger")])
+def test_files_that_grew_are_not_called_smaller(ratio: float, words: str, rtn: tuple[ConvertReport, str]) -> None:
+    console = Console(file=StringIO(), width=140)
+    console.print(replace(rtn[0], size_before=round(rtn[0].size_after * ratio)).render())
+    assert f"after: {words}" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_report_lists_sizes_and_fallbacks(rtn: tuple[ConvertReport, str]) -> None:

@@ -15,7 +15,7 @@ from mbq_gguf.calibration.dataset import Drawn, draw_samples, fingerprint
 from mbq_gguf.errors import UsageError, said
 from mbq_gguf.export.atomic import target
 from mbq_gguf.export.checkpoint import names_of, shapes
-from mbq_gguf.export.gguf_writer import MMPROJ_TYPES, mmproj_base
+from mbq_gguf.export.gguf_writer import MMPROJ_TYPES, SPARE_BYTES, mmproj_base
 from mbq_gguf.export.rehearsal import rehearse, rehearse_quantised, rehearse_tower
 from mbq_gguf.export.space import Need, check_room, predict, taken
 from mbq_gguf.formats.registry import quant_type
@@ -75,7 +75,8 @@ def needed(options: ConvertOptions, files: Sequence[Path]) -> list[Need]:
     embedding_bits = quant_type(options.type if options.unquantised else options.embedding_type).bits_per_weight
     named = dict(zip(names_of(files), shapes(files), strict=True))
     sizes = predict(named, layer_bits, embedding_bits, quant_type(options.mmproj_type).bits_per_weight)
-    needs = [Need(target(options.out).parent, options.out.name, sizes.text)]
+    folder = target(options.out).parent
+    needs = [Need(folder, options.out.name, sizes.text), Need(folder, "headers and vocabulary", SPARE_BYTES)]
     if not options.language_model_only:
         needs.append(Need(target(options.mmproj).parent, options.mmproj.name, sizes.mmproj))
     if not options.unquantised:

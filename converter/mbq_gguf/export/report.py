@@ -48,8 +48,9 @@ class ConvertReport:
         parts += [self.allocation] if self.allocation else []
         parts += [Text(f"note: {sentence}", style="yellow") for sentence in self.fallbacks]
         parts += [Text(self.calibration)] if self.calibration else []
-        saved = self.size_before / self.size_after
-        parts.append(Text(f"{megabytes(self.size_before)} before, {megabytes(self.size_after)} after: {saved:.2f} times smaller"))
+        before, after = self.size_before, self.size_after
+        change = f"{before / after:.2f} times smaller" if after <= before else f"{after / before:.2f} times larger"
+        parts.append(Text(f"{megabytes(before)} before, {megabytes(after)} after: {change}"))
         if self.seconds:
             parts.append(Text(", ".join(f"{stage} {duration(time)}" for stage, time in self.seconds.items())))
         return Group(*parts)
