@@ -37,10 +37,13 @@ static mbq_w4a8_added mbq_f16_added_to(const ggml_cgraph * graph, const int i) {
     return mbq_f16_aligned(a.bias) && mbq_f16_aligned(a.more) && mbq_f16_aligned(a.out) ? a : mbq_w4a8_added { nullptr, nullptr, graph->nodes[i], 0 };
 }
 
-// Whether mbq_f16_fuse makes the node: something behind it runs with it
-static bool mbq_f16_runs(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
-    return i + 1 < graph->n_nodes && mbq_f16_takes(ctx, graph->nodes[i]) &&
-        (ggml_op_is_empty(graph->nodes[i + 1]->op) || mbq_f16_added_to(graph, i).nodes > 0);
+// Whether mbq_f16_fuse makes the node, with what is added to it: something behind it runs with it
+static bool mbq_f16_runs(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, mbq_w4a8_added & a) {
+    if (i + 1 >= graph->n_nodes || !mbq_f16_takes(ctx, graph->nodes[i])) {
+        return false;
+    }
+    a = mbq_f16_added_to(graph, i);
+    return a.nodes > 0 || ggml_op_is_empty(graph->nodes[i + 1]->op);
 }
 
 // The last reader of the result of node i, if all who read it are such products; -1: others may look at it, see mbq_w4a8_fusion
@@ -48,10 +51,11 @@ static int mbq_f16_last_reader(const ggml_backend_cuda_context & ctx, const ggml
     const ggml_tensor * x = graph->nodes[i];
     const mbq_span lies = mbq_span_of(x);
     int last = -1, count = 0;
+    mbq_w4a8_added a;
     for (int j = i + 1; j < std::min(graph->n_nodes, i + 1 + MBQ_W4A8_AHEAD); ++j) {
         const mbq_node n = mbq_w4a8_node(ctx, graph, j);
         const ggml_tensor * node = graph->nodes[j];
-        if (n.x == x->data && node->src[1] == x && node->src[0] != x && mbq_f16_runs(ctx, graph, j)) {
+        if (n.x == x->data && node->src[1] == x && node->src[0] != x && mbq_f16_runs(ctx, graph, j, a)) {
             last = j;
             ++count;
         }

@@ -128,7 +128,8 @@ static const ggml_tensor * mbq_f16_rope_behind(const ggml_cgraph * graph, const 
 // How many nodes behind i have run with it
 static int mbq_f16_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
     ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(ctx);
-    if (!mbq_f16_runs(ctx, graph, i)) {
+    mbq_w4a8_added a;
+    if (!mbq_f16_runs(ctx, graph, i, a)) {
         return 0;
     }
     const ggml_tensor * product = graph->nodes[i];
@@ -141,7 +142,6 @@ static int mbq_f16_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
     mbq_w4a8_counts[GGML_CUDA_F16_PRODUCT]++;
     mbq_w4a8_counts[GGML_CUDA_F16_FOUND] += found;
 
-    const mbq_w4a8_added a = mbq_f16_added_to(graph, i);
     const float * bias = a.bias ? (const float *) a.bias->data : nullptr;
     if (const ggml_tensor * rope = mbq_f16_rope_behind(graph, i + a.nodes, a)) {
         mbq_rope_run(ctx, rope, y.get(), bias);

@@ -59,9 +59,13 @@ static void mbq_plan_converters(mbq_gemm_plan & plan, const int64_t n_tiles, con
 static mbq_gemm_plan mbq_plan_gemm(const int64_t m_tiles, const int64_t n_tiles, const int64_t steps, const int64_t multiprocessors) {
     mbq_gemm_plan best = {};
     int64_t best_cost = INT64_MAX;
-    for (int64_t cluster = 1; cluster <= 2; ++cluster) {
+    for (int64_t cluster = 2; cluster >= 1; --cluster) {
+        const int64_t least = cluster == 1 ? 83 : 145;
         const int64_t tiles = (m_tiles + cluster - 1)/cluster*((n_tiles + cluster - 1)/cluster);
-        for (int64_t workers = 1; workers <= std::min(tiles*steps, multiprocessors/cluster); ++workers) {
+        for (int64_t workers = std::min(tiles*steps, multiprocessors/cluster); workers >= 1; --workers) {
+            if (best.workers > 0 && tiles*steps*least >= best_cost*workers) {
+                break; // so do fewer
+            }
             const int64_t rounds = tiles/workers; // of whole tiles
             const bool    whole  = tiles % workers == 0;
             const bool    same   = whole || workers % tiles == 0;
@@ -70,9 +74,9 @@ static mbq_gemm_plan mbq_plan_gemm(const int64_t m_tiles, const int64_t n_tiles,
                 (tiles*steps + workers - 1)/workers + 2*(rounds + 1) + 2*((workers + streamk - 1)/streamk);
             mbq_gemm_plan plan = { (int) cluster, (int) workers, (int) streamk, 0, 0 };
             mbq_plan_converters(plan, n_tiles, whole ? 0 : same ? 2*(steps - steps*tiles/workers) : 2*steps, 2*steps, multiprocessors);
-            const int64_t step = cluster == 1 ? (same ? 83 : 92) : (same ? 145 : 160);
+            const int64_t step = same ? least : cluster == 1 ? 92 : 160;
             const int64_t cost = length*step + 3*n_tiles*plan.early/2 + (plan.converters > 0 ? 60 : 0);
-            if (cost <= best_cost) {
+            if (cost < best_cost) {
                 best_cost = cost;
                 best = plan;
             }

@@ -13,9 +13,11 @@ int64_t ggml_cuda_w4a8_count(const ggml_cuda_w4a8_counted what) {
 }
 
 void ggml_cuda_w4a8_keep(const ggml_cgraph * graph, const std::function<void(size_t, size_t)> & keep) {
+    int kept = 0; // until here
     for (int i = 0; i < graph->n_nodes; ++i) {
-        if (const int last = mbq_w4a8_early_until(graph, i); last > i) {
+        if (const int last = mbq_w4a8_early_until(graph, i); last > std::max(i, kept)) {
             keep(i, last);
+            kept = last;
         }
         if (const int last = mbq_qkv_until(graph, i); last > i) {
             keep(i, last);
