@@ -75,6 +75,27 @@ def test_a_picture_in_the_line(folder: Path) -> None:
     assert scene.image.read_bytes() == (folder / "cat.png").read_bytes()
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array(indent: int | None, folder: Path) -> None:
+    """As LLaVA's sets are published, in one line or many."""
+    path = folder / "set.json"
+    path.write_text(json.dumps(SHAPES, indent=indent))
+    scenes = read_scenes(path)
+    assert [scene.place for scene in scenes] == [f"{path}, item {number}" for number in range(1, len(SHAPES) + 1)]
+    assert all(scene.turns == scenes[0].turns for scene in scenes)
+    path.write_text(json.dumps([OURS, OURS | {"image": "dog.png"}], indent=indent))
+    with pytest.raises(UsageError, match=r"set\.json, item 2: .*dog\.png cannot be read .*: mend or remove the item"):
+        read_scenes(path)
+
+
+@pytest.mark.parametrize("text", ["[1]\n[2]", '[{"image"', "[" * 100000], ids=["lines of arrays", "cut", "deep"])
+def test_an_array_that_is_none(text: str, folder: Path) -> None:
+    path = folder / "set.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"set\.json cannot be read as a JSON array"):
+        read_scenes(path)
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\n"], ids=["unix", "windows", "old mac", "empty lines"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["bare", "byte order mark"])
 def test_line_ends(end: str, mark: bytes, folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""Sets of conversations about pictures, a JSONL file: one reader for convert, imatrix and eval.
+"""Sets of conversations about pictures, a JSONL file or one JSON array, as LLaVA's are: one reader for convert, imatrix and eval.
 
-A line is one conversation about one picture, in one of three shapes: ours ::
+A line, or an item of the array, is one conversation about one picture, in one of three shapes: ours ::
 
     {"image": "cat.png", "turns": [{"question": "What is it?", "answer": "A cat.", "task": "name"}]}
 
@@ -22,14 +22,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mbq_gguf.errors import UsageError
+from mbq_gguf.errors import UsageError, said
 from mbq_gguf.llama_cpp.cache import cache_root
 
 MARK = re.compile(r"\s*<image>\s*")
@@ -114,10 +116,10 @@ class Scene:
 
 
 def read_scenes(path: Path, *, unanswered: bool = False) -> list[Scene]:
-    """Every conversation of the JSONL file ``path``, in its order; empty lines count for nothing.
+    """Every conversation of the file ``path``, in its order; empty lines count for nothing.
 
-    A UsageError names file and line of what is wrong: no JSON, another shape, a picture that is not there, a question without an answer
-    (unless ``unanswered``), no conversation at all.
+    A UsageError names file and line, or item, of what is wrong: no JSON, another shape, a picture that is not there, a question without an
+    answer (unless ``unanswered``), no conversation at all.
     """
     try:
         content = path.read_bytes()
@@ -125,25 +127,38 @@ def read_scenes(path: Path, *, unanswered: bool = False) -> list[Scene]:
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({(error.strerror or str(error)).lower()}): give a JSONL file in UTF-8") from error
     except UnicodeDecodeError as error:
-        place = len(re.split(rb"\r\n|\r|\n", content[: error.start]))
-        raise UsageError(f"{path}, line {place} is no text in UTF-8: save the file in UTF-8") from error
+        number = len(re.split(rb"\r\n|\r|\n", content[: error.start]))
+        raise UsageError(f"{path}, line {number} is no text in UTF-8: save the file in UTF-8") from error
     scenes = []
-    # Not splitlines(): what Unicode counts as the end of a line may stand in an answer.
-    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
-        if line.strip():
-            try:
-                scenes.append(_scene(line, path.parent, unanswered, f"{path}, line {number}"))
-            except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(str(part) for part in first["loc"])
-                raise UsageError(
-                    f"{path}, line {number}: {where + ': ' if where else ''}{first['msg']}: mend or remove the line"
-                ) from error
-            except ValueError as error:
-                raise UsageError(f"{path}, line {number}: {error}: mend or remove the line") from error
+    for kind, number, entry in _entries(path, text):
+        place = f"{path}, {kind} {number}"
+        try:
+            scenes.append(_scene(entry, path.parent, unanswered, place))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UsageError(f"{place}: {where + ': ' if where else ''}{first['msg']}: mend or remove the {kind}") from error
+        except ValueError as error:
+            raise UsageError(f"{place}: {error}: mend or remove the {kind}") from error
     if not scenes:
         raise UsageError(f"the set {path} is empty: give at least one picture with a question")
     return scenes
+
+
+def _entries(path: Path, text: str) -> Iterator[tuple[str, int, str]]:
+    """What may be a conversation each, as JSON, with its number and what to call it."""
+    if text.lstrip().startswith("["):
+        try:
+            items = [json.dumps(item) for item in json.loads(text)]
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path} cannot be read as a JSON array ({said(error)}): mend it, or write one conversation a line") from error
+        for number, item in enumerate(items, start=1):
+            yield "item", number, item
+        return
+    # Not splitlines(): what Unicode counts as the end of a line may stand in an answer.
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
+        if line.strip():
+            yield "line", number, line
 
 
 class _Shape(BaseModel):

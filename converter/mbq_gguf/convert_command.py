@@ -40,7 +40,8 @@ research = option_group("Research (what each does to the figures: docs/results.m
 @everyday(
     "--calib",
     type=click.Path(path_type=Path),
-    help="A JSONL of pictures, questions and answers (ours, LLaVA's or OpenAI's shape), or a folder of pictures (default: drawn scenes).",
+    help="A JSONL (or one JSON array) of pictures, questions and answers (ours, above, LLaVA's or OpenAI's shape), or a folder of pictures "
+    "(default: drawn scenes).",
 )
 @everyday(
     "--dry-run", is_flag=True, help="Check everything that can be checked early, print sizes, memory and time to expect, write nothing."
@@ -204,6 +205,10 @@ def convert(context: click.Context, /, model: str, type_: str, revision: str | N
     Calibrates with pictures and answers: GPTQ rounds on the type's own grid, layer by layer, from what the rounded layers before give;
     MBQ (--method mbq, arXiv 2412.19509) weighs each modality by how much the answer depends on it. A run that is stopped goes on after its
     last finished layer when the same command is given again.
+
+    \b
+    A line of --calib:
+    {"image": "cat.png", "turns": [{"question": "What is it?", "answer": "A cat."}]}
 
     Several cards of one machine (docs/cards.md): `torchrun --nproc-per-node 4 -m mbq_gguf convert MODEL out.gguf --device cuda`.
     """

@@ -17,7 +17,9 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.argument("reference", type=FILE)
 @click.argument("candidates", type=FILE, nargs=-1, required=True)
 @click.option("--mmproj", type=FILE, required=True, help="The vision part; rotated files take mmproj-NAME beside them.")
-@click.option("--data", type=FILE, help="Questions and answers, a JSONL file (default: the demo's 612 questions).")
+@click.option(
+    "--data", type=FILE, help="Questions and answers, a JSONL file as --calib of `convert` takes (default: the demo's 612 questions)."
+)
 @click.option("--questions", type=click.IntRange(min=1), help="Ask this many, all tasks alike (default: all).")
 @click.option("--text", type=FILE, help="A text file to compare on without pictures.")
 @click.option("--out", type=FILE, help="Write every figure and answer as JSON.")

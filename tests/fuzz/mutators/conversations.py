@@ -1,4 +1,4 @@
-"""A set of conversations, JSONL in its three shapes, with one or two lines spoilt."""
+"""A set of conversations, JSONL or an array in its three shapes, with one or two of them spoilt."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ ENDS = (b"\n", b"\n", b"\r\n", b"\r", b"\n\n \n", b"\x0b", b"\xe2\x80\xa8", b"")
 
 def mutate(draw: random.Random) -> tuple[bytes, str]:
     """A whole file, and what was done to it."""
-    written, done = [], []
+    texts, done = [], []
     lines = draw.choices(LINES, k=draw.choice((1, 1, 2, 3)))
     spoilt = draw.randrange(len(lines))
     for index, line in enumerate(lines):
         text, words = json_text.mutate(line, draw) if index == spoilt else (json.dumps(line).encode(), "")
-        written += [text, draw.choice(ENDS)]
+        texts.append(text)
         done.append(words)
-    data = draw.choice((b"", b"", b"", b"\xef\xbb\xbf", b"\xff\xfe")) + b"".join(written)
+    together = b"[" + b",\n".join(texts) + b"]" if draw.random() < 0.2 else b"".join(text + draw.choice(ENDS) for text in texts)
+    data = draw.choice((b"", b"", b"", b"\xef\xbb\xbf", b"\xff\xfe")) + together
     if draw.random() < 0.05:
         data, words = raw.mutate(data, draw)
         done.append(words)
