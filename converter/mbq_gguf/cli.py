@@ -155,7 +155,13 @@ def serve(file: Path, options: tuple[str, ...], mmproj: Path | None, port: int) 
     -- --slots --metrics --props     lists of running requests, counters, changes of properties
     -- --cors-origins '*'            let pages of other sites ask it (with the key)
 
-    Pictures are sent by the page or as data: URLs; nothing is fetched from http:// URLs. LLAMA_* variables do not reach the server.
+    Pictures are sent by the page or as data: URLs of PNG, JPEG, GIF or BMP; nothing is fetched from http:// URLs. LLAMA_* variables do not
+    reach the server. From a shell, with the key:
+
+    \b
+    printf '{"messages": [{"role": "user", "content": [{"type": "text", "text": "What is it?"},
+      {"type": "image_url", "image_url": {"url": "data:image/png;base64,%s"}}]}]}' "$(base64 -w0 cat.png)" |
+      curl http://127.0.0.1:8080/v1/chat/completions -H "Authorization: Bearer KEY" -H "Content-Type: application/json" -d @-
     """
     from mbq_gguf.llama_cpp.serve import serve as serve_file
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -13,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mbq_gguf.cli import serve as serve_command
 from mbq_gguf.llama_cpp import closed
 from owners import alive, started
 from test_server import PICTURE
@@ -45,6 +48,21 @@ def test_serve_prints_address_and_key_and_ends_with_ctrl_c(tiny_pair: Pair) -> N
         assert user.communicate(timeout=30)[1] == "stopped\n"
     assert user.returncode == 130
     assert not alive(server)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+def test_the_shell_line_of_the_help_asks_about_a_picture(tiny_pair: Pair) -> None:
+    assert serve_command.help is not None
+    line = serve_command.help.partition("From a shell, with the key:")[2].replace("\b", "").strip()
+    port = free_port()
+    with started(*COMMAND, "serve", tiny_pair.model, "--port", port, "--", "--threads", "1", "--ctx-size", "512", "-n", "4") as user:
+        assert user.stdout.readline() == f"http://127.0.0.1:{port}\n"
+        key = user.stdout.readline().split()[1]
+        for placeholder, value in (("cat.png", shlex.quote(str(PICTURE))), ("8080", str(port)), ("KEY", key), ("curl", "curl --silent")):
+            assert line.count(placeholder) == 1
+            line = line.replace(placeholder, value)
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(done.stdout)["usage"]["completion_tokens"] == 4
 
 
 def test_why_a_server_ended_by_itself_is_said(tiny_pair: Pair) -> None:
