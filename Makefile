@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# torch's default wheel on PyPI brings gigabytes of CUDA; tests and the demonstration need the CPU only.
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# torch's default wheel on PyPI brings gigabytes of CUDA; tests and the demonstration need the CPU only. Where its own index is out of reach,
+# whatever pip finds is taken.
 TORCH  ?= torch==2.13.0
+WHEELS ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test lint clean
 
@@ -21,8 +24,9 @@ lint: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" --editable ".[dev]"
+	$(PIP) --upgrade pip
+	$(PIP) --retries 1 --index-url $(WHEELS) "$(TORCH)" || $(PIP) "$(TORCH)"
+	$(PIP) "$(TORCH)" --editable ".[dev]"
 	touch $@
 
 clean:
