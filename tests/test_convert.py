@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
 from io import StringIO
@@ -11,6 +13,7 @@ import pytest
 from mbq_gguf import convert as pipeline
 from mbq_gguf.cli import convert as command
 from mbq_gguf.convert import ConvertOptions, ConvertReport, convert
+from mbq_gguf.errors import UserError
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.metadata import file_type
 from mbq_gguf.export.report import duration, megabytes
@@ -197,6 +200,30 @@ def test_run_that_failed_early_leaves_nothing(built_llama: Path, tiny_dir: Path,
 def test_work_directory_of_ones_own_is_kept(built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:
     run(tiny_dir, tmp_path / "tiny.gguf", work_dir=tmp_path / "work", **RTN)
     assert len(list((tmp_path / "work").glob("layer-*.safetensors"))) == LAYERS
+
+
+def test_files_beside_the_model_are_none_of_its_own(built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    """A second run into the model's own folder goes on with the layers of the first."""
+    model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+    run(model, model / "out.gguf", samples=2, synthetic=0, work_dir=tmp_path / "work")
+    (model / "README.md").write_text("a card")
+    layers = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("layer-*")}
+    assert len(layers) == LAYERS
+    run(model, model / "out.gguf", samples=2, synthetic=0, work_dir=tmp_path / "work")
+    assert layers == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("layer-*")}
+
+
+@pytest.mark.parametrize("options", [RTN, {"type": "BF16"}])
+def test_a_model_that_changes_meanwhile(options: dict[str, object], built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+
+    def change(stage: str, done: int, total: int) -> None:
+        if stage == "write GGUF":
+            os.utime(model / "model.safetensors")
+
+    with pytest.raises(UserError, match="model were changed while it was converted"):
+        convert(ConvertOptions(model, tmp_path / "out.gguf", **options), Console(file=StringIO()), change)  # type: ignore[arg-type]
+    assert not list(tmp_path.glob("*.gguf"))
 
 
 def test_durations_and_sizes_are_readable() -> None:

@@ -20,6 +20,7 @@ from mbq_gguf.calibration.dataset import Drawn, Sample, draw_samples, fingerprin
 from mbq_gguf.calibration.spill import spilling
 from mbq_gguf.convert_options import ConvertOptions as ConvertOptions
 from mbq_gguf.cost import sites_of, to_round
+from mbq_gguf.errors import UserError
 from mbq_gguf.export import metadata
 from mbq_gguf.export.atomic import check_gguf_output, claimed, staged
 from mbq_gguf.export.gguf_writer import TextFile, VisionFile, write_mmproj, write_text
@@ -76,6 +77,7 @@ def convert(options: ConvertOptions, console: Console, told: Callable[[str, int,
 
 
 def _convert(options: ConvertOptions, console: Console, told: Callable[[str, int, int], None] | None) -> ConvertReport:
+    state = options.model_state
     files = check_inputs(options)
     set_threads(options)
     timer = Timer()
@@ -92,7 +94,7 @@ def _convert(options: ConvertOptions, console: Console, told: Callable[[str, int
             quantised = run_quantisation(options, console, stages, timer)
             tower = quantised.tower
         with timer.timed("write"):
-            text, vision = write_files(options, quantised, tower, stages)
+            text, vision = write_files(options, quantised, tower, stages, state)
     weights = {} if quantised is None else {name: (w.type_name, w.columns) for name, w in quantised.result.quantised.items()}
     plan = None if quantised is None else quantised.result.plan
     sentences = fallback_sentences(quant_type(options.type).name, {} if plan else weights, text)
@@ -214,21 +216,20 @@ def open_work(options: ConvertOptions, calibration: str, tell: Callable[[str], o
 
 
 def write_files(
-    options: ConvertOptions, quantised: Quantised | None, tower: VisionFile | None, stages: Stages
+    options: ConvertOptions, quantised: Quantised | None, tower: VisionFile | None, stages: Stages, state: str
 ) -> tuple[list[TensorRecord], list[TensorRecord]]:
-    """Both files, under their names when both are whole; ``tower`` None is the checkpoint's. Of a language model alone one file."""
-    if options.language_model_only:
-        with staged(options.out) as (text_part,):
-            return write_text(options.model_dir, text_part, text_file(options, quantised), stages.counter("write GGUF")), []
-    with staged(options.mmproj, options.out) as (mmproj_part, text_part):
-        vision = write_mmproj(
-            options.model_dir,
-            mmproj_part,
-            options.mmproj_type,
-            tower or VisionFile(),
-            stages.counter("write mmproj"),
-        )
-        text = write_text(options.model_dir, text_part, text_file(options, quantised), stages.counter("write GGUF"))
+    """Both files, under their names when both are whole; ``tower`` None is the checkpoint's. Of a language model alone one file.
+
+    Raises UserError where the model's files have changed since they were in ``state``: layers are read when their turn comes.
+    """
+    finals = [options.out] if options.language_model_only else [options.out, options.mmproj]
+    vision: list[TensorRecord] = []
+    with staged(*reversed(finals)) as parts:
+        if not options.language_model_only:
+            vision = write_mmproj(options.model_dir, parts[0], options.mmproj_type, tower or VisionFile(), stages.counter("write mmproj"))
+        text = write_text(options.model_dir, parts[-1], text_file(options, quantised), stages.counter("write GGUF"))
+        if options.model_state != state:
+            raise UserError(f"files in {options.model_dir} were changed while it was converted: give the same command again")
     return text, vision
 
 

@@ -91,15 +91,20 @@ class ConvertOptions:
         return self.out.with_name(f"{self.out.name}.work")
 
     @property
-    def fingerprints(self) -> dict[str, str]:
-        """What finished layers depend on beside the samples, by name.
+    def model_state(self) -> str:
+        """A digest of the names, sizes and times of the model's files, since hashing the weights would take minutes.
 
-        The model's: names, sizes and times of its files, since hashing the weights would take minutes.
+        What conversions write may lie beside them and does not count: GGUF files, their locks and parts, a card.
         """
-        files = [path for path in sorted(self.model_dir.iterdir()) if path.is_file()]
-        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        files = [path for path in sorted(self.model_dir.iterdir()) if path.is_file() and path.suffix not in (".gguf", ".md")]
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if not path.name.startswith(".")]
+        return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What finished layers depend on beside the samples, by name."""
         return {
-            "model": hashlib.sha256(json.dumps(stats).encode()).hexdigest(),
+            "model": self.model_state,
             "settings": json.dumps(asdict(self.settings), sort_keys=True),
             "code": code_hash("quantise"),
         }
