@@ -6,6 +6,7 @@
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <vector>
@@ -108,6 +109,20 @@ int main() {
         expect(built(ctx, other) == 1 && built(ctx, other) == 1, "what has marks, and sounds, each have their own");
         expect(built(ctx, small) == 1, "and leave nothing for others");
     }
+    const batch turns[] = { { { { 4, 4 } } }, { { { 4, 5 } } }, { { { 4, 6 } } }, { { { 4, 7 } } }, { { { 4, 8 } } } };
+    const void * nodes[5];
+    for (int i = 0; i < 4; i++) {
+        nodes[i] = ggml_graph_node(graph_of(ctx, turns[i]), 0);
+        expect(std::find(nodes, nodes + i, nodes[i]) == nodes + i, "each of four shapes has its nodes where no other has");
+    }
+    for (int i : { 3, 0, 1, 2, 0 }) {
+        expect(ggml_graph_node(graph_of(ctx, turns[i]), 0) == nodes[i], "and has them there again");
+    }
+    expect(ggml_graph_node(graph_of(ctx, turns[4]), 0) == nodes[3], "a fifth takes the place of the one that was not used for longest");
+    for (const batch & other : turns) {
+        pass(ctx, other);
+    }
+
     expect(built(ctx, batch{ { { 4, 4 }, { 8, 8 } } }) == 1 && built(ctx, batch{ { { 4, 4 }, { 8, 8 } } }) == 1, "nor have entries of two sizes");
     return failures > 0;
 }
