@@ -3,11 +3,11 @@
 // A picture's rows stay where the caller has them until they are written to a backend: of 1024 tokens they are 15 MB, which upstream copies
 // to the batch and to the micro-batch. A batch without pictures takes upstream's way. Included by llama-batch.h.
 
+#include "ggml-at-once.h"
 #include "ggml-backend.h"
 
 #include <algorithm>
 #include <cstdint>
-#include <future>
 #include <vector>
 
 // a row that is added to a batch: its address if it may stay there, else nullptr and a copy behind `embd`
@@ -55,15 +55,10 @@ static inline float * llama_mbq_block(const std::vector<const float *> & rows, s
 // n rows at `from` to row i of an input; four threads for many, since the card waits for the first micro-batch's: 7 MB
 static inline void llama_mbq_set_run(ggml_tensor * to, const float * from, size_t i, size_t n) {
     const size_t n_parts = n*to->nb[1] >= 1 << 21 ? 4 : 1;
-    const auto part = [=](size_t k) {
+    ggml_at_once(n_parts, [=](size_t k) {
         const size_t begin = k*n/n_parts, end = (k + 1)*n/n_parts;
         ggml_backend_tensor_set(to, from + begin*to->ne[0], (i + begin)*to->nb[1], (end - begin)*to->nb[1]);
-    };
-    std::vector<std::future<void>> others;
-    for (size_t k = 1; k < n_parts; ++k) {
-        others.push_back(std::async(std::launch::async, part, k));
-    }
-    part(0);
+    });
 }
 
 // Write a mixed micro-batch's embeddings, a run of neighbours at a time. What stands in the rows of tokens is replaced in the graph, in place and on the CPU, where

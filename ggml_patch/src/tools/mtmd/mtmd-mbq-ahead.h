@@ -2,11 +2,11 @@
 
 // The pictures of a prompt are preprocessed several at a time. Included by mtmd.cpp in front of mtmd_tokenizer.
 
+#include "ggml-at-once.h"
 #include "mtmd-image.h"
 
 #include <algorithm>
 #include <atomic>
-#include <future>
 #include <map>
 #include <memory>
 #include <thread>
@@ -35,22 +35,14 @@ struct mtmd_mbq_ahead {
         }
 
         std::atomic<size_t> next = 0;
-        auto work = [&] {
+        ggml_at_once(n_threads, [&](size_t) {
             for (size_t i = next++; i < pictures.size(); i = next++) {
                 clip_image_u8 img;
                 img.set_size({ (int) pictures[i]->nx, (int) pictures[i]->ny }, false);
                 img.cpy_buf(pictures[i]->get_ro_buf());
                 results.at(pictures[i]) = std::make_unique<mtmd_image_preproc_out>(preprocessor->preprocess_among(img, n_pictures));
             }
-        };
-        std::vector<std::future<void>> others;
-        for (size_t i = 1; i < n_threads; i++) {
-            others.push_back(std::async(std::launch::async, work));
-        }
-        work();
-        for (auto & other : others) {
-            other.get(); // its error, too
-        }
+        });
     }
 
     // what start() made of a picture, once; who asks for another gets what make() does

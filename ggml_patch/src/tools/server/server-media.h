@@ -2,13 +2,13 @@
 
 // What a request's pictures cost before the model sees them. Included by server-common.cpp.
 
+#include "ggml-at-once.h"
 #include "server-common.h"
 #include "mtmd-helper.h"
 
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <future>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -96,20 +96,14 @@ struct media_bitmaps {
     media_bitmaps(mtmd_context * mctx, const std::vector<raw_buffer> & files, bool placeholder, const mtmd_helper_init_opt & opt) :
             bitmaps(files.size()), videos(files.size()) {
         std::atomic<size_t> next = 0;
-        auto work = [&] {
+        const size_t n_threads = std::min<size_t>(files.size(), std::max(1u, std::thread::hardware_concurrency()));
+        ggml_at_once(n_threads, [&](size_t) {
             for (size_t i = next++; i < files.size(); i = next++) {
                 auto out = mtmd_helper_bitmap_init_from_buf(mctx, files[i].data(), files[i].size(), placeholder, opt);
                 bitmaps[i].reset(out.bitmap);
                 videos[i].reset(out.video_ctx);
             }
-        };
-
-        const size_t n_threads = std::min<size_t>(files.size(), std::max(1u, std::thread::hardware_concurrency()));
-        std::vector<std::future<void>> others;
-        for (size_t i = 1; i < n_threads; i++) {
-            others.push_back(std::async(std::launch::async, work));
-        }
-        work();
+        });
     }
 
     // who takes one owns it; null if it could not be read
