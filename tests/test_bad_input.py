@@ -176,6 +176,13 @@ def test_odd_configuration(change: dict[str, object], model: Path, out: Path) ->
     refused("convert", model, out, *RTN, "--type", "Q9_9")  # whatever else, no traceback
 
 
+@pytest.mark.parametrize("tokens", [10**9, "more"], ids=str)
+def test_more_tokens_than_embeddings(tokens: int | str, model: Path, out: Path) -> None:
+    """llama.cpp's conversion makes up a name for each of a billion."""
+    configure(model, lambda config: config["text_config"].update(vocab_size=tokens))  # type: ignore[attr-defined]
+    assert "vocab_size in" in refused("convert", model, out)
+
+
 ODD_SETTINGS: list[tuple[str, dict[str, object], str]] = [
     ("preprocessor_config.json", {"merge_size": 0}, "image processor cannot take a picture"),
     ("preprocessor_config.json", {"patch_size": "x"}, "image processor cannot take a picture"),

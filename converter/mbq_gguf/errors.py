@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mbq_cbind.errors import BindingError
+
+FIELD = re.compile(r"Validation error for field '(\w+)'")  # huggingface_hub's strict dataclasses
 
 
 class UserError(Exception):
@@ -27,7 +30,14 @@ class UsageError(UserError):
 
 
 def said(error: BaseException, longest: int = 200) -> str:
-    """What another library's exception says, in one line of ``longest`` characters at most; its name where it says nothing."""
+    """What another library's exception says, in one line of ``longest`` characters at most; its name where it says nothing.
+
+    A key that was looked for and a setting of another kind (transformers' configuration classes) are named in a person's words.
+    """
+    if isinstance(error, KeyError) and error.args:
+        return f"{error.args[0]} is missing"[:longest]
+    if field := FIELD.match(str(error)):
+        return f"{field[1]} is of another kind than such a model has"
     return (" ".join(str(error).split()) or type(error).__name__)[:longest]
 
 

@@ -15,7 +15,7 @@ from targets.table import LLAMA, READERS
 HERE = Path(__file__).parent
 TOOL = HERE.parents[1] / "tools" / "fuzz.py"
 SECONDS = 300  # for a run of some 15, where much else runs beside it
-INPUTS = {"header": 300, "inspect": 40, "jsonl": 800, "safetensors": 500, "workdir": 80, "picture": 500}
+INPUTS = {"header": 300, "inspect": 40, "jsonl": 800, "safetensors": 500, "workdir": 80, "picture": 500, "settings": 150}
 LOADS = {"text": 150, "mmproj": 80, "decoder": 200}
 
 

@@ -99,12 +99,21 @@ def check_metadata(model: Any, model_dir: Path) -> None:
 
 
 def check_vocabulary(model_dir: Path, model: Any) -> None:
-    """Raise UserError where tokenizer.json has a token for which the embeddings of ``model`` have no row."""
+    """Raise UserError where tokenizer.json has a token for which the embeddings of ``model`` have no row, or config.json tells of more
+    tokens than these have rows: the conversion makes up each that is missing, a billion for hours."""
     from tokenizers import Tokenizer
 
     file = model_dir / "tokenizer.json"
     rows = next((get().shape[0] for name, get in model.model_tensors.items() if name.endswith("embed_tokens.weight")), None)
-    if rows is None or not file.is_file():
+    if rows is None:
+        return
+    asked = model.hparams.get("vocab_size", rows)
+    if asked > rows:
+        raise UserError(
+            f"vocab_size in {model_dir}'s config.json is {asked} and the embeddings have {rows} rows: "
+            "fetch the model again, or resize its embeddings"
+        )
+    if not file.is_file():
         return
     try:
         tokens = max(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values(), default=-1) + 1

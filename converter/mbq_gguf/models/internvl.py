@@ -14,7 +14,7 @@ import torch
 
 from mbq_gguf.errors import UserError
 from mbq_gguf.models import as_llama
-from mbq_gguf.models.checks import read_object
+from mbq_gguf.models.checks import numbers, read_object
 from mbq_gguf.models.tokenizer import load_tokenizer
 
 ARCHITECTURE = "InternVLChatModel"
@@ -42,6 +42,7 @@ BLOCK = (
 )
 MERGED = ".attn.qkv."
 PARTS = (".attention.q_proj.", ".attention.k_proj.", ".attention.v_proj.")
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 VISION = {
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_hidden_layers",
@@ -95,7 +96,7 @@ def configuration(model_dir: Path) -> Any:
     if published.get("ps_version", "v2") != "v2" or published.get("select_layer", -1) != -1:
         raise UserError(f"{model_dir} is of an InternVL older than 2 (ps_version, select_layer): use a newer one")
     vision = {ours: published["vision_config"][name] for name, ours in VISION.items() if name in published["vision_config"]}
-    ratio, side = published.get("downsample_ratio", 0.5), int(vision["image_size"]) // int(vision["patch_size"])
+    ratio, side = published.get("downsample_ratio", 0.5), vision["image_size"] // vision["patch_size"]
     text = published["llm_config"]
     if as_llama.language_model(published):
         text = as_llama.settings(text)
@@ -109,6 +110,14 @@ def configuration(model_dir: Path) -> Any:
         tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
         architectures=["InternVLForConditionalGeneration"],
     )
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raise UserError where a published config.json lacks what its reader asks for."""
+    if (config.get("architectures") or [None])[0] == ARCHITECTURE:
+        numbers(config.get("vision_config") or {}, SIZES)
+        if not config.get("llm_config"):
+            raise UserError("llm_config is missing in the model's config.json: fetch the model again")
 
 
 def bare(model_dir: Path) -> Any:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from mbq_gguf.errors import UsageError, UserError, said
-from mbq_gguf.models import as_llama, llama4
+from mbq_gguf.models import as_llama, internvl, llama4
 from mbq_gguf.models.alone import alone
 from mbq_gguf.models.checks import check_finite, check_layer_count, check_unquantised, check_whole, read_config, read_object, weight_files
 from mbq_gguf.models.decoder import check_layers, find_decoder
 from mbq_gguf.models.families import FAMILIES, LANGUAGE_ALONE, REFUSED, family_of, kind
 from mbq_gguf.models.file_rows import leave_in_file
+from mbq_gguf.models.kinds import check_kinds
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import ImagePrompt, NoImagePrompt, ProcessorImagePrompt, Prompts, RuntimePrompt
 from mbq_gguf.models.published import PUBLISHED, TEXT_MODELS, unwarned
@@ -91,11 +92,16 @@ def outline(model_dir: Path) -> LoadedModel:
 def check_source(model_dir: Path) -> str:
     """Everything about a model directory that can be refused before its weights are read; returns the architecture's name."""
     config = read_config(model_dir)
+    check_kinds(config)
     architecture = check_architecture(config)
     check_unquantised(model_dir, config)
     check_layer_count(config)
     as_llama.check(config)
+    internvl.check(config)
     check_whole(model_dir)
+    if architecture not in (*PUBLISHED, *TEXT_MODELS):
+        with model_errors(model_dir / "config.json", architecture):
+            configuration(model_dir)
     return architecture
 
 
@@ -152,22 +158,28 @@ def settings_errors(model_dir: Path, architecture: str) -> AbstractContextManage
     return raised_as(what, "fetch them again", architecture)
 
 
-def model_errors(model_dir: Path, architecture: str) -> AbstractContextManager[None]:
-    """For what makes a model class of transformers."""
-    return raised_as(f"{model_dir} cannot be loaded as {architecture}", "fetch the model again", architecture)
+def model_errors(source: Path, architecture: str) -> AbstractContextManager[None]:
+    """For what makes a model class of transformers of a directory, or of a file in it."""
+    return raised_as(f"{source} cannot be loaded as {architecture}", "fetch the model again", architecture)
+
+
+def configuration(model_dir: Path) -> Any:
+    """What transformers makes of config.json, which its class checks."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=runs_remote_code())
 
 
 def _bare(model_dir: Path, architecture: str) -> Any:
     """The model's class with its configuration, on the meta device."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
-    options = {"local_files_only": True, "trust_remote_code": runs_remote_code()}
     with model_errors(model_dir, architecture), torch.device("meta"):
         if architecture in PUBLISHED:
             return PUBLISHED[architecture].bare(model_dir)
         if text := text_model(model_dir, architecture):
             return text.bare()
-        config = AutoConfig.from_pretrained(str(model_dir), **options)
+        config = configuration(model_dir)
         if getattr(config, "audio_config", None):
             config.audio_config = None
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=runs_remote_code())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from targets import Target, llama, readers
+from targets import Target, llama, model, readers
 
 READERS: dict[str, type[Target]] = {
     "header": readers.Header,
@@ -11,6 +11,7 @@ READERS: dict[str, type[Target]] = {
     "safetensors": readers.Safetensors,
     "workdir": readers.WorkDirectory,
     "picture": readers.Picture,
+    "settings": model.Settings,
 }
 LLAMA: dict[str, type[Target]] = {"text": llama.Text, "mmproj": llama.Mmproj, "decoder": llama.Decoder}
 TARGETS = READERS | LLAMA

@@ -1,0 +1,99 @@
+"""What kind of value a setting of config.json is, by its name, which the families share: a fault is named before anybody trips over it.
+
+transformers and llama.cpp's conversion find most of them too, each in Python's words, and not always which of the settings it was.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mbq_gguf.errors import UserError
+
+LARGEST = 2**31  # llama.cpp counts tokens, rows and layers in 32 bits
+PARTS = ("text_config", "llm_config", "vision_config")  # of a config.json: what is read of it here
+ROPE = ("rope_parameters", "rope_scaling")  # of a part; Gemma's has one such object for each kind of layer
+# What may not be null, of a part and anywhere.
+NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rope_theta")
+NEVER_NULL = (
+    *("llm_config", "min_dynamic_patch", "max_dynamic_patch", "interleave_moe_layer_step"),
+    *("original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "mrope_section"),
+)
+SIZE = re.compile(
+    r"(?:hidden|intermediate|vocab|patch|temporal_patch|spatial_merge|image|moe_intermediate|out_hidden)_size|intermediate_size_mlp|depth"
+    r"|(?:head|embed|global_head|linear_key_head|linear_value_head|vision_output|projector_input|projector_output)_dim|num_local_experts|num_experts_per_tok"
+    r"|num_(?:\w+_)?(?:heads|channels)|num_(?:hidden_)?layers|(?:original_)?max_position_embeddings|interleave_moe_layer_step"
+)
+FEW = {  # of one picture: transformers makes a list of so many, or of all ways to lay them out
+    "mm_tokens_per_image": 1 << 16,
+    "image_seq_length": 1 << 16,
+    "query_num": 1 << 16,
+    "min_dynamic_patch": 100,
+    "max_dynamic_patch": 100,
+}
+COUNT = re.compile(r"num_experts|num_kv_shared_layers|max_window_layers|\w*kernel_size|projection_dim")  # 0: there is none
+NUMBER = re.compile(r"(?!long_|short_)\w+_(?:eps|theta|range|dropout|factor|prob)|factor|downsample_ratio|pixel_shuffle_ratio")
+FLAG = re.compile(r"bias|\w+_bias|tie_word_embeddings|use_(?:cache|qk_norm|sliding_window)|qk_normalization|norm_topk_prob")
+WORD = re.compile(r"model_type|\w+_act|hidden_activation|dtype|torch_dtype|norm_type|rope_type|type")
+OBJECT = re.compile(r"(?:text|llm|vision)_config|rope_parameters|rope_scaling|(?:full|sliding)_attention")
+WORDS = re.compile(r"architectures|layer_types")
+WHOLES = re.compile(r"mrope_section|no_rope_layers|moe_layers")
+
+
+def check_kinds(config: Mapping[str, Any]) -> None:
+    """Raise UserError for the first setting of a config.json, or of its language model's or vision tower's, that is of another kind."""
+    check_part(config, "")
+    for part in PARTS:
+        check_part(config.get(part) or {}, f"{part}.")
+
+
+def check_part(settings: Mapping[str, Any], place: str) -> None:
+    """The same of one object, which config.json has at ``place``."""
+    for name, value in settings.items():
+        wanted = "value" if value is None and (name in NEVER_NULL or (place and name in NEEDED)) else fault(name, value)
+        if wanted:
+            raise UserError(f"{place}{name} in the model's config.json is {value!r:.60} and no {wanted}: fetch the model again")
+        if isinstance(value, dict) and (name in ROPE or place.endswith(tuple(f"{name}." for name in ROPE))):
+            check_part(value, f"{place}{name}.")
+
+
+def fault(name: str, value: Any) -> str | None:
+    """What a setting called ``name`` is instead of ``value``; None where it is of its kind, or of a kind that nobody here knows."""
+    if value is None:  # what the class has by itself
+        return None
+    if OBJECT.fullmatch(name):
+        return None if isinstance(value, dict) else "JSON object"
+    if WORDS.fullmatch(name):
+        return None if value and isinstance(value, list) and all(isinstance(item, str) for item in value) else "list of words"
+    if WHOLES.fullmatch(name):
+        return None if isinstance(value, list) and all(is_whole(item, 0) for item in value) else "list of whole numbers"
+    if WORD.fullmatch(name):
+        return None if isinstance(value, str) else "word"
+    if FLAG.fullmatch(name):
+        return None if isinstance(value, bool) else "true or false"
+    if NUMBER.fullmatch(name):
+        return None if is_number(value) else "number"
+    if COUNT.fullmatch(name):
+        return None if is_whole(value, 0) else "whole number from 0 up"
+    if name in FEW:
+        return None if is_whole(value, 1) and value <= FEW[name] else f"whole number from 1 to {FEW[name]}"
+    if name == "auto_map":
+        return None if isinstance(value, dict) and isinstance(value.get("AutoConfig", ""), str) else "object of words"
+    if SIZE.fullmatch(name):
+        several = (
+            value if name in ("image_size", "patch_size") and isinstance(value, list) and len(value) == 2 else [value]
+        )  # height and width
+        return None if all(is_whole(item, 1) for item in several) else "whole number above 0"
+    return None
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether ``value`` is a whole number that a model has."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < LARGEST
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is one."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

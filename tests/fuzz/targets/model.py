@@ -1,0 +1,70 @@
+"""A model directory's config.json (``models/``, ``export/rehearsal.py``), as a dry run reads it."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+from mbq_gguf.errors import UserError
+from mutators import settings
+
+from targets import TAKEN, refusal
+
+FAMILIES = ("Qwen2-VL", "InternVL 2 to 3.5", "InternVL 2 and 2.5 (InternLM2)", "Llama 4", "Gemma 3", "LLaVA-1.5")
+# What Python says of a value of another kind: no sentence for who has a file to mend.
+PYTHON = re.compile(
+    r"KeyError|object (?:is not|has no|cannot)|NoneType|unsupported operand|unexpected keyword|not supported between|positional arg"
+)
+
+
+class Settings:
+    """Small checkpoints of several families, whose settings are spoilt."""
+
+    def __init__(self) -> None:
+        import tempfile
+
+        sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "families")]
+        from recipe import write
+        from recipes import RECIPES
+
+        self.kept = tempfile.TemporaryDirectory(prefix="fuzz-")
+        self.folders = [write(RECIPES[name], Path(self.kept.name) / str(number)) for number, name in enumerate(FAMILIES)]
+        self.settings = [json.loads((folder / "config.json").read_text()) for folder in self.folders]
+
+    def make(self, draw: random.Random, folder: Path) -> str:
+        number = draw.randrange(len(FAMILIES))
+        for file in self.folders[number].iterdir():
+            if file.name != "config.json":
+                (folder / file.name).symlink_to(file)
+        data, done = settings.mutate(self.settings[number], draw)
+        (folder / "config.json").write_bytes(data)
+        return f"{FAMILIES[number]} {done}"
+
+    def open(self) -> None:
+        import torch
+        from mbq_gguf.beforehand import check_inputs, look_ahead
+        from mbq_gguf.convert import ConvertOptions
+        from mbq_gguf.export.conversion import load_package
+
+        torch.set_num_threads(1)
+        # the package knows a tokenizer by what it makes of a text, and not the small one
+        load_package().conversion.TextModel.get_vocab_base_pre = lambda *_: "smollm"
+        self.options, self.check, self.ahead = ConvertOptions, check_inputs, look_ahead
+
+    def read(self, folder: Path) -> str:
+        options = self.options(folder, folder / "out.gguf", synthetic=0, rounding="nearest")
+        try:
+            self.check(options)
+            self.ahead(options, lambda _: None)
+        except UserError as error:
+            return in_a_persons_words(error)
+        return TAKEN
+
+
+def in_a_persons_words(error: UserError) -> str:
+    """What a refusal gives that names what is to be mended."""
+    assert not PYTHON.search(str(error)), f"Python's own words: {error}"
+    return refusal(error)

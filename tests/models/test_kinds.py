@@ -1,0 +1,72 @@
+"""Settings of another kind than their name says: each is named, with its value, and what models are published with passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from mbq_gguf.errors import UserError
+from mbq_gguf.models.kinds import check_kinds
+
+SOUND: dict[str, Any] = {  # a little of many families
+    "architectures": ["AVisionModel"],
+    "auto_map": {"AutoConfig": "code.Config", "AutoTokenizer": ["code.Tokenizer", None]},
+    "tie_word_embeddings": False,
+    "downsample_ratio": 0.5,
+    "max_dynamic_patch": 12,
+    "vision_feature_layer": -2,
+    "text_config": {
+        "architectures": None,
+        "hidden_size": 128,
+        "head_dim": None,
+        "num_experts": 0,
+        "rms_norm_eps": 1e-5,
+        "attention_dropout": 0,
+        "layer_types": ["full_attention"],
+        "no_rope_layers": [],
+        "rope_scaling": {"type": "su", "rope_theta": 1000000, "short_factor": [1.0, 1.1], "mrope_section": [2, 1, 1]},
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    },
+    "vision_config": {"image_size": [64, 64], "patch_size": 16, "hidden_act": "gelu", "size": {"longest_edge": 64}, "projection_dim": 0},
+}
+
+
+def test_what_is_published_passes() -> None:
+    check_kinds(SOUND)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("text_config.hidden_size", "128", "is '128' and no whole number above 0"),
+        ("text_config.hidden_size", None, "is None and no value"),
+        ("text_config.num_attention_heads", -4, "is -4 and no whole number above 0"),
+        ("text_config.num_local_experts", 0, "is 0 and no whole number above 0"),
+        ("text_config.num_experts_per_tok", 0, "is 0 and no whole number above 0"),
+        ("text_config.vocab_size", 2**31, "is 2147483648 and no whole number above 0"),
+        ("text_config.num_key_value_heads", 2.0, "is 2.0 and no whole number above 0"),
+        ("text_config.num_experts", True, "is True and no whole number from 0 up"),
+        ("text_config.rms_norm_eps", [1e-5], r"is \[1e-05\] and no number"),
+        ("text_config.rms_norm_eps", float("nan"), "is nan and no number"),
+        ("text_config.use_qk_norm", "yes", "is 'yes' and no true or false"),
+        ("text_config.layer_types", "full", "is 'full' and no list of words"),
+        ("text_config.rope_scaling.rope_theta", None, "is None and no value"),
+        ("text_config.rope_scaling.mrope_section", [1, "x"], "no list of whole numbers"),
+        ("text_config.rope_parameters.full_attention.rope_type", 3, "is 3 and no word"),
+        ("text_config.rope_parameters.full_attention", 3, "is 3 and no JSON object"),
+        ("vision_config.image_size", [64, "x"], "no whole number above 0"),
+        ("vision_config", ["x"], "no JSON object"),
+        ("llm_config", None, "is None and no value"),
+        ("max_dynamic_patch", 10**9, "is 1000000000 and no whole number from 1 to 100"),
+        ("mm_tokens_per_image", 10**9, "no whole number from 1 to 65536"),
+        ("downsample_ratio", "x" * 1000, "is 'xxx"),
+    ],
+)
+def test_another_kind_is_named(place: str, value: Any, words: str) -> None:
+    *parts, name = place.split(".")
+    spoilt: Any = {name: value}
+    for part in reversed(parts):
+        spoilt = {part: spoilt}
+    with pytest.raises(UserError, match=rf"^{place} in the model's config.json .*{words}.*: fetch the model again$") as raised:
+        check_kinds(SOUND | spoilt)
+    assert len(str(raised.value)) < 200
