@@ -20,6 +20,7 @@ from mbq_gguf.evaluate.command import eval_command
 from mbq_gguf.export.atomic import check_gguf_output
 from mbq_gguf.hub import model_directory
 from mbq_gguf.llama_cpp.locks import termination_as_exit
+from mbq_gguf.llama_cpp.steps import say
 
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -127,7 +128,7 @@ def build(backend: str, source: Path | None, jobs: int | None, cuda_architecture
 
     console = Console()
     tree = build_llama_cpp(backend, source=source, jobs=jobs, cuda_architectures=cuda_architectures, page=page, console=console)
-    console.print(f"llama.cpp is ready in {tree}", highlight=False, soft_wrap=True)
+    say(console, f"llama.cpp is ready in {tree}")
 
 
 @main.command()
@@ -199,7 +200,7 @@ def demo_model(directory: Path) -> None:
     """Write the reference VLM (135M parameters, sees drawn scenes) to DIRECTORY as a Hugging Face model."""
     from mbq_gguf.demo.assemble import assemble
 
-    Console().print(f"reference VLM written to {assemble(directory)}", highlight=False, soft_wrap=True)
+    say(Console(), f"reference VLM written to {assemble(directory)}")
 
 
 @main.command()
@@ -250,7 +251,7 @@ def imatrix(
     model_dir = model_directory(model, revision, console, trust_remote_code)
     from mbq_gguf.imatrix import make_imatrix
 
-    console.print(make_imatrix(model_dir, out, calib, samples, seed, device, console, trust_remote_code), highlight=False, soft_wrap=True)
+    say(console, make_imatrix(model_dir, out, calib, samples, seed, device, console, trust_remote_code))
 
 
 @main.command()
@@ -275,7 +276,7 @@ def card(out: Path) -> None:
     from mbq_gguf.export.gguf_header import read_header
 
     read_header(out)  # what is wrong with OUT is said before what is wrong with README.md
-    Console().print(f"{write_card(out)} written", highlight=False, soft_wrap=True)
+    say(Console(), f"{write_card(out)} written")
 
 
 main.add_command(convert)

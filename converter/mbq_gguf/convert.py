@@ -147,7 +147,7 @@ def calibrated(options: ConvertOptions, quantised: Quantised | None) -> str:
 
 def run_quantisation(options: ConvertOptions, console: Console, stages: Stages, timer: Timer) -> Quantised:
     """Look at all that can be refused, load the model, calibrate, equalise and round."""
-    say = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
+    say = partial(console.print, style="yellow", markup=False, highlight=False, soft_wrap=True)
     with timer.timed("check"):
         ahead = look_ahead(options, say)
     options = ahead.options
@@ -180,7 +180,7 @@ def host_bytes(options: ConvertOptions) -> int:
 
 def run_tower_alone(options: ConvertOptions, console: Console, stages: Stages, timer: Timer) -> VisionFile:
     """Load the model and change its tower, where the language model stays as it is."""
-    say = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
+    say = partial(console.print, style="yellow", markup=False, highlight=False, soft_wrap=True)
     with timer.timed("check"):
         model = outline(options.model_dir)
         check_tower(options, model)

@@ -15,6 +15,7 @@ from mbq_gguf import launch, settings
 from mbq_gguf.errors import UsageError
 from mbq_gguf.export.atomic import check_gguf_output
 from mbq_gguf.hub import model_directory
+from mbq_gguf.llama_cpp.steps import say
 from mbq_gguf.option_groups import ARGUMENTS, THREADS, Finite, GroupedCommand, option_group
 from mbq_gguf.settings import QuantiseSettings
 
@@ -253,4 +254,4 @@ def convert(context: click.Context, /, model: str, type_: str, revision: str | N
         from mbq_gguf.card import write_card
 
         command = shlex.join(["mbq-gguf", "convert", *context.meta[ARGUMENTS]])
-        console.print(f"{write_card(chosen.out, command)} written", highlight=False, soft_wrap=True)
+        say(console, f"{write_card(chosen.out, command)} written")

@@ -80,7 +80,7 @@ def _dry_run(options: ConvertOptions, console: Console) -> Expected:
     if options.unquantised:
         model, samples = outline(options.model_dir), 0
     else:
-        ahead = look_ahead(options, partial(console.print, style="yellow", highlight=False, soft_wrap=True))
+        ahead = look_ahead(options, partial(console.print, style="yellow", markup=False, highlight=False, soft_wrap=True))
         options, model, samples = ahead.options, ahead.model, len(ahead.drawn)
     weights = sum(linear.weight.numel() for _, linear in model.decoder.linears())
     content = expected_content(options, model, samples)

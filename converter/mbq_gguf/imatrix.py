@@ -46,7 +46,7 @@ def make_imatrix(
 def _make_imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, seed: int, device: str, console: Console) -> str:
     check_source(model_dir)
     rehearse(model_dir, weight_files(model_dir), MMPROJ_TYPE)
-    say = partial(console.print, style="yellow", highlight=False, soft_wrap=True)
+    say = partial(console.print, style="yellow", markup=False, highlight=False, soft_wrap=True)
     model = outline(model_dir)
     if model.decoder.layout.stacks:
         raise UsageError(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from mbq_cbind.model import Model
+from mbq_gguf.cli import main
 from mbq_gguf.convert import ConvertOptions, convert
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.evaluate.command import eval_command
@@ -185,6 +186,26 @@ def test_the_command_writes_table_json_and_page(files: Files, tmp_path: Path) ->
     assert json.loads(out.read_text())["files"][1]["name"] == "mbq3.gguf"
     assert "data:image/png;base64," in page.read_text()
     assert not out.with_name("eval.json.work").exists()
+
+
+@pytest.mark.parametrize("option", ["--out", "--html"])
+def test_what_is_read_is_not_written_over(option: str, files: Files, tmp_path: Path) -> None:
+    for file in (files.reference, files.rounded, files.mmproj, files.data):
+        (tmp_path / "linked").unlink(missing_ok=True)
+        (tmp_path / "linked").symlink_to(file)
+        before = file.stat().st_mtime_ns
+        call = ["eval", files.reference, files.rounded, "--mmproj", files.mmproj, "--data", files.data, option, tmp_path / "linked"]
+        ended = CliRunner().invoke(main, [str(part) for part in call])
+        assert ended.exit_code == 2
+        assert "linked is one of the files that are compared or asked from" in ended.stderr
+        assert file.stat().st_mtime_ns == before
+
+
+def test_one_name_for_two_outputs(files: Files, tmp_path: Path) -> None:
+    call = ["eval", files.reference, files.rounded, "--mmproj", files.mmproj, "--out", tmp_path / "a", "--html", tmp_path / "a"]
+    ended = CliRunner().invoke(main, [str(part) for part in call])
+    assert ended.exit_code == 2
+    assert "--out and --html are both" in ended.stderr
 
 
 def test_a_stopped_run_goes_on(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

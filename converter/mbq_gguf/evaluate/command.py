@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from mbq_gguf.errors import UsageError
 from mbq_gguf.option_groups import THREADS
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -53,11 +54,16 @@ def eval_command(
     from mbq_gguf.evaluate.results import Evaluation
     from mbq_gguf.evaluate.run import EvalOptions, evaluate
     from mbq_gguf.evaluate.table import grids, render
-    from mbq_gguf.export.atomic import check_output, staged
+    from mbq_gguf.export.atomic import check_output, staged, target
 
+    read = [target(path) for path in (reference, *candidates, mmproj, data, text) if path is not None]
     for path in (out, html):
         if path is not None:
             check_output(path)
+            if target(path) in read:
+                raise UsageError(f"{path} is one of the files that are compared or asked from: write to another one")
+    if out is not None and html is not None and target(out) == target(html):
+        raise UsageError(f"--out and --html are both {out}: give them two names")
     output = out or html
     work = output.with_name(f"{output.name}.work") if output else None
     options = EvalOptions(reference, candidates, mmproj, data or SHIPPED, text, questions, threads, gpu_layers, context, work)
