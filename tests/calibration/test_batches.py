@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from mbq_gguf.calibration import batches as module
-from mbq_gguf.calibration.batches import batches
+from mbq_gguf.calibration.batches import batches, joined
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.precision import coarse_products
 from mbq_gguf.calibration.stream import advance, capture, capture_encoded, working_layer
@@ -53,6 +53,20 @@ def test_batches_keep_order_and_size(streams: list[Streamed], monkeypatch: pytes
     assert [stream for batch in found for stream in batch] == streams
     assert 1 < len(found) < len(streams)
     assert all(sum(len(stream.ids) for stream in batch) <= limit for batch in found if len(batch) > 1)
+
+
+def test_what_a_layer_has_left_is_joined_without_a_copy(tiny: LoadedModel, streams: list[Streamed]) -> None:
+    (batch,) = batches(streams, 0)
+    first = joined(batch, 0)[0]
+    assert first.equal(torch.cat([stream.hidden for stream in batch], dim=1))
+    assert first.data_ptr() != batch[0].hidden.data_ptr()
+    advance(working_layer(tiny, 0), batch)
+    for some in (batch, batch[1:4]):
+        found = joined(some, 1)[0]
+        assert found.equal(torch.cat([stream.hidden for stream in some], dim=1))
+        assert found.data_ptr() == some[0].hidden.data_ptr()
+    for some in (batch[::-1], batch[::2], [batch[0], batch[0]]):
+        assert joined(some, 1)[0].equal(torch.cat([stream.hidden for stream in some], dim=1))
 
 
 def test_a_sample_with_a_mask_or_other_arguments_goes_alone(streams: list[Streamed]) -> None:

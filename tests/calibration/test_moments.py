@@ -103,7 +103,7 @@ def of_original(layer: Layer, streams: list[Streamed], site: Site) -> list[torch
     return [x @ writer.weight.t() for x in inputs] if writer else inputs
 
 
-def test_every_linear_runs_once_a_batch(layer: Layer, streams: list[Streamed], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_linear_runs_once_a_batch_and_norms_twice(layer: Layer, streams: list[Streamed], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "TOKENS", len(streams[0].ids) + len(streams[1].ids))
     runs: Counter[str] = Counter()
 
@@ -112,11 +112,14 @@ def test_every_linear_runs_once_a_batch(layer: Layer, streams: list[Streamed], m
 
     for name in STANDARD.readers:
         monkeypatch.setattr(layer.linear(name), "forward", counted(name, layer.linear(name).forward))
+    for name in STANDARD.norms:
+        monkeypatch.setattr(layer.part(name), "forward", counted(name, layer.part(name).forward))
     replay = Replay(layer, streams)
     for site in STANDARD.sites:
         replay.moments(site, uniform)
     replay.advance()
-    assert runs == dict.fromkeys(STANDARD.readers, 2)  # three streams, the last one alone
+    # three streams, the last one alone; a norm for either site of its branch
+    assert runs == dict.fromkeys(STANDARD.readers, 2) | dict.fromkeys(STANDARD.norms, 4)
 
 
 def test_groups_that_nobody_asks_for_are_run_all_the_same(layer: Layer, streams: list[Streamed]) -> None:

@@ -139,6 +139,25 @@ def test_systems_and_their_steps(kernels: Kernels, device: str, kind: str) -> No
     same((*steps, left), refit._take_steps(grid, halfway, lower, coded.scale, coded.offset))
 
 
+@pytest.mark.parametrize("numbers", [1, 36, compiled.LARGEST_SYSTEM])
+def test_factors(kernels: Kernels, device: str, numbers: int) -> None:
+    if kernels.factor is None:
+        pytest.skip("a library does it")
+    draw = torch.Generator().manual_seed(0)
+    root = torch.randn(ROWS, numbers, numbers, generator=draw, dtype=torch.float64)
+    system, right = root @ root.mT + torch.eye(numbers), torch.randn(ROWS, numbers, generator=draw, dtype=torch.float64)
+    system[1] *= -1
+    lower, info = torch.linalg.cholesky_ex(system)
+    expected = lower, torch.linalg.solve_triangular(lower, right[..., None], upper=False)[..., 0]
+    found = kernels.factor(system.tril() + torch.randn_like(system).triu(1), right.clone())
+    assert found is not None
+    assert found[2].equal(info == 0)
+    assert not found[2].all()
+    for one, other in zip((found[0].tril(), found[1]), expected, strict=True):
+        same((one[info == 0],), (other[info == 0],), 1e-12)  # float64 in another order: measured 3e-15
+    assert kernels.factor(torch.eye(compiled.LARGEST_SYSTEM + 1)[None], torch.ones(1, compiled.LARGEST_SYSTEM + 1)) is None
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_carry(kernels: Kernels, device: str, turned: bool) -> None:
     if kernels.carry is None:

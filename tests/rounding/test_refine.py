@@ -22,6 +22,7 @@ from mbq_gguf.rounding.refit import _fill, refit, refit_row_scale
 from mbq_gguf.rounding.sequence import Refinement, corrected, refined
 
 COLUMNS = 128
+SUMS_OF_THE_CHANGE = 1e-6  # of a correction is what sums in float32 may change where zeros are left out; 0 here
 OF_THE_CHANGE = 1e-3  # of a correction is what float32 sums of W y instead of y - x may change; 3.5e-4 here
 
 
@@ -184,7 +185,8 @@ def test_zeros_of_the_factor_can_be_left_out(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(gptq.COLUMNS_SOLVED, "cpu", 48)
     assert COLUMNS % 48
     torch.testing.assert_close(inverse_factor(found.hessian, 0.01), factor, rtol=1e-6, atol=0)  # float64 rounded to float32
-    torch.testing.assert_close(corrected(weight, found, factor, 0.5), whole, rtol=1e-6, atol=0)
+    miss = corrected(weight, found, factor, 0.5) - whole
+    assert float(miss.norm() / (whole - weight).norm()) < SUMS_OF_THE_CHANGE
 
 
 def test_everything_together_beats_plain_gptq(grid: Grid) -> None:

@@ -89,10 +89,29 @@ def _joined(values: list[Any], axis: int | None) -> Any:
         assert axis is not None
         if len({value.device for value in values}) > 1:  # a card's room has ended within the batch
             values = [value.cpu() for value in values]
-        return torch.cat(values, dim=axis)
+        return _side_by_side(values, axis) if _lie_side_by_side(values, axis) else torch.cat(values, dim=axis)
     if isinstance(values[0], list | tuple):
         return type(values[0])(_joined(list(parts), axis) for parts in zip(*values, strict=True))
     return values[0]
+
+
+def _lie_side_by_side(values: Sequence[torch.Tensor], axis: int) -> bool:
+    """Whether ``values`` are parts of one tensor along ``axis``, as a layer leaves samples to the next one: six copies of them are 1 to 3 %
+    of a layer's time."""
+    first, start = values[0], values[0].storage_offset()
+    for value in values:
+        same = value.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and value.stride() == first.stride()
+        if not same or value.storage_offset() != start:
+            return False
+        start += value.shape[axis] * value.stride(axis)
+    return True
+
+
+def _side_by_side(values: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    """The tensor that :func:`_lie_side_by_side` has found ``values`` to be parts of."""
+    shape = list(values[0].shape)
+    shape[axis] = sum(value.shape[axis] for value in values)
+    return values[0].as_strided(shape, values[0].stride())
 
 
 def _axis(name: str) -> int | None:

@@ -56,13 +56,23 @@ def _refit_rows(
     diagonal = system.diagonal(dim1=1, dim2=2)
     ridge = RIDGE * diagonal.clamp(min=1e-12)
     diagonal += ridge
-    lower, info = torch.linalg.cholesky_ex(system)
-    halfway = torch.linalg.solve_triangular(lower, right[..., None], upper=False)[..., 0]
+    lower, halfway, positive = _factored(system, right)
     new_scale, new_offset, left = _held_in_turn(grid, scale, offset, lower, halfway)
     change = _backwards(new_scale - scale, new_offset - offset).double()
     gain = (halfway.square() - left.square() + ridge * change.square()).sum(dim=1)  # how much the objective falls
-    better = (info == 0) & (gain > 0) & (new_scale > 0).all(dim=1) & new_offset.isfinite().all(dim=1)
+    better = positive & (gain > 0) & (new_scale > 0).all(dim=1) & new_offset.isfinite().all(dim=1)
     return torch.where(better[:, None], new_scale, scale), torch.where(better[:, None], new_offset, offset)
+
+
+def _factored(system: torch.Tensor, right: torch.Tensor) -> Tensors:
+    """L of ``system`` = L L^T [rows, numbers, numbers], of which the lower triangle is looked at, the solution y of L y = ``right``
+    [rows, numbers], and which rows have them. ``system`` and ``right`` are given up."""
+    fused = kernels_for(system)
+    found = fused.factor(system, right) if fused and fused.factor else None
+    if found:
+        return found
+    lower, info = torch.linalg.cholesky_ex(system)
+    return lower, torch.linalg.solve_triangular(lower, right[..., None], upper=False)[..., 0], info == 0
 
 
 def _backwards(of_scales: torch.Tensor, of_offsets: torch.Tensor) -> torch.Tensor:

@@ -119,25 +119,29 @@ def refined_by(factor: torch.Tensor, weight: torch.Tensor, found: Moments, grid:
 
 
 def corrected(weight: torch.Tensor, found: Moments, factor: torch.Tensor, share: float) -> torch.Tensor:
-    """W + share W C H^-1 with C the cross moments and H^-1 = U^T U of the damped Hessian; computed in float64."""
-    upper, crossed = factor.double(), _crossed(found)
-    changes = [_through_inverse(crossed(weight, rows), upper) for rows in row_blocks(len(weight))]
-    return weight + share * torch.cat(changes).float()
+    """W + share W C H^-1 with C the cross moments and H^-1 = U^T U of the damped Hessian.
+
+    Products are float32: on the reference VLM they move a correction by 2e-6 to 3e-5 of itself, and 1e-10 of what it does to the objective,
+    in 0.10 instead of 0.25 s a layer. W C as a difference of what W makes is float64.
+    """
+    crossed = _crossed(found)
+    changes = [_through_inverse(crossed(weight, rows), factor) for rows in row_blocks(len(weight))]
+    return weight + share * torch.cat(changes)
 
 
 def _crossed(found: Moments) -> Callable[[torch.Tensor, slice], torch.Tensor]:
-    """What makes W C [rows, columns] of some rows of W, in float64."""
+    """What makes W C [rows, columns] of some rows of W."""
     if found.written is not None:
         written, hessian = found.written, found.hessian.double()
-        return lambda weight, rows: written[rows].double() - weight[rows].double() @ hessian
+        return lambda weight, rows: (written[rows].double() - weight[rows].double() @ hessian).float()
     assert found.cross is not None
-    cross = found.cross.double()
-    return lambda weight, rows: weight[rows].double() @ cross
+    cross = found.cross
+    return lambda weight, rows: weight[rows].float() @ cross
 
 
 def _through_inverse(change: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
     """``change`` [rows, columns] times U^T U, in its place. What lies below the diagonal of U is left out, some columns at a time: a
-    correction of 3584 x 18944 takes 0.11 s on a card instead of 0.14, of 256 x 1536 18 ms on a core instead of 26."""
+    correction of 3584 x 18944 takes 0.11 s on a card instead of 0.14, of 256 x 1536 two thirds of the time on a core."""
     at_once = COLUMNS_SOLVED[upper.device.type]
     parts = [slice(start, start + at_once) for start in range(0, len(upper), at_once)]
     for part in parts:

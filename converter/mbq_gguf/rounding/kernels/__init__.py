@@ -22,7 +22,7 @@ from mbq_gguf.rounding.kernels import compiled
 
 @dataclass(frozen=True)
 class Kernels:
-    """Functions of the modules of this package; ``carry`` None where a library's product does it."""
+    """Functions of the modules of this package; ``carry`` and ``factor`` None where a library does it."""
 
     search: Callable[..., Pair]
     round_group: Callable[..., None]
@@ -30,6 +30,7 @@ class Kernels:
     carry: Callable[..., None] | None
     fill: Callable[..., None]
     take_steps: Callable[..., Pair]
+    factor: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None] | None = None
 
 
 def kernels_for(like: torch.Tensor) -> Kernels | None:
@@ -55,7 +56,9 @@ def _of_cards() -> Kernels | None:
 def _of_cpus() -> Kernels | None:
     if compiled.library() is None:
         return None
-    return Kernels(compiled.search, compiled.round_group, compiled.descend_columns, None, compiled.fill, compiled.take_steps)
+    return Kernels(
+        compiled.search, compiled.round_group, compiled.descend_columns, None, compiled.fill, compiled.take_steps, compiled.factor
+    )
 
 
 def of_triton() -> Kernels:

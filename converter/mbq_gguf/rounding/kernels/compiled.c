@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { TILE = 64, LARGEST_GROUP = 256 };
+enum { TILE = 64, LARGEST_GROUP = 256, LARGEST_SYSTEM = 128 };
 
 // Which values a scale or an offset can take: Parameter of formats/grid.py.
 enum { FP16, ZERO, UNSTEPPED, STEPPED };
@@ -334,6 +334,29 @@ void fill(double * systems, const float * codes, const float * by_scale, const f
                 of_scale[-1]      = scale_offset[r];
                 of_offset[0]      = offset_scale[r];
                 of_offset[-1]     = squares[h];
+            }
+        }
+    }
+}
+
+// Systems [rows, numbers, numbers], of which the lower triangles are given, to their Cholesky factors L in the same place, and right
+// [rows, numbers] to the solution y of L y = right. positive [rows] tells where there is a factor.
+void factor(double * systems, double * right, uint8_t * positive, int64_t numbers, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+        double * l = systems + row * numbers * numbers, *y = right + row * numbers;
+        positive[row] = 1;
+        for (int64_t j = 0; j < numbers; j++) {
+            positive[row] &= l[j * (numbers + 1)] > 0;
+            const double own = sqrt(fabs(l[j * (numbers + 1)])), inverse = 1.0 / own;
+            double       column[LARGEST_SYSTEM];
+            l[j * (numbers + 1)] = own;
+            y[j] *= inverse;
+            for (int64_t i = j + 1; i < numbers; i++) {
+                column[i] = l[i * numbers + j] *= inverse;
+                y[i] -= column[i] * y[j];
+                for (int64_t k = j + 1; k <= i; k++) {
+                    l[i * numbers + k] -= column[i] * column[k];
+                }
             }
         }
     }
