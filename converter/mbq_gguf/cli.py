@@ -155,6 +155,7 @@ def serve(file: Path, options: tuple[str, ...], mmproj: Path | None, port: int) 
     -- --api-key KEY                 a key of your own; --api-key "" asks for none
     -- --slots --metrics --props     lists of running requests, counters, changes of properties
     -- --cors-origins '*'            let pages of other sites ask it (with the key)
+    -- --video-ffmpeg-dir /usr/bin   hand WebP pictures and films to ffmpeg
 
     Pictures are sent by the page or as data: URLs of PNG, JPEG, GIF or BMP; nothing is fetched from http:// URLs. LLAMA_* variables do not
     reach the server. From a shell, with the key:

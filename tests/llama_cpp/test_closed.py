@@ -124,6 +124,21 @@ def test_pictures_from_elsewhere_are_not_fetched(
     assert len(witness.asked) == 1, "without --offline it fetches, or this test shows nothing"
 
 
+def test_what_is_no_picture_is_handed_to_nobody(tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama-server asks ffprobe about it, wherever that lies on the path: here a script that says that it was called."""
+    called = tmp_path / "called"
+    program = tmp_path / "ffprobe"
+    program.write_text(f"#!/bin/sh\ntouch {called}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    content = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,bm90aGluZw=="}}, {"type": "text", "text": "What is this?"}]
+    body: dict[str, object] = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+    for options, found in (([], False), (["--video-ffmpeg-dir", str(tmp_path)], True)):
+        with Server(*tiny_pair, ["--no-ui", "--threads", "1", "--ctx-size", "512", *options]) as server:
+            assert closed.request("POST", f"{server.url}/v1/chat/completions", server.key, 60, body).status_code == 400
+        assert called.exists() == found
+
+
 @pytest.mark.parametrize("holder", [HOLDER, THREAD_HOLDER])
 def test_it_ends_when_its_owner_is_killed(tiny_pair: Pair, holder: str) -> None:
     with started(sys.executable, "-c", holder, tiny_pair.model) as owner:

@@ -1,9 +1,9 @@
 """Closes a llama-server to everybody but the process that started it: its options, environment and key, and requests past every proxy.
 
 Closed are the network (``--offline``: nothing is fetched, pictures by ``http://`` included), the lists of slots with other people's
-prompts, changes of properties and metrics (llama-server's own default), tools and proxies for agents, pages of other origins, and every
-request without the key. llama-server takes the last of two equal options: one given after these opens what it names. What an administrator
-wrote to /etc/llama.cpp/config.ini still counts.
+prompts, changes of properties and metrics (llama-server's own default), tools and proxies for agents, decoders of films, pages of other
+origins, and every request without the key. llama-server takes the last of two equal options: one given after these opens what it names.
+What an administrator wrote to /etc/llama.cpp/config.ini still counts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 import requests
 
-OPTIONS = ("--offline", "--no-slots", "--no-agent", "--cors-origins", "localhost")
+# No program lies below /dev/null: what is no picture that llama-server reads itself would go to ffprobe and ffmpeg, which read anything.
+OPTIONS = ("--offline", "--no-slots", "--no-agent", "--cors-origins", "localhost", "--video-ffmpeg-dir", "/dev/null")
 # llama-server reads options from LLAMA_*, and under AIP_MODE its port and routes from AIP_*.
 FOREIGN = ("LLAMA_", "AIP_")
 # glibc keeps what a thread has freed for that thread: each answer of a large request (probabilities of all tokens: 280 MB as JSON) added as
