@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mbq_gguf.convert import ConvertOptions, convert
-from mbq_gguf.cost import CARD, CPU_SPEED, Site, Speed, Work, memory, rates_at, stage_seconds
+from mbq_gguf.cost import CARD, CPU_SPEED, Rates, Site, Speed, Work, layer_seconds, memory, rates_at, stage_seconds
 from mbq_gguf.dry_run import dry_run, expected_seconds
 from mbq_gguf.errors import UserError
 from rich.console import Console
@@ -159,3 +159,12 @@ def test_a_cpu_is_foretold_within_a_third(
     stages = [found[stage] for stage in ("capture", "texts", "layers")]
     assert stages == pytest.approx(seconds, rel=1 / 3)
     assert sum(stages) == pytest.approx(sum(seconds), rel=1 / 4)
+
+
+@pytest.mark.parametrize(("compiled", "seconds"), [(False, 1.44), (True, 0.72)])
+def test_rounding_is_foretold_as_it_is_done(compiled: bool, seconds: float) -> None:
+    """A layer of the reference VLM, one thread of machine A beside other work, in PyTorch's operations and compiled."""
+    rates = rates_at(CPU_SPEED, compiled)
+    alone = Rates(**dict.fromkeys(asdict(rates), 0.0) | {"rounded": rates.rounded, "product": rates.product})
+    work = Work([], ends=0, tower=0, vocabulary=0, width=576, checkpoint=0, files=0, streams=0, tokens=0, texts=0)
+    assert layer_seconds(work, sites(576, 9, 3, 1536), alone) == pytest.approx(seconds, rel=1 / 6)

@@ -74,12 +74,15 @@ CPU = Rates(
     multiplied=2.18e-11,
     squared=9.9e-12,
     column=0.0,
-    rounded=5e-7,
+    rounded=4e-7,
     product=6e-11,
     packed=7e-9,
     stored=1e-9,
     nearest=2.1e-8,
 )
+# Of CPU, where rounding's small operations are compiled (rounding/kernels): 0.72 core seconds of a layer of the reference VLM, 0.29 of them
+# products, on machine A beside other work, 2026-11-29.
+COMPILED = {"rounded": 1.2e-7, "product": 1.0e-10}
 # One H200 alone, 16 threads, a 7B's shapes by the defaults and two layers of a 72B's, 2026-11-28; rounding since it is kernels, by the four
 # matrices of a 7B's layer, 2026-11-29.
 CARD = Rates(
@@ -194,11 +197,11 @@ def layer_seconds(work: Work, sites: Sequence[Site], rates: Rates) -> float:
     return total + weights * rates.rounded
 
 
-def rates_at(speed: Speed) -> Rates:
-    """:data:`CPU` on a machine of another ``speed``."""
+def rates_at(speed: Speed, compiled: bool = False) -> Rates:
+    """:data:`CPU` on a machine of another ``speed``, with rounding's small operations ``compiled`` or not."""
     small = CPU_SPEED.small / speed.small
     factors = dict.fromkeys(PRODUCTS, CPU_SPEED.products / speed.products) | dict.fromkeys(BESIDE, small / min(speed.threads, 2))
-    return Rates(**{name: seconds * factors.get(name, small) for name, seconds in asdict(CPU).items()})
+    return Rates(**{name: seconds * factors.get(name, small) for name, seconds in (asdict(CPU) | (COMPILED if compiled else {})).items()})
 
 
 def stage_seconds(work: Work, rates: Rates, searched: bool = False, learned: int = 0) -> dict[str, float]:

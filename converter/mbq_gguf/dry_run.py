@@ -34,6 +34,7 @@ from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.remote_code import remote_code
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise_tower import tower_file, tower_keys
+from mbq_gguf.rounding.kernels import kernels_for
 from mbq_gguf.transforms.rotation import file_keys
 
 SAMPLED = 8  # samples that are encoded to know how long one is
@@ -154,7 +155,7 @@ def expected_vision(options: ConvertOptions, model: LoadedModel) -> VisionFile:
 def expected_seconds(options: ConvertOptions, work: Work) -> float:
     """All stages together, at the speed that this machine has now."""
     searched = options.method in ("awq", "mbq")
-    rates = rates_at(measure_speed()) if options.device == "cpu" else CARD
+    rates = rates_at(measure_speed(), kernels_for(torch.empty(0)) is not None) if options.device == "cpu" else CARD
     if not work.tokens:
         return work.weights * rates.nearest + stage_seconds(work, rates)["write"]
     return sum(stage_seconds(work, rates, searched, options.learn_scales).values())
