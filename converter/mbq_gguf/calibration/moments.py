@@ -98,8 +98,8 @@ class Replay:
                 square = Sum.square_of(parts["rooted"])
                 cross = None if originals is None else Sum.like(parts["original"], parts["rooted"])
                 self.summed = sum(each.total.nbytes for each in (square, cross) if each is not None)
-            tiles = square.adding_square(parts["rooted"])
-            self._do(tiles + (cross.adding(parts["original"], parts["rooted"]) if cross is not None else []))
+            large = [] if cross is None else cross.adding(parts["original"], parts["rooted"])
+            self._do(large + square.adding_square(parts["rooted"]))  # the largest first, so that workers end at the same time
         assert square is not None
         hessian, crossed = square.whole_square(), None if cross is None else cross.whole()
         return Moments(hessian, written=crossed) if writes else Moments(hessian, crossed)
