@@ -305,6 +305,12 @@ def test_choice_that_is_none_here(option: str, value: str, words: str, tiny_dir:
     assert words in refused("convert", tiny_dir, out, option, value)
 
 
+@pytest.mark.parametrize(("option", "value"), [("--rotate", "offline"), ("--method", "awq")])
+def test_a_reference_type_takes_no_method(option: str, value: str, tiny_dir: Path, out: Path) -> None:
+    for kind in ("BF16", "F16", "F32"):
+        assert f"--type {kind} is the checkpoint as it is" in refused("convert", tiny_dir, out, "--type", kind, option, value)
+
+
 def test_two_ways_to_choose_types(tiny_dir: Path, out: Path) -> None:
     assert "give --type or --target-bpw" in refused("convert", tiny_dir, out, "--type", "Q4_0", "--target-bpw", "4")
 

@@ -49,6 +49,10 @@ def check_inputs(options: ConvertOptions) -> list[Path]:
     quant_type(options.type)
     check_embedding_type(options.embedding_type)
     check_activations(options.settings)
+    if options.unquantised and (options.method != "rtn" or options.rotate not in (None, "none")):
+        raise UsageError(
+            f"--type {options.type} is the checkpoint as it is: leave out --method and --rotate, or choose a type that is rounded to"
+        )
     if options.mmproj_type not in MMPROJ_TYPES:
         raise UsageError(f"there is no mmproj type {options.mmproj_type}: choose one of {', '.join(MMPROJ_TYPES)}")
     if options.language_model_only and (options.calib or options.changes_tower or options.mmproj_activations):
