@@ -189,6 +189,14 @@ def test_whole_rounding(kind_of_kernels: str, kernels: Kernels, device: str, kin
     gptq._recorded.cache_clear()
 
 
+@pytest.mark.parametrize("command", ["cc", "env cc"])
+def test_a_compiler_may_be_several_words(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", command)
+    monkeypatch.setenv("MBQ_GGUF_CACHE", str(tmp_path))
+    assert compiled.library.__wrapped__() is not None
+    assert len(list(tmp_path.rglob("*.so"))) == 1
+
+
 @pytest.mark.parametrize("compiler", [None, Path("/bin/false"), Path("/nowhere/cc")])
 def test_without_a_compiler_there_are_none(compiler: Path | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compiled, "c_compiler", lambda: compiler)

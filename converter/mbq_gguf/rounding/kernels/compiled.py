@@ -46,12 +46,13 @@ def library() -> Any | None:
     compiler = c_compiler()
     if compiler is None:
         return None
-    flags = (*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    before = os.environ.get("CC", "").split()[1:]  # as in CC="ccache gcc"
+    command = [str(compiler), *before, *FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
     with suppress(OSError, subprocess.SubprocessError):
-        made_of = f"{flags} {compiler} {compiler.stat().st_mtime_ns}".encode() + SOURCE.read_bytes()
+        made_of = f"{command} {compiler.stat().st_mtime_ns}".encode() + SOURCE.read_bytes()
         path = cache_root() / "rounding" / f"{hashlib.sha256(made_of).hexdigest()[:24]}.so"
         if not path.is_file():
-            _compile([str(compiler), *flags], path)
+            _compile(command, path)
         return FFI.dlopen(str(path))
     return None
 
@@ -157,11 +158,11 @@ def _by_rows(rows: int, name: str, *arguments: Any) -> None:
     if len(firsts) == 1:
         function(*arguments, 0, rows)
         return
-    list(_pool().map(lambda first: function(*arguments, first, min(first + share, rows)), firsts))
+    list(_pool(os.getpid()).map(lambda first: function(*arguments, first, min(first + share, rows)), firsts))
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
+def _pool(_process: int) -> ThreadPoolExecutor:  # threads stay behind where a process forks
     return ThreadPoolExecutor(os.cpu_count())
 
 
