@@ -222,7 +222,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as pictures:
         real = str(cache_root())
-        if not {"text", "mmproj", "decoder"} & set(kinds):
+        if not {"text", "mmproj", "decoder", "settings"} & set(kinds):  # these look for the build there
             os.environ["MBQ_GGUF_CACHE"] = pictures  # pictures in data: URLs would fill the user's
         try:
             if show is not None or folder is not None:
