@@ -211,6 +211,18 @@ def test_weights_missing(model: Path, out: Path) -> None:
     assert "has no *.safetensors files" in refused("convert", model, out)
 
 
+def test_weights_of_another_kind_of_file(model: Path, out: Path) -> None:
+    """The sentence ends with a command that makes safetensors of them, which are taken."""
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    torch.save(tensors, model / "pytorch_model-00001-of-00001.bin")
+    _, _, command = refused("convert", model, out).replace("\n", " ").partition("To make them: ")
+    subprocess.run(command.replace("python", sys.executable, 1), cwd=model, shell=True, check=True)
+    assert (model / "model-00001-of-00001.safetensors").is_file()
+    result = CliRunner().invoke(main, ["convert", str(model), str(out), "--dry-run", "--type", "BF16"])
+    assert result.exit_code == 0, result.output
+
+
 def test_weights_that_the_index_names_missing(model: Path, out: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))

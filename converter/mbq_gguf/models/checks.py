@@ -21,6 +21,12 @@ NO_COUNT = 2**31  # llama.cpp counts tokens, rows and layers in 32 bits
 MOST_LAYERS = 512  # LLAMA_MAX_LAYERS
 MB = 10**6
 WEIGHTS = ("BF16", "F16", "F32", "F64")
+# For a shell, in the model's directory: a file at a time, under names that llama.cpp's conversion looks for; tied tensors are stored twice.
+SAVE_AGAIN = (
+    """python -c "import glob, torch; from safetensors.torch import save_file; [save_file({k: v.clone() for k, v in torch.load(f, """
+    """map_location='cpu', weights_only=True, mmap=True).items()}, f[8:-3] + 'safetensors', {'format': 'pt'}) """
+    """for f in glob.glob('pytorch_model*.bin')]\""""
+)
 # Read by transformers or llama.cpp's conversion, neither of which says which file was wrong.
 CONFIGURATIONS = (
     *PREPROCESSORS,
@@ -132,6 +138,8 @@ def weight_files(directory: Path) -> list[Path]:
         files = [directory / name for name in names]
     else:
         files = sorted(directory.glob("*.safetensors"))
+    if not files and list(directory.glob("pytorch_model*.bin")):
+        raise UserError(f"{directory} has its weights in *.bin files, and safetensors are read here. To make them: {SAVE_AGAIN}")
     if not files:
         raise UserError(f"{directory} has no *.safetensors files: fetch the model's weights, or save them as safetensors")
     for file in files:
