@@ -43,6 +43,9 @@ def test_serve_prints_address_and_key_and_ends_with_ctrl_c(tiny_pair: Pair) -> N
         assert key is not None
         reply = closed.request("GET", f"http://127.0.0.1:{port}/props", key[1], 30).json()
         assert reply["modalities"]["vision"], "the vision file beside it was found"
+        listed = closed.request("GET", f"http://127.0.0.1:{port}/v1/models", key[1], 30).text
+        assert json.loads(listed)["data"][0]["id"] == tiny_pair.model.stem
+        assert str(tiny_pair.model.parent) not in listed
         [server] = server_of(user.pid)
         user.send_signal(signal.SIGINT)
         assert user.communicate(timeout=30)[1] == "stopped\n"

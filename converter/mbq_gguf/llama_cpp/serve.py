@@ -22,7 +22,9 @@ def serve(file: Path, mmproj: Path | None, port: int, options: Sequence[str], co
     `mmproj`: by default the one beside `file`, and none where there is none. `options`: llama-server's own, which may open what is closed.
     Raises UserError where the server does not start or ends by itself.
     """
-    server = Server(file, mmproj or _beside(file), options, port=port)
+    # Its whole path would stand in every answer otherwise; a comma would make two names.
+    name = [] if {"--alias", "-a"} & set(options) else ["--alias", file.stem.replace(",", " ")]
+    server = Server(file, mmproj or _beside(file), [*name, *options], port=port)
     with ExitStack() as stack:
         with console.status(f"loading {file.name}"):
             stack.enter_context(server)
