@@ -20,6 +20,7 @@ from authors import Graph, Published
 from click.testing import CliRunner
 from mbq_cbind.model import Model
 from mbq_cbind.types import Floats
+from mbq_gguf.calibration.generate import written_texts
 from mbq_gguf.cli import main
 from mbq_gguf.convert import ConvertOptions, convert
 from mbq_gguf.errors import UserError
@@ -107,6 +108,17 @@ def ranked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_the_class_that_stands_for_it_computes_the_same(small: Small) -> None:
     _, difference = compare(small.theirs({}), small.authors())
     assert difference <= EXACT
+
+
+def test_texts_begin_as_the_authors_have_it(small: Small) -> None:
+    """Those that calibrate it."""
+    tokenizer = small.loaded.prompts.tokenizer
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    begin = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"]) if small.name == "GLM-4V" else bos
+    texts = written_texts(small.loaded, 3, 12, 1.0, 0, lambda *_: None)
+    assert texts.shape == (3, 12)
+    assert texts[:, : len(begin)].tolist() == [begin] * 3
+    assert not set(texts[:, len(begin) :].flatten().tolist()) & set(tokenizer.all_special_ids)
 
 
 QUIRKS: dict[str, list[dict[str, Any]]] = {

@@ -37,16 +37,14 @@ def greedy_answer(loaded: LoadedModel, image: Image.Image, question: str, max_to
 def written_texts(
     loaded: LoadedModel, count: int, length: int, temperature: float, seed: int, progress: Callable[[int, int], None]
 ) -> torch.Tensor:
-    """Token ids [count, length], on the host, of texts that the model samples after a random first token; special tokens are left out.
+    """Token ids [count, length], on the host, of texts that the model samples after what begins a text and a random token, no special ones.
 
     ``progress`` is called with tokens done and ``length``. Raises UserError where the device cannot hold the decoder.
     """
     plain = _plain_tokens(loaded)
     draw = torch.Generator().manual_seed(seed)
     first = plain[torch.randint(len(plain), (count, 1), generator=draw)]
-    begin = loaded.prompts.tokenizer.bos_token_id
-    if begin is not None:
-        first = torch.cat([torch.full_like(first, begin), first], dim=1)
+    first = torch.cat([torch.tensor([loaded.prompts.text_begin] * count, dtype=first.dtype), first], dim=1)
     other = torch.tensor(sorted(set(range(loaded.decoder.head.out_features)) - set(plain.tolist())), dtype=torch.long)
     steps = length - first.shape[1]
     numbers = torch.rand(steps, count, 1, generator=draw)

@@ -37,6 +37,7 @@ GRANTED = {
 }
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ASKED = ("layernorm_epsilon", "seq_length", "rope_ratio")
+BEGIN = ("[gMASK]", "<sop>")  # of each text; llama.cpp has them in the chat template
 SETTINGS = ("eos_token", "pad_token", "chat_template")  # of tokenizer_config.json
 
 
@@ -62,11 +63,11 @@ def text_model(published: Mapping[str, Any]) -> TextModel:
         "tie_word_embeddings": False,
         **{name: published.get(name) for name in ("eos_token_id", "pad_token_id")},
     }
-    return TextModel("glm", settings, OUTSIDE, "transformer.encoder.layers.", INSIDE, tokenizer, "glm4", asked)
+    return TextModel("glm", settings, OUTSIDE, "transformer.encoder.layers.", INSIDE, tokenizer, "glm4", asked, BEGIN)
 
 
 def tokenizer(model_dir: Path) -> Any:
-    """transformers' tokenizer of ``model_dir``, without the [gMASK] and <sop> that its authors' code puts before each text."""
+    """transformers' tokenizer of ``model_dir``, without what its authors' code puts before each text (BEGIN)."""
     settings, file = read_object(model_dir / "tokenizer_config.json"), model_dir / "tokenizer.model"
     numbers = {int(number): token["content"] for number, token in settings["added_tokens_decoder"].items()}
     specials = [numbers[number] for number in sorted(numbers)]

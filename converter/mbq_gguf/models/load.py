@@ -233,7 +233,8 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
         text = text_model(model_dir, architecture)
         tokenizer = text.tokenizer(model_dir) if text and text.tokenizer else load_tokenizer(model_dir)
         if alone():
-            return Prompts(tokenizer, NoImagePrompt(), -1, _end_ids(model, tokenizer))
+            begin = tuple(tokenizer.convert_tokens_to_ids(list(text.begin))) if text else ()
+            return Prompts(tokenizer, NoImagePrompt(), -1, _end_ids(model, tokenizer), begin)
         image_token_id = _image_token_id(model.config)
         image_prompt: ImagePrompt
         template: Any

@@ -164,6 +164,13 @@ class Prompts:
     image_prompt: ImagePrompt
     image_token_id: int
     end_ids: frozenset[int]  # tokens that end an answer
+    begin: tuple[int, ...] = ()  # tokens with which each text begins, where they are others than the tokenizer's bos_token
+
+    @property
+    def text_begin(self) -> tuple[int, ...]:
+        """The tokens with which each text begins."""
+        bos = self.tokenizer.bos_token_id
+        return self.begin or (() if bos is None else (int(bos),))
 
     def encode(self, image: Path | Image.Image, turns: TextTurns) -> Encoded:
         """A conversation about ``image``. An empty last answer leaves the prompt open, for generation."""

@@ -25,7 +25,8 @@ class TextModel:
     ``outside`` and ``inside`` say what transformers calls a module outside of the layers and in one, by its published name; published
     layers are ``layers`` and their number. What neither names is left out: tower, projector, what a picture's tokens alone pass.
     ``tokenizer`` makes transformers' tokenizer of a directory that has one of another kind, which llama.cpp cuts into words as ``pre``.
-    ``asked`` are settings that llama.cpp's conversion of transformers' class asks for by published names.
+    ``asked`` are settings that llama.cpp's conversion of transformers' class asks for by published names. ``begin`` are the tokens that
+    the authors' tokenizer puts before each text, where there is no bos_token.
     """
 
     model_type: str
@@ -36,6 +37,7 @@ class TextModel:
     tokenizer: Callable[[Path], Any] | None = None
     pre: str | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)
+    begin: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> str:
