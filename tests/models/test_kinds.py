@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from mbq_gguf.errors import UserError
 from mbq_gguf.models.kinds import check_kinds
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 SOUND: dict[str, Any] = {  # a little of many families
     "architectures": ["AVisionModel"],
@@ -14,6 +17,7 @@ SOUND: dict[str, Any] = {  # a little of many families
     "tie_word_embeddings": False,
     "downsample_ratio": 0.5,
     "max_dynamic_patch": 12,
+    "merge_kernel_size": [2, 2],
     "vision_feature_layer": -2,
     "text_config": {
         "architectures": None,
@@ -33,6 +37,12 @@ SOUND: dict[str, Any] = {  # a little of many families
 
 def test_what_is_published_passes() -> None:
     check_kinds(SOUND)
+
+
+@pytest.mark.parametrize("name", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+def test_what_transformers_saves_passes(name: str) -> None:
+    """Every setting of every model that takes pictures, as its class has it by itself."""
+    check_kinds(json.loads(AutoConfig.for_model(name).to_json_string(use_diff=False)))
 
 
 @pytest.mark.parametrize(

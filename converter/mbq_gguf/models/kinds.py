@@ -18,12 +18,12 @@ ROPE = ("rope_parameters", "rope_scaling")  # of a part; Gemma's has one such ob
 # What may not be null, of a part and anywhere.
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rope_theta")
 NEVER_NULL = (
-    *("llm_config", "min_dynamic_patch", "max_dynamic_patch", "interleave_moe_layer_step"),
+    *("llm_config", "auto_map", "rope_type", "min_dynamic_patch", "max_dynamic_patch", "interleave_moe_layer_step"),
     *("original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "mrope_section"),
 )
 SIZE = re.compile(
     r"(?:hidden|intermediate|vocab|patch|temporal_patch|spatial_merge|image|moe_intermediate|out_hidden)_size|intermediate_size_mlp|depth"
-    r"|(?:head|embed|global_head|linear_key_head|linear_value_head|vision_output|projector_input|projector_output)_dim|num_local_experts|num_experts_per_tok"
+    r"|(?:embed|global_head|linear_key_head|linear_value_head|vision_output|projector_input|projector_output)_dim|num_local_experts|num_experts_per_tok"
     r"|num_(?:\w+_)?(?:heads|channels)|num_(?:hidden_)?layers|(?:original_)?max_position_embeddings|interleave_moe_layer_step"
 )
 FEW = {  # of one picture: transformers makes a list of so many, or of all ways to lay them out
@@ -33,10 +33,12 @@ FEW = {  # of one picture: transformers makes a list of so many, or of all ways 
     "min_dynamic_patch": 100,
     "max_dynamic_patch": 100,
 }
-COUNT = re.compile(r"num_experts|num_kv_shared_layers|max_window_layers|\w*kernel_size|projection_dim")  # 0: there is none
-NUMBER = re.compile(r"(?!long_|short_)\w+_(?:eps|theta|range|dropout|factor|prob)|factor|downsample_ratio|pixel_shuffle_ratio")
+# Of these there may be two (height and width), or one a layer or stage.
+SEVERAL = ("image_size", "patch_size", "intermediate_size", "moe_intermediate_size", "embed_dim", "num_heads")
+COUNT = re.compile(r"num_experts|num_kv_shared_layers|max_window_layers|projection_dim|head_dim")  # 0: there is none
+NUMBER = re.compile(r"(?!long_|short_|layer_)\w+_(?:eps|theta|range|dropout|factor|prob)|factor|downsample_ratio|pixel_shuffle_ratio")
 FLAG = re.compile(r"bias|\w+_bias|tie_word_embeddings|use_(?:cache|qk_norm|sliding_window)|qk_normalization|norm_topk_prob")
-WORD = re.compile(r"model_type|\w+_act|hidden_activation|dtype|torch_dtype|norm_type|rope_type|type")
+WORD = re.compile(r"model_type|(?!is_)\w+_act|hidden_activation|dtype|torch_dtype|norm_type|rope_type|type")
 OBJECT = re.compile(r"(?:text|llm|vision)_config|rope_parameters|rope_scaling|(?:full|sliding)_attention")
 WORDS = re.compile(r"architectures|layer_types")
 WHOLES = re.compile(r"mrope_section|no_rope_layers|moe_layers")
@@ -82,9 +84,7 @@ def fault(name: str, value: Any) -> str | None:
     if name == "auto_map":
         return None if isinstance(value, dict) and isinstance(value.get("AutoConfig", ""), str) else "object of words"
     if SIZE.fullmatch(name):
-        several = (
-            value if name in ("image_size", "patch_size") and isinstance(value, list) and len(value) == 2 else [value]
-        )  # height and width
+        several = value if name in SEVERAL and isinstance(value, list) and len(value) > 1 else [value]
         return None if all(is_whole(item, 1) for item in several) else "whole number above 0"
     return None
 
