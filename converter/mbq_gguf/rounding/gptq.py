@@ -29,6 +29,11 @@ COLUMNS_SOLVED = {"cpu": 256, "cuda": 4096}
 ROWS_AT_ONCE = 256
 
 
+def columns_solved(device: torch.device) -> int:
+    """COLUMNS_SOLVED on ``device``; devices of other kinds are taken for cards."""
+    return COLUMNS_SOLVED["cpu" if device.type == "cpu" else "cuda"]
+
+
 def row_blocks(rows: int) -> list[slice]:
     """``rows`` in pieces of ROWS_AT_ONCE."""
     return [slice(start, min(start + ROWS_AT_ONCE, rows)) for start in range(0, rows, ROWS_AT_ONCE)]
@@ -65,7 +70,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """
     lower = torch.linalg.cholesky_ex(damped(hessian, damping).flip(0, 1), check_errors=True).L
     factor = torch.zeros_like(hessian, dtype=torch.float32)
-    at_once = COLUMNS_SOLVED[hessian.device.type]
+    at_once = columns_solved(hessian.device)
     heights = range(len(lower), 0, -at_once)  # of some columns of L^-1 each: nothing but zeros lies above
 
     def solved(piece: int) -> torch.Tensor:
