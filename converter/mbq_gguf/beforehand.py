@@ -18,6 +18,7 @@ from mbq_gguf.export.checkpoint import names_of, shapes
 from mbq_gguf.export.gguf_writer import MMPROJ_TYPES, SPARE_BYTES, mmproj_base
 from mbq_gguf.export.rehearsal import rehearse, rehearse_quantised, rehearse_tower
 from mbq_gguf.export.space import Need, check_room, predict, taken
+from mbq_gguf.export.tower_file import tower_file
 from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.formats.row_scale import ROW_SCALES, stored_as
 from mbq_gguf.models.checks import weight_files
@@ -26,7 +27,6 @@ from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.tower import Tower
 from mbq_gguf.models.towers import find_tower
 from mbq_gguf.quantise import check_activations, check_settings
-from mbq_gguf.quantise_tower import tower_file
 from mbq_gguf.settings import ALONE
 from mbq_gguf.workdir import check_workdir
 

@@ -25,6 +25,7 @@ from mbq_gguf.cost import CARD, Speed, Work, memory, rates_at, stage_seconds, wo
 from mbq_gguf.export.atomic import check_gguf_output
 from mbq_gguf.export.gguf_writer import HEAD, TextFile, VisionFile, measure_mmproj, measure_text
 from mbq_gguf.export.report import ConvertReport, duration, megabytes, type_table
+from mbq_gguf.export.tower_file import tower_file
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.memory import available
@@ -33,7 +34,7 @@ from mbq_gguf.models.load import outline
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.remote_code import remote_code
 from mbq_gguf.outcome import QuantiseResult
-from mbq_gguf.quantise_tower import tower_file, tower_keys
+from mbq_gguf.quantise_tower import tower_keys
 from mbq_gguf.rounding.kernels import kernels_for
 from mbq_gguf.transforms.rotation import file_keys
 

@@ -24,15 +24,16 @@ from mbq_gguf.calibration.moments import Moments
 from mbq_gguf.calibration.pictures import picture
 from mbq_gguf.calibration.precision import coarse_products
 from mbq_gguf.calibration.stream import capture_encoded
-from mbq_gguf.calibration.tower_ranges import ESTIMATOR, SITES, counting, tower_range_keys
+from mbq_gguf.calibration.tower_ranges import ESTIMATOR, counting, tower_range_keys
 from mbq_gguf.export.gguf_writer import FEED_FORWARD, VisionFile
+from mbq_gguf.export.tower_file import padded_width
 from mbq_gguf.formats.grid import grid_of
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.models.layer import ReachedError, until
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import Encoded
-from mbq_gguf.models.tower import BLOCK, PADDED, Tower, joined, linear
+from mbq_gguf.models.tower import Tower, joined, linear
 from mbq_gguf.models.towers import find_tower
 from mbq_gguf.rounding.nearest import round_nearest
 from mbq_gguf.rounding.sequence import Refinement, refined
@@ -101,41 +102,6 @@ def tower_keys(settings: TowerSettings, rounding: str) -> dict[str, Any]:
     """What the vision file's metadata say of how its tower was changed."""
     kind = {"mbq.tower.type": settings.type_name, "mbq.tower.rounding": rounding} if settings.type_name else {}
     return {**kind, "mbq.tower.rotated": settings.rotate}
-
-
-def quantised_shapes(tower: Tower) -> dict[str, tuple[int, int]]:
-    """Rows and columns of every matrix that is rounded, padded ones as they will be, by the ends of their names."""
-    wide = padded_width(tower)
-    down, ups = tower.layout.sites[3].readers[0], tower.layout.sites[2].readers
-    found = {}
-    for index, block in enumerate(tower.blocks):
-        for name in tower.layout.readers:
-            rows, columns = linear(block, name).weight.shape
-            shape = (rows, wide or columns) if name == down else (wide or rows, columns) if name in ups else (rows, columns)
-            found[f"{tower.block_name(index)}.{name}.weight"] = shape
-    for groups in _exit_groups(tower):
-        found |= {f"{name}.weight": (module.out_features, module.in_features) for name, module in groups.items()}
-    return found
-
-
-def padded_width(tower: Tower) -> int:
-    """The feed-forward width that blocks of 32 need where the tower's own is no multiple of them, else 0."""
-    width = linear(tower.blocks[0], tower.layout.sites[3].readers[0]).in_features
-    return 0 if width % BLOCK == 0 else -(-width // PADDED) * PADDED
-
-
-def tower_file(tower: Tower, type_name: str, activations: Activations = "dynamic") -> VisionFile:
-    """What a file of ``tower`` in ``type_name`` will hold, in zeros that take no memory."""
-    found, replaced, wide = {}, {}, padded_width(tower)
-    for name, (rows, columns) in quantised_shapes(tower).items():
-        kept = quant_type_for(type_name, columns)
-        found[name] = QuantisedTensor(kept.name, np.broadcast_to(np.uint8(0), (rows, kept.row_bytes(columns))), columns)
-    for index, block in enumerate(tower.blocks if wide else ()):
-        for name in tower.layout.sites[2].readers:
-            if linear(block, name).bias is not None:
-                replaced[f"{tower.block_name(index)}.{name}.bias"] = torch.zeros(()).expand(wide)
-    keys = tower_range_keys(ESTIMATOR, [[0.0] * len(SITES)] * len(tower.blocks)) if activations == "static" else {}
-    return VisionFile(found, replaced, keys | ({FEED_FORWARD: wide} if wide else {}))
 
 
 def _names(tower: Tower) -> dict[str, nn.Parameter]:
@@ -207,7 +173,7 @@ def _round(
     ranges: list[list[float]] = []
     refinement = Refinement(settings.damping, clip=True, error_correction=0.0, refits=settings.refits)
     blocks = tower.blocks
-    groups = list(_exit_groups(tower))
+    groups = list(tower.exit_groups())
     entered = [_enter(loaded, blocks[0], encoded) for encoded in pictures]
     for index, block in enumerate(blocks):
         sites = [{name: linear(block, name) for name in site.readers} for site in tower.layout.sites]
@@ -231,19 +197,6 @@ def _round(
         for name, module in group.items():
             _round_site({f"{name}.weight": module}, found.get(module), type_name, refinement, result)
         advance(len(blocks) + number + 1, len(blocks) + len(groups))
-
-
-def _exit_groups(tower: Tower) -> Iterator[dict[str, nn.Linear]]:
-    """The linears behind the blocks by name, groups in the order in which they are computed; convolutions keep their type."""
-    places = list(tower.exits())
-    for step in range(max((1 + len(place.later) for place, _, _ in places), default=0)):
-        group = {}
-        for place, name, _ in places:
-            for reader in (place.readers, *place.later)[step] if step <= len(place.later) else ():
-                found = tower.holder.get_submodule(joined(name, reader))
-                if isinstance(found, nn.Linear):
-                    group[joined(name, reader)] = found
-        yield group
 
 
 def _round_site(

@@ -104,6 +104,18 @@ class Tower:
                 if re.fullmatch(found.module, name):
                     yield found, name, module
 
+    def exit_groups(self) -> Iterator[dict[str, nn.Linear]]:
+        """The linears behind the blocks by name, groups in the order in which they are computed; convolutions keep their type."""
+        places = list(self.exits())
+        for step in range(max((1 + len(place.later) for place, _, _ in places), default=0)):
+            group = {}
+            for place, name, _ in places:
+                for reader in (place.readers, *place.later)[step] if step <= len(place.later) else ():
+                    found = self.holder.get_submodule(joined(name, reader))
+                    if isinstance(found, nn.Linear):
+                        group[joined(name, reader)] = found
+            yield group
+
     def no_rotation(self) -> str | None:
         """Why its stream cannot be rotated, or None."""
         plain = self.layout.plain
