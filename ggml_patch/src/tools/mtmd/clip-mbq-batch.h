@@ -102,16 +102,10 @@ struct clip_graph_mbq_idefics3 : clip_graph_siglip {
 // the pixels of all entries, RGB by RGB, as the tower's input has them, a plane a channel; a thread for each picture, four for a large one alone
 static void clip_mbq_planes(const clip_image_f32_batch & imgs, float * to) {
     const size_t n = (size_t) imgs.entries[0].nx()*imgs.entries[0].ny();
-    const size_t parts = imgs.entries.size() == 1 && n >= 1 << 17 ? 4 : 1; // of a picture: 896 x 896 in 0.7 ms instead of 1.8
+    const size_t parts = imgs.entries.size() == 1 && n >= 1 << 17 ? 4 : 1; // of a picture: 896 x 896 of floats in 0.7 ms instead of 1.8
     ggml_at_once(parts*imgs.entries.size(), [&](size_t k) {
         const size_t b = k/parts, part = k%parts;
-        const float * from = imgs.entries[b].get_ro_buf().data();
-        float * planes = to + b*3*n;
-        for (size_t i = part*n/parts; i < (part + 1)*n/parts; i++) {
-            planes[      i] = from[3*i    ];
-            planes[  n + i] = from[3*i + 1];
-            planes[2*n + i] = from[3*i + 2];
-        }
+        imgs.entries[b].pixels().to_planes(to + b*3*n, n, part*n/parts, (part + 1)*n/parts);
     });
 }
 

@@ -1,31 +1,48 @@
 #pragma once
 
 // The pixels of a preprocessed picture: copies share them (a picture is copied on its way from the prompt to the tower, its megabytes are
-// not), and from bytes they are made by a table. Included by clip-impl.h.
+// not), and a picture stays bytes, with a table of what they stand for, until somebody asks for floats; the tower's input is written from bytes.
+// Included by clip-impl.h.
 
-#include "clip-mbq-graphs.h" // what they go through
-#include "clip-mbq-rows.h"   // and where that ends
+#include "clip-mbq-graphs.h"   // what they go through
+#include "clip-mbq-resample.h" // where they come from
+#include "clip-mbq-rows.h"     // and where that ends
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
 // as std::vector<float>, but a copy is made only when somebody writes
 struct clip_mbq_pixels {
+    clip_mbq_pixels() = default;
+
+    // what clip_image_f32::from_u8() and normalize() make of RGB, bit for bit: there are 256 values a channel
+    clip_mbq_pixels(const std::vector<uint8_t> & bytes, const float * mean, const float * std) : shared(std::make_shared<picture>()) {
+        shared->bytes = bytes;
+        for (int c = 0; c < 3; c++) {
+            for (int i = 0; i < 256; i++) {
+                const float value = (float) i / 255.0f;
+                shared->table[c][i] = (value - mean[c]) / std[c];
+            }
+        }
+    }
+
     clip_mbq_pixels & operator=(std::vector<float> values) {
-        shared = std::make_shared<std::vector<float>>(std::move(values));
+        shared = std::make_shared<picture>();
+        shared->values = std::move(values);
         return *this;
     }
 
     operator const std::vector<float> & () const {
         static const std::vector<float> none;
-        return shared ? *shared : none;
+        return shared ? shared->floats() : none;
     }
 
     bool empty() const {
-        return !shared || shared->empty();
+        return !shared || (shared->bytes.empty() && shared->values.empty());
     }
 
     void clear() {
@@ -40,33 +57,52 @@ struct clip_mbq_pixels {
         return own()[i];
     }
 
+    // pixels [begin, end) of RGB, each channel to a plane of n
+    void to_planes(float * planes, size_t n, size_t begin, size_t end) const {
+        if (!shared || shared->bytes.empty()) {
+            const float * from = static_cast<const std::vector<float> &>(*this).data();
+            for (size_t i = begin; i < end; i++) {
+                planes[      i] = from[3*i    ];
+                planes[  n + i] = from[3*i + 1];
+                planes[2*n + i] = from[3*i + 2];
+            }
+            return;
+        }
+        const uint8_t * from = shared->bytes.data();
+        const auto & table = shared->table;
+        for (size_t i = begin; i < end; i++) {
+            planes[      i] = table[0][from[3*i    ]];
+            planes[  n + i] = table[1][from[3*i + 1]];
+            planes[2*n + i] = table[2][from[3*i + 2]];
+        }
+    }
+
 private:
-    std::shared_ptr<std::vector<float>> shared;
+    struct picture {
+        std::vector<uint8_t> bytes; // empty: there are values alone
+        float                table[3][256];
+        std::vector<float>   values;
+        std::once_flag       made;
+
+        // pictures are read by several threads
+        const std::vector<float> & floats() {
+            if (!bytes.empty()) {
+                std::call_once(made, [&] {
+                    values.resize(bytes.size());
+                    for (size_t i = 0; i < bytes.size(); i++) {
+                        values[i] = table[i%3][bytes[i]];
+                    }
+                });
+            }
+            return values;
+        }
+    };
+    std::shared_ptr<picture> shared;
 
     std::vector<float> & own() {
-        if (!shared) {
-            shared = std::make_shared<std::vector<float>>();
-        } else if (shared.use_count() > 1) {
-            shared = std::make_shared<std::vector<float>>(*shared);
+        if (!shared || !shared->bytes.empty() || shared.use_count() > 1) {
+            *this = std::vector<float>(static_cast<const std::vector<float> &>(*this));
         }
-        return *shared;
+        return shared->values;
     }
 };
-
-// what clip_image_f32::from_u8() and normalize() make of RGB, bit for bit: there are 256 values a channel
-static inline std::vector<float> clip_mbq_normalised(const std::vector<uint8_t> & bytes, const float * mean, const float * std) {
-    float table[3][256];
-    for (int c = 0; c < 3; c++) {
-        for (int i = 0; i < 256; i++) {
-            const float value = (float) i / 255.0f;
-            table[c][i] = (value - mean[c]) / std[c];
-        }
-    }
-    std::vector<float> res(bytes.size());
-    for (size_t i = 0; i + 3 <= bytes.size(); i += 3) {
-        res[i    ] = table[0][bytes[i    ]];
-        res[i + 1] = table[1][bytes[i + 1]];
-        res[i + 2] = table[2][bytes[i + 2]];
-    }
-    return res;
-}
