@@ -18,7 +18,7 @@ ROPE = ("rope_parameters", "rope_scaling")  # of a part; Gemma's has one such ob
 # What may not be null, of a part and anywhere.
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rope_theta")
 NEVER_NULL = (
-    *("llm_config", "auto_map", "rope_type", "min_dynamic_patch", "max_dynamic_patch", "interleave_moe_layer_step"),
+    *("llm_config", "auto_map", "rope_type", "mm_tokens_per_image", "min_dynamic_patch", "max_dynamic_patch", "interleave_moe_layer_step"),
     *("original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "mrope_section"),
 )
 SIZE = re.compile(
