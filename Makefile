@@ -2,11 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# torch's default wheel on PyPI brings gigabytes of CUDA; tests and the demonstration need the CPU only. Where its own index is out of reach,
-# whatever pip finds is taken.
+# torch's default wheel on PyPI brings gigabytes of CUDA; tests and the demonstration need the CPU only.
 TORCH  ?= torch==2.13.0
-WHEELS ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test lint clean
 
@@ -24,9 +21,8 @@ lint: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip
-	$(PIP) --retries 1 --index-url $(WHEELS) "$(TORCH)" || $(PIP) "$(TORCH)"
-	$(PIP) "$(TORCH)" --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" --editable ".[dev]"
 	touch $@
 
 clean:
