@@ -62,7 +62,7 @@ def test_a_tokenizer_larger_than_the_embeddings(tiny_dir: Path, tmp_path: Path) 
     tensors = load_file(model / "model.safetensors")
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:1000].clone()
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="vocab_size in .* is 49152 and the embeddings have 1000 rows"):
+    with pytest.raises(UserError, match=r"vocab_size in .* is 49152 and the embeddings have 1000 rows"):
         rehearse(model, [model / "model.safetensors"], "F16")
     config = json.loads((model / "config.json").read_text())
     config["text_config"] = {**config.get("text_config", {}), "vocab_size": 1000}
