@@ -5,7 +5,8 @@
     python tools/profile_tower.py --towers F16 --language 7B:W4A8,7B:MBQ3S      and a prompt with one encoded picture, in one pass
 
 torch's profiler counts the kernels of the whole process, so it needs torch with CUDA beside the CUDA build. Some kernels begin before the
-one in front of them has ended and wait for it, so times by kernel add up to more than the pass.
+one in front of them has ended and wait for it, so times by kernel add up to more than the pass. The profiler delays the launch of a CUDA
+graph by 0.4 to 1 ms of that (docs/log.md, 2026-11-29): to hold one tower against another, take bench_tower.py.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from mbq_gguf.calibration.stream import advance, capture, logits, working_layer
 from mbq_gguf.calibration.token_weights import modality, uniform
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layouts import STANDARD
+from mbq_gguf.threads import threads
 
 
 @torch.no_grad()
@@ -20,6 +21,19 @@ def test_streamed_logits_equal_the_models(tiny: LoadedModel, samples: list[Sampl
         with tiny.whole(torch.float32):
             whole = tiny.model(**tiny.encode(sample.image, list(sample.turns)).inputs, use_cache=False).logits
         torch.testing.assert_close(logits(tiny, stream.hidden), whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+
+
+def test_workers_capture_the_bits_of_one(tiny: LoadedModel, samples: list[Sample]) -> None:
+    found = []
+    for workers in (1, 2):
+        with threads(workers):  # one each
+            found.append(list(capture(tiny, samples, workers=workers)))
+    for one, other in zip(*found, strict=True):
+        assert one.hidden.equal(other.hidden)
+        assert one.ids.equal(other.ids)
+        assert one.labels.equal(other.labels)
+        for mine, its in zip(one.kwargs[0]["position_embeddings"], other.kwargs[0]["position_embeddings"], strict=True):
+            assert mine.equal(its)
 
 
 def test_shared_tensors_are_kept_once(tiny: LoadedModel, samples: list[Sample]) -> None:
