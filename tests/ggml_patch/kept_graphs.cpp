@@ -1,6 +1,7 @@
 // Which pictures find the graph of the last (tools/mtmd/clip-mbq-graphs.h), with ggml's scheduler, on the CPU. Run by test_tower_memory.py; ends with 1 where
 // something is wrong.
 
+#include "expect.h"
 #include "clip-mbq-graphs.h"
 
 #include "ggml-cpp.h"
@@ -8,17 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
 #include <vector>
-
-static int failures = 0;
-
-static void expect(bool what, const char * words) {
-    if (!what) {
-        printf("not so: %s\n", words);
-        failures++;
-    }
-}
 
 // what clip_mbq_graph() reads of clip_ctx, clip_image_f32 and clip_image_f32_batch
 struct picture {

@@ -1,11 +1,11 @@
 // Work at once (ggml/include/ggml-at-once.h) where the third thread and all later ones are refused, as a limit of processes does it. Run by test_at_once.py; ends
 // with 1 where something is wrong.
 
+#include "expect.h"
 #include "ggml-at-once.h"
 
 #include <atomic>
 #include <cerrno>
-#include <cstdio>
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdexcept>
@@ -20,15 +20,6 @@ extern "C" int pthread_create(pthread_t * thread, const pthread_attr_t * attribu
     }
     const auto create = (decltype(&pthread_create)) dlsym(RTLD_NEXT, "pthread_create");
     return create(thread, attributes, start, argument);
-}
-
-static int failures = 0;
-
-static void expect(bool what, const char * words) {
-    if (!what) {
-        printf("not so: %s\n", words);
-        failures++;
-    }
 }
 
 int main() {

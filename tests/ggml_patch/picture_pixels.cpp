@@ -1,18 +1,9 @@
 // The pixels of pictures (tools/mtmd/clip-mbq-pixels.h) and their other sizes (clip-mbq-resample.h), bit for bit. Run by test_tower_memory.py; ends with 1 where something is wrong.
 
+#include "expect.h"
 #include "clip-mbq-pixels.h"
 
 #include <cmath>
-#include <cstdio>
-
-static int failures = 0;
-
-static void expect(bool what, const char * words) {
-    if (!what) {
-        printf("not so: %s\n", words);
-        failures++;
-    }
-}
 
 static std::vector<uint8_t> noise(size_t n) {
     std::vector<uint8_t> res(n);

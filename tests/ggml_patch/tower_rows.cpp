@@ -1,19 +1,10 @@
 // The memory of towers' outputs (tools/mtmd/clip-mbq-rows.h) on the CPU. Run by test_tower_memory.py; ends with 1 where something is wrong.
 
+#include "expect.h"
 #include "clip-mbq-rows.h"
 
-#include <cstdio>
 #include <cstring>
 #include <initializer_list>
-
-static int failures = 0;
-
-static void expect(bool what, const char * words) {
-    if (!what) {
-        printf("not so: %s\n", words);
-        failures++;
-    }
-}
 
 int main() {
     const size_t MiB = (1 << 20)/sizeof(float);
