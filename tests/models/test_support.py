@@ -1,4 +1,4 @@
-"""What is said to work with a family follows from its tables, and the README says the same."""
+"""What is said to work with a family follows from its tables, and docs/families.md says the same."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mbq_gguf.models.layouts import LAYOUTS
 from mbq_gguf.models.load import check_architecture, load
 from transformers import AutoConfig
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 TABLE = re.compile(r"(?<=<!-- mbq-gguf models -->\n).*?\n?(?=<!-- end -->)", re.DOTALL)
 
 
-def test_the_readme_has_the_table() -> None:
+def test_the_page_has_the_table() -> None:
     """On a miss: python -c "from mbq_gguf.models.support import markdown; print(markdown())" between the two marks."""
-    (found,) = TABLE.findall(README.read_text(encoding="utf-8"))
+    (found,) = TABLE.findall(PAGE.read_text(encoding="utf-8"))
     assert found.strip() == support.markdown()
 
 
@@ -41,7 +41,7 @@ def test_the_command_says_the_same_in_both_forms() -> None:
 
 @pytest.mark.parametrize("columns", ["80", None])
 def test_nothing_is_cut_off(columns: str | None) -> None:
-    """In a narrow terminal cells are folded; into a pipe every family has one line, with its words as in the README."""
+    """In a narrow terminal cells are folded; into a pipe every family has one line, with its words as in docs/families.md."""
     shown = CliRunner().invoke(main, ["models"], catch_exceptions=False, env={"COLUMNS": columns}).output
     assert "\N{HORIZONTAL ELLIPSIS}" not in shown
     assert all(architecture in shown for architecture in REFUSED)

@@ -45,20 +45,25 @@ def test_every_divergence_is_of_the_file_that_its_row_tells_of() -> None:
 
 README_ROWS = {
     ("Q4_0", "mbq-gguf"): "Q4_0 by mbq-gguf",
-    ("Q4_0", "llama-quantize, our imatrix"): "Q4_0+imatrix",
+    ("Q4_0", "llama-quantize, imatrix"): "Q4_0+imatrix",
     ("Q3_K", "mbq-gguf"): "Q3_K by mbq-gguf",
-    ("IQ3_S", "llama-quantize, our imatrix"): "IQ3_S+imatrix",
-    ("Q4_K_M", "llama-quantize, our imatrix"): "Q4_K_M+imatrix",
+    ("IQ3_S", "llama-quantize, imatrix"): "IQ3_S+imatrix",
+    ("Q3_K_M", "llama-quantize, imatrix"): "Q3_K_M+imatrix",
+    ("Q4_K_M", "llama-quantize, imatrix"): "Q4_K_M+imatrix",
     ("MBQ3S", "mbq-gguf"): "MBQ3S",
     ("MBQ3", "rounding to nearest"): "MBQ3 rtn nearest",
 }
 
 
+def readme_rows() -> list[list[str]]:
+    """The cells of every row of the README's tables, without what makes them bold."""
+    page = (make_results.PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    return [[cell.strip().replace("*", "") for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+
+
 def test_the_readme_shows_stored_rows() -> None:
     rows = json.loads(make_divergence.STORE.read_text(encoding="utf-8"))["rows"]
-    page = (make_results.PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
-    shown = {(cells[0].replace("*", "").split(" ")[0], cells[1]): cells[2:] for cells in lines}
+    shown = {(cells[0].split(" ")[0], cells[1]): cells[2:] for cells in readme_rows()}
     assert README_ROWS.keys() <= shown.keys()
     for key, name in README_ROWS.items():
         scenes, photographs = rows[name]["scenes"], rows[name]["photographs"]
@@ -70,3 +75,13 @@ def test_the_readme_shows_stored_rows() -> None:
             f"{photographs['divergence']['mean']:.2f}",
             f"{scenes['text']['divergence']['mean']:.2f}",
         ], key
+
+
+def test_the_readme_shows_stored_speeds() -> None:
+    """Gigabytes, then tokens a second of generation and of a prompt of 512, as llama-bench gave them for a 7B's shapes."""
+    stored = json.loads((make_results.PAGE.parent / "results" / "gpu_row_scale.json").read_text(encoding="utf-8"))["end_to_end"]
+    speed = {(row["type"], row["test"]): f"{row['tokens_s']:.0f}" for row in stored}
+    size = {row["type"]: f"{row['bytes'] / 1e9:.1f}" for row in stored}
+    shown = {cells[0]: cells[1:] for cells in readme_rows() if len(cells) == 4}
+    for kind, gigabytes in size.items():
+        assert shown[kind] == [gigabytes, speed[kind, "tg128"], speed[kind, "pp512"]], kind

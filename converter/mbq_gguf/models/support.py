@@ -1,4 +1,4 @@
-"""What works with which family, told from the tables of families and layouts: for a terminal, as JSON, and for the README."""
+"""What works with which family, told from the tables of families and layouts: for a terminal, as JSON, and for docs/families.md."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def table() -> RenderableType:
 
 
 def markdown() -> str:
-    """The README's table."""
+    """The table of docs/families.md, with a sentence for each "no" below it."""
     found = support()
     columns = list(found[0].limits)
     lines = [f"| family | llama.cpp | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
