@@ -77,11 +77,30 @@ def test_the_readme_shows_stored_rows() -> None:
         ], key
 
 
+SPEEDS = make_results.PAGE.parent / "results"
+
+
+def end_to_end(name: str) -> dict[str, dict[str, str]]:
+    """What llama-bench gave for a 7B's shapes, by type: tokens a second of each test, and "GB" of the file."""
+    found: dict[str, dict[str, str]] = {}
+    for row in json.loads((SPEEDS / name).read_text(encoding="utf-8"))["end_to_end"]:
+        kind = found.setdefault(row["type"], {"GB": f"{row['bytes'] / 1e9:.1f}"})
+        kind[row["test"]] = f"{row['tokens_s']:.0f}"
+    return found
+
+
 def test_the_readme_shows_stored_speeds() -> None:
-    """Gigabytes, then tokens a second of generation and of a prompt of 512, as llama-bench gave them for a 7B's shapes."""
-    stored = json.loads((make_results.PAGE.parent / "results" / "gpu_row_scale.json").read_text(encoding="utf-8"))["end_to_end"]
-    speed = {(row["type"], row["test"]): f"{row['tokens_s']:.0f}" for row in stored}
-    size = {row["type"]: f"{row['bytes'] / 1e9:.1f}" for row in stored}
     shown = {cells[0]: cells[1:] for cells in readme_rows() if len(cells) == 4}
-    for kind, gigabytes in size.items():
-        assert shown[kind] == [gigabytes, speed[kind, "tg128"], speed[kind, "pp512"]], kind
+    for kind, row in end_to_end("gpu_row_scale.json").items():
+        assert shown[kind] == [row["GB"], row["tg128"], row["pp512"]], kind
+
+
+def test_the_first_table_of_the_page_shows_stored_speeds() -> None:
+    before, since = end_to_end("gpu.json"), end_to_end("gpu_row_scale.json")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown("glance")[2:]]
+    found = {cells[0]: cells[1:] for cells in rows}
+    assert found.keys() == before.keys() | since.keys()
+    for kind, cells in found.items():
+        old, new = before.get(kind, {}), since.get(kind, {})
+        expected = [old.get("tg128"), old.get("pp512"), new.get("tg128"), new.get("pp512"), new.get("pp2048")]
+        assert cells == [figure or "-" for figure in expected], kind
