@@ -88,15 +88,8 @@ def random_matrix(gguf: Any, type_name: str, rows: int, columns: int) -> NDArray
     return np.resize(pattern, (rows, columns // block * size))
 
 
-def write_random_gguf(
-    path: Path, shape: LanguageShape, mixture: str, tokenizer: Mapping[str, Any] | None = None, metadata: Mapping[str, Any] | None = None
-) -> None:
-    """Write a Qwen2-VL language model of this shape. mixture: Q4_K_M, Q3_K_M, or one type for all matrices of the layers.
-
-    ``tokenizer``: its metadata, for as many tokens as the shape's vocabulary has; ``metadata``: more of the file's.
-    """
-    gguf = import_gguf()
-    writer = gguf.GGUFWriter(path, "qwen2vl")
+def add_shape(writer: Any, shape: LanguageShape) -> None:
+    """What a file says of its language model's sizes."""
     writer.add_block_count(shape.layers)
     writer.add_context_length(32768)
     writer.add_embedding_length(shape.embedding)
@@ -107,6 +100,18 @@ def write_random_gguf(
     writer.add_rope_freq_base(1e6)
     writer.add_rope_dimension_sections([16, 24, 24, 0])
     writer.add_vocab_size(shape.vocabulary)
+
+
+def write_random_gguf(
+    path: Path, shape: LanguageShape, mixture: str, tokenizer: Mapping[str, Any] | None = None, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write a Qwen2-VL language model of this shape. mixture: Q4_K_M, Q3_K_M, or one type for all matrices of the layers.
+
+    ``tokenizer``: its metadata, for as many tokens as the shape's vocabulary has; ``metadata``: more of the file's.
+    """
+    gguf = import_gguf()
+    writer = gguf.GGUFWriter(path, "qwen2vl")
+    add_shape(writer, shape)
     for name, value in {**(tokenizer or {"tokenizer.ggml.model": "none"}), **(metadata or {})}.items():
         add_metadata(writer, name, value)
 

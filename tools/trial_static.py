@@ -13,7 +13,7 @@ them. Divergence is from the original with 16-bit activations. Also prints sinks
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ import trial_quality as trial
 from mbq_gguf.calibration import batches as batching
 from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.dataset import load_samples
-from mbq_gguf.calibration.magnitudes import Estimator, Magnitudes
+from mbq_gguf.calibration.magnitudes import Magnitudes
 from mbq_gguf.calibration.observe import Watch
 from mbq_gguf.calibration.sinks import Sinks, find_outliers, name_sinks
 from mbq_gguf.calibration.stream import capture, logits, pass_batch, split_back, working_layer
@@ -43,59 +43,11 @@ from mbq_gguf.walk.before import ROTATION_SEED
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from static_variants import OUTLIER, SINK, TEXT, VARIANTS, VISION, Counted, Variant
 from trial_rows import asked, device_name, divergences, figures, keep_texts
 from trial_w4a8 import added
 
-TEXT, VISION, SINK = 0, 1, 2
-OUTLIER = 3  # and more: an outlier among TEXT or VISION that is no SINK, in the calibration set
 CARD_TOKENS = 16384  # of a batch on a card, where a launch costs more than the products of a layer
-Counted = dict[tuple[int, str, int], Magnitudes]  # by layer, site and class
-
-
-@dataclass(frozen=True)
-class Variant:
-    """``estimator`` None: dynamic."""
-
-    estimator: Estimator | None = None
-    two: bool = False
-    apart: bool = False
-    cleaned: bool = False  # outliers are left out of the ranges
-
-    def __str__(self) -> str:
-        if self.estimator is None:
-            return "dynamic"
-        said = "two ranges" if self.two else "one range", self.apart and "sinks apart", self.cleaned and "outliers left out", self.estimator
-        return ", ".join(filter(None, said))
-
-    def range(self, counted: Counted, layer: int, site: str, kind: int) -> float:
-        """Of a token of class ``kind``; 0 is dynamic."""
-        if self.estimator is None or (self.apart and kind == SINK):
-            return 0.0
-        kinds = [VISION if kind == VISION else TEXT] if self.two else [TEXT, VISION]
-        if not self.apart and TEXT in kinds:
-            kinds.append(SINK)
-        if not self.cleaned:
-            kinds += [OUTLIER + each for each in kinds if each != SINK]
-        joined = Magnitudes()
-        for each in (counted[layer, site, each] for each in kinds if (layer, site, each) in counted):
-            joined.counts, joined.largest = joined.counts + each.counts, max(joined.largest, each.largest)
-        return joined.range(self.estimator)
-
-
-FORMS = ((False, False), (True, False), (False, True), (True, True))
-VARIANTS = {
-    "full": (
-        Variant(),
-        *(Variant("minmax", *form) for form in FORMS),
-        *(Variant(kind, *form) for kind in ("p99.9", "p99.99", "least-squares") for form in FORMS[2:]),
-        *(Variant(kind, *form, cleaned=True) for kind in ("minmax", "p99.99", "least-squares") for form in FORMS[2:]),
-    ),
-    "none": (
-        Variant(),
-        *(Variant("minmax", *form) for form in FORMS),
-        *(Variant(kind, True, True) for kind in ("p99.9", "p99.99", "least-squares")),
-    ),
-}
 
 
 def classes(stream: Streamed, sinks: Sinks, outlier: torch.Tensor | None = None) -> torch.Tensor:
@@ -216,6 +168,33 @@ def calibration_streams(loaded: LoadedModel, samples: int, synthetic: int, seed:
     return streams
 
 
+def scored(
+    run: Run,
+    sets: Mapping[str, Sequence[Streamed]],
+    reference: Mapping[str, list[torch.Tensor]],
+    sinks: Sinks,
+    counted: Counted,
+    found: Mapping[str, Counted],
+    variants: Iterable[Variant | None],
+) -> Iterator[tuple[str, dict[str, object], list[str]]]:
+    """Of each variant its name, its figures by set, and the cells of a table; ``found`` is what each set asks of the ranges."""
+    dynamic: dict[str, list[torch.Tensor]] = {}  # whose divergences the others are compared with, token by token
+    for variant in variants:
+        row: dict[str, object] = {}
+        cells = []
+        for name, streams in sets.items():
+            given = answers(run, streams, sinks, counted, variant)
+            scores = figures(reference[name], given, streams)
+            if variant == Variant():
+                dynamic[name] = divergences(reference[name], given)
+            elif variant:
+                scores |= added(dynamic[name], divergences(reference[name], given))
+            beyond = clipped(variant, counted, found[name])
+            row[name] = scores | {"beyond": beyond}
+            cells += shown(scores, beyond)
+        yield str(variant or "16-bit"), row, cells
+
+
 @click.command()
 @click.argument("model_dir", type=click.Path(exists=True, path_type=Path))
 @click.option("--questions", default=24, show_default=True, help="About scenes.")
@@ -272,26 +251,15 @@ def main(
         found = {name: count(run, streams, sinks) for name, streams in sets.items()}
         for name in sets:
             console.print(f"rotation {rotate}, {name}", described(counted, found[name]))
-        dynamic: dict[str, list[torch.Tensor]] = {}  # whose divergences the others are compared with, token by token
         table = Table("activations", *(f"{name}: {what}" for name in sets for what in ("exact", "KLD", "% cut, text / vision")))
-        for variant in track((None, *variants), description=f"rotation {rotate}", console=Console(stderr=True)):
-            row: dict[str, object] = {"weights": weights or "16-bit", "rotate": rotate, "activations": str(variant or "16-bit")}
-            row |= {"device": device_name(device), "samples": samples, "synthetic": synthetic, "seed": seed}
-            cells = []
-            for name, streams in sets.items():
-                given = answers(run, streams, sinks, counted, variant)
-                scores = figures(reference[name], given, streams)
-                if variant == Variant():
-                    dynamic[name] = divergences(reference[name], given)
-                elif variant:
-                    scores |= added(dynamic[name], divergences(reference[name], given))
-                beyond = clipped(variant, counted, found[name])
-                row[name] = scores | {"beyond": beyond}
-                cells += shown(scores, beyond)
-            table.add_row(str(variant or "16-bit"), *cells)
+        told: dict[str, object] = {"weights": weights or "16-bit", "rotate": rotate, "device": device_name(device)}
+        told |= {"samples": samples, "synthetic": synthetic, "seed": seed}
+        turns = track((None, *variants), description=f"rotation {rotate}", console=Console(stderr=True))
+        for name, row, cells in scored(run, sets, reference, sinks, counted, found, turns):
+            table.add_row(name, *cells)
             if output:
                 with output.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(row) + "\n")
+                    lines.write(json.dumps(told | {"activations": name} | row) + "\n")
         console.print(f"weights {weights or '16-bit'}, rotation {rotate}", table)
 
 

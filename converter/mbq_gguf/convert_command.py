@@ -215,13 +215,7 @@ def convert(context: click.Context, /, model: str, type_: str, revision: str | N
     """
     if options["target_bpw"] and context.get_parameter_source("type_") is not ParameterSource.DEFAULT:
         raise UsageError("give --type or --target-bpw: a target size chooses the types itself")
-    # Before torch is loaded. OpenMP threads that spin while they wait take the cores from whatever else runs: beside another conversion on
-    # two cores the texts took seven minutes instead of half a minute. llama.cpp, whose waits are short, is left to spin.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # A card's memory in pieces that join: Hessians of 18944 columns do not fit where the decoder's many matrices were.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
-    if launch.count() > 1:  # torch warns of processes that were killed in the middle of a call
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    set_environment()
     if dry_run and not launch.first():
         return
     console = Console(quiet=not launch.first())
@@ -255,3 +249,14 @@ def convert(context: click.Context, /, model: str, type_: str, revision: str | N
 
         command = shlex.join(["mbq-gguf", "convert", *context.meta[ARGUMENTS]])
         say(console, f"{write_card(chosen.out, command)} written")
+
+
+def set_environment() -> None:
+    """What torch reads from the environment when it is loaded; what the user has set stays."""
+    # OpenMP threads that spin while they wait take the cores from whatever else runs: beside another conversion on two cores the texts
+    # took seven minutes instead of half a minute. llama.cpp, whose waits are short, is left to spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # A card's memory in pieces that join: Hessians of 18944 columns do not fit where the decoder's many matrices were.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
+    if launch.count() > 1:  # torch warns of processes that were killed in the middle of a call
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

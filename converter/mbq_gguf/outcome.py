@@ -4,12 +4,12 @@ Keeping it in a work directory, taking it back, collecting layers and writing fi
 and nothing else changes. Names are parameters of the layer (``self_attn.q_proj.weight``) or whatever the kind says:
 
     quantised/PARAMETER     a quantised weight: its bytes (tensor), its type and columns (fact)
-    replaced/PARAMETER   any other parameter that has changed, float32 (tensor)
-    factors/SITE         the channel factors that were folded (tensor), and exponent/SITE of them (fact)
-    loss/PARAMETER       nats that rounding it has cost as measured, where types were allocated (fact)
-    ratio/BRANCH         vision over language sensitivity, one a layer (fact of the decoder)
-    metadata/KEY         a value of the text file's metadata (fact); a layer's becomes an entry of an array over layers
-    vision/NAME          the vision file's: a parameter by the end of its name (tensor), a value of its metadata (fact)
+    replaced/PARAMETER      any other parameter that has changed, float32 (tensor)
+    factors/SITE            the channel factors that were folded (tensor), and exponent/SITE of them (fact)
+    loss/PARAMETER          nats that rounding it has cost as measured, where types were allocated (fact)
+    ratio/BRANCH            vision over language sensitivity, one a layer (fact of the decoder)
+    metadata/KEY            a value of the text file's metadata (fact); a layer's becomes an entry of an array over layers
+    vision/NAME             the vision file's: a parameter by the end of its name (tensor), a value of its metadata (fact)
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ import pytest
 import torch
 from mbq_gguf.calibration import sensitivity
 from mbq_gguf.calibration.dataset import Sample
-from mbq_gguf.calibration.sensitivity import CLASSES, Sensitivity, measure
+from mbq_gguf.calibration.gradient_sums import CLASSES
+from mbq_gguf.calibration.sensitivity import Sensitivity, measure
 from mbq_gguf.calibration.stream import advance, capture, logits, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models import LoadedModel

@@ -13,8 +13,9 @@ import torch
 from mbq_gguf.calibration import generate
 from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.dataset import Sample
+from mbq_gguf.calibration.gradient_sums import CLASSES
 from mbq_gguf.calibration.moments import Replay
-from mbq_gguf.calibration.sensitivity import CLASSES, measure
+from mbq_gguf.calibration.sensitivity import measure
 from mbq_gguf.calibration.stream import advance, capture, takes_others, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights import uniform

@@ -14,7 +14,7 @@ from mbq_gguf.calibration.magnitudes import Magnitudes
 from mbq_gguf.calibration.sinks import Sinks
 from mbq_gguf.calibration.stream import capture
 from mbq_gguf.models import LoadedModel
-from trial_static import OUTLIER, SINK, TEXT, VISION, Variant
+from static_variants import OUTLIER, SINK, TEXT, VISION, Variant
 
 
 def test_a_variant_takes_what_its_classes_hold() -> None:

@@ -16,17 +16,16 @@ from torch import nn
 
 from mbq_gguf import parallel
 from mbq_gguf.calibration.batches import SHARED, joined
+from mbq_gguf.calibration.gradient_sums import CLASSES, GradientSums, StreamSums, rows_of
 from mbq_gguf.calibration.spill import kept
 from mbq_gguf.calibration.stream import advance, handed_on, logits, to_device, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.models.layout import Layout, Site
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.parallel import Parts
 
 # Layer inputs kept at a time, on the host or the card; a larger calibration set goes through the layers in parts.
 HOST_BYTES = 4 << 30
-CLASSES = ("vision", "answer", "prompt")
 PROBE_SEED = 0
 
 
@@ -100,7 +99,7 @@ def measure(
     ``fisher`` asks for fisher and salience, which take a second backward pass. ``progress`` takes layer runs, done and total.
     """
     layers = len(loaded.decoder.layers)
-    sums = _Sums(loaded.decoder.layout, layers, fisher)
+    sums = GradientSums(loaded.decoder.layout, layers, fisher)
     draw = torch.Generator().manual_seed(PROBE_SEED)
     parts = _parts(streams, layers)
     for number, part in enumerate(parts):
@@ -120,7 +119,7 @@ def measure(
             progress(start + 2 * layers - index, total)
         for found in parallel.spread_values(range(len(part)), counted.__getitem__):
             sums.add(found)
-    return sums.result()
+    return Sensitivity(*sums.means(), sums.salience)
 
 
 def _report(progress: Callable[[int, int], None], start: int, total: int, done: int) -> None:
@@ -152,14 +151,9 @@ def _forward(loaded: LoadedModel, part: list[Streamed], done: Callable[[int], No
     return [*inputs, [stream.hidden for stream in running]], running
 
 
-def _rows(values: torch.Tensor) -> torch.Tensor:
-    """Ids or a mask of one sample [tokens] or several [samples, tokens] as [samples, tokens]."""
-    return values.reshape(-1, values.shape[-1])
-
-
 def _signs(loaded: LoadedModel, stream: Streamed, draw: torch.Generator) -> torch.Tensor:
     """Random signs [answer tokens, vocabulary], -1 and 1."""
-    return 2 * torch.randint(2, (int(_rows(stream.labels)[:, 1:].sum()), loaded.decoder.head.out_features), generator=draw) - 1
+    return 2 * torch.randint(2, (int(rows_of(stream.labels)[:, 1:].sum()), loaded.decoder.head.out_features), generator=draw) - 1
 
 
 def _end_gradients(loaded: LoadedModel, stream: Streamed, hidden: torch.Tensor, signs: torch.Tensor | None) -> list[torch.Tensor]:
@@ -171,9 +165,9 @@ def _end_gradients(loaded: LoadedModel, stream: Streamed, hidden: torch.Tensor, 
     of the answers' own loss would come from the few samples that the model gets wrong.
     """
     hidden = hidden.to(loaded.device).requires_grad_()
-    answered = _rows(stream.labels)[:, 1:].to(loaded.device)  # position n predicts token n + 1
+    answered = rows_of(stream.labels)[:, 1:].to(loaded.device)  # position n predicts token n + 1
     predicted = logits(loaded, hidden[:, :-1][answered]).float()
-    labels = _rows(stream.ids)[:, 1:].to(loaded.device)[answered]
+    labels = rows_of(stream.ids)[:, 1:].to(loaded.device)[answered]
     share = (answered / answered.sum(dim=1, keepdim=True))[answered]
     losses = [torch.dot(nn.functional.cross_entropy(predicted, labels, reduction="none"), share)]
     if signs is not None:
@@ -190,7 +184,7 @@ def _backward(
     entering: list[Streamed],
     grads: list[list[torch.Tensor]],
     owed: list[list[Parts]],
-    counted: list[_Counted],
+    counted: list[StreamSums],
 ) -> list[list[torch.Tensor]]:
     """Take the gradients of layer ``index``'s output to its input, and count those of its linears' outputs.
 
@@ -235,75 +229,3 @@ def _keep(seen: dict[str, torch.Tensor], name: str, layer: Layer) -> Callable[..
         seen[name] = layer.outputs(name, outputs[0])
 
     return hook
-
-
-class _Sums:
-    """Sums over samples, and each stream's salience."""
-
-    def __init__(self, layout: Layout, layers: int, fisher: bool) -> None:
-        self.layout, self.layers = layout, layers
-        self.mean = {branch.name: {c: torch.zeros(layers, dtype=torch.float64) for c in CLASSES} for branch in layout.branches}
-        self.fisher = {name: torch.zeros(layers, dtype=torch.float64) for name in (layout.readers if fisher else ())}
-        self.salience: list[torch.Tensor] = []
-        self.having = dict.fromkeys(CLASSES, 0)  # samples that have tokens of the class
-
-    def open(self, stream: Streamed) -> _Counted:
-        """What the gradients of ``stream`` are to be added to."""
-        masks = {name: _rows(getattr(stream, name)) for name in CLASSES}
-        samples, tokens = masks["answer"].shape
-        salience = torch.zeros(samples, self.layers, len(self.layout.sites), tokens)
-        mean = {block: {c: torch.zeros_like(total) for c, total in classes.items()} for block, classes in self.mean.items()}
-        fisher = {name: torch.zeros_like(total) for name, total in self.fisher.items()}
-        return _Counted(self.layout, masks, mean, fisher, salience.view(*stream.ids.shape[:-1], *salience.shape[1:]))
-
-    def add(self, found: _Counted) -> None:
-        """Add one stream's; streams come in their order."""
-        for name, mask in found.masks.items():
-            self.having[name] += int(mask.any(dim=1).sum())
-        for block, classes in found.mean.items():
-            for token_class, values in classes.items():
-                self.mean[block][token_class] += values
-        for name, values in found.fisher.items():
-            self.fisher[name] += values
-        if self.fisher:
-            self.salience.append(found.salience)
-
-    def result(self) -> Sensitivity:
-        mean = {block: {c: total / max(1, self.having[c]) for c, total in classes.items()} for block, classes in self.mean.items()}
-        samples = max(1, self.having["answer"])
-        return Sensitivity(mean, {name: total / samples for name, total in self.fisher.items()}, self.salience)
-
-
-@dataclass
-class _Counted:
-    """One stream's share of :class:`_Sums`: ``masks`` [samples, tokens], sums over its samples [layers] in ``mean`` and ``fisher``, and
-    ``salience`` [..., layers, sites, tokens]."""
-
-    layout: Layout
-    masks: dict[str, torch.Tensor]
-    mean: dict[str, dict[str, torch.Tensor]]
-    fisher: dict[str, torch.Tensor]
-    salience: torch.Tensor
-
-    def count_loss(self, index: int, gradients: Mapping[str, torch.Tensor], _sites: Sequence[Site]) -> None:
-        """Add the loss's gradients [samples, tokens, channels] at the outputs of layer ``index``'s linears, by name."""
-        for branch in self.layout.branches:
-            if branch.writer not in gradients:  # of another kind of layer
-                continue
-            absolute = gradients[branch.writer].float().abs().mean(dim=2).double().cpu()
-            for token_class, mask in self.masks.items():
-                having = mask.any(dim=1)
-                of_class = (absolute * mask).sum(dim=1)[having] / mask.sum(dim=1)[having]
-                self.mean[branch.name][token_class][index] += of_class.sum()
-
-    def count_fisher(self, index: int, gradients: Mapping[str, torch.Tensor], sites: Sequence[Site]) -> None:
-        """Add u [samples, tokens, channels] at the outputs of layer ``index``'s linears, by name; ``sites`` are the layer's."""
-        salience = self.salience.view(-1, *self.salience.shape[-3:])
-        for place, site in enumerate(self.layout.sites):
-            if site not in sites:  # of another kind of layer
-                continue
-            squares = {name: gradients[name].float().square().mean(dim=2).cpu() for name in site.readers}
-            for name, square in squares.items():
-                self.fisher[name][index] += square.double().sum() / 2
-            sizes = {name: gradients[name].shape[2] for name in site.readers}
-            salience[:, index, place] = sum(squares[name] * (size / sum(sizes.values())) for name, size in sizes.items())

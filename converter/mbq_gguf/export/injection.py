@@ -28,8 +28,7 @@ from mbq_gguf.formats.registry import quant_type, quant_type_for
 from mbq_gguf.formats.row_scale import QUANT_TYPES, stored_as
 
 CHUNK_WEIGHTS = 1 << 24  # weights of an embedding that are quantised at a time: 64 MB as float32
-# llama.cpp's tensor of all experts of a layer, and an expert's decoder key.
-STACK = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
+# An expert's decoder key: its layer, its number and which of its matrices.
 EXPERT = re.compile(r"layers\.(\d+)\.(?:(?:mlp|feed_forward)\.)?experts\.(\d+)\.(gate|up|down)_proj\.weight")
 MERGED = "_gate_up_"  # in the name of one that takes each expert's gate and then its up
 Stacks = dict[str, list[tuple[QuantisedTensor, ...]]]

@@ -81,10 +81,12 @@ class Plan:
 
     @property
     def name(self) -> str:
+        """What the build's folder is called: ``cpu-a503bcd10113ce6a``."""
         return f"{self.backend}-{self.key}"
 
     @property
     def tree(self) -> Path:
+        """The patched tree in the cache, whether it is built or not."""
         return cache_root() / "builds" / self.name
 
 

@@ -185,6 +185,8 @@ def right(ggml: Ggml, name: str, type_id: int, data: Array, buffer_types: list[i
 
 
 def main(folder: str) -> int:
+    """Run the kernels of the libraries in ``folder``: exit code 0 where all are right, 1 where one is not, 2 where they cannot
+    be loaded."""
     try:
         ggml = Ggml(Path(folder))
     except (OSError, StopIteration) as error:

@@ -24,7 +24,6 @@ from mbq_gguf.llama_cpp.machine import find_tool
 from mbq_gguf.llama_cpp.pin import Pin
 from mbq_gguf.llama_cpp.steps import run_step, say
 
-CHOICES = ("auto", "on", "off")
 FOLDER = "tools/ui"
 RESULT = f"{FOLDER}/dist"  # where llama.cpp's build looks for a finished page before anything else
 NODE = (20, 19)  # the oldest that the page's bundler (vite 7) takes

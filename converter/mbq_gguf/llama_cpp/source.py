@@ -72,6 +72,7 @@ def _pip_download(pin: Pin, folder: Path) -> Path:
 
 
 def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -34,7 +34,7 @@ def turned(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
 
 
 class Patchifier(nn.Module):
-    """Pixels of patches [patches, channels * side * side] to [patches, width], behind a norm."""
+    """The embedding of patches, behind a norm."""
 
     def __init__(self, vision: Mapping[str, Any], width: int, eps: float) -> None:
         super().__init__()
@@ -43,17 +43,19 @@ class Patchifier(nn.Module):
         self.norm = nn.RMSNorm(width, eps)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels [patches, channels * side * side] to [patches, width]."""
         return self.norm(self.proj(pixels.view(-1, *self.shape).to(self.proj.weight.dtype)).flatten(1))  # type: ignore[no-any-return]
 
 
 class PatchEmbed(nn.Module):
-    """Named as in the checkpoint."""
+    """What holds the patchifier in the checkpoint."""
 
     def __init__(self, patchifier: Patchifier) -> None:
         super().__init__()
         self.patchifier = patchifier
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """As :meth:`Patchifier.forward`."""
         return self.patchifier(pixels)  # type: ignore[no-any-return]
 
 
@@ -67,6 +69,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+        """Patches of one picture [patches, width], turned by ``angle`` [patches, head / 2], to as many."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)
         q, k = turned(q, angle), turned(k, angle)
         # a batch of one, without which torch takes a path that needs more memory
@@ -75,13 +78,14 @@ class Attention(nn.Module):
 
 
 class Gated(nn.Module):
-    """fc2(silu(fc1(x)) * fc3(x))."""
+    """An MLP with a gate."""
 
     def __init__(self, width: int, inner: int, bias: bool) -> None:
         super().__init__()
         self.fc1, self.fc2, self.fc3 = (nn.Linear(*shape, bias=bias) for shape in ((width, inner), (inner, width), (width, inner)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """fc2(silu(fc1(x)) * fc3(x)) of ``x`` [patches, width]."""
         return self.fc2(functional.silu(self.fc1(x)) * self.fc3(x))  # type: ignore[no-any-return]
 
 
@@ -96,12 +100,13 @@ class Block(nn.Module):
         self.mlp = Gated(width, vision["intermediate_size"], bias)
 
     def forward(self, x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+        """Patches of one picture [patches, width] and their ``angle`` [patches, head / 2] to as many."""
         x = x + self.attn(self.norm1(x), angle)
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
 
 class Merger(nn.Module):
-    """Squares of patches to tokens [tokens, out]."""
+    """Squares of patches to tokens."""
 
     def __init__(self, width: int, merge: int, out: int) -> None:
         super().__init__()
@@ -110,6 +115,7 @@ class Merger(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.joined, self.joined), nn.GELU(), nn.Linear(self.joined, out))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Patches [patches, width], square by square, to tokens [patches / merge ** 2, out]."""
         return self.mlp(self.ln_q(x).view(-1, self.joined))  # type: ignore[no-any-return]
 
 
@@ -155,6 +161,8 @@ class DotsOCR(Qwen2ForCausalLM):  # type: ignore[misc]
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        """``pixel_values`` [patches, channels * side * side] are of all pictures in ``input_ids`` [1, tokens], ``image_grid_thw``
+        [pictures, 3] their frames, rows and columns."""
         if pixel_values is None or input_ids is None:
             return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
         embeds = self.get_input_embeddings()(input_ids)

@@ -114,6 +114,7 @@ class RuntimePrompt:
         return {"input_ids": row, **types, **{name: found[name] for name in self.picture.features}}
 
     def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Ids, and types of tokens where the family has them: all text."""
         types = {self.picture.types: torch.zeros_like(ids, dtype=torch.int32)} if self.picture.types else {}
         return {"input_ids": ids, **types}
 
@@ -126,6 +127,7 @@ class ProcessorImagePrompt:
         self.picture_ids: tuple[int, ...] = (image_token_id,)
 
     def conversation(self, spoken: Spoken, opened: bool) -> str:
+        """As the processor renders it, the picture before the first words."""
         messages: list[dict[str, Any]] = []
         for index, (role, words) in enumerate(spoken):
             content: list[dict[str, str]] = [{"type": "image"}] if index == 0 else []
@@ -138,6 +140,7 @@ class ProcessorImagePrompt:
         return {name: value for name, value in inputs.items() if name != "attention_mask" and isinstance(value, torch.Tensor)}
 
     def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Ids alone."""
         return {"input_ids": ids}
 
 
@@ -147,12 +150,14 @@ class NoImagePrompt:
     picture_ids: tuple[int, ...] = ()
 
     def conversation(self, spoken: Spoken, opened: bool) -> str:
+        """ValueError: nobody asks it."""
         raise ValueError("a language model that is converted alone is asked nothing")
 
     def __call__(self, text: str, image: Image.Image) -> dict[str, torch.Tensor]:
         raise ValueError("a language model that is converted alone sees nothing")
 
     def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Ids alone."""
         return {"input_ids": ids}
 
 

@@ -16,11 +16,13 @@ def whole(values):
 
 @triton.jit
 def to_f16(values):
+    """float32 values rounded to fp16, the largest finite one at most."""
     return tl.minimum(tl.maximum(values, -65504.0), 65504.0).to(tl.float16).to(tl.float32)
 
 
 @triton.jit
 def reciprocal(scale):
+    """1 / scale, rounded to nearest; 0 of 0."""
     return tl.where(scale == 0, 0.0, tl.math.div_rn(scale * 0.0 + 1.0, scale))
 
 
@@ -74,4 +76,5 @@ def held(
 
 @triton.jit
 def nearest_codes(weights, scale, offset, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Codes from LOW to HIGH of ``weights`` [weights of a group, groups]; ``scale`` and ``offset`` are one a group [groups]."""
     return whole(tl.minimum(tl.maximum((weights - offset[None, :]) * reciprocal(scale)[None, :], LOW), HIGH))
