@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,18 @@ def test_other_commands_are_the_work_of_one_process(monkeypatch: pytest.MonkeyPa
     done = CliRunner().invoke(main, ["imatrix", "model", "out.gguf"])
     assert done.exit_code == 2
     assert "imatrix is the work of one process: start it without torchrun" in done.output
+
+
+def test_what_is_wrong_is_the_root_cause_of_the_report_by_torchrun(tiny_dir: Path, tmp_path: Path) -> None:
+    """The report is the launcher's last word; what it says itself above it, with a traceback, is not ours to leave out."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mbq_gguf", "convert"]
+    done = subprocess.run(
+        [*command, str(tiny_dir), str(tmp_path / "out.gguf"), "--type", "Q9"], capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert done.returncode == 1
+    report, _, cause = done.stderr.partition("Root Cause (first observed failure):")
+    assert report.count("error: there is no type Q9: ") == 1
+    assert "there is no type Q9: choose one of MBQ3, " in cause
 
 
 def test_each_process_takes_a_card(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ def declarations(tree: Path, cache: Path) -> Declarations:
     """
     cached = cache / f"{_fingerprint(tree)}.json"
     if cached.is_file():
-        return Declarations(**json.loads(cached.read_text()))
+        return Declarations(**json.loads(cached.read_text(encoding="utf-8")))
     cdef = _cdef(_parse(_preprocess(tree), tree), tree)
     result = Declarations(cdef, _compiled_layout(list(layout(new_ffi(cdef), cdef)), tree))
     cached.parent.mkdir(parents=True, exist_ok=True)

@@ -173,7 +173,7 @@ def _is_version(binding: Binding, reported: Any, file: str, project: str) -> boo
     """Whether the version that a library reports starts with the one that ``file`` sets for ``project``."""
     path = binding.tree / file
     try:
-        parts = dict(re.findall(rf"set\({project}_VERSION_(MAJOR|MINOR|PATCH)\s+(\d+)\)", path.read_text()))
+        parts = dict(re.findall(rf"set\({project}_VERSION_(MAJOR|MINOR|PATCH)\s+(\d+)\)", path.read_text(encoding="utf-8")))
         return binding.text(reported).startswith(".".join(parts[part] for part in ("MAJOR", "MINOR", "PATCH")))
     except (OSError, KeyError) as error:
         raise BindingError(f"{path} does not say which version of {project.lower()} it is: use the pinned llama.cpp") from error

@@ -100,7 +100,7 @@ def write_card(out: Path, command: str | None = None) -> Path:
         mark=json.dumps(made).replace(">", "\\u003e"),
     )
     with staged(card) as (part,):
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file's name may be no UTF-8
     return card
 
 

@@ -21,6 +21,7 @@ from mbq_gguf.export.atomic import check_gguf_output
 from mbq_gguf.hub import model_directory
 from mbq_gguf.llama_cpp.locks import termination_as_exit
 from mbq_gguf.llama_cpp.steps import say
+from mbq_gguf.terminal import speak_everywhere
 
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -41,6 +42,11 @@ STOPPED = {  # what is left of a command that writes; others have nothing to say
 class Commands(click.Group):
     """A group that prints one of :data:`SHOWN` as its sentence and ends with its exit code."""
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        """As click does, in a terminal of any encoding."""
+        speak_everywhere()
+        return super().main(*args, **options)
+
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         """As click does; of several processes (torchrun) all but `convert` would do the same work and write the same files."""
         found = super().resolve_command(ctx, args)
@@ -55,6 +61,7 @@ class Commands(click.Group):
                 return super().invoke(ctx)
         except SHOWN as error:
             launch.wait_for_the_first()
+            launch.report(str(error))
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             sys.exit(error.exit_code)
         except OSError as error:
@@ -137,7 +144,7 @@ def path(name: str) -> None:
     """Print where the built program or library NAME lies, such as llama-server or libllama.so."""
     from mbq_gguf.llama_cpp.paths import find
 
-    click.echo(find(name))
+    click.echo(os.fsencode(find(name)))  # as the file system has it: for $(mbq-gguf path NAME) in any locale
 
 
 @main.command()

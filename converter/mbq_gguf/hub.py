@@ -36,6 +36,10 @@ def model_directory(model: str | Path, revision: str | None, console: Console, c
     """
     path = Path(model)
     if path.exists():
+        try:
+            str(path.absolute()).encode()
+        except UnicodeEncodeError as error:  # tokenizers and safetensors open no other
+            raise UsageError(f"the path {model} is no text in UTF-8: rename it, or set PYTHONUTF8=1 in a locale without Unicode") from error
         if revision is not None:
             raise UsageError(f"--revision is for models of a hub and {model} is here on this machine: leave it out")
         return path

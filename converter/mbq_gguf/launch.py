@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from mbq_gguf.errors import UsageError
 
@@ -54,6 +56,16 @@ def wait_for_the_first() -> None:
     """Before any but the first process says what is wrong: where it is wrong for all, torchrun ends this one meanwhile."""
     if not first():
         time.sleep(SAME)
+
+
+def report(sentence: str) -> None:
+    """Leave what is wrong where torchrun looks for it: the last lines of its own report, below a traceback of its own that cannot be had
+    shorter, then say it too (torch.distributed.elastic: an error file for each process)."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if count() > 1 and file:
+        told = {"message": {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps(told), encoding="utf-8")
 
 
 @contextmanager

@@ -21,7 +21,9 @@ def check_words(words: str, special: Collection[str], place: str) -> None:
     try:
         words.encode()
     except UnicodeEncodeError as error:  # bytes of a command line or half a pair of surrogates
-        raise UsageError(f"{place}: {words[:SHOWN]!r} is no text in UTF-8: write it again in UTF-8") from error
+        raise UsageError(
+            f"{place}: {words[:SHOWN]!r} is no text in UTF-8: write it again in UTF-8, in a UTF-8 locale or with PYTHONUTF8=1"
+        ) from error
     found = max((token for token in special if token and token in words), key=len, default=None)
     if found:
         raise UsageError(f"{place}: {words[:SHOWN]!r} holds the model's special token {found}, which is not read as text: take it out")

@@ -116,10 +116,21 @@ def test_wrong_calls_are_one_sentence(
     assert "Traceback" not in done.stderr
 
 
-def test_an_option_that_llama_server_does_not_know(tiny_pair: Pair) -> None:
-    done = run("serve", tiny_pair.model, "--port", free_port(), "--", "--no-such-option")
-    assert done.returncode == 1
-    assert "llama-server did not start (error: invalid argument: --no-such-option" in done.stderr
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--no-such-option"], "llama-server refuses an option (error: invalid argument: --no-such-option"),
+        (["--threads"], "llama-server refuses an option (error while handling argument"),
+        (["-c", "many"], 'llama-server refuses an option (error while handling argument "-c"'),
+        (["-c", "-5"], "-c -5 is too small: give 0 or more"),
+        (["-b", "0"], "-b 0 is too small: give 1 or more"),
+    ],
+    ids=" ".join,
+)
+def test_an_option_that_llama_server_does_not_take(tiny_pair: Pair, options: list[str], says: str) -> None:
+    done = run("serve", tiny_pair.model, "--port", free_port(), "--", *options)
+    assert done.returncode == 2
+    assert says in done.stderr
 
 
 @pytest.mark.parametrize("port", ["99999", "http", "-1"])

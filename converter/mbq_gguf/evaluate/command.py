@@ -73,6 +73,6 @@ def eval_command(
     for path, make in ((out, Evaluation.to_json), (html, render_page)):
         if path is not None:
             with staged(path) as (part,):
-                part.write_text(make(evaluation), encoding="utf-8")
+                part.write_text(make(evaluation), encoding="utf-8", errors="backslashreplace")
     if work is not None:
         shutil.rmtree(work, ignore_errors=True)

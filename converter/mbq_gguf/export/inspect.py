@@ -15,9 +15,9 @@ from rich.text import Text
 
 from mbq_gguf.export.gguf_header import Header, TensorEntry, Value, read_header
 from mbq_gguf.export.metadata import PREFIX, RANGE, RATIO, version_sentences
+from mbq_gguf.terminal import BARS
 
 LAYER = re.compile(r"\bblk\.(\d{1,6})\.")
-BARS = "▁▂▃▄▅▆▇█"
 LONGEST_TEXT = 60  # characters of a value that are shown; chat templates run to pages
 LONGEST_LIST = 8
 LAYERED = {  # keys with a number a layer, by their beginning: the table's title, and what the rest of a key names

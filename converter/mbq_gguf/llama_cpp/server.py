@@ -32,6 +32,9 @@ from mbq_gguf.picture import png
 START_SECONDS = 600.0  # large models on slow disks load for minutes
 ANSWER_SECONDS = 600.0  # one answer, waiting for a free slot included
 LOGGED = re.compile(r"^\d+(\.\d+){3} [A-Z] ([a-z]{3,4} +)?")  # time, level and module of a line of its log
+OPTION_REFUSED = re.compile(r"error while handling argument|invalid argument|expected value for argument")  # of common/arg.cpp
+# Numbers that end in an assertion of llama.cpp, once the model is loaded: the least that it takes.
+LEAST = {"-c": 0, "--ctx-size": 0, "-b": 1, "--batch-size": 1}
 START_TRIES = 3  # another program may take the free port before the server does
 # The kernel ends a tethered server with the thread that started it: this one lasts as long as the process.
 _STARTER = ThreadPoolExecutor(1, thread_name_prefix="llama-server")
@@ -55,13 +58,15 @@ class Server:
     `options`: llama-server's own; they come last, may open what is closed, and where they name a key, none is made here. `port`: 0 for a
     free one. `log_file` keeps the server's log; without it the log is gone when the server stops.
 
-    Raises UsageError where a file is missing and UserError, with the last lines of its log, where the server does not start.
+    Raises UsageError where a file is missing or an option is refused, and UserError, with the last lines of its log, where the server does
+    not start.
     """
 
     def __init__(self, model: Path, mmproj: Path | None, options: Sequence[str], *, port: int = 0, log_file: Path | None = None) -> None:
         for file in (model, mmproj):
             if file is not None and not file.is_file():
                 raise UsageError(f"there is no file {file}: give the path of a GGUF file")
+        _check_numbers(options)
         self._command: list[str] = [str(find_program("llama-server")), "--model", str(model.absolute())]
         if mmproj is not None:
             self._command += ["--mmproj", str(mmproj.absolute())]
@@ -164,6 +169,8 @@ class Server:
             if self._wait_until_ready():
                 return
             words = self._last_words()
+            if OPTION_REFUSED.search(words):
+                raise UsageError(f"llama-server refuses an option ({words}): `$(mbq-gguf path llama-server) --help` lists them")
             if "bind" not in words or self._port:
                 break
         raise UserError(f"llama-server did not start ({words}): check the files and the free memory")
@@ -246,6 +253,13 @@ def _last_value(options: Sequence[str], name: str) -> str | None:
     """What follows the last `name` among `options`, which is what llama-server takes; None where it is not there."""
     values = [value for option, value in pairwise(options) if option == name]
     return values[-1] if values else None
+
+
+def _check_numbers(options: Sequence[str]) -> None:
+    """Raise UsageError for a number of LEAST that is below it; what is no number llama-server refuses itself."""
+    for option, value in pairwise(options):
+        if option in LEAST and re.fullmatch(r"-?\d+", value) and int(value) < LEAST[option]:
+            raise UsageError(f"{option} {value} is too small: give {LEAST[option]} or more")
 
 
 def _port(text: str) -> int:
