@@ -17,7 +17,7 @@ from mbq_gguf.models.tokenizer import Pieces, of_pieces
 from published import ADDED, FIRST, by_key_head
 from quirks import Held, plain_frequencies
 from recipe import write
-from recipes import PHI3_ROPE
+from recipes_internvl import PHI3_ROPE
 from sentencepiece import SentencePieceProcessor
 from small import QUESTION, Small, compare
 from tokens import BYTE, NORMAL, sentencepiece

@@ -26,7 +26,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "families")]
 
 from mutators.gguf_document import ARRAY, Document, Key, Tensor, copy_of, strings, u32, u64  # noqa: E402
 from recipe import write  # noqa: E402
-from recipes import AUDIO, RECIPES, TEXT  # noqa: E402
+from recipe_parts import TEXT  # noqa: E402
+from recipes import RECIPES  # noqa: E402
+from recipes_gemma import AUDIO  # noqa: E402
 from tiny_vlm import DEMO, PROCESSOR_FILES  # noqa: E402
 
 SEEDS = HERE / "seeds"
