@@ -15,7 +15,8 @@ from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.models.as_llama import parts_of, settings
 from mbq_gguf.models.tokenizer import Pieces, of_pieces
 from published import ADDED, FIRST, by_key_head
-from quirks import Held, plain_frequencies
+from quirk import Held
+from quirks import plain_frequencies
 from recipe import write
 from recipes_internvl import PHI3_ROPE
 from sentencepiece import SentencePieceProcessor
