@@ -112,7 +112,7 @@ def wide_console() -> Console:
     return console
 
 
-@main.command()
+@main.command(short_help="Fetch, patch and build llama.cpp, once.")
 @click.option("--backend", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What the build computes on.")
 @click.option(
     "--source", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A llama.cpp tree to use instead of the pinned one."
@@ -138,7 +138,7 @@ def build(backend: str, source: Path | None, jobs: int | None, cuda_architecture
     say(console, f"llama.cpp is ready in {tree}")
 
 
-@main.command()
+@main.command(short_help="Print where a built program or library lies.")
 @click.argument("name")
 def path(name: str) -> None:
     """Print where the built program or library NAME lies, such as llama-server or libllama.so."""
@@ -147,7 +147,7 @@ def path(name: str) -> None:
     click.echo(os.fsencode(find(name)))  # as the file system has it: for $(mbq-gguf path NAME) in any locale
 
 
-@main.command()
+@main.command(short_help="A web page and an OpenAI-compatible API for a file.")
 @click.argument("file", type=FILE)
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--mmproj", type=FILE, help="The vision file (default: mmproj-FILE beside FILE).")
@@ -177,7 +177,7 @@ def serve(file: Path, options: tuple[str, ...], mmproj: Path | None, port: int) 
     serve_file(file, mmproj, port, options, Console())
 
 
-@main.command()
+@main.command(short_help="One answer about pictures.")
 @click.argument("file", type=FILE)
 @click.argument("pictures", nargs=-1, type=FILE)
 @click.argument("question")
@@ -202,7 +202,7 @@ def ask(file: Path, pictures: tuple[Path, ...], question: str, **options: Any) -
         Console(stderr=True).print(f"cut after {answer.completion_tokens} tokens: --max-tokens allows more", highlight=False)
 
 
-@main.command("demo-model")
+@main.command("demo-model", short_help="Write that small model, the reference VLM.")
 @click.argument("directory", type=DIRECTORY)
 def demo_model(directory: Path) -> None:
     """Write the reference VLM (135M parameters, sees drawn scenes) to DIRECTORY as a Hugging Face model."""
@@ -211,7 +211,7 @@ def demo_model(directory: Path) -> None:
     say(Console(), f"reference VLM written to {assemble(directory)}")
 
 
-@main.command()
+@main.command(short_help="The whole path once, on a small model that comes along.")
 @click.option("--directory", type=DIRECTORY, default=Path("build/demo"), show_default=True, help="Where the demonstration keeps its files.")
 def demo(directory: Path) -> None:
     """The whole path once: build, reference VLM, 3 bits, and three questions about pictures to the patched llama-server."""
@@ -220,7 +220,7 @@ def demo(directory: Path) -> None:
     run_demo(Console(), directory)
 
 
-@main.command()
+@main.command(short_help="How a file was made, and its tensors.")
 @click.argument("file", type=FILE)
 def inspect(file: Path) -> None:
     """Show how FILE was made and a table of its tensors, types and bits per weight."""
@@ -229,7 +229,7 @@ def inspect(file: Path) -> None:
     wide_console().print(inspect_file(file))
 
 
-@main.command()
+@main.command(short_help="llama.cpp's importance matrix, computed with pictures.")
 @click.argument("model")
 @click.argument("out", type=FILE)
 @click.option("--revision", help="Of a MODEL on a hub: a branch, a tag or a commit (default: main).")
@@ -262,7 +262,7 @@ def imatrix(
     say(console, make_imatrix(model_dir, out, calib, samples, seed, device, console, trust_remote_code))
 
 
-@main.command()
+@main.command(short_help="Which families of models are supported.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def models(as_json: bool) -> None:
     """List the families of models that are supported, what works with each, and why something does not."""
@@ -276,7 +276,7 @@ def models(as_json: bool) -> None:
         wide_console().print(support.table(), highlight=False)
 
 
-@main.command()
+@main.command(short_help="Write or renew a model card, README.md, beside a file.")
 @click.argument("out", type=FILE)
 def card(out: Path) -> None:
     """Write or renew README.md beside the GGUF file OUT: a model card, with what `eval --out` found if its JSON lies there."""

@@ -28,7 +28,7 @@ rounding = option_group("Rounding")
 research = option_group("Research (what each does to the figures: docs/results.md)")
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=GroupedCommand, short_help="A Hugging Face VLM to GGUF files: calibrate, round, write.")
 @click.argument("model")
 @click.argument("out", type=FILE)
 @everyday(

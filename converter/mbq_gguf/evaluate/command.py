@@ -14,7 +14,7 @@ from mbq_gguf.option_groups import THREADS
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-@click.command("eval")
+@click.command("eval", short_help="How much files lose against a reference file.")
 @click.argument("reference", type=FILE)
 @click.argument("candidates", type=FILE, nargs=-1, required=True)
 @click.option("--mmproj", type=FILE, required=True, help="The vision part; rotated files take mmproj-NAME beside them.")
