@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from mbq_gguf.convert import ConvertOptions, convert
-from mbq_gguf.cost import CARD, CPU_SPEED, Rates, Site, Speed, Work, layer_seconds, memory, rates_at, stage_seconds
+from mbq_gguf.cost import CARD, CPU_SPEED, Rates, Site, Speed, Work, layer_seconds, rates_at, stage_seconds
 from mbq_gguf.dry_run import dry_run, expected_seconds
 from mbq_gguf.errors import UserError
+from mbq_gguf.room import Memory, memory, way_out
 from rich.console import Console
 
 NEAREST = {"method": "rtn", "rounding": "nearest"}
@@ -115,8 +116,64 @@ def test_a_card_is_foretold_within_a_third(layers: int, texts: int, seconds: flo
         texts=texts,
     )
     assert sum(stage_seconds(work, CARD).values()) == pytest.approx(seconds, rel=1 / 3)
-    found = [bytes_ / 2**30 for bytes_ in memory(work, "cuda")]
+    found = [bytes_ / 2**30 for bytes_ in memory(work, "cuda")[:2]]
     assert found == pytest.approx([5.9, card_gib], rel=1 / 3)
+
+
+GB = 10**9
+SEVEN_B = Work(
+    [SEVEN] * 28,
+    ends=2 * 152064 * 3584,
+    tower=675_000_000,
+    vocabulary=152064,
+    width=3584,
+    checkpoint=16_600_000_000,
+    files=5_500_000_000,
+    streams=216,
+    tokens=39_000,
+    texts=80,
+)
+
+
+@pytest.mark.parametrize(
+    ("layers", "device", "free", "way"),
+    [
+        (28, "cuda", Memory(64 * GB, 140 * GB), ""),
+        (28, "cuda", Memory(64 * GB, 16 * GB), ""),  # rounding takes 13
+        (28, "cuda", Memory(64 * GB, 12 * GB), "--device cpu"),
+        (28, "cuda", Memory(6 * GB, 12 * GB), "--rounding nearest"),
+        (28, "cuda", Memory(4 * GB, 6 * GB), None),
+        (200, "cuda", Memory(20 * GB, 24 * GB), "--synthetic 0"),  # 23 for the layers in 4 bits
+        (28, "cpu", Memory(64 * GB, 0), ""),
+        (28, "cpu", Memory(16 * GB, 0), "--rounding nearest"),
+    ],
+)
+def test_the_options_with_which_a_model_finds_room(layers: int, device: str, free: Memory, way: str | None) -> None:
+    """Shapes of a 7B, and of one with more layers."""
+    assert way_out(replace(SEVEN_B, layers=[SEVEN] * layers), device, free, 0.7 * free.host) == way
+
+
+def test_activations_beyond_the_share_of_the_host_are_the_disks() -> None:
+    no_texts = replace(SEVEN_B, texts=0)  # they would be written in 32 bits where memory is endless
+    whole = memory(no_texts, "cpu")
+    less = memory(no_texts, "cpu", share=12 * GB)
+    assert whole.disk == 0
+    assert less.disk > 1 * GB
+    assert less.host < whole.host
+    assert memory(no_texts, "cpu", share=0).disk > less.disk
+
+
+def test_more_than_is_free_is_said_with_the_way_out(
+    built_llama: Path, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ConvertOptions(tiny_dir, tmp_path / "out.gguf", samples=2)
+    assert dry_run(options, Console(file=StringIO())).too_large == ""
+    monkeypatch.setattr("mbq_gguf.dry_run.available", lambda _: 0)
+    monkeypatch.setattr("mbq_gguf.dry_run.own", lambda: 900_000_000)
+    console = Console(file=StringIO(), width=200)
+    console.print(dry_run(options, console).render())
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "GB of memory is wanted and 900.0 MB is free: end other programs, or take a machine with more" in said
 
 
 def sites(width: int, heads: int, kv_heads: int, ffn: int) -> list[Site]:

@@ -19,7 +19,7 @@ from mbq_gguf.beforehand import check_inputs, check_tower, look_ahead
 from mbq_gguf.calibration.dataset import Drawn, Sample, draw_samples, fingerprint
 from mbq_gguf.calibration.spill import spilling
 from mbq_gguf.convert_options import ConvertOptions as ConvertOptions
-from mbq_gguf.cost import sites_of, to_round
+from mbq_gguf.cost import sites_of
 from mbq_gguf.errors import UserError
 from mbq_gguf.export import metadata
 from mbq_gguf.export.atomic import check_gguf_output, claimed, staged
@@ -45,6 +45,7 @@ from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.parallel import together
 from mbq_gguf.quantise import quantise
 from mbq_gguf.quantise_tower import quantise_tower
+from mbq_gguf.room import to_round
 from mbq_gguf.timing import Timer
 from mbq_gguf.workdir import WorkDir, open_workdir
 

@@ -1,4 +1,4 @@
-"""What a conversion takes, from a model's shapes: seconds of each stage by a few measured rates, memory by what lies there at once.
+"""What a conversion does, from a model's shapes, and the seconds of each stage by a few measured rates.
 
 :data:`CPU` and :data:`CARD` are all that was measured, and say where and when. Seconds of a CPU go with two rates that the machine has
 now (:class:`Speed`), since a core that multiplies four times as fast does small operations only about twice as fast; a card waits for
@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from mbq_gguf.calibration.narrow import NARROW, SHARE
 from mbq_gguf.models.file_rows import TABLE
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
@@ -216,50 +215,3 @@ def stage_seconds(work: Work, rates: Rates, searched: bool = False, learned: int
         "layers": times * sum(layer_seconds(work, sites, rates) for sites in work.layers) if work.tokens else 0.0,
         "write": (work.ends + work.table) * rates.packed + work.files * rates.stored,
     }
-
-
-# Memory, in bytes. A whole 7B held 5.9 GiB of the host and 23.3 of the card, two layers of a 72B 5.2 and 58.6
-# (docs/results.md). On machine B the reference VLM held 2.35, 2.56 and 3.65 GB with 32, 96 and
-# 256 samples, its 0.29 GB of weights among them, which are no longer held whole.
-PROCESS = 1.1e9  # Python, torch, transformers and their buffers
-DRIVER = 1.9e9  # of a card's driver on the host
-SQUARED = 34.0  # for each two channels of a site: Hessian, cross moments, factors in float64 and what refits take
-CODED = 64.0  # for each weight of a site: codes, scales, changes and what ranges are searched with
-
-
-def memory(work: Work, device: str, room: float = float("inf")) -> tuple[float, float]:
-    """What the host and the card (0 without one) hold at the most; ``room`` is what is free on the device."""
-    ends = 4.0 * (work.ends + work.tower)
-    layer = max((sum(site.columns * site.rows for site in sites) for sites in work.layers), default=0)
-    rounding = 4.0 * layer + (to_round(work.layers) if work.tokens else 0.0)
-    a_token = max((2 * sum(_compared(sites)) + 4 * sum(_shared(sites[1::2])) for sites in work.layers), default=0) + 12 * work.width
-    activations = float(work.tokens * a_token)
-    if device != "cpu":
-        kept = min(activations, max(0.0, room - rounding))  # on the card (calibration/spill.py), where ends are away meanwhile
-        one_end = 4.0 * work.vocabulary * work.width  # read, or packed for the file
-        return PROCESS + DRIVER + max(activations - kept, one_end), max(ends + _writing(work, 16, room - ends), rounding + kept)
-    inputs = work.tokens * max((2 * sum(_compared(sites)) + 4 * work.width for sites in work.layers), default=0)
-    ahead = 4.0 * layer + inputs if work.tokens else 0.0  # of the original's next layer (walk/ahead.py)
-    return PROCESS + ends + max(_writing(work, 32, room - ends), activations + ahead + rounding), 0.0
-
-
-def to_round(layers: Sequence[Sequence[Site]]) -> float:
-    """Bytes of the device that rounding takes beside the layer itself, at its largest site."""
-    sites = [site for sites in layers for site in sites]
-    return max((max(SQUARED * site.columns**2, CODED * site.columns * site.rows) for site in sites), default=0.0)
-
-
-def _writing(work: Work, bits: int, room: float) -> float:
-    """Bytes of the layers while the model writes texts: in the most bits that find room (calibration/narrow.py)."""
-    sizes = [work.weights * each / 8 for each in (bits, *NARROW)] if work.texts else [0.0]
-    return next((size for size in sizes if size <= SHARE * room), sizes[-1])
-
-
-def _compared(sites: Sequence[Site]) -> list[float]:
-    """Channels that a token leaves of the original layer."""
-    return [site.compared * site.share for site in sites]
-
-
-def _shared(sites: Sequence[Site]) -> list[float]:
-    """Channels of the inputs that a token leaves of the rounded layer, which keeps those of every other site, each branch's last."""
-    return [site.columns * site.share for site in sites]

@@ -1,7 +1,7 @@
 """A conversion without its work: everything that can fail early, and what to expect of files, memory and time. Nothing is written.
 
 Sizes come from the very code that writes the files, given the shapes of the quantised weights. Memory and time follow from shapes and
-measured rates (cost.py).
+measured rates (cost.py, room.py).
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from rich.text import Text
 
 from mbq_gguf.beforehand import check_inputs, check_tower, look_ahead
 from mbq_gguf.calibration.dataset import FREE_ANSWER_TOKENS, FREE_QUESTION, Drawn
-from mbq_gguf.convert import ConvertOptions, Quantised, text_file
-from mbq_gguf.cost import CARD, Speed, Work, memory, rates_at, stage_seconds, work_of
+from mbq_gguf.convert import ConvertOptions, Quantised, host_bytes, text_file
+from mbq_gguf.cost import CARD, Speed, Work, rates_at, stage_seconds, work_of
 from mbq_gguf.export.atomic import check_gguf_output
 from mbq_gguf.export.gguf_writer import HEAD, TextFile, VisionFile, measure_mmproj, measure_text
 from mbq_gguf.export.report import ConvertReport, duration, megabytes, type_table
 from mbq_gguf.export.tower_file import tower_file
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
-from mbq_gguf.memory import available
+from mbq_gguf.memory import available, own
 from mbq_gguf.models.alone import language_model_alone
 from mbq_gguf.models.load import outline
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.remote_code import remote_code
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise_tower import tower_keys
+from mbq_gguf.room import Memory, memory, way_out
 from mbq_gguf.rounding.kernels import kernels_for
 from mbq_gguf.transforms.rotation import file_keys
 
@@ -48,21 +49,22 @@ class Expected:
     report: ConvertReport
     text_bytes: int
     mmproj_bytes: int
-    memory: float
-    card: float  # of a card's memory; 0 without one
+    memory: Memory
+    too_large: str  # where that is not free: the sentence that says so
     seconds: float
     samples: int
 
     def render(self) -> RenderableType:
         """Files and types as after a conversion, then what it takes."""
-        card = f", {megabytes(round(self.card))} of the card's" if self.card else ""
+        card = f", {megabytes(round(self.memory.card))} of the card's" if self.memory.card else ""
+        disk = f", {megabytes(round(self.memory.disk))} of disk beside the finished layers" if self.memory.disk else ""
         vision = f", {self.report.mmproj.name} {megabytes(self.mmproj_bytes)}" if self.report.mmproj else ""
+        needed = f"about {megabytes(round(self.memory.host))} of memory{card}{disk} and {duration(self.seconds)}"
         return Group(
             type_table(self.report),
             Text(f"{self.report.out.name} {megabytes(self.text_bytes)}{vision}"),
-            Text(
-                f"about {megabytes(round(self.memory))} of memory{card} and {duration(self.seconds)} on this machine as busy as it is now"
-            ),
+            Text(f"{needed} on this machine as busy as it is now"),
+            *([Text(self.too_large, style="bold red")] if self.too_large else []),
             Text("nothing was written: the same command without --dry-run converts"),
         )
 
@@ -108,14 +110,8 @@ def _dry_run(options: ConvertOptions, console: Console) -> Expected:
         sample_tokens=sample_tokens(model, drawn) if drawn else 0.0,
         texts=options.synthetic if samples or options.language_model_only else 0,
     )
-    return Expected(
-        report,
-        text_bytes,
-        mmproj_bytes,
-        *memory(work, options.device, available(torch.device(options.device))),
-        expected_seconds(options, work),
-        samples,
-    )
+    needed, too_large = expected_memory(options, work)
+    return Expected(report, text_bytes, mmproj_bytes, needed, too_large, expected_seconds(options, work), samples)
 
 
 def sample_tokens(model: LoadedModel, drawn: Drawn) -> float:
@@ -151,6 +147,21 @@ def expected_vision(options: ConvertOptions, model: LoadedModel) -> VisionFile:
     tower = check_tower(options, model)
     found = tower_file(tower, options.tower_type, options.tower_activations) if options.tower_type else VisionFile()
     return replace(found, metadata={**found.metadata, **keys, **tower_keys(options.tower_settings(tower), options.rounding)})
+
+
+def expected_memory(options: ConvertOptions, work: Work) -> tuple[Memory, str]:
+    """What the conversion holds, and where that is more than is free now, a sentence with the options that would hold less; else ""."""
+    device = torch.device(options.device)
+    card = 0.0 if device.type == "cpu" else float(available(device))
+    free, share = Memory(float(own() + available(torch.device("cpu"))), card), float(host_bytes(options))
+    needed = memory(work, options.device, free, share)
+    if needed.fits(free):
+        return needed, ""
+    where = "memory" if needed.host > free.host else "the card's memory"
+    wanted, there = (needed.host, free.host) if needed.host > free.host else (needed.card, free.card)
+    way = way_out(work, options.device, free, share)
+    todo = f"give {way}, which would fit" if way else "end other programs, or take a machine with more"
+    return needed, f"this will not fit: {megabytes(round(wanted))} of {where} is wanted and {megabytes(round(there))} is free: {todo}"
 
 
 def expected_seconds(options: ConvertOptions, work: Work) -> float:
