@@ -150,9 +150,8 @@ class Injection:
             deferred = Deferred(
                 lambda: (part.data for expert in parts for part in expert), (*shape[:2], parts[0][0].data.shape[1]), np.uint8
             )
-            raw_dtype = self._gguf.GGMLQuantizationType[
-                stored_as(chosen.name)
-            ]  # not among row_scales, which products of experts know nothing of
+            # not among row_scales, which products of experts know nothing of
+            raw_dtype = self._gguf.GGMLQuantizationType[stored_as(chosen.name)]
             self._pending -= {name, name.replace(MERGED, "_gate_"), name.replace(MERGED, "_up_")}
         elif self._embedding_type is not None and name in EMBEDDINGS:
             chosen = quant_type_for(self._embedding_type, shape[-1])
