@@ -1,10 +1,14 @@
-"""Every page is reached from the README, and every link between pages leads to a file and a heading that are there."""
+"""Every page is reached from the README, every link between pages leads somewhere, and every key of a file is explained."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
+
+from mbq_gguf.allocation.plan import Plan
+from mbq_gguf.export import metadata
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "ggml_patch" / "README.md"])
@@ -45,3 +49,12 @@ def test_every_page_is_reached_from_the_readme() -> None:
             reached.add(page)
             waiting += [target for target, _ in links(page) if target.suffix == ".md"]
     assert set(PAGES) <= reached
+
+
+def test_every_key_that_says_how_a_file_was_made_is_explained() -> None:
+    about: dict[str, Any] = {"type_name": "MBQ3S", "method": "mbq", "rounding": "gptq", "fingerprint": "", "samples": 1, "synthetic": 0}
+    keys = metadata.describe(**about, ratios={"attention": [1.0], "mlp": [1.0]}, token_weights="uniform")
+    keys |= metadata.gptq(clip=True, propagate_error=True, error_correction=0.5, refits=2, learn_scales=0)
+    keys |= metadata.allocated(Plan({"a": "MBQ3S"}, {"a": 52}, {"a": 128}, {"a": 0.0}), {})
+    page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    assert not [key for key in keys if key.startswith(metadata.PREFIX) and f"`{key}`" not in page]
