@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from mbq_gguf.calibration.dataset import SHIPPED, Sample, read_jsonl
 from mbq_gguf.errors import UserError
 from mbq_gguf.models import LoadedModel, load
@@ -14,7 +15,10 @@ from tiny_vlm import write_tiny_vlm
 
 
 def pytest_configure() -> None:
-    """Without a card Triton's kernels are interpreted, which Triton reads where it is imported first: that may be in any test."""
+    """Without a card Triton's kernels are interpreted, which Triton reads where it is imported first: that may be in any test. Hypothesis
+    fails an example that takes more than 200 ms unless told otherwise, and a busy machine stops a process for longer."""
+    settings.register_profile("no clock", deadline=None)
+    settings.load_profile("no clock")
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 

@@ -33,7 +33,7 @@ def exact(q: Floats, k: Floats, v: Floats, mask: Floats) -> Floats:
     return np.asarray(np.einsum("shrc,shcd->srhd", weights / weights.sum(axis=3, keepdims=True), values))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_rows_cut_anyhow_give_the_same_bits(data: st.DataObject) -> None:
     random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "seed"))
@@ -64,7 +64,7 @@ def test_rows_cut_anyhow_give_the_same_bits(data: st.DataObject) -> None:
         assert np.array_equal(part[0], whole[alone, begin:end]), f"rows {begin} to {end - 1} of stream {alone}"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3, TILE - 1, TILE, 80]), st.integers(0, 3), st.sampled_from(WIDTHS))
 def test_other_sequences_in_one_cache_move_no_bit(seed: int, rows: int, tiles: int, widths: tuple[int, int]) -> None:
     """What other sequences' cells hold does not matter, nor whole tiles of them; only how one's own cells lie within tiles does."""

@@ -43,7 +43,7 @@ def activations(data: st.DataObject, random: np.random.Generator, shape: tuple[i
 
 
 @EVERY_KIND
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_columns_cut_anyhow_give_the_same_bits(kind: str, data: st.DataObject) -> None:
     columns = KINDS[kind] * data.draw(st.integers(1, 12) | st.just(70), "blocks")
@@ -73,7 +73,7 @@ def test_columns_as_a_dimension_of_their_own_give_the_same_bits(kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_tokens_cut_anyhow_get_the_same_from_their_experts(kind: str, data: st.DataObject) -> None:
     columns = BLOCKS[kind] * data.draw(st.integers(1, 6), "blocks")

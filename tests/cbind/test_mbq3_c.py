@@ -92,14 +92,14 @@ def test_pack_equals_c_on_edge_rows(quant_type: QuantType, name: str) -> None:
 
 
 @QUANT_TYPES
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(weights=arrays(np.float32, (1, 128), elements=ANY_FLOAT))
 def test_pack_equals_c_on_any_row(quant_type: QuantType, weights: Floats) -> None:
     assert np.array_equal(quant_type.quantize(weights), types.quantize(quant_type.name, weights))
 
 
 @QUANT_TYPES
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(payload=st.binary(min_size=104, max_size=104), scale=ANY_FLOAT, minimum=ANY_FLOAT)
 def test_unpack_equals_c_on_any_block(quant_type: QuantType, payload: bytes, scale: float, minimum: float) -> None:
     data = np.frombuffer(payload, np.uint8)[: quant_type.row_bytes(128)].copy().reshape(-1, quant_type.type_size)

@@ -67,7 +67,7 @@ def test_the_flag_is_the_headers() -> None:
 
 
 @KINDS
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_product_is_the_contracts(kind: str, data: st.DataObject) -> None:
     columns = 32 * data.draw(st.integers(2, 40) | st.sampled_from([112, 280, 592, 924]), "K / 32")
@@ -135,7 +135,7 @@ def ranges_of(x: Floats, seed: int) -> Floats:
 
 
 @KINDS
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_static_ranges_are_the_contracts(kind: str, data: st.DataObject) -> None:
     rows, n, seed = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 30)), data.draw(st.integers(0, 2**32 - 1))
@@ -145,7 +145,7 @@ def test_static_ranges_are_the_contracts(kind: str, data: st.DataObject) -> None
 
 
 @KINDS
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_one_range_of_all_rows_is_the_contracts(kind: str, data: st.DataObject) -> None:
     """As a vision tower has it; some rows lie beyond it, and some far within."""

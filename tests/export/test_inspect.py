@@ -142,7 +142,7 @@ def test_unreadable_paths_are_told(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_truncation_is_told(small_file: Path, tmp_path: Path, data: st.DataObject) -> None:
     content = small_file.read_bytes()
     path = tmp_path / "cut.gguf"
@@ -154,7 +154,7 @@ def test_every_truncation_is_told(small_file: Path, tmp_path: Path, data: st.Dat
 @given(flips=st.lists(st.tuples(st.integers(4, 2500), st.integers(0, 255)), min_size=1, max_size=8))
 @example(flips=[(8 + byte, 255) for byte in range(8)])  # 2^64 - 1 tensors
 @example(flips=[(16 + byte, 255) for byte in range(8)])  # 2^64 - 1 keys
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_flipped_bytes_are_shown_or_told(small_file: Path, tmp_path: Path, flips: list[tuple[int, int]]) -> None:
     """No damage gives anything but a table or one sentence."""
     content = bytearray(small_file.read_bytes())

@@ -33,7 +33,7 @@ def check_equal(kind: QuantType, weights: Floats) -> None:
     weights=hnp.arrays(np.float32, (2, 256), elements=st.floats(-(2.0**126), 2.0**126, width=32)),
     scale=st.sampled_from([1.0, 1e-3, 1e-7, 1e-38]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_equals_the_type_on_any_rows(kind: QuantType, weights: Floats, scale: float) -> None:
     check_equal(kind, (weights * np.float32(scale)).astype(np.float32))
 
@@ -50,7 +50,7 @@ def test_equals_the_type_on_normal_rows(kind: QuantType, size: float) -> None:
     weights=hnp.arrays(np.float32, (3, 256), elements=st.floats(-(2.0**15), 2.0**15, width=32)),
     size=st.sampled_from([0.0, 1e-7, 1e-3, 1.0]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_packs_what_the_type_packs(kind: QuantType, weights: Floats, size: float) -> None:
     expected, grid = kind.quantize(weights * np.float32(size)), grid_for(kind)
     unpack = mbq3s.unpack_blocks if grid.held_pair else mbq3.unpack_blocks

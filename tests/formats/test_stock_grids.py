@@ -25,7 +25,7 @@ def drawn(parameter: Parameter, step: torch.Tensor, groups: int, draw: torch.Gen
 
 @pytest.mark.parametrize("name", STOCK)
 @given(seed=st.integers(0, 2**32), size=st.sampled_from([0.0, 1e-6, 0.01, 1.0, 500.0]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_ggml_reads_what_was_packed(name: str, seed: int, size: float) -> None:
     grid, draw = grid_for(quant_type(name)), torch.Generator().manual_seed(seed)
     steps = (size * torch.randn(ROWS, COLUMNS // grid.block, 2, generator=draw)).half().float()

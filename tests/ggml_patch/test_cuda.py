@@ -97,7 +97,7 @@ def parts(stream_k: Path, *case: int) -> tuple[list[int], list[list[int]]]:
     return [int(word) for word in lines[0].split()[1:]], [[int(word) for word in line.split()] for line in lines[1:]]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 260), st.integers(1, 16), st.integers(1, 240), st.sampled_from([4, 66, 114, 132]))
 def test_workers_cover_every_tile_once(stream_k: Path, rows: int, columns: int, steps: int, multiprocessors: int) -> None:
     """Each step of each tile belongs to one part; only a worker's first part may begin within a tile, for those sums are left early."""
@@ -146,7 +146,7 @@ def plan_of(program: Path, kind: str, *case: int) -> list[int]:
     ]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 30000),
     st.integers(1, 5000),

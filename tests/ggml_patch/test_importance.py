@@ -24,7 +24,7 @@ def weighted_error(kind: str, weights: Floats, importance: Floats, *, used: bool
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(seed=st.integers(0, 2**32 - 1), scale=st.sampled_from([1e-6, 1.0, 1e4]), power=st.sampled_from([1, 3]), zeros=st.booleans())
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_block_gets_worse(built_llama: Path, kind: str, seed: int, scale: float, power: int, zeros: bool) -> None:
     random = np.random.default_rng(seed)
     weights = (scale * random.normal(size=(3, 256)) ** power).astype(np.float32)
