@@ -13,9 +13,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mbq_gguf.demo.assemble import COPIED, DATA, assemble, decoder_key, fixed_order, is_assembled, shuffle_channels, split_rotary_pairs
+from mbq_gguf.demo.assemble import (
+    COPIED,
+    DATA,
+    WEIGHTS,
+    assemble,
+    decoder_key,
+    fixed_order,
+    is_assembled,
+    shuffle_channels,
+    split_rotary_pairs,
+)
 from mbq_gguf.errors import UsageError
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 # With these versions the weights' file is this one; others may write another header, or round a sum another way.
@@ -53,6 +64,21 @@ def test_other_directories_are_not_taken_for_it(tmp_path: Path) -> None:
     assert not is_assembled(tmp_path)
     with pytest.raises(UsageError, match="holds other things"):
         assemble(tmp_path)
+
+
+@pytest.mark.parametrize("trained", ["visual.blocks.3.mlp.fc1.weight", "model.layers.7.self_attn.v_proj.bias", None])
+def test_a_model_that_was_made_of_it_is_not_taken_for_it(trained: str | None, reference_dir: Path, tmp_path: Path) -> None:
+    """A tower or a language model that was trained on; None: a model of fewer layers with the same tokenizer."""
+    weights = load_file(reference_dir / WEIGHTS)
+    if trained:
+        weights[trained].view(-1)[5] += 0.5
+    else:
+        weights = {name: tensor for name, tensor in weights.items() if "layers.29." not in name}
+    for name in (*COPIED, "config.json"):
+        shutil.copyfile(reference_dir / name, tmp_path / name)
+    save_file(weights, tmp_path / WEIGHTS)
+    assert is_assembled(reference_dir)
+    assert not is_assembled(tmp_path)
 
 
 def test_shuffling_channels_keeps_the_function() -> None:
