@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from mbq_gguf.errors import UserError
+from mbq_gguf.models import checks
 from mbq_gguf.models.checks import check_finite
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 COLUMNS = 1003  # an odd number: more than vectors hold, and something left behind them
@@ -39,3 +41,24 @@ def test_the_bar_fills(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     check_finite([file], lambda done, total: told.append((done, total)))
     assert told[-1] == (2, 2)
+
+
+@pytest.mark.parametrize(("mapped", "openings"), [(checks.MAPPED, 2), (4 * 3 * 2, 4), (0, 6)])
+def test_a_file_is_opened_as_often_as_memory_wants(mapped: int, openings: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two files of three tensors of 12 bytes, of which so many may be mapped at once; what is found does not depend on it."""
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for file in files:
+        save_file({name: torch.ones(3) for name in "xyz"}, file)
+    opened = []
+
+    def counted(file: str, framework: str) -> object:
+        opened.append(file)
+        return safe_open(file, framework=framework)
+
+    monkeypatch.setattr(checks, "MAPPED", mapped)
+    monkeypatch.setattr(checks, "safe_open", counted)
+    check_finite(files)
+    assert len(opened) == openings
+    save_file({"x": torch.ones(3), "y": torch.ones(3), "z": torch.full((3,), math.nan)}, files[1])
+    with pytest.raises(UserError, match=r"the weight z in .*b\.safetensors holds NaN"):
+        check_finite(files)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ QUANTISED = ("hf_quant_config.json", "quantize_config.json")  # of TensorRT's an
 NO_COUNT = 2**31  # llama.cpp counts tokens, rows and layers in 32 bits
 MOST_LAYERS = 512  # LLAMA_MAX_LAYERS
 MB = 10**6
+MAPPED = 64 * MB  # of a file that is looked through
 WEIGHTS = ("BF16", "F16", "F32", "F64")
 # For a shell, in the model's directory: a file at a time, under names that llama.cpp's conversion looks for; tied tensors are stored twice.
 SAVE_AGAIN = (
@@ -167,19 +168,28 @@ def check_finite(files: Sequence[Path], progress: Callable[[int, int], None] = l
     own = parallel.own(len(named))
     done, total = 0, sum(named[number][2] for number in own)
     spoilt = len(named)
-    for number in own:
-        file, name, size = named[number]
-        with safe_open(str(file), framework="pt") as opened:  # anew: what is mapped of the tensor before is given back
-            tensor = opened.get_tensor(name)
+    for number, tensor in zip(own, _read([named[number] for number in own]), strict=True):
         if not _finite(tensor):
             spoilt = number
             break
-        done += size
+        done += named[number][2]
         progress(done // MB, total // MB)
     spoilt = min(parallel.told(spoilt))
     if spoilt < len(named):
         file, name, _ = named[spoilt]
         raise UserError(f"the weight {name} in {file} holds NaN or infinite values: fetch the model again, or mend it")
+
+
+def _read(named: Iterable[tuple[Path, str, int]]) -> Iterator[torch.Tensor]:
+    """Tensors by file, name and bytes. A file is opened anew where more than MAPPED bytes of it would lie in memory, and not for each: its
+    header, which tells of all its tensors, is read each time (12288 matrices of experts one by one: 0.4 s instead of 131)."""
+    opened: Any = None
+    of, mapped = None, 0
+    for file, name, size in named:
+        if file != of or mapped + size > MAPPED:
+            opened, of, mapped = safe_open(str(file), framework="pt"), file, 0
+        mapped += size
+        yield opened.get_tensor(name)
 
 
 def _sizes(file: Path) -> dict[str, int]:
