@@ -21,9 +21,10 @@ def available(device: torch.device) -> int:
 
         card = torch.cuda.current_device() if device.index is None else device.index
         free, total = torch.cuda.mem_get_info(card)
-        taken = torch.cuda.memory_allocated(card)
         allowed = int(total * torch.cuda.get_per_process_memory_fraction(card))
-        return max(0, min(free + torch.cuda.memory_reserved(card) - taken, allowed - taken))
+        pool = torch.cuda.memory.memory_stats_as_nested_dict(card)  # flattened, as memory_allocated does it twice, takes 0.5 ms
+        taken, reserved = (int(pool[f"{kind}_bytes"]["all"]["current"]) for kind in ("allocated", "reserved"))
+        return max(0, min(free + reserved - taken, allowed - taken))
     return min(_kilobytes(MEMINFO, "MemAvailable"), _left_in_container())
 
 
