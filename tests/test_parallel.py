@@ -18,7 +18,7 @@ from mbq_gguf.cli import main
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.models import load
 from mbq_gguf.models.checks import check_finite
-from mbq_gguf.parallel import PAGE, dealt, from_first, own, shares, spread, spread_values, together, told
+from mbq_gguf.parallel import PAGE, complete, dealt, from_first, own, shares, spread, spread_values, together, told
 from mbq_gguf.quantise import quantise
 from mbq_gguf.rounding import gptq
 from mbq_gguf.settings import QuantiseSettings
@@ -87,7 +87,7 @@ def test_what_one_process_finds_all_hear(tmp_path: Path) -> None:
 
 
 def in_rounds(folder: str) -> None:
-    """Spread five pieces; each process saves what it computed (10 and more) and what it was given, in their order."""
+    """Spread seven pieces; each process saves what it computed (10 and more) and what it was given, in their order."""
     events: list[int] = []
 
     def compute(piece: int) -> dict[str, torch.Tensor]:
@@ -95,20 +95,41 @@ def in_rounds(folder: str) -> None:
         return {"square": torch.full((piece,), piece**2)}
 
     with together("cpu"):
-        for piece, parts in spread(range(5), compute):
+        for piece, parts in spread(range(7), compute):
             events.append(piece)
             assert parts["square"].tolist() == piece * [piece**2]
     Path(folder, f"{launch.rank()}.json").write_text(json.dumps(events))
 
 
-def test_a_round_is_on_its_way_while_the_next_is_computed(tmp_path: Path) -> None:
+def test_two_rounds_are_on_their_way_while_the_next_is_computed(tmp_path: Path) -> None:
     started = enumerate(of_several(2, free_port()))
     run = [Command(tmp_path / f"{rank}.log", tmp_path, variables=own, work=in_rounds) for rank, own in started]
     assert [process.wait(SECONDS) for process in run] == [0, 0]
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [
-        [10, 12, 0, 1, 14, 2, 3, 4],
-        [11, 13, 0, 1, 2, 3, 4],
+        [10, 12, 14, 0, 1, 16, 2, 3, 4, 5, 6],
+        [11, 13, 15, 0, 1, 2, 3, 4, 5, 6],
     ]
+
+
+def completed(folder: str) -> None:
+    """Fill the own ones of seven columns, of which no two lie together, and of seven rows, with the number of the process."""
+    columns, rows = torch.full((5, 7), -1.0), torch.full((7, 5), -1.0)
+    with together("cpu"):
+        for number in own(7):
+            columns[:, number] = rows[number] = launch.rank()
+        complete([columns[:, number] for number in range(7)])
+        complete(list(rows))
+    save_file({"columns": columns, "rows": rows}, Path(folder, f"{launch.rank()}.safetensors"))
+
+
+def test_each_process_completes_what_the_others_have_computed(tmp_path: Path) -> None:
+    started = enumerate(of_several(3, free_port()))
+    run = [Command(tmp_path / f"{rank}.log", tmp_path, variables=own, work=completed) for rank, own in started]
+    assert [process.wait(SECONDS) for process in run] == [0, 0, 0]
+    for rank in range(3):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        assert found["columns"].tolist() == [[0, 1, 2, 0, 1, 2, 0]] * 5
+        assert found["rows"].tolist() == [[number % 3] * 5 for number in range(7)]
 
 
 def test_a_single_process_does_all_by_itself() -> None:
@@ -121,6 +142,7 @@ def test_a_single_process_does_all_by_itself() -> None:
         assert from_first(lambda: 7) == 7
         assert [(piece, part.item()) for piece, part in dealt([1, 9], torch.tensor)] == [(0, 0), (1, 1)]
         assert told(3) == [3]
+        complete([torch.ones(2)])
         assert list(own(3)) == [0, 1, 2]
         assert shares(5) == [range(5)]
 

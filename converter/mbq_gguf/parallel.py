@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -63,20 +63,19 @@ def rank() -> int:
 def spread(pieces: Sequence[Piece], compute: Callable[[Piece], Parts]) -> Iterator[tuple[Piece, Parts]]:
     """Each of ``pieces``, in order, with what ``compute`` makes of it, on its device.
 
-    Process r computes pieces r, r + count ...; those of one round at the same time. A round is on its way while the next one is computed,
-    so ``compute`` must not wait for what the caller does with the pieces before.
+    Process r computes pieces r, r + count ...; those of one round at the same time. Two rounds are on their way while the next one is
+    computed: the one before is described to all by then, and sent, without waiting for whoever is late; the one before that has arrived.
+    So ``compute`` must not wait for what the caller does with the pieces before.
     """
     if count() == 1:
         for piece in pieces:
             yield piece, compute(piece)
         return
-    before: Iterator[tuple[Piece, Parts]] = iter(())
-    for start in range(0, len(pieces), count()):
-        here = pieces[start : start + count()]
-        sent = Sent(compute(here[rank()]) if rank() < len(here) else {})
-        yield from before
-        before = zip(here, sent.arrived(), strict=False)
-    yield from before
+    rounds = [pieces[start : start + count()] for start in range(0, len(pieces), count())]
+    described = ((here, Sent(compute(here[rank()]) if rank() < len(here) else {})) for here in rounds)
+    sent = ((here, each.send()) for here, each in _one_later(described))
+    for here, arriving in _one_later(sent):
+        yield from zip(here, arriving, strict=False)
 
 
 def spread_values(pieces: Sequence[Piece], compute: Callable[[Piece], Value]) -> Iterator[Value]:
@@ -130,54 +129,105 @@ def dealt(costs: Sequence[float], compute: Callable[[int], torch.Tensor]) -> Ite
         yield from ((int(name), part) for name, part in parts.items())
 
 
+def complete(pieces: Sequence[torch.Tensor]) -> None:
+    """Give each of ``pieces``, of which all processes have the same shapes, the values that it has in the one whose :func:`own` it is.
+
+    Each process sends its pieces as one: 60 messages take the host 5 ms.
+    """
+    if count() == 1:
+        return
+    arriving = []
+    with _heard():
+        for process in range(count()):
+            theirs = pieces[process :: count()]
+            whole = pieces[0].new_empty(sum(piece.numel() for piece in theirs))
+            spaces = torch.split(whole, [piece.numel() for piece in theirs])
+            parts = [(piece, space.view(piece.shape)) for piece, space in zip(theirs, spaces, strict=True)]
+            if process == rank():
+                for piece, part in parts:
+                    part.copy_(piece)
+            if theirs:
+                arriving.append((process, parts, dist.broadcast(whole, process, async_op=True)))
+        for process, parts, sending in arriving:
+            assert sending is not None
+            sending.wait()
+            if process != rank():
+                for piece, part in parts:
+                    piece.copy_(part)
+
+
 def exchange(own: Parts) -> list[Parts]:
     """What each process gives, in their order; tensors may differ in names, shapes and types, and arrive on the device of their kind."""
-    return list(Sent(own).arrived())
+    return list(Sent(own).send())
 
 
 class Sent:
     """What each process gives, on its way to all: ``own`` is this one's."""
 
     def __init__(self, own: Parts) -> None:
+        self._own = own
+        self._described = _telling({name: (value.shape, value.dtype, value.device.type) for name, value in own.items()})
         self._found: list[Parts] = []
         self._sending: list[dist.Work] = []
+
+    def send(self) -> Iterator[Parts]:
+        """Begin, when all have said what there is; what comes of it is all of that, in the order of processes, once it is there."""
+        described = self._described()
         with _heard():
-            described = told({name: (value.shape, value.dtype, value.device.type) for name, value in own.items()})
             for source, names in enumerate(described):
                 parts = {}
                 for name, (shape, dtype, kind) in names.items():
                     here = source == rank()
-                    parts[name] = own[name].detach().contiguous() if here else torch.empty(shape, dtype=dtype, device=_device(kind))
+                    parts[name] = self._own[name].detach().contiguous() if here else torch.empty(shape, dtype=dtype, device=_device(kind))
                     if parts[name].numel():
                         sending = dist.broadcast(_bytes(parts[name]), source, async_op=True)
                         assert sending is not None
                         self._sending.append(sending)
                 self._found.append(parts)
+        return self._arrived()
 
-    def arrived(self) -> Iterator[Parts]:
-        """All of it, in the order of processes, once it is there."""
+    def _arrived(self) -> Iterator[Parts]:
         with _heard():
             for sending in self._sending:
                 sending.wait()
         yield from self._found
 
 
+def _one_later(values: Iterable[Value]) -> Iterator[Value]:
+    """Each of ``values`` when the next one is made."""
+    before: list[Value] = []
+    for value in values:
+        yield from before
+        before = [value]
+    yield from before
+
+
 def told(own: Any) -> list[Any]:
-    """What each process tells, in their order; anything that can be pickled. Where it fits into a PAGE, one message of known length does:
-    0.4 ms between two processes instead of 1.2 with a message of lengths before it, for every batch that is exchanged."""
-    if count() == 1:
-        return [own]
+    """What each process tells, in their order; anything that can be pickled."""
+    return [own] if count() == 1 else _telling(own)()
+
+
+def _telling(own: Any) -> Callable[[], list[Any]]:
+    """:func:`told` on its way: what gives it. Where it fits into a PAGE, one message of known length does: 0.4 ms between two processes
+    instead of 1.2 with a message of lengths before it, for every batch that is exchanged."""
     said = pickle.dumps(own)
     page = torch.frombuffer(bytearray(len(said).to_bytes(8, "little") + said).ljust(PAGE)[:PAGE], dtype=torch.uint8)
     pages = list(torch.empty(count(), PAGE, dtype=torch.uint8))
     with _heard():
-        dist.all_gather(pages, page)
-        heard = [each.numpy().tobytes() for each in pages]
-        if any(int.from_bytes(each[:8], "little") > PAGE - 8 for each in heard):
-            found: list[Any] = [None] * count()
-            dist.all_gather_object(found, own)
-            return found
-    return [pickle.loads(each[8:]) for each in heard]
+        sending = dist.all_gather(pages, page, async_op=True)
+    assert sending is not None
+
+    def heard() -> list[Any]:
+        with _heard():
+            sending.wait()
+            messages = [each.numpy().tobytes() for each in pages]
+            if any(int.from_bytes(each[:8], "little") > PAGE - 8 for each in messages):
+                found: list[Any] = [None] * count()
+                dist.all_gather_object(found, own)
+                return found
+        return [pickle.loads(each[8:]) for each in messages]
+
+    return heard
 
 
 def _device(kind: str) -> torch.device:

@@ -45,31 +45,29 @@ class Sum:
 
     def adding(self, a: torch.Tensor, b: torch.Tensor) -> list[Callable[[], object]]:
         """:meth:`add` by tiles, which can be added at the same time."""
-        tiles = [slice(start, start + self.tile) for start in self._tiles(parallel.rank())]
-        return [partial(self.total[tile].addmm_, a[:, tile].t(), b) for tile in tiles]
+        return [partial(self.total[tile].addmm_, a[:, tile].t(), b) for tile in self._own()]
 
     def adding_square(self, x: torch.Tensor) -> list[Callable[[], object]]:
         """:meth:`add_square` by tiles."""
-        tiles = [slice(start, start + self.tile) for start in self._tiles(parallel.rank())]
-        return [partial(self.total[tile, tile.start :].addmm_, x[:, tile].t(), x[:, tile.start :]) for tile in tiles]
+        return [partial(self.total[tile, tile.start :].addmm_, x[:, tile].t(), x[:, tile.start :]) for tile in self._own()]
 
     def whole(self) -> torch.Tensor:
         """The sum, when everything is added."""
-        if parallel.count() > 1:
-            own = list(self._tiles(parallel.rank()))
-            for process, parts in enumerate(parallel.exchange({str(start): self.total[start : start + self.tile] for start in own})):
-                for start in self._tiles(process):
-                    self.total[start : start + self.tile] = parts[str(start)]
+        parallel.complete([self.total[tile] for tile in self._tiles()])
         return self.total
 
     def whole_square(self) -> torch.Tensor:
         """The symmetric sum of :meth:`add_square`."""
-        upper = self.whole()
-        return upper.triu() + upper.triu(1).t()
+        parallel.complete([self.total[tile, tile.start :] for tile in self._tiles()])
+        return self.total.triu() + self.total.triu(1).t()
 
-    def _tiles(self, process: int) -> range:
-        """Where the tiles of ``process`` begin: every so many, since the later ones of a triangle are smaller."""
-        return range(process * self.tile, len(self.total), parallel.count() * self.tile)
+    def _tiles(self) -> list[slice]:
+        return [slice(start, start + self.tile) for start in range(0, len(self.total), self.tile)]
+
+    def _own(self) -> list[slice]:
+        """This process's tiles: every so many, since the later ones of a triangle are smaller."""
+        tiles = self._tiles()
+        return [tiles[number] for number in parallel.own(len(tiles))]
 
 
 def root_weighted(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
