@@ -11,6 +11,7 @@ from mbq_gguf.calibration.moments import Moments
 from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.rounding import descent, gptq, ranges, refit
 from mbq_gguf.rounding.kernels import Kernels, compiled, kernels_for, of_triton
+from mbq_gguf.rounding.kernels.group import Group
 from mbq_gguf.rounding.sequence import Refinement, refined
 from mbq_gguf.threads import threads
 
@@ -89,7 +90,7 @@ def test_search_of_blocks_with_costs_of_their_own(kernels: Kernels, device: str)
 def test_columns_of_gptq(kernels: Kernels, device: str, kind: str) -> None:
     grid = grid_for(quant_type_for(kind, 128 if kind != "Q3_K" else 256))
     weight, hessian = problem(device, 128, rows=ROWS + 3)
-    factor, group = gptq.inverse_factor(hessian, 0.01), range(0, min(grid.group, 128))
+    factor = gptq.inverse_factor(hessian, 0.01)
     scale = weight.abs().amax(dim=1) / (grid.high - grid.low)
     scale[1] = 0.0
     line = torch.stack([scale, weight.amin(dim=1) if grid.offset.free else torch.zeros_like(scale)])[:, None]
@@ -97,11 +98,12 @@ def test_columns_of_gptq(kernels: Kernels, device: str, kind: str) -> None:
     for fused in (True, False):
         work = weight.t().contiguous()
         codes, errors = torch.zeros_like(work), torch.zeros_like(work)
+        group = Group(work, factor, line, codes, errors, range(min(grid.group, 128)), grid.low, grid.high)
         if fused:
-            kernels.round_group(work, factor, line, codes, errors, group.start, len(group), grid.low, grid.high)
+            kernels.round_group(group)
         else:
-            gptq._round_group(grid, work, factor, line, codes, errors, group)
-        results.append((codes, errors, work[group.stop :]))
+            gptq._round_group(grid, group)
+        results.append((codes, errors, work[group.columns.stop :]))
     assert results[0][0].unique().numel() > 4
     assert results[0][0].equal(results[1][0])
     same(*results, SUMS)  # PyTorch contracts products and sums in some of these updates, by device and place

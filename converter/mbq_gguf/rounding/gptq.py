@@ -16,6 +16,7 @@ import torch
 from mbq_gguf import parallel
 from mbq_gguf.formats.grid import Grid, reciprocal
 from mbq_gguf.rounding.kernels import kernels_for
+from mbq_gguf.rounding.kernels.group import Group
 from mbq_gguf.rounding.nearest import Rounded
 from mbq_gguf.rounding.ranges import Fit, search_steps, searched
 from mbq_gguf.rounding.recorded import Recorded, Tensors
@@ -166,25 +167,24 @@ def _round_columns(
     fused = kernels_for(work)
     lines = []
     for start in range(0, len(work), grid.group):
-        group = slice(start, start + grid.group)
-        lines.append(_line(fit, work[group], costs[group], steps) if given is None else given)
+        columns = range(len(work))[start : start + grid.group]
+        lines.append(_line(fit, work[start : columns.stop], costs[start : columns.stop], steps) if given is None else given)
+        group = Group(work, factor, lines[-1], codes, errors, columns, grid.low, grid.high)
         if fused:
-            fused.round_group(work, factor, lines[-1], codes, errors, start, min(grid.group, len(work)), grid.low, grid.high)
+            fused.round_group(group)
         else:
-            _round_group(grid, work, factor, lines[-1], codes, errors, range(*group.indices(len(work))))
+            _round_group(grid, group)
     return codes, errors, torch.cat(lines, dim=1)
 
 
-def _round_group(
-    grid: Grid, work: torch.Tensor, factor: torch.Tensor, line: torch.Tensor, codes: torch.Tensor, errors: torch.Tensor, group: range
-) -> None:
-    """The columns ``group`` of :func:`_round_columns`, with ``line`` [2, 1, rows] for scale and offset."""
-    scale, offset = line[:, 0]
-    inverse, own = reciprocal(scale), factor.diagonal().unbind()
-    for column in group:
-        code = codes[column] = grid.codes_by(work[column], inverse, offset)
-        torch.sub(work[column], (code * scale).add_(offset), out=errors[column]).div_(own[column])
-        work[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+def _round_group(grid: Grid, group: Group) -> None:
+    """GPTQ's loop over the columns of ``group``, as :func:`_round_columns` has them."""
+    scale, offset = group.line[:, 0]
+    inverse, own = reciprocal(scale), group.factor.diagonal().unbind()
+    for column in group.columns:
+        code = group.codes[column] = grid.codes_by(group.work[column], inverse, offset)
+        error = torch.sub(group.work[column], (code * scale).add_(offset), out=group.errors[column]).div_(own[column])
+        group.work[column + 1 :].addr_(group.factor[column, column + 1 :], error, alpha=-1)
 
 
 def _line(fit: Fit, columns: torch.Tensor, costs: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:

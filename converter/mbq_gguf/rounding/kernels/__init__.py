@@ -18,14 +18,15 @@ import torch
 
 from mbq_gguf.formats.grid import Pair
 from mbq_gguf.rounding.kernels import compiled
+from mbq_gguf.rounding.kernels.group import Group
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Functions of the modules of this package; ``carry`` and ``factor`` None where a library does it."""
+    """Functions of the modules of this package, with compiled.py's words; ``carry`` and ``factor`` None where a library does it."""
 
     search: Callable[..., Pair]
-    round_group: Callable[..., None]
+    round_group: Callable[[Group], None]
     descend_columns: Callable[..., torch.Tensor]
     carry: Callable[..., None] | None
     fill: Callable[..., None]

@@ -6,39 +6,28 @@ import torch
 import triton
 import triton.language as tl
 
+from mbq_gguf.rounding.kernels.group import Group
 from mbq_gguf.rounding.kernels.numbers import reciprocal, whole
 
 TILE = 2048  # numbers of a program, which is one warp
 CARRIED = 128  # rows and columns of a program
 
 
-def round_group(
-    work: torch.Tensor,
-    factor: torch.Tensor,
-    line: torch.Tensor,
-    codes: torch.Tensor,
-    errors: torch.Tensor,
-    start: int,
-    count: int,
-    low: int,
-    high: int,
-) -> None:
-    """GPTQ's loop over ``count`` columns of ``work`` [columns, rows] from ``start`` on, with ``line`` [2, 1, rows] for scale and offset:
-    fills their ``codes`` and ``errors``, and changes the columns of ``work`` that follow; ``factor`` is all these columns' part of U."""
-    columns, rows = work.shape
+def round_group(group: Group) -> None:
+    """GPTQ's loop over the group's columns: :func:`mbq_gguf.rounding.gptq._round_group`."""
+    columns, rows = group.work.shape
     padded = triton.next_power_of_2(columns)
     some = max(1, TILE // padded)
     _round_group[(triton.cdiv(rows, some),)](
-        work, factor, line, codes, errors, rows, columns, start, factor.stride(0), low, high,
-        count, padded, some, num_warps=1, enable_fp_fusion=False,
+        group.work, group.factor, group.line, group.codes, group.errors, rows, columns, group.columns.start, group.factor.stride(0),
+        group.low, group.high, len(group.columns), padded, some, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 
 def descend_columns(
     slope: torch.Tensor, matrix: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, low: int, high: int
 ) -> torch.Tensor:
-    """Changes of the weights by one pass of coordinate descent; see :func:`mbq_gguf.rounding.descent._descend_columns`. All are
-    [columns, rows] with rows side by side; ``codes`` get better in place."""
+    """As :func:`mbq_gguf.rounding.kernels.compiled.descend_columns`."""
     changes = torch.empty_like(codes)
     columns, rows = slope.shape
     padded = triton.next_power_of_2(columns)

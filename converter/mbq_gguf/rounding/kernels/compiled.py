@@ -24,6 +24,7 @@ import torch
 from mbq_gguf.formats.grid import Grid, Pair, Parameter
 from mbq_gguf.llama_cpp.cache import cache_root
 from mbq_gguf.llama_cpp.machine import c_compiler
+from mbq_gguf.rounding.kernels.group import Group
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -80,24 +81,14 @@ def search(
     return scale, offset
 
 
-def round_group(
-    work: torch.Tensor,
-    factor: torch.Tensor,
-    line: torch.Tensor,
-    codes: torch.Tensor,
-    errors: torch.Tensor,
-    start: int,
-    count: int,
-    low: int,
-    high: int,
-) -> None:
-    """GPTQ's loop over ``count`` columns of ``work`` [columns, rows] from ``start`` on, with ``line`` [2, 1, rows] for scale and offset:
-    fills their ``codes`` and ``errors``, and changes the columns of ``work`` that follow; ``factor`` is all these columns' part of U."""
-    columns, rows = work.shape
-    line = line.contiguous()
-    assert factor.stride(1) == 1
-    pointers = [_floats(each) for each in (work, factor, line, codes, errors)]
-    _by_rows(rows, "round_group", *pointers, rows, columns, start, count, factor.stride(0), low, high)
+def round_group(group: Group) -> None:
+    """GPTQ's loop over the group's columns: :func:`mbq_gguf.rounding.gptq._round_group`."""
+    columns, rows = group.work.shape
+    line = group.line.contiguous()
+    assert group.factor.stride(1) == 1
+    pointers = [_floats(each) for each in (group.work, group.factor, line, group.codes, group.errors)]
+    stride, start, count = group.factor.stride(0), group.columns.start, len(group.columns)
+    _by_rows(rows, "round_group", *pointers, rows, columns, start, count, stride, group.low, group.high)
 
 
 def descend_columns(

@@ -17,8 +17,7 @@ TILE = 1024  # numbers of a program, which is one warp
 def search(
     grid: Grid, groups: torch.Tensor, costs: torch.Tensor, steps: torch.Tensor | None, shares: tuple[float, ...], turns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and offset [..., 1] for ``groups`` [..., group]; see :func:`mbq_gguf.rounding.ranges.search_range`. ``costs`` are [group] or
-    [n, group] for ``groups`` [..., n, group], ``steps`` [..., 2]; ``shares`` of the range at either end are tried."""
+    """As :func:`mbq_gguf.rounding.kernels.compiled.search`."""
     flat, costs = groups.reshape(-1, grid.group), costs.contiguous()
     flat_steps = costs if steps is None else steps.reshape(-1, 2).contiguous()  # any tensor: it is not looked at
     scale, offset = (torch.empty(*groups.shape[:-1], 1, device=groups.device) for _ in range(2))

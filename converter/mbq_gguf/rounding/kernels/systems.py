@@ -14,7 +14,7 @@ ROWS, PART = 64, 64  # rows of a program that fills systems, and how much of a g
 def take_steps(
     halfway: torch.Tensor, lower: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, word: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and offsets rounded in turn; see :func:`mbq_gguf.rounding.refit._take_steps`. ``word``: MBQ3S's scale words, else fp16."""
+    """As :func:`mbq_gguf.rounding.kernels.compiled.take_steps`."""
     rows, groups = scale.shape
     lower = lower.contiguous()
     new_scale, new_offset = torch.empty_like(scale), torch.empty_like(offset)
@@ -26,7 +26,7 @@ def take_steps(
 
 
 def fill(system: torch.Tensor, codes: torch.Tensor, hessian: torch.Tensor, groups: int) -> None:
-    """The lower triangle of F H F^T; see :func:`mbq_gguf.rounding.refit._fill`."""
+    """As :func:`mbq_gguf.rounding.kernels.compiled.fill`."""
     rows, columns = codes.shape
     group = columns // groups
     _fill[(triton.cdiv(rows, ROWS), groups)](
