@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from mbq_gguf.calibration import ranges as ranges_of_activations
 from mbq_gguf.card import write_card
 from mbq_gguf.errors import UserError
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.gguf_writer import add_metadata
 from mbq_gguf.export.inspect import inspect, ranges, sparkline
 from mbq_gguf.export.metadata import KNOWN_VERSIONS, describe
-from mbq_gguf.formats import row_scale
+from mbq_gguf.formats import row_scale, static_ranges
 from mbq_gguf.formats.gguf_types import import_gguf
 from mbq_gguf.formats.mbq3 import MBQ3
 from rich.console import Console
@@ -86,7 +86,7 @@ def test_everything_is_shown(small_file: Path) -> None:
 
 def test_a_version_that_is_not_known_yet_is_told(tmp_path: Path) -> None:
     """By inspect and by the card, of a vision file as well."""
-    assert KNOWN_VERSIONS == {"mbq.row_scale.version": row_scale.VERSION, "mbq.act.version": ranges_of_activations.VERSION}
+    assert KNOWN_VERSIONS == {"mbq.row_scale.version": row_scale.VERSION, "mbq.act.version": static_ranges.VERSION}
     for name, versions in {
         "out.gguf": {"mbq.act.version": 2},
         "mmproj-out.gguf": {"mbq.act.version": 1, "mbq.row_scale.version": "|2"},
@@ -104,6 +104,27 @@ def test_a_version_that_is_not_known_yet_is_told(tmp_path: Path) -> None:
     card = write_card(tmp_path / "out.gguf").read_text()
     assert "\n\nout.gguf: mbq.act.version is 2, and the llama.cpp of this mbq-gguf knows 1: it will not load the file" in card
     assert "\n\nmmproj-out.gguf: mbq.row_scale.version is \\|2, and" in card
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "said"),
+    [
+        ("qwen2vl", {"mbq.act.version": 1, "mbq.act.range.qkv.text": [2.0], "mbq.act.range.down.vision": [2.0]}, ""),
+        ("qwen2vl", {"mbq.act.version": 1, "mbq.act.range.qkv.text": [2.0], "mbq.act.range.delta.text": [2.0]}, "mbq.act.range.delta.text"),
+        ("qwen2vl", {"mbq.act.range.qkv.text": [2.0]}, "mbq.act.range.qkv.text"),  # without the version
+        ("clip", {"mbq.act.version": 1, "mbq.act.range.qkv.text": [2.0], "mbq.act.range.o.vision": [2.0]}, "mbq.act.range.qkv.text"),
+    ],
+)
+def test_ranges_that_no_program_reads_are_told(architecture: str, keys: dict[str, Any], said: str, tmp_path: Path) -> None:
+    writer = import_gguf().GGUFWriter(str(tmp_path / "out.gguf"), architecture)
+    for key, value in keys.items():
+        add_metadata(writer, key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    sentence = "ranges that no program reads, so that those activations are dynamic: "
+    assert (f"{sentence}{said}\n" in shown(tmp_path / "out.gguf").replace(" \n", "\n")) == bool(said)
+    assert (sentence in shown(tmp_path / "out.gguf")) == bool(said)
 
 
 def test_header_agrees_with_ggufs_own_reader(small_file: Path) -> None:

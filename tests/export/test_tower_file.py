@@ -13,7 +13,7 @@ from mbq_cbind.model import Model
 from mbq_gguf.calibration.dataset import FREE_QUESTION, Sample
 from mbq_gguf.calibration.precision import coarse_products
 from mbq_gguf.calibration.stream import capture_encoded
-from mbq_gguf.calibration.tower_ranges import SITES, counting
+from mbq_gguf.calibration.tower_ranges import counting
 from mbq_gguf.card import write_card
 from mbq_gguf.convert import ConvertOptions, convert
 from mbq_gguf.errors import UsageError
@@ -24,6 +24,7 @@ from mbq_gguf.export.inspect import inspect
 from mbq_gguf.formats import row_scale
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
+from mbq_gguf.formats.static_ranges import SITES
 from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.tower import linear
 from mbq_gguf.models.towers import find_tower

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from mbq_cbind.model import Model
 from mbq_cbind.vision import Vision
-from mbq_gguf.calibration.tower_ranges import COARSER, SITES
+from mbq_gguf.calibration.tower_ranges import COARSER
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf
 from mbq_gguf.formats.gguf_types import import_gguf
+from mbq_gguf.formats.static_ranges import SITES
 from mbq_gguf.models import load
 from mbq_gguf.models.towers import find_tower
 from mbq_gguf.quantise_tower import TowerSettings, quantise_tower

@@ -16,34 +16,27 @@ from mbq_gguf.calibration.observe import Watch
 from mbq_gguf.calibration.sinks import BEYOND, QUANTILE, Sinks
 from mbq_gguf.calibration.stream import pass_batch, split_back
 from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.formats.static_ranges import CLASSES, SITES, VERSION, VERSION_KEY
 from mbq_gguf.models.layer import Layer
-
-VERSION = 1  # mbq.act.version
-RANGE = "mbq.act.range."
-CLASSES = ("text", "vision")
-
-
-def range_key(site: str, kind: str) -> str:
-    """The key of the ranges of ``site`` for tokens of class ``kind``, one a layer."""
-    return f"{RANGE}{site}.{kind}"
 
 
 def static_keys(estimator: Estimator, sinks: Sinks) -> dict[str, Any]:
     """What a file says of its ranges beside themselves."""
-    keys: dict[str, Any] = {"mbq.act.version": VERSION, "mbq.act.estimator": estimator}
+    keys: dict[str, Any] = {VERSION_KEY: VERSION, "mbq.act.estimator": estimator}
     keys["mbq.act.sink.rule"] = f"|x| > {BEYOND:g} x the {100 * QUANTILE:g}th percentile of its class"
     return keys | {"mbq.act.sink.positions": list(sinks.positions), "mbq.act.sink.tokens": list(sinks.tokens)}
 
 
 @torch.no_grad()
 def count_magnitudes(layer: Layer, streams: Sequence[Streamed], sinks: Sinks) -> dict[tuple[str, str], Magnitudes]:
-    """Run ``streams`` through ``layer``, in place, and count how large each site's inputs are, by (site, class); sinks are left out."""
-    counted = {(site.name, kind): Magnitudes() for site in layer.sites for kind in CLASSES}
+    """Run ``streams`` through ``layer``, in place, and count how large the inputs of each of :data:`SITES` are, by (site, class); sinks are
+    left out. A site that the layer has not counts nothing."""
+    counted = {(site, kind): Magnitudes() for site in SITES for kind in CLASSES}
     for batch in batches(streams, layer.index):
         with Watch(layer) as watch:
             parts = pass_batch(layer, batch)
         vision, left = (torch.cat(masks).to(layer.device) for masks in ([s.vision for s in batch], [sinks.of(s) for s in batch]))
-        for site in layer.sites:
+        for site in (site for site in layer.sites if site.name in SITES):
             x = watch.inputs[site.name][0]
             counted[site.name, "text"].add(x[~vision & ~left])
             counted[site.name, "vision"].add(x[vision & ~left])

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from mbq_gguf.calibration.magnitudes import Estimator, Magnitudes
-from mbq_gguf.calibration.ranges import VERSION, range_key
+from mbq_gguf.formats.static_ranges import SITES, VERSION, VERSION_KEY, range_key
 from mbq_gguf.transforms.activations import SMALLEST_AMAX, int8_tokens
 
-SITES = ("qkv", "o", "gate_up", "down")  # of every block, in a layout's order
 ESTIMATOR: Estimator = "p99.99"
 COARSER = 4.0  # times the steps that rows would have by themselves, two bits of eight: a site beyond it stays dynamic
 MOST = 0.9  # of a site's rows; the others may be outliers, as class tokens and registers are
@@ -59,8 +58,8 @@ class SiteInputs:
 
 
 def tower_range_keys(estimator: Estimator, ranges: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """What a vision file says of its ``ranges`` [blocks, :data:`SITES`]."""
-    keys: dict[str, Any] = {"mbq.act.version": VERSION, "mbq.act.estimator": estimator}
+    """What a vision file says of its ``ranges`` [blocks, :data:`SITES`, in a layout's order]."""
+    keys: dict[str, Any] = {VERSION_KEY: VERSION, "mbq.act.estimator": estimator}
     return keys | {range_key(site, "vision"): [block[index] for block in ranges] for index, site in enumerate(SITES)}
 
 

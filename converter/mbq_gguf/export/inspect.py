@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mbq_gguf.export.gguf_header import Header, TensorEntry, Value, read_header
-from mbq_gguf.export.metadata import PREFIX, RANGE, RATIO, version_sentences
+from mbq_gguf.export.metadata import PREFIX, RATIO, version_sentences
+from mbq_gguf.formats.static_ranges import RANGE, unread
 from mbq_gguf.terminal import BARS
 
 LAYER = re.compile(r"\bblk\.(\d{1,6})\.")
@@ -27,12 +28,15 @@ LAYERED = {  # keys with a number a layer, by their beginning: the table's title
 
 
 def inspect(path: Path) -> RenderableType:
-    """Why it will not load, if so, metadata, ratios per layer, and tensors of the GGUF file ``path``.
+    """Why it will not load, or what will not be read of it, if so, metadata, ratios per layer, and tensors of the GGUF file ``path``.
 
     Raises UserError where it is none, or is damaged.
     """
     header = read_header(path)
-    tables: list[RenderableType] = [printable(sentence) for sentence in version_sentences(header.metadata)]
+    sentences = version_sentences(header.metadata)
+    if ignored := unread(header.metadata, header.metadata.get("general.architecture") == "clip"):
+        sentences.append(f"ranges that no program reads, so that those activations are dynamic: {', '.join(ignored)}")
+    tables: list[RenderableType] = [printable(sentence) for sentence in sentences]
     tables.append(metadata_table(header))
     for prefix, (title, column) in LAYERED.items():
         if any(key.startswith(prefix) for key in header.metadata):

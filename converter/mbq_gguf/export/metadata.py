@@ -7,15 +7,15 @@ from typing import Any
 
 import mbq_gguf
 from mbq_gguf.allocation.plan import Plan
-from mbq_gguf.formats import row_scale
+from mbq_gguf.formats import row_scale, static_ranges
 from mbq_gguf.formats.gguf_types import FILE_TYPES, import_gguf
 from mbq_gguf.formats.row_scale import stored_as
 
 FORMAT_VERSION = 1  # raised whenever a file of the old layout must not be read as one of the new
 PREFIX = "mbq."
 RATIO = "mbq.ratio."  # + "attention" or "mlp"
-RANGE = "mbq.act.range."  # + SITE.CLASS (calibration/ranges.py)
-KNOWN_VERSIONS = {"mbq.row_scale.version": row_scale.VERSION, "mbq.act.version": 1}  # the patched llama.cpp loads files of no other
+# The patched llama.cpp loads files of no other.
+KNOWN_VERSIONS = {"mbq.row_scale.version": row_scale.VERSION, static_ranges.VERSION_KEY: static_ranges.VERSION}
 
 # llama.cpp names most of its K-quant mixtures, not types; a file all of one type bears the name of the plainest mixture.
 STOCK_FILE_TYPES = {"Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S", "Q2_K": "MOSTLY_Q2_K_S"}

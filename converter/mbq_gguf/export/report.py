@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mbq_gguf.export.injection import TensorRecord
-from mbq_gguf.export.metadata import RANGE
 from mbq_gguf.formats.grid import grid_of
 from mbq_gguf.formats.own import OWN
 from mbq_gguf.formats.registry import quant_type
+from mbq_gguf.formats.static_ranges import RANGE
 from mbq_gguf.formats.stock import UNQUANTISED
 
 SINKS = {"positions": "mbq.act.sink.positions", "tokens": "mbq.act.sink.tokens"}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mbq_gguf.calibration.tower_ranges import ESTIMATOR, SITES, tower_range_keys
+from mbq_gguf.calibration.tower_ranges import ESTIMATOR, tower_range_keys
 from mbq_gguf.export.gguf_writer import FEED_FORWARD, VisionFile
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
+from mbq_gguf.formats.static_ranges import SITES
 from mbq_gguf.models.tower import BLOCK, PADDED, Tower, linear
 from mbq_gguf.settings import Activations
 

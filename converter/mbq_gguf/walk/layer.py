@@ -14,11 +14,12 @@ from mbq_gguf.calibration.experts import seeing_others, shares_of
 from mbq_gguf.calibration.moments import Moments, Replay
 from mbq_gguf.calibration.observe import TokenWeights, observe
 from mbq_gguf.calibration.precision import coarse_products
-from mbq_gguf.calibration.ranges import count_magnitudes, range_key
+from mbq_gguf.calibration.ranges import count_magnitudes
 from mbq_gguf.calibration.stream import advance
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights import modality, uniform
 from mbq_gguf.formats.quantised import QuantisedTensor
+from mbq_gguf.formats.static_ranges import range_key
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 from mbq_gguf.outcome import Outcome, put_into
