@@ -61,3 +61,23 @@ def decodes(server: Server) -> int:
 def apart(ours: dict[str, float], theirs: dict[str, float]) -> float:
     """The largest difference of two answers, of what both name."""
     return max(abs(ours[token] - theirs[token]) for token in ours.keys() & theirs.keys())
+
+
+def test_ranges_of_sites_that_it_does_not_know_are_said(built: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    """Of both files, and nothing of those that it knows; such a file answers as one without them."""
+    plain, tower = (
+        write_plain(tiny_dir, tmp_path / "plain.gguf").read_bytes(),
+        write_mmproj(tiny_dir, tmp_path / "mmproj.gguf").read_bytes(),
+    )
+    found, log = [], tmp_path / "server.log"
+    for more in ({}, {"mbq.act.range.delta.text": [1e30]}):
+        (tmp_path / "model.gguf").write_bytes(with_keys(plain, keys(TEXT, VISION) | more))
+        vision = {"mbq.act.range.qkv.vision": [1.0], **{key.replace("delta", "qkv"): value for key, value in more.items()}}
+        (tmp_path / "vision.gguf").write_bytes(with_keys(tower, {"mbq.act.version": 1} | vision))
+        with Server(
+            tmp_path / "model.gguf", tmp_path / "vision.gguf", ["--no-ui", "--threads", "1", "--ctx-size", "1024"], log_file=log
+        ) as server:
+            found.append(answers(server, [f"First {WORDS}"]))
+        said = re.findall(r"(mbq\.act\.\S+) is of no site or class that this program knows", log.read_text())
+        assert said == ["mbq.act.range.delta.text", "mbq.act.range.qkv.text"] * bool(more)
+    assert found[0] == found[1]

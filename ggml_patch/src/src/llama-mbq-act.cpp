@@ -165,6 +165,23 @@ std::vector<int32_t> sinks_of(const gguf_context * metadata, const char * key) {
     return sinks;
 }
 
+// ranges of another site or class: no error, as no unknown key is one, since those rows take their own
+void warn_of_unknown(const gguf_context * metadata) {
+    const std::string prefix = "mbq.act.range.";
+    for (int64_t i = 0; i < gguf_get_n_kv(metadata); ++i) {
+        const std::string key = gguf_get_key(metadata, i);
+        bool known = key.compare(0, prefix.size(), prefix) != 0;
+        for (const char * site : ACT_SITES) {
+            for (const char * kind : ACT_CLASSES) {
+                known = known || key == prefix + site + "." + kind;
+            }
+        }
+        if (!known) {
+            LLAMA_LOG_WARN("%s: %s is of no site or class that this program knows: those activations are dynamic\n", __func__, key.c_str());
+        }
+    }
+}
+
 } // namespace
 
 std::shared_ptr<const llama_mbq_act> llama_mbq_load_act(const gguf_context * metadata, llama_hparams & hparams) {
@@ -197,6 +214,7 @@ std::shared_ptr<const llama_mbq_act> llama_mbq_load_act(const gguf_context * met
             }
         }
     }
+    warn_of_unknown(metadata);
     act->positions = sinks_of(metadata, "mbq.act.sink.positions");
     act->tokens    = sinks_of(metadata, "mbq.act.sink.tokens");
     hparams.mbq_act = act.get();

@@ -87,6 +87,21 @@ static std::vector<float> clip_mbq_act_read(const gguf_context * gguf, const siz
     return ranges;
 }
 
+// Ranges of another site or class: no error, as no unknown key is one, since those rows take their own.
+static void clip_mbq_act_warn(const gguf_context * gguf) {
+    const std::string prefix = "mbq.act.range.";
+    for (int64_t i = 0; i < gguf_get_n_kv(gguf); ++i) {
+        const std::string key = gguf_get_key(gguf, i);
+        bool known = key.compare(0, prefix.size(), prefix) != 0;
+        for (const char * site : CLIP_MBQ_ACT_SITES) {
+            known = known || key == prefix + site + ".vision";
+        }
+        if (!known) {
+            LOG_WRN("%s: %s is of no site or class that this program knows: those activations are dynamic\n", __func__, key.c_str());
+        }
+    }
+}
+
 // Before the weights get their memory: the ranges' tensor is one more of them (the context has room for one), and each weight with a range learns its place.
 static void clip_mbq_act_add(const gguf_context * gguf, const clip_ctx & ctx) {
     if (ctx.model.modality != CLIP_MODALITY_VISION) {
@@ -97,6 +112,7 @@ static void clip_mbq_act_add(const gguf_context * gguf, const clip_ctx & ctx) {
     if (ranges.empty()) {
         return;
     }
+    clip_mbq_act_warn(gguf);
     ggml_context * weights = ctx.ctx_data.get();
     ggml_tensor  * tensor  = ggml_new_tensor_1d(weights, GGML_TYPE_F32, ranges.size());
     ggml_set_name(tensor, CLIP_MBQ_ACT_RANGES);
