@@ -52,7 +52,7 @@ def test_row_scale_kernels_keep_within_registers(architecture: str, tmp_path: Pa
     assert "serialized" not in said, "wgmma waits for registers after every instruction"
     kernels = FUNCTION.findall(said)
     products = sum("mbq_w4a8_gemm" in kernel[0] for kernel in kernels)
-    assert products == 8 + 6, "4 and 8 bits; 64, 128, 256 columns, and rows of any alignment; and those three that write int8"
+    assert products == 2 * (7 + 3 + 3), "4 and 8 bits; seven shapes, and those three of 64 rows that write int8, or heads for attention"
     for name, stores, loads, registers in kernels:
         assert int(registers) <= BOUNDS[architecture]["gemm_registers" if "mbq_w4a8_gemm" in name else "registers"], name
         assert int(stores) + int(loads) <= BOUNDS[architecture]["spill_bytes"], name
@@ -151,17 +151,22 @@ def plan_of(program: Path, kind: str, *case: int) -> list[int]:
     st.integers(1, 30000),
     st.integers(1, 5000),
     st.integers(1, 128),
-    st.sampled_from([4, 66, 114, 132]),
-    st.booleans(),
+    st.sampled_from([(4, 0), (4, 1), (66, 16), (114, 26), (132, 32)]),
+    st.sampled_from(["dense", "dense, in turns", "not dense"]),
     st.sampled_from([4, 8]),
 )
 def test_row_scale_plans_cover_all_tiles(
-    w4a8_plan: Path, rows: int, columns: int, steps: int, multiprocessors: int, dense: bool, bits: int
+    w4a8_plan: Path, rows: int, columns: int, steps: int, device: tuple[int, int], kind: str, bits: int
 ) -> None:
     """Tiles cover rows and columns; a cut tile has all its workers at once, and never more parts than steps."""
-    case = (rows, columns, steps, multiprocessors, int(dense), bits)
-    shape, height, width, cluster, m_tiles, n_tiles, workers, parts = plan_of(w4a8_plan, "gemm", *case)
-    assert (shape == 3) == (not dense)
+    dense, in_turns = kind.startswith("dense"), kind.endswith("turns")
+    multiprocessors, fours = device
+    shape, height, width, cluster, m_tiles, n_tiles, workers, parts = plan_of(
+        w4a8_plan, "gemm", rows, columns, steps, *device, int(dense), bits, int(in_turns)
+    )
+    assert (shape == 6) == (not dense)
+    assert not in_turns or height == 64
+    assert cluster < 4 or workers <= fours
     assert (m_tiles - 1) * height * cluster < rows <= m_tiles * height * cluster
     assert (n_tiles - 1) * width < columns <= n_tiles * width
     assert 1 <= parts <= steps
@@ -171,19 +176,24 @@ def test_row_scale_plans_cover_all_tiles(
 
 @pytest.mark.parametrize(
     ("bits", "case", "plan"),
-    [  # microseconds of an H100 (4096 x 14336, 512 x 3584), else of an H200; tiles of 64 rows have 256 columns and are taken in turns
+    [  # microseconds of an H100 (4096 x 14336, 512 x 3584), else of an H200, which runs 30 clusters of four
         (4, (4096, 512, 56), (1, 64, 1)),  # 59 with the quantising
         (4, (512, 512, 14), (0, 64, 2)),  # 12, with 128 columns in two parts 14
-        (4, (37888, 512, 14), (2, 66, 1)),  # 109, with 128 columns 118
-        (4, (4608, 512, 14), (2, 36, 1)),  # 25, 28
-        (4, (3584, 512, 14), (1, 56, 1)),  # 17.6, with 64 rows 18.7
-        (8, (3840, 4096, 5), (2, 60, 1)),  # 46, with 128 columns 56
-        (8, (1280, 4096, 20), (2, 54, 1)),  # 58, 68
-        (8, (1280, 1024, 5), (1, 40, 1)),  # 11.3, with 64 columns 14.9
+        (4, (37888, 512, 14), (4, 66, 1)),  # 111, with 128 columns 117
+        (4, (4608, 512, 14), (3, 54, 1)),  # 23.5, with 256 columns 27
+        (4, (18944, 1060, 14), (2, 65, 1)),  # 116, with 256 columns 135
+        (4, (37888, 300, 14), (2, 60, 1)),  # 75, with 256 columns 111
+        (4, (3584, 300, 74), (2, 56, 2)),  # 43, with 128 columns 59
+        (8, (3840, 4096, 5), (5, 30, 1)),  # 45, by two 47
+        (8, (1280, 4096, 20), (5, 27, 1)),  # 56, by two 58
+        (8, (1280, 4096, 5), (2, 65, 1)),  # 25.6, with 256 columns 27.8
+        (8, (5120, 4096, 5), (4, 64, 1)),  # 58, by four 60
+        (8, (1280, 1024, 5), (3, 60, 1)),  # 11.3, with 256 columns 12.6
+        (8, (1280, 1024, 20), (3, 60, 1)),  # 20.4, with 256 columns 23.2
     ],
 )
 def test_measured_row_scale_plans(w4a8_plan: Path, bits: int, case: tuple[int, int, int], plan: tuple[int, int, int]) -> None:
-    found = plan_of(w4a8_plan, "gemm", *case, 132, 1, bits)
+    found = plan_of(w4a8_plan, "gemm", *case, 132, 30, 1, bits, 0)
     assert (found[0], *found[6:]) == plan
 
 

@@ -136,15 +136,15 @@ def test_blocks_of_a_tower_are_fused(tower_graphs: Path) -> None:
     done = subprocess.run([tower_graphs], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     counts = {name: tuple(map(int, words.split())) for name, words in re.findall(r"^ok (.*): ([\d ]+)$", done.stdout, re.MULTILINE)}
-    placed = {name: counts.pop(name)[12] for name in list(counts) if name.startswith("static")}
+    placed = {name: counts.pop(name)[13] for name in list(counts) if name.startswith("static")}
     assert len(placed) == 2 * (5 * 4 + 1)
     for name, found in placed.items():  # rows of weights a multiple of 16 bytes apart; of two blocks the GELU each
         *_, width, _, columns = name.split()
         assert found == ((1 if "attention" in name else 2) if int(columns) >= 2048 and width != "576" else 0), name
-    assert len(counts) == 3 * (3 * 6 + 6 + 4 + 2) + 5 + 2 + 3 + 3 + 3
+    assert len(counts) == 3 * (3 * 6 + 6 + 4 + 2 + 2) + 5 + 2 + 3 + 3 + 3
     f16 = {name: found[7:10] for name, found in counts.items() if "f16" in name}
-    ready = {found[10:12] for name, found in counts.items() if name.startswith("attention") and name not in f16}
-    assert ready == {(1, 1)}, "of W8A8 and W4A8 q and k are made ready for attention by one kernel, and values are F16 of their product"
+    ready = {found[10:13] for name, found in counts.items() if name.startswith("attention") and name not in f16}
+    assert ready == {(1, 1, 1)}, "of W8A8 and W4A8 values are F16 of their product, which turns q and k too"
     # In F16 find theirs: of a block q, k, v, up and down; of a layer q, k and v (up has nothing behind it)
     expected = {"blocks": (2 * 6, 2 * 5, 0), "layers": (2 * 5, 2 * 3, 0), "attention": (4, 4, 2), "added": (5, 0, 0)}
     for name, found in f16.items():

@@ -123,7 +123,7 @@ def test_layer_norm_of_a_warp_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_sums_become_int8_on_the_cpu(tmp_path: Path) -> None:
-    """Tiles of all three shapes: each sum's function as the quantiser would round and place it, the scales, and which rows a tile has."""
+    """Tiles of several shapes: each sum's function as the quantiser would round and place it, the scales, and which rows a tile has."""
     quantize, sums = read("mbq-w4a8-quantize.cuh"), read("mbq-w4a8-sums.cuh")
     sums = replaced(r'asm volatile\("bar\.sync[^;]*;[^;]*;', "wait_for(group + 1, 128);", sums)
     sums = replaced(r"__shared__ mbq_w4a8_meeting", "static mbq_w4a8_meeting", sums)
@@ -150,3 +150,19 @@ def test_q_k_and_v_ready_for_attention_on_the_cpu(tmp_path: Path) -> None:
         between(read("mbq-qkv.cuh"), "struct mbq_qkv_args", "// The nodes of a tower's attention").replace(*angles),
     ]
     run_emulated("qkv", {"qkv.cuh": "".join(parts)}, tmp_path)
+
+
+def test_heads_turn_behind_their_product_on_the_cpu(tmp_path: Path) -> None:
+    """Tiles of q, k and v: the F16 of biases, rotary embeddings and scaling one by one, where attention reads it, and nothing else."""
+    sums, heads = read("mbq-w4a8-sums.cuh"), read("mbq-w4a8-heads.cuh")
+    heads = replaced(r'asm volatile\("bar\.sync[^;]*;[^;]*;', "wait_for(1 + at.warp/4, 128);", heads)
+    heads = replaced(r"__shared__ mbq_w4a8_heads", "static mbq_w4a8_heads", heads)
+    parts = [
+        between(read("mbq-rope.cuh"), "struct mbq_rope_angles", "static __device__ __forceinline__ void mbq_rope_turn(float4"),
+        "struct mbq_w4a8_args { mbq_gemm_args gemm; const float * scale; mbq_rope_angles angles; };\n",
+        between(read("mbq-w4a8-wgmma.cuh"), "// Which rows of weights a thread multiplies", "#endif // MBQ_WGMMA"),
+        between(sums, "// How a sum becomes what is stored", "// Two rows of a column"),
+        between(heads, "// What a group of four warps shares", "// Four matrices"),
+        between(heads, "// `columns` of a tile", "#endif // MBQ_WGMMA"),
+    ]
+    run_emulated("heads", {"heads.cuh": "".join(parts)}, tmp_path)

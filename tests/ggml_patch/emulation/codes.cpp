@@ -18,7 +18,7 @@ struct mbq_w4a8_gemm_matrix { const float * bias, * more; };
 template <int bits> struct mbq_w4a8_layout { static constexpr int shift = bits == 4 ? 4 : 0; };
 template <int bits_, int BM_, int BN_> struct tile {
     static constexpr int  bits = bits_, BM = BM_, BN = BN_, WARPS = BM/16;
-    static constexpr bool codes = true;
+    static constexpr bool codes = true, heads = false;
 };
 #include "codes.cuh"
 
@@ -37,7 +37,7 @@ template <typename T> static void check_rows() {
                 const int g = i/2, r = i % 2, slot = mbq_w4a8_tile_rows<T>::slot(warp, g, r);
                 const int sixteen = slot/16, of_64 = sixteen/(T::BM/64), part = sixteen % (T::BM/64);
                 const int row = (first/256*4 + of_64)*64 + (first%256/64 + part)*16 + slot%8*2 + slot/8%2;
-                same = same && row == mbq_w4a8_tile_rows<T>::row(first, warp, g) + r;
+                same = same && row == mbq_w4a8_tile_rows<T>::row(first, warp, g, 0) + r;
             }
         }
     }
@@ -67,7 +67,7 @@ template <typename T> static void check_codes(const int M, const int N, const bo
     launch({ (unsigned) (M/T::BM*n_tiles/each), 1, 1 }, { 256, 1, 1 }, [&] {
         const mbq_gemm_thread at = { 0, (int) threadIdx.x/32, (int) threadIdx.x % 32 };
         const int n = blockIdx.x*each + (each == 2 ? at.warp/4 : 0), first = n/n_tiles*T::BM, n_tile = n % n_tiles, g = at.lane/4, t = at.lane % 4;
-        const int row = R::row(first, at.warp, g);
+        const int row = R::row(first, at.warp, g, 0);
         int d[T::BN/2];
         for (int i = 0; i < T::BN/8; ++i) {
             for (int j = 0; j < 4; ++j) { d[4*i + j] = sums[(size_t) (row + j/2)*padded + n_tile*T::BN + 8*i + 2*t + j%2]; }
@@ -101,9 +101,9 @@ template <typename T> static void check_codes(const int M, const int N, const bo
 
 int main() {
     check_rows<tile<8, 64, 256>>();
-    check_rows<tile<8, 128, 128>>();
     check_codes<tile<8, 64, 256>>(512, 300, true);
-    check_codes<tile<4, 128, 128>>(512, 130, false);
-    check_codes<tile<8, 128, 64>>(256, 65, true);
+    check_codes<tile<4, 64, 176>>(512, 130, false);
+    check_codes<tile<8, 64, 176>>(256, 353, true);
+    check_codes<tile<4, 64, 256>>(256, 65, true);
     return wrong != 0;
 }

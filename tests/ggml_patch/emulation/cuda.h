@@ -151,6 +151,7 @@ template <typename T> T shuffle(T v, int lane) {
     __syncwarp();
     return v;
 }
+template <typename T> T __shfl_sync     (unsigned, T v, int lane) { return shuffle(v, lane); }
 template <typename T> T __shfl_xor_sync (unsigned, T v, int mask) { return shuffle(v, running % 32 ^ mask); }
 template <typename T> T __shfl_down_sync(unsigned, T v, int by)   { return shuffle(v, min(running % 32 + by, 31)); }
 

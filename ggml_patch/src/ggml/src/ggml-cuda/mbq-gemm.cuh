@@ -227,13 +227,17 @@ static __device__ __forceinline__ void mbq_add_parts(const mbq_gemm_args & args,
 }
 
 // Products seldom come back through L1: W4A8's of 5120 x 1280 by 4096, 84 MB, take 57 us so, and 71 with plain stores.
-static __device__ __forceinline__ void mbq_store_past_l1(float * to, const float2 v) {
-    asm volatile("st.global.L1::no_allocate.v2.f32 [%0], {%1, %2};" : : "l"(to), "f"(v.x), "f"(v.y) : "memory");
+static __device__ __forceinline__ void mbq_store_past_l1(float * to, const float2 v, const bool really = true) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\n@p st.global.L1::no_allocate.v2.f32 [%0], {%1, %2};\n}" : : "l"(to), "f"(v.x), "f"(v.y), "r"((int) really) : "memory");
 }
 
-static __device__ __forceinline__ void mbq_store_past_l1(half * to, const float2 v) {
+static __device__ __forceinline__ void mbq_store_past_l1(half * to, const float2 v, const bool really = true) {
     const half2 h = __float22half2_rn(v);
-    asm volatile("st.global.L1::no_allocate.b32 [%0], %1;" : : "l"(to), "r"(*(const uint32_t *) &h) : "memory");
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p st.global.L1::no_allocate.b32 [%0], %1;\n}" : : "l"(to), "r"(*(const uint32_t *) &h), "r"((int) really) : "memory");
+}
+
+static __device__ __forceinline__ void mbq_store_past_l1(half * to, const int4 v) {
+    asm volatile("st.global.L1::no_allocate.v4.s32 [%0], {%1, %2, %3, %4};" : : "l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 // Rows `row` and row + 1 of the tile's columns

@@ -13,26 +13,46 @@ struct mbq_rope_angles {
     int n_dims, first, both; // angles, of the first section, of both
     float freq_scale, attn_factor, theta_scale;
 
+    // Where the positions are that turn pair i, the first of `positions`
+    __device__ __forceinline__ const int32_t * positions_of(const int i, const int positions) const {
+        return pos + (i % both < first ? 0 : positions);
+    }
+
+    // What a position is multiplied by for pair i
+    __device__ __forceinline__ float power(const int i) const {
+        const int sector = i % both;
+        return powf(theta_scale, sector < first ? sector : sector - first);
+    }
+
+    // Cosine and sine
+    __device__ __forceinline__ float2 at(const float position, const float power) const {
+        const float base  = position * power;
+        const float theta = freq_scale * base;
+        return make_float2(cosf(theta) * attn_factor, sinf(theta) * attn_factor);
+    }
+
     // Those of the CTA's position
     __device__ __forceinline__ void make(float * cosine, float * sine) const {
         for (int i = threadIdx.x; i < n_dims; i += blockDim.x) {
-            const int sector = i % both;
-            const int p      = sector < first ? sector : sector - first;
-            const float base = pos[sector < first ? blockIdx.x : blockIdx.x + gridDim.x] * powf(theta_scale, p);
-            const float theta = freq_scale * base;
-            cosine[i] = cosf(theta) * attn_factor;
-            sine[i]   = sinf(theta) * attn_factor;
+            const float2 angle = at(positions_of(i, gridDim.x)[blockIdx.x], power(i));
+            cosine[i] = angle.x;
+            sine[i]   = angle.y;
         }
     }
 };
 
-// Four pairs of numbers turn, by the fused operations that nvcc makes of upstream's
-static __device__ __forceinline__ void mbq_rope_turn(float4 & a, float4 & b, const float4 c, const float4 s) {
-    const auto less = [](const float a, const float b, const float c, const float s) { return fmaf(a, c, -__fmul_rn(b, s)); };
-    const auto more = [](const float a, const float b, const float c, const float s) { return fmaf(a, s, __fmul_rn(b, c)); };
-    const float4 first = make_float4(less(a.x, b.x, c.x, s.x), less(a.y, b.y, c.y, s.y), less(a.z, b.z, c.z, s.z), less(a.w, b.w, c.w, s.w));
-    b = make_float4(more(a.x, b.x, c.x, s.x), more(a.y, b.y, c.y, s.y), more(a.z, b.z, c.z, s.z), more(a.w, b.w, c.w, s.w));
+// A pair of numbers turns, by the fused operations that nvcc makes of upstream's
+static __device__ __forceinline__ void mbq_rope_turn(float & a, float & b, const float c, const float s) {
+    const float first = fmaf(a, c, -__fmul_rn(b, s));
+    b = fmaf(a, s, __fmul_rn(b, c));
     a = first;
+}
+
+static __device__ __forceinline__ void mbq_rope_turn(float4 & a, float4 & b, const float4 c, const float4 s) {
+    mbq_rope_turn(a.x, b.x, c.x, s.x);
+    mbq_rope_turn(a.y, b.y, c.y, s.y);
+    mbq_rope_turn(a.z, b.z, c.z, s.z);
+    mbq_rope_turn(a.w, b.w, c.w, s.w);
 }
 
 struct mbq_rope_args {

@@ -4,8 +4,8 @@
 //
 //   Up to three matrices of equal rows read the same activations: their tiles follow one another.
 //
-//   CTA: an output tile of 128 rows and BN = 64 or 128 columns, or tiles of 64 rows and 256. A cluster of CL = 1 or 2 CTAs has the same columns and the next
-//   rows; each copies 1/CL of the activations for all. A worker is such a cluster; mbq-stream-k.cuh shares out its tiles, in steps of 256 of K.
+//   CTA: an output tile of 128 rows and BN = 64, 128 or 160 columns, or tiles of 64 rows and 176 or 256. A cluster of CL = 1, 2 or 4 CTAs has the same columns and the next
+//   rows; each copies 1/CL of the activations for all. A worker is such a cluster; mbq-stream-k.cuh shares out its tiles, in steps of 256 of K. Which shape: mbq-w4a8-plan.cuh.
 //
 //     warps  0 to 7   consumers, two groups; each unpacks 128 weights of its rows while the tensor cores multiply the 128 before. Of a tile of 128 rows each
 //                     has 64. Tiles of 64 rows they take in turns: while one multiplies, the other stores its tile. 1280 x 5120 by 4096: 58 us
@@ -20,16 +20,25 @@
 //
 // 16 * code * q summed over K stays below 2^31 for K up to 132,000.
 
-#include "mbq-w4a8-sums.cuh"
+#include "mbq-w4a8-heads.cuh"
 
 #ifdef MBQ_WGMMA
+
+// To the same place in all CTAs of the cluster
+template <int CL>
+static __device__ __forceinline__ void mbq_w4a8_copy_columns(const uint32_t to, const char * from, const int bytes, const uint32_t full) {
+    if constexpr (CL == 1) {
+        mbq_bulk_copy(to, from, bytes, full);
+    } else {
+        mbq_multicast(to, from, bytes, full, (1 << CL) - 1);
+    }
+}
 
 template <typename T>
 static __device__ __forceinline__ void mbq_w4a8_produce_activations(const mbq_w4a8_args & w4a8, const mbq_gemm_thread & at, const mbq_w4a8_smem<T> & smem) {
     ggml_cuda_pdl_sync();
     const mbq_gemm_args & args = w4a8.gemm;
-    constexpr int mine  = T::BN/T::CL;              // columns
-    constexpr int chunk = mine < 128 ? mine : 128;
+    constexpr int mine = T::BN/T::CL; // columns, at most 128
     const int k_tiles = args.K/MBQ_GEMM_TILE_K;
     mbq_ring<T::XS> ring;
     if constexpr (T::codes) {
@@ -39,21 +48,20 @@ static __device__ __forceinline__ void mbq_w4a8_produce_activations(const mbq_w4
         return;
     }
     for (mbq_stream_k work(args, at.worker, at.workers); work.next(args, at.workers);) {
-        const int first = at.rank*mine;
-        const int column = work.tile % args.n_tiles*T::BN + first;
+        const int first = work.tile % args.n_tiles*T::BN + at.rank*mine;
+        const int now   = min(mine, 128 - first % 128); // of the 128 columns that lie together; the others are the first of the next 128
+        const auto at_first = [&](const int column) { // columns behind the last are multiplied too, and dropped: those of any column will do
+            return (const char *) args.x_tiles + ((int64_t) (column < args.N ? column/128 : 0)*k_tiles*MBQ_GEMM_TILE_BYTES + column % 128*128);
+        };
+        const char * from[2] = { at_first(first), at_first(first + now) };
         for (int k_tile = 2*work.first; k_tile < 2*(int) work.last; ++k_tile, ring.next()) {
             const uint32_t full = smem.full_x + ring.stage*8;
+            const uint32_t to   = smem.x + ring.stage*T::X_BYTES + at.rank*mine*128;
             mbq_barrier_wait(smem.empty_x + ring.stage*8, ring.phase ^ 1);
             mbq_barrier_expect(full, T::X_BYTES, true);
-#pragma unroll
-            for (int c = 0; c < mine; c += chunk) {
-                const char *   from = (const char *) args.x_tiles + ((int64_t) ((column + c)/128)*k_tiles + k_tile)*MBQ_GEMM_TILE_BYTES + (column + c)%128*128;
-                const uint32_t to   = smem.x + ring.stage*T::X_BYTES + (first + c)*128;
-                if constexpr (T::CL == 1) {
-                    mbq_bulk_copy(to, from, chunk*128, full);
-                } else {
-                    mbq_multicast(to, from, chunk*128, full, (1 << T::CL) - 1);
-                }
+            mbq_w4a8_copy_columns<T::CL>(to, from[0] + k_tile*MBQ_GEMM_TILE_BYTES, now*128, full);
+            if (now < mine) {
+                mbq_w4a8_copy_columns<T::CL>(to + now*128, from[1] + k_tile*MBQ_GEMM_TILE_BYTES, (mine - now)*128, full);
             }
         }
     }
@@ -77,13 +85,23 @@ static __device__ __forceinline__ void mbq_w4a8_produce_weights(const mbq_w4a8_a
         const int k = w4a8.matrix(work.tile / args.n_tiles);
         const mbq_w4a8_gemm_matrix & m = w4a8.of[k];
         const int row_first = ((work.tile / args.n_tiles - m.tile)*T::CL + at.rank)*T::BM;
+        int rows_of_warp[T::WARPS];
+#pragma unroll
+        for (int i = 0; T::heads && i < T::WARPS; ++i) {
+            rows_of_warp[i] = mbq_w4a8_tile_rows<T>::row(row_first, i, 0, w4a8.angles.n_dims);
+        }
         for (int step = work.first; step < (int) work.last; ++step, ring.next()) {
             const uint32_t stage = smem.w + ring.stage*T::W_BYTES;
             const uint32_t full  = smem.full_w + ring.stage*8;
             mbq_barrier_wait(smem.empty_w + ring.stage*8, ring.phase ^ 1);
             if constexpr (T::dense) {
                 mbq_barrier_expect(full, T::W_BYTES, true);
-                if constexpr (T::codes) {
+                if constexpr (T::heads) {
+#pragma unroll
+                    for (int i = 0; i < T::BM/8; ++i) { // a warp's first rows, and those that they turn with
+                        mbq_box_copy(stage + i*8*T::ROW_BYTES, maps.of[k], step*(L::group_bytes/4), rows_of_warp[i/2] + i%2*w4a8.angles.n_dims, full);
+                    }
+                } else if constexpr (T::codes) {
                     mbq_box_copy_5d(stage, maps.of[k], step*(L::group_bytes/4), row_first%256/64, row_first/256*4, full);
                 } else {
                     mbq_box_copy_3d(stage, maps.of[k], step*(L::group_bytes/4), row_first/2, full);
@@ -142,23 +160,25 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
         }
         const int n_tile = work.tile % args.n_tiles;
         const mbq_w4a8_gemm_matrix & m = w4a8.of[w4a8.matrix(work.tile / args.n_tiles)];
-        const int row    = R::row(((work.tile / args.n_tiles - m.tile)*T::CL + at.rank)*T::BM, at.warp, g); // and the next
+        const int first_row = ((work.tile / args.n_tiles - m.tile)*T::CL + at.rank)*T::BM;
+        const int row    = R::row(first_row, at.warp, g, w4a8.angles.n_dims); // the first of two
+        const auto row_of = [&](const int r) { return min(row + r*R::apart(w4a8.angles.n_dims), m.M - 1); };
         const auto pair_of = [&](const int r) {
-            const int shift = T::dense ? 0 : (int) ((uintptr_t) m.w + (uintptr_t) min(row + r, m.M - 1)*args.row_bytes) & 15;
+            const int shift = T::dense ? 0 : (int) ((uintptr_t) m.w + (uintptr_t) row_of(r)*args.row_bytes) & 15;
             return P(smem.w + R::slot(at.warp, g, r)*T::ROW_BYTES + shift + t*(2*L::block_bytes));
         };
         const P pairs[2] = { pair_of(0), pair_of(1) };
         int   d[T::BN/2];
-        mbq_w4a8_end end = { m, {}, {} }; // the rows' scales and, with codes, biases
+        mbq_w4a8_end end = { m, {}, {} }; // the rows' scales and, with codes or of heads, biases
 #pragma unroll
         for (int i = 0; i < T::BN/2; ++i) {
             d[i] = 0;
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            end.d_w[r] = __half2float(*(const half *) (m.w + (int64_t) min(row + r, m.M - 1)*args.row_bytes));
-            if (T::codes && m.bias) {
-                end.bias[r] = m.bias[row + r];
+            end.d_w[r] = __half2float(*(const half *) (m.w + (int64_t) row_of(r)*args.row_bytes));
+            if ((T::codes || T::heads) && m.bias) {
+                end.bias[r] = m.bias[row_of(r)];
             }
         }
         mbq_w4a8_words<T::bits> words[2];
@@ -244,6 +264,8 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
         }
         if constexpr (T::codes) {
             mbq_w4a8_store_codes<T>(w4a8, end, n_tile, row, at, mbq_w4a8_column_scale(__float_as_int(range)), d);
+        } else if constexpr (T::heads) {
+            mbq_w4a8_store_heads<T>(w4a8, end, n_tile, first_row, row, at, d);
         } else {
             mbq_w4a8_store<T>(w4a8, end, n_tile, row, t, d);
         }
@@ -270,7 +292,7 @@ static __global__ void MBQ_CLUSTER(T::CL) __launch_bounds__(MBQ_GEMM_THREADS, 1)
     }
     mbq_cluster_sync<T::CL>();
     if (at.warp >= 8) {
-        if constexpr (T::BN == 256) {
+        if constexpr (T::BN > 128) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         }
         if (at.warp == 11) {
@@ -279,7 +301,7 @@ static __global__ void MBQ_CLUSTER(T::CL) __launch_bounds__(MBQ_GEMM_THREADS, 1)
             mbq_w4a8_produce_weights<T>(args, maps, at, smem);
         }
     } else {
-        if constexpr (T::BN == 256) {
+        if constexpr (T::BN > 128) {
             asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         }
         mbq_w4a8_consume<T>(args, at, smem);

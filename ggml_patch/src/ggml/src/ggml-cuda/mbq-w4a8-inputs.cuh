@@ -91,6 +91,7 @@ struct ggml_cuda_w4a8_inputs {
 
     const ggml_tensor * attention = nullptr; // whose queries lie as F16 (mbq-qkv.cuh)
     const ggml_tensor * values    = nullptr; // which lie as F16 from where each column's floats would begin (mbq-qkv.cuh)
+    const ggml_tensor * turned    = nullptr; // queries that their product has turned, as it has keys (mbq-w4a8-heads.cuh)
 
     std::vector<int> early; // nodes, each with the one behind it, that have run before their turn (mbq-w4a8-one.cuh)
     mbq_nodes nodes;        // of the graph
@@ -104,7 +105,7 @@ struct ggml_cuda_w4a8_inputs {
             early.clear();
             placed_last = -1;
             f16 = nullptr;
-            attention = values = nullptr;
+            attention = values = turned = nullptr;
         }
         nodes.find(now);
         early.erase(std::remove_if(early.begin(), early.end(), [i](const int j) { return j + 1 < i; }), early.end());

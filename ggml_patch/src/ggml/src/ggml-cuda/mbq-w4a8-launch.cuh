@@ -22,6 +22,9 @@ struct mbq_w4a8_matrix {
     int64_t more_column = 0;
     mbq_w4a8_codes codes = {};   // instead of floats in dst
     bool halves = false;         // or F16 in dst
+    mbq_rope_angles angles = {}; // or heads, see mbq-w4a8-heads.cuh, of twice n_dims numbers; n_dims = 0: not these
+    int64_t dst_head = 0;
+    float turn = 0.0f;
 
     int64_t padded() const { return (K + 255)/256*256; }
     bool    dense()  const { return ((uintptr_t) w | row_bytes) % 16 == 0; } // then K is a multiple of 256
@@ -72,14 +75,14 @@ static mbq_w4a8_map mbq_w4a8_make_map(const mbq_w4a8_matrix & m, const char * w,
     return map;
 }
 
-// The same rows, 256 upon 256, as [64][16 of these][parity][half of them][words], for tiles of BM rows with codes: see mbq_w4a8_tile_rows
+// The same rows, 256 upon 256, as [64][16 of these][parity][half of them][words], for tiles with codes: see mbq_w4a8_tile_rows
 template <int bits>
-static mbq_w4a8_map mbq_w4a8_make_codes_map(const mbq_w4a8_matrix & m, const int BM) {
+static mbq_w4a8_map mbq_w4a8_make_codes_map(const mbq_w4a8_matrix & m) {
     mbq_w4a8_map map;
     const cuuint64_t row = m.row_bytes;
     const cuuint64_t size[5]   = { row/4, 8, 2, 4, (cuuint64_t) m.M/64 };
     const cuuint64_t stride[4] = { 2*row, row, 16*row, 64*row };
-    const cuuint32_t box[5]    = { mbq_w4a8_layout<bits>::group_bytes/4, 8, 2, (cuuint32_t) BM/64, 4 };
+    const cuuint32_t box[5]    = { mbq_w4a8_layout<bits>::group_bytes/4, 8, 2, 1, 4 };
     const cuuint32_t step[5]   = { 1, 1, 1, 1, 1 };
     CU_CHECK(cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_UINT32, 5, (void *) m.w, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
         CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
@@ -87,11 +90,9 @@ static mbq_w4a8_map mbq_w4a8_make_codes_map(const mbq_w4a8_matrix & m, const int
 }
 #endif
 
-// The tiles of MBQ_W4A8_SHAPES, in as many stages as fit
-template <int bits, int shape, bool codes = false>
+template <int bits, int shape, mbq_w4a8_results results = MBQ_W4A8_PLAIN>
 using mbq_w4a8_tile_of = mbq_w4a8_tile<bits, MBQ_W4A8_SHAPES[shape].BM, MBQ_W4A8_SHAPES[shape].BN, MBQ_W4A8_SHAPES[shape].CL,
-    shape == 0 ? 12 : shape == 2 ? 5 : bits == 4 ? 8 : 6,
-    shape == 0 ? (bits == 4 ? 6 : 3) : shape == 2 ? (bits == 4 ? 6 : 3) : bits == 4 ? 4 : 3, shape != 3, codes>;
+    bits == 4 ? MBQ_W4A8_SHAPES[shape].XS4 : MBQ_W4A8_SHAPES[shape].XS8, bits == 4 ? MBQ_W4A8_SHAPES[shape].WS4 : MBQ_W4A8_SHAPES[shape].WS8, shape != MBQ_W4A8_COPIED, results>;
 
 // Whether this device runs mbq_w4a8_gemm: see mbq_gemm_available
 template <int bits>
@@ -110,16 +111,54 @@ static bool mbq_w4a8_gemm_available(const int id) {
 #endif
 }
 
-template <int bits, int shape, bool codes = false>
+template <typename T>
 static void mbq_w4a8_launch_gemm(ggml_backend_cuda_context & ctx, const mbq_w4a8_args & args, const mbq_w4a8_maps & maps, const int workers) {
-    using T = mbq_w4a8_tile_of<bits, shape, codes>;
     CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_gemm<T>), T::BYTES);
     const ggml_cuda_kernel_launch_params params(dim3(workers*T::CL), dim3(MBQ_GEMM_THREADS), (size_t) T::BYTES, ctx.stream());
     ggml_cuda_kernel_launch(mbq_w4a8_gemm<T>, params, args, maps);
 }
 
+// In the shape of a plan, which is this one or one behind it
+template <int bits, mbq_w4a8_results results, int shape = 0>
+static void mbq_w4a8_launch_planned(ggml_backend_cuda_context & ctx, const mbq_w4a8_args & args, const mbq_w4a8_maps & maps, const mbq_w4a8_gemm_plan & plan) {
+    if constexpr (shape < MBQ_W4A8_N_SHAPES) {
+        if (plan.shape > shape) {
+            mbq_w4a8_launch_planned<bits, results, shape + 1>(ctx, args, maps, plan);
+        } else if constexpr (results == MBQ_W4A8_PLAIN || MBQ_W4A8_SHAPES[shape].BM == 64) {
+            mbq_w4a8_launch_gemm<mbq_w4a8_tile_of<bits, shape, results>>(ctx, args, maps, plan.workers);
+        }
+    }
+}
+
+template <int bits>
+static mbq_w4a8_device mbq_w4a8_device_of(const ggml_backend_cuda_context & ctx) {
+    static int fours[GGML_CUDA_MAX_DEVICES] = {}; // and one more, so that 0 is not known yet
+    if (fours[ctx.device] == 0) {
+        int n = 0;
+#ifdef MBQ_USE_TMA
+        using T = mbq_w4a8_tile_of<bits, MBQ_W4A8_COPIED - 1>;
+        static_assert(T::CL == 4, "");
+        CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_gemm<T>), T::BYTES);
+        cudaLaunchConfig_t config = {};
+        config.gridDim          = dim3(T::CL);
+        config.blockDim         = dim3(MBQ_GEMM_THREADS);
+        config.dynamicSmemBytes = T::BYTES;
+        cudaLaunchAttribute cluster = {};
+        cluster.id               = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = T::CL;
+        cluster.val.clusterDim.y = 1;
+        cluster.val.clusterDim.z = 1;
+        config.attrs    = &cluster;
+        config.numAttrs = 1;
+        CUDA_CHECK(cudaOccupancyMaxActiveClusters(&n, mbq_w4a8_gemm<T>, &config));
+#endif
+        fours[ctx.device] = n + 1;
+    }
+    return { ggml_cuda_info().devices[ctx.device].nsm, fours[ctx.device] - 1 };
+}
+
 // n matrices of equal rows by the activations of the first; more than one only where each is dense and has an even number of rows; with codes one dense one of
-// whole 256 rows
+// whole 256 rows; of heads of one size
 template <int bits>
 static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix * matrices, const int n, const mbq_w4a8_int8 & x) {
     const mbq_w4a8_matrix & m = matrices[0];
@@ -128,7 +167,7 @@ static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix
     for (int k = 0; k < n; ++k) {
         M[k] = matrices[k].M;
     }
-    const mbq_w4a8_gemm_plan plan = mbq_w4a8_plan_gemm(M, n, m.N, m.padded()/256, ggml_cuda_info().devices[ctx.device].nsm, dense, bits);
+    const mbq_w4a8_gemm_plan plan = mbq_w4a8_plan_gemm(M, n, m.N, m.padded()/256, mbq_w4a8_device_of<bits>(ctx), dense, bits, m.codes.q || m.angles.n_dims > 0);
     const mbq_w4a8_shape & shape  = MBQ_W4A8_SHAPES[plan.shape];
     const int ctas = plan.workers*shape.CL;
     GGML_ASSERT(8*ctas <= x.n_flags);
@@ -137,6 +176,7 @@ static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix
     args.scale              = x.scale;
     args.blocks             = m.K/32;
     args.codes              = m.codes;
+    args.angles             = m.angles;
     args.gemm.x_tiles       = (half *) x.q;
     args.gemm.done          = x.flags;
     args.gemm.N             = m.N;
@@ -152,18 +192,18 @@ static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix
     int tile = 0;
     for (int k = 0; k < MBQ_W4A8_MATRICES; ++k) {
         const mbq_w4a8_matrix & mk = matrices[std::min(k, n - 1)];
-        args.of[k] = { mk.w, mk.dst, mk.bias, mk.more, mk.dst_column, mk.more_column, (int) mk.M, k < n ? tile : INT_MAX, mk.halves };
+        args.of[k] = { mk.w, mk.dst, mk.bias, mk.more, mk.dst_column, mk.more_column, (int) mk.M, k < n ? tile : INT_MAX, mk.halves, mk.dst_head, mk.turn };
         tile += (mk.M + shape.BM*shape.CL - 1)/(shape.BM*shape.CL);
 #ifdef MBQ_USE_TMA
         if (dense) {
-            maps.of[k] = k >= n ? maps.of[0] : mk.codes.q ? mbq_w4a8_make_codes_map<bits>(mk, shape.BM) : mbq_w4a8_make_map<bits>(mk, mk.w, mk.M, 2, shape.BM/2);
+            maps.of[k] = k >= n ? maps.of[0] : mk.codes.q ? mbq_w4a8_make_codes_map<bits>(mk) :
+                mk.angles.n_dims > 0 ? mbq_w4a8_make_map<bits>(mk, mk.w, mk.M, 1, 8) : mbq_w4a8_make_map<bits>(mk, mk.w, mk.M, 2, shape.BM/2);
         }
 #endif
     }
-    const auto of_floats = plan.shape == 0 ? &mbq_w4a8_launch_gemm<bits, 0> : plan.shape == 1 ? &mbq_w4a8_launch_gemm<bits, 1> :
-        plan.shape == 2 ? &mbq_w4a8_launch_gemm<bits, 2> : &mbq_w4a8_launch_gemm<bits, 3>;
-    const auto of_codes = plan.shape == 0 ? &mbq_w4a8_launch_gemm<bits, 0, true> : plan.shape == 1 ? &mbq_w4a8_launch_gemm<bits, 1, true> : &mbq_w4a8_launch_gemm<bits, 2, true>;
-    (m.codes.q ? of_codes : of_floats)(ctx, args, maps, plan.workers);
+    const auto launch = m.codes.q ? &mbq_w4a8_launch_planned<bits, MBQ_W4A8_CODES> : m.angles.n_dims > 0 ? &mbq_w4a8_launch_planned<bits, MBQ_W4A8_HEADS> :
+        &mbq_w4a8_launch_planned<bits, MBQ_W4A8_PLAIN>;
+    launch(ctx, args, maps, plan);
 }
 
 template <int bits, int N>

@@ -5,18 +5,29 @@
 #include <algorithm>
 #include <cstdint>
 
-// Tiles of mbq_w4a8_gemm: BM rows times BN columns a CTA, CL CTAs a worker; and what they take, in 10 ns: a step of 256 of K with 4 and with 8 bits, the
-// end of a tile, a product's beginning and end, and a tile cut in two and each further part (leaving sums and adding them). Fitted to products of the shapes of
-// Qwen2-VL-7B and its tower by 16 to 4096 columns, on an H100 (4 bits) and an H200 (8 bits, tiles of 64 rows).
+// Tiles of mbq_w4a8_gemm: BM rows times BN columns a CTA, CL CTAs a worker, which copy XS and, of 4 and 8 bits, WS4 and WS8 stages of activations and weights ahead; and what
+// they take, in 10 ns: a step of 256 of K with 4 and with 8 bits, the end of a tile, a product's beginning and end, and a tile cut in two and each further part
+// (leaving sums and adding them). Fitted to products of the shapes of Qwen2-VL-7B and its tower by 16 to 4096 columns, on an H100 (4 bits) and an H200 (8 bits, tiles of
+// 64 rows).
 struct mbq_w4a8_shape {
-    int BM, BN, CL, step4, step8, end, fixed, two, more;
+    int BM, BN, CL, XS4, XS8, WS4, WS8, step4, step8, end, fixed, two, more;
 };
 
 static constexpr mbq_w4a8_shape MBQ_W4A8_SHAPES[] = {
-    { 128,  64, 1,  60,  85, 120, 120, 190, 130 },
-    { 128, 128, 2,  70,  78, 250, 400, 275, 155 },
-    {  64, 256, 2,  70,  72,  60, 640, 300, 200 },
-    { 128, 128, 1,  95,  95, 250, 400, 275, 155 }, // rows that are no multiples of 16 bytes; see mbq_w4a8_plan_gemm
+    { 128,  64, 1, 12, 12, 6, 3, 60,  85, 120, 120, 190, 130 },
+    { 128, 128, 2,  8,  6, 4, 3, 70,  78, 250, 400, 275, 155 },
+    { 128, 160, 2,  6,  6, 5, 3, 80,  98, 200, 490, 300, 200 },
+    {  64, 176, 2,  6,  6, 6, 4, 57,  60,  80, 530, 300, 200 }, // 1024 columns in six: 10 tiles of 1280 rows of 128 each then occupy 120 of 132 multiprocessors
+    {  64, 256, 2,  5,  5, 5, 3, 70,  72, 100, 640, 300, 200 },
+    {  64, 256, 4,  5,  5, 5, 3, 64,  64, 100, 620, 300, 200 }, // a GPC's multiprocessors are no multiple of four, so some stay idle
+    { 128, 128, 1,  8,  6, 4, 3, 95,  95, 250, 400, 275, 155 }, // rows that are no multiples of 16 bytes
+};
+static constexpr int MBQ_W4A8_N_SHAPES = sizeof(MBQ_W4A8_SHAPES)/sizeof(MBQ_W4A8_SHAPES[0]);
+static constexpr int MBQ_W4A8_COPIED   = MBQ_W4A8_N_SHAPES - 1; // that shape, whose rows threads copy
+
+struct mbq_w4a8_device {
+    int64_t multiprocessors;
+    int64_t fours; // clusters of four CTAs that it runs at a time
 };
 
 struct mbq_w4a8_gemm_plan {
@@ -26,20 +37,23 @@ struct mbq_w4a8_gemm_plan {
 
 // Whole tiles, or each tile cut into equal parts where that occupies more multiprocessors. Shares of other lengths (stream-K as in mbq_plan_gemm) were slower
 // almost everywhere, since workers at different places of K find less of the other's data in L2: 3584 x 18944 by 512 66 us instead of 56.
-// M: rows of each of n matrices, whose tiles follow one another
-static mbq_w4a8_gemm_plan mbq_w4a8_plan_gemm(const int64_t * M, const int n, const int64_t N, const int64_t steps, const int64_t multiprocessors, const bool dense,
-        const int bits) {
+// M: rows of each of n matrices, whose tiles follow one another. in_turns: by tiles of 64 rows, see mbq_w4a8_gemm
+static mbq_w4a8_gemm_plan mbq_w4a8_plan_gemm(const int64_t * M, const int n, const int64_t N, const int64_t steps, const mbq_w4a8_device & device, const bool dense,
+        const int bits, const bool in_turns) {
     mbq_w4a8_gemm_plan best = {};
     int64_t best_cost = INT64_MAX;
-    for (int i = dense ? 0 : 3; i < (dense ? 3 : 4); ++i) {
+    for (int i = 0; i < MBQ_W4A8_N_SHAPES; ++i) {
         const mbq_w4a8_shape & s = MBQ_W4A8_SHAPES[i];
+        if (dense == (i == MBQ_W4A8_COPIED) || (in_turns && s.BM != 64) || (s.CL == 4 && device.fours == 0)) {
+            continue;
+        }
         int64_t m_tiles = 0;
         for (int k = 0; k < n; ++k) {
             m_tiles += (M[k] + s.BM*s.CL - 1)/(s.BM*s.CL);
         }
         const int64_t n_tiles = (N + s.BN - 1)/s.BN;
         const int64_t tiles   = m_tiles*n_tiles;
-        const int64_t most    = std::max<int64_t>(multiprocessors/s.CL, 1);
+        const int64_t most    = s.CL == 4 ? device.fours : std::max<int64_t>(device.multiprocessors/s.CL, 1);
         const int64_t rounds  = (tiles + most - 1)/most;
         for (int64_t parts = 1; parts == 1 || (tiles*parts <= most && parts <= std::min<int64_t>(steps, 8)); ++parts) {
             const int64_t cost = s.fixed + rounds*((steps + parts - 1)/parts*(bits == 4 ? s.step4 : s.step8) + s.end) + (parts > 1 ? s.two + (parts - 2)*s.more : 0);

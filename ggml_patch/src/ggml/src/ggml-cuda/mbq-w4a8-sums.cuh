@@ -33,12 +33,16 @@ static __device__ __forceinline__ void mbq_w4a8_add(const int4 * part, int (&d)[
         int4 p[batch];
 #pragma unroll
         for (int i = 0; i < batch; ++i) {
-            p[i] = part[(first + i)*T::WARPS*32];
+            if (first + i < T::BN/8) {
+                p[i] = part[(first + i)*T::WARPS*32];
+            }
         }
 #pragma unroll
         for (int i = 0; i < batch; ++i) {
-            int * v = d + 4*(first + i);
-            v[0] += p[i].x; v[1] += p[i].y; v[2] += p[i].z; v[3] += p[i].w;
+            if (first + i < T::BN/8) {
+                int * v = d + 4*(first + i);
+                v[0] += p[i].x; v[1] += p[i].y; v[2] += p[i].z; v[3] += p[i].w;
+            }
         }
     }
 }
@@ -59,17 +63,33 @@ struct mbq_w4a8_end {
 
 // Two rows of a column, whose floats would begin at dst
 template <bool halves>
-static __device__ __forceinline__ void mbq_w4a8_store_two(float * dst, const int row, const float2 v) {
+static __device__ __forceinline__ void mbq_w4a8_store_two(float * dst, const int row, const float2 v, const bool really) {
     if constexpr (halves) {
-        mbq_store_past_l1((half *) dst + row, v);
+        mbq_store_past_l1((half *) dst + row, v, really);
     } else {
-        mbq_store_past_l1(dst + row, v);
+        mbq_store_past_l1(dst + row, v, really);
     }
 }
 
-// A whole tile's columns of two rows. Scales, and what is added, are loaded many at a time: a load before each store takes 6 us a tile of 128 columns.
+// The columns of a tile that a thread has of each 8, two, as a product of N columns has them
+template <typename T> struct mbq_w4a8_columns_of {
+    int first; // of the thread
+    int left;  // from there to the last one of all: 0 or less where it has none
+    int last;  // an even number of columns from the first, which are there
+
+    __device__ __forceinline__ mbq_w4a8_columns_of(const int n_tile, const int t, const int N) {
+        const int wanted = n_tile*T::BN + 2*t;
+        left  = min(N - wanted, T::BN);
+        first = left > 0 ? wanted : 0;
+        last  = max(left - 1, 0) & ~1;
+    }
+};
+
+// Of two rows. Scales, and what is added, are loaded many at a time: a load before each store takes 6 us a tile of 128 columns. Scales behind the last are flags
+// (mbq_w4a8_int8), and not used.
 template <typename T, bool with_more, bool halves = false>
-static __device__ __forceinline__ void mbq_w4a8_store_whole(const mbq_w4a8_end & end, float * dst, const int row, const float * scale, const float * more, const int (&d)[T::BN/2]) {
+static __device__ __forceinline__ void mbq_w4a8_store_two_rows(const mbq_w4a8_end & end, float * dst, const int row, const float * scale, const float * more,
+        const mbq_w4a8_columns_of<T> & columns, const int (&d)[T::BN/2]) {
     using L = mbq_w4a8_layout<T::bits>;
     constexpr int batch = T::BN < 128 || with_more ? 8 : 16;
     const int64_t dst_column = end.m.dst_column, more_column = end.m.more_column;
@@ -78,20 +98,25 @@ static __device__ __forceinline__ void mbq_w4a8_store_whole(const mbq_w4a8_end &
         float2 s[batch], m[batch][2];
 #pragma unroll
         for (int i = 0; i < batch; ++i) {
-            s[i] = *(const float2 *) (scale + 8*(i0 + i));
+            if (i0 + i < T::BN/8) {
+                const int column = min(8*(i0 + i), columns.last);
+                s[i] = *(const float2 *) (scale + column);
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                m[i][c] = with_more ? *(const float2 *) (more + (8*(i0 + i) + c)*more_column) : make_float2(0.0f, 0.0f);
+                for (int c = 0; c < 2; ++c) {
+                    m[i][c] = with_more ? *(const float2 *) (more + min(column + c, max(columns.left - 1, 0))*more_column) : make_float2(0.0f, 0.0f);
+                }
             }
         }
 #pragma unroll
         for (int i = 0; i < batch; ++i) {
+            if (i0 + i < T::BN/8) {
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const int * sums = d + 4*(i0 + i) + c;
-                const float of_column = c == 0 ? s[i].x : s[i].y;
-                mbq_w4a8_store_two<halves>(dst + (8*(i0 + i) + c)*dst_column, row,
-                    make_float2(end(sums[0] >> L::shift, 0, of_column, m[i][c].x), end(sums[2] >> L::shift, 1, of_column, m[i][c].y)));
+                for (int c = 0; c < 2; ++c) {
+                    const int * sums = d + 4*(i0 + i) + c;
+                    const float of_column = c == 0 ? s[i].x : s[i].y;
+                    mbq_w4a8_store_two<halves>(dst + (8*(i0 + i) + c)*dst_column, row,
+                        make_float2(end(sums[0] >> L::shift, 0, of_column, m[i][c].x), end(sums[2] >> L::shift, 1, of_column, m[i][c].y)), 8*(i0 + i) + c < columns.left);
+                }
             }
         }
     }
@@ -107,18 +132,19 @@ static __device__ __forceinline__ void mbq_w4a8_store(const mbq_w4a8_args & w4a8
     for (int r = 0; r < 2; ++r) {
         end.bias[r] = m.bias ? m.bias[min(row + r, m.M - 1)] : 0.0f;
     }
-    const int first = n_tile*T::BN + 2*t; // column, and the next, and 8 on
+    const mbq_w4a8_columns_of<T> columns(n_tile, t, args.N);
+    const int first = columns.first;
     float * dst = m.dst + first*m.dst_column;
     const float * scale = w4a8.scale + first;
     const float * more  = m.more ? m.more + row + first*m.more_column : nullptr;
     const bool pairs = ((uintptr_t) m.dst | m.dst_column*4 | (uintptr_t) m.more | m.more_column*4) % 8 == 0;
-    if (pairs && row + 1 < m.M && (n_tile + 1)*T::BN <= args.N) {
+    if (pairs && row + 1 < m.M) {
         if (m.more) {
-            mbq_w4a8_store_whole<T, true>(end, dst, row, scale, more, d);
+            mbq_w4a8_store_two_rows<T, true>(end, dst, row, scale, more, columns, d);
         } else if (m.halves) {
-            mbq_w4a8_store_whole<T, false, true>(end, dst, row, scale, more, d);
+            mbq_w4a8_store_two_rows<T, false, true>(end, dst, row, scale, more, columns, d);
         } else {
-            mbq_w4a8_store_whole<T, false>(end, dst, row, scale, more, d);
+            mbq_w4a8_store_two_rows<T, false>(end, dst, row, scale, more, columns, d);
         }
         return;
     }
@@ -126,7 +152,7 @@ static __device__ __forceinline__ void mbq_w4a8_store(const mbq_w4a8_args & w4a8
     for (int i = 0; i < T::BN/8; ++i) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            if (first + 8*i + c < args.N) {
+            if (8*i + c < columns.left) {
                 const float s = scale[8*i + c];
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
@@ -179,15 +205,20 @@ static __device__ __forceinline__ void mbq_w4a8_store_codes_of(const mbq_w4a8_ar
     for (int i0 = 0; i0 < T::BN/8; i0 += batch) {
 #pragma unroll
         for (int i = 0; i < batch; ++i) {
-            const float2 scale = *(const float2 *) &meeting.scale[8*(i0 + i) + 2*t];
-            const uint2  mine  = mbq_w4a8_codes_of<f>(end, d + 4*(i0 + i), mbq_w4a8_layout<T::bits>::shift, scale, inverse);
-            // a lane of even g keeps the first column, of odd g the second, of its rows and its neighbour's
-            const uint32_t other = __shfl_xor_sync(0xFFFFFFFF, g % 2 ? mine.x : mine.y, 4);
-            meeting.words[warp][i*32 + (2*t + g % 2)*4 + g/2] = g % 2 ? mbq_w4a8_join(other, mine.y) : mbq_w4a8_join(mine.x, other);
+            if (i0 + i < T::BN/8) {
+                const float2 scale = *(const float2 *) &meeting.scale[8*(i0 + i) + 2*t];
+                const uint2  mine  = mbq_w4a8_codes_of<f>(end, d + 4*(i0 + i), mbq_w4a8_layout<T::bits>::shift, scale, inverse);
+                // a lane of even g keeps the first column, of odd g the second, of its rows and its neighbour's
+                const uint32_t other = __shfl_xor_sync(0xFFFFFFFF, g % 2 ? mine.x : mine.y, 4);
+                meeting.words[warp][i*32 + (2*t + g % 2)*4 + g/2] = g % 2 ? mbq_w4a8_join(other, mine.y) : mbq_w4a8_join(mine.x, other);
+            }
         }
         together();
 #pragma unroll
         for (int i = threadIdx.x % 128; i < batch*32; i += 128) {
+            if (T::BN % 128 != 0 && (8*i0 + i/4 >= T::BN || first + 8*i0 + i/4 >= w4a8.gemm.N)) {
+                break; // the next tile's, or perhaps behind the last 256 columns
+            }
             to.q[mbq_w4a8_unit_at<true>(unit + i%4*2, first + 8*i0 + i/4, 0, to.K)] =
                 make_int4(meeting.words[0][i], meeting.words[1][i], meeting.words[2][i], meeting.words[3][i]);
         }

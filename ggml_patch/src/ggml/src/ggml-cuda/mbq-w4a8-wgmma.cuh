@@ -3,12 +3,20 @@
 // What mbq_w4a8_gemm (mbq-w4a8-gemm.cuh) is made of: the shape of its tiles, its shared memory, and int8 wgmma.
 
 #include "mbq-gemm.cuh"
+#include "mbq-rope.cuh"
 #include "mbq-w4a8-codes.cuh"
 
-// BM rows and BN columns a tile, CL CTAs a cluster, XS and WS stages of activations and weights. dense: see mbq_w4a8_pair. codes: results are int8 (mbq-w4a8-codes.cuh)
-template <int bits_, int BM_, int BN_, int CL_, int XS_, int WS_, bool dense_, bool codes_ = false> struct mbq_w4a8_tile {
+// What a product's results are
+enum mbq_w4a8_results {
+    MBQ_W4A8_PLAIN, // floats, or F16
+    MBQ_W4A8_CODES, // int8 (mbq-w4a8-codes.cuh)
+    MBQ_W4A8_HEADS, // q, k and v for attention (mbq-w4a8-heads.cuh)
+};
+
+// BM rows and BN columns a tile, CL CTAs a cluster, XS and WS stages of activations and weights. dense: see mbq_w4a8_pair
+template <int bits_, int BM_, int BN_, int CL_, int XS_, int WS_, bool dense_, mbq_w4a8_results results = MBQ_W4A8_PLAIN> struct mbq_w4a8_tile {
     static constexpr int  bits = bits_, BM = BM_, BN = BN_, CL = CL_, XS = XS_, WS = WS_;
-    static constexpr bool dense = dense_, codes = codes_;
+    static constexpr bool dense = dense_, codes = results == MBQ_W4A8_CODES, heads = results == MBQ_W4A8_HEADS;
     static constexpr bool turns = BM == 64;  // the two groups of consumers take whole tiles in turn
     static constexpr int  WARPS = BM/16;     // consumers of a tile
     static constexpr int  X_BYTES   = BN*128;
@@ -16,6 +24,7 @@ template <int bits_, int BM_, int BN_, int CL_, int XS_, int WS_, bool dense_, b
     static constexpr int  W_BYTES   = BM*ROW_BYTES;
     static constexpr int  BYTES     = 1024 + XS*X_BYTES + WS*W_BYTES;
     static constexpr int  BARRIERS  = 2*XS + 2*WS + 2;
+    static_assert(turns || results == MBQ_W4A8_PLAIN, "ends of other results are not fitted, and left out");
 };
 
 struct mbq_w4a8_gemm_matrix {
@@ -27,6 +36,8 @@ struct mbq_w4a8_gemm_matrix {
     int M;
     int tile;             // its first one of workers, in rows
     bool halves;          // results are F16, each column from where its floats would begin
+    int64_t dst_head;     // heads: F16 from one to the next; dst_column then counts F16, too
+    float   turn;         // heads: what they are multiplied by behind the rotary embedding; 0: they have none
 };
 
 struct mbq_w4a8_args {
@@ -36,6 +47,7 @@ struct mbq_w4a8_args {
     const float * scale;  // of each column
     int blocks;           // of a row
     mbq_w4a8_codes codes; // of a tile with codes: where they go
+    mbq_rope_angles angles; // of a tile of heads
 
     __device__ __forceinline__ int matrix(const int m_tile) const {
         return (m_tile >= of[1].tile) + (m_tile >= of[2].tile);
@@ -73,42 +85,29 @@ template <typename T> struct mbq_w4a8_smem {
     }
 };
 
+// d += A, 64 rows times 32 of K in registers, times B, 32 of K times twice as many columns as d has sums, in shared memory
 #define D8(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), "+r"(d[i + 7])
-static __device__ __forceinline__ void mbq_wgmma_s8(int (&d)[32], const uint32_t (&a)[4], const uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, 1;"
-        : D8(0), D8(8), D8(16), D8(24)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-static __device__ __forceinline__ void mbq_wgmma_s8(int (&d)[64], const uint32_t (&a)[4], const uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "{%64, %65, %66, %67}, %68, 1;"
-        : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-static __device__ __forceinline__ void mbq_wgmma_s8(int (&d)[128], const uint32_t (&a)[4], const uint64_t b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-        "{%128, %129, %130, %131}, %132, 1;"
-        : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56),
-          D8(64), D8(72), D8(80), D8(88), D8(96), D8(104), D8(112), D8(120)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
+#define MBQ_WGMMA_S8(columns, sums, a0, a1, a2, a3, from, ...)                                                                             \
+    static __device__ __forceinline__ void mbq_wgmma_s8(int (&d)[columns/2], const uint32_t (&a)[4], const uint64_t b) {                   \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.s8.s8 {" sums "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, "   \
+            "%" #from ", 1;" : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                          \
+    }
+#define S32   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define S64   S32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define S80   S64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define S88   S80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define S128  S88 ", %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+MBQ_WGMMA_S8( 64, S32,   32,  33,  34,  35,  36, D8(0), D8(8), D8(16), D8(24))
+MBQ_WGMMA_S8(128, S64,   64,  65,  66,  67,  68, D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56))
+MBQ_WGMMA_S8(160, S80,   80,  81,  82,  83,  84, D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56), D8(64), D8(72))
+MBQ_WGMMA_S8(176, S88,   88,  89,  90,  91,  92, D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56), D8(64), D8(72), D8(80))
+MBQ_WGMMA_S8(256, S128, 128, 129, 130, 131, 132, D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56), D8(64), D8(72), D8(80), D8(88), D8(96), D8(104), D8(112), D8(120))
+#undef S32
+#undef S64
+#undef S80
+#undef S88
+#undef S128
+#undef MBQ_WGMMA_S8
 #undef D8
 
 // The box at (x, y, 0) of a map
@@ -124,22 +123,31 @@ static __device__ __forceinline__ void mbq_box_copy_5d(const uint32_t dst, const
 }
 
 // Which rows of weights a thread multiplies, of a CTA's tile that begins at row `first` of a matrix, counted as tiles lie: the first one of two, the other is the next; and
-// where the stage has them (their slots). The tile's rows are the next BM. With codes they are 16 from each 64 of 256 for each group, whose codes are then whole words of
-// 16 bytes (mbq_w4a8_unit_k).
+// where the stage has them (their slots). The tile's rows are the next BM. With codes they are 16 from each 64 of 256, whose codes are then whole words of
+// 16 bytes (mbq_w4a8_unit_k). Of heads they are two that turn together, half a head apart: eight such pairs for each warp, all of one head.
 template <typename T> struct mbq_w4a8_tile_rows {
-    static constexpr int groups = T::BM/64;
-
-    static __device__ __forceinline__ int row(const int first, const int warp, const int g) {
+    // pairs: of a head
+    static __device__ __forceinline__ int row(const int first, const int warp, const int g, const int pairs) {
         if constexpr (T::codes) {
-            return first/256*256 + warp%4*64 + (first%256/64 + (groups == 2 ? warp/4 : 0))*16 + 2*g;
+            return first/256*256 + warp%4*64 + first%256/64*16 + 2*g;
+        } else if constexpr (T::heads) {
+            const int i = first/2 + warp % T::WARPS*8; // of all pairs
+            return i + i/pairs*pairs + g;
         } else {
             return first + warp % T::WARPS*16 + 2*g;
         }
     }
 
+    // From the first to the other
+    static __device__ __forceinline__ int apart(const int pairs) {
+        return T::heads ? pairs : 1;
+    }
+
     static __device__ __forceinline__ int slot(const int warp, const int g, const int r) {
-        if constexpr (T::codes) {
-            return (warp%4*groups + (groups == 2 ? warp/4 : 0))*16 + 8*r + g;
+        if constexpr (T::heads) {
+            return (warp % T::WARPS*2 + r)*8 + g;
+        } else if constexpr (T::codes) {
+            return warp%4*16 + 8*r + g;
         } else {
             return warp % T::WARPS*8 + g + r*(T::BM/2); // see mbq_w4a8_slot
         }

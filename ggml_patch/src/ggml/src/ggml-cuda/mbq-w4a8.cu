@@ -139,20 +139,20 @@ static int mbq_w4a8_fuse_added(ggml_backend_cuda_context & ctx, const ggml_cgrap
             made.push_back(other.first);
         }
     }
-    const ggml_tensor * values = n == 3 ? mbq_qkv_values(ctx, graph, i, made) : nullptr;
-    for (int k = 1; values && k < n; ++k) {
-        m[k].halves = m[k].dst == values->data;
-    }
+    const mbq_w4a8_matrix plain = m[0];
+    const mbq_qkv_ready ready = n == 3 ? mbq_qkv_make_ready(ctx, graph, i, made, m) : mbq_qkv_ready {};
     if (mbq_w4a8_mul_mat_shared(ctx, dst, m, n)) {
         early = made;
-        if (m[1].halves || m[2].halves) {
-            mbq_w4a8_inputs(ctx).values = values;
-            mbq_w4a8_counts[GGML_CUDA_W4A8_VALUES]++;
+        if (ready.values) {
+            mbq_w4a8_inputs(ctx).values = ready.values;
+            mbq_w4a8_inputs(ctx).turned = ready.turned;
         }
+        mbq_w4a8_counts[GGML_CUDA_W4A8_VALUES]  += ready.values != nullptr;
+        mbq_w4a8_counts[GGML_CUDA_W4A8_TURNED]  += ready.turned != nullptr;
         mbq_w4a8_counts[GGML_CUDA_W4A8_TOGETHER] += n > 1;
     } else if (!alone) {
         const auto mul_mat = dst->src[0]->type == GGML_TYPE_Q4_0 ? &mbq_w4a8_mul_mat<4> : &mbq_w4a8_mul_mat<8>;
-        mul_mat(ctx, m[0]);
+        mul_mat(ctx, plain);
     } else {
         return 0;
     }

@@ -44,6 +44,7 @@ enum ggml_cuda_w4a8_counted {
     GGML_CUDA_F16_ROPE,       // and those with a rotary embedding behind them
     GGML_CUDA_W4A8_QKV,       // q, k and v made ready for attention in one kernel (mbq-qkv.cuh)
     GGML_CUDA_W4A8_VALUES,    // values stored as F16 by their product
+    GGML_CUDA_W4A8_TURNED,    // and with them q and k, turned by it (mbq-w4a8-heads.cuh)
     GGML_CUDA_W4A8_PLACED,    // activations made as int8 by the product or the attention whose result they are (mbq-w4a8-codes.cuh)
     GGML_CUDA_W4A8_COUNTS,
 };
