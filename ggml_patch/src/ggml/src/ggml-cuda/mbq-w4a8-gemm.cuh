@@ -24,16 +24,6 @@
 
 #ifdef MBQ_WGMMA
 
-// To the same place in all CTAs of the cluster
-template <int CL>
-static __device__ __forceinline__ void mbq_w4a8_copy_columns(const uint32_t to, const char * from, const int bytes, const uint32_t full) {
-    if constexpr (CL == 1) {
-        mbq_bulk_copy(to, from, bytes, full);
-    } else {
-        mbq_multicast(to, from, bytes, full, (1 << CL) - 1);
-    }
-}
-
 template <typename T>
 static __device__ __forceinline__ void mbq_w4a8_produce_activations(const mbq_w4a8_args & w4a8, const mbq_gemm_thread & at, const mbq_w4a8_smem<T> & smem) {
     ggml_cuda_pdl_sync();
@@ -65,12 +55,6 @@ static __device__ __forceinline__ void mbq_w4a8_produce_activations(const mbq_w4
             }
         }
     }
-}
-
-// Slot of row i of a stage: rows 2i and 2i + 1 become rows i and i + 8 of an A operand, since results are stored two by two.
-template <typename T>
-static __device__ __forceinline__ int mbq_w4a8_slot(const int row) {
-    return row%2*(T::BM/2) + row/2;
 }
 
 template <typename T>

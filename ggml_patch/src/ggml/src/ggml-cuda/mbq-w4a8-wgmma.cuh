@@ -110,6 +110,16 @@ MBQ_WGMMA_S8(256, S128, 128, 129, 130, 131, 132, D8(0), D8(8), D8(16), D8(24), D
 #undef MBQ_WGMMA_S8
 #undef D8
 
+// Columns of activations, to the same place in all CTAs of the cluster
+template <int CL>
+static __device__ __forceinline__ void mbq_w4a8_copy_columns(const uint32_t to, const char * from, const int bytes, const uint32_t full) {
+    if constexpr (CL == 1) {
+        mbq_bulk_copy(to, from, bytes, full);
+    } else {
+        mbq_multicast(to, from, bytes, full, (1 << CL) - 1);
+    }
+}
+
 // The box at (x, y, 0) of a map
 static __device__ __forceinline__ void mbq_box_copy_3d(const uint32_t dst, const CUtensorMap & map, const int x, const int y, const uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
@@ -120,6 +130,12 @@ static __device__ __forceinline__ void mbq_box_copy_3d(const uint32_t dst, const
 static __device__ __forceinline__ void mbq_box_copy_5d(const uint32_t dst, const CUtensorMap & map, const int x, const int y, const int z, const uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %3, %4, %5}], [%6];"
         : : "r"(dst), "l"(&map), "r"(x), "r"(0), "r"(y), "r"(z), "r"(barrier) : "memory");
+}
+
+// Slot of row i of a stage: rows 2i and 2i + 1 become rows i and i + 8 of an A operand, since results are stored two by two.
+template <typename T>
+static __device__ __forceinline__ int mbq_w4a8_slot(const int row) {
+    return row%2*(T::BM/2) + row/2;
 }
 
 // Which rows of weights a thread multiplies, of a CTA's tile that begins at row `first` of a matrix, counted as tiles lie: the first one of two, the other is the next; and

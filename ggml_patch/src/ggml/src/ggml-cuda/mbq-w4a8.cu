@@ -1,7 +1,7 @@
 #include "mbq-w4a8.cuh"
 #include "mbq-cast.cuh"
 #include "mbq-f16.cuh"
-#include "mbq-qkv.cuh"
+#include "mbq-qkv-early.cuh"
 #include "mbq-w4a8-activation.cuh"
 #include "mbq-w4a8-added.cuh"
 #include "mbq-w4a8-launch.cuh"
