@@ -9,6 +9,7 @@ import pytest
 import torch
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.stored import Stored, read_into, stored_tensors
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -87,3 +88,21 @@ def test_layers_are_in_files_but_while_they_are_held(tiny: LoadedModel) -> None:
         assert {(parameter.device.type, parameter.dtype) for parameter in layers.parameters()} == {("cpu", torch.bfloat16)}
     assert all(isinstance(parameter, Stored) for parameter in layers.parameters())
     assert not any(isinstance(value, Stored) for value in (tiny.decoder.norm.weight, tiny.decoder.head.weight))
+
+
+@pytest.mark.parametrize(("most", "openings"), [(64 * 10**6, 1), (1000, 8)])
+def test_a_file_is_opened_anew_for_some_bytes_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, openings: int) -> None:
+    """Not for each of 32 matrices of 256 bytes, but with the next one when more than ``most`` are mapped, as four of them are."""
+    save_file({f"experts.{number}": torch.full((8, 8), float(number)) for number in range(32)}, tmp_path / "model.safetensors")
+    found = stored_tensors([tmp_path / "model.safetensors"])
+    opened: list[str] = []
+
+    def counted(file: str, framework: str) -> object:
+        opened.append(file)
+        return safe_open(file, framework=framework)
+
+    monkeypatch.setattr("mbq_gguf.models.stored.safe_open", counted)
+    monkeypatch.setattr("mbq_gguf.models.stored.MAPPED", most)
+    whole = torch.stack([found[f"experts.{number}"] for number in range(32)])
+    assert torch.equal(read(whole)[:, 0, 0], torch.arange(32.0))
+    assert len(opened) == openings

@@ -46,7 +46,8 @@ class ReadAhead:
         self._thread.join()
 
     def _read(self, found: Sequence[InFile]) -> None:
-        wholes = [leaf({}) for leaf in found]
+        opened: Made = {}
+        wholes = [leaf(opened) for leaf in found]
         if not self._keeps:
             for whole in wholes:
                 whole.view(-1)[:: max(1, PAGE // whole.element_size())].sum()

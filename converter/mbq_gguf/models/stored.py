@@ -17,7 +17,8 @@ from safetensors import safe_open
 from torch import nn
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32}
-Made = dict[int, Any]  # what has been read already, by the identity of what it came from
+MAPPED = 64 * 10**6  # bytes of a file that are read before it is opened anew, which gives back what is mapped of it
+Made = dict[int | Path, Any]  # what has been read already, by the identity of what it came from; and files that are open
 
 
 class Stored(torch.Tensor):
@@ -89,8 +90,12 @@ class InFile:
     def __call__(self, made: Made) -> Any:
         if id(self) in made:
             return made[id(self)]
-        with safe_open(str(self.file), framework="pt") as opened:
-            return opened.get_tensor(self.name)
+        opened, mapped = made.get(self.file, (None, 0))
+        if opened is None or mapped > MAPPED:  # not for each: a header tells of all tensors, 10 ms where they are 12288
+            opened, mapped = safe_open(str(self.file), framework="pt"), 0
+        tensor = opened.get_tensor(self.name)
+        made[self.file] = (opened, mapped + tensor.nbytes)
+        return tensor
 
 
 def stored_tensors(files: Sequence[Path]) -> dict[str, torch.Tensor]:
