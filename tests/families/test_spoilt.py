@@ -92,9 +92,10 @@ def test_merged_matrices_of_another_shape_are_named(name: str, rows: tuple[int, 
 
 
 def test_more_layers_than_llama_cpp_has_room_for_are_refused_at_once(tmp_path: Path) -> None:
-    for spoilt in ({"num_layers": 10**9}, {"llm_config": {"num_hidden_layers": checks.MOST_LAYERS + 1}}):
+    nested = [{"llm_config": {"num_hidden_layers": checks.MOST_LAYERS + 1}}, {"vision_config": {"depth": 10**9}}]
+    for spoilt in ({"num_layers": 10**9}, {"merger_times": 10**9}, *nested):
         (tmp_path / "config.json").write_text(json.dumps({"architectures": ["InternVLChatModel"], "vision_config": {"a": 1}} | spoilt))
-        with pytest.raises(UsageError, match=r"layers in the model's config.json is \d+ and llama.cpp takes 512"):
+        with pytest.raises(UsageError, match=r"(layers|depth|merger_times) in the model's config.json is \d+ and llama.cpp takes 512"):
             check_source(tmp_path)
 
 

@@ -19,6 +19,7 @@ ADAPTER = "adapter_config.json"
 QUANTISED = ("hf_quant_config.json", "quantize_config.json")  # of TensorRT's and GPTQ's tools, beside a config.json that may say nothing
 NO_COUNT = 2**31  # llama.cpp counts tokens, rows and layers in 32 bits
 MOST_LAYERS = 512  # LLAMA_MAX_LAYERS
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "depth", "merger_times")  # settings of which transformers makes as many modules
 MB = 10**6
 MAPPED = 64 * MB  # of a file that is looked through
 WEIGHTS = ("BF16", "F16", "F32", "F64")
@@ -81,7 +82,7 @@ def check_unquantised(directory: Path, config: dict[str, Any]) -> None:
 def check_layer_count(config: dict[str, Any]) -> None:
     """Raise UsageError for more layers than llama.cpp has room for; to make a model of them, without weights even, would take for ever."""
     for part in (config, *(part for part in config.values() if isinstance(part, dict))):
-        for name in ("num_hidden_layers", "num_layers"):
+        for name in LAYER_COUNTS:
             count = part.get(name)
             if isinstance(count, int) and count > MOST_LAYERS:
                 raise UsageError(f"{name} in the model's config.json is {count} and llama.cpp takes {MOST_LAYERS}: fetch the model again")
