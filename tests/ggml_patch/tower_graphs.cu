@@ -188,7 +188,7 @@ int main(int argc, char **) {
                 bad += check_blocks(backend, "quick", 1280, 5120, 1024, type, ggml_gelu_quick) + check_blocks(backend, "gelu", 1152, 4608, 729, type, ggml_gelu);
                 bad += check_blocks(backend, "quick", 1280, 5120, 4096, type, ggml_gelu_quick) + check_blocks(backend, "erf", 1024, 4096, 1025, type, ggml_gelu_erf);
                 bad += check_added(backend, type, 1280, 1280, 4096) + check_added(backend, type, 5120, 1280, 1024);
-                bad += check_attention(backend, type, 80, 16, 1025) + check_attention(backend, type, 64, 5, 300);
+                bad += check_attention(backend, type, 80, 16, 1025) + check_attention(backend, type, 64, 4, 300);
             }
         }
         for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0 }) { // one static range

@@ -7,8 +7,8 @@
 
 // Tiles of mbq_w4a8_gemm: BM rows times BN columns a CTA, CL CTAs a worker, which copy XS and, of 4 and 8 bits, WS4 and WS8 stages of activations and weights ahead; and what
 // they take, in 10 ns: a step of 256 of K with 4 and with 8 bits, the end of a tile, a product's beginning and end, and a tile cut in two and each further part
-// (leaving sums and adding them). Fitted to products of the shapes of Qwen2-VL-7B and its tower by 16 to 4096 columns, on an H100 (4 bits) and an H200 (8 bits, tiles of
-// 64 rows).
+// (leaving sums and adding them). Fitted to products of the shapes of Qwen2-VL-7B and its tower by 16 to 4096 columns, on an H100 (4 bits, 64 and 128 columns) and an H200
+// (all others).
 struct mbq_w4a8_shape {
     int BM, BN, CL, XS4, XS8, WS4, WS8, step4, step8, end, fixed, two, more;
 };
