@@ -90,11 +90,10 @@ class InFile:
     def __call__(self, made: Made) -> Any:
         if id(self) in made:
             return made[id(self)]
-        opened, mapped = made.get(self.file, (None, 0))
-        if opened is None or mapped > MAPPED:  # not for each: a header tells of all tensors, 10 ms where they are 12288
-            opened, mapped = safe_open(str(self.file), framework="pt"), 0
+        opened, mapped = made.pop(self.file, None) or (safe_open(str(self.file), framework="pt"), 0)
         tensor = opened.get_tensor(self.name)
-        made[self.file] = (opened, mapped + tensor.nbytes)
+        if mapped + tensor.nbytes <= MAPPED:  # not opened for each: a header tells of all tensors, 10 ms where they are 12288
+            made[self.file] = (opened, mapped + tensor.nbytes)
         return tensor
 
 
