@@ -14,8 +14,8 @@ SETTINGS = QuantiseSettings(type_name="W4A8", rounding="nearest", activations="s
 def test_static_ranges_stand_at_their_layers(small: Small) -> None:
     """Where layers differ: 0, dynamic, for a site that a layer has not, and no range of a site that llama.cpp has no name for."""
     layers = [{site.name for site in small.loaded.decoder.layout.of(module).sites} for module in small.loaded.decoder.layers]
-    if small.loaded.decoder.layout.stacks or all(sites == set(SITES) for sites in layers):
-        pytest.skip("every layer has the same sites, or experts")
+    if small.loaded.decoder.layout.stacks:
+        pytest.skip("experts have no static ranges")
     keys = quantise(small.loaded, small.samples, SETTINGS).facts_of("metadata")
     assert not unread(keys, tower=False)
     for site in SITES:
