@@ -72,21 +72,21 @@ IN_TURNS = {
 }
 
 # Families that people will ask for, by architecture, and why they are refused.
-NEEDS_CODE = "its checkpoints need Python code of their directory"
-CODE_TOWER = "its tower is Python code of its directory"
-NO_RUNTIME = "llama.cpp does not know it"
+NEEDS_CODE = "its checkpoints need Python code from the model directory"
+CODE_TOWER = "its vision tower is Python code in the model directory"
+NO_RUNTIME = "llama.cpp does not support it"
 REFUSED = {
-    "QWenLMHeadModel": f"{CODE_TOWER}, and llama.cpp converts the language model of Qwen-VL alone",
-    "ChatGLMModel": f"{CODE_TOWER}, and llama.cpp converts the language model of GLM-4V alone",
-    "ChatGLMForConditionalGeneration": f"{CODE_TOWER}, and llama.cpp converts the language model of GLM-4V alone",
-    "CogVLMForCausalLM": f"{CODE_TOWER}, no layout has matrices that a picture's tokens alone pass, and llama.cpp's conversion leaves "
-    "these out, nor has its runtime a place for CogVLM2's grouped heads and convolution",
+    "QWenLMHeadModel": f"{CODE_TOWER}, and llama.cpp converts only the language model of Qwen-VL",
+    "ChatGLMModel": f"{CODE_TOWER}, and llama.cpp converts only the language model of GLM-4V",
+    "ChatGLMForConditionalGeneration": f"{CODE_TOWER}, and llama.cpp converts only the language model of GLM-4V",
+    "CogVLMForCausalLM": f"{CODE_TOWER}, llama.cpp's conversion drops the matrices that only picture tokens pass through, no layout here "
+    "describes them, and llama.cpp's runtime does not support CogVLM2's grouped heads and convolution",
     "MiniCPMV4_7ForConditionalGeneration": NO_RUNTIME,
-    minicpmv.ARCHITECTURE: f"{NEEDS_CODE}, of which versions {' and '.join(minicpmv.TEXTS)} alone are known here without it",
-    "InternVLChatModel/internlm3": "its language model, InternLM3, is no class of transformers",
-    "Qwen2_5OmniModel": "its language model lies among parts for speech",
+    minicpmv.ARCHITECTURE: f"{NEEDS_CODE}; only versions {' and '.join(minicpmv.TEXTS)} are supported without it",
+    "InternVLChatModel/internlm3": "transformers has no class for its language model, InternLM3",
+    "Qwen2_5OmniModel": "its language model is nested among parts for speech",
     "MolmoForCausalLM": NO_RUNTIME,
-    "VipLlavaForConditionalGeneration": "llama.cpp's conversion has no place for its projector, which joins several layers' features",
+    "VipLlavaForConditionalGeneration": "llama.cpp's conversion does not support its projector, which joins features of several layers",
     "MllamaForConditionalGeneration": NO_RUNTIME,
     "PaliGemmaForConditionalGeneration": NO_RUNTIME,
 }

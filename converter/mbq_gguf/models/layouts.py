@@ -63,7 +63,7 @@ HYBRID = replace(
     STANDARD,
     sites=(*STANDARD.sites[:2], *DELTA.sites),
     branches=(ATTENTION, DELTA_NET, MLP),
-    unturned="its gated delta nets read the residual stream by more matrices than are quantised",
+    unturned="its gated delta nets read the residual stream through matrices that are not quantised",
     variants=(STANDARD, DELTA),
 )
 

@@ -81,4 +81,4 @@ def markdown() -> str:
     columns = list(found[0].limits)
     lines = [f"| family | llama.cpp | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
     lines += [f"| {row.family} | {row.gguf} | {' | '.join(map(row.cell, columns))} |" for row in found]
-    return "\n".join([*lines, "", *reasons()]).rstrip()
+    return "\n".join([*lines, "", *(f"- {reason}" for reason in reasons())]).rstrip()
