@@ -86,7 +86,7 @@ def count(run: Run, streams: Sequence[Streamed], sinks: Sinks, outliers: Sequenc
     counted: Counted = {}
     for layer in run.layers:
         done = 0  # tokens
-        for batch in batches(running, layer.index):
+        for batch in batches(running, layer):
             with Watch(layer) as watch:
                 parts = pass_batch(layer, batch)
             kinds = of_all[done : done + parts["hidden"].shape[1]]
@@ -107,7 +107,7 @@ def answers(run: Run, streams: Sequence[Streamed], sinks: Sinks, counted: Counte
         if variant:
             for site in layer.sites:
                 ranges[site] = torch.tensor([variant.range(counted, layer.index, site.name, kind) for kind in (TEXT, VISION, SINK)])
-        for batch in batches(running, layer.index):
+        for batch in batches(running, layer):
             kinds = torch.cat([classes(stream, sinks) for stream in batch])
             with ExitStack() as stack:
                 for site, of in ranges.items():

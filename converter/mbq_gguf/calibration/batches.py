@@ -5,36 +5,67 @@ A sample has about 150 tokens; a matrix product is at its best from 1000 on, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
 from mbq_gguf.calibration.streamed import Streamed
+from mbq_gguf.models.layer import Layer
 
 TOKENS = 2048  # of a batch at most, unless one sample has more
+# The same on a card, which a batch of 2048 tokens keeps busy for half as long as the host takes to begin its operations.
+TOKENS_ON_CARD = 5120
+# Batches of a card are as many as this, or twice as many ..., and as even as samples allow: so that two, four or eight cards have equal
+# shares of them. The number of cards that there are has no say in it.
+SHARES = 8
 # Where a layer's tensor arguments have their tokens, by the beginning of their names. Masks are not here: with one, a sample goes alone.
 TOKEN_AXES = {"position_embeddings": -2, "per_layer_input": -2, "position_ids": -1, "cache_position": -1}
 SHARED = "shared_kv_states"  # the argument in which layers hand on keys and values to later ones (Gemma 4), by their kind
 
 
-def batches(streams: Sequence[Streamed], index: int) -> Iterator[list[Streamed]]:
-    """``streams`` in their order, in lists that :func:`joined` takes for layer ``index``."""
-    batch: list[Streamed] = []
+def batches(streams: Sequence[Streamed], layer: Layer) -> Iterator[list[Streamed]]:
+    """``streams`` in their order, in lists that :func:`joined` takes for ``layer``, where it computes."""
+    cut = _filled if layer.device.type == "cpu" else _even
+    for run in _runs(streams, layer.index):
+        yield from cut(run)
+
+
+def _runs(streams: Sequence[Streamed], index: int) -> Iterator[list[Streamed]]:
+    """Neighbours that may stand beside one another in layer ``index``."""
+    run: list[Streamed] = []
     for stream in streams:
-        if batch and not (
-            index not in stream.alone
-            and sum(len(each.ids) for each in (*batch, stream)) <= TOKENS
-            and _alike(batch[0].kwargs[index], stream.kwargs[index])
-        ):
+        if run and (index in stream.alone or not _alike(run[0].kwargs[index], stream.kwargs[index])):
+            yield run
+            run = []
+        run.append(stream)
+    if run:
+        yield run
+
+
+def _filled(run: Sequence[Streamed]) -> Iterator[list[Streamed]]:
+    """Batches that take one stream more as long as there is room."""
+    batch: list[Streamed] = []
+    tokens = 0
+    for stream in run:
+        if batch and tokens + len(stream.ids) > TOKENS:
             yield batch
-            batch = []
+            batch, tokens = [], 0
         batch.append(stream)
-    if batch:
-        yield batch
+        tokens += len(stream.ids)
+    yield batch
+
+
+def _even(run: Sequence[Streamed]) -> Iterator[list[Streamed]]:
+    """Batches of nearly one size: a stream is in the one in which its middle lies."""
+    ends = list(accumulate(len(stream.ids) for stream in run))
+    total = max(1, ends[-1])
+    count = min(math.ceil(total / TOKENS), SHARES * math.ceil(total / (SHARES * TOKENS_ON_CARD)))
+    places = [count * (2 * end - len(stream.ids)) // (2 * total) for stream, end in zip(run, ends, strict=True)]
+    for _, batch in groupby(zip(places, run, strict=True), key=lambda placed: placed[0]):
+        yield [stream for _, stream in batch]
 
 
 def joined(batch: Sequence[Streamed], index: int) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -46,29 +77,6 @@ def joined(batch: Sequence[Streamed], index: int) -> tuple[torch.Tensor, dict[st
         kwargs = kwargs | {SHARED: {kind: _joined([(stream.handed or {})[kind] for stream in batch], -2) for kind in handed}}
     entering = [stream.entering(index) for stream in batch]
     return _joined(entering, 1) if len(batch) > 1 else entering[0], kwargs
-
-
-class Apart(TorchFunctionMode):
-    """While open, causal attention over a batch [1, heads, tokens, channels] is that of each sample alone; ``lengths`` are their tokens."""
-
-    def __init__(self, lengths: Sequence[int]) -> None:
-        super().__init__()
-        self.tokens = sum(lengths)
-        self.runs = [(length, len(list(run))) for length, run in groupby(lengths)]  # neighbours of one length go as one batch
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        assert kwargs["is_causal"]
-        assert {x.shape[-2] for x in args} == {self.tokens}
-        parts, start = [], 0
-        for length, count in self.runs:
-            end = start + length * count
-            batch = func(*(x[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for x in args), **kwargs)
-            parts.append(batch.transpose(0, 1).flatten(1, 2))
-            start = end
-        return torch.cat(parts, dim=1)[None]
 
 
 def _alike(kwargs: dict[str, Any], others: dict[str, Any]) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mbq_gguf.calibration.batches import Apart, batches
+from mbq_gguf.calibration.apart import Apart
+from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.observe import TokenWeights
 from mbq_gguf.calibration.stream import run_batch, to_device
 from mbq_gguf.calibration.streamed import Streamed
@@ -58,7 +59,7 @@ class Entering:
         """The first ``count`` streams that have an answer, or the others of them, in batches."""
         asked = [stream for stream in self.streams if stream.labels.any()]
         count = len(asked) if count is None else count
-        return batches(asked[:count] if first else asked[count:], self.layer.index)
+        return batches(asked[:count] if first else asked[count:], self.layer)
 
 
 @torch.no_grad()

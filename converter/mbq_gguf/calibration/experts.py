@@ -34,7 +34,7 @@ def shares_of(layer: Layer, streams: Sequence[Streamed]) -> list[float]:
         run_batch(layer, batch)
         return {"rows": torch.tensor([len(experts.rows.get(number, ())) for number in range(len(experts))])}
 
-    reached = sum(parts["rows"] for _, parts in spread(list(batches(streams, layer.index)), reached_by))
+    reached = sum(parts["rows"] for _, parts in spread(list(batches(streams, layer)), reached_by))
     assert isinstance(reached, torch.Tensor)
     wanted = min(TOKENS * width, total)
     return [(wanted - own) / (total - own) if own < wanted else 0.0 for own in reached.tolist()]

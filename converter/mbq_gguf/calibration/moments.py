@@ -58,7 +58,7 @@ class Replay:
 
     def __init__(self, layer: Layer, streams: Sequence[Streamed], workers: int = 1) -> None:
         self.layer, self.streams, self.count = layer, streams, workers if layer.experts is None else 1
-        self.batches = list(batches(streams, layer.index))
+        self.batches = list(batches(streams, layer))
         self.branches = {branch.writer: branch for branch in layer.layout.branches}
         self.routed: dict[str, Moments] = {}  # of experts whose stage has been run, by site
         self.summed = 0  # bytes of the sums at hand, which rounding takes over

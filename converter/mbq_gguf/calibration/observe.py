@@ -66,7 +66,7 @@ def observe(
                 parts[f"site {site.name}"] = root_weighted(x, layer.row_weights(site, weights))
         return parts
 
-    pieces = list(batches(streams, layer.index))
+    pieces = list(batches(streams, layer))
     for batch, parts in _by_twins(layer, workers, pieces, run) if workers > 1 else spread(pieces, partial(run, layer)):
         for site in layer.sites:
             if f"site {site.name}" in parts:

@@ -32,7 +32,7 @@ def count_magnitudes(layer: Layer, streams: Sequence[Streamed], sinks: Sinks) ->
     """Run ``streams`` through ``layer``, in place, and count how large the inputs of each of :data:`SITES` are, by (site, class); sinks are
     left out. A site that the layer has not counts nothing."""
     counted = {(site, kind): Magnitudes() for site in SITES for kind in CLASSES}
-    for batch in batches(streams, layer.index):
+    for batch in batches(streams, layer):
         with Watch(layer) as watch:
             parts = pass_batch(layer, batch)
         vision, left = (torch.cat(masks).to(layer.device) for masks in ([s.vision for s in batch], [sinks.of(s) for s in batch]))

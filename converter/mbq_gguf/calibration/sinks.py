@@ -59,7 +59,7 @@ def find_outliers(
         layer = working_layer(loaded, index)
         sizes: dict[str, list[torch.Tensor]] = {site.name: [] for site in layer.sites}
         counted = {(site.name, seen): Magnitudes() for site in layer.sites for seen in (False, True)}
-        for batch in batches(running, index):
+        for batch in batches(running, layer):
             with Watch(layer) as watch:
                 parts = pass_batch(layer, batch)
             mask = torch.cat([stream.vision for stream in batch]).to(layer.device)

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from mbq_gguf.calibration.batches import SHARED, Apart, batches, joined
+from mbq_gguf.calibration.apart import Apart
+from mbq_gguf.calibration.batches import SHARED, batches, joined
 from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.spill import kept
 from mbq_gguf.calibration.streamed import Streamed
@@ -188,7 +189,7 @@ def split_back(batch: Sequence[Streamed], parts: Parts) -> None:
 @torch.no_grad()
 def advance(layer: Layer, streams: Sequence[Streamed]) -> None:
     """Send every stream through ``layer``, in place: ``hidden`` becomes the input of the next layer."""
-    for batch, parts in spread(list(batches(streams, layer.index)), lambda batch: pass_batch(layer, batch)):
+    for batch, parts in spread(list(batches(streams, layer)), lambda batch: pass_batch(layer, batch)):
         split_back(batch, parts)
 
 

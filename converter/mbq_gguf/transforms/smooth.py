@@ -41,7 +41,7 @@ def smooth_layer(entering: Entering, sites: Sequence[Site]) -> dict[str, torch.T
 def _largest(entering: Entering, layer: Layer, site: Site) -> torch.Tensor:
     """max|x| [columns] over all tokens of what ``site``'s linears read."""
     found = []
-    for batch in batches(entering.streams, layer.index):
+    for batch in batches(entering.streams, layer):
         x = layer.input_of(site.readers[0], lambda batch=batch: run_batch(layer, batch))  # type: ignore[misc]
         found.append(x[0].abs().amax(dim=0))
     return torch.stack(found).amax(dim=0)
