@@ -152,7 +152,7 @@ def test_other_commands_are_the_work_of_one_process(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(name, value)
     done = CliRunner().invoke(main, ["imatrix", "model", "out.gguf"])
     assert done.exit_code == 2
-    assert "imatrix is the work of one process: start it without torchrun" in done.output
+    assert "imatrix runs in one process: start it without torchrun" in done.output
 
 
 def test_what_is_wrong_is_the_root_cause_of_the_report_by_torchrun(tiny_dir: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_ranges_are_those_of_the_rounded_model(tiny: LoadedModel, samples: list[
 
 @pytest.mark.parametrize("type_", ["MBQ3S", "Q4_0"])
 def test_other_types_take_no_static_scales(type_: str, tiny_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="one scale a row"):
+    with pytest.raises(UsageError, match="one scale per row"):
         convert(ConvertOptions(tiny_dir, tmp_path / "out.gguf", type=type_, activations="static"), Console(file=StringIO()))
 
 

@@ -167,7 +167,7 @@ def main(types: str, layers: int, rounds: int, prompt: int, generate: int, threa
     llama-bench: tg is one token after the other (each reads all weights once), pp a prompt processed in one batch. "bandwidth" is the
     share of the memory bandwidth, measured first, that reading the weights takes in tg: near 100 % no kernel can be faster.
 
-    Compare the ratios, not the tokens a second of different days: other work on the machine slows all types alike, and a large spread
+    Compare the ratios, not the tokens per second of different days: other work on the machine slows all types alike, and a large spread
     says that there was some.
 
     \b

@@ -68,7 +68,7 @@ static double read_bandwidth() { // TB/s, best of 10
     return bytes/(best*1e-3)*1e-12;
 }
 
-// W4A8 and W8A8: blocks of these types with one scale a row, and the flag that says so (ggml-row-scale.h)
+// W4A8 and W8A8: blocks of these types with one scale per row, and the flag that says so (ggml-row-scale.h)
 static constexpr int ROW_SCALE = 1 << 16;
 
 static ggml_type type_of(const std::string & name) {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The time of a vision tower by its type, and of the first token behind one picture: tower and language model apart, random weights.
 
-    python tools/bench_tower.py --gpu-layers 99                                     Qwen2-VL's tower, 256 and 1024 tokens a picture
+    python tools/bench_tower.py --gpu-layers 99                                     Qwen2-VL's tower, 256 and 1024 tokens per picture
     python tools/bench_tower.py --tokens 1024 --gpu-layers 99                       one size: a picture has the last one's graph
     python tools/bench_tower.py --language 7B:F16,7B:Q4_K_M,7B:W4A8 --gpu-layers 99    and prompts with one picture of a 7B
 

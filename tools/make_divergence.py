@@ -98,7 +98,7 @@ def figures(pair: Pair) -> list[str]:
     ]
 
 
-FIGURES = ["bits a weight, layers", "exact match", "KLD", "median", "99 %", "KLD, photographs", "KLD, text"]
+FIGURES = ["bits per weight, layers", "exact match", "KLD", "median", "99 %", "KLD, photographs", "KLD, text"]
 
 
 def file_line(name: str, pair: Pair) -> list[str]:

@@ -52,7 +52,7 @@ class Row:
     commit: str
     date: str
     file_bytes: int
-    bits_layers: float  # bits a weight over the decoder layers' matrices
+    bits_layers: float  # bits per weight over the decoder layers' matrices
     bits_all: float  # over all tensors of the file, embeddings and output head included
     seconds: float  # of processor time to make the file, all threads: wall time says little where other work runs beside it
     peak_bytes: int  # resident memory of the process that made it, at most
@@ -146,7 +146,7 @@ def load_rows(path: Path) -> dict[str, Row]:
 
 
 def save_rows(path: Path, rows: dict[str, Row]) -> None:
-    """One row a line, in the order of VARIANTS; the file appears whole or not at all."""
+    """One row per line, in the order of VARIANTS; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in ordered(rows))
     draft = path.with_suffix(".tmp")
@@ -185,7 +185,16 @@ def render(rows: dict[str, Row]) -> str:
         ]
         for row in done
     ]
-    titles = ["file", "questions", "exact match", "of BF16", "bits a weight, layers", "all tensors", "MB", "CPU seconds to make", "peak GB"]
+    sizes = ["bits per weight, layers", "all tensors", "MB"]
+    titles = [
+        "file",
+        "questions",
+        "exact match",
+        "of BF16",
+        *sizes,
+        "CPU seconds to make",
+        "peak GB",
+    ]
     parts = [
         f"Measured on {machine()}, with `python tools/make_results.py --questions {min(row.total.asked for row in done)}`:",
         f"Questions, the same number of every task, through the patched `llama-server`, {THREADS} threads, one at a time.",

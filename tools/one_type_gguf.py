@@ -28,7 +28,7 @@ FILE_TYPES = {
     "MBQ3_64": "MBQ3_64",
     "MBQ3S": "MBQ3S",
     "MBQ3S_64": "MBQ3S_64",
-    "W4A8": "Q4_0",  # its blocks, with one scale a row
+    "W4A8": "Q4_0",  # its blocks, with one scale per row
     "W8A8": "Q8_0",
 }
 # Layer shapes of Qwen2-VL-2B (its config.json); the vocabulary is cut so that the layers, not the output head, are what is timed.

@@ -1,4 +1,4 @@
-"""Draw docs/divergence.svg, the README's picture, from docs/results/wide.json: what each file loses over its bits a weight.
+"""Draw docs/divergence.svg, the README's picture, from docs/results/wide.json: what each file loses over its bits per weight.
 
     python tools/plot_divergence.py
 
@@ -28,7 +28,7 @@ LIFTED = {(SERIES[1], "IQ3_S"): (5, -2), (SERIES[2], "Q3_K_S"): (-4, 4), (SERIES
 
 @dataclass(frozen=True)
 class Point:
-    """One file in one panel: KL divergence from BF16 in nats at a size in bits a weight of the decoder's matrices."""
+    """One file in one panel: KL divergence from BF16 in nats at a size in bits per weight of the decoder's matrices."""
 
     panel: str
     series: str
@@ -75,7 +75,7 @@ def _panel(axes: Axes, panel: str, found: list[Point]) -> None:
                 point.name, (point.bits, point.divergence), xytext=(6 if right else -6, lift),
                 textcoords="offset points", ha="left" if right else "right", va="center", color=colour, fontsize=8,
             )  # fmt: skip
-    axes.set(title=panel, xlabel="bits a weight")
+    axes.set(title=panel, xlabel="bits per weight")
     axes.margins(x=0.1, y=0.1)
     if panel == "scenes":
         axes.set_yscale("log")  # three orders of magnitude; the others begin at nothing lost

@@ -111,7 +111,7 @@ def turned(hidden: torch.Tensor, rotation: Rotation | None, back: bool = False) 
 
 
 def row_scaled(layer: Layer, index: int, result: QuantiseResult) -> list[nn.Linear]:
-    """The linears of ``layer`` that ``result`` holds with one scale a row."""
+    """The linears of ``layer`` that ``result`` holds with one scale per row."""
     found = [name for name, quantised in result.layer(index).quantised.items() if quantised.type_name in QUANT_TYPES]
     return [layer.holder(name.removesuffix(".weight")) for name in found]
 
@@ -175,7 +175,7 @@ def main(
     if file:
         sets["text"] = text(loaded, file)
     reference = {name: answer_logits(loaded, streams, None, "none") for name, streams in sets.items()}
-    table = Table("variant", "bits a weight", "exact match", *(f"KLD, {name}" for name in sets), "seconds")
+    table = Table("variant", "bits per weight", "exact match", *(f"KLD, {name}" for name in sets), "seconds")
     table.add_row("original", "16", score(reference["scenes"], reference["scenes"], sets["scenes"])[1], *("0" for _ in sets), "")
     for variant in track([parsed(name) for name in variants], description="variants"):
         start = time.perf_counter()

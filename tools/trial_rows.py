@@ -71,7 +71,7 @@ LISTS = {"balance": ROWS, "w4a8": trial_w4a8.ROWS}
 
 
 def captions(folder: Path) -> Path:
-    """The shipped calibration set's descriptions alone, one a picture, as a set of its own in ``folder``."""
+    """The shipped calibration set's descriptions alone, one per picture, as a set of its own in ``folder``."""
     lines = []
     for line in CALIBRATION.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
@@ -116,7 +116,7 @@ def figures(reference: list[torch.Tensor], candidate: list[torch.Tensor], stream
 def scored(
     loaded: LoadedModel, reference: list[torch.Tensor], streams: trial.Streams, result: QuantiseResult, rotate: Rotate
 ) -> dict[str, Any]:
-    """Figures with 16-bit activations and, where the type has one scale a row, with int8 ones and what those add."""
+    """Figures with 16-bit activations and, where the type has one scale per row, with int8 ones and what those add."""
     plain = trial.answer_logits(loaded, streams, result, rotate)
     found: dict[str, Any] = figures(reference, plain, streams)
     if any(quantised.type_name in QUANT_TYPES for quantised in result.quantised.values()):

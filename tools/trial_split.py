@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""What becomes of a Hadamard transform's first channel, the sum of all others: left alone, split off (MQuant's RMS) or avoided by signs.
+"""Compare ways to handle a Hadamard transform's first channel, the sum of all others: keep it, split it off (MQuant's RMS), or avoid it
+with random signs.
 
     python tools/trial_split.py MODEL_DIR --questions 12
 
-The matrices behind an online transform, fc2 of the vision tower and down_proj of the language model, in 4 bits with activations of 8 or 4
-bits, one scale a row each; everything else stays as it is. In the split the first channel of each block keeps its floats, as in the code of
-MQuant's authors (arXiv 2502.00425); signs are random, one an input channel. Prints the products' relative error, mean over layers, and the
-divergence of the answers in nats.
+Only the matrices after an online transform are quantised (fc2 of the vision tower and down_proj of the language model), to 4 bits with
+activations of 8 or 4 bits, one scale per row each. The split keeps the first channel of each block in floating point, as in the code of
+MQuant's authors (arXiv 2502.00425); there is one random sign per input channel. Prints the products' relative error, averaged over
+layers, and the divergence of the answers in nats.
 """
 
 from __future__ import annotations

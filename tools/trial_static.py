@@ -4,7 +4,7 @@
     python tools/trial_static.py MODEL_DIR --questions 24 --samples 24 --synthetic 0 --text README.md
     python tools/trial_static.py MODEL_DIR --weights W4A8 --questions 612 --device cuda --photographs photographs --output static.jsonl
 
-One range for all tokens or one a class (vision, text), with or without the sinks apart (dynamic, and out of the ranges) and outliers that
+One range for all tokens or one per class (vision, text), with or without the sinks apart (dynamic, and out of the ranges) and outliers that
 no rule names left out of the ranges, each by several estimators, with full rotation and without; dynamic beside them. Weights are the
 original's, so that only activations differ, or rounded as `convert --type W4A8` rounds them, with ranges of the rounded model as a file has
 them. Divergence is from the original with 16-bit activations. Also prints sinks, ratios of ranges by site, and what lies beyond a range.

@@ -1,8 +1,8 @@
-"""What trial_rows.py needs for `--list w4a8`: its rows, what int8 activations add, and two codes that no file has.
+"""Support for `trial_rows.py --list w4a8`: its rows, the loss that int8 activations add, and two experimental types that no file has.
 
-W4A8_ZERO gives a row's codes 0 to 15 a real minimum (the product would need a sum over the activations), W4A8_TWO a row of symmetric codes
-int4 scales for 64 weights each inside one scale a row, so that scale times code is an int8. Both "store" the float32 values themselves, so
-bits a weight mean nothing for them.
+W4A8_ZERO gives the codes 0 to 15 of a row a real-valued minimum (the product would need a sum over the activations). W4A8_TWO gives a row
+of symmetric codes an int4 scale per 64 weights within one scale per row, so that scale times code is an int8. Both store the float32
+values themselves, so their bits per weight are meaningless.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _dequantize(data: Bytes) -> Floats:
 def added(plain: list[torch.Tensor], int8: list[torch.Tensor]) -> dict[str, Any]:
     """What int8 activations add to the divergence of the same weights, as a share of it; 95 % interval from questions drawn in pairs.
 
-    ``plain`` and ``int8`` hold each question's divergences, one a token, with 16-bit and with int8 activations.
+    ``plain`` and ``int8`` hold each question's divergences, one per token, with 16-bit and with int8 activations.
     """
     both = torch.stack([torch.stack([p.sum(), q.sum()]) for p, q in zip(plain, int8, strict=True)]).double()
     drawn = torch.randint(len(both), (RESAMPLES, len(both)), generator=torch.Generator().manual_seed(0))

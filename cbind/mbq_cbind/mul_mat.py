@@ -31,7 +31,7 @@ def mul_mat(
 
     Both may have up to two dimensions more; those of ``x`` are whole multiples of the weights', which are repeated. ``threads`` matters on
     the CPU only (all cores where None), and so does ``reference``, the plain path. ``row_scale`` flags the weights as having one scale a
-    row; such a product takes static ``ranges`` [n], one a row of ``x``, 0 for none, or one number for all rows, which must not be 0.
+    row; such a product takes static ``ranges`` [n], one per row of ``x``, 0 for none, or one number for all rows, which must not be 0.
     ``spacing`` floats lie between the rows of ``x``.
     Raises CallError for shapes or a device that do not exist, BindingError where the device cannot multiply this type or has no memory.
     """

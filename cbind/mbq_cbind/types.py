@@ -20,7 +20,7 @@ ROWS_AT_ONCE = 64  # rows that one thread quantises before it takes more
 
 
 class TypeInfo(NamedTuple):
-    """What ggml says about a type: its name ("q4_0"), weights a block, bytes a block, and whether it is quantised."""
+    """What ggml says about a type: its name ("q4_0"), weights per block, bytes per block, and whether it is quantised."""
 
     name: str
     block_size: int
@@ -62,7 +62,7 @@ def row_bytes(kind: str | int, columns: int) -> int:
     """Bytes of a row of ``columns`` weights. Raises CallError where the row is no whole number of blocks."""
     info = type_info(kind)
     if columns <= 0 or columns % info.block_size:
-        raise CallError(f"{info.name} keeps {info.block_size} weights a block and rows of {columns} do not fit: choose another type")
+        raise CallError(f"{info.name} keeps {info.block_size} weights per block and rows of {columns} do not fit: choose another type")
     return columns // info.block_size * info.type_size
 
 

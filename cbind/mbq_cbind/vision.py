@@ -142,7 +142,7 @@ class Vision:
         return np.frombuffer(self._binding.ffi.buffer(output, 4 * size), np.float32).reshape(-1, self._width).copy()
 
     def tokens(self, width: int, height: int) -> int:
-        """How many tokens a picture of so many pixels takes; nothing is encoded."""
+        """The number of tokens of a picture of this size; nothing is encoded."""
         c = self._binding.c
         bitmap = self._binding.ffi.gc(c.mtmd_bitmap_init(width, height, self._binding.ffi.NULL), c.mtmd_bitmap_free)
         with self._tokenized(self.marker, [bitmap]) as handles:

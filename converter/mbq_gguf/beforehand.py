@@ -94,7 +94,7 @@ def check_embedding_type(name: str) -> None:
     found = quant_type(name).name
     if found in ROW_SCALES:
         raise UsageError(
-            f"embeddings and output head have no scale a row: give --embedding-type {stored_as(found)} in the place of {found}"
+            f"embeddings and output head have no scale per row: give --embedding-type {stored_as(found)} in the place of {found}"
         )
 
 

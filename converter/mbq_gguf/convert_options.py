@@ -31,7 +31,7 @@ class ConvertOptions:
     model_dir: Path
     out: Path
     type: str = QuantiseSettings.type_name
-    target_bpw: float | None = None  # a type chosen for each tensor instead, to this many bits a weight of the decoder's matrices
+    target_bpw: float | None = None  # a type chosen for each tensor instead, to this many bits per weight of the decoder's matrices
     method: Method = QuantiseSettings.method
     rounding: Rounding = QuantiseSettings.rounding
     calib: Path | None = None  # a JSONL set or a folder of images; None: the set that ships with the demonstration
@@ -116,7 +116,7 @@ class ConvertOptions:
 
     @property
     def tower_type(self) -> str | None:
-        """The type with one scale a row that the tower's matrices get, or None."""
+        """The type with one scale per row that the tower's matrices get, or None."""
         return self.mmproj_type if self.mmproj_type in ROW_SCALES else None
 
     @property

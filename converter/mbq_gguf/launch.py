@@ -18,8 +18,8 @@ from mbq_gguf.errors import UsageError
 SAME = 15.0  # seconds that the others leave the first process to say what is wrong, since most errors are everybody's
 STUCK = 20.0  # seconds in which a process that was told to end does so by itself, unless it waits for a dead one in a collective call
 ENDED = (
-    "another process of this run has ended, or all were told to: nothing half-written is left, and the same command, with any number of "
-    "processes, goes on from the last finished layer"
+    "another process of this run has ended, or all were told to end: no partial files are left, and the same command, with any number of "
+    "processes, resumes from the last finished layer"
 )
 
 

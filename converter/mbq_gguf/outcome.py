@@ -7,7 +7,7 @@ and nothing else changes. Names are parameters of the layer (``self_attn.q_proj.
     replaced/PARAMETER      any other parameter that has changed, float32 (tensor)
     factors/SITE            the channel factors that were folded (tensor), and exponent/SITE of them (fact)
     loss/PARAMETER          nats that rounding it has cost as measured, where types were allocated (fact)
-    ratio/BRANCH            vision over language sensitivity, one a layer (fact of the decoder)
+    ratio/BRANCH            vision over language sensitivity, one per layer (fact of the decoder)
     metadata/KEY            a value of the text file's metadata (fact); a layer's becomes an entry of an array over layers
     vision/NAME             the vision file's: a parameter by the end of its name (tensor), a value of its metadata (fact)
 """
@@ -97,7 +97,7 @@ class QuantiseResult(Outcome):
 
     @property
     def ratios(self) -> dict[str, list[float]]:
-        """Vision over language sensitivity, one a layer, by branch."""
+        """Vision over language sensitivity, one per layer, by branch."""
         return self.facts_of("ratio")
 
     @property

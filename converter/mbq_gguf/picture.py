@@ -1,6 +1,6 @@
 """One way to open a picture, for calibration, eval and the server: as a viewer shows it, in 8-bit RGB.
 
-Turned as its EXIF orientation says, the first frame of an animation, transparency over white, 16 bits a channel brought to 8. Where
+Turned as its EXIF orientation says, the first frame of an animation, transparency over white, 16 bits per channel brought to 8. Where
 llama.cpp takes pictures it is given the PNG of these pixels: its own reader leaves EXIF and transparency alone and knows fewer formats.
 """
 
@@ -57,7 +57,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.size and not 0 <= int(values.min()) <= int(values.max()) <= 65535:
-            raise ValueError("its values are not of 16 bits: save it with 8 or 16 bits a channel")
+            raise ValueError("its values are not of 16 bits: save it with 8 or 16 bits per channel")
         return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         if image.mode == "La":
@@ -66,7 +66,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", over.size, "white")
         return Image.alpha_composite(white, over).convert("RGB")
     if image.mode not in RGB_MODES:
-        raise ValueError(f"pixels of mode {image.mode} have no colour of their own: save it with 8 bits a channel")
+        raise ValueError(f"pixels of mode {image.mode} have no colour of their own: save it with 8 bits per channel")
     return image.convert("RGB")
 
 

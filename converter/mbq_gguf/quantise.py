@@ -119,7 +119,7 @@ def check_heads(decoder: Decoder, settings: QuantiseSettings) -> None:
 
 
 def check_experts(decoder: Decoder, settings: QuantiseSettings) -> None:
-    """UsageError for what experts do not take: a type a matrix, static ranges, and weights by each token's gradient."""
+    """UsageError for what experts do not take: a type per matrix, static ranges, and weights by each token's gradient."""
     if not decoder.layout.stacks:
         return
     if settings.target_bpw:
@@ -133,7 +133,7 @@ def check_experts(decoder: Decoder, settings: QuantiseSettings) -> None:
 def check_activations(settings: QuantiseSettings) -> None:
     """UsageError where the products of the type that is asked for take no static scales."""
     if settings.activations == "static" and (settings.target_bpw or quant_type(settings.type_name).name not in QUANT_TYPES):
-        raise UsageError("static scales of activations belong to types with one scale a row: give --type W4A8 or W8A8")
+        raise UsageError("static scales of activations belong to types with one scale per row: give --type W4A8 or W8A8")
     if settings.activations == "dynamic" and settings.range_estimator != QuantiseSettings.range_estimator:
         raise UsageError("--range-estimator belongs to static ranges: give --activations static too")
 

@@ -1,4 +1,4 @@
-"""The vision tower in types with one scale a row: rotated where asked, its matrices rounded block by block on what pictures give.
+"""The vision tower in types with one scale per row: rotated where asked, its matrices rounded block by block on what pictures give.
 
 A block's Hessians are measured with everything before it rounded, all of its sites in one run; what reads the end of the stream is rounded
 behind the blocks, one group after the other. Feed-forward widths that are no multiple of a block are padded by channels that are 0.

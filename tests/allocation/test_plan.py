@@ -106,7 +106,7 @@ def test_plan_spends_where_it_pays() -> None:
 
 
 def test_plan_that_cannot_be_met() -> None:
-    with pytest.raises(UsageError, match=r"take 4\.000 bits a weight: give a larger --target-bpw"):
+    with pytest.raises(UsageError, match=r"take 4\.000 bits per weight: give a larger --target-bpw"):
         make_plan(OPTIONS, WEIGHTS, 3.9)
 
 

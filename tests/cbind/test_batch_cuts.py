@@ -13,7 +13,7 @@ from mbq_cbind.mul_mat import mul_mat, mul_mat_id
 from mbq_cbind.types import Bytes, Floats
 
 BLOCKS = {"MBQ3": 128, "MBQ3_64": 64, "MBQ3S": 128, "MBQ3S_64": 64}
-ROW_SCALE = {"Q4_0": 32, "Q8_0": 32}  # one scale a row, which is what the flag promises
+ROW_SCALE = {"Q4_0": 32, "Q8_0": 32}  # one scale per row, which is what the flag promises
 KINDS = BLOCKS | ROW_SCALE
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 CUDA_COLUMNS = 8  # of one kernel
@@ -107,9 +107,9 @@ def test_experts_give_the_product_of_their_weights() -> None:
 @pytest.mark.parametrize("columns", [256, 576, 1536, 8960])
 @EVERY_KIND
 def test_two_to_eight_columns_on_cuda_do_not_know_of_each_other(kind: str, columns: int) -> None:
-    """One column alone is summed in another order there (docs/format.md), unless its weights have one scale a row."""
+    """One column alone is summed in another order there (docs/format.md), unless its weights have one scale per row."""
     if columns % KINDS[kind]:
-        pytest.skip(f"{kind} keeps {KINDS[kind]} weights a block")
+        pytest.skip(f"{kind} keeps {KINDS[kind]} weights per block")
     random = np.random.default_rng(columns)
     packed, x = weights(kind, (77, columns), random), random.normal(size=(CUDA_COLUMNS, columns)).astype(np.float32)
     fewest = 1 if kind in ROW_SCALE else 2

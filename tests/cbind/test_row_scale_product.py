@@ -1,4 +1,4 @@
-"""Products of weights that have one scale a row: bit for bit those of the contract in ggml-row-scale.h, here once more in numpy."""
+"""Products of weights that have one scale per row: bit for bit those of the contract in ggml-row-scale.h, here once more in numpy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = pytest.mark.parametrize("kind", LOWEST)
 
 
 def blocks(kind: str, codes: np.ndarray, scales: np.ndarray) -> Bytes:
-    """Codes [..., rows, K] and one fp16 scale a row [..., rows] as the type's blocks, written from the layout."""
+    """Codes [..., rows, K] and one fp16 scale per row [..., rows] as the type's blocks, written from the layout."""
     grouped = codes.reshape(*codes.shape[:-1], -1, 32)
     if kind == "Q4_0":
         nibbles = (grouped + 8).astype(np.uint8)

@@ -24,7 +24,7 @@ READERS = {"qkv": ("attn_q", "attn_k", "attn_v"), "o": ("attn_out",), "gate_up":
 
 @pytest.fixture(scope="module", params=["W8A8", "W4A8"])
 def files(request: pytest.FixtureRequest, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ConvertOptions:
-    """The tiny VLM with a tower of one scale a row, without ranges."""
+    """The tiny VLM with a tower of one scale per row, without ranges."""
     out = tmp_path_factory.mktemp("tower") / "tiny.gguf"
     options = ConvertOptions(tiny_dir, out, type="BF16", mmproj_type=request.param, rounding="nearest")
     convert(options, Console(quiet=True))

@@ -60,7 +60,7 @@ def test_an_adapter_makes_it_dynamic(static_plain: bytes, static_file: Any, tmp_
 
 
 def write_experts(path: Path, metadata: dict[str, Any], flagged: bool = True) -> Path:
-    """A Qwen3 of experts, width 64, all of its matrices Q4_0 with one scale a row, experts ``flagged`` as such or not."""
+    """A Qwen3 of experts, width 64, all of its matrices Q4_0 with one scale per row, experts ``flagged`` as such or not."""
     width, ffn, experts, vocabulary = 64, 96, 4, 256
     shapes = {"attn_q": (width, width), "attn_k": (32, width), "attn_v": (32, width), "attn_output": (width, width)}
     of_experts = {"ffn_gate_exps": (experts, ffn, width), "ffn_up_exps": (experts, ffn, width), "ffn_down_exps": (experts, width, ffn)}

@@ -1,4 +1,4 @@
-"""Vision files whose matrices have one scale a row: what they say, how libmtmd runs them, what it refuses; and rotated ones."""
+"""Vision files whose matrices have one scale per row: what they say, how libmtmd runs them, what it refuses; and rotated ones."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_ranges_of_a_tower_that_would_change_nothing_are_refused(chosen: dict[st
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["F16", "W8A8", "W4A8"])
 def test_towers_on_a_card(name: str, text: ConvertOptions, tiny_dir: Path, tmp_path: Path) -> None:
-    """CUDA gives what the CPU does, up to its attention and, in F16, its sums in F16; products with one scale a row are the same bits."""
+    """CUDA gives what the CPU does, up to its attention and, in F16, its sums in F16; products with one scale per row are the same bits."""
     options = ConvertOptions(tiny_dir, tmp_path / f"{name}.gguf", type="BF16", mmproj_type=name, rounding="nearest")
     convert(options, Console(quiet=True))
     assert moved(features(text.out, options.mmproj, -1), features(text.out, options.mmproj)) < 0.01

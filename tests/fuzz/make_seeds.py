@@ -188,7 +188,7 @@ def _few_values(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _repair(document: Document) -> None:
-    """Names of tensors that went with their layers leave the list of those with one scale a row."""
+    """Names of tensors that went with their layers leave the list of those with one scale per row."""
     index = document.find(b"mbq.row_scale")
     if index is not None:
         kept = [tensor.name for tensor in document.tensors if tensor.kind in (2, 8) and tensor.name.startswith(b"blk.0.")]

@@ -1,4 +1,4 @@
-"""The CUDA kernels without a card: they compile within their bounds of registers and spills (slow: 12 to 50 seconds a file and card), and
+"""The CUDA kernels without a card: they compile within their bounds of registers and spills (slow: 12 to 50 seconds per file and card), and
 share out their work as planned."""
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def test_measured_plans(stream_k: Path, shape: tuple[int, int, int], plan: tuple
 
 @pytest.fixture(scope="module")
 def w4a8_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program that prints how the products of weights with one scale a row are shared out."""
+    """The program that prints how the products of weights with one scale per row are shared out."""
     return host_program("mbq_w4a8_plan.cu", tmp_path_factory.mktemp("w4a8_plan"))
 
 

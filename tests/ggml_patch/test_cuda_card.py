@@ -17,7 +17,7 @@ OPERATIONS = ("MUL_MAT", "MUL_MAT_ID", "GET_ROWS", "CPY", "ROW_SCALE")
 
 
 def backend_ops(operation: str, *prefix: str) -> subprocess.CompletedProcess[str]:
-    """Ggml's comparison of the GPU with the CPU, for the MBQ types or for weights with one scale a row."""
+    """Ggml's comparison of the GPU with the CPU, for the MBQ types or for weights with one scale per row."""
     program = paths.find_program("test-backend-ops")
     command = [*prefix, str(program), "test", "-o", operation, "-b", "CUDA0", "-p", "q[48]_0" if operation == "ROW_SCALE" else "mbq3"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -51,7 +51,7 @@ def gpu_program(name: str, work: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def row_scale_products(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program that compares products of weights with one scale a row with integer sums."""
+    """The program that compares products of weights with one scale per row with integer sums."""
     return gpu_program("row_scale_products", tmp_path_factory.mktemp("row_scale"))
 
 

@@ -84,7 +84,7 @@ def test_products_agree(products: Path, environment: dict[str, str]) -> None:
 
 
 def test_one_scale_a_row_and_cuts_of_a_batch(environment: dict[str, str]) -> None:
-    """The bindings' own tests once more: products with one scale a row are the contract's, and cuts of a batch change nothing."""
+    """The bindings' own tests once more: products with one scale per row are the contract's, and cuts of a batch change nothing."""
     if "LD_PRELOAD" not in environment:
         pytest.skip("they run by themselves as it is built")
     files = [TESTS / "cbind" / name for name in ("test_row_scale_product.py", "test_batch_cuts.py")]

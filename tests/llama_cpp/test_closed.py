@@ -174,7 +174,7 @@ def test_options_of_the_user_come_last(tiny_pair: Pair, monkeypatch: pytest.Monk
 
 
 def test_one_heap_for_all_threads_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one a thread the server's memory grew by 280 MB with every large answer (docs/log.md)."""
+    """With one per thread the server's memory grew by 280 MB with every large answer (docs/log.md)."""
     monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
     assert closed.environment(None, Path("/nowhere"))["MALLOC_ARENA_MAX"] == "1"
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")

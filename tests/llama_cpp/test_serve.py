@@ -88,7 +88,7 @@ def server_of(pid: int) -> list[int]:
 def test_ask_prints_one_answer(tiny_pair: Pair) -> None:
     done = run("ask", tiny_pair.model, PICTURE, PICTURE, "What is this?", "--max-tokens", 4, "--ctx", 512)
     assert done.returncode == 0, done.stderr
-    assert "cut after 4 tokens: --max-tokens allows more" in done.stderr
+    assert "cut off after 4 tokens: --max-tokens allows more" in done.stderr
     assert run("ask", tiny_pair.model, "What is this?", "--max-tokens", 4).stdout != done.stdout
 
 

@@ -81,7 +81,7 @@ SPEEDS = make_results.PAGE.parent / "results"
 
 
 def end_to_end(name: str) -> dict[str, dict[str, str]]:
-    """What llama-bench gave for a 7B's shapes, by type: tokens a second of each test, and "GB" of the file."""
+    """What llama-bench gave for a 7B's shapes, by type: tokens per second of each test, and "GB" of the file."""
     found: dict[str, dict[str, str]] = {}
     for row in json.loads((SPEEDS / name).read_text(encoding="utf-8"))["end_to_end"]:
         kind = found.setdefault(row["type"], {"GB": f"{row['bytes'] / 1e9:.1f}"})

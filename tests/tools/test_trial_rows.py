@@ -76,7 +76,7 @@ def test_trial_codes_keep_what_their_grid_gives(trial_codes: None, name: str) ->
         assert all(len(np.unique(row)) <= 16 for row in values)
         found = [np.diff(np.unique(row)) for row in values]
         assert all(np.allclose(steps / steps.min(), np.rint(steps / steps.min()), atol=1e-3) for steps in found)
-    else:  # products of an int4 scale and a code are whole multiples, of an int8's size, of one scale a row
+    else:  # products of an int4 scale and a code are whole multiples, of an int8's size, of one scale per row
         grid = trial_w4a8.trial_grid(kind)
         assert grid is not None
         assert (grid.scale.high or 0) * -grid.low < 128

@@ -1,4 +1,4 @@
-// Products of weights with one scale a row without the pass that quantises: activations are whatever lies in their memory, and answers are wrong. For
+// Products of weights with one scale per row without the pass that quantises: activations are whatever lies in their memory, and answers are wrong. For
 // bench_activations.py --gpu, which puts it in the place of the file of this name and so times what no quantiser can beat. Norms and SwiGLU are
 // upstream's kernels, since there is nothing to fuse them with. Flags of a product have to be 0, which costs a small memset where the pass did it.
 

@@ -29,7 +29,7 @@ def allocate(
     target: float,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
-    """The types of least predicted cost at ``target`` bits a weight, by decoder-relative parameter name.
+    """The types of least predicted cost at ``target`` bits per weight, by decoder-relative parameter name.
 
     ``layer_of`` gives a layer as it is before equalisation, on the device; ``streams``, before the first layer, are left as they are;
     ``fisher`` [layers] is by linear; ``damping`` and ``clip`` are GPTQ's (see layer_options). Raises UsageError for a target out of reach.

@@ -42,13 +42,13 @@ class Plan:
 
 
 def check_target(smallest: int, weights: int, target: float) -> None:
-    """UsageError where ``weights`` that take ``smallest`` bytes at the least do not meet ``target`` bits a weight."""
+    """UsageError where ``weights`` that take ``smallest`` bytes at the least do not meet ``target`` bits per weight."""
     if smallest > int(target * weights / 8):
-        raise UsageError(f"the smallest types take {8 * smallest / weights:.3f} bits a weight: give a larger --target-bpw")
+        raise UsageError(f"the smallest types take {8 * smallest / weights:.3f} bits per weight: give a larger --target-bpw")
 
 
 def make_plan(options: Mapping[str, Mapping[str, Option]], weights: Mapping[str, int], target: float) -> Plan:
-    """The least predicted cost at ``target`` bits a weight or less; ``options`` by tensor and type, ``weights`` counted by tensor.
+    """The least predicted cost at ``target`` bits per weight or less; ``options`` by tensor and type, ``weights`` counted by tensor.
 
     Raises UsageError where even the smallest types take more.
     """
@@ -68,7 +68,7 @@ def make_plan(options: Mapping[str, Mapping[str, Option]], weights: Mapping[str,
 
 
 def plan_table(plan: Plan, measured: Mapping[str, float]) -> Table:
-    """One line a kind of tensor (q_proj of all layers), the types that it got, predicted and ``measured`` cost; and the sum."""
+    """One line per kind of tensor (q_proj of all layers), the types that it got, predicted and ``measured`` cost; and the sum."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("tensors")
     table.add_column("types")

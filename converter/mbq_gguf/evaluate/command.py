@@ -14,20 +14,20 @@ from mbq_gguf.option_groups import THREADS
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-@click.command("eval", short_help="How much files lose against a reference file.")
+@click.command("eval", short_help="Measure how much files lose against a reference file.")
 @click.argument("reference", type=FILE)
 @click.argument("candidates", type=FILE, nargs=-1, required=True)
-@click.option("--mmproj", type=FILE, required=True, help="The vision part; rotated files take mmproj-NAME beside them.")
-@click.option(
-    "--data", type=FILE, help="Questions and answers, a JSONL file as --calib of `convert` takes (default: the demo's 612 questions)."
-)
-@click.option("--questions", type=click.IntRange(min=1), help="Ask this many, all tasks alike (default: all).")
-@click.option("--text", type=FILE, help="A text file to compare on without pictures.")
-@click.option("--out", type=FILE, help="Write every figure and answer as JSON.")
+@click.option("--mmproj", type=FILE, required=True, help="The vision file; a rotated file uses its own mmproj-NAME beside it.")
+@click.option("--data", type=FILE, help="Questions and answers, a JSONL file as for `convert --calib` (default: the demo's 612 questions).")
+@click.option("--questions", type=click.IntRange(min=1), help="Ask this many questions, equally many of each task (default: all).")
+@click.option("--text", type=FILE, help="Also compare on this text file, without pictures.")
+@click.option("--out", type=FILE, help="Write all figures and answers as JSON.")
 @click.option("--html", type=FILE, help="Write the report as one HTML page.")
 @click.option("--threads", type=THREADS, help="CPU threads (default: all cores).")
 @click.option("--gpu-layers", type=int, default=0, show_default=True, help="Layers on the GPU, -1 for all.")
-@click.option("--context", type=click.IntRange(min=512), default=4096, show_default=True, help="Tokens of picture, question and answer.")
+@click.option(
+    "--context", type=click.IntRange(min=512), default=4096, show_default=True, help="Context size in tokens: picture, question and answer."
+)
 def eval_command(
     reference: Path,
     candidates: tuple[Path, ...],
@@ -43,11 +43,11 @@ def eval_command(
 ) -> None:
     """Compare CANDIDATES with REFERENCE, GGUF files of one model, on questions about pictures.
 
-    Each file is forced along the expected answers, which gives the KL divergence of its distributions from the reference's, and answers
-    greedily, which gives exact match. A table goes to the terminal, --out and --html take the rest.
+    Each file is evaluated twice: teacher-forced along the expected answers, for the KL divergence of its token distributions from the
+    reference's, and by greedy decoding, for exact match. The table goes to the terminal; --out and --html write the details.
 
-    A run with --out or --html that is stopped goes on when it is started again: finished files wait in a folder beside that file, only
-    REFERENCE is asked once more.
+    If a run with --out or --html is interrupted, the same command resumes it: the results of finished files are kept in a folder beside
+    the output, and only REFERENCE is evaluated again.
     """
     from mbq_gguf.evaluate.exact_match import SHIPPED
     from mbq_gguf.evaluate.report import render as render_page
@@ -61,7 +61,7 @@ def eval_command(
         if path is not None:
             check_output(path)
             if target(path) in read:
-                raise UsageError(f"{path} is one of the files that are compared or asked from: write to another one")
+                raise UsageError(f"{path} is one of the input files: write to another one")
     if out is not None and html is not None and target(out) == target(html):
         raise UsageError(f"--out and --html are both {out}: give them two names")
     output = out or html

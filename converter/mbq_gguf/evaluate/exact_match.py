@@ -23,7 +23,7 @@ from mbq_gguf.llama_cpp.server import LlamaServer
 from mbq_gguf.words import check_words
 
 SHIPPED = Path(__file__).parent.parent / "demo" / "data" / "eval" / "eval.jsonl"
-CONTEXT = 512  # tokens a question may take, vision tokens and answer included
+CONTEXT = 512  # tokens that a question may take, including vision tokens and the answer
 MAX_TOKENS = 48  # twice the longest expected answer of the shipped set (23 tokens)
 
 

@@ -33,8 +33,8 @@ def grids(evaluation: Evaluation) -> list[Grid]:
 
 
 def overview(evaluation: Evaluation) -> Grid:
-    """Size and quality, one line a file."""
-    headings = ["file", "MB", "bits a weight", "in layers", "exact match, %", "KLD mean", "median", "p99", "same top-1, %", "seconds"]
+    """Size and quality, one line per file."""
+    headings = ["file", "MB", "bits per weight", "in layers", "exact match, %", "KLD mean", "median", "p99", "same top-1, %", "seconds"]
     rows = []
     for index, file in enumerate(evaluation.files):
         kld = file.divergence

@@ -72,7 +72,7 @@ def load_package() -> Package:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the package's log lines, one a tensor, off the terminal; what matters of them is in the report."""
+    """Keep the package's log lines, one per tensor, off the terminal; what matters of them is in the report."""
     loggers = [logging.getLogger(name) for name in ("hf-to-gguf", "gguf")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

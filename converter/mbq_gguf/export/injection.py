@@ -70,7 +70,7 @@ class Deferred:
 
 class Injection:
     """The changes to one model object; ``records`` lists its tensors once ``prepare_tensors`` has run, ``row_scales`` the names of those
-    that have one scale a row.
+    that have one scale per row.
 
     ``experts`` are quantised weights by decoder key. They lie in the checkpoint one by one or stacked, either way round, and in the file
     always as [experts, rows, columns] with rows in their order, so they go by the file's name and not through ``modify_tensors``.

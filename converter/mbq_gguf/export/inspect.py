@@ -67,7 +67,7 @@ def layered_table(header: Header, prefix: str, title: str, column: str) -> Table
 
 
 def tensor_table(tensors: Sequence[TensorEntry]) -> Table:
-    """One line a kind of tensor: those of the layers that differ in nothing but the layer's number share one."""
+    """One line per kind of tensor: those of the layers that differ in nothing but the layer's number share one."""
     kinds: dict[tuple[str, str, tuple[int, ...]], list[TensorEntry]] = defaultdict(list)
     for tensor in tensors:
         kinds[LAYER.sub("blk.*.", tensor.name, count=1), tensor.type_name, tensor.shape].append(tensor)

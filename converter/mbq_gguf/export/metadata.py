@@ -79,7 +79,7 @@ def gptq(*, clip: bool, propagate_error: bool, error_correction: float, refits: 
 
 
 def allocated(plan: Plan, measured: Mapping[str, float]) -> dict[str, Any]:
-    """How large a file of chosen types is (bits a weight of the decoder's matrices), and what rounding was to cost and has (nats)."""
+    """How large a file of chosen types is (bits per weight of the decoder's matrices), and what rounding was to cost and has (nats)."""
     return {
         "mbq.allocation.bits_per_weight": plan.bits_per_weight,
         "mbq.allocation.predicted_loss": plan.predicted,

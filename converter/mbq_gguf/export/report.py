@@ -57,7 +57,7 @@ class ConvertReport:
 
 
 def type_table(report: ConvertReport) -> Table:
-    """One line a file and type, one a file."""
+    """One line per file and type, one per file."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("file")
     table.add_column("type")

@@ -31,7 +31,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes that a conversion writes, by part, from the shapes of the checkpoint and bits a weight."""
+    """Bytes that a conversion writes, by part, from the shapes of the checkpoint and bits per weight."""
 
     layers: int
     text: int  # layers, embeddings and the rest

@@ -1,4 +1,4 @@
-"""What a vision file holds of a tower in types with one scale a row, known before a weight is: shapes, padding, keys."""
+"""What a vision file holds of a tower in types with one scale per row, known before a weight is: shapes, padding, keys."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ class QuantType:
 
     name: str
     type_id: int  # ggml_type
-    block_size: int  # weights a block
-    type_size: int  # bytes a block
+    block_size: int  # weights per block
+    type_size: int  # bytes per block
     quantize: Callable[[Floats], Bytes]
     dequantize: Callable[[Bytes], Floats]
     fallback: str | None = None  # the type to try where a row is no multiple of block_size

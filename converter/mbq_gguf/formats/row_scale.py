@@ -37,12 +37,12 @@ def stored_as(name: str) -> str:
 
 
 def metadata(tensors: list[str]) -> dict[str, int | list[str]]:
-    """The keys that tell the patched llama.cpp which tensors of a file have one scale a row."""
+    """The keys that tell the patched llama.cpp which tensors of a file have one scale per row."""
     return {"mbq.row_scale.version": VERSION, "mbq.row_scale": tensors} if tensors else {}
 
 
 def pack(name: str, codes: Bytes, scale: Floats) -> Bytes:
-    """Codes [rows, columns] uint8 counted from the lowest, and one scale a row [rows, 1], fp16 values: bytes [rows, row_bytes]."""
+    """Codes [rows, columns] uint8 counted from the lowest, and one scale per row [rows, 1], fp16 values: bytes [rows, row_bytes]."""
     pack_blocks = legacy.pack_q4_0 if name == "W4A8" else legacy.pack_q8_0
     blocks = codes.reshape(-1, BLOCK)
     scales = np.repeat(scale, codes.shape[1] // BLOCK, axis=0)

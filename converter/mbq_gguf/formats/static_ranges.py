@@ -11,7 +11,7 @@ CLASSES = ("text", "vision")  # a vision file has but the second
 
 
 def range_key(site: str, kind: str) -> str:
-    """The key of the ranges of ``site`` for tokens of class ``kind``, one a layer."""
+    """The key of the ranges of ``site`` for tokens of class ``kind``, one per layer."""
     return f"{RANGE}{site}.{kind}"
 
 

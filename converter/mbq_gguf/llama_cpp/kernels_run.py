@@ -1,7 +1,7 @@
 """Run the built CPU kernels once, in a process of their own: ``python kernels_run.py <folder with libggml-cpu>``.
 
 Every weight type is multiplied in every buffer type that the CPU device offers, as llama.cpp does when it loads a model: AMX tiles and
-repacked layouts exist only in those extra buffers, so a product in plain memory would never touch them. Weights with one scale a row have
+repacked layouts exist only in those extra buffers, so a product in plain memory would never touch them. Weights with one scale per row have
 kernels of their own, in plain memory; they follow each type's other products, so that what they leave in AMX's tiles is met by the next.
 Each product is compared with numpy in float64 on the same quantised weights.
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 COLUMNS, ROWS = 512, 64  # multiples of what AMX asks for: 256 columns for K-quants, 32 rows for a pair of tiles
 BATCHES = (1, 33)  # token generation, and a prompt that fills no tile evenly
-MAX_RELATIVE_ERROR = 0.03  # in the 2-norm; activations rounded to 8 bits a block of 32 or 256 give 0.004 to 0.01
+MAX_RELATIVE_ERROR = 0.03  # in the 2-norm; activations rounded to 8 bits per block of 32 or 256 give 0.004 to 0.01
 
 # Ids of ggml.h: F32 F16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K-Q6_K IQ4_NL IQ4_XS BF16, and the ids of this project from 120 on.
 TYPES = (0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 30, *range(120, 128))
@@ -159,7 +159,7 @@ def run(ggml: Ggml) -> bool:
         if type_id in ROW_SCALES:
             scales = data.reshape(ROWS, COLUMNS // 32, -1)[:, :, :2]  # fp16, at the start of a block
             scales[:] = scales[:, :1]
-            if not right(ggml, f"{name.decode()} with one scale a row", type_id, data, ggml.buffer_types[:1], random, ROW_SCALE):
+            if not right(ggml, f"{name.decode()} with one scale per row", type_id, data, ggml.buffer_types[:1], random, ROW_SCALE):
                 return False
     return True
 

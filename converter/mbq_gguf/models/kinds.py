@@ -33,7 +33,7 @@ FEW = {  # of one picture: transformers makes a list of so many, or of all ways 
     "min_dynamic_patch": 100,
     "max_dynamic_patch": 100,
 }
-# Of these there may be two (height and width), or one a layer or stage.
+# Of these there may be two (height and width), or one per layer or stage.
 SEVERAL = ("image_size", "patch_size", "intermediate_size", "moe_intermediate_size", "embed_dim", "num_heads")
 COUNT = re.compile(r"num_experts|num_kv_shared_layers|max_window_layers|projection_dim|head_dim")  # 0: there is none
 NUMBER = re.compile(r"(?!long_|short_|layer_)\w+_(?:eps|theta|range|dropout|factor|prob)|factor|downsample_ratio|pixel_shuffle_ratio")

@@ -46,7 +46,7 @@ GLM = Layout(
     norms_after=("post_self_attn_layernorm", "post_mlp_layernorm"),
     fused=(Fused("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),),
 )
-# Qwen3.5's: three of four layers have a gated delta net for attention. It reads the norm by two more matrices, of one row a head, which
+# Qwen3.5's: three of four layers have a gated delta net for attention. It reads the norm by two more matrices, of one row per head, which
 # stay as they are; so no factors fold into the norm, and no rotation passes.
 DELTA_NET = Branch("attention", "linear_attn", "linear_attn.out_proj")
 DELTA = replace(

@@ -1,4 +1,4 @@
-"""Activations as the products of W4A8 and W8A8 take them (docs/format.md): int8, one scale a token, found while the model runs or static.
+"""Activations as the products of W4A8 and W8A8 take them (docs/format.md): int8, one scale per token, found while the model runs or static.
 
 For searches and trials: the model computes in floating point, and these linears are given what int8 keeps of their input.
 """

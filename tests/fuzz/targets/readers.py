@@ -147,7 +147,7 @@ class WorkDirectory:
         return TAKEN
 
     def _whole(self) -> Path:
-        """A work directory of two items, made once a process."""
+        """A work directory of two items, made once per process."""
         import tempfile
 
         from mbq_gguf.workdir import open_workdir

@@ -1,4 +1,4 @@
-"""GPTQ's and coordinate descent's loops over columns, some rows a program."""
+"""GPTQ's and coordinate descent's loops over columns, some rows per program."""
 
 from __future__ import annotations
 

@@ -76,5 +76,5 @@ def held(
 
 @triton.jit
 def nearest_codes(weights, scale, offset, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Codes from LOW to HIGH of ``weights`` [weights of a group, groups]; ``scale`` and ``offset`` are one a group [groups]."""
+    """Codes from LOW to HIGH of ``weights`` [weights of a group, groups]; ``scale`` and ``offset`` are one per group [groups]."""
     return whole(tl.minimum(tl.maximum((weights - offset[None, :]) * reciprocal(scale)[None, :], LOW), HIGH))

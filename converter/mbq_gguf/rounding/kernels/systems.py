@@ -1,4 +1,4 @@
-"""Refits: the systems of some rows, and their solution rounded number by number, a row a program."""
+"""Refits: the systems of some rows, and their solution rounded number by number, a row per program."""
 
 from __future__ import annotations
 
