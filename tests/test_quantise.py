@@ -21,6 +21,7 @@ from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layouts import STANDARD
 from mbq_gguf.quantise import QuantiseResult, quantise
 from mbq_gguf.settings import QuantiseSettings
+from mbq_gguf.walk.state import LayerWork
 from mbq_gguf.workdir import WorkDir, open_workdir
 
 FAST = QuantiseSettings(type_name="MBQ3", method="mbq", synthetic=0, clip=False, propagate_error=False, refits=0, search_samples=1)
@@ -161,6 +162,22 @@ def test_fold_that_changes_the_function_is_refused(tiny: LoadedModel, samples: l
     monkeypatch.setattr("mbq_gguf.walk.layer.fold_layer", wrong)
     with pytest.raises(UserError, match=r"changes? the output of decoder layer 0 by .*--method rtn"):
         quantise(tiny, samples[:1], FAST)
+
+
+@pytest.mark.parametrize("spoilt", [0, 2])
+def test_activations_that_are_not_finite_end_the_run(
+    tiny: LoadedModel, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: int
+) -> None:
+    """Though the layer's end is not waited for; and what came of them is not kept."""
+
+    def spoil(work: LayerWork) -> None:
+        if work.layer.index == spoilt:
+            work.layer.linear("mlp.up_proj").weight.detach().fill_(3e38)
+
+    monkeypatch.setattr(quantise_module, "LAYER", (spoil, *quantise_module.LAYER))
+    with pytest.raises(UserError, match="activations are not finite"):
+        quantise(tiny, samples[:1], replace(FAST, method="rtn", propagate_error=True), open_workdir(tmp_path / "work", {}))
+    assert len(list(tmp_path.glob("work/layer-*"))) == spoilt
 
 
 @pytest.mark.parametrize(("steps", "first"), [("BEFORE", 1), ("BEFORE", 5), ("LAYER", 2), ("LAYER", 4), ("LAYER", 6)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from functools import partial
 from operator import attrgetter
 
@@ -150,12 +150,14 @@ def quantise_layer(walk: Walk, index: int) -> None:
         for step in LAYER:
             step(work)
     if launch.first():  # which writes
-        walk.behind.start(partial(_keep, walk, index, found, work.outcome))
+        walk.behind.start(partial(_keep, walk, index, found, work.outcome, work.arriving))
     layer.leave_layer(work)
 
 
-def _keep(walk: Walk, index: int, found: Item | None, outcome: Outcome) -> None:
-    """Enter layer ``index`` into the result: what an earlier run has ``found``, or the ``outcome`` of this one, once it is saved."""
+def _keep(walk: Walk, index: int, found: Item | None, outcome: Outcome, arriving: Callable[[], None]) -> None:
+    """Enter layer ``index`` into the result: what an earlier run has ``found``, or this one's ``outcome``, when what is ``arriving`` is
+    there and saved."""
+    arriving()
     walk.result.add_layer(index, Outcome(*(found or walk.work.kept(_item(index), outcome.tensors, outcome.facts))))
 
 

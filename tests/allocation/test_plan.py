@@ -18,7 +18,8 @@ from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layouts import STANDARD
-from mbq_gguf.rounding.gptq import inverse_factor, objective, round_gptq
+from mbq_gguf.rounding.gptq import objective, round_gptq
+from mbq_gguf.rounding.inverse import inverse_factor
 from mbq_gguf.rounding.nearest import round_nearest
 from mbq_gguf.rounding.ranges import search_range
 from rich.console import Console

@@ -39,7 +39,7 @@ def layer(tiny: LoadedModel) -> Layer:
 def round_coarsely(layer: Layer, site: Site) -> None:
     for name in site.readers:
         weight = layer.linear(name).weight
-        weight.data.copy_((weight * 16).round() / 16)
+        weight.detach().copy_((weight * 16).round() / 16)  # as rounding does; behind ``data`` it would not count as a change
 
 
 @torch.no_grad()

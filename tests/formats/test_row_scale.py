@@ -11,7 +11,8 @@ from mbq_gguf.formats import row_scale
 from mbq_gguf.formats.grid import Grid
 from mbq_gguf.formats.quant_type import Floats
 from mbq_gguf.formats.registry import quant_type, quant_type_for
-from mbq_gguf.rounding.gptq import code_gptq, inverse_factor, objective, round_gptq
+from mbq_gguf.rounding.gptq import code_gptq, objective, round_gptq
+from mbq_gguf.rounding.inverse import inverse_factor
 from mbq_gguf.rounding.ranges import search_range
 
 KINDS = pytest.mark.parametrize("kind", list(row_scale.ROW_SCALES))

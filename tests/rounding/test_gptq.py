@@ -8,7 +8,8 @@ import torch
 from grids import grid_for
 from mbq_gguf.formats.mbq3 import MBQ3, MBQ3_64
 from mbq_gguf.formats.quant_type import QuantType
-from mbq_gguf.rounding.gptq import inverse_factor, objective, round_gptq
+from mbq_gguf.rounding.gptq import objective, round_gptq
+from mbq_gguf.rounding.inverse import inverse_factor
 from mbq_gguf.rounding.nearest import round_nearest
 
 OWN = pytest.mark.parametrize("kind", [MBQ3, MBQ3_64], ids=lambda kind: kind.name)

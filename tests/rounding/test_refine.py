@@ -14,9 +14,10 @@ from mbq_gguf.formats.mbq3 import MBQ3_64
 from mbq_gguf.formats.mbq3s import MBQ3S_64
 from mbq_gguf.formats.quant_type import QuantType
 from mbq_gguf.formats.registry import quant_type_for
-from mbq_gguf.rounding import gptq
+from mbq_gguf.rounding import gptq, inverse
 from mbq_gguf.rounding.descent import descend
-from mbq_gguf.rounding.gptq import Coded, code_gptq, damped, inverse_factor, objective
+from mbq_gguf.rounding.gptq import Coded, code_gptq, objective
+from mbq_gguf.rounding.inverse import damped, inverse_factor
 from mbq_gguf.rounding.ranges import search_range
 from mbq_gguf.rounding.refit import _fill, refit, refit_row_scale
 from mbq_gguf.rounding.sequence import Refinement, corrected, refined
@@ -182,7 +183,7 @@ def test_zeros_of_the_factor_can_be_left_out(monkeypatch: pytest.MonkeyPatch) ->
     found = Moments(x.t() @ x, other.t() @ x)
     factor = inverse_factor(found.hessian, 0.01)
     whole = corrected(weight, found, factor, 0.5)
-    monkeypatch.setitem(gptq.COLUMNS_SOLVED, "cpu", 48)
+    monkeypatch.setitem(inverse.COLUMNS_SOLVED, "cpu", 48)
     assert COLUMNS % 48
     torch.testing.assert_close(inverse_factor(found.hessian, 0.01), factor, rtol=1e-6, atol=0)  # float64 rounded to float32
     miss = corrected(weight, found, factor, 0.5) - whole

@@ -9,7 +9,7 @@ import torch
 from grids import grid_for
 from mbq_gguf.calibration.moments import Moments
 from mbq_gguf.formats.registry import quant_type_for
-from mbq_gguf.rounding import descent, gptq, ranges, refit
+from mbq_gguf.rounding import descent, gptq, inverse, ranges, refit
 from mbq_gguf.rounding.kernels import Kernels, compiled, kernels_for, of_triton
 from mbq_gguf.rounding.kernels.group import Group
 from mbq_gguf.rounding.sequence import Refinement, refined
@@ -90,7 +90,7 @@ def test_search_of_blocks_with_costs_of_their_own(kernels: Kernels, device: str)
 def test_columns_of_gptq(kernels: Kernels, device: str, kind: str) -> None:
     grid = grid_for(quant_type_for(kind, 128 if kind != "Q3_K" else 256))
     weight, hessian = problem(device, 128, rows=ROWS + 3)
-    factor = gptq.inverse_factor(hessian, 0.01)
+    factor = inverse.inverse_factor(hessian, 0.01)
     scale = weight.abs().amax(dim=1) / (grid.high - grid.low)
     scale[1] = 0.0
     line = torch.stack([scale, weight.amin(dim=1) if grid.offset.free else torch.zeros_like(scale)])[:, None]
@@ -113,7 +113,7 @@ def test_columns_of_gptq(kernels: Kernels, device: str, kind: str) -> None:
 def test_columns_of_descent(kernels: Kernels, device: str, kind: str) -> None:
     grid = grid_for(quant_type_for(kind, 64))
     weight, hessian = problem(device, 64, rows=ROWS + 3)
-    coded = gptq.code_gptq(weight, gptq.inverse_factor(hessian, 0.01), grid, ranges.searched(grid))
+    coded = gptq.code_gptq(weight, inverse.inverse_factor(hessian, 0.01), grid, ranges.searched(grid))
     scales, codes = coded.scale.repeat_interleave(grid.group, 1).t().contiguous(), coded.codes.t().contiguous()
     slope = (hessian @ (weight - coded.values(grid)).t()).contiguous()
     better, changes = descent._descend_columns(grid, slope.clone(), hessian, scales, codes)
@@ -125,7 +125,7 @@ def test_columns_of_descent(kernels: Kernels, device: str, kind: str) -> None:
 def test_systems_and_their_steps(kernels: Kernels, device: str, kind: str) -> None:
     grid = grid_for(quant_type_for(kind, 256))
     weight, hessian = problem(device, 256, rows=5)
-    coded = gptq.code_gptq(weight, gptq.inverse_factor(hessian, 0.01), grid, ranges.searched(grid))
+    coded = gptq.code_gptq(weight, inverse.inverse_factor(hessian, 0.01), grid, ranges.searched(grid))
     count = 2 * coded.scale.shape[1]
     system, found = (torch.zeros(5, count, count, dtype=torch.float64, device=device) for _ in range(2))
     right = torch.zeros(5, count, dtype=torch.float64, device=device)

@@ -9,7 +9,8 @@ from grids import grid_for
 from mbq_cbind import types
 from mbq_gguf.calibration.moments import Moments
 from mbq_gguf.formats.registry import quant_type
-from mbq_gguf.rounding.gptq import inverse_factor, objective, round_gptq
+from mbq_gguf.rounding.gptq import objective, round_gptq
+from mbq_gguf.rounding.inverse import inverse_factor
 from mbq_gguf.rounding.ranges import search_range, search_steps
 from mbq_gguf.rounding.sequence import Refinement, refined
 

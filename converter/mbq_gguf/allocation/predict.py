@@ -20,7 +20,8 @@ from mbq_gguf.formats.grid import Grid, grid_of
 from mbq_gguf.formats.quant_type import QuantType
 from mbq_gguf.formats.registry import quant_type
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.rounding.gptq import inverse_factor, objective
+from mbq_gguf.rounding.gptq import objective
+from mbq_gguf.rounding.inverse import inverse_factor
 from mbq_gguf.rounding.nearest import nearest_values
 from mbq_gguf.rounding.ranges import search_range, search_steps
 

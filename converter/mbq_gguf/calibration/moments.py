@@ -65,7 +65,7 @@ class Replay:
         self.kept: dict[str, dict[int, torch.Tensor]] = {}  # by the last linear's name, then the batch's number [1, tokens, columns]
         self.outputs: dict[str, dict[int, torch.Tensor]] = {}  # the same behind that linear; then the input is kept no longer
         self.handed: dict[int, Parts] = {}  # keys and values for later layers, by the batch's number, where a run has come past them
-        self.kept_with: dict[str, list[int]] = {}  # the parameters that decided them, as _decisive tells
+        self.kept_with: dict[str, list[tuple[int, int]]] = {}  # the parameters that decided them, as _decisive tells
 
     @torch.no_grad()
     def moments(self, site: Site, weights: TokenWeights, originals: Sequence[torch.Tensor] | None = None) -> Moments:
@@ -180,15 +180,14 @@ class Replay:
         for task in tasks:
             task()
 
-    def _decisive(self, writer: str) -> list[int]:
-        """A sum over the bits, modulo 2^32, of every parameter that has a say in what is kept of the last linear ``writer``."""
+    def _decisive(self, writer: str) -> list[tuple[int, int]]:
+        """Identity and version (which PyTorch counts up with each write, but for those past it by ``data``) of every parameter that has a
+        say in what is kept of the last linear ``writer``. To compare their values the host would wait for a card, eight times a layer."""
         place = next(place for place, site in enumerate(self.layer.sites) if writer in site.readers)
         own = 1 if self.outputs.get(writer) else 0
         later = {self.layer.layout.linear_of(name) for site in self.layer.sites[place + own :] for name in site.readers}
         parameters = self.layer.module.named_parameters()
-        values = [value.detach() for name, value in parameters if name.rpartition(".")[0] not in later]
-        words = [value.view(torch.int16 if value.element_size() == 2 else torch.int32) for value in values]
-        return torch.stack([word.sum(dtype=torch.int32) for word in words]).tolist()
+        return [(id(value), value._version) for name, value in parameters if name.rpartition(".")[0] not in later]
 
     def _check_kept(self) -> None:
         for name in self.kept:

@@ -13,7 +13,8 @@ from functools import cache, partial
 import torch
 
 from mbq_gguf.formats.grid import Grid, reciprocal
-from mbq_gguf.rounding.gptq import COLUMNS_AT_ONCE, Coded, carry, damped, row_blocks
+from mbq_gguf.rounding.gptq import COLUMNS_AT_ONCE, Coded, carry, row_blocks
+from mbq_gguf.rounding.inverse import damped
 from mbq_gguf.rounding.kernels import kernels_for
 from mbq_gguf.rounding.recorded import Recorded, Tensors
 

@@ -13,7 +13,6 @@ from functools import cache, partial
 
 import torch
 
-from mbq_gguf import parallel
 from mbq_gguf.formats.grid import Grid, reciprocal
 from mbq_gguf.rounding.kernels import kernels_for
 from mbq_gguf.rounding.kernels.group import Group
@@ -22,17 +21,9 @@ from mbq_gguf.rounding.ranges import Fit, search_steps, searched
 from mbq_gguf.rounding.recorded import Recorded, Tensors
 
 COLUMNS_AT_ONCE = 128  # updates of later columns wait for this many (or for a group's size, if that is larger)
-# Of the inverse factor at a time: all of it in float64 takes 2.9 GB for 18944 columns. What pieces leave out is zero, and small ones leave
-# out more: on a CPU 1536 columns take 80 ms instead of 108, a card is better at large products.
-COLUMNS_SOLVED = {"cpu": 256, "cuda": 4096}
 # Rows of a matrix product at a time. Libraries choose the order of their sums by the shape; so a row comes out the same, to the bit,
 # whichever other blocks of rows are rounded with it, and several processes can share a matrix.
 ROWS_AT_ONCE = 256
-
-
-def columns_solved(device: torch.device) -> int:
-    """COLUMNS_SOLVED on ``device``; devices of other kinds are taken for cards."""
-    return COLUMNS_SOLVED["cpu" if device.type == "cpu" else "cuda"]
 
 
 def row_blocks(rows: int) -> list[slice]:
@@ -48,42 +39,6 @@ def carry(later: torch.Tensor, factor: torch.Tensor, errors: torch.Tensor) -> No
         return
     for some in row_blocks(later.shape[1]):
         later[:, some].addmm_(factor, errors[:, some], alpha=-1)
-
-
-def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """H + damping * mean(diag H) * I in float64.
-
-    Channels that no token excites (zero diagonal) get the mean diagonal, so they are rounded to nearest by themselves.
-    """
-    matrix = hessian.to(torch.float64, copy=True)
-    diagonal = matrix.diagonal()
-    mean = float(diagonal.mean()) or 1.0
-    diagonal[diagonal == 0] = mean
-    diagonal += damping * mean
-    return matrix
-
-
-def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """U [columns, columns] float32 with damped(H)^-1 = U^T U, upper triangular; factored in float64.
-
-    With the matrix in reverse order of rows and columns as L L^T, U is L^-1 in reverse order. Of several processes each solves for some of
-    the columns, so all have to call this.
-    """
-    lower = torch.linalg.cholesky_ex(damped(hessian, damping).flip(0, 1), check_errors=True).L
-    factor = torch.zeros_like(hessian, dtype=torch.float32)
-    at_once = columns_solved(hessian.device)
-    heights = range(len(lower), 0, -at_once)  # of some columns of L^-1 each: nothing but zeros lies above
-
-    def solved(piece: int) -> torch.Tensor:
-        height = heights[piece]
-        unit = lower.new_zeros(height, min(at_once, height))
-        unit.fill_diagonal_(1.0)
-        found: torch.Tensor = torch.linalg.solve_triangular(lower[-height:, -height:], unit, upper=False)
-        return found.flip(0, 1).float()
-
-    for piece, part in parallel.dealt([height**2 * min(at_once, height) for height in heights], solved):
-        factor[: heights[piece], max(heights[piece] - at_once, 0) : heights[piece]] = part
-    return factor
 
 
 @dataclass(frozen=True)
@@ -112,7 +67,7 @@ class Coded:
 
 
 def round_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit | None = None) -> Rounded:
-    """``weight`` [rows, columns] rounded to ``grid`` with the factor U of :func:`inverse_factor`; ``fit`` replaces the grid's own."""
+    """``weight`` [rows, columns] rounded to ``grid`` with the factor U of inverse.py; ``fit`` replaces the grid's own."""
     return code_gptq(weight, factor, grid, fit).rounded(grid)
 
 

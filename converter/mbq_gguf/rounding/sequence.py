@@ -21,7 +21,8 @@ from mbq_gguf.memory import to_host
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 from mbq_gguf.rounding.descent import descend
-from mbq_gguf.rounding.gptq import Coded, code_gptq, columns_solved, inverse_factor, row_blocks
+from mbq_gguf.rounding.gptq import Coded, code_gptq, row_blocks
+from mbq_gguf.rounding.inverse import columns_solved, inverse_factor
 from mbq_gguf.rounding.nearest import Rounded, round_nearest
 from mbq_gguf.rounding.ranges import searched
 from mbq_gguf.rounding.refit import refit, refit_row_scale
@@ -41,7 +42,8 @@ class Refinement:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A rounded matrix: the type's name, bytes and values, and the ``grid`` and codes that GPTQ gave it (None where it did not)."""
+    """A rounded matrix: the type's name, bytes and values, and the ``grid`` and codes that GPTQ gave it (None where it did not). Bytes that
+    GPTQ has made on a card are on their way to the host."""
 
     type_name: str
     rounded: Rounded
@@ -65,7 +67,7 @@ def round_in_order(
             names = [name for name in site.readers if kinds[name] == kept]
             weights = [layer.linear(name).weight for name in names]
             for name, weight, matrix in zip(names, weights, _rounded(weights, kept, found, refinement), strict=True):
-                weight.data.copy_(matrix.rounded.weight)
+                weight.detach().copy_(matrix.rounded.weight)
                 out[name] = matrix
     return {name: out[name] for name in layer.layout.readers}
 

@@ -90,12 +90,17 @@ def fold_layer(layer: Layer, factors: Mapping[str, torch.Tensor]) -> None:
             fold(layer, site, factors[site.name].to(layer.device))
 
 
-def changed_parameters(layer: Layer, stored: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter of ``layer`` that is no quantised linear's weight and differs from that of the ``stored`` layer: norms and biases."""
+def other_parameters(layer: Layer) -> dict[str, torch.Tensor]:
+    """Every parameter of ``layer`` that is no quantised linear's weight: norms and biases."""
     quantised = {f"{name}.weight" for name in layer.layout.linears}
+    return {name: parameter.detach() for name, parameter in layer.module.named_parameters() if name not in quantised}
+
+
+def changed(parameters: Mapping[str, torch.Tensor], stored: nn.Module) -> dict[str, torch.Tensor]:
+    """Those of ``parameters``, on the host, that differ from those of the ``stored`` layer."""
     before, made = dict(stored.named_parameters()), Made()
     return {
-        name: parameter.detach().clone()
-        for name, parameter in layer.module.named_parameters()
-        if name not in quantised and not torch.equal(parameter, read_to(before[name], layer.device, parameter.dtype, made))
+        name: parameter
+        for name, parameter in parameters.items()
+        if not torch.equal(parameter, read_to(before[name], parameter.device, parameter.dtype, made))
     }

@@ -153,7 +153,7 @@ def absorb_gain(norm: nn.Module) -> torch.Tensor:
     assert isinstance(weight, torch.Tensor)
     offset = norm_offset(norm)
     gain = weight.detach().double() + offset
-    weight.data.fill_(1.0 - offset)
+    weight.detach().fill_(1.0 - offset)
     return gain
 
 
@@ -222,4 +222,4 @@ def _ends(layer: Layer, name: str) -> tuple[nn.Linear, nn.Linear]:
 
 
 def _set(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    parameter.data.copy_(value)
+    parameter.detach().copy_(value)

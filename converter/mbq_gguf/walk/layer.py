@@ -20,16 +20,18 @@ from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights import modality, uniform
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.static_ranges import range_key
+from mbq_gguf.memory import arrival, to_host
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 from mbq_gguf.outcome import Outcome, put_into
 from mbq_gguf.parallel import from_first
+from mbq_gguf.rounding.inverse import check_factored, faults_later
 from mbq_gguf.rounding.learned import learn
 from mbq_gguf.rounding.sequence import Matrix, Refinement, round_in_order
 from mbq_gguf.settings import QuantiseSettings
 from mbq_gguf.transforms.fold import repeats
 from mbq_gguf.transforms.folded import folded_moments, folded_originals
-from mbq_gguf.transforms.layer import Judge, changed_parameters, fold_layer, search_layer
+from mbq_gguf.transforms.layer import Judge, changed, fold_layer, other_parameters, search_layer
 from mbq_gguf.transforms.smooth import smooth_layer
 from mbq_gguf.walk.ahead import Original, helps, workers
 from mbq_gguf.walk.state import LayerWork, Walk, made
@@ -105,7 +107,7 @@ def check_function(work: LayerWork) -> None:
 def round_layer(work: LayerWork) -> None:
     """Round every matrix, site after site."""
     layer = work.layer
-    with work.walk.timed("rounding"), work.walk.ahead.beside(), seeing_others(layer, work.shares):
+    with work.walk.timed("rounding"), work.walk.ahead.beside(), seeing_others(layer, work.shares), faults_later() as work.faults:
         if work.walk.result.plan:
             work.before = {name: layer.linear(name).weight.detach().clone() for name in layer.layout.readers}
         work.matrices = round_in_order(layer, work.type_names, lambda site: _moments(work, site), _refinement(work.walk.settings))
@@ -123,18 +125,31 @@ def learn_scales(work: LayerWork) -> None:
     for name, better in found.items():
         grid = coded[name][0]
         matrices[name] = Matrix(matrices[name].type_name, better.rounded(grid), grid, better)
-        layer.linear(name).weight.data.copy_(matrices[name].rounded.weight)
+        layer.linear(name).weight.detach().copy_(matrices[name].rounded.weight)
     work.replay = _replay(walk, layer)  # what the old one has kept came from the weights before
 
 
 def keep_parameters(work: LayerWork) -> None:
-    """Enter the quantised weights, by linear, and every other parameter that has changed."""
-    layer = work.layer
-    for name, parts in layer.layout.by_linear(made(work.matrices)).items():
-        data = np.concatenate([part.rounded.data for part in parts]) if len(parts) > 1 else parts[0].rounded.data
-        work.outcome.put_quantised(f"{name}.weight", QuantisedTensor(parts[0].type_name, data, parts[0].rounded.weight.shape[1]))
-    for name, value in changed_parameters(layer, work.walk.loaded.decoder.layers[layer.index]).items():
-        work.outcome.put("replaced", name, value)
+    """Have the quantised weights, by linear, and every other parameter that has changed entered when they have arrived on the host, by who
+    saves the layer: a card goes on with the next one meanwhile."""
+    layer, outcome, faults = work.layer, work.outcome, work.faults
+    quantised = {
+        name: (parts[0].type_name, [part.rounded.data for part in parts], parts[0].rounded.weight.shape[1])
+        for name, parts in layer.layout.by_linear(made(work.matrices)).items()
+    }
+    others = {name: to_host(parameter) for name, parameter in other_parameters(layer).items()}
+    stored, arrived = work.walk.loaded.decoder.layers[layer.index], arrival(layer.device)
+
+    def enter() -> None:
+        arrived()
+        check_factored(faults)
+        for name, (type_name, parts, columns) in quantised.items():
+            data = np.concatenate(parts) if len(parts) > 1 else parts[0]
+            outcome.put_quantised(f"{name}.weight", QuantisedTensor(type_name, data, columns))
+        for name, value in changed(others, stored).items():
+            outcome.put("replaced", name, value.clone())
+
+    work.arriving = enter
 
 
 def measure_ranges(work: LayerWork) -> None:

@@ -91,7 +91,8 @@ class LayerWork:
     """The layer at hand: a copy on the device that the steps change, and what they have found.
 
     ``weights`` are of tokens in Hessians; ``type_names`` are by reader; ``passed`` are the walk's streams behind the original layer;
-    ``before`` are weights as they were rounded, ``shares`` what experts see of others' tokens.
+    ``before`` are weights as they were rounded, ``shares`` what experts see of others' tokens. ``arriving`` waits for what is on its way to
+    the host and enters it into the outcome; ``faults`` are for check_factored, when they have arrived.
     """
 
     walk: Walk
@@ -100,6 +101,8 @@ class LayerWork:
     type_names: dict[str, str]
     replay: Replay
     outcome: Outcome = field(default_factory=Outcome)
+    arriving: Callable[[], None] = lambda: None
+    faults: list[torch.Tensor] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
     passed: list[Streamed] | None = None
     observed: Observed | None = None
