@@ -120,13 +120,13 @@ def test_quantised_already(part: str | None, model: Path, out: Path) -> None:
         config.update({"quantization_config": settings} if part is None else {part: {"quantization_config": settings}})
 
     configure(model, change)
-    assert "is quantised already (gptq): give the model that it was made from" in refused("convert", model, out)
+    assert "is already quantised (gptq): give the model that it was made from" in refused("convert", model, out)
 
 
 @pytest.mark.parametrize("file", ["hf_quant_config.json", "quantize_config.json"])
 def test_quantised_as_a_file_beside_says(file: str, model: Path, out: Path) -> None:
     (model / file).write_text("{}")
-    assert f"is quantised already (it has a {file})" in refused("convert", model, out)
+    assert f"is already quantised (it has a {file})" in refused("convert", model, out)
 
 
 def test_quantised_as_its_tensors_say(model: Path, out: Path) -> None:
@@ -134,12 +134,12 @@ def test_quantised_as_its_tensors_say(model: Path, out: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    assert f"is quantised already ({name} is of F8_E4M3)" in refused("convert", model, out)
+    assert f"is already quantised ({name} is of F8_E4M3)" in refused("convert", model, out)
 
 
 def test_an_adapter_alone(model: Path, out: Path) -> None:
     (model / "config.json").rename(model / "adapter_config.json")
-    assert "is an adapter (LoRA) and no model" in refused("convert", model, out)
+    assert "is an adapter (LoRA) and not a model" in refused("convert", model, out)
 
 
 def test_an_adapter_beside_the_model(model: Path, out: Path) -> None:
@@ -163,7 +163,7 @@ NESTED = '{"a":' * 100_000 + "1" + "}" * 100_000
 def test_configuration_that_is_none(file: str, content: str, model: Path, out: Path) -> None:
     (model / file).write_text(content)
     sentence = refused("convert", model, out)
-    assert f"{file} cannot be read as JSON" in sentence or f"{file} is no model configuration" in sentence
+    assert f"{file} cannot be read as JSON" in sentence or f"{file} is not a model configuration" in sentence
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_odd_settings(file: str, change: dict[str, object], words: str, model: P
 def test_template_that_leaves_out_what_is_said(model: Path, out: Path) -> None:
     said = "{% for m in messages %}{{ m.role }}: {{ m.content | replace('What', 'Where') }}<|im_end|>{% endfor %}"
     (model / "chat_template.jinja").write_text(said + "{% if add_generation_prompt %}assistant: {% endif %}")
-    assert "leaves out what is said" in refused("convert", model, out)
+    assert "leaves out the message" in refused("convert", model, out)
 
 
 def test_weights_missing(model: Path, out: Path) -> None:
@@ -216,7 +216,7 @@ def test_weights_of_another_kind_of_file(model: Path, out: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
     torch.save(tensors, model / "pytorch_model-00001-of-00001.bin")
-    _, _, command = refused("convert", model, out).replace("\n", " ").partition("To make them: ")
+    _, _, command = refused("convert", model, out).replace("\n", " ").partition("To convert them: ")
     subprocess.run(command.replace("python", sys.executable, 1), cwd=model, shell=True, check=True)
     assert (model / "model-00001-of-00001.safetensors").is_file()
     result = CliRunner().invoke(main, ["convert", str(model), str(out), "--dry-run", "--type", "BF16"])
@@ -320,7 +320,7 @@ def test_choice_that_is_none_here(option: str, value: str, words: str, tiny_dir:
 @pytest.mark.parametrize(("option", "value"), [("--rotate", "offline"), ("--method", "awq")])
 def test_a_reference_type_takes_no_method(option: str, value: str, tiny_dir: Path, out: Path) -> None:
     for kind in ("BF16", "F16", "F32"):
-        assert f"--type {kind} is the checkpoint as it is" in refused("convert", tiny_dir, out, "--type", kind, option, value)
+        assert f"--type {kind} keeps the checkpoint as it is" in refused("convert", tiny_dir, out, "--type", kind, option, value)
 
 
 def test_two_ways_to_choose_types(tiny_dir: Path, out: Path) -> None:

@@ -84,7 +84,7 @@ def test_an_array(indent: int | None, folder: Path) -> None:
     assert [scene.place for scene in scenes] == [f"{path}, item {number}" for number in range(1, len(SHAPES) + 1)]
     assert all(scene.turns == scenes[0].turns for scene in scenes)
     path.write_text(json.dumps([OURS, OURS | {"image": "dog.png"}], indent=indent))
-    with pytest.raises(UsageError, match=r"set\.json, item 2: .*dog\.png cannot be read .*: mend or remove the item"):
+    with pytest.raises(UsageError, match=r"set\.json, item 2: .*dog\.png cannot be read .*: correct or remove the item"):
         read_scenes(path)
 
 
@@ -119,11 +119,14 @@ def test_line_ends(end: str, mark: bytes, folder: Path) -> None:
         (OURS | {"image": "a" * 3000 + ".png"}, "cannot be read (file name too long)"),
         ({"conversations": LLAVA["conversations"]}, "it has 0 pictures"),
         (LLAVA | {"image": ["cat.png", "cat.png"]}, "it has 2 pictures"),
-        (LLAVA | {"conversations": [{"from": "gpt", "value": "Hello"}]}, "'gpt' speaks where"),
+        (LLAVA | {"conversations": [{"from": "gpt", "value": "Hello"}]}, "'gpt' is out of turn"),
         (LLAVA | {"conversations": [{"from": "human", "value": "What?"}]}, "a question has no answer"),
-        (openai({"type": "image_url", "image_url": {"url": "https://example.org/cat.png"}}), "is on the net"),
+        (openai({"type": "image_url", "image_url": {"url": "https://example.org/cat.png"}}), "is a URL"),
         (openai({"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}), "line 2"),
-        ({"messages": [{"role": "user", "content": "What?"}, {"role": "tool", "content": "x"}], "image": "cat.png"}, "'tool' speaks where"),
+        (
+            {"messages": [{"role": "user", "content": "What?"}, {"role": "tool", "content": "x"}], "image": "cat.png"},
+            "'tool' is out of turn",
+        ),
     ],
 )
 def test_faults_have_file_and_line(line: object, words: str, folder: Path) -> None:
@@ -145,7 +148,7 @@ def test_a_lone_surrogate(folder: Path) -> None:
 def test_other_encodings(folder: Path) -> None:
     path = folder / "set.jsonl"
     path.write_bytes(json.dumps(OURS).encode("utf-16"))
-    with pytest.raises(UsageError, match=r"set\.jsonl, line 1 is no text in UTF-8: "):
+    with pytest.raises(UsageError, match=r"set\.jsonl, line 1 is not valid UTF-8: "):
         read_scenes(path)
 
 

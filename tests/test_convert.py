@@ -124,7 +124,7 @@ def test_calibrated_file_holds_ratios_and_fingerprint(built_llama: Path, tiny_di
     assert len(found["mbq.ratio.attention"]) == len(found["mbq.ratio.mlp"]) == LAYERS
     assert all(ratio > 0 for ratio in found["mbq.ratio.attention"] + found["mbq.ratio.mlp"])
     assert len(found["mbq.calibration.fingerprint"]) == 64
-    assert "drawn scenes that ship with mbq-gguf" in text
+    assert "drawn scenes that come with mbq-gguf" in text
     for stage in ("sensitivity", "layers", "write GGUF"):
         assert stage in text
 

@@ -12,7 +12,7 @@ from mbq_gguf.convert import ConvertOptions, convert
 from mbq_gguf.cost import CARD, CPU_SPEED, Rates, Site, Speed, Work, layer_seconds, rates_at, stage_seconds
 from mbq_gguf.dry_run import dry_run, expected_seconds
 from mbq_gguf.errors import UserError
-from mbq_gguf.room import Memory, memory, way_out
+from mbq_gguf.memory_estimate import Memory, estimate_memory, suggest_options
 from rich.console import Console
 
 NEAREST = {"method": "rtn", "rounding": "nearest"}
@@ -126,7 +126,7 @@ def test_a_card_is_foretold_within_a_third(layers: int, texts: int, seconds: flo
         texts=texts,
     )
     assert sum(stage_seconds(work, CARD).values()) == pytest.approx(seconds, rel=1 / 3)
-    found = [bytes_ / 2**30 for bytes_ in memory(work, "cuda")[:2]]
+    found = [bytes_ / 2**30 for bytes_ in estimate_memory(work, "cuda")[:2]]
     assert found == pytest.approx([5.9, card_gib], rel=1 / 3)
 
 
@@ -145,17 +145,17 @@ def test_a_card_is_foretold_within_a_third(layers: int, texts: int, seconds: flo
 )
 def test_the_options_with_which_a_model_finds_room(layers: int, device: str, free: Memory, way: str | None) -> None:
     """Shapes of a 7B, and of one with more layers."""
-    assert way_out(replace(SEVEN_B, layers=[SEVEN] * layers), device, free, 0.7 * free.host) == way
+    assert suggest_options(replace(SEVEN_B, layers=[SEVEN] * layers), device, free, 0.7 * free.host) == way
 
 
 def test_activations_beyond_the_share_of_the_host_are_the_disks() -> None:
     no_texts = replace(SEVEN_B, texts=0)  # they would be written in 32 bits where memory is endless
-    whole = memory(no_texts, "cpu")
-    less = memory(no_texts, "cpu", share=12 * GB)
+    whole = estimate_memory(no_texts, "cpu")
+    less = estimate_memory(no_texts, "cpu", share=12 * GB)
     assert whole.disk == 0
     assert less.disk > 1 * GB
     assert less.host < whole.host
-    assert memory(no_texts, "cpu", share=0).disk > less.disk
+    assert estimate_memory(no_texts, "cpu", share=0).disk > less.disk
 
 
 def test_more_than_is_free_is_said_with_the_way_out(
@@ -164,11 +164,11 @@ def test_more_than_is_free_is_said_with_the_way_out(
     options = ConvertOptions(tiny_dir, tmp_path / "out.gguf", samples=2)
     assert dry_run(options, Console(file=StringIO())).too_large == ""
     monkeypatch.setattr("mbq_gguf.dry_run.available", lambda _: 0)
-    monkeypatch.setattr("mbq_gguf.dry_run.own", lambda: 900_000_000)
+    monkeypatch.setattr("mbq_gguf.dry_run.process_bytes", lambda: 900_000_000)
     console = Console(file=StringIO(), width=200)
     console.print(dry_run(options, console).render())
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "GB of memory is wanted and 900.0 MB is free: end other programs, or take a machine with more" in said
+    assert "GB of memory are needed and 900.0 MB are free: end other programs, or use a machine with more" in said
 
 
 def sites(width: int, heads: int, kv_heads: int, ffn: int) -> list[Site]:

@@ -15,7 +15,7 @@ from hub_server import COMMIT, REPO, TOKEN, Hub, served
 from mbq_gguf.errors import UsageError
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.hub import model_directory
-from mbq_gguf.snapshot import Snapshot, bearing_name, snapshot_of, source_keys
+from mbq_gguf.snapshot import Snapshot, named_link, snapshot_of, source_keys
 from rich.console import Console
 
 
@@ -122,14 +122,14 @@ def test_no_network_and_offline(tmp_path: Path) -> None:
         said = sentence(run(url, tmp_path, "convert", REPO, tmp_path / "out.gguf"))
         assert f"{url} cannot be reached for {REPO}" in said
         said = sentence(run(url, tmp_path, "convert", REPO, tmp_path / "out.gguf", HF_HUB_OFFLINE="1"))
-        assert "HF_HUB_OFFLINE forbids fetching it: unset HF_HUB_OFFLINE once" in said
+        assert "HF_HUB_OFFLINE forbids downloading it: unset HF_HUB_OFFLINE once" in said
 
 
 def test_an_interrupted_download_goes_on(hub: Hub, tmp_path: Path) -> None:
     hub.broken_after = 1000
     said = sentence(run(hub.url, tmp_path / "cache", "convert", REPO, tmp_path / "out.gguf"))
-    assert f"fetching {REPO} into {tmp_path / 'cache'} stopped" in said
-    assert "give the same command again" in said
+    assert f"downloading {REPO} into {tmp_path / 'cache'} stopped" in said
+    assert "repeat the same command" in said
     hub.broken_after, hub.cut = None, False
     weights = fetched(hub.url, tmp_path / "cache") / "model.safetensors"
     assert weights.read_bytes() == (hub.folder / "model.safetensors").read_bytes()
@@ -150,7 +150,7 @@ def test_a_directory_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "acme" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert model_directory("acme/model", None, Console()) == Path("acme/model")
-    with pytest.raises(UsageError, match="--revision is for models of a hub"):
+    with pytest.raises(UsageError, match="--revision is for models on the hub"):
         model_directory("acme/model", "main", Console())
 
 
@@ -166,11 +166,11 @@ def test_a_directory_of_the_cache_knows_its_model(tmp_path: Path, monkeypatch: p
     folder.mkdir(parents=True)
     assert snapshot_of(folder) == Snapshot("Qwen/Qwen2-VL-2B-Instruct", "895c3a4")
     assert source_keys(folder)["general.source.repo_url"] == "https://huggingface.co/Qwen/Qwen2-VL-2B-Instruct"
-    with bearing_name(folder) as named:
+    with named_link(folder) as named:
         assert named.name == "Qwen2-VL-2B-Instruct"
         assert named.samefile(folder)
     assert not named.exists()
     assert snapshot_of(tmp_path) is None
     assert source_keys(tmp_path) == {}
-    with bearing_name(tmp_path) as named:
+    with named_link(tmp_path) as named:
         assert named == tmp_path

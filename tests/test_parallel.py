@@ -83,7 +83,7 @@ def test_what_one_process_finds_all_hear(tmp_path: Path) -> None:
         short, long, (sentence,) = json.loads((tmp_path / f"{rank}.json").read_text())
         assert short == [0, 1, 2]
         assert long == [number * "long" * PAGE for number in range(3)]
-        assert sentence.startswith(f"the weight b in {tmp_path}/weights.safetensors holds NaN or infinite values")
+        assert sentence.startswith(f"the weight b in {tmp_path}/weights.safetensors has NaN or infinite values")
 
 
 def in_rounds(folder: str) -> None:
@@ -174,5 +174,5 @@ def test_each_process_takes_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (launch.count(), launch.rank(), launch.first()) == (4, 2, False)
     assert launch.device("cuda") == "cuda:2"
     assert launch.device("cpu") == "cpu"
-    with pytest.raises(UsageError, match="each of several processes takes a card of its own, not all cuda:1: give --device cuda"):
+    with pytest.raises(UsageError, match="several processes cannot share cuda:1, each uses its own GPU: give --device cuda"):
         launch.device("cuda:1")

@@ -136,9 +136,9 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE // 3)
     words = {
         "bomb.png": "too many pixels",
-        "float.tiff": "pixels of mode F have no colour of their own",
-        "none.png": "it is no picture of a known format",
-        "program.eps": "it is no picture of a known format",
+        "float.tiff": "pixels of mode F have no defined colour",
+        "none.png": "it is not a picture of a known format",
+        "program.eps": "it is not a picture of a known format",
         "absent.png": "No such file",
     }
     for name, said in words.items():

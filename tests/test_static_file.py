@@ -88,5 +88,5 @@ def test_the_estimator_reaches_the_file(tiny: LoadedModel, samples: list[Sample]
 
 
 def test_an_estimator_without_static_ranges_is_refused(tiny: LoadedModel, samples: list[Sample]) -> None:
-    with pytest.raises(UsageError, match="--range-estimator belongs to static ranges: give --activations static too"):
+    with pytest.raises(UsageError, match="--range-estimator is for static ranges: also give --activations static"):
         quantise(tiny, samples[:1], QuantiseSettings("W8A8", range_estimator="p99.9"))

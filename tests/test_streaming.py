@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from mbq_gguf.calibration.dataset import Sample
-from mbq_gguf.models import LoadedModel, stored
+from mbq_gguf.models import LoadedModel, lazy
 from mbq_gguf.quantise import quantise
 from mbq_gguf.settings import QuantiseSettings
 
@@ -35,14 +35,14 @@ class Count:
 @pytest.fixture
 def count(monkeypatch: pytest.MonkeyPatch) -> Count:
     counted = Count()
-    before = stored.read_to
+    before = lazy.materialised
 
-    def read_to(value: torch.Tensor, device: torch.device, dtype: torch.dtype | None, made: stored.Made) -> torch.Tensor:
+    def read_to(value: torch.Tensor, device: torch.device, dtype: torch.dtype | None, made: lazy.ReadCache) -> torch.Tensor:
         found = before(value, device, dtype, made)
         counted.add(found)
         return found
 
-    monkeypatch.setattr(stored, "read_to", read_to)
+    monkeypatch.setattr(lazy, "materialised", read_to)
     gc.collect()
     return counted
 

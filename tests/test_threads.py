@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from mbq_gguf.threads import Workers, threads
+from mbq_gguf.threads import Workers, torch_threads
 
 BOTH = threading.Barrier(2, timeout=60)
 
@@ -28,7 +28,7 @@ def test_results_come_in_order_and_pieces_share_no_tool() -> None:
 
 
 def test_each_has_its_share_of_the_cores_and_no_gradients() -> None:
-    with threads(6), Workers("abc") as workers:
+    with torch_threads(6), Workers("abc") as workers:
         found = list(workers.each(range(9), lambda _tool, _piece: (torch.get_num_threads(), torch.is_grad_enabled())))
         assert torch.get_num_threads() == 6
     assert found == [(2, False)] * 9

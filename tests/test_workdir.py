@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from mbq_gguf.errors import UsageError, UserError
-from mbq_gguf.workdir import TEMPORARY, Unkept, open_workdir
+from mbq_gguf.workdir import TEMPORARY, NoWorkDir, open_workdir
 from safetensors.torch import save_file
 
 MARK = {"model": "m1", "data": "d1", "settings": "s1"}
@@ -40,7 +40,7 @@ def test_an_item_is_made_once(tmp_path: Path) -> None:
         tensors, data = work.cached("a", make)
         assert torch.equal(tensors["x"], torch.ones(2))
         assert data == 1
-    assert [Unkept().cached("a", make)[1] for _ in range(2)] == [2, 3]
+    assert [NoWorkDir().cached("a", make)[1] for _ in range(2)] == [2, 3]
 
 
 @pytest.mark.parametrize("part", sorted(MARK))
@@ -52,7 +52,7 @@ def test_another_fingerprint_is_refused(tmp_path: Path, part: str) -> None:
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UsageError, match="is not empty and no work directory"):
+    with pytest.raises(UsageError, match="is not empty and not a work directory"):
         open_workdir(tmp_path, MARK)
 
 
@@ -125,7 +125,7 @@ def test_damaged_item_is_told_and_made_again(damage: Callable[[Path], object], t
     assert work.load("a") is None
     assert len(told) == 1
     assert told[0].startswith(f"{work.path / 'a.safetensors'} is damaged (")
-    assert told[0].endswith("): it will be made again")
+    assert told[0].endswith("): it will be computed again")
     work.save("a", {"x": torch.ones(100)}, {"kind": 1})
     found = work.load("a")
     assert found is not None
@@ -145,7 +145,7 @@ def test_damaged_fingerprint_is_made_again_and_items_stay(content: str | None, t
     else:
         file.write_text(content)
     assert open_workdir(tmp_path / "work", MARK, told.append).load("a") is not None
-    assert told == [f"{file} is damaged: it will be made again"]
+    assert told == [f"{file} is damaged: it will be written again"]
     assert json.loads(file.read_text()) == MARK
 
 
@@ -163,7 +163,7 @@ def test_an_item_under_anothers_name_is_told(tmp_path: Path) -> None:
     work.save("a", {"x": torch.ones(100)}, {})
     shutil.copy(work.path / "a.safetensors", work.path / "b.safetensors")
     assert work.load("b") is None
-    assert told == [f"{work.path / 'b.safetensors'} is damaged (its checksum differs): it will be made again"]
+    assert told == [f"{work.path / 'b.safetensors'} is damaged (its checksum differs): it will be computed again"]
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import click
 import requests
-from mbq_gguf.errors import SHOWN
+from mbq_gguf.errors import USER_ERRORS
 from mbq_gguf.evaluate.exact_match import SHIPPED, load_questions
 from mbq_gguf.llama_cpp.server import Server
 from rich.console import Console
@@ -154,5 +154,5 @@ def main(model: Path, mmproj: Path, clients: int, tokens: int, rounds: int, thre
 if __name__ == "__main__":
     try:
         main()
-    except SHOWN as error:
+    except USER_ERRORS as error:
         sys.exit(f"error: {error}")

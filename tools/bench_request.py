@@ -26,8 +26,8 @@ from bench_tower import prepared
 from bench_ttft import CONTEXT, QUESTION, RANDOM_CASES, SHAPES, SIDES, demo_tokenizer, noise
 from mbq_cbind.model import Model
 from mbq_cbind.vision import Vision
-from mbq_gguf.errors import SHOWN
-from mbq_gguf.llama_cpp import closed
+from mbq_gguf.errors import USER_ERRORS
+from mbq_gguf.llama_cpp import lockdown
 from mbq_gguf.llama_cpp.bindings import bind
 from mbq_gguf.llama_cpp.server import Server, data_url
 from random_gguf import write_random_gguf, write_random_tower
@@ -80,7 +80,7 @@ def requests(text: Path, mmproj: Path, folder: Path, rounds: int, options: list[
             whole, slot = [], []
             for _ in range(rounds + 2):
                 begin = time.perf_counter()
-                reply = closed.request("POST", f"{server.url}/v1/chat/completions", server.key, 60, body)
+                reply = lockdown.request("POST", f"{server.url}/v1/chat/completions", server.key, 60, body)
                 whole.append(1000 * (time.perf_counter() - begin))
                 reply.raise_for_status()
                 slot.append(float(reply.json()["timings"]["prompt_ms"]))
@@ -113,5 +113,5 @@ def main(shape: str, kind: str, rounds: int, gpu_layers: int) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except SHOWN as error:
+    except USER_ERRORS as error:
         sys.exit(f"error: {error}")

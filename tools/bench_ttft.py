@@ -31,7 +31,7 @@ import click
 import numpy as np
 from mbq_cbind.graph import devices
 from mbq_cbind.model import Model
-from mbq_gguf.errors import SHOWN
+from mbq_gguf.errors import USER_ERRORS
 from mbq_gguf.evaluate.exact_match import SHIPPED, load_questions, stratified
 from mbq_gguf.llama_cpp.bindings import bind
 from mbq_gguf.llama_cpp.paths import find_program
@@ -280,5 +280,5 @@ def store(output: Path, rows: list[Row], where: str) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except SHOWN as error:
+    except USER_ERRORS as error:
         sys.exit(f"error: {error}")

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT / "tests" / "fuzz"))
 import click  # noqa: E402
 import harness  # noqa: E402
 import upstream  # noqa: E402
-from mbq_gguf.errors import SHOWN, UserError  # noqa: E402
+from mbq_gguf.errors import USER_ERRORS, UserError  # noqa: E402
 from mbq_gguf.llama_cpp.cache import cache_root  # noqa: E402
 from targets import Target  # noqa: E402
 from targets.table import TARGETS  # noqa: E402
@@ -231,7 +231,7 @@ def main(
                 states = spread(kinds, count, seed, minutes, jobs, out)
             else:
                 states = [fuzz(kind, count, seed, minutes, out) for kind in kinds]
-        except SHOWN as error:
+        except USER_ERRORS as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(1)
         finally:

@@ -119,7 +119,7 @@ def told_of(memory: Memory, times: Times) -> dict[str, Any]:
 def texts(model: Path, layers: int, device: str, count: int) -> dict[str, Any]:
     """Let a model of so many layers write its texts; each layer is the first one's files again."""
     loading = importlib.import_module("mbq_gguf.models.load")
-    first, known = re.compile(r"language_model\.layers\.0\."), loading.stored_tensors
+    first, known = re.compile(r"language_model\.layers\.0\."), loading.lazy_tensors
 
     def repeated(files: Any) -> dict[str, torch.Tensor]:
         found = known(files)
@@ -127,7 +127,7 @@ def texts(model: Path, layers: int, device: str, count: int) -> dict[str, Any]:
             found |= {first.sub(f"language_model.layers.{number}.", name): found[name] for number in range(1, layers)}
         return found
 
-    with TemporaryDirectory() as folder, patch.object(loading, "stored_tensors", repeated), Memory() as memory:
+    with TemporaryDirectory() as folder, patch.object(loading, "lazy_tensors", repeated), Memory() as memory:
         for file in model.iterdir():
             (Path(folder) / file.name).symlink_to(file.absolute())
         config = json.loads((model / "config.json").read_text())

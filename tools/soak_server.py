@@ -30,9 +30,9 @@ from typing import Any
 import click
 import requests
 from hostile_requests import HOSTILE, Hostile
-from mbq_gguf.errors import SHOWN
+from mbq_gguf.errors import USER_ERRORS
 from mbq_gguf.evaluate.exact_match import SHIPPED, Question, load_questions
-from mbq_gguf.llama_cpp import closed
+from mbq_gguf.llama_cpp import lockdown
 from mbq_gguf.llama_cpp.server import LlamaServer, data_url
 from server_memory import growth, on_card, resident
 
@@ -218,9 +218,9 @@ def main(file: Path, mmproj: Path | None, count: int, clients: int, threads: int
             began = time.monotonic()
             tally = soak(server, clients, distinct, tasks, expected, card=gpu_layers > 0)
             wall = time.monotonic() - began
-            if closed.request("GET", f"{server.url}/v1/models", server.key, 60).status_code != 200:
+            if lockdown.request("GET", f"{server.url}/v1/models", server.key, 60).status_code != 200:
                 raise click.ClickException("the server answers no more: see its log")
-    except SHOWN as error:
+    except USER_ERRORS as error:
         raise click.ClickException(str(error)) from error
     for words in (failed := warmed.differing + warmed.wrong + tally.differing + tally.wrong):
         click.echo(words)

@@ -30,7 +30,7 @@ from mbq_gguf.evaluate.exact_match import MAX_TOKENS, SHIPPED
 from mbq_gguf.formats.row_scale import QUANT_TYPES
 from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.outcome import QuantiseResult, put_into
+from mbq_gguf.outcome import QuantiseResult, apply_outcome
 from mbq_gguf.picture import open_picture
 from mbq_gguf.quantise import quantise
 from mbq_gguf.settings import SAMPLES, QuantiseSettings
@@ -93,7 +93,7 @@ def answer_logits(
         if rotation:
             rotate_layer(layer, rotation)
         if result is not None:
-            put_into(layer, result.layer(index))
+            apply_outcome(layer, result.layer(index))
         with int8_inputs(row_scaled(layer, index, result)) if int8 and result else nullcontext():
             advance(layer, running)
     out = []

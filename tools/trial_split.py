@@ -22,7 +22,7 @@ import click
 import torch
 import trial_quality as trial
 from mbq_gguf.models import LoadedModel, load
-from mbq_gguf.models.stored import read_into
+from mbq_gguf.models.lazy import materialise
 from mbq_gguf.transforms.hadamard import block_size, hadamard, random_signs
 from rich.console import Console
 from rich.progress import track
@@ -152,7 +152,7 @@ def main(model_dir: Path, questions: int) -> None:
     """Compare the transforms on MODEL_DIR."""
     console = Console(width=160)
     loaded = load(model_dir)
-    read_into(loaded.model, loaded.device, loaded.dtype)  # every layer's down_proj is turned before any layer's turn
+    materialise(loaded.model, loaded.device, loaded.dtype)  # every layer's down_proj is turned before any layer's turn
     reference = trial.answer_logits(loaded, asked(loaded, questions), None, "none")
     for part in PARTS:
         table = Table("transform", *(f"{bits}: {what}" for bits in BITS for what in ("error", "KLD")), title=part)

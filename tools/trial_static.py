@@ -33,7 +33,7 @@ from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.synthetic import synthetic_streams
 from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.outcome import QuantiseResult, put_into
+from mbq_gguf.outcome import QuantiseResult, apply_outcome
 from mbq_gguf.quantise import quantise
 from mbq_gguf.settings import SAMPLES, QuantiseSettings
 from mbq_gguf.transforms.activations import int8_inputs
@@ -73,7 +73,7 @@ def run_of(loaded: LoadedModel, rotation: Rotation | None = None, result: Quanti
         if rotation:
             rotate_layer(layer, rotation)
         if result:
-            put_into(layer, result.layer(index))
+            apply_outcome(layer, result.layer(index))
         layers.append(layer)
     return Run(loaded, rotation, layers)
 

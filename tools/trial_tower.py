@@ -21,7 +21,7 @@ from mbq_cbind.model import Model
 from mbq_gguf.convert import ConvertOptions, convert
 from mbq_gguf.evaluate.exact_match import SHIPPED, load_questions, stratified
 from mbq_gguf.evaluate.kld import Store
-from mbq_gguf.evaluate.measure import Examiner
+from mbq_gguf.evaluate.measure import Evaluator
 from mbq_gguf.evaluate.results import spread
 from mbq_gguf.llama_cpp.bindings import bind
 from rich.console import Console
@@ -121,7 +121,7 @@ def main(
     for side in sides or (None,):
         questions = stratified(load_questions(data), count)
         with TemporaryDirectory() as scratch:
-            examiner = Examiner(questions, None, Store(Path(scratch)))
+            examiner = Evaluator(questions, None, Store(Path(scratch)))
             plain: list[np.ndarray] = []
             for number, (row, mmproj) in enumerate(files.items()):
                 examiner.pictures = str(number)

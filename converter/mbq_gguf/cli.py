@@ -15,13 +15,13 @@ from rich.markup import escape
 
 from mbq_gguf import __version__, launch, settings
 from mbq_gguf.convert_command import convert
-from mbq_gguf.errors import SHOWN, UsageError
+from mbq_gguf.errors import USER_ERRORS, UsageError
 from mbq_gguf.evaluate.command import eval_command
 from mbq_gguf.export.atomic import check_gguf_output
 from mbq_gguf.hub import model_directory
 from mbq_gguf.llama_cpp.locks import termination_as_exit
 from mbq_gguf.llama_cpp.steps import say
-from mbq_gguf.terminal import speak_everywhere
+from mbq_gguf.terminal import allow_any_encoding
 
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -40,11 +40,11 @@ STOPPED = {  # what an interrupted command that writes leaves behind
 
 
 class Commands(click.Group):
-    """A group that prints each of :data:`SHOWN` as one sentence and exits with its code."""
+    """A group that prints each of :data:`USER_ERRORS` as one sentence and exits with its code."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         """As in click, but for a terminal of any encoding."""
-        speak_everywhere()
+        allow_any_encoding()
         return super().main(*args, **options)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
@@ -59,7 +59,7 @@ class Commands(click.Group):
         try:
             with launch.ended_by_signal(), termination_as_exit():
                 return super().invoke(ctx)
-        except SHOWN as error:
+        except USER_ERRORS as error:
             launch.wait_for_the_first()
             launch.report(str(error))
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -280,8 +280,8 @@ def models(as_json: bool) -> None:
 @click.argument("out", type=FILE)
 def card(out: Path) -> None:
     """Write or update README.md beside the GGUF file OUT: a model card, with the figures of `eval --out` if its JSON is there too."""
-    from mbq_gguf.card import write_card
     from mbq_gguf.export.gguf_header import read_header
+    from mbq_gguf.model_card import write_card
 
     read_header(out)  # report a wrong OUT before a wrong README.md
     say(Console(), f"{write_card(out)} written")

@@ -1,4 +1,4 @@
-"""A hash of the code that decides a file's bytes, so that what older code left behind is not used again."""
+"""A hash of the code that determines a file's bytes, so that results of older code are not reused."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-# Imported on the way, but no byte of a file depends on it: where llama.cpp is built and how (its pin is another part of what is hashed).
+# Imported, but no byte of a file depends on it: how llama.cpp is built (its pin is hashed separately).
 WITHOUT = ("llama_cpp",)
 
 
 @cache
 def code_hash(module: str) -> str:
-    """SHA-256 over the sources of ``module`` ("quantise", "export.gguf_writer") of this package and of all that it imports from it, with
-    the C sources of their names."""
+    """SHA-256 over the sources of ``module`` ("quantise", "export.gguf_writer"), of the modules of this package that it imports, and of C
+    files of the same names."""
     found: set[Path] = set()
     _collect(_file(module), found)
     digest = hashlib.sha256()

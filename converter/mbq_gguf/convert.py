@@ -1,4 +1,4 @@
-"""The whole way from a Hugging Face directory to a text GGUF and an mmproj GGUF: check, load, calibrate, equalise, round, write."""
+"""Converts a Hugging Face directory to a text GGUF and an mmproj GGUF: check, load, calibrate, equalise, round, write."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from rich.console import Console
 
 from mbq_gguf import launch
 from mbq_gguf.allocation.plan import plan_table
-from mbq_gguf.beforehand import check_inputs, check_tower, look_ahead
 from mbq_gguf.calibration.dataset import Drawn, Sample, draw_samples, fingerprint
 from mbq_gguf.calibration.spill import spilling
 from mbq_gguf.convert_options import ConvertOptions as ConvertOptions
@@ -35,62 +34,63 @@ from mbq_gguf.export.report import (
     transform_sentences,
 )
 from mbq_gguf.formats.registry import quant_type
-from mbq_gguf.memory import available, own
+from mbq_gguf.memory import available, process_bytes
+from mbq_gguf.memory_estimate import rounding_bytes
 from mbq_gguf.models import LoadedModel, load
-from mbq_gguf.models.alone import language_model_alone
 from mbq_gguf.models.checks import check_finite
-from mbq_gguf.models.load import outline
+from mbq_gguf.models.language_only import language_only_mode
+from mbq_gguf.models.load import load_meta
 from mbq_gguf.models.remote_code import remote_code
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.parallel import together
+from mbq_gguf.preflight import check_inputs, check_tower, run_preflight
 from mbq_gguf.quantise import quantise
 from mbq_gguf.quantise_tower import quantise_tower
-from mbq_gguf.room import to_round
 from mbq_gguf.timing import Timer
 from mbq_gguf.workdir import WorkDir, open_workdir
 
-FREE_SHARE = 0.7  # of the memory that is free before a conversion: activations beyond it go to disk
-BASE_TYPE = "BF16"  # matrices of a quantised file that no method touches; checkpoints are BF16 today, so nothing is lost
+FREE_SHARE = 0.7  # share of the free memory to use; activations beyond it are spilled to disk
+BASE_TYPE = "BF16"  # type of matrices that are not quantised; checkpoints are BF16 today, so nothing is lost
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """The outcome of calibration, equalisation and rounding, with what the file's metadata say of it."""
+    """The result of calibration, equalisation and rounding, with facts for the file's metadata."""
 
     result: QuantiseResult
     fingerprint: str
     samples: int
-    tower: VisionFile | None = None  # None: the checkpoint's own
+    tower: VisionFile | None = None  # None: the checkpoint's own tower
 
 
-def convert(options: ConvertOptions, console: Console, told: Callable[[str, int, int], None] | None = None) -> ConvertReport:
-    """Write ``options.out`` and the mmproj file beside it, with progress on ``console``; ``told`` hears each stage, done and total.
+def convert(options: ConvertOptions, console: Console, on_progress: Callable[[str, int, int], None] | None = None) -> ConvertReport:
+    """Write ``options.out`` and the mmproj file beside it, with progress on ``console``; ``on_progress`` gets stage, done and total.
 
-    Both files appear when both are whole; a run that was stopped goes on after its last finished layer. Raises UserError or UsageError
-    for everything a user can mend: directory, architecture, weights, images, types, and output paths and disks.
+    Both files appear when both are complete; an interrupted run resumes after its last finished layer. Raises UserError or UsageError for
+    everything that a user can fix: directory, architecture, weights, images, types, output paths and disks.
     """
     check_gguf_output(options.out)
     check_gguf_output(options.mmproj)
     shared = [] if options.work_dir is None else [options.work_dir]
-    alone = language_model_alone(options.language_model_only)
+    alone = language_only_mode(options.language_model_only)
     with claimed(options.out, options.mmproj, *shared), remote_code(options.trust_remote_code), alone:
-        return _convert(options, console, told)
+        return _convert(options, console, on_progress)
 
 
-def _convert(options: ConvertOptions, console: Console, told: Callable[[str, int, int], None] | None) -> ConvertReport:
+def _convert(options: ConvertOptions, console: Console, on_progress: Callable[[str, int, int], None] | None) -> ConvertReport:
     state = options.model_state
     files = check_inputs(options)
     set_threads(options)
     timer = Timer()
     with progress_bars(console) as bars:
-        stages = Stages(bars, told)
+        stages = Stages(bars, on_progress)
         quantised: Quantised | None = None
         tower: VisionFile | None = None
         if options.unquantised:
             with timer.timed("check"):
                 check_finite(files, partial(stages, "check weights"))
             if options.changes_tower:
-                tower = run_tower_alone(options, console, stages, timer)
+                tower = run_tower_only(options, console, stages, timer)
         else:
             quantised = run_quantisation(options, console, stages, timer)
             tower = quantised.tower
@@ -112,15 +112,17 @@ def _convert(options: ConvertOptions, console: Console, told: Callable[[str, int
         shutil.rmtree(options.work_root, ignore_errors=True)
     before = sum(file.stat().st_size for file in files)
     mmproj = None if options.language_model_only else options.mmproj
-    return ConvertReport(options.out, mmproj, text, vision, before, sentences, timer.seconds, allocation, calibrated(options, quantised))
+    return ConvertReport(
+        options.out, mmproj, text, vision, before, sentences, timer.seconds, allocation, calibration_sentence(options, quantised)
+    )
 
 
-def assist(options: ConvertOptions) -> None:
-    """What every process but the first of several does: it computes with the first, and writes nothing. Raises as :func:`convert` does."""
+def run_worker(options: ConvertOptions) -> None:
+    """The part of processes other than the first: compute together with it and write nothing. Raises like :func:`convert`."""
     if options.unquantised:
         return
     console = Console(quiet=True)
-    alone = language_model_alone(options.language_model_only)
+    alone = language_only_mode(options.language_model_only)
     with remote_code(options.trust_remote_code), alone, progress_bars(console) as bars:
         check_inputs(options)
         set_threads(options)
@@ -128,29 +130,33 @@ def assist(options: ConvertOptions) -> None:
 
 
 def set_threads(options: ConvertOptions) -> None:
-    """The threads that were asked for; of several processes, which torchrun gives one thread each, an equal share of the processor."""
+    """Use the requested number of threads, or an equal share of the cores for each of several processes (torchrun sets one thread)."""
     if options.threads:
         torch.set_num_threads(options.threads)
     elif launch.neighbours() > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.neighbours()))
 
 
-def calibrated(options: ConvertOptions, quantised: Quantised | None) -> str:
-    """How much a file was calibrated on, in a sentence; "" where it was not."""
+def calibration_sentence(options: ConvertOptions, quantised: Quantised | None) -> str:
+    """A sentence that says what a file was calibrated on; "" if it was not calibrated."""
     if quantised and options.language_model_only and options.rounding == "gptq":
-        return f"calibrated on {options.synthetic} texts of the model's own alone: it has seen no token of a picture"
+        return f"calibrated only on {options.synthetic} texts that the model generated: it has seen no picture tokens"
     if quantised is None or not quantised.samples:
         return ""
-    beside = f", {options.synthetic} texts of the model's own and {options.synthetic // 2} made pictures" if options.synthetic else ""
+    beside = (
+        f", {options.synthetic} texts that the model generated and {options.synthetic // 2} procedural pictures"
+        if options.synthetic
+        else ""
+    )
     asked = f" ({options.samples} were asked for)" if quantised.samples < options.samples else ""
     return f"calibrated on {quantised.samples} samples{asked} of {options.calib or 'the drawn scenes of mbq-gguf'}{beside}"
 
 
 def run_quantisation(options: ConvertOptions, console: Console, stages: Stages, timer: Timer) -> Quantised:
-    """Look at all that can be refused, load the model, calibrate, equalise and round."""
+    """Run the remaining checks, load the model, calibrate, equalise and round."""
     say = partial(console.print, style="yellow", markup=False, highlight=False, soft_wrap=True)
     with timer.timed("check"):
-        ahead = look_ahead(options, say)
+        ahead = run_preflight(options, say)
     options = ahead.options
     with together(options.device):
         with timer.timed("load"):
@@ -160,30 +166,30 @@ def run_quantisation(options: ConvertOptions, console: Console, stages: Stages, 
         calibration = fingerprint(samples) if samples else ""
         work = open_work(options, calibration, say)
         try:
-            with spilling(host_bytes(options), work.path, round(to_round(sites_of(loaded)))):
+            with spilling(host_limit(options), work.path, round(rounding_bytes(sites_of(loaded)))):
                 result = quantise(loaded, samples, options.settings, work, stages)
         finally:
             if launch.first() and options.work_dir is None and not any(work.path.glob("*.safetensors")):
-                shutil.rmtree(options.work_root, ignore_errors=True)  # nothing to go on from
+                shutil.rmtree(options.work_root, ignore_errors=True)  # nothing to resume from
     timer.seconds.update(result.seconds)
     if not launch.first():
         return Quantised(result, calibration, len(samples))
-    turned = VisionFile({}, result.tensors_of("vision"), result.facts_of("vision"))
-    return Quantised(result, calibration, len(samples), change_tower(options, loaded, samples, turned, stages, timer))
+    rotated = VisionFile({}, result.tensors_of("vision"), result.facts_of("vision"))
+    return Quantised(result, calibration, len(samples), change_tower(options, loaded, samples, rotated, stages, timer))
 
 
-def host_bytes(options: ConvertOptions) -> int:
-    """What the process may hold of the host's memory before activations go to disk."""
+def host_limit(options: ConvertOptions) -> int:
+    """Bytes of host memory that the process may use before activations are spilled to disk."""
     if options.memory is not None:
         return round(options.memory * 1e9)
-    return own() + round(FREE_SHARE * available(torch.device("cpu")) / launch.neighbours())
+    return process_bytes() + round(FREE_SHARE * available(torch.device("cpu")) / launch.neighbours())
 
 
-def run_tower_alone(options: ConvertOptions, console: Console, stages: Stages, timer: Timer) -> VisionFile:
-    """Load the model and change its tower, where the language model stays as it is."""
+def run_tower_only(options: ConvertOptions, console: Console, stages: Stages, timer: Timer) -> VisionFile:
+    """Load the model and change only its tower."""
     say = partial(console.print, style="yellow", markup=False, highlight=False, soft_wrap=True)
     with timer.timed("check"):
-        model = outline(options.model_dir)
+        model = load_meta(options.model_dir)
         check_tower(options, model)
         calibrates = options.tower_type is not None and options.rounding == "gptq"
         drawn = draw_samples(options.calib, model.prompts, options.samples, options.seed, options.turns, say) if calibrates else Drawn()
@@ -194,20 +200,20 @@ def run_tower_alone(options: ConvertOptions, console: Console, stages: Stages, t
 
 
 def change_tower(
-    options: ConvertOptions, loaded: LoadedModel, samples: Sequence[Sample], turned: VisionFile, stages: Stages, timer: Timer
+    options: ConvertOptions, loaded: LoadedModel, samples: Sequence[Sample], rotated: VisionFile, stages: Stages, timer: Timer
 ) -> VisionFile:
-    """The vision file's tensors and metadata; ``turned`` is what the decoder's quantisation has changed of it. The tower of ``loaded`` is
-    changed in place."""
+    """The vision file's tensors and metadata. ``rotated`` has the tensors that the decoder's rotation has changed. Changes the tower of
+    ``loaded`` in place."""
     if not options.changes_tower:
-        return turned
+        return rotated
     with timer.timed("tower"):
         settings = options.tower_settings(check_tower(options, loaded))
-        return quantise_tower(loaded, settings, samples if options.rounding == "gptq" else [], turned, partial(stages, "tower"))
+        return quantise_tower(loaded, settings, samples if options.rounding == "gptq" else [], rotated, partial(stages, "tower"))
 
 
 def open_work(options: ConvertOptions, calibration: str, tell: Callable[[str], object]) -> WorkDir:
-    """The work directory of this model, these samples, these settings and this code; ``tell`` hears of damage in it. Of several processes
-    the first alone opens it."""
+    """Open the work directory for this model, samples, settings and code; ``tell`` receives messages about damage. Of several processes,
+    only the first opens it."""
     fingerprints = options.fingerprints | {"data": calibration}
     if not launch.first():
         return WorkDir(options.work_dir or options.work_root, "")
@@ -219,9 +225,10 @@ def open_work(options: ConvertOptions, calibration: str, tell: Callable[[str], o
 def write_files(
     options: ConvertOptions, quantised: Quantised | None, tower: VisionFile | None, stages: Stages, state: str
 ) -> tuple[list[TensorRecord], list[TensorRecord]]:
-    """Both files, under their names when both are whole; ``tower`` None is the checkpoint's. Of a language model alone one file.
+    """Write both files (without a vision file for a language model only); they get their final names when both are complete.
 
-    Raises UserError where the model's files have changed since they were in ``state``: layers are read when their turn comes.
+    ``tower`` None means the checkpoint's own. Raises UserError if the model's files have changed since ``state`` was computed, since layers
+    are read during the run.
     """
     finals = [options.out] if options.language_model_only else [options.out, options.mmproj]
     vision: list[TensorRecord] = []
@@ -235,7 +242,7 @@ def write_files(
 
 
 def text_file(options: ConvertOptions, quantised: Quantised | None) -> TextFile:
-    """What goes into the text GGUF."""
+    """The contents of the text GGUF."""
     chosen = quant_type(options.type)
     if quantised is None:
         return TextFile({}, {}, chosen.name, chosen.name, {}, None)

@@ -65,7 +65,7 @@ research = option_group("Research (what each does to the figures: docs/results.m
     help="Type of the vision tower and projector: F16, BF16, F32, Q8_0, W8A8 or W4A8 (one scale per row, int8 products).",
 )
 @everyday(
-    settings.ALONE,
+    settings.LANGUAGE_ONLY,
     is_flag=True,
     default=False,
     help="Convert only the language model and calibrate on texts, if llama.cpp does not support the vision tower (see `mbq-gguf models`).",
@@ -227,22 +227,22 @@ def convert(context: click.Context, /, model: str, type_: str, revision: str | N
     console = Console(quiet=not launch.first())
     check_gguf_output(options["out"])  # before downloading gigabytes
     if card:
-        from mbq_gguf.card import check_card
+        from mbq_gguf.model_card import check_card
 
         check_card(options["out"])
     options["device"] = launch.device(options["device"])
-    from mbq_gguf.models.alone import language_model_alone
+    from mbq_gguf.models.language_only import language_only_mode
 
-    with language_model_alone(options["language_model_only"]):
+    with language_only_mode(options["language_model_only"]):
         model_dir = model_directory(model, revision, console, options["trust_remote_code"])
     from mbq_gguf.convert import ConvertOptions
     from mbq_gguf.convert import convert as convert_model
 
     chosen = ConvertOptions(model_dir, type=type_, **options)
     if not launch.first():
-        from mbq_gguf.convert import assist
+        from mbq_gguf.convert import run_worker
 
-        assist(chosen)
+        run_worker(chosen)
         return
     if dry_run:
         from mbq_gguf.dry_run import dry_run as estimate
@@ -251,7 +251,7 @@ def convert(context: click.Context, /, model: str, type_: str, revision: str | N
         return
     console.print(convert_model(chosen, console).render())
     if card:
-        from mbq_gguf.card import write_card
+        from mbq_gguf.model_card import write_card
 
         command = shlex.join(["mbq-gguf", "convert", *context.meta[ARGUMENTS]])
         say(console, f"{write_card(chosen.out, command)} written")

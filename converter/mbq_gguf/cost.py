@@ -1,8 +1,8 @@
-"""What a conversion does, from a model's shapes, and the seconds of each stage by a few measured rates.
+"""The work of a conversion, from a model's shapes, and an estimate of the seconds of each stage from a few measured rates.
 
-:data:`CPU` and :data:`CARD` are all that was measured, and say where and when. Seconds of a CPU go with two rates that the machine has
-now (:class:`Speed`), since a core that multiplies four times as fast does small operations only about twice as fast; a card waits for
-launches and copies more than for products, so its seconds are taken as they are.
+:data:`CPU` and :data:`CARD` hold the measured rates, with place and date. CPU times are scaled by two speeds of the current machine
+(:class:`Speed`), because a core that multiplies matrices four times as fast does small operations only about twice as fast. GPU times are
+not scaled: a GPU waits more for launches and copies than for products.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ STEPS = TEXT_TOKENS - 1
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds for one of each."""
+    """Seconds per unit of each kind of work."""
 
     start: float  # checks, imports, opening the model
-    read: float  # a byte of the checkpoint, looked through once and read once more for its layer
-    stream: float  # a sample, text or picture on its way to the first layer
-    seen: float  # a weight of the vision tower times a picture token of such a stream
-    step: float  # a token of all texts at once, whatever the layers
-    layer_step: float  # the same, a layer
-    written: float  # a weight of a layer or the head times a token of all texts
-    scored: float  # an entry of the vocabulary times a token of all texts
-    moved: float  # a token times a channel of a site: observed, kept, fetched again
-    multiplied: float  # a token times a weight: runs through the layers
+    read: float  # a byte of the checkpoint, which is read twice: checked for NaN, and for its layer
+    stream: float  # a sample, text or picture up to the first layer
+    seen: float  # a weight of the vision tower times a picture token
+    step: float  # generating one token of all texts together, apart from the layers
+    layer_step: float  # the same, per layer
+    written: float  # a weight of a layer or the head times a generated token
+    scored: float  # an entry of the vocabulary times a generated token
+    moved: float  # a token times a channel of a site: observed, kept and read back
+    multiplied: float  # a token times a weight: forward passes
     squared: float  # a token times two channels: second moments
-    column: float  # a column of a site: rounding goes column by column
-    rounded: float  # a weight: ranges, codes, refits
-    product: float  # a weight times a column of its site: errors carried on, codes improved
-    packed: float  # a weight of embeddings and head, packed on the host
-    stored: float  # a byte of the two files
-    nearest: float  # a weight that is rounded to the nearest, where nothing else is done: the disk keeps up
+    column: float  # a column of a site: GPTQ's loop over columns
+    rounded: float  # a weight: range search, codes, refits
+    product: float  # a weight times a column of its site: error propagation and coordinate descent
+    packed: float  # a weight of embeddings and head: packing on the host
+    stored: float  # a byte of the output files
+    nearest: float  # a weight that is only rounded to nearest, if the disk keeps up
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a CPU does a second, with the load that it has: floating-point operations of matrix products by all ``threads``, and small
-    operations, as rounding has them, by one."""
+    """A CPU's speed under its current load, per second: floating-point operations of matrix products with all ``threads``, and small
+    operations, like those of rounding, with one thread."""
 
     products: float
     small: float
     threads: int
 
 
-# Of these, seconds of PRODUCTS go with the products, and those of BESIDE, which two threads share (walk/ahead.py, calibration/generate.py),
-# and all others with the small operations. One thread of machine A at CPU_SPEED, processor time of the reference VLM's layers and texts,
-# 2026-11-29. Products, and how widths matter, are machine B's (2 cores of an AMD EPYC, AVX2), one thread, layers of 576 and of 1024
-# channels, 2026-11-28: 48e9 operations a second.
+# PRODUCTS scale with the speed of products; BESIDE, which two threads share (walk/ahead.py, calibration/generate.py), and all others with
+# that of small operations. Measured with one thread of machine A at CPU_SPEED, processor time of the reference VLM's layers and texts,
+# 2026-11-29. Products, and the influence of widths, were measured on machine B (2 cores of an AMD EPYC, AVX2), one thread, layers of 576
+# and of 1024 channels, 2026-11-28: 48e9 operations per second.
 PRODUCTS = ("seen", "written", "multiplied", "squared")
 BESIDE = ("step", "layer_step", "scored", "moved", "column", "rounded", "product")
 CPU_SPEED = Speed(183e9, 78e3, 1)
@@ -79,11 +79,11 @@ CPU = Rates(
     stored=1e-9,
     nearest=2.1e-8,
 )
-# Of CPU, where rounding's small operations are compiled (rounding/kernels): 0.72 core seconds of a layer of the reference VLM, 0.29 of them
-# products, on machine A beside other work, 2026-11-29.
+# Replaces rates of CPU if rounding's C kernels are available (rounding/kernels): 0.72 core seconds for a layer of the reference VLM,
+# of which 0.29 for products, on machine A while it did other work, 2026-11-29.
 COMPILED = {"rounded": 1.2e-7, "product": 1.0e-10}
-# One H200 alone, 16 threads, a 7B's shapes by the defaults and two layers of a 72B's, 2026-11-28; rounding since it is kernels, by the four
-# matrices of a 7B's layer, 2026-11-29.
+# One H200 without other work, 16 threads, a 7B's shapes with default options and two layers of a 72B's, 2026-11-28. Rounding, with its
+# kernels: the four matrices of a 7B's layer, 2026-11-29.
 CARD = Rates(
     start=14.0,
     read=5e-10,
@@ -103,14 +103,14 @@ CARD = Rates(
     stored=1.0e-9,
     nearest=6e-8,
 )
-HALF = 0.65  # of the products of a symmetric sum are computed (calibration/sums.py)
-SEARCHED = 3.4  # times a layer's seconds where channel factors are searched (MBQ, AWQ): 1483 s for 435 on the reference VLM
-LEARNED = 1.4  # a pass of --learn-scales: 2855 s for 435 with four passes
+HALF = 0.65  # share of the products of a symmetric sum that is computed (calibration/sums.py)
+SEARCHED = 3.4  # factor of a layer's time with the search for channel factors (MBQ, AWQ): 1483 s instead of 435 for the reference VLM
+LEARNED = 1.4  # per pass of --learn-scales: 2855 s instead of 435 with four passes
 
 
 @dataclass(frozen=True)
 class Site:
-    """A site of a layer: the columns and rows of the matrices that read it, and the share of the tokens that pass them (experts)."""
+    """A site of a layer: columns and rows of the matrices that read it, and the share of tokens that pass through them (experts)."""
 
     columns: int
     rows: int
@@ -118,13 +118,13 @@ class Site:
 
     @property
     def compared(self) -> int:
-        """Channels that are held against the original's: inputs, or outputs where these are fewer (calibration/moments.py)."""
+        """Channels that are compared with the original's: inputs, or outputs if these are fewer (calibration/moments.py)."""
         return min(self.columns, self.rows)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do: ``layers`` by sites, other weights of the model, and tokens by kind."""
+    """The amount of work: ``layers`` as lists of sites, other weights of the model, and tokens by kind."""
 
     layers: Sequence[Sequence[Site]]
     ends: int  # weights of embeddings and head
@@ -132,20 +132,20 @@ class Work:
     vocabulary: int
     width: int
     checkpoint: int  # bytes
-    files: int  # bytes of what is written
+    files: int  # bytes of the output files
     streams: int  # samples, texts and pictures
-    tokens: int  # of all of them
+    tokens: int  # of all streams
     texts: int
-    table: int = 0  # weights of an embedding that stays in its file
+    table: int = 0  # weights of an embedding table that stays in its file
 
     @property
     def weights(self) -> int:
-        """Of all layers."""
+        """The number of weights of all layers."""
         return sum(site.columns * site.rows for layer in self.layers for site in layer)
 
 
 def work_of(model: LoadedModel, *, checkpoint: int, files: int, samples: int, sample_tokens: float, texts: int) -> Work:
-    """The work on ``model``, of which an outline will do; half as many pictures as ``texts`` have as many tokens as a sample has."""
+    """The work on ``model``, which may be without weights. Half as many pictures as ``texts`` are added, each as long as a sample."""
     decoder = model.decoder
     layers = sites_of(model)
     ends = decoder.embed_tokens.weight.numel() + (0 if model.tied else decoder.head.weight.numel())
@@ -169,7 +169,7 @@ def work_of(model: LoadedModel, *, checkpoint: int, files: int, samples: int, sa
 
 
 def sites_of(model: LoadedModel) -> list[list[Site]]:
-    """The sites of each decoder layer."""
+    """The sites of every decoder layer."""
     layers = []
     chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
     for module in model.decoder.layers:
@@ -177,7 +177,7 @@ def sites_of(model: LoadedModel) -> list[list[Site]]:
         linears = {name: Layer(module, 0, layout).holder(name) for name in layout.readers}
         sites = []
         for site in layout.sites:
-            readers = {id(linears[name]): linears[name] for name in site.readers}.values()  # rows of one fused linear count once
+            readers = {id(linears[name]): linears[name] for name in site.readers}.values()  # count a fused linear once
             share = 1.0 if site.expert is None else chosen / sum(other.stage == site.stage for other in layout.sites)
             sites.append(Site(max(each.in_features for each in readers), sum(each.out_features for each in readers), share))
         layers.append(sites)
@@ -185,7 +185,7 @@ def sites_of(model: LoadedModel) -> list[list[Site]]:
 
 
 def layer_seconds(work: Work, sites: Sequence[Site], rates: Rates) -> float:
-    """Of one decoder layer."""
+    """The seconds for one decoder layer."""
     weights = sum(site.columns * site.rows for site in sites)
     total = 0.0
     for site in sites:
@@ -204,7 +204,7 @@ def rates_at(speed: Speed, compiled: bool = False) -> Rates:
 
 
 def stage_seconds(work: Work, rates: Rates, searched: bool = False, learned: int = 0) -> dict[str, float]:
-    """Seconds by stage, as a conversion tells them."""
+    """Seconds by stage, with a conversion's names of stages."""
     times = (SEARCHED if searched else 1.0) + LEARNED * learned
     texts = STEPS * (rates.step + rates.layer_step * len(work.layers))
     texts += STEPS * work.texts * ((work.weights + work.vocabulary * work.width) * rates.written + work.vocabulary * rates.scored)

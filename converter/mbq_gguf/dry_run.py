@@ -1,7 +1,7 @@
-"""A conversion without its work: everything that can fail early, and what to expect of files, memory and time. Nothing is written.
+"""``--dry-run``: run the early checks of a conversion and estimate file sizes, memory and time, without writing anything.
 
-Sizes come from the very code that writes the files, given the shapes of the quantised weights. Memory and time follow from shapes and
-measured rates (cost.py, room.py).
+Sizes come from the code that writes the files, given the shapes of the quantised weights. Memory and time follow from shapes and measured
+rates (cost.py, memory_estimate.py).
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import torch
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from mbq_gguf.beforehand import check_inputs, check_tower, look_ahead
 from mbq_gguf.calibration.dataset import FREE_ANSWER_TOKENS, FREE_QUESTION, Drawn
-from mbq_gguf.convert import ConvertOptions, Quantised, host_bytes, text_file
+from mbq_gguf.convert import ConvertOptions, Quantised, host_limit, text_file
 from mbq_gguf.cost import CARD, Speed, Work, rates_at, stage_seconds, work_of
 from mbq_gguf.export.atomic import check_gguf_output
 from mbq_gguf.export.gguf_writer import HEAD, TextFile, VisionFile, measure_mmproj, measure_text
@@ -28,52 +27,53 @@ from mbq_gguf.export.report import ConvertReport, duration, megabytes, type_tabl
 from mbq_gguf.export.tower_file import tower_file
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
-from mbq_gguf.memory import available, own
-from mbq_gguf.models.alone import language_model_alone
-from mbq_gguf.models.load import outline
+from mbq_gguf.memory import available, process_bytes
+from mbq_gguf.memory_estimate import Memory, estimate_memory, suggest_options
+from mbq_gguf.models.language_only import language_only_mode
+from mbq_gguf.models.load import load_meta
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.remote_code import remote_code
 from mbq_gguf.outcome import QuantiseResult
+from mbq_gguf.preflight import check_inputs, check_tower, run_preflight
 from mbq_gguf.quantise_tower import tower_keys
-from mbq_gguf.room import Memory, memory, way_out
 from mbq_gguf.rounding.kernels import kernels_for
 from mbq_gguf.transforms.rotation import file_keys
 
-SAMPLED = 8  # samples that are encoded to know how long one is
+SAMPLED = 8  # samples that are encoded to estimate the length of one
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a conversion would write and need: sizes in bytes, times in seconds."""
+    """What a conversion would write and need; sizes in bytes, times in seconds."""
 
     report: ConvertReport
     text_bytes: int
     mmproj_bytes: int
     memory: Memory
-    too_large: str  # where that is not free: the sentence that says so
+    too_large: str  # a sentence, if that much memory is not free
     seconds: float
     samples: int
 
     def render(self) -> RenderableType:
-        """Files and types as after a conversion, then what it takes."""
-        card = f", {megabytes(round(self.memory.card))} of the card's" if self.memory.card else ""
+        """Files and types as after a conversion, then memory and time."""
+        card = f", {megabytes(round(self.memory.card))} of GPU memory" if self.memory.card else ""
         disk = f", {megabytes(round(self.memory.disk))} of disk beside the finished layers" if self.memory.disk else ""
         vision = f", {self.report.mmproj.name} {megabytes(self.mmproj_bytes)}" if self.report.mmproj else ""
         needed = f"about {megabytes(round(self.memory.host))} of memory{card}{disk} and {duration(self.seconds)}"
         return Group(
             type_table(self.report),
             Text(f"{self.report.out.name} {megabytes(self.text_bytes)}{vision}"),
-            Text(f"{needed} on this machine as busy as it is now"),
+            Text(f"{needed} on this machine at its current load"),
             *([Text(self.too_large, style="bold red")] if self.too_large else []),
             Text("nothing was written: the same command without --dry-run converts"),
         )
 
 
 def dry_run(options: ConvertOptions, console: Console) -> Expected:
-    """Check what can be checked and tell what to expect; raises UserError and UsageError as ``convert`` does at its start."""
+    """Run the early checks and estimate the rest; raises UserError and UsageError as ``convert`` does at its start."""
     check_gguf_output(options.out)
     check_gguf_output(options.mmproj)
-    with remote_code(options.trust_remote_code), language_model_alone(options.language_model_only):
+    with remote_code(options.trust_remote_code), language_only_mode(options.language_model_only):
         return _dry_run(options, console)
 
 
@@ -82,9 +82,9 @@ def _dry_run(options: ConvertOptions, console: Console) -> Expected:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.unquantised:
-        model, samples = outline(options.model_dir), 0
+        model, samples = load_meta(options.model_dir), 0
     else:
-        ahead = look_ahead(options, partial(console.print, style="yellow", markup=False, highlight=False, soft_wrap=True))
+        ahead = run_preflight(options, partial(console.print, style="yellow", markup=False, highlight=False, soft_wrap=True))
         options, model, samples = ahead.options, ahead.model, len(ahead.drawn)
     weights = sum(linear.weight.numel() for _, linear in model.decoder.linears())
     content = expected_content(options, model, samples)
@@ -115,14 +115,14 @@ def _dry_run(options: ConvertOptions, console: Console) -> Expected:
 
 
 def sample_tokens(model: LoadedModel, drawn: Drawn) -> float:
-    """Tokens of a sample, the mean of the first few; of a picture that has no answer yet, with a long one."""
+    """Mean number of tokens of the first few samples; for pictures without answers, a long answer is assumed."""
     found = [len(model.prompts.encode(sample.image, list(sample.turns)).ids) for sample in drawn.samples[:SAMPLED]]
     found += [len(model.prompts.encode(image, [(FREE_QUESTION, "")]).ids) + FREE_ANSWER_TOKENS for image in drawn.pictures[:SAMPLED]]
     return sum(found) / len(found)
 
 
 def expected_content(options: ConvertOptions, model: LoadedModel, samples: int) -> TextFile:
-    """The text file with quantised weights of the right types and shapes, which take no memory."""
+    """The text file's contents, with quantised weights of the right types and shapes that take no memory."""
     if options.unquantised:
         return text_file(options, None)
     quantised = {}
@@ -140,7 +140,7 @@ def expected_content(options: ConvertOptions, model: LoadedModel, samples: int) 
 
 
 def expected_vision(options: ConvertOptions, model: LoadedModel) -> VisionFile:
-    """The vision file likewise."""
+    """The same for the vision file."""
     keys = {} if options.unquantised else file_keys(options.rotate or "none")
     if not options.changes_tower:
         return VisionFile(metadata=keys)
@@ -150,22 +150,22 @@ def expected_vision(options: ConvertOptions, model: LoadedModel) -> VisionFile:
 
 
 def expected_memory(options: ConvertOptions, work: Work) -> tuple[Memory, str]:
-    """What the conversion holds, and where that is more than is free now, a sentence with the options that would hold less; else ""."""
+    """The memory that the conversion needs, and a sentence with options that need less if that much is not free, else ""."""
     device = torch.device(options.device)
     card = 0.0 if device.type == "cpu" else float(available(device))
-    free, share = Memory(float(own() + available(torch.device("cpu"))), card), float(host_bytes(options))
-    needed = memory(work, options.device, free, share)
+    free, share = Memory(float(process_bytes() + available(torch.device("cpu"))), card), float(host_limit(options))
+    needed = estimate_memory(work, options.device, free, share)
     if needed.fits(free):
         return needed, ""
-    where = "memory" if needed.host > free.host else "the card's memory"
+    where = "memory" if needed.host > free.host else "GPU memory"
     wanted, there = (needed.host, free.host) if needed.host > free.host else (needed.card, free.card)
-    way = way_out(work, options.device, free, share)
-    todo = f"give {way}, which would fit" if way else "end other programs, or take a machine with more"
-    return needed, f"this will not fit: {megabytes(round(wanted))} of {where} is wanted and {megabytes(round(there))} is free: {todo}"
+    way = suggest_options(work, options.device, free, share)
+    todo = f"give {way}, which would fit" if way else "end other programs, or use a machine with more"
+    return needed, f"this will not fit: {megabytes(round(wanted))} of {where} are needed and {megabytes(round(there))} are free: {todo}"
 
 
 def expected_seconds(options: ConvertOptions, work: Work) -> float:
-    """All stages together, at the speed that this machine has now."""
+    """The time of all stages at this machine's current speed."""
     searched = options.method in ("awq", "mbq")
     rates = rates_at(measure_speed(), kernels_for(torch.empty(0)) is not None) if options.device == "cpu" else CARD
     if not work.tokens:
@@ -174,16 +174,16 @@ def expected_seconds(options: ConvertOptions, work: Work) -> float:
 
 
 def measure_speed() -> Speed:
-    """What this CPU does a second beside whatever else runs; takes a second."""
+    """Measure this CPU's speed under its current load; takes a second."""
     matrix, groups = torch.randn(768, 768), torch.randn(256, 64)
-    products = _a_second(lambda: matrix @ matrix)
-    small = _a_second(lambda: torch.mul(groups, groups).add_(groups).square_().sum(dim=1))
+    products = _per_second(lambda: matrix @ matrix)
+    small = _per_second(lambda: torch.mul(groups, groups).add_(groups).square_().sum(dim=1))
     return Speed(2 * 768**3 * products, small, torch.get_num_threads())
 
 
-def _a_second(operation: Callable[[], object], least: float = 0.5) -> float:
-    """How often ``operation`` is done a second, over ``least`` seconds."""
-    operation()  # the first call makes ready
+def _per_second(operation: Callable[[], object], least: float = 0.5) -> float:
+    """How often ``operation`` runs per second, measured over ``least`` seconds."""
+    operation()  # warm-up
     start, done = time.perf_counter(), 0
     while (taken := time.perf_counter() - start) < least or not done:
         operation()

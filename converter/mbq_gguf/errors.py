@@ -1,4 +1,4 @@
-"""The exceptions that a user may see: a sentence that says what to do, and the exit code that goes with it."""
+"""Exceptions for users: one sentence that says what is wrong and what to do, with an exit code."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ FIELD = re.compile(r"Validation error for field '(\w+)'")  # huggingface_hub's s
 
 
 class UserError(Exception):
-    """Something the user can mend. ``str(error)`` is one sentence; the command line prints it without a traceback.
+    """An error that the user can fix. ``str(error)`` is one sentence, which the command line prints without a traceback.
 
-    ``exit_code`` is 2 where the call itself was wrong (a bad path, an unknown type) and 1 where the work failed.
+    ``exit_code`` is 2 if the arguments were wrong (a bad path, an unknown type) and 1 if the work failed.
     """
 
     def __init__(self, message: str, *, exit_code: int = 1) -> None:
@@ -23,27 +23,27 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """The call was wrong: exit code 2."""
+    """Wrong arguments: exit code 2."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, exit_code=2)
 
 
-def said(error: BaseException, longest: int = 200) -> str:
-    """What another library's exception says, in one line of ``longest`` characters at most; its name where it says nothing.
+def describe(error: BaseException, longest: int = 200) -> str:
+    """Another library's exception in one line of at most ``longest`` characters; its class name if it has no message.
 
-    A key that was looked for and a setting of another kind (transformers' configuration classes) are named in a person's words.
+    Missing keys, and settings that transformers' configuration classes reject for their type, are put into plain words.
     """
     if isinstance(error, KeyError) and error.args:
         return f"{error.args[0]} is missing"[:longest]
     if field := FIELD.match(str(error)):
-        return f"{field[1]} is of another kind than such a model has"
+        return f"{field[1]} has another type than this model needs"
     return (" ".join(str(error).split()) or type(error).__name__)[:longest]
 
 
 @contextmanager
-def at(place: str) -> Iterator[None]:
-    """Sentences of the block's errors begin with ``place`` (file and line of a set), where there is one."""
+def error_context(place: str) -> Iterator[None]:
+    """Prefix user errors raised in the block with ``place`` (file and line of a data set), if it is not empty."""
     try:
         yield
     except UserError as error:
@@ -52,4 +52,4 @@ def at(place: str) -> Iterator[None]:
         raise UserError(f"{place}: {error}", exit_code=error.exit_code) from error
 
 
-SHOWN = (UserError, BindingError)  # what a command line prints as a sentence, with no traceback
+USER_ERRORS = (UserError, BindingError)  # printed as a sentence, without traceback

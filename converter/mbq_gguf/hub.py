@@ -1,6 +1,6 @@
-"""The model that a command is given: a directory, or the name of a model on a hub, which is fetched into huggingface_hub's cache.
+"""Resolves the MODEL argument: a directory, or a model on the hub, which is downloaded into huggingface_hub's cache.
 
-Cache, hub and token are huggingface_hub's own (HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, ``hf auth login``).
+Cache, hub and token are configured as for huggingface_hub (HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, ``hf auth login``).
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.export.progress import download_bars
 from mbq_gguf.snapshot import snapshot_of
 
-# Settings, tokenizer, chat templates and the model card, which names licence and languages.
+# Configuration, tokenizer, chat templates and the model card, which has licence and languages.
 SETTINGS = ("*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt", "README.md")
-CODE = ("*.py",)  # where --trust-remote-code is given
+CODE = ("*.py",)  # only with --trust-remote-code
 WEIGHTS = ("*.safetensors",)
-FOLDERS = ("*/*", "consolidated*.safetensors")  # other formats' copies of the same weights
+FOLDERS = ("*/*", "consolidated*.safetensors")  # copies of the weights in other formats
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-REASON = 160  # characters of another library's message
+REASON = 160  # characters of another library's message that are shown
 
 
 def model_directory(model: str | Path, revision: str | None, console: Console, code: bool = False) -> Path:
-    """The directory of ``model``: itself where there is such a directory, else the copy of the hub's ``model`` (ORG/NAME) at ``revision``.
+    """The directory of ``model``: the path itself if it exists, else the cached copy of the hub's ``model`` (ORG/NAME) at ``revision``.
 
-    Python code of a repository is fetched only with ``code``.
-    Raises UsageError where it is neither, UserError where the hub does not give it, each reason with its own way out.
+    Downloads a repository's Python code only with ``code``. Raises UsageError if ``model`` is neither, and UserError, with what to do, if
+    the hub does not provide it.
     """
     path = Path(model)
     if path.exists():
         try:
             str(path.absolute()).encode()
-        except UnicodeEncodeError as error:  # tokenizers and safetensors open no other
+        except UnicodeEncodeError as error:  # tokenizers and safetensors need UTF-8 paths
             raise UsageError(f"the path {model} is no text in UTF-8: rename it, or set PYTHONUTF8=1 in a locale without Unicode") from error
         if revision is not None:
-            raise UsageError(f"--revision is for models of a hub and {model} is here on this machine: leave it out")
+            raise UsageError(f"--revision is for models on the hub and {model} is a local path: leave it out")
         return path
     if not NAME.fullmatch(str(model)) or ".." in str(model) or "--" in str(model):
         raise UsageError(
@@ -54,20 +54,20 @@ def model_directory(model: str | Path, revision: str | None, console: Console, c
 
 
 def fetch(repo: str, revision: str | None, console: Console, code: bool) -> Path:
-    """Fetch what a conversion of ``repo`` needs, or find it in the cache; what can be refused is, before the weights come."""
-    with hub_errors(repo, revision), quiet():
+    """Download what a conversion of ``repo`` needs, or find it in the cache; checks the model before downloading its weights."""
+    with hub_errors(repo, revision), quiet_hub():
         directory = download(repo, revision, (*SETTINGS, *CODE) if code else SETTINGS, console)
-    from mbq_gguf.models.load import check_source  # transformers is heavy, and not needed where the hub refuses
+    from mbq_gguf.models.load import check_source  # transformers is slow to import, and not needed if the hub refuses
     from mbq_gguf.models.remote_code import remote_code
 
     with remote_code(code):
         check_source(directory)
-    with hub_errors(repo, revision), quiet():
+    with hub_errors(repo, revision), quiet_hub():
         return download(repo, directory.name, WEIGHTS, console)
 
 
 def download(repo: str, revision: str | None, patterns: Sequence[str], console: Console) -> Path:
-    """The files of ``repo`` that ``patterns`` name, in the cache; with a bar on ``console``."""
+    """Download the files of ``repo`` that match ``patterns`` into the cache, with a progress bar on ``console``."""
     from huggingface_hub import snapshot_download
 
     with download_bars(console) as bars:
@@ -79,7 +79,7 @@ def download(repo: str, revision: str | None, patterns: Sequence[str], console: 
 
 @contextmanager
 def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """Turn what huggingface_hub raises about ``repo`` into one sentence with the way out."""
+    """Turn huggingface_hub's exceptions about ``repo`` into one sentence that says what to do."""
     import httpx2
     from huggingface_hub import constants, errors
 
@@ -99,26 +99,26 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise UserError(
             f"{repo} has no revision {revision}: give --revision a branch, a tag or a whole commit hash of {hub}/{repo}"
         ) from error
-    except errors.LocalEntryNotFoundError as error:  # offline, or the hub does not answer, and the cache has not everything
+    except errors.LocalEntryNotFoundError as error:  # offline, or the hub does not answer, and the cache is incomplete
         if constants.HF_HUB_OFFLINE:
             raise UserError(
-                f"{repo} is not whole in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids fetching it: "
+                f"{repo} is incomplete in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids downloading it: "
                 "unset HF_HUB_OFFLINE once"
             ) from error
-        raise UserError(f"{hub} cannot be reached for {repo} ({cause(error)}): check the network, or give a directory") from error
+        raise UserError(f"{hub} cannot be reached for {repo} ({root_cause(error)}): check the network, or give a directory") from error
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403):
-            raise UserError(f"{hub} does not take the token for {repo}: log in again with `hf auth login`, or mend HF_TOKEN") from error
-        raise UserError(f"{hub} does not give {repo} ({cause(error)}): try again later, or give a directory") from error
+            raise UserError(f"{hub} rejects the token for {repo}: log in again with `hf auth login`, or correct HF_TOKEN") from error
+        raise UserError(f"{hub} does not provide {repo} ({root_cause(error)}): try again later, or give a directory") from error
     except (OSError, httpx2.HTTPError, RuntimeError) as error:
         raise UserError(
-            f"fetching {repo} into {constants.HF_HUB_CACHE} stopped ({cause(error)}): check network and disk and give the same command "
-            "again, which goes on from what is there"
+            f"downloading {repo} into {constants.HF_HUB_CACHE} stopped ({root_cause(error)}): check network and disk and repeat the same "
+            "command, which resumes the download"
         ) from error
 
 
-def cause(error: BaseException) -> str:
-    """The first line of what went wrong at the bottom of ``error``."""
+def root_cause(error: BaseException) -> str:
+    """The first line of the innermost cause of ``error``."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -126,8 +126,8 @@ def cause(error: BaseException) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep huggingface_hub's log lines off the terminal: what they warn of ends in an error, or is its bars'."""
+def quiet_hub() -> Iterator[None]:
+    """Hide huggingface_hub's log messages: they concern its progress bars, or an error follows."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -138,13 +138,13 @@ def quiet() -> Iterator[None]:
 
 
 def bar_class(bars: Progress, repo: str) -> Any:
-    """A tqdm for huggingface_hub that shows the bytes of all files as one of ``bars``; its other counts are not shown."""
+    """A tqdm class for huggingface_hub that shows the total bytes as one of ``bars`` and hides its other bars."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             shown = options.get("name") == "huggingface_hub.snapshot_download"
-            self.task = bars.add_task(f"fetch {repo}", total=None) if shown else None
+            self.task = bars.add_task(f"download {repo}", total=None) if shown else None
             super().__init__(*arguments, **{**options, "gui": True, "disable": False})  # type: ignore[no-untyped-call]  # gui: tqdm itself prints nothing
 
         def display(self, *_: Any, **__: Any) -> None:
@@ -152,7 +152,7 @@ def bar_class(bars: Progress, repo: str) -> Any:
                 bars.update(self.task, total=self.total or None, completed=self.n)
 
         def clear(self, *_: Any, **__: Any) -> None:
-            """Nothing is on the terminal."""
+            """Nothing to clear."""
 
         def close(self) -> None:
             if not self.disable:

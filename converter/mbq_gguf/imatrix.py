@@ -1,4 +1,4 @@
-"""The way from a Hugging Face directory to an importance matrix: load, calibrate, write."""
+"""Computes an importance matrix from a Hugging Face directory: load, calibrate, write."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mbq_gguf.beforehand import check_device
 from mbq_gguf.calibration.dataset import draw_samples
 from mbq_gguf.calibration.importance import importance
 from mbq_gguf.calibration.stream import capture
@@ -18,8 +17,9 @@ from mbq_gguf.export.progress import Stages, progress_bars
 from mbq_gguf.export.rehearsal import rehearse, rehearse_quantised
 from mbq_gguf.models import load
 from mbq_gguf.models.checks import weight_files
-from mbq_gguf.models.load import check_source, outline
+from mbq_gguf.models.load import check_source, load_meta
 from mbq_gguf.models.remote_code import remote_code
+from mbq_gguf.preflight import check_device
 from mbq_gguf.settings import MMPROJ_TYPE, TURNS
 
 
@@ -33,9 +33,9 @@ def make_imatrix(
     console: Console,
     trust_remote_code: bool = False,
 ) -> str:
-    """Write the importance matrix of the VLM in ``model_dir`` to ``out``; returns a sentence about it.
+    """Write the importance matrix of the VLM in ``model_dir`` to ``out``; returns a summary sentence.
 
-    ``calib`` as in :func:`draw_samples`. Raises UserError or UsageError for a directory, a set, a device or an output that will not do.
+    ``calib`` as in :func:`draw_samples`. Raises UserError or UsageError for an unusable directory, data set, device or output.
     """
     check_device(device)
     check_gguf_output(out)
@@ -47,10 +47,10 @@ def _make_imatrix(model_dir: Path, out: Path, calib: Path | None, samples: int, 
     check_source(model_dir)
     rehearse(model_dir, weight_files(model_dir), MMPROJ_TYPE)
     say = partial(console.print, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    model = outline(model_dir)
+    model = load_meta(model_dir)
     if model.decoder.layout.stacks:
         raise UsageError(
-            "llama.cpp keeps the importance of all experts of a layer in one array, which is not written here: use a model without experts"
+            "llama.cpp stores the importance of a layer's experts in one array, which is not supported here: use a model without experts"
         )
     rehearse_quantised(model_dir, {f"{name}.weight": (linear.out_features, linear.in_features) for name, linear in model.decoder.linears()})
     ahead = draw_samples(calib, model.prompts, samples, seed, TURNS, say)

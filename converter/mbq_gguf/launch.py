@@ -1,4 +1,4 @@
-"""Whether this process is one of several that torchrun started to convert one model together, and which. Imports nothing heavy."""
+"""Rank and count of the processes that torchrun started to convert one model together. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from mbq_gguf.errors import UsageError
 
-SAME = 15.0  # seconds that the others leave the first process to say what is wrong, since most errors are everybody's
-STUCK = 20.0  # seconds in which a process that was told to end does so by itself, unless it waits for a dead one in a collective call
+SAME = 15.0  # seconds that other processes wait for the first to report an error, since most errors occur in all
+STUCK = 20.0  # seconds that a signalled process has to end by itself; it cannot if it waits for a dead one in a collective
 ENDED = (
     "another process of this run has ended, or all were told to end: no partial files are left, and the same command, with any number of "
     "processes, resumes from the last finished layer"
@@ -24,12 +24,12 @@ ENDED = (
 
 
 def count() -> int:
-    """How many processes work together; 1 without torchrun."""
+    """The number of processes that work together; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def rank() -> int:
-    """Which of them this is. Number 0, the first, alone writes, and speaks for all."""
+    """The rank of this process. Only rank 0, the first, writes files and messages."""
     return int(os.environ["RANK"]) if count() > 1 else 0
 
 
@@ -39,40 +39,41 @@ def first() -> bool:
 
 
 def neighbours() -> int:
-    """How many of them are on this machine and share its processor."""
+    """The number of processes on this machine, which share its CPU."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if count() > 1 else 1
 
 
 def device(name: str) -> str:
-    """The device of this process where ``name`` was asked for: a card each. UsageError for one card for all."""
+    """The device of this process if ``name`` was requested: one GPU each. Raises UsageError for one GPU for all."""
     if count() == 1 or not name.startswith("cuda"):
         return name
     if name != "cuda":
-        raise UsageError(f"each of several processes takes a card of its own, not all {name}: give --device cuda")
+        raise UsageError(f"several processes cannot share {name}, each uses its own GPU: give --device cuda")
     return f"cuda:{os.environ['LOCAL_RANK']}"
 
 
 def wait_for_the_first() -> None:
-    """Before any but the first process says what is wrong: where it is wrong for all, torchrun ends this one meanwhile."""
+    """Give the first process time to report an error; if it occurs in all processes, torchrun ends this one meanwhile."""
     if not first():
         time.sleep(SAME)
 
 
 def report(sentence: str) -> None:
-    """Leave what is wrong where torchrun looks for it: the last lines of its own report, below a traceback of its own that cannot be had
-    shorter, then say it too (torch.distributed.elastic: an error file for each process)."""
+    """Write ``sentence`` to torchrun's error file (torch.distributed.elastic has one for each process).
+
+    torchrun then repeats it in the last lines of its report, below a traceback of its own that cannot be suppressed."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if count() > 1 and file:
-        told = {"message": {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}}
+        content = {"message": {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}}
         with suppress(OSError):
-            Path(file).write_text(json.dumps(told), encoding="utf-8")
+            Path(file).write_text(json.dumps(content), encoding="utf-8")
 
 
 @contextmanager
 def ended_by_signal() -> Iterator[None]:
-    """End this process although its main thread waits for a dead one: Python's own handlers run only when such a call returns.
+    """Let signals end this process even while its main thread waits in a collective for a dead one, which blocks Python's handlers.
 
-    A second Ctrl-C, which torchrun sends on to processes that the terminal has sent it to already, is not heard.
+    Ignores a second Ctrl-C: torchrun forwards the one that the terminal has already sent.
     """
     if count() == 1 or threading.current_thread() is not threading.main_thread():
         yield
@@ -97,7 +98,7 @@ def _interrupt_once(_number: int, _frame: object) -> None:
 
 def _end_when_stuck(heard: socket.socket) -> None:
     numbers = heard.recv(1)
-    if not numbers:  # closed: the work is done
+    if not numbers:  # closed: the block has ended
         return
     time.sleep(STUCK)
     if first():

@@ -48,12 +48,12 @@ def arrival(device: torch.device) -> Callable[[], None]:
     return told.synchronize
 
 
-def own() -> int:
+def process_bytes() -> int:
     """Bytes of the host that this process holds itself; pages of mapped files, which the system takes back at need, are none of them."""
     return _kilobytes(STATUS, "RssAnon")
 
 
-def on_card() -> int:
+def gpu_bytes() -> int:
     """Bytes that torch has taken on all cards; 0 without one."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():

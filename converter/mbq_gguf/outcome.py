@@ -1,15 +1,15 @@
-"""What quantisation gives: tensors and facts under names ``KIND/NAME``, of one layer or of the whole decoder.
+"""The results of quantisation, for one layer or for the whole decoder: tensors and facts, named ``KIND/NAME``.
 
-Keeping it in a work directory, taking it back, collecting layers and writing files go by the kind alone, so a stage adds what it has found
-and nothing else changes. Names are parameters of the layer (``self_attn.q_proj.weight``) or whatever the kind says:
+Saving results in a work directory, restoring them, collecting layers and writing files depend only on the kind, so that a stage can add
+results without further changes. Names are parameters of the layer (``self_attn.q_proj.weight``) or as the kind says:
 
     quantised/PARAMETER     a quantised weight: its bytes (tensor), its type and columns (fact)
     replaced/PARAMETER      any other parameter that has changed, float32 (tensor)
-    factors/SITE            the channel factors that were folded (tensor), and exponent/SITE of them (fact)
-    loss/PARAMETER          nats that rounding it has cost as measured, where types were allocated (fact)
-    ratio/BRANCH            vision over language sensitivity, one per layer (fact of the decoder)
-    metadata/KEY            a value of the text file's metadata (fact); a layer's becomes an entry of an array over layers
-    vision/NAME             the vision file's: a parameter by the end of its name (tensor), a value of its metadata (fact)
+    factors/SITE            the channel factors that were folded (tensor), with their exponent in exponent/SITE (fact)
+    loss/PARAMETER          the measured loss of rounding it in nats, if types were allocated (fact)
+    ratio/BRANCH            the ratio of vision to language sensitivity, one per layer (fact of the decoder)
+    metadata/KEY            a value of the text file's metadata (fact); layers' values become an array over layers
+    vision/NAME             for the vision file: a parameter by the end of its name (tensor), a metadata value (fact)
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from mbq_gguf.models.layer import Layer
 
 @dataclass
 class Outcome:
-    """Tensors on the host, and facts, which JSON can hold, by ``KIND/NAME``."""
+    """Tensors on the host, and facts, which JSON can represent, by ``KIND/NAME``."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def put(self, kind: str, name: str, value: Any) -> None:
-        """Enter a tensor or a fact."""
+        """Add a tensor or a fact."""
         if isinstance(value, torch.Tensor):
             self.tensors[f"{kind}/{name}"] = value.detach().cpu()
         else:
             self.facts[f"{kind}/{name}"] = value
 
     def put_quantised(self, name: str, quantised: QuantisedTensor) -> None:
-        """Enter a quantised weight."""
+        """Add a quantised weight."""
         self.put("quantised", name, torch.from_numpy(quantised.data))
         self.put("quantised", name, [quantised.type_name, quantised.columns])
 
@@ -61,13 +61,13 @@ class Outcome:
 
 @dataclass
 class QuantiseResult(Outcome):
-    """The whole decoder's outcome: layers' names begin with ``layers.N.``, parameters are decoder-relative."""
+    """The results for the whole decoder: names begin with ``layers.N.``, parameters are decoder-relative."""
 
-    plan: Plan | None = None  # the types, where they were allocated
+    plan: Plan | None = None  # the types, if they were allocated
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
 
     def add_layer(self, index: int, outcome: Outcome) -> None:
-        """Enter the outcome of layer ``index``; layers come in their order."""
+        """Add the results of layer ``index``; layers must be added in order."""
         for full, value in outcome.tensors.items():
             self.tensors[_in_layer(index, full)] = value
         for full, value in outcome.facts.items():
@@ -77,32 +77,32 @@ class QuantiseResult(Outcome):
                 self.facts[_in_layer(index, full)] = value
 
     def layer(self, index: int) -> Outcome:
-        """Tensors and facts of layer ``index``, but for metadata."""
+        """Tensors and facts of layer ``index``, without metadata."""
         return Outcome(_of_layer(index, self.tensors), _of_layer(index, self.facts))
 
     @property
     def replaced(self) -> dict[str, torch.Tensor]:
-        """Parameters other than quantised weights that have changed, by name."""
+        """Changed parameters other than quantised weights, by name."""
         return self.tensors_of("replaced")
 
     @property
     def hadamard(self) -> int:
-        """Block of the online transform before down_proj, 0 for none."""
+        """Block size of the online transform before down_proj, 0 for none."""
         return int(self.facts.get("metadata/mbq.hadamard.ffn_down", 0))
 
     @property
     def losses(self) -> dict[str, float]:
-        """Nats that rounding has cost as measured, by parameter."""
+        """Measured losses of rounding in nats, by parameter."""
         return self.facts_of("loss")
 
     @property
     def ratios(self) -> dict[str, list[float]]:
-        """Vision over language sensitivity, one per layer, by branch."""
+        """Ratios of vision to language sensitivity, one per layer, by branch."""
         return self.facts_of("ratio")
 
     @property
     def exponents(self) -> dict[str, dict[str, float]]:
-        """Of the factors, by layer (``layers.0``), then site."""
+        """Exponents of the channel factors, by layer (``layers.0``), then by site."""
         out: dict[str, dict[str, float]] = {}
         for name, exponent in self.facts_of("exponent").items():
             layer, site = name.rsplit(".", 1)
@@ -111,8 +111,8 @@ class QuantiseResult(Outcome):
 
 
 @torch.no_grad()
-def put_into(layer: Layer, outcome: Outcome) -> None:
-    """Give ``layer`` the parameters of its ``outcome``, quantised ones as the file gives them back."""
+def apply_outcome(layer: Layer, outcome: Outcome) -> None:
+    """Set the parameters of ``layer`` to those of its ``outcome``; quantised ones are dequantised as from the file."""
     parameters = dict(layer.module.named_parameters())
     for name, value in outcome.tensors_of("replaced").items():
         parameters[name].copy_(value)

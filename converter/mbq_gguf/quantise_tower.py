@@ -1,8 +1,8 @@
-"""The vision tower in types with one scale per row: rotated where asked, its matrices rounded block by block on what pictures give.
+"""Quantises the vision tower to types with one scale per row: optional rotation, then GPTQ block by block on calibration pictures.
 
-A block's Hessians are measured with everything before it rounded, all of its sites in one run; what reads the end of the stream is rounded
-behind the blocks, one group after the other. Feed-forward widths that are no multiple of a block are padded by channels that are 0.
-Static ranges of a block's activations are measured with the block itself rounded too.
+A block's Hessians are measured in one run for all of its sites, with everything before it quantised. The linears after the blocks follow,
+one group after the other. Feed-forward widths that are not a multiple of the block size are padded with zero channels. Static ranges of a
+block's activations are measured with the block itself quantised too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mbq_gguf.export.tower_file import padded_width
 from mbq_gguf.formats.grid import grid_of
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
-from mbq_gguf.models.layer import ReachedError, until
+from mbq_gguf.models.layer import StopForward, run_until
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import Encoded
 from mbq_gguf.models.tower import Tower, joined, linear
@@ -46,7 +46,7 @@ Advance = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class TowerResult(VisionFile):
-    """What the vision file must hold of a changed tower."""
+    """The tensors and metadata of a changed tower, for the vision file."""
 
     quantised: dict[str, QuantisedTensor] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -55,8 +55,9 @@ class TowerResult(VisionFile):
 
 @dataclass(frozen=True)
 class TowerSettings:
-    """``type_name`` is W8A8 or W4A8 (None: matrices keep their type), ``made`` the number of procedural pictures beside the samples';
-    ``damping`` and ``refits`` are GPTQ's; static ``activations`` need ``type_name`` and samples, ``estimator`` is that of their ranges."""
+    """``type_name``: W8A8 or W4A8 (None: matrices keep their type). ``made``: the number of procedural pictures besides the samples'.
+    ``damping``, ``refits``: as for GPTQ of the decoder. Static ``activations`` need ``type_name`` and samples; ``estimator`` is for their
+    ranges."""
 
     type_name: str | None
     rotate: bool
@@ -72,20 +73,20 @@ def quantise_tower(
     loaded: LoadedModel,
     settings: TowerSettings,
     samples: Sequence[Sample],
-    turned: VisionFile | None = None,
+    rotated: VisionFile | None = None,
     advance: Advance = lambda done, total: None,
 ) -> TowerResult:
-    """Change the tower of ``loaded``, in place, and give what the vision file must hold of it.
+    """Quantise and rotate the tower of ``loaded`` in place; returns its contents for the vision file.
 
-    GPTQ rounds on the pictures of ``samples`` and procedural ones; without samples matrices are rounded to the nearest and activations
-    dynamic. ``turned`` is what a rotation of the decoder has changed in the projector. ``advance`` is told of finished blocks. UsageError
-    where no rotation passes.
+    GPTQ uses the pictures of ``samples`` and procedural ones. Without samples, matrices are rounded to nearest and activations are dynamic.
+    ``rotated`` has what the decoder's rotation has changed in the projector. ``advance`` is called with finished and total blocks. Raises
+    UsageError if the tower cannot be rotated.
     """
     tower = find_tower(loaded)
-    assert tower is not None, "beforehand.check_tower comes first"
-    turned, rotate, type_name = turned or VisionFile(), settings.rotate, settings.type_name
-    result = TowerResult({}, dict(turned.replaced), dict(turned.metadata))
-    _put(loaded.model, turned.replaced)
+    assert tower is not None, "preflight.check_tower comes first"
+    rotated, rotate, type_name = rotated or VisionFile(), settings.rotate, settings.type_name
+    result = TowerResult({}, dict(rotated.replaced), dict(rotated.metadata))
+    _set_parameters(loaded.model, rotated.replaced)
     names = _names(tower)
     before = {name: parameter.detach().clone() for name, parameter in names.items()} if rotate else {}
     if rotate:
@@ -99,13 +100,13 @@ def quantise_tower(
 
 
 def tower_keys(settings: TowerSettings, rounding: str) -> dict[str, Any]:
-    """What the vision file's metadata say of how its tower was changed."""
+    """The vision file's metadata that record how its tower was changed."""
     kind = {"mbq.tower.type": settings.type_name, "mbq.tower.rounding": rounding} if settings.type_name else {}
     return {**kind, "mbq.tower.rotated": settings.rotate}
 
 
 def _names(tower: Tower) -> dict[str, nn.Parameter]:
-    """The parameters of the tower and of what reads it, each once, by the ends of their names in a checkpoint."""
+    """The parameters of the tower and of the modules that read it, each once, by the end of its name in a checkpoint."""
     names: dict[str, nn.Parameter] = {}
     for place, name, _ in tower.exits():
         parts = [place.norm, *place.readers, *(reader for group in place.later for reader in group)]
@@ -116,15 +117,15 @@ def _names(tower: Tower) -> dict[str, nn.Parameter]:
     return names | {name: value for name, value in tower.module.named_parameters() if id(value) not in seen}
 
 
-def _put(model: nn.Module, turned: Mapping[str, torch.Tensor]) -> None:
+def _set_parameters(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     for name, parameter in model.named_parameters():
-        for end, value in turned.items():
+        for end, value in values.items():
             if name == end or name.endswith(f".{end}"):
                 parameter.copy_(value)
 
 
 def _pad(tower: Tower, result: TowerResult) -> None:
-    """Widen feed-forwards to :func:`padded_width`, by rows and columns of zeros: every activation function here gives 0 for 0."""
+    """Pad feed-forwards to :func:`padded_width` with rows and columns of zeros; every activation function here maps 0 to 0."""
     wide = padded_width(tower)
     if not wide:
         return
@@ -144,7 +145,7 @@ def _pad(tower: Tower, result: TowerResult) -> None:
 
 
 def _encoded(loaded: LoadedModel, samples: Sequence[Sample], made: int) -> Iterator[Encoded]:
-    """Every picture of ``samples`` once, and ``made`` procedural ones."""
+    """Encode every picture of ``samples`` once, and ``made`` procedural ones."""
     draw = np.random.default_rng(SEED)
     pictures: list[Path | Image.Image] = list(dict.fromkeys(sample.image for sample in samples))
     pictures += [picture(draw) for _ in range(made if samples else 0)]
@@ -153,8 +154,8 @@ def _encoded(loaded: LoadedModel, samples: Sequence[Sample], made: int) -> Itera
 
 
 @dataclass
-class _Entered:
-    """What one picture brings to the blocks."""
+class _BlockInput:
+    """The arguments of a block for one picture."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -202,7 +203,7 @@ def _round(
 def _round_site(
     linears: dict[str, nn.Linear], hessian: torch.Tensor | None, type_name: str, refinement: Refinement, result: TowerResult
 ) -> None:
-    """Round matrices that read one activation, in place; by GPTQ where there is a ``hessian`` and the rows fit the type."""
+    """Quantise matrices that read one activation, in place, by GPTQ if there is a ``hessian`` and the type has a grid."""
     weights = [module.weight.detach().float() for module in linears.values()]
     kept = quant_type_for(type_name, weights[0].shape[1])
     grid = grid_of(kept)
@@ -217,31 +218,31 @@ def _round_site(
         result.replaced.pop(name, None)
 
 
-def _enter(loaded: LoadedModel, block: nn.Module, encoded: Encoded) -> _Entered:
-    """The arguments of the first block when the model sees ``encoded``, which ends there."""
-    seen: list[_Entered] = []
+def _enter(loaded: LoadedModel, block: nn.Module, encoded: Encoded) -> _BlockInput:
+    """The arguments of the first block when the model runs on ``encoded``; the forward pass stops there."""
+    seen: list[_BlockInput] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(_Entered(args, dict(kwargs)))
-        raise ReachedError
+        seen.append(_BlockInput(args, dict(kwargs)))
+        raise StopForward
 
-    until(block.register_forward_pre_hook(hook, with_kwargs=True), lambda: capture_encoded(loaded, encoded))
+    run_until(block.register_forward_pre_hook(hook, with_kwargs=True), lambda: capture_encoded(loaded, encoded))
     return seen[0]
 
 
-def _advance(block: nn.Module, state: _Entered) -> None:
-    """Put the block's output where its input was."""
+def _advance(block: nn.Module, state: _BlockInput) -> None:
+    """Run the block and replace its input by its output."""
     out = block(*state.args, **state.kwargs)
     hidden = out[0] if isinstance(out, tuple) else out
     if state.args:
         state.args = (hidden, *state.args[1:])
     else:
-        state.kwargs["hidden_state" if "hidden_state" in state.kwargs else "hidden_states"] = hidden  # as Llama 4's blocks call it
+        state.kwargs["hidden_state" if "hidden_state" in state.kwargs else "hidden_states"] = hidden  # Llama 4's blocks use the first name
 
 
 @contextmanager
 def _hessians(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, torch.Tensor]]:
-    """While open, the sums x^T x [columns, columns] of what each of ``modules`` is given."""
+    """Sum x^T x [columns, columns] over the inputs of each of ``modules`` within the block."""
     found: dict[nn.Module, torch.Tensor] = {}
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

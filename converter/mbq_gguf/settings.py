@@ -28,7 +28,7 @@ ROTATED_TYPES = ("W4A8",)  # types for which rotation helps, with GPTQ and witho
 EMBEDDING_TYPE = "Q8_0"
 MMPROJ_TYPE = "F16"
 TRUST = "--trust-remote-code"
-ALONE = "--language-model-only"
+LANGUAGE_ONLY = "--language-model-only"
 TRUST_HELP = "Run Python code from the model directory if the model needs it. It can do anything you can: read it first."
 
 

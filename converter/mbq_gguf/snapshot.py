@@ -1,4 +1,4 @@
-"""A model directory that lies in a Hugging Face cache, as models--ORG--NAME/snapshots/COMMIT: which model of the hub it is."""
+"""Identifies the hub model of a directory in a Hugging Face cache (models--ORG--NAME/snapshots/COMMIT)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HUB = "https://huggingface.co"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One commit of a model on a hub."""
+    """One commit of a model on the hub."""
 
     repo: str  # "ORG/NAME", or "NAME" for the oldest models
     commit: str
@@ -27,7 +27,7 @@ class Snapshot:
 
     @property
     def url(self) -> str:
-        """Its page, on the hub that HF_ENDPOINT names."""
+        """The model's page on the hub (HF_ENDPOINT)."""
         return f"{os.environ.get('HF_ENDPOINT', HUB).rstrip('/')}/{self.repo}"
 
     def __str__(self) -> str:
@@ -35,7 +35,7 @@ class Snapshot:
 
 
 def snapshot_of(model_dir: Path) -> Snapshot | None:
-    """What ``model_dir`` is a copy of; None for a directory that lies in no cache of a hub."""
+    """The snapshot that ``model_dir`` is a copy of; None for a directory outside of a hub cache."""
     folder = model_dir.absolute()
     if folder.parent.name != "snapshots":
         return None
@@ -44,7 +44,7 @@ def snapshot_of(model_dir: Path) -> Snapshot | None:
 
 
 def source_keys(model_dir: Path) -> dict[str, str]:
-    """GGUF keys that say where a model of a hub comes from: the repository, and the page of the very commit. None for other directories."""
+    """GGUF keys for the origin of a hub model: the repository, and the page of the commit. Empty for other directories."""
     snapshot = snapshot_of(model_dir)
     if snapshot is None:
         return {}
@@ -52,11 +52,11 @@ def source_keys(model_dir: Path) -> dict[str, str]:
 
 
 @contextmanager
-def bearing_name(model_dir: Path) -> Iterator[Path]:
+def named_link(model_dir: Path) -> Iterator[Path]:
     """``model_dir`` under a path that ends in the model's name.
 
-    llama.cpp's conversion reads name, version and size off the directory's name, which in a cache is a commit: there a link with the
-    model's own name stands for it during the block.
+    llama.cpp's conversion takes name, version and size from the directory's name, which is a commit hash in a cache. For the block, a
+    symlink with the model's name is used instead.
     """
     snapshot = snapshot_of(model_dir)
     if snapshot is None:

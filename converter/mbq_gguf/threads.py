@@ -1,4 +1,4 @@
-"""How many threads an operation takes, and batches computed side by side in threads of Python's."""
+"""Limits PyTorch's threads, and computes batches in parallel Python threads."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Tool = TypeVar("Tool")
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """While open, operations of this thread, and of those that begin meanwhile, take ``count`` of PyTorch's threads."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Use ``count`` PyTorch threads in the block, for this thread and for threads that start meanwhile."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -28,7 +28,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 class Workers(Generic[Tool]):
-    """Threads that compute side by side, one for each of ``tools``, which one piece has to itself."""
+    """A pool with one thread for each of ``tools``; each piece of work has a tool to itself."""
 
     def __init__(self, tools: Sequence[Tool]) -> None:
         self._count, self._pool = len(tools), ThreadPoolExecutor(len(tools))
@@ -37,15 +37,15 @@ class Workers(Generic[Tool]):
             self._free.put(tool)
 
     def each(self, pieces: Iterable[Piece], compute: Callable[[Tool, Piece], Value]) -> Iterator[Value]:
-        """What ``compute`` makes of each of ``pieces``, in order, without gradients, and with a worker's share of the caller's cores.
+        """The results of ``compute`` for each of ``pieces``, in order, without gradients, with a worker's share of the caller's cores.
 
-        One piece for each worker is on its way while the caller works with the one before, and may give the workers other pieces;
-        it makes the ``pieces`` themselves meanwhile, where they are an iterator.
+        While the caller processes one result, each worker computes another piece; the caller may also submit other pieces meanwhile. If
+        ``pieces`` is an iterator, it advances in the caller's thread.
         """
         share = max(1, torch.get_num_threads() // self._count)
 
         def computed(piece: Piece) -> Value:
-            with threads(share), torch.no_grad():
+            with torch_threads(share), torch.no_grad():
                 tool = self._free.get()
                 try:
                     return compute(tool, piece)

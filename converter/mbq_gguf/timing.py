@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 
 class Timer:
-    """Wall seconds by stage, in ``seconds``. A stage within a stage stops the outer one's clock, so that they add up to the time that was
-    spent in all of them."""
+    """Wall seconds by stage, in ``seconds``. A nested stage pauses the outer one, so that the stages add up to the total time."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -18,7 +17,7 @@ class Timer:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the block's wall time to ``stage``, less that of stages within it."""
+        """Add the block's wall time to ``stage``, without that of nested stages."""
         self._charge()
         self._open.append(stage)
         try:

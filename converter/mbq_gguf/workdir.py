@@ -1,8 +1,8 @@
-"""Finished work on disk, so that a stopped run goes on where it was.
+"""Finished work on disk, so that an interrupted run can resume.
 
-A work directory belongs to one fingerprint of model, data and settings. Every item is one safetensors file with its JSON and a checksum
-in the header, written under a temporary name and renamed when whole. A killed run leaves only whole items; an item that a disk, a crash
-or a hand has changed since is told and made again.
+A work directory belongs to one fingerprint of model, data and settings. Each item is one safetensors file with JSON data and a checksum in
+its header, written under a temporary name and renamed when complete. A killed run therefore leaves only complete items. An item that has
+been damaged since is reported and computed again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mbq_gguf.parallel import from_first
 FINGERPRINT = "fingerprint.json"
 TEMPORARY = ".mbq-gguf-"
 
-Item = tuple[dict[str, torch.Tensor], Any]  # tensors, and data as JSON has them
+Item = tuple[dict[str, torch.Tensor], Any]  # tensors, and data that JSON can represent
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class WorkDir:
     """An open work directory; see :func:`open_workdir`."""
 
     path: Path
-    fingerprint: str  # the JSON of what the work depends on; part of every checksum, so that no item serves another run
-    tell: Callable[[str], object] = lambda sentence: None  # hears of items that are damaged
+    fingerprint: str  # JSON of everything that the work depends on; part of every checksum, so that no item can be used by another run
+    tell: Callable[[str], object] = lambda sentence: None  # receives a message about each damaged item
 
     def cached(self, name: str, make: Callable[[], Item]) -> Item:
-        """Item ``name`` as an earlier run has saved it, or as ``make`` makes it, which is then saved. Raises as :meth:`save` does.
+        """Item ``name`` as saved by an earlier run, or else the result of ``make``, which is then saved. Raises like :meth:`save`.
 
-        Of several processes the first alone reads and writes.
+        Of several processes, only the first reads and writes.
         """
         found = self.found(name)
         if found is None:
@@ -52,16 +52,16 @@ class WorkDir:
         return found
 
     def found(self, name: str) -> Item | None:
-        """What the first process finds of item ``name``, in all of them."""
+        """Item ``name`` as the first process loads it, in all processes; None if there is none."""
         return from_first(lambda: self.load(name))
 
     def kept(self, name: str, tensors: dict[str, torch.Tensor], data: Any) -> Item:
-        """Item ``name``, saved: its tensors lie in the mapped file then, so that what is finished takes no memory."""
+        """Save item ``name`` and return it with its tensors in the mapped file, so that finished items take no memory."""
         self.save(name, tensors, data)
         return self.load(name) or (tensors, data)
 
     def load(self, name: str) -> Item | None:
-        """Tensors and JSON data of item ``name``, or None where it is not finished or not as it was saved."""
+        """Tensors and JSON data of item ``name``, or None if it is missing or damaged."""
         file = self.path / f"{name}.safetensors"
         if not os.path.lexists(file):
             return None
@@ -69,13 +69,13 @@ class WorkDir:
             written, tensors = _opened(file)
             if written["checksum"] != self._checksum(name, tensors, written["data"]):
                 raise ValueError("its checksum differs")
-            return _opened(file)[1], json.loads(written["data"])  # mapped anew: no page of it is in memory yet
+            return _opened(file)[1], json.loads(written["data"])  # mapped again, so that none of its pages are in memory
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            self.tell(f"{file} is damaged ({_cause(error)}): it will be made again")
+            self.tell(f"{file} is damaged ({_cause(error)}): it will be computed again")
             return None
 
     def save(self, name: str, tensors: Mapping[str, torch.Tensor], data: Any) -> None:
-        """Keep item ``name``: its tensors, and ``data`` as JSON. Raises UserError where it cannot be written (a full disk)."""
+        """Save item ``name``: its tensors, and ``data`` as JSON. Raises UserError if it cannot be written (a full disk)."""
         file = self.path / f"{name}.safetensors"
         whole = {key: value.contiguous() for key, value in tensors.items()}
         text = json.dumps(data)
@@ -87,7 +87,7 @@ class WorkDir:
             raise UserError(f"{file} cannot be written ({error}): free some space or choose another work directory") from error
 
     def _checksum(self, name: str, tensors: Mapping[str, torch.Tensor], data: str) -> str:
-        """SHA-256 of everything in an item, of its name, and of whose it is: one layer's file does not pass for another's."""
+        """SHA-256 of an item's contents, name and fingerprint, so that one layer's file cannot be mistaken for another's."""
         layout = [(key, str(value.dtype), list(value.shape)) for key, value in sorted(tensors.items())]
         found = hashlib.sha256(json.dumps([self.fingerprint, name, layout, data]).encode())
         for _, value in sorted(tensors.items()):
@@ -95,24 +95,23 @@ class WorkDir:
         return found.hexdigest()
 
 
-class Unkept:
-    """Stands for a work directory where nothing is to be kept."""
+class NoWorkDir:
+    """Replaces a work directory if nothing is to be kept."""
 
     def cached(self, name: str, make: Callable[[], Item]) -> Item:
-        """What ``make`` makes."""
+        """The result of ``make``."""
         return make()
 
     def found(self, name: str) -> Item | None:
-        """Nothing."""
+        """None."""
 
     def kept(self, name: str, tensors: dict[str, torch.Tensor], data: Any) -> Item:
-        """The item as it is."""
+        """The item itself."""
         return tensors, data
 
 
 def check_workdir(path: Path, fingerprint: Mapping[str, str]) -> None:
-    """UsageError where the directory at ``path``, if it is there, belongs to another fingerprint, so far as this one goes, or holds other
-    files."""
+    """Raise UsageError if the directory at ``path`` exists and has other files, or a fingerprint that differs in the given entries."""
     file = path / FINGERPRINT
     try:
         found = _read_fingerprint(file)
@@ -122,16 +121,16 @@ def check_workdir(path: Path, fingerprint: Mapping[str, str]) -> None:
                 f"the work directory {path} is of a run that differs in its {' and '.join(others)}: remove it or choose another"
             )
         if found is None and not os.path.lexists(file) and path.is_dir() and any(path.iterdir()):
-            raise UsageError(f"{path} is not empty and no work directory: choose another")
+            raise UsageError(f"{path} is not empty and not a work directory: choose another")
     except OSError as error:
         raise UsageError(f"the work directory {path} cannot be used ({error}): choose another") from error
 
 
 def open_workdir(path: Path, fingerprint: Mapping[str, str], tell: Callable[[str], object] = lambda sentence: None) -> WorkDir:
-    """Open or make the work directory at ``path`` for ``fingerprint``: what the work depends on, by name (model, data, settings).
+    """Open or create the work directory at ``path`` for ``fingerprint``: what the work depends on, by name (model, data, settings).
 
-    ``tell`` takes a sentence for each item that is found damaged. Raises UsageError where the directory belongs to another fingerprint,
-    holds other files, or cannot be made.
+    ``tell`` receives a sentence for each damaged item. Raises UsageError if the directory belongs to another fingerprint, holds other
+    files, or cannot be created.
     """
     file = path / FINGERPRINT
     text = json.dumps(dict(fingerprint), indent=1)
@@ -140,11 +139,11 @@ def open_workdir(path: Path, fingerprint: Mapping[str, str], tell: Callable[[str
         check_workdir(path, fingerprint)
         if _read_fingerprint(file) is None:
             if os.path.lexists(file):
-                tell(f"{file} is damaged: it will be made again")
+                tell(f"{file} is damaged: it will be written again")
             with new_file(path, TEMPORARY) as temporary:
                 temporary.write_text(text, encoding="utf-8")
                 _put(temporary, file)
-        for left in path.glob(f"{TEMPORARY}*"):  # of a run that was killed while it wrote
+        for left in path.glob(f"{TEMPORARY}*"):  # left by a run that was killed while writing
             _remove(left)
     except OSError as error:
         raise UsageError(f"the work directory {path} cannot be used ({error}): choose another") from error
@@ -158,7 +157,7 @@ def _opened(file: Path) -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 def _read_fingerprint(file: Path) -> dict[str, Any] | None:
-    """What ``file`` says, or None where it says nothing that can be read."""
+    """The fingerprint in ``file``, or None if it cannot be read."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
@@ -167,14 +166,14 @@ def _read_fingerprint(file: Path) -> dict[str, Any] | None:
 
 
 def _put(temporary: Path, file: Path) -> None:
-    """Give ``temporary`` its final name, whatever bears it now."""
+    """Rename ``temporary`` to ``file``, replacing whatever is there."""
     if file.is_dir():
         _remove(file)
     temporary.replace(file)
 
 
 def _remove(path: Path) -> None:
-    """What ``path`` names is gone afterwards, a folder too; of a link only the link."""
+    """Delete ``path``, a file or a folder; of a link only the link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

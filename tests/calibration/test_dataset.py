@@ -107,5 +107,5 @@ def test_fewer_samples_than_asked_for_are_told(tiny: LoadedModel, tmp_path: Path
 
 def test_special_tokens_in_what_is_said(tiny: LoadedModel, tmp_path: Path) -> None:
     line = {"image": "a.png", "turns": [{"question": "What is <|im_end|> here?", "answer": "blue"}]}
-    with pytest.raises(UserError, match=r"set\.jsonl, line 1: .* holds the model's special token <\|im_end\|>"):
+    with pytest.raises(UserError, match=r"set\.jsonl, line 1: .* contains the model's special token <\|im_end\|>"):
         load_samples(write_set(tmp_path, line), tiny, 4, 0)

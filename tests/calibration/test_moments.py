@@ -18,7 +18,7 @@ from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 from mbq_gguf.models.layouts import STANDARD
-from mbq_gguf.threads import threads
+from mbq_gguf.threads import torch_threads
 
 ROUNDING = 1e-5  # of the largest entry: sums over 1,000 tokens in float32 against float64
 
@@ -86,7 +86,7 @@ def test_workers_give_the_bits_of_one(layer: Layer, streams: list[Streamed], mon
         own = layer.copy()
         tensors, replay = [], Replay(own, [replace(stream) for stream in streams], workers)
         assert len(replay.batches) == 3
-        with threads(workers):
+        with torch_threads(workers):
             for site in own.sites:
                 moments = replay.moments(site, uniform, of_original(own, streams, site))
                 tensors += [part for part in (moments.hessian, moments.cross, moments.written) if part is not None]

@@ -10,7 +10,7 @@ from mbq_gguf.calibration.generate import written_texts
 from mbq_gguf.calibration.narrow import Narrow, bits_with_room, in_bits
 from mbq_gguf.errors import UserError
 from mbq_gguf.models import LoadedModel
-from mbq_gguf.models.stored import Stored
+from mbq_gguf.models.lazy import LazyTensor
 from torch import nn
 
 
@@ -37,7 +37,7 @@ def test_the_models_logits_stay_near(tiny: LoadedModel, samples: list[Sample]) -
     for bits in (32, 8, 4):
         with in_bits(tiny, bits, torch.float32):
             found[bits] = tiny.model(**inputs, use_cache=False).logits
-    assert all(isinstance(parameter, Stored) for parameter in tiny.decoder.layers.parameters())
+    assert all(isinstance(parameter, LazyTensor) for parameter in tiny.decoder.layers.parameters())
     assert all(isinstance(linear, nn.Linear) for _, linear in tiny.decoder.linears())
     for bits, bound in ((8, 0.02), (4, 0.3)):
         error = float((found[bits] - found[32]).norm() / found[32].norm())

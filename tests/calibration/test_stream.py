@@ -9,7 +9,7 @@ from mbq_gguf.calibration.stream import advance, capture, logits, working_layer
 from mbq_gguf.calibration.token_weights import modality, uniform
 from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layouts import STANDARD
-from mbq_gguf.threads import threads
+from mbq_gguf.threads import torch_threads
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def test_streamed_logits_equal_the_models(tiny: LoadedModel, samples: list[Sampl
 def test_workers_capture_the_bits_of_one(tiny: LoadedModel, samples: list[Sample]) -> None:
     found = []
     for workers in (1, 2):
-        with threads(workers):  # one each
+        with torch_threads(workers):  # one each
             found.append(list(capture(tiny, samples, workers=workers)))
     for one, other in zip(*found, strict=True):
         assert one.hidden.equal(other.hidden)

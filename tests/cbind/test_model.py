@@ -12,7 +12,7 @@ from mbq_cbind.model import Model
 from mbq_cbind.types import Floats
 from mbq_gguf.evaluate.exact_match import Question
 from mbq_gguf.formats.quantised import QuantisedTensor
-from mbq_gguf.llama_cpp import closed
+from mbq_gguf.llama_cpp import lockdown
 from mbq_gguf.llama_cpp.server import LlamaServer, data_url
 from reference_models import Files, HuggingFace
 
@@ -47,11 +47,11 @@ def test_tokens_are_hugging_faces(bf16: Model, hugging_face: HuggingFace, questi
 def test_prompts_are_the_servers(bf16: Model, bf16_files: Files, questions: list[Question]) -> None:
     """What llama-server renders from an OpenAI-style message; it invents a media marker each time it starts."""
     with LlamaServer(bf16_files.text, bf16_files.mmproj, threads=2, ctx=512, parallel=1) as server:
-        marker = closed.request("GET", f"{server.url}/props", server.key, timeout=30).json()["media_marker"]
+        marker = lockdown.request("GET", f"{server.url}/props", server.key, timeout=30).json()["media_marker"]
         for question in questions[:FEW]:
             image = {"type": "image_url", "image_url": {"url": data_url(question.image)}}
             message = {"role": "user", "content": [image, {"type": "text", "text": question.question}]}
-            reply = closed.request("POST", f"{server.url}/apply-template", server.key, timeout=30, body={"messages": [message]})
+            reply = lockdown.request("POST", f"{server.url}/apply-template", server.key, timeout=30, body={"messages": [message]})
             assert reply.json()["prompt"].replace(marker, bf16.vision.marker) == bf16.prompt(question.question)
 
 

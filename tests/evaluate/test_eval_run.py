@@ -18,7 +18,7 @@ from mbq_gguf.evaluate.command import eval_command
 from mbq_gguf.evaluate.exact_match import MAX_TOKENS, SHIPPED, load_questions
 from mbq_gguf.evaluate.kld import Store, divergence
 from mbq_gguf.evaluate.layers import WeightFile, fitted, weight_errors
-from mbq_gguf.evaluate.measure import Examiner, Ledger
+from mbq_gguf.evaluate.measure import Evaluator, Ledger
 from mbq_gguf.evaluate.results import Answer, Evaluation
 from mbq_gguf.evaluate.run import EvalOptions, evaluate
 from mbq_gguf.evaluate.table import NOTHING, grids
@@ -214,15 +214,15 @@ def test_a_stopped_run_goes_on(files: Files, tmp_path: Path, monkeypatch: pytest
     copy.write_bytes(files.rounded.read_bytes())
     options = replace(files.options(files.rounded, copy), count=1, work=tmp_path / "work")
     asked: list[str] = []
-    whole = Examiner.answers
+    whole = Evaluator.answers
 
-    def answers(self: Examiner, model: Model, advance: Callable[[], None]) -> list[Answer]:
+    def answers(self: Evaluator, model: Model, advance: Callable[[], None]) -> list[Answer]:
         asked.append(model.path.name)
         if len(asked) == 3:
             raise KeyboardInterrupt
         return whole(self, model, advance)
 
-    monkeypatch.setattr(Examiner, "answers", answers)
+    monkeypatch.setattr(Evaluator, "answers", answers)
     with pytest.raises(KeyboardInterrupt):
         evaluate(options, Console(quiet=True))
     resumed = evaluate(options, Console(quiet=True))
@@ -263,7 +263,7 @@ def test_a_picture_that_does_not_fit_is_found_first(files: Files, tmp_path: Path
     scene = json.loads(files.data.read_text().splitlines()[0])
     line = {"image": scene["image"], "turns": [{"question": "What? " * 300, "answer": "one"}]}
     (tmp_path / "long.jsonl").write_text(json.dumps(line))
-    monkeypatch.setattr(Examiner, "answers", lambda *_: pytest.fail("a question was asked"))
+    monkeypatch.setattr(Evaluator, "answers", lambda *_: pytest.fail("a question was asked"))
     options = replace(files.options(files.rounded), data=tmp_path / "long.jsonl", context=512)
     with pytest.raises(UsageError, match=r"needs \d+ tokens of a context of 512: give --context 1024"):
         evaluate(options, Console(quiet=True))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mbq_gguf.convert import ConvertOptions, convert
 from mbq_gguf.errors import UsageError, UserError
-from mbq_gguf.evaluate.exact_match import SHIPPED, ExactMatch, Marked, Question, Score, exact_match, load_questions, stratified
+from mbq_gguf.evaluate.exact_match import SHIPPED, ExactMatch, GradedAnswer, Question, Score, exact_match, load_questions, stratified
 from rich.console import Console
 
 
@@ -78,7 +78,7 @@ def test_a_subset_of_the_shipped_set_has_equal_shares() -> None:
 
 def test_white_space_around_an_answer_does_not_matter_but_everything_else_does() -> None:
     given_answers = ["one", "One", "one.", "on", ""]
-    assert [Marked("a.png", "count", "Q", " one ", given).right for given in given_answers] == [True, False, False, False, False]
+    assert [GradedAnswer("a.png", "count", "Q", " one ", given).right for given in given_answers] == [True, False, False, False, False]
 
 
 def test_standard_error_is_the_binomial_one() -> None:
@@ -88,8 +88,8 @@ def test_standard_error_is_the_binomial_one() -> None:
     assert Score(36, 36).standard_error == 0
 
 
-@given(st.lists(st.builds(Marked, *[st.text() for _ in range(5)]), min_size=1, max_size=5), st.floats(0, 1e6))
-def test_a_result_survives_json(answers: list[Marked], seconds: float) -> None:
+@given(st.lists(st.builds(GradedAnswer, *[st.text() for _ in range(5)]), min_size=1, max_size=5), st.floats(0, 1e6))
+def test_a_result_survives_json(answers: list[GradedAnswer], seconds: float) -> None:
     result = ExactMatch("model.gguf", seconds, answers)
     again = ExactMatch.from_json(result.to_json())
     assert again == result

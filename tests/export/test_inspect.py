@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from mbq_gguf.card import write_card
 from mbq_gguf.errors import UserError
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.gguf_writer import add_metadata
@@ -20,6 +19,7 @@ from mbq_gguf.export.metadata import KNOWN_VERSIONS, describe
 from mbq_gguf.formats import row_scale, static_ranges
 from mbq_gguf.formats.gguf_types import import_gguf
 from mbq_gguf.formats.mbq3 import MBQ3
+from mbq_gguf.model_card import write_card
 from rich.console import Console
 
 LAYERS = 12

@@ -8,12 +8,12 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from mbq_gguf.beforehand import check_inputs, needed
 from mbq_gguf.convert import ConvertOptions, convert
 from mbq_gguf.errors import UserError
 from mbq_gguf.export.gguf_writer import SPARE_BYTES
 from mbq_gguf.export.space import Need, check_room
 from mbq_gguf.models.checks import weight_files
+from mbq_gguf.preflight import check_inputs, space_needs
 from rich.console import Console
 
 MB = 1 << 20
@@ -53,14 +53,14 @@ def test_each_place_is_looked_at(disk: Path, tiny_dir: Path, tmp_path: Path) -> 
 def test_what_the_writer_asks_for_is_asked_for_before_the_work(tiny_dir: Path, tmp_path: Path) -> None:
     """It wants 64 MiB beside the tensors, for header, vocabulary and the file system."""
     options = ConvertOptions(tiny_dir, tmp_path / "model.gguf")
-    assert sum(need.size for need in needed(options, weight_files(tiny_dir)) if need.folder == tmp_path) > SPARE_BYTES + 6.5e6
+    assert sum(need.size for need in space_needs(options, weight_files(tiny_dir)) if need.folder == tmp_path) > SPARE_BYTES + 6.5e6
 
 
 @pytest.mark.usefixtures("built_llama")
 def test_what_is_predicted_is_written(tiny_dir: Path, tmp_path: Path) -> None:
     """The mmproj within 1 %, the text file less its vocabulary (2 MB) and padding."""
     options = ConvertOptions(tiny_dir, tmp_path / "model.gguf", type="BF16")
-    text, _, mmproj = needed(options, weight_files(tiny_dir))
+    text, _, mmproj = space_needs(options, weight_files(tiny_dir))
     report = convert(options, Console(file=StringIO()))
     for need, records, tolerance in ((text, report.tensors, 0.01), (mmproj, report.mmproj_tensors, 0.01)):
         assert need.size == pytest.approx(sum(record.nbytes for record in records), rel=tolerance)

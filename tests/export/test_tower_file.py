@@ -14,7 +14,6 @@ from mbq_gguf.calibration.dataset import FREE_QUESTION, Sample
 from mbq_gguf.calibration.precision import coarse_products
 from mbq_gguf.calibration.stream import capture_encoded
 from mbq_gguf.calibration.tower_ranges import counting
-from mbq_gguf.card import write_card
 from mbq_gguf.convert import ConvertOptions, convert
 from mbq_gguf.errors import UsageError
 from mbq_gguf.evaluate.exact_match import SHIPPED, load_questions
@@ -25,6 +24,7 @@ from mbq_gguf.formats import row_scale
 from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.formats.static_ranges import SITES
+from mbq_gguf.model_card import write_card
 from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.tower import linear
 from mbq_gguf.models.towers import find_tower
@@ -120,8 +120,8 @@ def test_static_towers_answer_nearly_as_dynamic_ones(text: ConvertOptions, tiny_
 @pytest.mark.parametrize(
     ("chosen", "why"),
     [
-        ({"mmproj_type": "F16", "mmproj_activations": "dynamic"}, "give --mmproj-type W8A8 or W4A8 with it, or leave it out"),
-        ({"mmproj_type": "Q8_0", "mmproj_activations": "static"}, "give --mmproj-type W8A8 or W4A8 with it, or leave it out"),
+        ({"mmproj_type": "F16", "mmproj_activations": "dynamic"}, "also give --mmproj-type W8A8 or W4A8, or leave it out"),
+        ({"mmproj_type": "Q8_0", "mmproj_activations": "static"}, "also give --mmproj-type W8A8 or W4A8, or leave it out"),
         ({"mmproj_type": "W8A8", "mmproj_activations": "static", "rounding": "nearest"}, "are measured while GPTQ rounds it"),
     ],
 )

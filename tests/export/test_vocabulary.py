@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from mbq_gguf.export import vocabulary
 from mbq_gguf.export.conversion import load_package, open_model, quiet
-from mbq_gguf.export.vocabulary import packed
+from mbq_gguf.export.vocabulary import pack_array
 
 VALUES: list[list[Any]] = [["a", "", "🦙 é", "x" * 70_000], [0, -1, 2**31 - 1, -(2**31)], [True, False], [0.5, 1.5], [[1, 2], [3]]]
 
@@ -41,7 +41,7 @@ def test_arrays_are_packed_as_item_by_item(values: list[Any], big: bool) -> None
     head = b"".join(writer._pack(letter, value) for letter, value in (("I", typed), ("Q", len(values))))
     assert writer._pack_val(values, kind, add_vtype=False) == head + items
     assert writer._pack_val(values, kind, add_vtype=True) == writer._pack("I", kind) + head + items
-    assert (packed(values, "<") is None) == (type(values[0]) not in (str, int))
+    assert (pack_array(values, "<") is None) == (type(values[0]) not in (str, int))
 
 
 @pytest.mark.parametrize("values", [[1, "a"], [2**31], ["\ud800"]], ids=["mixed", "large", "surrogate"])

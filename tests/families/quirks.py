@@ -121,7 +121,7 @@ QUIRKS: dict[str, list[Quirk]] = {
     "Llama 4": [
         Module(r"language_model\..*feed_forward\.shared_expert", nothing),
         Module(r"language_model\..*self_attn\.qk_norm", passed_by),
-        Attribute(r"language_model\..*feed_forward\.experts", "weighed", False),
+        Attribute(r"language_model\..*feed_forward\.experts", "scales_inputs", False),
         Attribute(r"language_model\..*self_attn", "use_rope", True),
         Held("class_embedding", 0.0),
         Module(r"vision_model\.layernorm_pre", passed_by),

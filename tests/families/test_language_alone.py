@@ -15,7 +15,7 @@ from mbq_gguf.errors import UsageError
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.gguf_writer import write_text_gguf
 from mbq_gguf.models import LoadedModel, load
-from mbq_gguf.models.alone import language_model_alone
+from mbq_gguf.models.language_only import language_only_mode
 from mbq_gguf.quantise import quantise
 from mbq_gguf.settings import QuantiseSettings
 from recipe import write
@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint: Path) -> LoadedModel:
-    with language_model_alone(True):
+    with language_only_mode(True):
         found = load(checkpoint)
     found.hold(torch.float32)
     return found
@@ -101,7 +101,7 @@ def test_rotated_is_hugging_faces(checkpoint: Path, loaded: LoadedModel, tmp_pat
 def test_the_file_and_the_report_say_what_it_saw(checkpoint: Path, tmp_path: Path) -> None:
     chosen = options(checkpoint, tmp_path, type="Q4_0", refits=0)
     report = convert(chosen, Console(quiet=True))
-    assert report.calibration == "calibrated on 4 texts of the model's own alone: it has seen no token of a picture"
+    assert report.calibration == "calibrated only on 4 texts that the model generated: it has seen no picture tokens"
     assert read_header(chosen.out).metadata["mbq.calibration.synthetic"] == 4
     (tmp_path / "dry").mkdir()
     expected = dry_run(options(checkpoint, tmp_path / "dry", type="Q4_0"), Console(quiet=True))

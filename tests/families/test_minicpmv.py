@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from mbq_gguf.errors import UserError
-from mbq_gguf.models.load import outline
+from mbq_gguf.models.load import load_meta
 from mbq_gguf.models.minicpmv import TEXTS
 from mbq_gguf.models.resampler import nearest
 from recipe import write
@@ -33,7 +33,7 @@ def test_a_known_type_is_not_warned_of(published: Path) -> None:
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
     try:
-        outline(published)
+        load_meta(published)
     finally:
         logger.removeHandler(handler)
     assert [record.getMessage() for record in said] == []
@@ -48,8 +48,8 @@ def nameless(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "said"),
     [
-        (CONFIG, lambda config: config.update(version=2.5), f"versions {' and '.join(TEXTS)} alone"),
-        (CONFIG, lambda config: config.pop("version"), f"versions {' and '.join(TEXTS)} alone"),
+        (CONFIG, lambda config: config.update(version=2.5), f"only versions {' and '.join(TEXTS)} are supported"),
+        (CONFIG, lambda config: config.pop("version"), f"only versions {' and '.join(TEXTS)} are supported"),
         (CONFIG, lambda config: config.update(drop_vision_last_layer=True), "leaves out the last layer of its tower"),
         (PICTURES, lambda settings: settings.update(slice_mode=False), "does not slice pictures"),
         (TOKENS, nameless, "has no token <unk>"),
@@ -63,7 +63,7 @@ def test_another_kind_is_refused(published: Path, tmp_path: Path, file: str, cha
     change(settings)
     (tmp_path / file).write_text(json.dumps(settings))
     with pytest.raises(UserError, match=re.escape(said)):
-        outline(tmp_path)
+        load_meta(tmp_path)
 
 
 def test_positions_are_the_nearest_of_the_table() -> None:

@@ -37,7 +37,7 @@ def test_a_setting_that_is_no_number_is_named(name: str, setting: str, value: An
     found = settings(name)
     text_model = TEXT_MODELS[found["architectures"][0]]
     text_model(found)
-    with pytest.raises(UserError, match=f"{setting} in the model's config.json is .* above 0 that a model has: fetch the model again"):
+    with pytest.raises(UserError, match=f"{setting} in the model's config.json is .* above 0 that a model has: download the model again"):
         text_model({**found, setting: value})
 
 
@@ -46,7 +46,7 @@ def test_a_setting_that_is_no_number_is_named(name: str, setting: str, value: An
     [
         ({"num_key_value_heads": None}, "num_key_value_heads in the model's config.json is None"),
         ({"intermediate_size": 0}, "intermediate_size in the model's config.json is 0"),
-        ({"num_key_value_heads": 3}, "128 channels in 8 heads, of which 3 have keys"),
+        ({"num_key_value_heads": 3}, "128 channels, 8 heads and 3 key heads"),
     ],
 )
 def test_sizes_of_what_is_read_as_a_llama_are_checked(change: dict[str, Any], why: str) -> None:
@@ -71,7 +71,7 @@ def test_factors_for_other_pairs_than_a_head_s_are_named(name: str, value: Any) 
 @pytest.mark.parametrize(("name", "groups"), [("GLM-4V", "multi_query_group_num"), ("CogVLM2", "num_multi_query_heads")])
 def test_heads_that_do_not_divide_are_refused(name: str, groups: str) -> None:
     found = settings(name)
-    with pytest.raises(UserError, match="128 channels in 4 heads, of which 3 have keys, and they do not divide"):
+    with pytest.raises(UserError, match="128 channels, 4 heads and 3 key heads, which do not divide"):
         TEXT_MODELS[found["architectures"][0]]({**found, groups: 3})
 
 
@@ -80,7 +80,7 @@ def test_heads_that_do_not_divide_are_refused(name: str, groups: str) -> None:
 def test_queries_keys_and_values_of_another_shape_are_named(name: str, rows: tuple[int, ...]) -> None:
     found, graph = settings(name), PUBLISHED[name].graph
     tensor = f"{graph.layer.format(1)}{graph.qkv}.weight"
-    with pytest.raises(UserError, match=rf"{tensor} is \({rows[0] if rows else ''}.*rows: fetch the model again"):
+    with pytest.raises(UserError, match=rf"{tensor} is \({rows[0] if rows else ''}.*rows: download the model again"):
         TEXT_MODELS[found["architectures"][0]](found).parts_of(tensor, torch.zeros(rows))
 
 
@@ -92,10 +92,10 @@ def test_merged_matrices_of_another_shape_are_named(name: str, rows: tuple[int, 
 
 
 def test_more_layers_than_llama_cpp_has_room_for_are_refused_at_once(tmp_path: Path) -> None:
-    nested = [{"llm_config": {"num_hidden_layers": checks.MOST_LAYERS + 1}}, {"vision_config": {"depth": 10**9}}]
+    nested = [{"llm_config": {"num_hidden_layers": checks.MAX_LAYERS + 1}}, {"vision_config": {"depth": 10**9}}]
     for spoilt in ({"num_layers": 10**9}, {"merger_times": 10**9}, *nested):
         (tmp_path / "config.json").write_text(json.dumps({"architectures": ["InternVLChatModel"], "vision_config": {"a": 1}} | spoilt))
-        with pytest.raises(UsageError, match=r"(layers|depth|merger_times) in the model's config.json is \d+ and llama.cpp takes 512"):
+        with pytest.raises(UsageError, match=r"(layers|depth|merger_times) in the model's config.json is \d+ and llama.cpp supports 512"):
             check_source(tmp_path)
 
 
@@ -116,7 +116,7 @@ def test_a_tokenizer_that_is_none_is_named(pieces: Path, content: bytes | None) 
     file.unlink()
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(UserError, match=r"tokenizer.model is no tokenizer of SentencePiece's \(.*fetch it again"):
+    with pytest.raises(UserError, match=r"tokenizer.model is no tokenizer of SentencePiece's \(.*download it again"):
         Pieces.of(pieces)
 
 

@@ -27,7 +27,7 @@ from mbq_gguf.errors import UserError
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.gguf_writer import write_text_gguf
 from mbq_gguf.models import LoadedModel, load
-from mbq_gguf.models.alone import language_model_alone
+from mbq_gguf.models.language_only import language_only_mode
 from mbq_gguf.outcome import QuantiseResult
 from mbq_gguf.quantise import quantise
 from mbq_gguf.settings import QuantiseSettings
@@ -58,7 +58,7 @@ class Small:
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        with language_model_alone(True):
+        with language_only_mode(True):
             found = load(self.directory)
         found.hold(torch.float32)
         return found
@@ -172,7 +172,7 @@ def test_the_command_calibrates_on_texts_and_writes_one_file(small: Small, tmp_p
     assert not any(tmp_path.iterdir())
     ended = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert ended.exit_code == 0, ended.output
-    assert "it has seen no token of a picture" in " ".join(ended.output.split())
+    assert "it has seen no picture tokens" in " ".join(ended.output.split())
     assert [file.name for file in tmp_path.iterdir()] == ["out.gguf"]
     metadata = read_header(tmp_path / "out.gguf").metadata
     assert metadata["mbq.rotate"] == "full"
@@ -217,9 +217,9 @@ def spoilt(small: Small, folder: Path, **config: Any) -> Path:
 @pytest.mark.parametrize(
     ("name", "config", "why"),
     [
-        ("Qwen-VL", {"kv_channels": 64}, "kv_channels 64 and 32 is known here"),
-        ("GLM-4V", {"rmsnorm": False}, "rmsnorm False and True is known here"),
-        ("CogVLM2", {"hidden_act": "gelu"}, "hidden_act 'gelu' and 'silu' is known here"),
+        ("Qwen-VL", {"kv_channels": 64}, "kv_channels 64 and only 32 is supported"),
+        ("GLM-4V", {"rmsnorm": False}, "rmsnorm False and only True is supported"),
+        ("CogVLM2", {"hidden_act": "gelu"}, "hidden_act 'gelu' and only 'silu' is supported"),
     ],
 )
 def test_other_settings_than_published_ones_are_refused(tmp_path: Path, name: str, config: dict[str, Any], why: str) -> None:
@@ -234,7 +234,7 @@ def test_spoilt_vocabularies_are_refused(ranked: Small, tmp_path: Path) -> None:
     lines = file.read_text().splitlines()
     for content in ("\x00\x01", "YQ== 0\n", "\n".join([*lines[1:], lines[1]])):
         file.write_text(content)
-        with pytest.raises(UserError, match="no vocabulary of tiktoken's"), language_model_alone(True):
+        with pytest.raises(UserError, match="no vocabulary of tiktoken's"), language_only_mode(True):
             load(directory)
 
 
@@ -243,5 +243,5 @@ def test_a_weight_that_is_missing_is_named(small: Small, tmp_path: Path) -> None
     tensors = load_file(directory / "model.safetensors")
     lost = next(name for name in tensors if name.endswith(f"{small.published.graph.qkv}.weight"))
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, directory / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="lacks 3 weights"), language_model_alone(True):
+    with pytest.raises(UserError, match="lacks 3 weights"), language_only_mode(True):
         load(directory)

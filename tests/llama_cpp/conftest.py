@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
-from mbq_gguf.llama_cpp import pin, prove
+from mbq_gguf.llama_cpp import pin, verify
 from rich.console import Console
 from tiny_pair import Pair, write_pair
 from workshop_tree import FILES, Workshop
@@ -21,7 +21,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
         path.write_text(text)
     shop.write_pin("0" * 64)
     monkeypatch.setattr(pin, "patch_dir", lambda: shop.patch)
-    monkeypatch.setattr(prove, "PROOF_PROGRAM", tmp_path / "proof.py")
+    monkeypatch.setattr(verify, "CHECK_PROGRAM", tmp_path / "proof.py")
     monkeypatch.setenv("MBQ_GGUF_CACHE", str(shop.cache))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))

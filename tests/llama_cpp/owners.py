@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mbq_gguf.llama_cpp import tethered
+from mbq_gguf.llama_cpp import die_with_parent
 
 # Starts a server for the model that it is given, tells the server's process number, and waits to be ended.
 HOLD = """
@@ -29,7 +29,7 @@ THREAD_HOLDER = HOLD + "thread = threading.Thread(target=hold)\nthread.start()\n
 @contextmanager
 def started(*command: object, **options: Any) -> Iterator[Any]:
     """``command``, killed at the end of the block if it still runs; ``options`` are Popen's."""
-    owned = [sys.executable, "-I", "-S", tethered.__file__, str(os.getpid()), *map(str, command)]
+    owned = [sys.executable, "-I", "-S", die_with_parent.__file__, str(os.getpid()), *map(str, command)]
     with subprocess.Popen(owned, **{"stdout": subprocess.PIPE, "text": True} | options) as process:
         try:
             yield process

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from mbq_gguf.errors import UsageError, UserError
-from mbq_gguf.llama_cpp import machine, paths, prove
+from mbq_gguf.llama_cpp import machine, paths, verify
 from mbq_gguf.llama_cpp.build import build, make_plan
 from mbq_gguf.llama_cpp.cache import MARKER, read_record
 from workshop_tree import PATCH, Workshop
@@ -20,11 +20,11 @@ from workshop_tree import PATCH, Workshop
 RUNNER = """
 import sys
 from pathlib import Path
-from mbq_gguf.llama_cpp import pin, prove
+from mbq_gguf.llama_cpp import pin, verify
 from mbq_gguf.llama_cpp.build import build
 root = Path(sys.argv[1])
 pin.patch_dir = lambda: root / "ggml_patch"
-prove.PROOF_PROGRAM = root / "proof.py"
+verify.CHECK_PROGRAM = root / "proof.py"
 build(source=root / "tree")
 """
 
@@ -176,7 +176,7 @@ def test_kernels_that_fault_are_built_again_without(workshop: Workshop) -> None:
     assert record is not None
     assert record.instruction_set in ("avx2", "baseline")
     told = [line for line in workshop.printed().splitlines() if "fail here" in line]
-    natives = [wanted for wanted in prove.instruction_sets() if "GGML_NATIVE=ON" in wanted.definitions]
+    natives = [wanted for wanted in verify.instruction_sets() if "GGML_NATIVE=ON" in wanted.definitions]
     assert len(told) == len(natives)
     assert "at the one kernel" in told[0]
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import requests
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
-from mbq_gguf.llama_cpp import closed
+from mbq_gguf.llama_cpp import lockdown
 from mbq_gguf.llama_cpp.paths import find_program
 from mbq_gguf.llama_cpp.server import Server, data_url
 from static_files import write_adapter
@@ -51,7 +51,7 @@ class Asked:
     answers: dict[str, Any] = field(default_factory=dict)
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> requests.Response:
-        reply = closed.request(method, self.server.url + path, self.server.key, 60, body)
+        reply = lockdown.request(method, self.server.url + path, self.server.key, 60, body)
         reply.raise_for_status()
         return reply
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from mbq_cbind.model import Model
-from mbq_gguf.llama_cpp import closed
+from mbq_gguf.llama_cpp import lockdown
 from mbq_gguf.llama_cpp.bindings import bind
 from mbq_gguf.llama_cpp.server import LlamaServer
 from test_server import EVAL, PICTURE
@@ -43,7 +43,7 @@ def server(tiny_pair: Pair) -> Iterator[LlamaServer]:
 
 
 def call(server: LlamaServer, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    reply = closed.request("POST", server.url + path, server.key, 60, body)
+    reply = lockdown.request("POST", server.url + path, server.key, 60, body)
     return reply.status_code, reply.json()
 
 
@@ -66,7 +66,7 @@ def test_long_strings_arrive_as_they_are(server: LlamaServer) -> None:
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_no_json_is_refused_at_the_place_where_it_ends_to_be_json(server: LlamaServer, name: str) -> None:
-    reply = closed.request("POST", f"{server.url}/apply-template", server.key, 60, BROKEN[name])
+    reply = lockdown.request("POST", f"{server.url}/apply-template", server.key, 60, BROKEN[name])
     assert reply.status_code in (400, 500)
     place = int(reply.json()["error"]["message"].partition("column ")[2].partition(":")[0])
     assert place > len(LONG)  # of the request as it came

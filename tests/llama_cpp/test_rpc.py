@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from mbq_gguf.errors import UserError
 from mbq_gguf.formats import row_scale
-from mbq_gguf.llama_cpp import closed
+from mbq_gguf.llama_cpp import lockdown
 from mbq_gguf.llama_cpp.paths import find_program
 from mbq_gguf.llama_cpp.server import Server, data_url
 from mbq_gguf.models import LoadedModel
@@ -72,7 +72,7 @@ def ask(model: Path, mmproj: Path, options: Sequence[str] = (), log: Path | None
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0, "logprobs": True, "top_logprobs": 5}
     own = ["--no-ui", "--threads", "1", "--parallel", "1", "--ctx-size", "512", "--flash-attn", "off", "--fit", "off", "--no-warmup"]
     with Server(model, mmproj, [*own, *options], log_file=log) as server:
-        reply = closed.request("POST", f"{server.url}/v1/chat/completions", server.key, 60, body)
+        reply = lockdown.request("POST", f"{server.url}/v1/chat/completions", server.key, 60, body)
         reply.raise_for_status()
         places = reply.json()["choices"][0]["logprobs"]["content"]
     return [{top["token"]: top["logprob"] for top in place["top_logprobs"]} for place in places]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from mbq_gguf.cli import serve as serve_command
-from mbq_gguf.llama_cpp import closed
+from mbq_gguf.llama_cpp import lockdown
 from owners import alive, started
 from test_server import PICTURE
 from tiny_pair import Pair
@@ -41,9 +41,9 @@ def test_serve_prints_address_and_key_and_ends_with_ctrl_c(tiny_pair: Pair) -> N
         assert user.stdout.readline() == f"http://127.0.0.1:{port}\n"
         key = re.match(r"key: (\w{32}) ", user.stdout.readline())
         assert key is not None
-        reply = closed.request("GET", f"http://127.0.0.1:{port}/props", key[1], 30).json()
+        reply = lockdown.request("GET", f"http://127.0.0.1:{port}/props", key[1], 30).json()
         assert reply["modalities"]["vision"], "the vision file beside it was found"
-        listed = closed.request("GET", f"http://127.0.0.1:{port}/v1/models", key[1], 30).text
+        listed = lockdown.request("GET", f"http://127.0.0.1:{port}/v1/models", key[1], 30).text
         assert json.loads(listed)["data"][0]["id"] == tiny_pair.model.stem
         assert str(tiny_pair.model.parent) not in listed
         [server] = server_of(user.pid)

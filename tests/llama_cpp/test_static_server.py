@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mbq_gguf.llama_cpp import closed
+from mbq_gguf.llama_cpp import lockdown
 from mbq_gguf.llama_cpp.server import Server
 from static_files import WORDS, keys, picture, with_keys, write_mmproj, write_plain
 
@@ -40,10 +40,10 @@ def test_slots_do_not_change_classes(built: Path, tiny_dir: Path, tmp_path: Path
 
 def answers(server: Server, prompts: list[Any]) -> list[dict[str, float]]:
     """The first token's likely candidates with their log probabilities, of prompts that come in one request."""
-    marker = closed.request("GET", f"{server.url}/props", server.key, 60).json()["media_marker"]
+    marker = lockdown.request("GET", f"{server.url}/props", server.key, 60).json()["media_marker"]
     prompts = json.loads(json.dumps(prompts).replace(MARKER, marker))
     body = {"prompt": prompts, "n_predict": 1, "temperature": 0, "n_probs": 20, "cache_prompt": False}
-    reply = closed.request("POST", f"{server.url}/completion", server.key, 60, body)
+    reply = lockdown.request("POST", f"{server.url}/completion", server.key, 60, body)
     assert reply.status_code == 200, reply.text
     replies = reply.json()
     replies = replies if isinstance(replies, list) else [replies]
@@ -53,7 +53,9 @@ def answers(server: Server, prompts: list[Any]) -> list[dict[str, float]]:
 
 def decodes(server: Server) -> int:
     """Decode calls so far."""
-    found = re.search(r"^llamacpp:n_decode_total (\d+)", closed.request("GET", f"{server.url}/metrics", server.key, 60).text, re.MULTILINE)
+    found = re.search(
+        r"^llamacpp:n_decode_total (\d+)", lockdown.request("GET", f"{server.url}/metrics", server.key, 60).text, re.MULTILINE
+    )
     assert found is not None
     return int(found[1])
 

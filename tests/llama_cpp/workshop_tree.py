@@ -37,7 +37,7 @@ PATCH = """The answer.
 +    return MBQ_ANSWER;
  }
 """
-# Stands in for kernels_run.py: loads the tiny library and runs its one kernel.
+# Stands in for kernel_check.py: loads the tiny library and runs its one kernel.
 PROOF = """
 import ctypes, sys
 print("the one kernel", flush=True)

@@ -28,7 +28,7 @@ def test_one_weight_in_many_that_is_no_number(tmp_path: Path, dtype: torch.dtype
             spoilt = sound.clone()
             spoilt.view(-1)[place] = value
             save_file({"a": sound, "b": spoilt}, file)
-            with pytest.raises(UserError, match=r"the weight b in .* holds NaN or infinite values"):
+            with pytest.raises(UserError, match=r"the weight b in .* has NaN or infinite values"):
                 check_finite([file])
 
 
@@ -54,10 +54,10 @@ def test_a_file_is_opened_as_often_as_memory_wants(mapped: int, openings: int, t
         opened.append(file)
         return safe_open(file, framework=framework)
 
-    monkeypatch.setattr("mbq_gguf.models.stored.MAPPED", mapped)
-    monkeypatch.setattr("mbq_gguf.models.stored.safe_open", counted)
+    monkeypatch.setattr("mbq_gguf.models.lazy.MAPPED", mapped)
+    monkeypatch.setattr("mbq_gguf.models.lazy.safe_open", counted)
     check_finite(files)
     assert len(opened) == openings
     save_file({"x": torch.ones(3), "y": torch.ones(3), "z": torch.full((3,), math.nan)}, files[1])
-    with pytest.raises(UserError, match=r"the weight z in .*b\.safetensors holds NaN"):
+    with pytest.raises(UserError, match=r"the weight z in .*b\.safetensors has NaN"):
         check_finite(files)

@@ -131,7 +131,7 @@ def test_the_layout_is_what_the_layers_are(phi: LoadedModel) -> None:
     assert STANDARD.fault(phi.decoder.layers[0]) == "has no linear self_attn.q_proj"
     assert FUSED.linears == ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
     odd = replace(FUSED, fused=(replace(FUSED.fused[0], first="mlp.down_proj"), FUSED.fused[1]))
-    assert "has a linear self_attn.qkv_proj that is no self_attn.q_proj" in str(odd.fault(phi.decoder.layers[0]))
+    assert "has a linear self_attn.qkv_proj that does not consist of self_attn.q_proj" in str(odd.fault(phi.decoder.layers[0]))
 
 
 def test_rows_are_the_layers_own_memory(phi: LoadedModel) -> None:

@@ -17,7 +17,7 @@ from mbq_gguf.models.decoder import find_decoder
 from mbq_gguf.models.layer import norm_offset
 from mbq_gguf.models.layouts import LAYOUTS, SANDWICH, STANDARD
 from mbq_gguf.models.prompts import Encoded
-from mbq_gguf.outcome import put_into
+from mbq_gguf.outcome import apply_outcome
 from mbq_gguf.quantise import quantise
 from mbq_gguf.settings import QuantiseSettings
 from mbq_gguf.transforms.fold import fold
@@ -67,7 +67,7 @@ SAMPLES = [Sample(Path(str(number)), (("", ""),)) for number in range(3)]
 def test_its_layers_are_what_the_layout_says(gemma: LoadedModel) -> None:
     assert gemma.decoder.layout is SANDWICH
     assert [SANDWICH.fault(layer) for layer in gemma.decoder.layers] == [None, None]
-    assert STANDARD.fault(gemma.decoder.layers[0]) == "has a norm pre_feedforward_layernorm that no layout knows"
+    assert STANDARD.fault(gemma.decoder.layers[0]) == "has a norm pre_feedforward_layernorm that no layout describes"
     assert norm_offset(gemma.decoder.layers[0].get_submodule("input_layernorm")) == 1.0
 
 
@@ -105,7 +105,7 @@ def test_gptq_takes_it(gemma: LoadedModel, method: Any) -> None:
         given, original = list(capture(gemma, SAMPLES)), list(capture(gemma, SAMPLES))
         for index in range(2):
             layer = working_layer(gemma, index)
-            put_into(layer, quantised.layer(index))
+            apply_outcome(layer, quantised.layer(index))
             advance(layer, given)
             advance(working_layer(gemma, index), original)
         errors.append(_distance(given, original))
@@ -124,7 +124,7 @@ def test_rotation_is_refused_with_its_reason(gemma: LoadedModel) -> None:
 
 def test_a_layout_says_what_it_cannot_do() -> None:
     nowhere = replace(STANDARD, sites=tuple(replace(site, absorber=None) for site in STANDARD.sites))
-    assert nowhere.no_equalisation() == "nothing before its matrices takes channel factors"
+    assert nowhere.no_equalisation() == "nothing before its matrices can absorb channel factors"
     assert STANDARD.no_equalisation() is None
-    assert STANDARD.no_rotation() == "it is not known which linear brings image features into the decoder"
+    assert STANDARD.no_rotation() == "the linear that writes image features into the decoder is unknown"
     assert LAYOUTS["Qwen2VLForConditionalGeneration"].no_rotation() is None

@@ -114,7 +114,7 @@ def test_weights_that_are_not_numbers(copy: Path, value: float) -> None:
         next(v for k, v in tensors.items() if "2.self_attn.k_proj.weight" in k)[3, 5] = value
 
     edit_weights(copy, damage)
-    with pytest.raises(UserError, match=r"k_proj\.weight in .* holds NaN or infinite values"):
+    with pytest.raises(UserError, match=r"k_proj\.weight in .* has NaN or infinite values"):
         load(copy)
 
 
@@ -152,6 +152,6 @@ def test_layers_of_another_kind_are_told(tiny: LoadedModel) -> None:
     layer = tiny.decoder.layers[0]
     assert STANDARD.fault(layer) is None
     layer.pre_feedforward_layernorm = torch.nn.LayerNorm(4)
-    assert STANDARD.fault(layer) == "has a norm pre_feedforward_layernorm that no layout knows"
+    assert STANDARD.fault(layer) == "has a norm pre_feedforward_layernorm that no layout describes"
     del layer.pre_feedforward_layernorm
     assert STANDARD.fault(torch.nn.Linear(2, 2)) == "has no linear self_attn.q_proj"

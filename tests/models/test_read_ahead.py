@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from mbq_gguf.models.lazy import FileTensor, file_tensors, lazy_tensors, materialise, tensors_of
 from mbq_gguf.models.read_ahead import ALIGNED, ReadAhead, page_locked
-from mbq_gguf.models.stored import InFile, leaves, read_into, stored_tensors, tensors_of
 from safetensors.torch import save_file
 from torch import nn
 
 CPU = torch.device("cpu")
-READ = InFile.__call__
+READ = FileTensor.__call__
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def module(tmp_path: Path) -> nn.Module:
     draw = torch.Generator().manual_seed(0)
     found = {name: torch.randn(6, 5, generator=draw).bfloat16() for name in ("expert.0", "expert.1")}
     save_file(found | {"limit": torch.tensor(2.5)}, tmp_path / "one.safetensors")
-    stored = stored_tensors([tmp_path / "one.safetensors"])
+    stored = lazy_tensors([tmp_path / "one.safetensors"])
     made = nn.Module()
     stack = torch.stack([stored["expert.0"], stored["expert.1"]])
     made.register_parameter("cut", nn.Parameter(stack.chunk(2, dim=1)[0], requires_grad=False))
@@ -35,12 +35,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tensors that are read from files, by name."""
     names: list[str] = []
 
-    def read(leaf: InFile, made: dict[int, object]) -> object:
+    def read(leaf: FileTensor, made: dict[int, object]) -> object:
         if id(leaf) not in made:
             names.append(leaf.name)
         return READ(leaf, made)
 
-    monkeypatch.setattr(InFile, "__call__", read)
+    monkeypatch.setattr(FileTensor, "__call__", read)
     return names
 
 
@@ -54,12 +54,12 @@ def test_all_that_a_module_is_made_of_is_read_once(module: nn.Module, seen: list
 
 
 def test_what_was_read_ahead_is_not_read_again(module: nn.Module, seen: list[str]) -> None:
-    found = {id(leaf): leaf for _, _, value in tensors_of(module) for leaf in leaves(value)}
+    found = {id(leaf): leaf for _, _, value in tensors_of(module) for leaf in file_tensors(value)}
     wholes = [leaf({}) for leaf in found.values()]
     copies = page_locked(wholes)
     assert all(torch.equal(copy, whole) and copy.data_ptr() % ALIGNED == 0 for copy, whole in zip(copies, wholes, strict=True))
     seen.clear()
-    read_into(module, CPU, torch.float32, made=dict(zip(found, copies, strict=True)))
+    materialise(module, CPU, torch.float32, made=dict(zip(found, copies, strict=True)))
     assert seen == []
     assert torch.equal(module.get_parameter("cut"), torch.stack(wholes[:2])[:, :3].float())
     assert module.get_parameter("limit").item() == 2.5
@@ -72,7 +72,7 @@ def test_a_card_takes_what_was_read_ahead(module: nn.Module, seen: list[str]) ->
     assert all(copy.is_pinned() for copy in made.values())
     assert ahead.taken() == {}
     seen.clear()
-    read_into(module, torch.device("cuda"), torch.float32, made=made)
+    materialise(module, torch.device("cuda"), torch.float32, made=made)
     assert seen == []
     assert module.get_parameter("limit").is_cuda
     assert module.get_parameter("limit").item() == 2.5

@@ -93,5 +93,5 @@ def test_a_model_that_needs_code_names_the_option(tiny_dir: Path, tmp_path: Path
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     config |= {"model_type": "stranger", "architectures": ["Stranger"], "auto_map": {"AutoConfig": "stranger.Stranger"}}
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(UserError, match="Stranger needs code of its directory: give --trust-remote-code"):
+    with pytest.raises(UserError, match="Stranger needs Python code from its directory: give --trust-remote-code"):
         check_source(model)

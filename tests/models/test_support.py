@@ -81,8 +81,8 @@ def test_configurations_of_transformers_are_refused_so(name: str, tmp_path: Path
     ("config", "sentence"),
     [
         ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "is a text-only model"),
-        ({"architectures": ["HfMoondream"], "model_type": "moondream1"}, "its config.json tells of no vision tower"),
-        ({"architectures": ["Phi3VForCausalLM"], "model_type": "phi3_v"}, "its config.json tells of no vision tower"),
+        ({"architectures": ["HfMoondream"], "model_type": "moondream1"}, "its config.json has no vision tower"),
+        ({"architectures": ["Phi3VForCausalLM"], "model_type": "phi3_v"}, "its config.json has no vision tower"),
     ],
 )
 def test_text_only_is_said_of_text_only_models(config: dict[str, object], sentence: str) -> None:

@@ -13,7 +13,7 @@ from mbq_gguf.rounding import descent, gptq, inverse, ranges, refit
 from mbq_gguf.rounding.kernels import Kernels, compiled, kernels_for, of_triton
 from mbq_gguf.rounding.kernels.group import Group
 from mbq_gguf.rounding.sequence import Refinement, refined
-from mbq_gguf.threads import threads
+from mbq_gguf.threads import torch_threads
 
 CARD = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = 16
@@ -182,10 +182,10 @@ def test_whole_rounding(kind_of_kernels: str, kernels: Kernels, device: str, kin
     plain = gptq.objective(weight, refined(weight, Moments(hessian), grid, how).values(grid), hessian)
     use(kernels, monkeypatch)
     gptq._recorded.cache_clear()
-    with threads(1):
+    with torch_threads(1):
         coded = refined(weight, Moments(hessian), grid, how)
     assert gptq.objective(weight, coded.values(grid), hessian) == pytest.approx(plain, rel=1e-3)  # near ties fall otherwise
-    with threads(3):
+    with torch_threads(3):
         some = refined(weight[: gptq.ROWS_AT_ONCE], Moments(hessian), grid, how)
     same((some.codes, some.scale), (coded.codes[: gptq.ROWS_AT_ONCE], coded.scale[: gptq.ROWS_AT_ONCE]))
     gptq._recorded.cache_clear()

@@ -13,12 +13,12 @@ from typing import Literal
 
 from mbq_gguf.calibration.generate import greedy_answer, whole_decoder
 from mbq_gguf.conversations import read_scenes
-from mbq_gguf.errors import UsageError, UserError, at
+from mbq_gguf.errors import UsageError, UserError, error_context
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import Prompts
 from mbq_gguf.parallel import spread_values
 from mbq_gguf.picture import open_picture, suffixes
-from mbq_gguf.words import check_words, tokenizer_specials
+from mbq_gguf.special_tokens import check_text, tokenizer_special_tokens
 
 SHIPPED = Path(__file__).parent.parent / "demo" / "data" / "calib" / "calib.jsonl"
 NAMED = 5  # of what is left out, by name
@@ -96,14 +96,14 @@ def draw_samples(path: Path | None, prompts: Prompts, n: int, seed: int, turns: 
     samples = read_jsonl(path)
     drawn = draw.sample(samples, min(n, len(samples)))
     _say_fewer(len(drawn), n, path, say)
-    special = tokenizer_specials(prompts.tokenizer)
+    special = tokenizer_special_tokens(prompts.tokenizer)
     for sample in drawn:
         for words in (words for turn in sample.turns for words in turn):
-            check_words(words, special, sample.place)
+            check_text(words, special, sample.place)
     if turns == "last":
         drawn = [replace(sample, turns=sample.turns[-1:]) for sample in drawn]
     for sample in drawn:
-        with at(sample.place):
+        with error_context(sample.place):
             prompts.encode(sample.image, sample.turns)
     return Drawn(drawn)
 

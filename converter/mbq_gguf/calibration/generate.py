@@ -18,7 +18,7 @@ from mbq_gguf.calibration.precision import fast_bfloat16
 from mbq_gguf.errors import UserError
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.parallel import from_first
-from mbq_gguf.threads import threads
+from mbq_gguf.threads import torch_threads
 
 # Of the texts, each written in a thread of its own on a CPU: 23 steps of 80 take 3.7 s on two cores; two threads in each product, which
 # wait for one another a thousand times a step, take 5.0.
@@ -72,7 +72,7 @@ def _in_parts(loaded: LoadedModel, count: int, write: Callable[[nn.Module, slice
     """What ``write`` makes of each part of ``count`` texts, in a thread of its own; ``stop`` is set where one of them ends early."""
     parts = min(HALVES, count, torch.get_num_threads())
     texts = [slice(*bounds) for bounds in pairwise(count * part // parts for part in range(parts + 1))]
-    with threads(max(1, torch.get_num_threads() // parts)), ThreadPoolExecutor(parts) as pool:
+    with torch_threads(max(1, torch.get_num_threads() // parts)), ThreadPoolExecutor(parts) as pool:
         try:
             return list(pool.map(write, [loaded.twin().model for _ in texts], texts))
         except BaseException:

@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 
 from mbq_gguf.errors import UserError
 from mbq_gguf.memory import available
+from mbq_gguf.models.lazy import materialise, set_tensor, tensors_of
 from mbq_gguf.models.loaded import LoadedModel
-from mbq_gguf.models.stored import put, read_into, tensors_of
 
 GROUP = 64  # weights with one scale
 SHARE = 0.85  # of what is free may be weights; the rest is for keys, values and scores
@@ -82,7 +82,7 @@ def in_bits(loaded: LoadedModel, bits: int, dtype: torch.dtype) -> Iterator[None
     try:
         for layer in layers:
             names = loaded.decoder.layout.of(layer).linears
-            read_into(layer, loaded.device, dtype)
+            materialise(layer, loaded.device, dtype)
             for name in names:
                 parent, _, own = name.rpartition(".")
                 owner, module = layer.get_submodule(parent), layer.get_submodule(name)
@@ -95,4 +95,4 @@ def in_bits(loaded: LoadedModel, bits: int, dtype: torch.dtype) -> Iterator[None
         for owner, own, module in replaced:
             setattr(owner, own, module)
         for owner, name, value in before:
-            put(owner, name, value)
+            set_tensor(owner, name, value)

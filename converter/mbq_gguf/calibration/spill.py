@@ -16,8 +16,8 @@ from tempfile import NamedTemporaryFile
 
 import torch
 
-from mbq_gguf.errors import UserError, said
-from mbq_gguf.memory import available, own
+from mbq_gguf.errors import UserError, describe
+from mbq_gguf.memory import available, process_bytes
 
 SMALLEST = 1 << 20  # bytes that are worth a file
 
@@ -53,7 +53,7 @@ def kept(x: torch.Tensor, dtype: torch.dtype | None = None, there: int = 0) -> t
     room = _rooms[-1] if _rooms else None
     if x.device.type == "cuda" and room and room.card is not None and room.card + size <= available(x.device) + there:
         return x.to(dtype=dtype)
-    if room is None or size < SMALLEST or own() + size <= room.limit:
+    if room is None or size < SMALLEST or process_bytes() + size <= room.limit:
         return x.to(device="cpu", dtype=dtype)
     made = _in_file(x.shape, dtype or x.dtype, size, room.folder)
     room.spilled += size
@@ -68,6 +68,6 @@ def _in_file(shape: torch.Size, dtype: torch.dtype, size: int, folder: Path) -> 
             return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype).view(shape)
     except OSError as error:
         raise UserError(
-            f"activations of {size / 1e6:.0f} MB do not fit into memory, nor into {folder} ({said(error)}): free some space, give "
+            f"activations of {size / 1e6:.0f} MB do not fit into memory, nor into {folder} ({describe(error)}): free some space, give "
             "--work-dir on another disk, or fewer --samples"
         ) from error

@@ -17,9 +17,9 @@ from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.spill import kept
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
+from mbq_gguf.models.lazy import ReadCache, materialise
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import AnswerMask, Encoded
-from mbq_gguf.models.stored import Made, read_into
 from mbq_gguf.parallel import Parts, spread, spread_values
 from mbq_gguf.threads import Workers
 
@@ -142,11 +142,11 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
-def working_layer(loaded: LoadedModel, index: int, made: Made | None = None) -> Layer:
+def working_layer(loaded: LoadedModel, index: int, made: ReadCache | None = None) -> Layer:
     """A copy of decoder layer ``index`` on the device in the computing dtype, read from its files, or ``made`` of what was read of them
     ahead; the stored layer stays as it is."""
     module = copy.deepcopy(loaded.decoder.layers[index])  # of what is still in files, only that it is
-    read_into(module, loaded.device, loaded.dtype, made=made)
+    materialise(module, loaded.device, loaded.dtype, made=made)
     return Layer(module, index, loaded.decoder.layout.of(module))
 
 

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mbq_gguf.conversations import read_scenes
-from mbq_gguf.export.gguf_specials import file_specials
+from mbq_gguf.export.gguf_specials import file_special_tokens
 from mbq_gguf.llama_cpp.server import LlamaServer
-from mbq_gguf.words import check_words
+from mbq_gguf.special_tokens import check_text
 
 SHIPPED = Path(__file__).parent.parent / "demo" / "data" / "eval" / "eval.jsonl"
 CONTEXT = 512  # tokens that a question may take, including vision tokens and the answer
@@ -39,7 +39,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Marked:
+class GradedAnswer:
     """What was asked and what came back; ``given`` is stripped of white space."""
 
     image: str  # file name
@@ -78,7 +78,7 @@ class ExactMatch:
 
     model: str  # file name
     seconds: float  # from the first question to the last answer; the server's start is not in it
-    answers: list[Marked]
+    answers: list[GradedAnswer]
 
     @property
     def total(self) -> Score:
@@ -113,11 +113,11 @@ def load_questions(path: Path, *, unanswered: bool = False) -> list[Question]:
 
 
 def check_questions(questions: Iterable[Question], file: Path) -> None:
-    """Raise UsageError where a question or its answer names a special token of the GGUF ``file`` (:mod:`mbq_gguf.words`)."""
-    special = file_specials(file)
+    """Raise UsageError where a question or its answer names a special token of the GGUF ``file`` (:mod:`mbq_gguf.special_tokens`)."""
+    special = file_special_tokens(file)
     for question in questions:
         for words in (question.question, question.expected):
-            check_words(words, special, question.place or str(question.image))
+            check_text(words, special, question.place or str(question.image))
 
 
 def stratified(questions: Sequence[Question], count: int) -> list[Question]:
@@ -154,14 +154,14 @@ def exact_match(
 
 def ask_all(
     server: LlamaServer, questions: Sequence[Question], *, parallel: int = 1, console: Console | None = None, title: str = "asking"
-) -> list[Marked]:
+) -> list[GradedAnswer]:
     """Answers in the order of ``questions``; the progress bar shows the share of right answers so far and the time left."""
 
-    def ask(question: Question) -> Marked:
+    def ask(question: Question) -> GradedAnswer:
         given = server.ask(question.image, question.question, MAX_TOKENS).text.strip()
-        return Marked(question.image.name, question.task, question.question, question.expected, given)
+        return GradedAnswer(question.image.name, question.task, question.question, question.expected, given)
 
-    answers: list[Marked] = []
+    answers: list[GradedAnswer] = []
     with _progress(console) as progress, ThreadPoolExecutor(parallel) as pool:
         task = progress.add_task(title, total=len(questions), right="")
         try:
@@ -174,7 +174,7 @@ def ask_all(
     return answers
 
 
-def _score(answers: Iterable[Marked]) -> Score:
+def _score(answers: Iterable[GradedAnswer]) -> Score:
     marks = [answer.right for answer in answers]
     return Score(len(marks), sum(marks))
 

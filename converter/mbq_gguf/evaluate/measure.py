@@ -53,7 +53,7 @@ class Ledger:
         return Comparison(divergence(reference, logits).tolist(), [a == b for a, b in zip(reference_top, top, strict=True)])
 
 
-class Examiner:
+class Evaluator:
     """Asks one file after another the same questions, the reference first.
 
     Pictures are encoded once for all files that are used with one mmproj file; :attr:`pictures` names it, set before a file is asked. A

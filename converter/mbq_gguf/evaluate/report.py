@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from mbq_gguf import __version__
 from mbq_gguf.evaluate import plots
 from mbq_gguf.evaluate.results import Answer, Evaluation
-from mbq_gguf.evaluate.table import Grid, grids, nats, turned
+from mbq_gguf.evaluate.table import Grid, grids, nats, transposed
 
 WORST = 10  # questions shown of each file
 WIDE = 13  # columns: a table with as many stands on its side
@@ -47,7 +47,7 @@ def render(evaluation: Evaluation) -> str:
     return environment.get_template("report.html.j2").render(
         evaluation=evaluation,
         version=__version__,
-        grids=[grid if len(grid.headings) < WIDE else turned(grid) for grid in map(_without_suffix, grids(evaluation))],
+        grids=[grid if len(grid.headings) < WIDE else transposed(grid) for grid in map(_without_suffix, grids(evaluation))],
         figures={title: svg for title, svg in figures.items() if svg is not None},
         changes=[(_stem(file.name), [_case(evaluation, answer) for answer in evaluation.worst(file, WORST)]) for file in candidates],
     )

@@ -13,12 +13,12 @@ from mbq_cbind.model import Model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mbq_gguf.errors import UsageError, at
+from mbq_gguf.errors import UsageError, error_context
 from mbq_gguf.evaluate.exact_match import check_questions, load_questions, stratified
 from mbq_gguf.evaluate.finished import Finished, identity
 from mbq_gguf.evaluate.kld import Store
 from mbq_gguf.evaluate.layers import WeightFile, layer_bits, layers
-from mbq_gguf.evaluate.measure import TEXT_CHUNKS, Examiner
+from mbq_gguf.evaluate.measure import TEXT_CHUNKS, Evaluator
 from mbq_gguf.evaluate.results import Asked, Evaluation, FileResult, Layers, short_names
 from mbq_gguf.export.gguf_header import read_header
 from mbq_gguf.export.gguf_specials import file_tokens
@@ -55,7 +55,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation
     sizes: dict[Path, tuple[int, int]] = {}
     for question in questions:  # before hours of work, as all that follows
         if question.image not in sizes:
-            with at(question.place):
+            with error_context(question.place):
                 sizes[question.image] = open_picture(question.image).size
     files = [options.reference, *options.candidates]
     bind()
@@ -68,7 +68,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation
     asks = [(str(q.image), q.question, q.expected) for q in questions]
     finished = Finished(options.work, [identity(options.reference), identity(parts[0]), asks, text, options.context, options.gpu_layers])
     with TemporaryDirectory(prefix="mbq-gguf-eval-") as folder, _progress(console) as progress:
-        examiner = Examiner(questions, text, Store(Path(folder)))
+        examiner = Evaluator(questions, text, Store(Path(folder)))
         bars = [progress.add_task(name, total=len(questions) + (TEXT_CHUNKS if text else 0), start=False) for name in names]
         results = []
         for name, file, part, bar in zip(names, weights, parts, bars, strict=True):
@@ -116,7 +116,7 @@ def check_fit(files: Sequence[WeightFile], parts: Sequence[Path]) -> None:
 
 
 def _examine(
-    examiner: Examiner,
+    examiner: Evaluator,
     options: EvalOptions,
     name: str,
     file: WeightFile,

@@ -114,14 +114,14 @@ def percent(share: float) -> str:
 
 def render(parts: Sequence[Grid], console: Console) -> RenderableType:
     """The tables for a terminal; those that are too wide for it stand on their side where that is narrower."""
-    return Group(*(min((_rich(part), _rich(turned(part))), key=lambda table: _excess(table, console)) for part in parts))
+    return Group(*(min((_rich(part), _rich(transposed(part))), key=lambda table: _excess(table, console)) for part in parts))
 
 
 def _excess(table: Table, console: Console) -> int:
     return max(0, console.measure(table, options=console.options.update(width=10_000)).maximum - console.width)
 
 
-def turned(grid: Grid) -> Grid:
+def transposed(grid: Grid) -> Grid:
     """Rows as columns."""
     cells = [grid.headings, *grid.rows]
     sides = [list(column) for column in zip(*cells, strict=True)]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbq_gguf.errors import UserError, said
+from mbq_gguf.errors import UserError, describe
 from mbq_gguf.export.anyres_tower import ARCHITECTURES as ANYRES
 from mbq_gguf.export.anyres_tower import anyres_class
 from mbq_gguf.export.as_llama import text_class as as_llama_class
@@ -25,7 +25,7 @@ from mbq_gguf.export.gemma4 import of_gemma4
 from mbq_gguf.export.llama4 import of_llama4
 from mbq_gguf.export.minicpmv import text_class, vision_class
 from mbq_gguf.export.text_model import converted_as
-from mbq_gguf.export.vocabulary import quicken
+from mbq_gguf.export.vocabulary import speed_up_vocabulary
 from mbq_gguf.formats.gguf_types import import_from_tree, import_gguf
 from mbq_gguf.llama_cpp import paths
 from mbq_gguf.models import as_llama, internvl, llama4, minicpmv
@@ -66,7 +66,7 @@ def load_package() -> Package:
     tree = paths.source_dir()
     gguf = import_gguf()  # first: the conversion package imports whatever is there
     package = Package(import_from_tree("conversion", tree), gguf)
-    quicken(package.conversion.TextModel, package.gguf)
+    speed_up_vocabulary(package.conversion.TextModel, package.gguf)
     return package
 
 
@@ -93,7 +93,7 @@ def conversion_errors(model_dir: Path) -> Iterator[None]:
         raise
     except Exception as error:  # it has no exceptions of its own, and the tokenizer library below it raises bare ones
         raise UserError(
-            f"llama.cpp's conversion cannot read {model_dir} ({said(error)}): check its config.json, tokenizer and weights"
+            f"llama.cpp's conversion cannot read {model_dir} ({describe(error)}): check its config.json, tokenizer and weights"
         ) from error
 
 
@@ -146,7 +146,9 @@ def open_model(model_dir: Path, out: Path, *, file_type: str, mmproj: bool) -> A
     with quiet(), conversion_errors(model_dir):
         file_type_value = package.gguf.LlamaFileType[FILE_TYPES[file_type]]
         hparams = package.conversion.ModelBase.load_hparams(model_dir, False)
-        model_class = either_layout(own_class(package, hparams, mmproj=mmproj) or package.conversion.get_model_class(name, mmproj=mmproj))
+        model_class = accept_both_layouts(
+            custom_class(package, hparams, mmproj=mmproj) or package.conversion.get_model_class(name, mmproj=mmproj)
+        )
         if llama4.ARCHITECTURE in (hparams.get("architectures") or ()):
             model_class = of_llama4(model_class, hparams)
         if GEMMA4 in (hparams.get("architectures") or ()):
@@ -157,11 +159,11 @@ def open_model(model_dir: Path, out: Path, *, file_type: str, mmproj: bool) -> A
         model_class.no_mtp = not any(MTP.match(tensor) for tensor in names_of(weight_files(model_dir)))
         model = model_class(model_dir, file_type_value, out)
         if hasattr(model, "impl"):  # one that hands everything on to another (Mistral 3), whose methods are the ones to be changed
-            model = either_layout(type(model.impl))(model_dir, file_type_value, out)
+            model = accept_both_layouts(type(model.impl))(model_dir, file_type_value, out)
         return model
 
 
-def own_class(package: Package, hparams: Mapping[str, Any], *, mmproj: bool) -> Any | None:
+def custom_class(package: Package, hparams: Mapping[str, Any], *, mmproj: bool) -> Any | None:
     """A class of ours for what the package has none for, or None."""
     if version := minicpmv.version_of(hparams):
         return (vision_class if mmproj else text_class)(package, version)
@@ -175,7 +177,7 @@ def own_class(package: Package, hparams: Mapping[str, Any], *, mmproj: bool) -> 
     return clip_class(package) if mmproj and (hparams.get("vision_config") or {}).get("model_type") == CLIP else None
 
 
-def either_layout(model_class: Any) -> Any:
+def accept_both_layouts(model_class: Any) -> Any:
     """``model_class`` of the package, which also takes the names that other releases of transformers save (:func:`other_names`).
 
     Where the package has no place for a name it is asked for the others. ``checkpoint_names`` of the class says what the tensors that it
@@ -223,7 +225,7 @@ def either_layout(model_class: Any) -> Any:
 
 
 def published_internvl(model_class: Any) -> Any:
-    """``model_class`` of :func:`either_layout`, whose tensors are taken for those of transformers' own layout: q, k and v apart."""
+    """``model_class`` of :func:`accept_both_layouts`, whose tensors are taken for those of transformers' own layout: q, k and v apart."""
     names: dict[str, str] = model_class.checkpoint_names
 
     def index_tensors(self: Any, *args: Any, **options: Any) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""A GGUF file's vocabulary and special tokens. A module of its own: calibration, which words.py serves, reads no GGUF (code_hash.py)."""
+"""A GGUF file's vocabulary and special tokens.
+
+Separate from special_tokens.py, which calibration imports: reading GGUF files is then no part of what code_hash.py hashes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def file_tokens(path: Path) -> list[str]:
     return [str(token) for token in tokens] if isinstance(tokens, list) else []
 
 
-def file_specials(path: Path) -> frozenset[str]:
+def file_special_tokens(path: Path) -> frozenset[str]:
     """The special tokens of the GGUF file ``path``. Raises UserError where it cannot be read."""
     metadata = read_header(path, longest_array=LARGEST_VOCABULARY).metadata
     tokens, kinds = (metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))

@@ -16,7 +16,7 @@ from mbq_gguf.export.injection import EXPERT, Injection, TensorRecord
 from mbq_gguf.export.picture_size import picture_limits
 from mbq_gguf.formats import row_scale
 from mbq_gguf.formats.quantised import QuantisedTensor
-from mbq_gguf.snapshot import bearing_name, source_keys
+from mbq_gguf.snapshot import named_link, source_keys
 
 MMPROJ_TYPES = (*FILE_TYPES, *row_scale.ROW_SCALES)
 FEED_FORWARD = "clip.vision.feed_forward_length"  # of a padded tower, in place of what the package writes
@@ -169,7 +169,7 @@ def _find(names: Mapping[str, str], key: str) -> str:
     try:
         return names[key]
     except KeyError:
-        raise UserError(f"the checkpoint has no tensor {key}, which its config.json asks for: fetch the model again") from None
+        raise UserError(f"the checkpoint has no tensor {key}, which its config.json asks for: download the model again") from None
 
 
 def _write(
@@ -229,7 +229,7 @@ def _complete(model: Any, injection: Injection, metadata: Mapping[str, Any], fil
 
 def prepare(model: Any, model_dir: Path) -> None:
     """Let the package gather tensors (lazy ones: no weight is read) and metadata."""
-    with quiet(), torch.inference_mode(), conversion_errors(model_dir), bearing_name(model_dir) as model.dir_model_card:
+    with quiet(), torch.inference_mode(), conversion_errors(model_dir), named_link(model_dir) as model.dir_model_card:
         model.prepare_tensors()
         model.prepare_metadata(vocab_only=False)
 

@@ -118,7 +118,7 @@ class Injection:
         if quantised is not None:
             shape = (quantised.data.shape[0], quantised.columns)
             if tuple(data.shape) != shape:
-                raise UserError(f"{name} is {tuple(data.shape)} in the checkpoint and {shape} by its config.json: fetch the model again")
+                raise UserError(f"{name} is {tuple(data.shape)} in the checkpoint and {shape} by its config.json: download the model again")
             block = quant_type(stored_as(quantised.type_name)).block_size
             for output, order in row_order(lambda probe: self._modify(probe, name, bid), shape, name, block).items():
                 self._rows[output] = (quantised, order)

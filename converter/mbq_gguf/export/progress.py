@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from mbq_gguf.memory import on_card, own
+from mbq_gguf.memory import gpu_bytes, process_bytes
 
 MB = 10**6
 
@@ -47,8 +47,8 @@ class MemoryColumn(ProgressColumn):
         """As "3.1 GB, card 20.4 GB"."""
         if task.finished:
             return Text("")
-        card = on_card()
-        return Text(f"{own() / 1e9:.1f} GB" + (f", card {card / 1e9:.1f} GB" if card else ""))
+        card = gpu_bytes()
+        return Text(f"{process_bytes() / 1e9:.1f} GB" + (f", card {card / 1e9:.1f} GB" if card else ""))
 
 
 def download_bars(console: Console) -> Progress:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbq_gguf.errors import UserError, said
+from mbq_gguf.errors import UserError, describe
 from mbq_gguf.export.checkpoint import names_of
 from mbq_gguf.export.conversion import conversion_errors, open_model, quiet
 from mbq_gguf.export.gguf_writer import BASE_TYPES, VisionFile, injected, prepare, vision_injection
@@ -94,7 +94,8 @@ def check_metadata(model: Any, model_dir: Path) -> None:
                 writer._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type)
             except Exception as error:  # struct, numpy and str raise their own
                 raise UserError(
-                    f"{key} cannot be {str(value.value)[:80]!r} as the configuration of {model_dir} says ({said(error)}): fetch it again"
+                    f"{key} cannot be {str(value.value)[:80]!r} as the configuration of {model_dir} says ({describe(error)}): "
+                    "download it again"
                 ) from error
 
 
@@ -111,16 +112,16 @@ def check_vocabulary(model_dir: Path, model: Any) -> None:
     if asked > rows:
         raise UserError(
             f"vocab_size in {model_dir}'s config.json is {asked} and the embeddings have {rows} rows: "
-            "fetch the model again, or resize its embeddings"
+            "download the model again, or resize its embeddings"
         )
     if not file.is_file():
         return
     try:
         tokens = max(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values(), default=-1) + 1
     except Exception as error:  # tokenizers raises bare ones
-        raise UserError(f"{file} is no tokenizer ({str(error).splitlines()[0]}): fetch the tokenizer again") from error
+        raise UserError(f"{file} is no tokenizer ({str(error).splitlines()[0]}): download the tokenizer again") from error
     if tokens > rows:
         raise UserError(
             f"the tokenizer of {model_dir} has {tokens} tokens and the embeddings {rows} rows: "
-            "fetch the tokenizer of this very model, or resize its embeddings"
+            "download the tokenizer of this model, or resize its embeddings"
         )

@@ -20,7 +20,7 @@ KEPT = 4  # results, of some 10 MB each: tokens and merges of two models
 _kept: OrderedDict[Hashable, Any] = OrderedDict()
 
 
-def quicken(text_model: Any, gguf: Any) -> None:
+def speed_up_vocabulary(text_model: Any, gguf: Any) -> None:
     """Change the classes of the package, ``text_model`` (TextModel) and those of ``gguf``, once: results and bytes stay the same."""
     if getattr(gguf.SpecialVocab, "mbq_quick", False):
         return
@@ -29,7 +29,7 @@ def quicken(text_model: Any, gguf: Any) -> None:
 
     def get_vocab_base(model: Any) -> Any:
         key = (type(model).__qualname__, model.hparams.get("vocab_size"), files_hash(model.dir_model))
-        return kept(key, lambda: read(model))
+        return cached(key, lambda: read(model))
 
     def _load(vocabulary: Any, path: Path) -> None:
         asked = (vocabulary.load_merges, vocabulary.n_vocab, tuple(vocabulary.special_token_types), files_hash(path))
@@ -38,11 +38,11 @@ def quicken(text_model: Any, gguf: Any) -> None:
             load(vocabulary, path)
             return dict(vars(vocabulary))
 
-        vars(vocabulary).update(kept(asked, loaded))
+        vars(vocabulary).update(cached(asked, loaded))
 
     def _pack_val(writer: Any, val: Any, vtype: Any, add_vtype: bool, sub_type: Any = None) -> bytes:
         order = "<" if writer.endianess == gguf.GGUFEndian.LITTLE else ">"
-        items = packed(val, order) if vtype is gguf.GGUFValueType.ARRAY and sub_type is None and isinstance(val, list) and val else None
+        items = pack_array(val, order) if vtype is gguf.GGUFValueType.ARRAY and sub_type is None and isinstance(val, list) and val else None
         if items is not None:
             head: bytes = pack(writer, val[:1], vtype, add_vtype)[: 8 if add_vtype else 4]  # the types, as the writer says them
             return head + struct.pack(f"{order}Q", len(val)) + items
@@ -52,7 +52,7 @@ def quicken(text_model: Any, gguf: Any) -> None:
     text_model.get_vocab_base, gguf.SpecialVocab._load, gguf.GGUFWriter._pack_val = get_vocab_base, _load, _pack_val
 
 
-def kept(key: Hashable, make: Callable[[], Any]) -> Any:
+def cached(key: Hashable, make: Callable[[], Any]) -> Any:
     """What ``make`` returned for ``key`` before; a copy, since the package changes the lists that it gets."""
     if key not in _kept:
         _kept[key] = make()
@@ -72,7 +72,7 @@ def files_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def packed(values: list[Any], order: str) -> bytes | None:
+def pack_array(values: list[Any], order: str) -> bytes | None:
     """The items of a GGUF array of strings or of int32, in the byte order ``order`` ("<" or ">"); None for any other list."""
     if all(isinstance(value, str) for value in values):
         encoded = [value.encode("utf-8") for value in values]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mbq_gguf.errors import SHOWN, UserError
+from mbq_gguf.errors import USER_ERRORS, UserError
 from mbq_gguf.formats.gguf_types import import_gguf
 from mbq_gguf.formats.quant_type import Bytes, Floats, QuantType
 from mbq_gguf.llama_cpp.bindings import bind
@@ -59,7 +59,7 @@ def _by_ggml(name: str, block: int, size: int) -> Functions | None:
     try:
         bind()
         types.type_info(name)
-    except SHOWN:
+    except USER_ERRORS:
         return None
     return lambda weights: types.quantize(name, weights), lambda data: types.dequantize(name, data, data.shape[1] // size * block)
 

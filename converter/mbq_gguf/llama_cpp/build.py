@@ -18,7 +18,7 @@ from rich.console import Console
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.llama_cpp import page as pages
 from mbq_gguf.llama_cpp import pin as pins
-from mbq_gguf.llama_cpp import prove, source
+from mbq_gguf.llama_cpp import source, verify
 from mbq_gguf.llama_cpp.cache import MARKER, BuildRecord, cache_root, read_record, write_record
 from mbq_gguf.llama_cpp.locks import file_lock, termination_as_exit
 from mbq_gguf.llama_cpp.machine import Toolchain, cpu_flags, default_jobs, find_tool, find_toolchain, gpu_architectures, machine_hash
@@ -140,7 +140,7 @@ def make_plan(backend: str, tree: Path | None, cuda_architectures: str | None) -
         f"{pin.sha256} {pin.subdirectory}" if origin is None else source.tree_hash(origin),
         patch,
         *options,
-        *(f"{wanted.name} {wanted.definitions}" for wanted in prove.instruction_sets()),
+        *(f"{wanted.name} {wanted.definitions}" for wanted in verify.instruction_sets()),
         *PROGRAMS,
         *toolchain.versions(),
         *(f"{name}={os.environ[name]}" for name in _FLAG_VARIABLES if name in os.environ),
@@ -176,13 +176,13 @@ def _build_whole(plan: Plan, jobs: int, console: Console) -> None:
         raise
 
 
-def _compile(plan: Plan, jobs: int, log: TextIO, console: Console) -> prove.InstructionSet:
+def _compile(plan: Plan, jobs: int, log: TextIO, console: Console) -> verify.InstructionSet:
     """Build the kernels for each instruction set in turn until one is proved, then everything else."""
-    wanted = prove.instruction_sets()
+    wanted = verify.instruction_sets()
     for number, chosen in enumerate(wanted):
         _configure(plan, chosen, log, console)
         _make(plan, [KERNELS], jobs, log, console, f"building the kernels ({chosen.description})")
-        fault = prove.prove_kernels(plan.tree / "build" / "bin")
+        fault = verify.verify_kernels(plan.tree / "build" / "bin")
         if fault is None:
             _make(plan, PROGRAMS, jobs, log, console, f"building llama.cpp for {plan.backend}")
             return chosen
@@ -192,7 +192,7 @@ def _compile(plan: Plan, jobs: int, log: TextIO, console: Console) -> prove.Inst
     raise UserError(f"the built kernels fail on this machine even with {chosen.description} ({fault}): please report it with {log.name}")
 
 
-def _configure(plan: Plan, chosen: prove.InstructionSet, log: TextIO, console: Console) -> None:
+def _configure(plan: Plan, chosen: verify.InstructionSet, log: TextIO, console: Console) -> None:
     tools = plan.toolchain
     definitions = [*plan.options, *chosen.definitions]
     if tools.nvcc is not None:

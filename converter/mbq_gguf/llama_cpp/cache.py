@@ -35,7 +35,7 @@ class BuildRecord:
     patch_hash: str  # hash of ggml_patch: patches and new files
     origin: str  # the pin's sha256, or the path given with --source
     machine: str  # machine.machine_hash() of the CPU that it was made for
-    instruction_set: str  # which of prove.instruction_sets() passed its proof
+    instruction_set: str  # which of verify.instruction_sets() was verified
     options: tuple[str, ...]  # CMake definitions
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from mbq_gguf.errors import UsageError
-from mbq_gguf.export.gguf_specials import file_specials
+from mbq_gguf.export.gguf_specials import file_special_tokens
 from mbq_gguf.llama_cpp.server import Answer, LlamaServer, Server
 from mbq_gguf.llama_cpp.steps import say
 from mbq_gguf.picture import open_picture
-from mbq_gguf.words import check_words
+from mbq_gguf.special_tokens import check_text
 
 
 def serve(file: Path, mmproj: Path | None, port: int, options: Sequence[str], console: Console) -> None:
@@ -40,14 +40,14 @@ def ask(
 ) -> Answer:
     """The answer of `file` to one question about `pictures`, in their order. `ctx`: tokens of context, those of the pictures included.
 
-    Raises UsageError where a file is missing or the question names a special token (:mod:`mbq_gguf.words`),
+    Raises UsageError where a file is missing or the question names a special token (:mod:`mbq_gguf.special_tokens`),
     UserError where the server does not start or refuses, as it does where `ctx` is too small.
     """
     vision = mmproj or _beside(file)
     if pictures and vision is None and file.is_file():  # a missing FILE is named first, below
         raise UsageError(f"there is no vision file {_name_beside(file)}: put it there, or name it with --mmproj")
     if file.is_file():
-        check_words(question, file_specials(file), "the question")
+        check_text(question, file_special_tokens(file), "the question")
     for picture in pictures:  # before a model is loaded
         open_picture(picture)
     server = LlamaServer(file, vision if pictures else None, ctx=ctx, gpu_layers=gpu_layers)

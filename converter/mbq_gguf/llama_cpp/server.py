@@ -23,7 +23,7 @@ from typing import IO, Any, NoReturn, Self
 import requests
 
 from mbq_gguf.errors import UsageError, UserError
-from mbq_gguf.llama_cpp import closed, tethered
+from mbq_gguf.llama_cpp import die_with_parent, lockdown
 from mbq_gguf.llama_cpp.locks import termination_as_exit
 from mbq_gguf.llama_cpp.paths import find_program
 from mbq_gguf.llama_cpp.steps import end_group
@@ -70,14 +70,14 @@ class Server:
         self._command: list[str] = [str(find_program("llama-server")), "--model", str(model.absolute())]
         if mmproj is not None:
             self._command += ["--mmproj", str(mmproj.absolute())]
-        self._command += [*closed.OPTIONS, *options]
+        self._command += [*lockdown.OPTIONS, *options]
         self._host = _last_value(options, "--host") or "127.0.0.1"
         self._port = _port(_last_value(options, "--port") or str(port))
         self._log_file = log_file
         self._exit = ExitStack()
         self._process: subprocess.Popen[str] | None = None
         self._log: IO[str] | None = None
-        self.key = None if closed.brings_own_key(options) else closed.new_key()
+        self.key = None if lockdown.brings_own_key(options) else lockdown.new_key()
         self.url = ""
 
     def __enter__(self) -> Self:
@@ -92,7 +92,7 @@ class Server:
             else:
                 self._log_file.parent.mkdir(parents=True, exist_ok=True)
                 self._log = undo.enter_context(self._log_file.open("w+", encoding="utf-8"))
-            self._start(closed.environment(self.key, no_configuration))
+            self._start(lockdown.environment(self.key, no_configuration))
             self._exit = undo.pop_all()
         return self
 
@@ -134,7 +134,7 @@ class Server:
         sent = json.dumps(body).encode()  # before the clock starts: a picture is a megabyte of it
         begin = time.monotonic()
         try:
-            response = closed.request("POST", f"{self.url}/v1/chat/completions", self.key, ANSWER_SECONDS, sent)
+            response = lockdown.request("POST", f"{self.url}/v1/chat/completions", self.key, ANSWER_SECONDS, sent)
         except requests.Timeout as error:
             raise UserError(
                 f"llama-server gave no answer within {ANSWER_SECONDS:.0f} s: ask for fewer tokens or use more threads"
@@ -148,7 +148,7 @@ class Server:
 
     def _start(self, environment: dict[str, str]) -> None:
         assert self._log is not None
-        command = [sys.executable, "-I", "-S", tethered.__file__, str(os.getpid()), *self._command]
+        command = [sys.executable, "-I", "-S", die_with_parent.__file__, str(os.getpid()), *self._command]
         if self._port and _taken(self._port):
             raise UserError(f"port {self._port} is taken by another program: choose another one with --port")
         for _ in range(START_TRIES):
@@ -184,7 +184,7 @@ class Server:
             if self._process.poll() is not None:
                 return False
             with suppress(requests.RequestException):
-                if closed.request("GET", self.url + path, self.key, timeout=5).status_code == 200:
+                if lockdown.request("GET", self.url + path, self.key, timeout=5).status_code == 200:
                     return True
             time.sleep(0.05)
         raise UserError(

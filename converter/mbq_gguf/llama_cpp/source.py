@@ -87,7 +87,7 @@ def check_sha256(archive: Path, pin: Pin) -> None:
 def _wrong_checksum(what: str, found: str, pin: Pin) -> UserError:
     return UserError(
         f"{what} has the sha256 {found[:12]}... where the pin says {pin.sha256[:12]}...: "
-        "the download is damaged or not the pinned one, so fetch it again over a network that you trust"
+        "the download is damaged or not the pinned one, so download it again over a network that you trust"
     )
 
 

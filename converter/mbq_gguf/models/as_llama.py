@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mbq_gguf.errors import UserError
-from mbq_gguf.models.checks import check_heads, numbers
+from mbq_gguf.models.checks import check_heads, positive_integers
 
 INTERNLM2, PHI3 = "internlm2", "phi3"
 MODEL_TYPES = (INTERNLM2, PHI3)
@@ -46,8 +46,8 @@ def check(config: Mapping[str, Any]) -> None:
     """Raise UserError where the language model in a published config.json is one of them, and its sizes are none."""
     if language_model(config):
         text = config["llm_config"]
-        numbers(text, ("vocab_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"))
-        check_heads(*numbers(text, ("hidden_size", "num_attention_heads", "num_key_value_heads")))
+        positive_integers(text, ("vocab_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"))
+        check_heads(*positive_integers(text, ("hidden_size", "num_attention_heads", "num_key_value_heads")))
 
 
 def settings(published: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def settings(published: Mapping[str, Any]) -> dict[str, Any]:
         pairs = published["hidden_size"] // published["num_attention_heads"] // 2
         for name, factor in factors.items():
             if not isinstance(factor, list) or len(factor) != pairs:
-                raise UserError(f"rope_scaling's {name} in the model's config.json is no list of {pairs} factors: fetch the model again")
+                raise UserError(f"rope_scaling's {name} in the model's config.json is no list of {pairs} factors: download the model again")
         original = published["original_max_position_embeddings"]
         factors |= {"factor": published["max_position_embeddings"] / original, "original_max_position_embeddings": original}
         found["rope_parameters"] = {"rope_type": "longrope", "rope_theta": found.pop("rope_theta"), **factors}
@@ -89,7 +89,7 @@ def parts_of(name: str, tensor: Any, heads: int, key_heads: int) -> list[Any]:
     unit = {1: 1, 2: 2, 3: heads + 2 * key_heads}[parts]
     if parts > 1 and (not tensor.ndim or tensor.shape[0] == 0 or tensor.shape[0] % unit):
         raise UserError(
-            f"{name} is {tuple(tensor.shape)} and its rows are no multiple of {unit}, as config.json asks: fetch the model again"
+            f"{name} is {tuple(tensor.shape)} and its rows are no multiple of {unit}, as config.json asks: download the model again"
         )
     if parts < 3:
         return list(tensor.chunk(parts))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mbq_gguf.models.checks import check_heads, number, numbers
+from mbq_gguf.models.checks import check_heads, positive_integers, positive_number
 from mbq_gguf.models.text_model import QKV, TextModel, check_granted
 
 PUBLISHED = "CogVLMForCausalLM"
@@ -28,12 +28,12 @@ BASE, OTHER_BASE = 500000.0, 10000.0  # of rotation, which CogVLM2's code has an
 def text_model(published: Mapping[str, Any]) -> TextModel:
     """The language model of a checkpoint whose config.json is ``published``. Raises UserError for settings that Llama does not know."""
     check_granted(published, {"hidden_act": "silu", "tie_word_embeddings": False})
-    width, heads = numbers(published, ("hidden_size", "num_attention_heads"))
-    groups = number(published, GROUPS) if GROUPS in published else heads
+    width, heads = positive_integers(published, ("hidden_size", "num_attention_heads"))
+    groups = positive_number(published, GROUPS) if GROUPS in published else heads
     check_heads(width, heads, groups)
     settings = {
-        **{name: number(published, name) for name in WHOLE},
-        "rms_norm_eps": number(published, "rms_norm_eps", whole=False),
+        **{name: positive_number(published, name) for name in WHOLE},
+        "rms_norm_eps": positive_number(published, "rms_norm_eps", whole=False),
         **{name: published.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         "num_key_value_heads": groups,
         "rope_parameters": {"rope_type": "default", "rope_theta": BASE if GROUPS in published else OTHER_BASE},

@@ -1,4 +1,4 @@
-"""The language model inside a VLM: where transformers keeps its decoder layers."""
+"""Finds the decoder of the language model inside a VLM."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from mbq_gguf.models.experts import open_experts
 from mbq_gguf.models.layout import Layout
 from mbq_gguf.models.layouts import layout_of
 
-# Where transformers keeps the language model of a VLM, most specific first.
+# Where transformers' classes have the language model of a VLM, most specific first.
 DECODER_PATHS = ("model.language_model", "language_model.model", "model.text_model", "language_model", "model")
 
 
 @dataclass
 class Decoder:
-    """The decoder stack of a loaded VLM. ``path`` is where it hangs in the model (``model.language_model``)."""
+    """The decoder stack of a loaded VLM. ``path`` is its name in the model (``model.language_model``)."""
 
     path: str
     module: nn.Module
@@ -29,7 +29,7 @@ class Decoder:
     layout: Layout
 
     def linears(self) -> Iterator[tuple[str, nn.Linear]]:
-        """Every quantisable linear by its decoder-relative name, ``layers.0.self_attn.q_proj`` and so on."""
+        """Every quantisable linear with its decoder-relative name (``layers.0.self_attn.q_proj``)."""
         for index, layer in enumerate(self.layers):
             for name in self.layout.of(layer).linears:
                 module = layer.get_submodule(name)
@@ -38,7 +38,7 @@ class Decoder:
 
 
 def find_decoder(model: nn.Module, architecture: str) -> Decoder | None:
-    """The decoder stack of ``model``, its experts opened, or None where no path of :data:`DECODER_PATHS` leads to one."""
+    """The decoder stack of ``model``, its experts split into linears, or None if no path of :data:`DECODER_PATHS` leads to one."""
     head = getattr(model, "lm_head", None)
     if head is None:
         head = getattr(getattr(model, "language_model", None), "lm_head", None)
@@ -63,7 +63,7 @@ def find_decoder(model: nn.Module, architecture: str) -> Decoder | None:
 
 
 def check_layers(decoder: Decoder, architecture: str, supported: str) -> None:
-    """Raise a UsageError unless every decoder layer is of the kind that its layout describes."""
+    """Raise a UsageError unless the layout describes every decoder layer."""
     for index, layer in enumerate(decoder.layers):
         fault = decoder.layout.fault(layer)
         if fault:

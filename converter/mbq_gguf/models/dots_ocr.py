@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mbq_gguf.errors import UserError
-from mbq_gguf.models.checks import read_object
+from mbq_gguf.models.checks import read_json_object
 
 PUBLISHED = "DotsOCRForCausalLM"
 # Settings of the tower that llama.cpp takes for granted, with what the published configuration has where it is silent.
@@ -31,7 +31,7 @@ def configuration(model_dir: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    published = read_object(model_dir / "config.json")
+    published = read_json_object(model_dir / "config.json")
     vision = published["vision_config"]
     other = [name for name, value in GRANTED.items() if vision.get(name, value) != value]
     if other:
@@ -51,6 +51,6 @@ def image_processor(model_dir: Path) -> Any:
     """transformers' image processor for it: Qwen2-VL's, of one picture a patch."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    settings = read_object(model_dir / "preprocessor_config.json")
+    settings = read_json_object(model_dir / "preprocessor_config.json")
     own = ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
     return Qwen2VLImageProcessorPil(**{name: settings[name] for name in own})

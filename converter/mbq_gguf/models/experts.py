@@ -1,7 +1,7 @@
-"""Experts that transformers keeps as stacks, opened: three linears each, which run on their own tokens alone.
+"""Splits the stacked experts of transformers into linears, so that each expert runs only on its own tokens.
 
-An expert's linears are then readers like any others. Which tokens the rows of its input are it says itself; where calibration asks for it,
-an expert also sees tokens of others: their outputs go nowhere, but the inputs of its linears count in Hessians.
+An expert's linears are then readers like any others. :class:`Experts` records which tokens are the rows of each expert's input. If
+calibration asks for it, an expert also sees tokens that did not choose it: their outputs are discarded, but they count in the Hessians.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ READERS = ("gate_proj", "up_proj", "down_proj")
 
 
 class Expert(nn.Module):
-    """Number ``number`` of a stack [experts, rows, columns], over the same memory, or of one ``turned``, [experts, columns, rows]."""
+    """Expert ``number`` of a stack [experts, rows, columns], sharing its memory, or of a ``transposed`` one, [experts, columns, rows]."""
 
     gate_proj: nn.Linear
     up_proj: nn.Linear
     down_proj: nn.Linear
 
-    def __init__(self, stack: Any, number: int, turned: bool) -> None:
+    def __init__(self, stack: Any, number: int, transposed: bool) -> None:
         super().__init__()
         gate_up, down = (matrix.detach()[number] for matrix in (stack.gate_up_proj, stack.down_proj))
-        if turned:
+        if transposed:
             gate_up, down = (matrix.transpose(0, 1).contiguous() for matrix in (gate_up, down))
         for name, weight in zip(READERS, (*gate_up.chunk(2), down), strict=True):
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -33,29 +33,29 @@ class Expert(nn.Module):
         self.act_fn = stack.act_fn
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, tokens, width] to the same."""
+        """Output [1, tokens, width] for ``x`` of the same shape."""
         out: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         return out
 
 
 class Experts(nn.ModuleList):
-    """The experts of one layer, in the place of transformers' stack.
+    """The experts of one layer, replacing transformers' stack.
 
-    ``shares``: of the tokens that do not choose an expert, the share that it sees all the same. After a run ``rows[number]`` are the tokens
-    [rows] that expert ``number`` was given, and ``weights[number]`` [rows] what the square of an error there is multiplied by on its way
-    into the residual stream: the square of the router's weight, its mean for a token that did not choose the expert. ``weighed``: that
-    weight multiplies what an expert is given instead (Llama 4's), so that it is in every Hessian already.
+    ``shares``: the share of the tokens that did not choose an expert which it sees nevertheless. After a run, ``rows[number]`` [rows] are
+    the tokens that expert ``number`` received, and ``weights[number]`` [rows] the factors by which squared errors there enter the residual
+    stream: the squared router weights, or their mean for tokens that did not choose the expert. ``scales_inputs``: the router weights
+    multiply the experts' inputs instead of their outputs (Llama 4), so that the Hessians already contain them.
     """
 
-    def __init__(self, stack: Any, weighed: bool = False) -> None:
-        super().__init__([Expert(stack, number, turned=weighed) for number in range(len(stack.down_proj))])
-        self.weighed = weighed
+    def __init__(self, stack: Any, scales_inputs: bool = False) -> None:
+        super().__init__([Expert(stack, number, transposed=scales_inputs) for number in range(len(stack.down_proj))])
+        self.scales_inputs = scales_inputs
         self.shares = [0.0] * len(self)
         self.rows: dict[int, torch.Tensor] = {}
         self.weights: dict[int, torch.Tensor] = {}
 
     def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
-        """Output [tokens, width] for ``hidden`` of the same shape; ``chosen`` [tokens, few] are experts, ``gains`` the router's weights."""
+        """Output [tokens, width] for ``hidden`` of the same shape; ``chosen`` [tokens, k] are expert indices, ``gains`` router weights."""
         out = torch.zeros_like(hidden)
         self.rows, self.weights = {}, {}
         typical = gains.detach().square().mean().sqrt()
@@ -66,14 +66,14 @@ class Experts(nn.ModuleList):
             if not len(rows):
                 continue
             gain = torch.cat([gains[tokens, place], typical.expand(len(others))])
-            before, behind = (gain, torch.ones_like(gain)) if self.weighed else (torch.ones_like(gain), gain)
+            before, behind = (gain, torch.ones_like(gain)) if self.scales_inputs else (torch.ones_like(gain), gain)
             own = expert((hidden[rows] * before[:, None]).to(hidden.dtype)[None])[0, : len(tokens)]
             out = out.index_add(0, tokens, (own * behind[: len(tokens), None]).to(out.dtype))
             self.rows[number], self.weights[number] = rows, behind.detach().square().float()
         return out
 
     def _others(self, number: int, tokens: torch.Tensor, count: int) -> torch.Tensor:
-        """Tokens that did not choose expert ``number``, evenly spread, as many as its share says."""
+        """Evenly spaced tokens that did not choose expert ``number``, as many as its share says."""
         share = self.shares[number]
         rest = torch.ones(count if share else 0, dtype=torch.bool, device=tokens.device)
         if not share:
@@ -84,24 +84,24 @@ class Experts(nn.ModuleList):
         return places[(step.floor() > (step - share).floor()).to(places.device)]
 
 
-class WeighedBlock(nn.Module):
-    """Llama 4's experts, router and shared expert, in the place of transformers' ``block``, which gives every expert every token, times
-    zero where it is not chosen."""
+class Llama4Block(nn.Module):
+    """Llama 4's experts, router and shared expert. It replaces transformers' ``block``, which runs every expert on every token, multiplied
+    by zero if it is not chosen."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        self.router, self.shared_expert, self.experts = block.router, block.shared_expert, Experts(block.experts, weighed=True)
+        self.router, self.shared_expert, self.experts = block.router, block.shared_expert, Experts(block.experts, scales_inputs=True)
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Output like ``hidden`` [..., width], and the router's logits [tokens, experts]."""
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        scores, logits = self.router(tokens)  # 0 where an expert is not chosen
+        scores, logits = self.router(tokens)  # 0 for experts that are not chosen
         gains, chosen = scores.topk(self.router.top_k, dim=-1)
         return self.shared_expert(hidden) + self.experts(tokens, chosen, gains).view_as(hidden), logits
 
 
 def open_experts(layer: nn.Module, name: str) -> None:
-    """Put :class:`Experts` in the place of the stack called ``name`` in ``layer``, where there is one."""
+    """Replace the stack of experts called ``name`` in ``layer``, if there is one, by :class:`Experts`."""
     parent, _, own = name.rpartition(".")
     try:
         holder = layer.get_submodule(parent)
@@ -112,6 +112,6 @@ def open_experts(layer: nn.Module, name: str) -> None:
     if not all(isinstance(matrix, torch.Tensor) and matrix.ndim == 3 for matrix in matrices):
         return
     if type(stack).__name__ == "Llama4TextExperts":
-        setattr(layer, parent, WeighedBlock(holder))
+        setattr(layer, parent, Llama4Block(holder))
     else:
         setattr(holder, own, Experts(stack))

@@ -1,4 +1,4 @@
-"""An embedding whose table stays in the checkpoint's file, where it is larger than the rest of the model and few of its rows are wanted."""
+"""An embedding whose table stays in the checkpoint's file, because it is larger than the rest of the model and few rows are used."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from mbq_gguf.models.stored import Stored
+from mbq_gguf.models.lazy import LazyTensor
 
-TABLE = "embed_tokens_per_layer"  # of a decoder: for each token an input for each layer (Gemma 4's small models; 4.7 GB of E2B's 10)
+TABLE = "embed_tokens_per_layer"  # per-layer inputs of each token (Gemma 4's small models; 4.7 GB of E2B's 10)
 
 
 class FileRows(nn.Module):
-    """Stands for the embedding ``of``: rows are taken from its file, which is mapped, and come on ``device`` in ``dtype``."""
+    """Replaces the embedding ``of``: reads rows from the mapped file and returns them on ``device`` in ``dtype``."""
 
     def __init__(self, of: Any, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        weight = of.weight.read() if isinstance(of.weight, Stored) else of.weight.detach()
+        weight = of.weight.read() if isinstance(of.weight, LazyTensor) else of.weight.detach()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale, self.device, self.dtype = float(of.scalar_embed_scale), device, dtype
 
@@ -28,7 +28,7 @@ class FileRows(nn.Module):
 
 
 def leave_in_file(decoder: nn.Module, device: torch.device, dtype: torch.dtype) -> list[nn.Module]:
-    """Put :class:`FileRows` in the place of such an embedding of ``decoder``; what stands there now."""
+    """Replace such an embedding of ``decoder``, if there is one, by :class:`FileRows`; returns the new modules."""
     found = getattr(decoder, TABLE, None)
     if found is None:
         return []

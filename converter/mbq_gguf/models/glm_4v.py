@@ -8,7 +8,7 @@ from typing import Any
 
 from mbq_gguf.errors import UserError
 from mbq_gguf.models import tiktoken
-from mbq_gguf.models.checks import check_heads, number, numbers, read_object
+from mbq_gguf.models.checks import check_heads, positive_integers, positive_number, read_json_object
 from mbq_gguf.models.text_model import QKV, TextModel, check_granted
 
 PUBLISHED = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
@@ -43,19 +43,19 @@ SETTINGS = ("eos_token", "pad_token", "chat_template")  # of tokenizer_config.js
 
 def text_model(published: Mapping[str, Any]) -> TextModel:
     """The language model of a checkpoint whose config.json is ``published``. Raises UserError for settings that Glm does not know."""
-    width, heads, groups = numbers(published, ("hidden_size", "num_attention_heads", "multi_query_group_num"))
+    width, heads, groups = positive_integers(published, ("hidden_size", "num_attention_heads", "multi_query_group_num"))
     check_granted(published, GRANTED | {"kv_channels": width // heads})
     check_heads(width, heads, groups)
-    asked = {name: number(published, name, whole=name == "seq_length") for name in ASKED}
+    asked = {name: positive_number(published, name, whole=name == "seq_length") for name in ASKED}
     rope = {"rope_type": "default", "rope_theta": 10000.0 * asked["rope_ratio"], "partial_rotary_factor": 0.5}
     settings = {
-        "vocab_size": number(published, "padded_vocab_size"),
+        "vocab_size": positive_number(published, "padded_vocab_size"),
         "hidden_size": width,
-        "num_hidden_layers": number(published, "num_layers"),
+        "num_hidden_layers": positive_number(published, "num_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "head_dim": width // heads,
-        "intermediate_size": number(published, "ffn_hidden_size"),
+        "intermediate_size": positive_number(published, "ffn_hidden_size"),
         "rms_norm_eps": asked["layernorm_epsilon"],
         "max_position_embeddings": asked["seq_length"],
         "rope_parameters": rope,
@@ -68,11 +68,11 @@ def text_model(published: Mapping[str, Any]) -> TextModel:
 
 def tokenizer(model_dir: Path) -> Any:
     """transformers' tokenizer of ``model_dir``, without what its authors' code puts before each text (BEGIN)."""
-    settings, file = read_object(model_dir / "tokenizer_config.json"), model_dir / "tokenizer.model"
-    numbers = {int(number): token["content"] for number, token in settings["added_tokens_decoder"].items()}
-    specials = [numbers[number] for number in sorted(numbers)]
+    settings, file = read_json_object(model_dir / "tokenizer_config.json"), model_dir / "tokenizer.model"
+    added = {int(number): token["content"] for number, token in settings["added_tokens_decoder"].items()}
+    specials = [added[number] for number in sorted(added)]
     kept = {name: settings[name] for name in SETTINGS if settings.get(name)}
     made = tiktoken.tokenizer(file, WORDS, specials, whole=True, **kept)
-    if made.convert_tokens_to_ids(specials) != sorted(numbers):
-        raise UserError(f"{file} has not as many tokens as tokenizer_config.json beside it tells of: fetch the tokenizer again")
+    if made.convert_tokens_to_ids(specials) != sorted(added):
+        raise UserError(f"{file} has not as many tokens as tokenizer_config.json beside it tells of: download the tokenizer again")
     return made

@@ -14,7 +14,7 @@ import torch
 
 from mbq_gguf.errors import UserError
 from mbq_gguf.models import as_llama
-from mbq_gguf.models.checks import numbers, read_object
+from mbq_gguf.models.checks import positive_integers, read_json_object
 from mbq_gguf.models.tokenizer import load_tokenizer
 
 ARCHITECTURE = "InternVLChatModel"
@@ -92,7 +92,7 @@ def configuration(model_dir: Path) -> Any:
     """transformers' configuration of the published model in ``model_dir``. Raises UserError where it is of an older kind."""
     from transformers import AutoConfig
 
-    published = read_object(model_dir / "config.json")
+    published = read_json_object(model_dir / "config.json")
     if published.get("ps_version", "v2") != "v2" or published.get("select_layer", -1) != -1:
         raise UserError(f"{model_dir} is of an InternVL older than 2 (ps_version, select_layer): use a newer one")
     vision = {ours: published["vision_config"][name] for name, ours in VISION.items() if name in published["vision_config"]}
@@ -115,9 +115,9 @@ def configuration(model_dir: Path) -> Any:
 def check(config: Mapping[str, Any]) -> None:
     """Raise UserError where a published config.json lacks what its reader asks for."""
     if (config.get("architectures") or [None])[0] == ARCHITECTURE:
-        numbers(config.get("vision_config") or {}, SIZES)
+        positive_integers(config.get("vision_config") or {}, SIZES)
         if not config.get("llm_config"):
-            raise UserError("llm_config is missing in the model's config.json: fetch the model again")
+            raise UserError("llm_config is missing in the model's config.json: download the model again")
 
 
 def bare(model_dir: Path) -> Any:
@@ -131,7 +131,7 @@ def image_processor(model_dir: Path) -> Any:
     """transformers' image processor for it, which cuts pictures into tiles as the configuration says."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-    published, settings = (read_object(model_dir / name) for name in ("config.json", "preprocessor_config.json"))
+    published, settings = (read_json_object(model_dir / name) for name in ("config.json", "preprocessor_config.json"))
     side = published.get("force_image_size") or published["vision_config"]["image_size"]
     return GotOcr2ImageProcessorPil(
         size={"height": side, "width": side},

@@ -1,4 +1,4 @@
-"""The layout of each family's decoder layers, and of the layers that it is made from; the only place that knows them."""
+"""The layout of each family's decoder layers. This is the only place that knows them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _gated(before_attention: str, before_mlp: str) -> tuple[Site, ...]:
 STANDARD = Layout(
     _gated("input_layernorm", "post_attention_layernorm"), (ATTENTION, MLP), norms=("input_layernorm", "post_attention_layernorm")
 )
-# Gemma 3's: a norm before and one after each branch, every one of them times 1 + weight (see norm_offset).
+# Gemma 3: a norm before and a norm after each branch, each multiplying by 1 + weight (see norm_offset).
 SANDWICH = Layout(
     _gated("input_layernorm", "pre_feedforward_layernorm"),
     (ATTENTION, MLP),
@@ -32,13 +32,13 @@ SANDWICH = Layout(
     norms_after=("post_attention_layernorm", "post_feedforward_layernorm"),
 )
 
-# Gemma 4's: in full layers keys may be values too, and values pass a norm of their heads, so that no factors fold into what makes them.
+# Gemma 4: full-attention layers may use keys as values, and values pass a per-head norm, so factors cannot be folded into v_proj.
 GEMMA4 = replace(SANDWICH, sites=(SANDWICH.sites[0], replace(SANDWICH.sites[1], absorber=None), *SANDWICH.sites[2:]))
 KEYS_AS_VALUES = replace(GEMMA4, sites=(replace(GEMMA4.sites[0], readers=("self_attn.q_proj", "self_attn.k_proj")), *GEMMA4.sites[1:]))
-# Its small models' last layers take the keys and values of others.
+# The last layers of its small models reuse the keys and values of other layers.
 QUERIES = replace(GEMMA4, sites=(replace(GEMMA4.sites[0], readers=("self_attn.q_proj",)), *GEMMA4.sites[1:]))
 
-# GLM-4.1V's: the same places, plain norms, gate and up in one linear.
+# GLM-4.1V: norms in the same places, without offset; gate and up in one linear.
 GLM = Layout(
     _gated("input_layernorm", "post_attention_layernorm"),
     (ATTENTION, MLP),
@@ -46,8 +46,8 @@ GLM = Layout(
     norms_after=("post_self_attn_layernorm", "post_mlp_layernorm"),
     fused=(Fused("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),),
 )
-# Qwen3.5's: three of four layers have a gated delta net for attention. It reads the norm by two more matrices, of one row per head, which
-# stay as they are; so no factors fold into the norm, and no rotation passes.
+# Qwen3.5: three of four layers have a gated delta net instead of attention. Two more matrices of it, with one row per head, read the norm
+# and are not quantised. Hence factors cannot be folded into the norm, and the stream cannot be rotated.
 DELTA_NET = Branch("attention", "linear_attn", "linear_attn.out_proj")
 DELTA = replace(
     STANDARD,
@@ -67,14 +67,14 @@ HYBRID = replace(
     variants=(STANDARD, DELTA),
 )
 
-# Experts, and where all tokens pass some of them (``shared``) these as an MLP of their own, between the branch's other linears. A router
-# reads the norm too, so no factors fold into it, and no rotation passes.
+# Mixture of experts; ``shared`` is an MLP that all tokens pass through. The router reads the norm too, so factors cannot be folded into it,
+# and the stream cannot be rotated.
 MOE = Branch("mlp", "mlp", "mlp")
 ROUTED = "its routers read the residual stream, and are not quantised"
 
 
-def routed(layout: Layout, shared: str | None = None) -> Layout:
-    """``layout`` with experts for an MLP."""
+def with_moe(layout: Layout, shared: str | None = None) -> Layout:
+    """``layout`` with a mixture of experts instead of the MLP."""
     passed = (
         ()
         if shared is None
@@ -89,7 +89,7 @@ def routed(layout: Layout, shared: str | None = None) -> Layout:
 
 
 def renamed(layout: Layout, old: str, new: str) -> Layout:
-    """``layout`` where ``old``, the module of a branch, is called ``new``."""
+    """``layout`` with the branch module ``old`` renamed to ``new``."""
 
     def name(given: str) -> str:
         return new + given.removeprefix(old) if given == old or given.startswith(f"{old}.") else given
@@ -102,15 +102,15 @@ def renamed(layout: Layout, old: str, new: str) -> Layout:
     return replace(layout, sites=tuple(map(site, layout.sites)), branches=branches, experts=layout.experts and name(layout.experts))
 
 
-def either(*variants: Layout) -> Layout:
-    """Layers of several kinds: the sites and branches of all."""
+def union(*variants: Layout) -> Layout:
+    """The layout of a decoder with several kinds of layers: the sites and branches of all of them."""
     sites = dict.fromkeys(site for variant in variants for site in variant.sites)
     branches = dict.fromkeys(branch for variant in variants for branch in variant.branches)
     return replace(variants[-1], sites=tuple(sites), branches=tuple(branches), experts=None, variants=variants)
 
 
-def beside(layout: Layout) -> Layout:
-    """``layout`` with experts beside its MLP, each with norms of its own (Gemma 4's)."""
+def with_parallel_experts(layout: Layout) -> Layout:
+    """``layout`` with experts in parallel to its MLP, both with their own norms (Gemma 4)."""
     return replace(
         layout,
         norms=(*layout.norms, "pre_feedforward_layernorm_2"),
@@ -119,9 +119,9 @@ def beside(layout: Layout) -> Layout:
     )
 
 
-def with_inputs(layout: Layout) -> Layout:
-    """``layout`` with a third branch, whose gate reads the residual stream itself, and which is multiplied by what the layer is given of
-    each token (Gemma 4's small models)."""
+def with_per_layer_inputs(layout: Layout) -> Layout:
+    """``layout`` with a third branch, whose gate reads the residual stream itself and multiplies the layer's own input for each token
+    (Gemma 4's small models)."""
     branch = Branch("inputs", "per_layer_projection", "per_layer_projection")
     sites = (
         Site("inputs_gate", ("per_layer_input_gate",), None, "per_layer_input_gate", branch.name),
@@ -135,12 +135,12 @@ def with_inputs(layout: Layout) -> Layout:
     )
 
 
-# Llama 4's: experts in every layer or every second one. Its sites are called as others' are, their modules are not.
-LLAMA4 = either(*(renamed(layout, "mlp", "feed_forward") for layout in (STANDARD, routed(STANDARD, "mlp.shared_expert"))))
+# Llama 4: experts in every layer or every second one. Only the names of its modules differ.
+LLAMA4 = union(*(renamed(layout, "mlp", "feed_forward") for layout in (STANDARD, with_moe(STANDARD, "mlp.shared_expert"))))
 
-SMALL_GEMMA4 = either(*(with_inputs(layout) for layout in (GEMMA4, KEYS_AS_VALUES, QUERIES)))
+SMALL_GEMMA4 = union(*(with_per_layer_inputs(layout) for layout in (GEMMA4, KEYS_AS_VALUES, QUERIES)))
 
-# Of a language model without its tower.
+# Matches nothing: for a language model without its vision tower.
 NO_PICTURES = r"(?!)"
 LAYOUTS = {
     "Qwen2VLForConditionalGeneration": replace(STANDARD, projector=r"visual\.merger\.mlp\.2"),
@@ -153,11 +153,11 @@ LAYOUTS = {
     "InternVLChatModel/internlm2": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
     "InternVLChatModel/phi3": replace(STANDARD, projector=r"multi_modal_projector\.linear_2"),
     "Qwen3_5ForConditionalGeneration": HYBRID,
-    "Qwen3VLMoeForConditionalGeneration": routed(STANDARD),
-    "Qwen3_5MoeForConditionalGeneration": either(routed(STANDARD, "mlp.shared_expert"), routed(DELTA, "mlp.shared_expert")),
-    "Glm4vMoeForConditionalGeneration": either(STANDARD, routed(STANDARD, "mlp.shared_experts")),
-    "Gemma4ForConditionalGeneration": either(GEMMA4, KEYS_AS_VALUES),
-    "Gemma4ForConditionalGeneration/enable_moe_block": either(beside(GEMMA4), beside(KEYS_AS_VALUES)),
+    "Qwen3VLMoeForConditionalGeneration": with_moe(STANDARD),
+    "Qwen3_5MoeForConditionalGeneration": union(with_moe(STANDARD, "mlp.shared_expert"), with_moe(DELTA, "mlp.shared_expert")),
+    "Glm4vMoeForConditionalGeneration": union(STANDARD, with_moe(STANDARD, "mlp.shared_experts")),
+    "Gemma4ForConditionalGeneration": union(GEMMA4, KEYS_AS_VALUES),
+    "Gemma4ForConditionalGeneration/enable_moe_block": union(with_parallel_experts(GEMMA4), with_parallel_experts(KEYS_AS_VALUES)),
     "Gemma4ForConditionalGeneration/hidden_size_per_layer_input": SMALL_GEMMA4,
     "Llama4ForConditionalGeneration": LLAMA4,
     "MiniCPMV4_6ForConditionalGeneration": HYBRID,
@@ -183,5 +183,5 @@ ROTATABLE = tuple(name for name, layout in LAYOUTS.items() if layout.no_rotation
 
 
 def layout_of(architecture: str) -> Layout:
-    """The layout of an architecture's decoder layers; the standard one for a name that is not in the table."""
+    """The layout of an architecture's decoder layers; the standard one for an unknown name."""
     return LAYOUTS.get(architecture, STANDARD)

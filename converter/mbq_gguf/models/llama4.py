@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from mbq_gguf.errors import UserError
-from mbq_gguf.models.checks import PREPROCESSORS, read_object
+from mbq_gguf.models.checks import PREPROCESSORS, read_json_object
 
 ARCHITECTURE = "Llama4ForConditionalGeneration"
 TILES = 16  # of a canvas at most, as llama.cpp has it
@@ -81,7 +81,7 @@ def inner_size(size: tuple[int, int], most: tuple[int, int], side: int) -> tuple
 
 def image_processor(model_dir: Path) -> ImageProcessor:
     """The processor by the settings of the model in ``model_dir``. Raises UserError for what llama.cpp does not do."""
-    settings = next(read_object(model_dir / name) for name in PREPROCESSORS if (model_dir / name).is_file())
+    settings = next(read_json_object(model_dir / name) for name in PREPROCESSORS if (model_dir / name).is_file())
     settings = settings.get("image_processor", settings)
     side = settings.get("size", {}).get("height", 336)
     if settings.get("max_patches", TILES) != TILES or settings.get("resize_to_max_canvas"):

@@ -1,4 +1,4 @@
-"""A model directory to a LoadedModel."""
+"""Loads a model directory as a LoadedModel."""
 
 from __future__ import annotations
 
@@ -10,27 +10,34 @@ from typing import Any
 
 import torch
 
-from mbq_gguf.errors import UsageError, UserError, said
+from mbq_gguf.errors import UsageError, UserError, describe
 from mbq_gguf.models import as_llama, internvl, llama4
-from mbq_gguf.models.alone import alone
-from mbq_gguf.models.checks import check_finite, check_layer_count, check_unquantised, check_whole, read_config, read_object, weight_files
+from mbq_gguf.models.checks import (
+    check_complete,
+    check_finite,
+    check_layer_count,
+    check_unquantised,
+    read_config,
+    read_json_object,
+    weight_files,
+)
+from mbq_gguf.models.config_types import check_config_types
 from mbq_gguf.models.decoder import check_layers, find_decoder
 from mbq_gguf.models.families import FAMILIES, LANGUAGE_ALONE, REFUSED, family_of, kind
 from mbq_gguf.models.file_rows import leave_in_file
-from mbq_gguf.models.kinds import check_kinds
+from mbq_gguf.models.language_only import language_only
+from mbq_gguf.models.lazy import LazyTensor, lazy_tensors, materialise, tensors_of
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import ImagePrompt, NoImagePrompt, ProcessorImagePrompt, Prompts, RuntimePrompt
-from mbq_gguf.models.published import PUBLISHED, TEXT_MODELS, unwarned
+from mbq_gguf.models.published import PUBLISHED, TEXT_MODELS, silence_type_warning
 from mbq_gguf.models.remote_code import runs_remote_code
-from mbq_gguf.models.stored import Stored, read_into, stored_tensors, tensors_of
 from mbq_gguf.models.text_model import TextModel
 from mbq_gguf.models.tokenizer import load_tokenizer
-from mbq_gguf.settings import ALONE, TRUST
+from mbq_gguf.settings import LANGUAGE_ONLY, TRUST
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "qwen.tiktoken")
-HEARING = re.compile(
-    r"(?:model\.)?(?:audio_tower|embed_audio)\."
-)  # no sound is calibrated with; llama.cpp's conversion takes them from the files
+# Audio is not calibrated; llama.cpp's conversion reads these tensors from the files.
+AUDIO = re.compile(r"(?:model\.)?(?:audio_tower|embed_audio)\.")
 SUPPORTED = f"a family that `mbq-gguf models` lists ({', '.join(family.name for family in FAMILIES)})"
 
 
@@ -43,9 +50,9 @@ def load(
 ) -> LoadedModel:
     """Load a VLM from a Hugging Face directory for calibration.
 
-    ``dtype`` is the dtype of the computation; decoder layers stay in their files until they are needed. ``prompts`` are those of an
-    :func:`outline` of the same directory, where there is one. ``progress`` is told of the look through all weights, in megabytes.
-    Raises UserError or UsageError for a directory that is no model, an unsupported or text-only architecture, missing or truncated
+    ``dtype`` is the dtype of the computation; decoder layers stay in their files until they are needed. ``prompts`` can be reused from
+    :func:`load_meta` of the same directory. ``progress`` reports the check of all weights, in megabytes.
+    Raises UserError or UsageError for a directory that is not a model, an unsupported or text-only architecture, missing or truncated
     weights, and NaN weights.
     """
     from transformers.utils import logging as transformers_logging
@@ -66,16 +73,16 @@ def load(
     device = torch.device(device)
     left = leave_in_file(decoder.module, device, dtype)
     of_layers = set(decoder.layers.modules())
-    in_files = [found for found in tensors_of(model) if isinstance(found[2], Stored) and found[0] not in of_layers]
-    read_into(model, device, dtype, left=[decoder.layers, *left])
+    in_files = [found for found in tensors_of(model) if isinstance(found[2], LazyTensor) and found[0] not in of_layers]
+    materialise(model, device, dtype, left=[decoder.layers, *left])
     prompts = prompts or _load_prompts(model_dir, architecture, model)
     return LoadedModel(model_dir, architecture, model, decoder, prompts, device, dtype, in_files)
 
 
-def outline(model_dir: Path) -> LoadedModel:
-    """The model of a directory without its weights (on torch's meta device): layers, shapes, tokenizer and prompts, in seconds.
+def load_meta(model_dir: Path) -> LoadedModel:
+    """Load the model of a directory without its weights (on torch's meta device): layers, shapes, tokenizer and prompts, in seconds.
 
-    Raises UserError or UsageError as :func:`load` does, for everything but the weights.
+    Raises UserError or UsageError like :func:`load`, for everything but the weights.
     """
     architecture = check_source(model_dir)
     model = _bare(model_dir, architecture)
@@ -90,15 +97,15 @@ def outline(model_dir: Path) -> LoadedModel:
 
 
 def check_source(model_dir: Path) -> str:
-    """Everything about a model directory that can be refused before its weights are read; returns the architecture's name."""
+    """Check everything about a model directory that does not need its weights; returns the architecture's name."""
     config = read_config(model_dir)
-    check_kinds(config)
+    check_config_types(config)
     architecture = check_architecture(config)
     check_unquantised(model_dir, config)
     check_layer_count(config)
     as_llama.check(config)
     internvl.check(config)
-    check_whole(model_dir)
+    check_complete(model_dir)
     if architecture not in (*PUBLISHED, *TEXT_MODELS):
         with model_errors(model_dir / "config.json", architecture):
             configuration(model_dir)
@@ -106,21 +113,21 @@ def check_source(model_dir: Path) -> str:
 
 
 def check_architecture(config: dict[str, Any]) -> str:
-    """The architecture's name; a UsageError unless it is a VLM that transformers knows."""
+    """The architecture's name; raises UsageError unless it is a supported VLM."""
     names = config.get("architectures")
     architecture = str(names[0]) if isinstance(names, list) and names else str(config.get("model_type", "unknown"))
     if not isinstance(config.get("vision_config") or {}, dict):
-        raise UsageError(f"vision_config in the model's config.json is no JSON object: fetch the model again ({architecture})")
+        raise UsageError(f"vision_config in the model's config.json is not a JSON object: download the model again ({architecture})")
     architecture = kind(architecture, config)
     by_itself = architecture in LANGUAGE_ALONE
-    if alone() and not by_itself and architecture not in REFUSED:
-        raise UsageError(f"{architecture} has no language model that is converted alone: leave out {ALONE}")
-    if architecture in REFUSED and not (alone() and by_itself):
-        other = f", or give {ALONE}" if by_itself else ""
+    if language_only() and not by_itself and architecture not in REFUSED:
+        raise UsageError(f"{architecture} is converted with its vision tower: leave out {LANGUAGE_ONLY}")
+    if architecture in REFUSED and not (language_only() and by_itself):
+        other = f", or give {LANGUAGE_ONLY}" if by_itself else ""
         raise UsageError(f"{architecture} is not supported, {REFUSED[architecture]}: use a model of {SUPPORTED}{other}")
     if architecture in (*PUBLISHED, *TEXT_MODELS):
-        unwarned()
-    if alone():
+        silence_type_warning()
+    if language_only():
         return architecture
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as texts
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as known
@@ -128,50 +135,52 @@ def check_architecture(config: dict[str, Any]) -> str:
     if "vision_config" not in config and config.get("model_type") in {**texts}.keys() - {**known}.keys():
         raise UsageError(f"{architecture} is a text-only model: give a vision-language model of {SUPPORTED}")
     if "vision_config" not in config:
-        raise UsageError(f"{architecture} is not supported, its config.json tells of no vision tower: use a model of {SUPPORTED}")
+        raise UsageError(f"{architecture} is not supported, its config.json has no vision tower: use a model of {SUPPORTED}")
     if family_of(architecture):
         return architecture
     if "auto_map" in config and str(config.get("model_type")) not in known:
         if not runs_remote_code():
-            raise UsageError(f"{architecture} needs code of its directory: give {TRUST} if you trust whoever wrote it, or another model")
+            raise UsageError(
+                f"{architecture} needs Python code from its directory: give {TRUST} if you trust its authors, or use another model"
+            )
     elif str(config.get("model_type")) not in known:
         raise UsageError(f"{architecture} is not supported: use a model of {SUPPORTED}")
     return architecture
 
 
 @contextmanager
-def raised_as(what: str, way_out: str, architecture: str) -> Iterator[None]:
-    """Turn whatever transformers raises into one sentence: ``what`` is wrong, what was said of it, and the ``way_out``."""
+def reraise_as(what: str, way_out: str, architecture: str) -> Iterator[None]:
+    """Turn any exception of transformers into one sentence: ``what`` is wrong, the library's message, and the ``way_out``."""
     try:
         yield
-    except UserError:  # code of the directory, refused
+    except UserError:  # code in the directory was refused
         raise
     except ImportError as error:
-        raise UserError(f"transformers wants another package for {architecture} ({said(error)}): install it with pip") from error
-    except Exception as error:  # what the files of a directory make its classes raise; the tokenizer library raises bare ones
-        raise UserError(f"{what} ({said(error)}): {way_out}") from error
+        raise UserError(f"transformers needs another package for {architecture} ({describe(error)}): install it with pip") from error
+    except Exception as error:  # bad files can raise anything; the tokenizers library raises bare Exceptions
+        raise UserError(f"{what} ({describe(error)}): {way_out}") from error
 
 
 def settings_errors(model_dir: Path, architecture: str) -> AbstractContextManager[None]:
-    """For what reads the files beside the weights."""
+    """Errors while reading the files other than the weights."""
     what = f"the tokenizer, image processor or generation settings in {model_dir} cannot be used"
-    return raised_as(what, "fetch them again", architecture)
+    return reraise_as(what, "download them again", architecture)
 
 
 def model_errors(source: Path, architecture: str) -> AbstractContextManager[None]:
-    """For what makes a model class of transformers of a directory, or of a file in it."""
-    return raised_as(f"{source} cannot be loaded as {architecture}", "fetch the model again", architecture)
+    """Errors while building a model class of transformers from a directory or a file in it."""
+    return reraise_as(f"{source} cannot be loaded as {architecture}", "download the model again", architecture)
 
 
 def configuration(model_dir: Path) -> Any:
-    """What transformers makes of config.json, which its class checks."""
+    """The configuration object of config.json, validated by its class."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=runs_remote_code())
 
 
 def _bare(model_dir: Path, architecture: str) -> Any:
-    """The model's class with its configuration, on the meta device."""
+    """The model on the meta device, without weights."""
     from transformers import AutoModelForImageTextToText
 
     with model_errors(model_dir, architecture), torch.device("meta"):
@@ -186,12 +195,12 @@ def _bare(model_dir: Path, architecture: str) -> Any:
 
 
 def text_model(model_dir: Path, architecture: str) -> TextModel | None:
-    """How the language model of ``architecture`` is read as another, where it is."""
-    return TEXT_MODELS[architecture](read_object(model_dir / "config.json")) if architecture in TEXT_MODELS else None
+    """The :class:`TextModel` that reads the language model of ``architecture`` as another, or None."""
+    return TEXT_MODELS[architecture](read_json_object(model_dir / "config.json")) if architecture in TEXT_MODELS else None
 
 
 def _read_generation(model: Any, model_dir: Path, architecture: str) -> None:
-    """Generation settings, where there are some: they name the tokens that end an answer."""
+    """Read the generation settings, if there are any: they name the tokens that end an answer."""
     from transformers import GenerationConfig
 
     if (model_dir / "generation_config.json").is_file():
@@ -200,9 +209,9 @@ def _read_generation(model: Any, model_dir: Path, architecture: str) -> None:
 
 
 def _load_weights(model_dir: Path, architecture: str, files: Sequence[Path]) -> Any:
-    """The model with all of its weights still in ``files``."""
+    """The model with all weights as lazy tensors of ``files``."""
     bare = _bare(model_dir, architecture)
-    tensors = {name: tensor for name, tensor in stored_tensors(files).items() if not HEARING.match(name)}
+    tensors = {name: tensor for name, tensor in lazy_tensors(files).items() if not AUDIO.match(name)}
     with model_errors(model_dir, architecture):
         if architecture in PUBLISHED:
             tensors = PUBLISHED[architecture].respelled(tensors, bare.config)
@@ -219,7 +228,7 @@ def _load_weights(model_dir: Path, architecture: str, files: Sequence[Path]) -> 
     _read_generation(model, model_dir, architecture)
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
-        raise UserError(f"{model_dir} lacks {len(info['missing_keys'])} weights, {first} first: fetch the model again")
+        raise UserError(f"{model_dir} lacks {len(info['missing_keys'])} weights, {first} first: download the model again")
     return model.eval()
 
 
@@ -228,11 +237,11 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
 
     path, family = str(model_dir), family_of(architecture)
     if not any((model_dir / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{model_dir} has no tokenizer ({', '.join(TOKENIZER_FILES)}): fetch the model again")
+        raise UserError(f"{model_dir} has no tokenizer ({', '.join(TOKENIZER_FILES)}): download the model again")
     with settings_errors(model_dir, architecture):
         text = text_model(model_dir, architecture)
         tokenizer = text.tokenizer(model_dir) if text and text.tokenizer else load_tokenizer(model_dir)
-        if alone():
+        if language_only():
             begin = tuple(tokenizer.convert_tokens_to_ids(list(text.begin))) if text else ()
             return Prompts(tokenizer, NoImagePrompt(), -1, _end_ids(model, tokenizer), begin)
         image_token_id = _image_token_id(model.config)
@@ -248,13 +257,11 @@ def _load_prompts(model_dir: Path, architecture: str, model: Any) -> Prompts:
             template = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=runs_remote_code())
             image_prompt = ProcessorImagePrompt(template, image_token_id)
         end_ids = _end_ids(model, tokenizer)
-    older = model_dir / "chat_template.json"  # where processors kept it before chat_template.jinja
+    older = model_dir / "chat_template.json"  # used by processors before chat_template.jinja
     if not getattr(template, "chat_template", None) and older.is_file():
-        template.chat_template = read_object(older).get("chat_template")
+        template.chat_template = read_json_object(older).get("chat_template")
     if not getattr(template, "chat_template", None):
-        raise UserError(
-            f"{model_dir} has no chat template, which calibration asks about images with: fetch the model again with chat_template.json"
-        )
+        raise UserError(f"{model_dir} has no chat template, which calibration needs: download the model again with chat_template.json")
     prompts = Prompts(tokenizer, image_prompt, image_token_id, end_ids)
     prompts.check()
     return prompts
@@ -269,7 +276,7 @@ def _image_token_id(config: Any) -> int:
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends an answer: the tokenizer's, and those of the generation configuration."""
+    """All tokens that end an answer: the tokenizer's and those of the generation configuration."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     listed = ids if isinstance(ids, list) else [ids]
     return frozenset(int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None)

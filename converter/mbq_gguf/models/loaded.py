@@ -1,4 +1,4 @@
-"""A VLM ready for calibration."""
+"""A VLM that is loaded for calibration."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from PIL import Image
 from torch import nn
 
 from mbq_gguf.models.decoder import Decoder
+from mbq_gguf.models.lazy import materialise, set_tensor, tensors_of
 from mbq_gguf.models.prompts import Encoded, Prompts
-from mbq_gguf.models.stored import put, read_into, tensors_of
 
 
 @dataclass
 class LoadedModel:
-    """The transformers model with what the converter must know about it.
+    """The transformers model and what the converter needs to know about it.
 
-    Decoder layers stay in the checkpoint's files (models/stored.py); calibration reads one at a time, to ``device`` and ``dtype``.
-    Everything else (vision tower, projector, embeddings, final norm, head) is on ``device`` in ``dtype`` already.
+    Decoder layers stay in the checkpoint's files (models/lazy.py); calibration reads them one at a time, to ``device`` and ``dtype``.
+    Everything else (vision tower, projector, embeddings, final norm, head) is already on ``device`` in ``dtype``.
     """
 
     directory: Path
@@ -33,16 +33,15 @@ class LoadedModel:
     prompts: Prompts
     device: torch.device
     dtype: torch.dtype
-    in_files: list[tuple[nn.Module, str, torch.Tensor]] = field(
-        default_factory=list
-    )  # owner, name and stored value of that everything else
+    # Owner, name and lazy value of everything but the decoder layers.
+    in_files: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
 
     def encode(self, image: Path | Image.Image, turns: list[tuple[str, str]]) -> Encoded:
-        """Model inputs of a conversation about ``image``; ``turns`` are (question, answer), an empty last answer is left open."""
+        """Model inputs for a conversation about ``image``; ``turns`` are (question, answer) pairs. An empty last answer stays open."""
         return self._placed(self.prompts.encode(image, turns))
 
     def encode_text(self, ids: torch.Tensor) -> Encoded:
-        """Model inputs of a text of token ids [tokens]."""
+        """Model inputs for a text given as token ids [tokens]."""
         return self._placed(self.prompts.encode_text(ids))
 
     def _placed(self, encoded: Encoded) -> Encoded:
@@ -52,39 +51,39 @@ class LoadedModel:
         return encoded
 
     def twin(self) -> LoadedModel:
-        """The same model in modules of its own over the same tensors: two threads can run it at a time, since Qwen2-VL's modules remember
-        what the latest call was about."""
+        """A copy with its own modules that shares all tensors, so that two threads can run the model: Qwen2-VL's modules keep state of the
+        latest call."""
         tensors = (*self.model.parameters(), *self.model.buffers())
         shared = {id(each): each for each in (*tensors, self.decoder.layout)}
         model, decoder = copy.deepcopy((self.model, self.decoder), shared)
         return replace(self, model=model, decoder=decoder)
 
     def hold(self, dtype: torch.dtype | None = None) -> None:
-        """Read all decoder layers, to ``device`` and ``dtype`` (None: as stored), for who runs the whole model."""
+        """Read all decoder layers, to ``device`` and ``dtype`` (None: as stored), to run the whole model."""
         for layer in self.decoder.layers:
-            read_into(layer, self.device, dtype)
+            materialise(layer, self.device, dtype)
 
     @contextmanager
     def whole(self, dtype: torch.dtype | None = None) -> Iterator[None]:
-        """While open, all decoder layers are held so."""
+        """Hold all decoder layers in the block, then return them to their files."""
         before = list(tensors_of(self.decoder.layers))
         try:
             self.hold(dtype)
             yield
         finally:
             for owner, name, value in before:
-                put(owner, name, value)
+                set_tensor(owner, name, value)
 
     @contextmanager
     def layers_alone(self) -> Iterator[None]:
-        """While open, a card holds nothing of the model but what is read of decoder layers; the rest is read again behind it."""
+        """Keep only decoder layers on a GPU in the block; the rest of the model is released, and read again afterwards."""
         if self.device.type == "cpu":
             yield
             return
         for owner, name, value in self.in_files:
-            put(owner, name, value)
+            set_tensor(owner, name, value)
         yield
-        read_into(self.model, self.device, self.dtype, left=[self.decoder.layers])
+        materialise(self.model, self.device, self.dtype, left=[self.decoder.layers])
 
     @property
     def tied(self) -> bool:
@@ -93,5 +92,5 @@ class LoadedModel:
 
     @property
     def config(self) -> Any:
-        """The transformers configuration."""
+        """The transformers configuration object."""
         return self.model.config

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mbq_gguf.errors import UserError
-from mbq_gguf.models.checks import read_object
+from mbq_gguf.models.checks import read_json_object
 
 IMAGE_TOKEN = "<unk>"  # what the published processor puts where a picture's tokens come
 PREFIXES = {
@@ -66,14 +66,14 @@ def configuration(model_dir: Path) -> Any:
     """The configuration for :class:`~mbq_gguf.models.resampler.MiniCPMV`. Raises UserError for what the model here is not."""
     from transformers import AutoConfig, AutoTokenizer
 
-    published = read_object(model_dir / "config.json")
+    published = read_json_object(model_dir / "config.json")
     version = version_of(published)
     assert version is not None
     if published.get("drop_vision_last_layer"):
         raise UserError(f"{model_dir} leaves out the last layer of its tower (drop_vision_last_layer): use a model that has all")
     tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
-        raise UserError(f"the tokenizer of {model_dir} has no token {IMAGE_TOKEN}: fetch it again")
+        raise UserError(f"the tokenizer of {model_dir} has no token {IMAGE_TOKEN}: download it again")
     vision = {name: published["vision_config"][name] for name in VISION if name in published["vision_config"]}
     text = {name: published[name] for name in TEXT if published.get(name) is not None}
     return AutoConfig.for_model(
@@ -112,7 +112,7 @@ def image_processor(model_dir: Path) -> Any:
             rows, columns = (max(round(side / patch_size), 1) for side in (height, width))
             return rows * patch_size, columns * patch_size
 
-    settings = picture_settings(read_object(model_dir / "preprocessor_config.json"))
+    settings = picture_settings(read_json_object(model_dir / "preprocessor_config.json"))
     if not settings["slice_mode"]:
         raise UserError(f"{model_dir} does not slice pictures (slice_mode), which llama.cpp does: use a model that does")
     return Unmerged(**settings)

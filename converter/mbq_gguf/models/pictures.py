@@ -1,7 +1,7 @@
-"""What llama.cpp puts in the place of a picture in a prompt, family by family (libmtmd, tools/mtmd/mtmd.cpp, init_vision).
+"""The tokens that llama.cpp substitutes for a picture in a prompt, by family (libmtmd, tools/mtmd/mtmd.cpp, init_vision).
 
-Calibration must see the prompt that the file will be asked with. Processors of transformers write other text round a picture in some
-families (two line ends in Gemma 3, one in LLaVA's template), and some want torchvision for videos, which nobody converts.
+Calibration must see the same prompt as inference. For some families, transformers' processors write other text around a picture (two
+newlines in Gemma 3, one in LLaVA's template), and some need torchvision for videos, which are not supported here.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Counted = Callable[[Mapping[str, Any], Any, Any], list[Piece]]
 
 @dataclass(frozen=True)
 class Picture:
-    """How a family's prompt shows a picture.
+    """How a family's prompt represents a picture.
 
-    ``pieces`` makes them of what the image processor gives, asked with ``options``, the processor and the model's configuration.
-    ``features`` are what the model takes of the processor's output; ``types`` is the argument of its forward, if any, that marks picture
-    tokens with 1 [1, tokens]. ``inside`` are texts whose tokens come from the vision file at run time. ``prepare`` makes of the picture,
-    before the image processor has it, what llama.cpp makes of it where the two differ. ``processor`` makes the image processor of a model's
-    directory, where it is not transformers' own.
+    ``pieces`` computes the prompt's pieces from the image processor's output, the processor and the model's configuration; the processor is
+    called with ``options``. ``features``: the processor's outputs that the model takes. ``types``: the argument of the model's forward, if
+    any, that marks picture tokens with 1 [1, tokens]. ``inside``: texts whose tokens come from the vision file at run time. ``prepare``:
+    preprocesses the picture as llama.cpp does, if transformers differs. ``processor``: makes the image processor from a model's directory,
+    if it is not transformers' own.
     """
 
     pieces: Counted
@@ -41,7 +41,7 @@ class Picture:
 
 
 def grid(before: str, after: str) -> Counted:
-    """Patches of a picture of any size, merged by squares (Qwen's and GLM's)."""
+    """Patches of a picture of any size, merged in squares (Qwen and GLM)."""
 
     def pieces(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece]:
         return [before, int(features["image_grid_thw"][0].prod()) // processor.merge_size**2, after]
@@ -50,12 +50,12 @@ def grid(before: str, after: str) -> Counted:
 
 
 def fixed(before: str, name: str, after: str) -> Counted:
-    """As many tokens for every picture as the configuration says under ``name``."""
+    """A fixed number of tokens per picture, which is setting ``name`` of the configuration."""
     return lambda features, processor, config: [before, int(getattr(config, name)), after]
 
 
 def tiles(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece]:
-    """Tiles, each with its place, row by row; then the whole picture (Idefics3, SmolVLM)."""
+    """Tiles row by row, each with its position, then the whole picture (Idefics3, SmolVLM)."""
     vision = config.vision_config
     count = (vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2
     pieces: list[Piece] = []
@@ -67,7 +67,7 @@ def tiles(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piec
 
 
 def crops(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece]:
-    """Tiles and the whole picture, one behind another (InternVL)."""
+    """Tiles and the whole picture in a row (InternVL)."""
     return ["<img>", int(features["num_patches"][0]) * config.image_seq_length, "</img>"]
 
 
@@ -79,7 +79,7 @@ def slices(features: Mapping[str, Any], processor: Any, config: Any) -> list[Pie
 
 
 def resampled(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece]:
-    """The same with as many tokens for each as the resampler has queries (MiniCPM-V until 4.5)."""
+    """Like :func:`slices`, with as many tokens for each as the resampler has queries (MiniCPM-V up to 4.5)."""
     return _sliced([config.query_num] * len(features["target_sizes"]), features["grids"][0][1])
 
 
@@ -100,9 +100,9 @@ def rows(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece
 
 
 def anyres(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece]:
-    """The whole picture, then rows of its tiles' patches, each with a newline, freed of padding and shrunk (LLaVA-NeXT and -OneVision).
+    """The whole picture, then the rows of its tiles' patches, each with a newline, without padding and downscaled (LLaVA-NeXT, OneVision).
 
-    As transformers counts them, whose processors want torchvision.
+    Counts as transformers does, whose processors need torchvision.
     """
     from transformers.image_processing_utils import select_best_resolution
 
@@ -110,22 +110,22 @@ def anyres(features: Mapping[str, Any], processor: Any, config: Any) -> list[Pie
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
     edges = [side * (edge // vision.image_size) for edge in select_best_resolution(size, config.image_grid_pinpoints)]
-    across = int(size[1] / size[0] > edges[1] / edges[0])  # the edge that the picture fills
+    across = int(size[1] / size[0] > edges[1] / edges[0])  # the dimension that the picture fills
     filled = int(round(size[1 - across] * (edges[across] / size[across]), 7))
     edges[1 - across] -= 2 * ((edges[1 - across] - filled) // 2)
-    most = getattr(config, "vision_aspect_ratio", None)  # of OneVision: as many tokens as so many tiles have
+    most = getattr(config, "vision_aspect_ratio", None)  # OneVision: at most the tokens of this many tiles
     ratio = math.sqrt(edges[0] * edges[1] / (most_tiles(most) * side**2)) if most else 0
     rows, columns = (int(edge // ratio) for edge in edges) if ratio > 1.1 else edges
     return [side**2 + rows * (columns + 1)]
 
 
 def most_tiles(aspect_ratio: str) -> int:
-    """The number in OneVision's ``vision_aspect_ratio``, ``anyres_max_9`` say. ValueError where there is none."""
+    """The number in OneVision's ``vision_aspect_ratio`` (``anyres_max_9``). Raises ValueError if there is none."""
     return int(aspect_ratio.removeprefix("anyres_max_"))
 
 
 def tiled(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece]:
-    """Tiles row by row, where there are several, then the whole picture (Llama 4)."""
+    """Tiles row by row, if there are several, then the whole picture (Llama 4)."""
     vision = config.vision_config
     count = round((vision.image_size // vision.patch_size) ** 2 * vision.pixel_shuffle_ratio**2)
     rows, columns = features["grid"]
@@ -134,12 +134,12 @@ def tiled(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piec
 
 
 def soft(features: Mapping[str, Any], processor: Any, config: Any) -> list[Piece]:
-    """As many tokens as patches were pooled to (Gemma 4)."""
+    """One token per pooled patch (Gemma 4)."""
     return ["<|image>", int(features["num_soft_tokens_per_image"][0]), "<image|>"]
 
 
 def measured(picture: Image.Image) -> Image.Image:
-    """Of 70 to 1120 tokens of 48 by 48 pixels; transformers makes every picture as large as 280 tokens allow."""
+    """Resize to 70 to 1120 tokens of 48 by 48 pixels; transformers scales every picture up or down to 280 tokens."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     width, height = picture.size
@@ -151,7 +151,7 @@ PAD = (122, 116, 104)  # image_pad_color of clip.cpp
 
 
 def squared(picture: Image.Image) -> Image.Image:
-    """In the middle of a square, as LLaVA-1.5's authors have it; transformers cuts its sides off."""
+    """Pad to a square, as LLaVA-1.5's authors do; transformers crops instead."""
     side = max(picture.size)
     return ImageOps.pad(picture.convert("RGB"), (side, side), color=PAD)
 

@@ -1,7 +1,7 @@
-"""A question about an image to token ids and image inputs, with the model's own tokenizer, image processor and chat template.
+"""Turns a question about an image into token ids and image inputs, with the model's own tokenizer, image processor and chat template.
 
-The prompt is what llama-server makes of an OpenAI-style message whose content is the image first, then the question; how libmtmd
-writes a picture is in pictures.py.
+The prompt is the one that llama-server makes of an OpenAI-style message whose content is first the image, then the question. pictures.py
+has the tokens that libmtmd substitutes for a picture.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Any, Literal, Protocol
 import torch
 from PIL import Image
 
-from mbq_gguf.errors import UserError, said
+from mbq_gguf.errors import UserError, describe
 from mbq_gguf.models.pictures import Picture
 from mbq_gguf.picture import open_picture
 
-CHECKED = (224, 224)  # pixels of a picture that every family takes
+CHECKED = (224, 224)  # size in pixels of a picture that every family accepts
 TextTurns = Sequence[tuple[str, str]]  # question, answer
 Spoken = Sequence[tuple[str, str]]  # role, words
-MARK = "<__picture__>"  # the first one in a text: pictures come before words
-# Which tokens stand for the answer where modalities are weighed (Encoded.counted).
+MARK = "<__picture__>"  # the first one in a text counts: the picture comes before the words
+# Which tokens count as the answer when modalities are weighed (Encoded.counted).
 AnswerMask = Literal["header", "predicting", "answer"]
 
 
 @dataclass
 class Encoded:
-    """One conversation about one image as the model takes it. ``inputs`` are the keyword arguments of the model's forward.
+    """One conversation about one image, encoded. ``inputs`` are the keyword arguments of the model's forward.
 
-    ``vision``, ``answer`` and ``header`` are bool masks [tokens]. Answer tokens include the end-of-turn token, which the model must learn
-    to write. The header is what the chat template writes to open each answer, at least the one token before it.
+    ``vision``, ``answer`` and ``header`` are bool masks [tokens]. Answer tokens include the end-of-turn token, which the model must
+    generate. The header is what the chat template writes before each answer, at least one token.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -46,10 +46,11 @@ class Encoded:
         return self.inputs["input_ids"][0]
 
     def counted(self, mask: AnswerMask) -> torch.Tensor:
-        """The tokens that stand for the answer, bool [tokens]: with their headers as MBQ's authors have it, those whose logits predict an
-        answer token, or the answers alone.
+        """The tokens that count as the answer, bool [tokens]: the answers with their headers (as MBQ's authors do), the tokens whose logits
+        predict an answer token, or the answers only.
 
-        Position n predicts token n + 1, so the first answer token's gradient enters at the header's last token, and none at an end token.
+        Position n predicts token n + 1, so the gradient of the first answer token enters at the last token of the header, and none enters
+        at an end token.
         """
         if mask == "predicting":
             return torch.cat([self.answer[1:], self.answer.new_zeros(1)])
@@ -57,48 +58,48 @@ class Encoded:
 
 
 class ImagePrompt(Protocol):
-    """Renders conversations of (role, words), the picture before the first words, and turns the text into model inputs [1, tokens].
+    """Renders conversations of (role, words), with the picture before the first words, and turns the text into model inputs [1, tokens].
 
-    ``picture_ids`` are the tokens that stand where the runtime has embeddings from the vision file.
+    ``picture_ids`` are the tokens that the runtime replaces by embeddings from the vision file.
     """
 
     picture_ids: tuple[int, ...]
 
     def conversation(self, spoken: Spoken, opened: bool) -> str:
-        """The text of ``spoken``, with a place for the picture; ``opened`` ends it with what opens an answer."""
+        """The text of ``spoken``, with a mark for the picture; if ``opened``, it ends with the header of an answer."""
         ...
 
     def __call__(self, text: str, image: Image.Image) -> dict[str, torch.Tensor]:
-        """Model inputs of the ``text`` of a conversation with its ``image``."""
+        """Model inputs for the ``text`` of a conversation with its ``image``."""
         ...
 
     def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the model takes for token ids [texts, tokens] without any image."""
+        """Model inputs for token ids [texts, tokens] without any image."""
         ...
 
 
 class RuntimePrompt:
-    """The prompt of llama-server and libmtmd: words as one string with a mark for the picture, which gives way to a :class:`Picture`."""
+    """The prompt of llama-server and libmtmd: one string with a mark, which is replaced by the pieces of a :class:`Picture`."""
 
     def __init__(self, template: Any, tokenizer: Any, image_processor: Any, picture: Picture, image_token_id: int, config: Any) -> None:
         self.template, self.tokenizer, self.image_processor = template, tokenizer, image_processor
         self.picture, self.image_token_id, self.config = picture, image_token_id, config
         begun, bos = tokenizer("")["input_ids"][:1], tokenizer.bos_token_id
         self.picture_ids = (image_token_id, *tokenizer.convert_tokens_to_ids(list(picture.inside)))
-        self.begin = begun if bos is not None and begun == [bos] else []  # llama.cpp adds it, and takes the template's own away
+        self.begin = begun if bos is not None and begun == [bos] else []  # llama.cpp adds it and removes the template's own
 
     def conversation(self, spoken: Spoken, opened: bool) -> str:
-        """As llama-server renders it: strings, or one typed part each where the template takes nothing else."""
+        """As llama-server renders it: contents as strings, or as one typed part each if the template accepts nothing else."""
         marked = [(role, MARK + words if index == 0 else words) for index, (role, words) in enumerate(spoken)]
         for typed in (False, True):
             messages = [{"role": role, "content": [{"type": "text", "text": words}] if typed else words} for role, words in marked]
             text = self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened, enable_thinking=True)
             if all(words.strip() in text for _, words in marked):
                 return str(text)
-        raise ValueError("it leaves out what is said")
+        raise ValueError("it leaves out the message")
 
     def __call__(self, text: str, image: Image.Image) -> dict[str, torch.Tensor]:
-        """Each piece is cut into tokens by itself, as libmtmd does."""
+        """Tokenises each piece separately, as libmtmd does."""
         image = self.picture.prepare(image) if self.picture.prepare else image
         found = self.image_processor(images=[image], return_tensors="pt", **self.picture.options)
         before, _, after = text.removeprefix(self.tokenizer.bos_token if self.begin else "").partition(MARK)
@@ -114,13 +115,13 @@ class RuntimePrompt:
         return {"input_ids": row, **types, **{name: found[name] for name in self.picture.features}}
 
     def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Ids, and types of tokens where the family has them: all text."""
+        """Ids, and token types (all text) if the family has them."""
         types = {self.picture.types: torch.zeros_like(ids, dtype=torch.int32)} if self.picture.types else {}
         return {"input_ids": ids, **types}
 
 
 class ProcessorImagePrompt:
-    """Any family whose AutoProcessor loads: the text round a picture is that of transformers."""
+    """For families that are not in the table: the text around a picture comes from transformers' AutoProcessor."""
 
     def __init__(self, processor: Any, image_token_id: int) -> None:
         self.processor = processor
@@ -145,16 +146,16 @@ class ProcessorImagePrompt:
 
 
 class NoImagePrompt:
-    """For a language model that is converted alone: texts, and no conversation about a picture."""
+    """For ``--language-model-only``: encodes texts, but no conversations about a picture."""
 
     picture_ids: tuple[int, ...] = ()
 
     def conversation(self, spoken: Spoken, opened: bool) -> str:
-        """ValueError: nobody asks it."""
-        raise ValueError("a language model that is converted alone is asked nothing")
+        """Raises ValueError: there are no conversations."""
+        raise ValueError("a language model alone has no conversations")
 
     def __call__(self, text: str, image: Image.Image) -> dict[str, torch.Tensor]:
-        raise ValueError("a language model that is converted alone sees nothing")
+        raise ValueError("a language model alone takes no pictures")
 
     def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Ids alone."""
@@ -169,24 +170,25 @@ class Prompts:
     image_prompt: ImagePrompt
     image_token_id: int
     end_ids: frozenset[int]  # tokens that end an answer
-    begin: tuple[int, ...] = ()  # tokens with which each text begins, where they are others than the tokenizer's bos_token
+    begin: tuple[int, ...] = ()  # tokens at the start of each text, if other than the tokenizer's bos_token
 
     @property
     def text_begin(self) -> tuple[int, ...]:
-        """The tokens with which each text begins."""
+        """The tokens at the start of each text."""
         bos = self.tokenizer.bos_token_id
         return self.begin or (() if bos is None else (int(bos),))
 
     def encode(self, image: Path | Image.Image, turns: TextTurns) -> Encoded:
-        """A conversation about ``image``. An empty last answer leaves the prompt open, for generation."""
+        """Encode a conversation about ``image``. An empty last answer leaves the prompt open, for generation."""
         opened = open_picture(image) if isinstance(image, Path) else image
         text = self._render(turns[:0], turns[0][0])
         try:
             inputs = self.image_prompt(text, opened)
-        except Exception as error:  # whatever the settings in a directory make an image processor raise
+        except Exception as error:  # bad settings can make an image processor raise anything
             name = image if isinstance(image, Path) else "a picture"
             raise UserError(
-                f"the model's image processor cannot take {name} ({said(error)}): check preprocessor_config.json and tokenizer_config.json"
+                f"the model's image processor cannot take {name} ({describe(error)}): "
+                "check preprocessor_config.json and tokenizer_config.json"
             ) from error
         prefix = inputs["input_ids"].shape[1]
         more, answer, header = self._answers(turns)
@@ -203,34 +205,34 @@ class Prompts:
         )
 
     def check(self) -> None:
-        """Raise UserError where the chat template, the tokenizer or the image processor do not do for a small conversation."""
+        """Raise UserError if chat template, tokenizer or image processor fail on a small conversation."""
         encoded = self.encode(Image.new("RGB", CHECKED), [("What?", "This."), ("Where?", "There.")])
         if not encoded.vision.any():
             raise UserError("the model's chat template has no place for pictures: give the model the template of its family")
 
     def text_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the model takes for token ids [texts, tokens] without any image."""
+        """Model inputs for token ids [texts, tokens] without any image."""
         return self.image_prompt.text_inputs(ids)
 
     def encode_text(self, ids: torch.Tensor) -> Encoded:
-        """A text of token ids [tokens], with neither picture nor answer."""
+        """Encode a text of token ids [tokens], with neither picture nor answer."""
         none = torch.zeros(len(ids), dtype=torch.bool)
         return Encoded(self.text_inputs(ids[None]), none, none, none)
 
     def _answers(self, turns: TextTurns) -> tuple[list[int], list[bool], list[bool]]:
-        """Ids after the first prompt, and which of them are answer and header tokens: answer, end token, next question, next answer."""
+        """Ids after the first prompt (answer, end token, next question, next answer, ...), and masks of answer and header tokens."""
         ids: list[int] = []
         answers: list[bool] = []
         headers: list[bool] = []
         for index, (_, answer) in enumerate(turns):
             if not answer:
                 break
-            said = self._ids(answer)
+            spoken = self._ids(answer)
             after = self._ids(self._between(turns, index))
-            ended = len(said) + (1 if after and after[0] in self.end_ids else 0)
+            ended = len(spoken) + (1 if after and after[0] in self.end_ids else 0)
             last = index + 1 == len(turns)
             # The last turn stops at its end token: what the template writes after it is never generated.
-            chunk = said + (after[: ended - len(said)] if last else after)
+            chunk = spoken + (after[: ended - len(spoken)] if last else after)
             opening = 0 if last else self._header(turns, index + 1, len(chunk) - ended)
             ids += chunk
             answers += [position < ended for position in range(len(chunk))]
@@ -238,8 +240,8 @@ class Prompts:
         return ids, answers, headers
 
     def _header(self, turns: TextTurns, index: int, room: int) -> int:
-        """How many of the ``room`` tokens before answer ``index`` open it: what the template writes when it is to be generated and not
-        otherwise, or the last one, where the question's own end opens the answer. None where there is no answer."""
+        """The number of header tokens among the ``room`` tokens before answer ``index``: those that the template adds for generation, or
+        the last token if the end of the question opens the answer. 0 if there is no answer."""
         if not turns[index][1]:
             return 0
         opened, closed = (self._ids(self._render(turns[:index], turns[index][0], opened=opened)) for opened in (True, False))
@@ -247,23 +249,23 @@ class Prompts:
         return min(max(len(opened) - shared, 1), room)
 
     def _between(self, turns: TextTurns, index: int) -> str:
-        """What the template writes between answer ``index`` and the next answer, or the end of the conversation."""
+        """The text that the template writes between answer ``index`` and the next one, or the end of the conversation."""
         before = self._render(turns[:index], turns[index][0]) + turns[index][1]
         whole = self._render(turns[: index + 1], turns[index + 1][0] if index + 1 < len(turns) else None)
         if not whole.startswith(before):
             raise UserError(
-                "the model's chat template rewrites answers, so their tokens cannot be told: give the model one that keeps them"
+                "the model's chat template rewrites answers, so their tokens cannot be located: give the model one that keeps them"
             )
         return whole[len(before) :]
 
     def _render(self, done: TextTurns, question: str | None, opened: bool = True) -> str:
-        """The conversation so far, then ``question`` where there is one, its answer ``opened``. The first question carries the image."""
+        """The conversation so far and then ``question``, if any, with its answer ``opened``. The first question carries the image."""
         spoken = [words for turn in done for words in zip(("user", "assistant"), turn, strict=True)]
         spoken += [("user", question)] if question is not None else []
         try:
             return self.image_prompt.conversation(spoken, opened and question is not None)
-        except Exception as error:  # a template is a program and may raise anything
-            raise UserError(f"the model's chat template cannot be rendered ({said(error)}): give the model one that renders") from error
+        except Exception as error:  # templates are programs and can raise anything
+            raise UserError(f"the model's chat template cannot be rendered ({describe(error)}): give the model one that renders") from error
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,7 +1,7 @@
-"""Models that their authors publish with code of their own, each read here without it: a module for each says how.
+"""Models that are published with their own modelling code, which are read here without running it: one module for each.
 
-Such a module has ``bare`` (the model without weights) and ``image_processor``, each of the model's directory, and ``respelled`` (a
-checkpoint's tensors under that model's names, by its configuration).
+Such a module has ``bare`` (the model without weights) and ``image_processor``, both of which take the model's directory, and
+``respelled``, which renames a checkpoint's tensors to that model's names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PUBLISHED: dict[str, ModuleType] = {
     dots_ocr.PUBLISHED: dots_ocr,
     **dict.fromkeys(minicpmv.PUBLISHED, minicpmv),
 }
-# Those whose language model alone is read, by their config.json.
+# Models of which only the language model is read, given their config.json.
 TEXT_MODELS: dict[str, Callable[[Mapping[str, Any]], TextModel]] = {
     qwen_vl.PUBLISHED: qwen_vl.text_model,
     **dict.fromkeys(glm_4v.PUBLISHED, glm_4v.text_model),
@@ -28,11 +28,11 @@ TEXT_MODELS: dict[str, Callable[[Mapping[str, Any]], TextModel]] = {
 UNKNOWN_TYPE = "You are using a model of type"
 
 
-def known(record: logging.LogRecord) -> bool:
-    """A filter of log records: False for transformers' warning that it does not know a model's type, each time a tokenizer is read."""
+def is_other_record(record: logging.LogRecord) -> bool:
+    """Log filter that drops transformers' warning about an unknown model type, which it repeats for each tokenizer that is read."""
     return not str(record.msg).startswith(UNKNOWN_TYPE)
 
 
-def unwarned() -> None:
-    """Keep that warning off the terminal from now on: these types are known here."""
-    logging.getLogger("transformers.configuration_utils").addFilter(known)
+def silence_type_warning() -> None:
+    """Hide that warning from now on: these types are supported here."""
+    logging.getLogger("transformers.configuration_utils").addFilter(is_other_record)

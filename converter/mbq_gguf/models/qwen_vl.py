@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mbq_gguf.models import tiktoken
-from mbq_gguf.models.checks import check_heads, number, numbers
+from mbq_gguf.models.checks import check_heads, positive_integers, positive_number
 from mbq_gguf.models.text_model import QKV, TextModel, check_granted
 
 PUBLISHED = "QWenLMHeadModel"
@@ -39,20 +39,20 @@ WORDS = (
 
 def text_model(published: Mapping[str, Any]) -> TextModel:
     """The language model of a checkpoint whose config.json is ``published``. Raises UserError for settings that Qwen2 does not know."""
-    width, heads, ffn = numbers(published, ("hidden_size", "num_attention_heads", "intermediate_size"))
+    width, heads, ffn = positive_integers(published, ("hidden_size", "num_attention_heads", "intermediate_size"))
     granted = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True, "tie_word_embeddings": False, "kv_channels": width // heads}
     check_granted(published, granted)
     check_heads(width, heads, heads)
-    base = number({"rotary_emb_base": 10000, **published}, "rotary_emb_base", whole=False)
+    base = positive_number({"rotary_emb_base": 10000, **published}, "rotary_emb_base", whole=False)
     settings = {
-        "vocab_size": number(published, "vocab_size"),
+        "vocab_size": positive_number(published, "vocab_size"),
         "hidden_size": width,
-        "num_hidden_layers": number(published, "num_hidden_layers"),
+        "num_hidden_layers": positive_number(published, "num_hidden_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "intermediate_size": ffn // 2,  # of gate and up together
-        "rms_norm_eps": number(published, "layer_norm_epsilon", whole=False),
-        "max_position_embeddings": number(published, "seq_length"),
+        "rms_norm_eps": positive_number(published, "layer_norm_epsilon", whole=False),
+        "max_position_embeddings": positive_number(published, "seq_length"),
         "rope_parameters": {"rope_type": "default", "rope_theta": float(base)},
         "tie_word_embeddings": False,
     }

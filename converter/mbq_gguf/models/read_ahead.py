@@ -1,8 +1,8 @@
-"""The next decoder layer's weights on their way out of their files, in a thread, while the layer before is quantised.
+"""Reads the next decoder layer's weights from their files in a thread, while the layer before is quantised.
 
-For a CPU it is enough that the system has them in memory. A card copies them, out of mapped pages by way of its driver's buffers, with all
-of its work waiting; so they wait for it in page-locked memory, which it reads by itself: a layer of a 7B takes an H200 1.96 s so, and 2.36
-from mapped pages.
+For a CPU it is enough to have them in the page cache. A GPU would copy mapped pages through buffers of its driver, which stalls all of its
+work. They are therefore staged in page-locked memory, which the GPU reads directly: a layer of a 7B then takes an H200 1.96 s, instead of
+2.36 s from mapped pages.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from threading import Thread
 import torch
 from torch import nn
 
-from mbq_gguf.models.stored import InFile, Made, leaves, tensors_of
+from mbq_gguf.models.lazy import FileTensor, ReadCache, file_tensors, tensors_of
 
-PAGE = 4096  # bytes that the system reads at least
-ALIGNED = 64  # bytes; of where a tensor begins
+PAGE = 4096  # bytes; the unit in which the system reads
+ALIGNED = 64  # bytes; alignment of each tensor
 
 
 class ReadAhead:
-    """All that ``module`` has in files, while it is read. Nobody needs to wait for it but who takes it."""
+    """Reads all lazy tensors of ``module`` in the background."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._made: Made = {}
+        self._made: ReadCache = {}
         self._keeps = device.type == "cuda"
-        found = {id(leaf): leaf for _, _, value in tensors_of(module) for leaf in leaves(value)}
+        found = {id(leaf): leaf for _, _, value in tensors_of(module) for leaf in file_tensors(value)}
         self._thread = Thread(target=self._read, args=(list(found.values()),), daemon=True)
         self._thread.start()
 
-    def taken(self) -> Made:
-        """For :func:`mbq_gguf.models.stored.read_into`: what a card is to copy, when all of it is there; it is kept no longer.
+    def taken(self) -> ReadCache:
+        """Wait for the data for a GPU and hand it over, for :func:`mbq_gguf.models.lazy.materialise`.
 
-        Nothing for a CPU, or where no memory could be had: then the files are read as ever.
+        Empty for a CPU, or if no memory could be page-locked: then the files are read as usual.
         """
         if not self._keeps:
             return {}
@@ -42,11 +42,11 @@ class ReadAhead:
         return made
 
     def wait(self) -> None:
-        """Return when everything has been read."""
+        """Wait until everything has been read."""
         self._thread.join()
 
-    def _read(self, found: Sequence[InFile]) -> None:
-        opened: Made = {}
+    def _read(self, found: Sequence[FileTensor]) -> None:
+        opened: ReadCache = {}
         wholes = [leaf(opened) for leaf in found]
         if not self._keeps:
             for whole in wholes:
@@ -54,12 +54,12 @@ class ReadAhead:
             return
         try:
             self._made = {id(leaf): copied for leaf, copied in zip(found, page_locked(wholes), strict=True)}
-        except RuntimeError:  # the driver's: no memory to lock
+        except RuntimeError:  # from the driver: no memory to lock
             return
 
 
 def page_locked(wholes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies of ``wholes`` in one piece of page-locked memory: PyTorch takes pieces of a power of two, and has them again for the next."""
+    """Copies of ``wholes`` in one page-locked allocation, which PyTorch rounds up to a power of two and reuses for the next layer."""
     sizes = [-(-whole.nbytes // ALIGNED) * ALIGNED for whole in wholes]
     room = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
     starts = [end - size for size, end in zip(sizes, accumulate(sizes), strict=True)]

@@ -29,7 +29,7 @@ def tokenizer(file: Path, pattern: str, specials: Sequence[str], *, whole: bool,
     try:
         vocabulary, merges = _vocabulary(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is no vocabulary of tiktoken's ({error}): fetch it again") from error
+        raise UserError(f"{file} is no vocabulary of tiktoken's ({error}): download it again") from error
     made = Tokenizer(models.BPE(vocab=dict(vocabulary), merges=list(merges), ignore_merges=whole))
     words = pre_tokenizers.Split(Regex(pattern), "isolated")
     made.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mbq_gguf.errors import UserError, said
+from mbq_gguf.errors import UserError, describe
 from mbq_gguf.models.as_llama import language_model
-from mbq_gguf.models.checks import read_object
+from mbq_gguf.models.checks import read_json_object
 from mbq_gguf.models.remote_code import runs_remote_code
 
 SPACE = "▁"
@@ -21,7 +21,7 @@ def load_tokenizer(model_dir: Path) -> Any:
     """The tokenizer of ``model_dir``. Raises whatever transformers, tokenizers and sentencepiece raise of its files."""
     from transformers import AutoTokenizer
 
-    if language_model(read_object(model_dir / "config.json")):
+    if language_model(read_json_object(model_dir / "config.json")):
         return of_pieces(Pieces.of(model_dir))
     return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=runs_remote_code())
 
@@ -42,14 +42,16 @@ class Pieces:
         try:
             model = SentencePieceProcessor(model_file=str(file))
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{file} is no tokenizer of SentencePiece's ({said(error)}): fetch it again") from error
-        found = cls(model, read_object(beside))
+            raise UserError(f"{file} is no tokenizer of SentencePiece's ({describe(error)}): download it again") from error
+        found = cls(model, read_json_object(beside))
         try:
             known = [token in found.ids for token in (found.named("bos"), found.named("unk"), found.eos)]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{beside} lacks what a tokenizer needs, or has another thing there ({said(error)}): fetch it again") from error
+            raise UserError(
+                f"{beside} lacks what a tokenizer needs, or has another thing there ({describe(error)}): download it again"
+            ) from error
         if not all(known):
-            raise UserError(f"{beside} names a bos_token, eos_token or unk_token that {file} does not have: fetch both again")
+            raise UserError(f"{beside} names a bos_token, eos_token or unk_token that {file} does not have: download both again")
         return found
 
     @cached_property

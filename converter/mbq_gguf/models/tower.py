@@ -1,6 +1,7 @@
-"""Where the matrices of a vision tower are, what enters its residual stream and what reads its end: the words of models/towers.py.
+"""Describes where the matrices of a vision tower are, what writes its residual stream first, and what reads its end.
 
-Names in a layout are ends: blocks' are relative to a block, entries' to the tower, exits' to what holds the tower.
+models/towers.py has the families' layouts. Names in a layout are relative: those of blocks to a block, those of entries to the tower, and
+those of exits to the module that holds the tower.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import Any
 
 from torch import nn
 
-BLOCK = 32  # weights of a Q4_0 or Q8_0 block: what a row must be a multiple of
-PADDED = 128  # to a multiple of which feed-forward widths are padded that are none of a block
+BLOCK = 32  # weights per Q4_0 or Q8_0 block; rows must be a multiple of it
+PADDED = 128  # feed-forward widths that are not a multiple of BLOCK are padded to a multiple of this
 
 
 @dataclass(frozen=True)
 class TowerSite:
-    """An activation of a block: the ``norm`` that gives it (None: a branch's inside) and the linears that read it."""
+    """An activation of a block: the ``norm`` that produces it (None: it is inside of a branch) and the linears that read it."""
 
     norm: str | None
     readers: tuple[str, ...]
@@ -26,8 +27,8 @@ class TowerSite:
 
 @dataclass(frozen=True)
 class Exit:
-    """What reads the end of the stream in each module whose name matches ``module``: ``norm``, then ``readers``, then ``later`` linears,
-    one group behind the other. ``bare``: readers multiply the stream itself."""
+    """What reads the end of the residual stream, in each module whose name matches ``module``: ``norm``, then ``readers``, then the groups
+    of ``later`` linears in order. ``bare``: the readers multiply the stream itself, without a norm."""
 
     module: str
     norm: str | None
@@ -38,12 +39,12 @@ class Exit:
 
 @dataclass(frozen=True)
 class TowerLayout:
-    """A kind of tower. ``path`` is its name in what holds it, ``blocks`` that of its blocks.
+    """A kind of tower. ``path`` is its name in the module that holds it, ``blocks`` the name of its blocks.
 
-    ``values`` is the linear whose last rows, as many as it has columns, are attention's values; ``scales`` are (parameter, the linear
-    before it) where a block multiplies a branch's output; ``entries`` are the convolution, embeddings and parameters whose channels are
-    the stream's; ``plain`` is a module that must be an Identity for a rotation; ``unturned`` says why none passes. ``cut``:
-    the model's ``vision_feature_layer`` says how many blocks are read, and the file has no others.
+    ``values``: the linear whose last rows, as many as it has columns, are attention's values. ``scales``: (parameter, the linear before
+    it), if a block scales a branch's output. ``entries``: the convolution, embeddings and parameters that write the residual stream first.
+    ``plain``: a module that must be an Identity for a rotation. ``unturned``: why the stream cannot be rotated. ``cut``: the model's
+    ``vision_feature_layer`` says how many blocks are used, and the file has only those.
     """
 
     path: str
@@ -59,30 +60,30 @@ class TowerLayout:
 
     @property
     def writers(self) -> tuple[str, str]:
-        """The linears that write into the stream: attention's output and the feed-forward's."""
+        """The linears that write to the residual stream: the outputs of attention and of the feed-forward."""
         return self.sites[1].readers[0], self.sites[3].readers[0]
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """Every linear of a block."""
+        """All linears of a block."""
         return tuple(name for site in self.sites for name in site.readers)
 
 
 @dataclass(frozen=True)
 class Tower:
-    """The tower of a model: ``holder`` holds it."""
+    """The vision tower of a model; ``holder`` is the module that contains it."""
 
     layout: TowerLayout
     holder: nn.Module
 
     @property
     def module(self) -> nn.Module:
-        """The tower itself."""
+        """The tower's module."""
         return self.holder.get_submodule(self.layout.path)
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Its blocks in order, as many as the file has."""
+        """Its blocks in order, without those that the file leaves out."""
         blocks = list(self.module.get_submodule(self.layout.blocks).children())
         config: Any = self.holder.config
         read = int(config.vision_feature_layer) if self.layout.cut else -1
@@ -90,22 +91,22 @@ class Tower:
 
     @property
     def width(self) -> int:
-        """Channels of its residual stream."""
+        """The number of channels of its residual stream."""
         return linear(self.blocks[0], self.layout.writers[0]).out_features
 
     def block_name(self, index: int) -> str:
-        """The end of block ``index``'s name in a checkpoint: without what holds it, of which releases of transformers differ."""
+        """The end of block ``index``'s name in a checkpoint, without the prefix, which differs between releases of transformers."""
         return f"{self.layout.blocks}.{index}"
 
     def exits(self) -> Iterator[tuple[Exit, str, nn.Module]]:
-        """Every exit with the name and the module of each place that it stands for."""
+        """Every exit, with the name and the module of each match."""
         for found in self.layout.exits:
             for name, module in self.holder.named_modules():
                 if re.fullmatch(found.module, name):
                     yield found, name, module
 
     def exit_groups(self) -> Iterator[dict[str, nn.Linear]]:
-        """The linears behind the blocks by name, groups in the order in which they are computed; convolutions keep their type."""
+        """The linears after the blocks, by name, as groups in order of computation; convolutions are not included."""
         places = list(self.exits())
         for step in range(max((1 + len(place.later) for place, _, _ in places), default=0)):
             group = {}
@@ -117,32 +118,32 @@ class Tower:
             yield group
 
     def no_rotation(self) -> str | None:
-        """Why its stream cannot be rotated, or None."""
+        """Why its residual stream cannot be rotated, or None."""
         plain = self.layout.plain
         if plain and not isinstance(self.module.get_submodule(plain), nn.Identity):
-            return f"its stream ends in a norm ({plain}) behind which another one stands"
+            return f"its stream ends in a norm ({plain}) that another norm follows"
         return self.layout.unturned
 
     def no_centring(self) -> str | None:
         """Why LayerNorm cannot become RMSNorm, or None."""
         if not isinstance(self.blocks[0].get_submodule(self.layout.sites[0].norm or ""), nn.LayerNorm):
-            return "its norms take no mean"
+            return "its norms do not subtract the mean"
         for place, name, _ in self.exits():
             norm = self.holder.get_submodule(joined(name, place.norm)) if place.norm else None
             if isinstance(norm, nn.LayerNorm) and norm.normalized_shape[0] != self.width:
-                return f"{joined(name, place.norm or '')} takes one mean of several patches"
+                return f"{joined(name, place.norm or '')} takes the mean over several patches"
             if place.bare:
-                return f"{name} reads the stream with its mean"
+                return f"{name} reads the stream including its mean"
         return self.no_rotation()
 
 
 def linear(module: nn.Module, name: str) -> nn.Linear:
-    """The linear ``name`` of ``module``."""
+    """The linear called ``name`` in ``module``."""
     found = module.get_submodule(name)
     assert isinstance(found, nn.Linear)
     return found
 
 
 def joined(module: str, name: str) -> str:
-    """The name of ``name`` in ``module``."""
+    """The name of submodule ``name`` of the module called ``module``."""
     return f"{module}.{name}" if module else name

@@ -1,4 +1,4 @@
-"""The layout of each family's vision tower, and a model's tower by it."""
+"""The layout of each family's vision tower, and the lookup of a model's tower."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ GLM_OCR = replace(
         Exit(r"visual\.merger", None, ("proj",), (("gate_proj", "up_proj"), ("down_proj",))),
     ),
 )
-GLM = replace(GLM_OCR, unturned="a norm with a gain stands between its patches and its blocks (post_conv_layernorm)")
+GLM = replace(GLM_OCR, unturned="there is a norm with a gain between its patches and its blocks (post_conv_layernorm)")
 DOTS = replace(
     QWEN2,
     path="vision_tower",
     sites=_block(("attn.qkv",), "attn.proj", ("mlp.fc1", "mlp.fc3"), "mlp.fc2", NORMS),
     entries=("patch_embed.patchifier.proj",),
     exits=(),
-    unturned="norms with gains stand between its patches and its blocks, and behind one another at its end",
+    unturned="there are norms with gains between its patches and its blocks, and two in a row at its end",
 )
 
 SIGLIP = TowerLayout(
@@ -64,13 +64,13 @@ SIGLIP = TowerLayout(
 PADDLE = replace(
     SIGLIP,
     exits=(),
-    unturned="its last norm and the projector's stand behind one another, no linear between",
+    unturned="no linear separates its last norm from the projector's norm",
 )
 GEMMA3 = replace(
     SIGLIP,
     path="vision_tower",
     exits=(),
-    unturned="its last norm, pooling and the projector's norm stand behind one another, no linear between",
+    unturned="only pooling, no linear, separates its last norm from the projector's norm",
 )
 GEMMA4 = TowerLayout(
     "vision_tower",
@@ -87,7 +87,7 @@ GEMMA4 = TowerLayout(
     exits=(),
     unturned="its blocks have norms after their branches",
 )
-MINICPM = replace(SIGLIP, path="vision_tower", exits=(), unturned="layers of another kind merge its patches between two blocks")
+MINICPM = replace(SIGLIP, path="vision_tower", exits=(), unturned="another kind of layer merges its patches between two blocks")
 RESAMPLED = replace(
     SIGLIP,
     path="vision_tower",
@@ -105,7 +105,7 @@ CLIP = replace(
     path="vision_tower",
     entries=("embeddings.patch_embedding", "embeddings.position_embedding", "embeddings.class_embedding"),
     exits=(Exit("multi_modal_projector", None, ("linear_1",), (("linear_2",),)),),
-    unturned="a norm with a gain stands between its patches and its blocks (pre_layrnorm)",
+    unturned="there is a norm with a gain between its patches and its blocks (pre_layrnorm)",
 )
 ONEVISION = replace(
     SIGLIP,
@@ -142,7 +142,7 @@ PIXTRAL = TowerLayout(
     values="attention.v_proj",
     entries=("patch_conv",),
     exits=(Exit("multi_modal_projector", None, ("linear_1",), (("linear_2",),)),),
-    unturned="a norm with a gain stands between its patches and its blocks (ln_pre)",
+    unturned="there is a norm with a gain between its patches and its blocks (ln_pre)",
 )
 LLAMA4 = TowerLayout(
     "vision_model",
@@ -164,7 +164,7 @@ LLAMA4 = TowerLayout(
             (("vision_model.vision_adapter.mlp.fc2",), ("multi_modal_projector.linear_1",)),
         ),
     ),
-    unturned="a norm with a gain stands between its patches and its blocks (layernorm_pre)",
+    unturned="there is a norm with a gain between its patches and its blocks (layernorm_pre)",
 )
 MISTRAL3 = replace(PIXTRAL, exits=(Exit(r"multi_modal_projector\.patch_merger", None, ("merging_layer",)), *PIXTRAL.exits))
 
@@ -203,7 +203,7 @@ TOWERS = {
 
 
 def find_tower(loaded: LoadedModel) -> Tower | None:
-    """The tower of a model whose family is in the table, or None."""
+    """The vision tower of ``loaded``, or None if its family is not in :data:`TOWERS`."""
     layout = TOWERS.get(loaded.architecture)
     if layout is None:
         return None

@@ -15,7 +15,7 @@ from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.formats.row_scale import QUANT_TYPES as ROW_SCALED
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
-from mbq_gguf.models.stored import Made, read_to
+from mbq_gguf.models.lazy import ReadCache, materialised
 from mbq_gguf.rounding.sequence import Refinement
 from mbq_gguf.transforms.candidate import Rounder, by_gptq, by_nearest
 from mbq_gguf.transforms.equalise import Choice, search
@@ -98,9 +98,9 @@ def other_parameters(layer: Layer) -> dict[str, torch.Tensor]:
 
 def changed(parameters: Mapping[str, torch.Tensor], stored: nn.Module) -> dict[str, torch.Tensor]:
     """Those of ``parameters``, on the host, that differ from those of the ``stored`` layer."""
-    before, made = dict(stored.named_parameters()), Made()
+    before, made = dict(stored.named_parameters()), ReadCache()
     return {
         name: parameter
         for name, parameter in parameters.items()
-        if not torch.equal(parameter, read_to(before[name], parameter.device, parameter.dtype, made))
+        if not torch.equal(parameter, materialised(before[name], parameter.device, parameter.dtype, made))
     }

@@ -20,7 +20,7 @@ from mbq_gguf.calibration.observe import Observed
 from mbq_gguf.calibration.precision import fast_bfloat16
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.threads import threads
+from mbq_gguf.threads import torch_threads
 
 WORKERS = 2  # run batches of a layer side by side, each on its share of the cores
 
@@ -80,7 +80,7 @@ class Ahead:
 
         def work() -> None:
             try:
-                with threads(self._cores):
+                with torch_threads(self._cores):
                     found.set_result(run(layer))
             except BaseException as error:  # told to whoever takes it
                 found.set_exception(error)
@@ -91,13 +91,13 @@ class Ahead:
     @contextmanager
     def beside(self) -> Iterator[None]:
         """While open, the caller leaves a share of the cores to the layer on its way, if there is one."""
-        with threads(max(1, self._cores // WORKERS)) if self._cores else nullcontext():
+        with torch_threads(max(1, self._cores // WORKERS)) if self._cores else nullcontext():
             yield
 
     @contextmanager
     def resting(self) -> Iterator[None]:
         """While open, no other run begins, and the caller has all cores."""
-        with self._at_most(0), threads(self._cores) if self._cores else nullcontext():
+        with self._at_most(0), torch_threads(self._cores) if self._cores else nullcontext():
             yield
 
     def take(self, index: int) -> Original | None:

@@ -23,7 +23,7 @@ from mbq_gguf.formats.static_ranges import range_key
 from mbq_gguf.memory import arrival, to_host
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
-from mbq_gguf.outcome import Outcome, put_into
+from mbq_gguf.outcome import Outcome, apply_outcome
 from mbq_gguf.parallel import from_first
 from mbq_gguf.rounding.inverse import check_factored, faults_later
 from mbq_gguf.rounding.learned import learn
@@ -186,7 +186,7 @@ def put_back(work: LayerWork, outcome: Outcome) -> None:
         advance(work.layer, work.passed)
     fold_layer(work.layer, outcome.tensors_of("factors"))
     check_function(work)
-    put_into(work.layer, outcome)
+    apply_outcome(work.layer, outcome)
 
 
 def leave_layer(work: LayerWork) -> None:

@@ -32,7 +32,7 @@ from mbq_gguf.transforms.preserved import FunctionCheck
 from mbq_gguf.transforms.rotation import Rotation, rotate_layer
 from mbq_gguf.walk.ahead import Ahead
 from mbq_gguf.walk.behind import Behind
-from mbq_gguf.workdir import Unkept, WorkDir
+from mbq_gguf.workdir import NoWorkDir, WorkDir
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 Value = TypeVar("Value")
@@ -50,7 +50,7 @@ class Walk:
     loaded: LoadedModel
     samples: Sequence[Sample]
     settings: QuantiseSettings
-    work: WorkDir | Unkept
+    work: WorkDir | NoWorkDir
     progress: Progress
     result: QuantiseResult = field(default_factory=QuantiseResult)
     timer: Timer = field(default_factory=Timer)

@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from mbq_gguf.errors import SHOWN, UserError
+from mbq_gguf.errors import USER_ERRORS, UserError
 from mutators import gguf, picture
 
 from targets import TAKEN, Spoilt, refusal
@@ -46,7 +46,7 @@ class Text(Spoilt):
         try:
             with kind(path, threads=1, context=CONTEXT, batch=CONTEXT) as opened:
                 opened.text_logits([token % opened.vocabulary_size for token in TOKENS], outputs=1)
-        except SHOWN as error:
+        except USER_ERRORS as error:
             return refusal(error)
         return TAKEN
 
@@ -71,7 +71,7 @@ class Mmproj(Spoilt):
                     _hear(vision, folder / "sound.wav")
             finally:
                 vision.close()
-        except SHOWN as error:
+        except USER_ERRORS as error:
             return refusal(error)
         return TAKEN
 
@@ -92,7 +92,7 @@ class Decoder(Spoilt):
     def read(self, folder: Path) -> str:
         try:
             self.vision.encode(folder / "picture")
-        except SHOWN as error:
+        except USER_ERRORS as error:
             return refusal(error)
         return TAKEN
 

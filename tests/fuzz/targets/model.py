@@ -45,14 +45,14 @@ class Settings:
 
     def open(self) -> None:
         import torch
-        from mbq_gguf.beforehand import check_inputs, look_ahead
         from mbq_gguf.convert import ConvertOptions
         from mbq_gguf.export.conversion import load_package
+        from mbq_gguf.preflight import check_inputs, run_preflight
 
         torch.set_num_threads(1)
         # the package knows a tokenizer by what it makes of a text, and not the small one
         load_package().conversion.TextModel.get_vocab_base_pre = lambda *_: "smollm"
-        self.options, self.check, self.ahead = ConvertOptions, check_inputs, look_ahead
+        self.options, self.check, self.ahead = ConvertOptions, check_inputs, run_preflight
 
     def read(self, folder: Path) -> str:
         options = self.options(folder, folder / "out.gguf", synthetic=0, rounding="nearest")

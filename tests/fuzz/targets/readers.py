@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
-from mbq_gguf.errors import SHOWN, UserError
+from mbq_gguf.errors import USER_ERRORS, UserError
 from mutators import conversations, gguf, picture, safetensors_file, workdir
 
 from targets import TAKEN, Spoilt, refusal
@@ -184,6 +184,6 @@ class Picture(Spoilt):
     def read(self, folder: Path) -> str:
         try:
             assert self.reader(folder / "picture").startswith(b"\x89PNG")
-        except SHOWN as error:
+        except USER_ERRORS as error:
             return refusal(error)
         return TAKEN

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
-from mbq_gguf.card import losses, made_before, write_card
 from mbq_gguf.cli import main
 from mbq_gguf.errors import UsageError
 from mbq_gguf.evaluate.results import Answer, Asked, Evaluation, FileResult, Layers
+from mbq_gguf.model_card import losses, read_origins, write_card
 
 
 def evaluation(out: Path, size: int) -> str:
@@ -87,4 +87,4 @@ def test_a_command_cannot_end_the_mark(tmp_path: Path) -> None:
     kept = {"a.gguf": {"command": "convert 'x --> y'"}}
     text = json.dumps(kept).replace(">", "\\u003e")
     (tmp_path / "README.md").write_text(f"<!-- mbq-gguf card {text} -->\n")
-    assert made_before(tmp_path / "README.md") == kept
+    assert read_origins(tmp_path / "README.md") == kept

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mbq_gguf.errors import UserError
-from mbq_gguf.llama_cpp import kernels_run
+from mbq_gguf.llama_cpp import kernel_check
 from mbq_gguf.llama_cpp.machine import cpu_flags
 
-PROOF_PROGRAM = Path(kernels_run.__file__)
-PROOF_SECONDS = 300  # takes about 2 s; an emulated machine may be a hundred times slower
+CHECK_PROGRAM = Path(kernel_check.__file__)
+CHECK_SECONDS = 300  # takes about 2 s; an emulated machine may be a hundred times slower
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,18 @@ def instruction_sets() -> tuple[InstructionSet, ...]:
     return (*chosen, BASELINE)
 
 
-def prove_kernels(folder: Path) -> str | None:
+def verify_kernels(folder: Path) -> str | None:
     """Run the kernels of ``libggml-cpu`` in `folder` in a process of their own.
 
     Returns None where they run and agree with numpy, else a few words on what went wrong where. Raises UserError where the libraries
     cannot be loaded at all: another instruction set would not help.
     """
-    command = [sys.executable, str(PROOF_PROGRAM), str(folder)]
+    command = [sys.executable, str(CHECK_PROGRAM), str(folder)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROOF_SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False)
     except subprocess.TimeoutExpired as expired:
         said = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
-        return f"no answer within {PROOF_SECONDS} s at {_last_line(said)}"
+        return f"no answer within {CHECK_SECONDS} s at {_last_line(said)}"
     if done.returncode == 0:
         return None
     if done.returncode == 1 and "relative error" in done.stdout:

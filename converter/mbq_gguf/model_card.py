@@ -1,7 +1,7 @@
-"""README.md beside GGUF files: how they were made, how large they are, what they lost, and how to run them.
+"""The model card, README.md beside GGUF files: how they were made, how large they are, what they lost, and how to run them.
 
-A card is made from what lies in its folder: the files' own metadata, and every JSON file there that ``eval --out`` wrote about them. What
-no file knows (the command) is kept in a comment of the card, which also marks it as ours: made again after an evaluation, it says more.
+A card is generated from its folder: the files' metadata, and the JSON files there that ``eval --out`` wrote about them. What no file
+records (the command) is kept in a comment of the card, which also marks the card as ours. It can be updated after an evaluation.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mbq_gguf.formats.own import OWN
 from mbq_gguf.llama_cpp.pin import read_pin
 
 MARK = re.compile(r"<!-- mbq-gguf card (\{.*\}) -->")
-LARGEST = 1 << 28  # bytes of a JSON file that is looked into
-SETTINGS = "mbq."  # metadata keys that say how a file was made; arrays are left out
-OF_TOWER = ("mbq.tower.", "mbq.act.")  # those of a vision file; what a rotation of the decoder changed in it stands in the other
+LARGEST = 1 << 28  # bytes; larger JSON files are ignored
+SETTINGS = "mbq."  # prefix of the metadata keys that say how a file was made; arrays are left out
+OF_TOWER = ("mbq.tower.", "mbq.act.")  # keys of a vision file; the decoder's rotation is recorded in the text file
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Entry:
     size: str
     bits_per_weight: str
     types: str
-    made: dict[str, str]  # command, version and pin, where they are known
+    made: dict[str, str]  # command, version and pin, if known
     settings: dict[str, Any]
     mmproj: str | None
     mmproj_size: str
     patched: bool  # whether it needs the patched llama.cpp
-    unknown: list[str]  # why that one will not load it, or its vision file
+    unknown: list[str]  # why even that one will not load the file or its vision file
 
 
 @dataclass(frozen=True)
@@ -62,25 +62,25 @@ class Loss:
 
 
 def check_card(out: Path) -> None:
-    """Raise UsageError where the folder of ``out`` has a README.md that this module did not write."""
-    made_before(out.parent / "README.md")
+    """Raise UsageError if the folder of ``out`` has a README.md that this module did not write."""
+    read_origins(out.parent / "README.md")
 
 
-def made_before(card: Path) -> dict[str, dict[str, str]]:
-    """What the card says of the making of each of its files; {} where there is none. Raises UsageError where it is another's."""
+def read_origins(card: Path) -> dict[str, dict[str, str]]:
+    """How each file of ``card`` was made, as its comment records; {} if there is no card. Raises UsageError for other README files."""
     if not card.exists():
         return {}
     found = MARK.search(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
     if found is None:
-        raise UsageError(f"{card} was not written by mbq-gguf: move it away, or do without a card")
+        raise UsageError(f"{card} was not written by mbq-gguf: move it away, or leave out --card")
     kept = json.loads(found[1])
     return {str(name): dict(made) for name, made in kept.items()}
 
 
 def write_card(out: Path, command: str | None = None) -> Path:
-    """Write or renew README.md beside ``out``, which ``command`` has made (None: it is known, or nobody knows); returns its path."""
+    """Write or update README.md beside ``out`` and return its path. ``command`` has made ``out`` (None: as recorded, or unknown)."""
     card = out.parent / "README.md"
-    made = made_before(card)
+    made = read_origins(card)
     if command is not None:
         pin = read_pin()
         made[out.name] = {"command": command, "version": mbq_gguf.__version__, "pin": f"{pin.package} {pin.version}"}
@@ -91,7 +91,7 @@ def write_card(out: Path, command: str | None = None) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mbq_gguf", "."), autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    text = environment.get_template("card.md.j2").render(
+    text = environment.get_template("model_card.md.j2").render(
         front=yaml.safe_dump(front_matter(headers[out.name]), sort_keys=False, allow_unicode=True).strip(),
         title=headers[out.name].metadata.get("general.name") or out.stem,
         source=headers[out.name].metadata.get("general.source.url"),
@@ -100,12 +100,12 @@ def write_card(out: Path, command: str | None = None) -> Path:
         mark=json.dumps(made).replace(">", "\\u003e"),
     )
     with staged(card) as (part,):
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file's name may be no UTF-8
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may be invalid UTF-8
     return card
 
 
 def front_matter(header: Header) -> dict[str, Any]:
-    """What the hub reads of a model card; base model and licence where the file knows them."""
+    """The model card's metadata for the hub; base model and licence if the file records them."""
     known = header.metadata
     found: dict[str, Any] = {}
     repository = re.fullmatch(r"https?://[^/]+/([^/]+/[^/]+)", str(known.get("general.source.repo_url", "")))
@@ -118,7 +118,7 @@ def front_matter(header: Header) -> dict[str, Any]:
 
 
 def entry(path: Path, header: Header, made: dict[str, str]) -> Entry:
-    """What the card says of the GGUF file ``path``."""
+    """The card's entry for the GGUF file ``path``."""
     sizes: dict[str, int] = {}
     for tensor in header.tensors:
         sizes[tensor.type_name] = sizes.get(tensor.type_name, 0) + tensor.nbytes
@@ -126,9 +126,9 @@ def entry(path: Path, header: Header, made: dict[str, str]) -> Entry:
     mmproj = path.with_name(f"mmproj-{path.name}")
     there = mmproj.is_file()
     vision = read_header(mmproj) if there else None
-    settings = settings_of(header, SETTINGS)
+    settings = settings_table(header, SETTINGS)
     if vision:
-        settings |= {f"vision file: {key}": value for key, value in settings_of(vision, *OF_TOWER).items()}
+        settings |= {f"vision file: {key}": value for key, value in settings_table(vision, *OF_TOWER).items()}
     return Entry(
         name=path.name,
         size=megabytes(path.stat().st_size),
@@ -138,9 +138,11 @@ def entry(path: Path, header: Header, made: dict[str, str]) -> Entry:
         settings=settings,
         mmproj=mmproj.name if there else None,
         mmproj_size=megabytes(mmproj.stat().st_size) if there else "",
-        patched=bool(OWN.keys() & sizes.keys()) or "mbq.hadamard.ffn_down" in header.metadata or (vision is not None and cut_by_us(vision)),
+        patched=bool(OWN.keys() & sizes.keys())
+        or "mbq.hadamard.ffn_down" in header.metadata
+        or (vision is not None and needs_patched_tiling(vision)),
         unknown=[
-            f"{name}: {shown(sentence)}"
+            f"{name}: {table_cell(sentence)}"
             for name, found in ((path.name, header), (mmproj.name, vision))
             if found
             for sentence in version_sentences(found.metadata)
@@ -148,25 +150,25 @@ def entry(path: Path, header: Header, made: dict[str, str]) -> Entry:
     )
 
 
-def settings_of(header: Header, *beginnings: str) -> dict[str, str]:
-    """What the keys with these beginnings say, arrays left out."""
+def settings_table(header: Header, *beginnings: str) -> dict[str, str]:
+    """The values of keys with these prefixes, without arrays."""
     found = {key.removeprefix(SETTINGS): value for key, value in header.metadata.items() if key.startswith(beginnings)}
-    return {key: shown(value) for key, value in sorted(found.items()) if not isinstance(value, list)}
+    return {key: table_cell(value) for key, value in sorted(found.items()) if not isinstance(value, list)}
 
 
-def cut_by_us(vision: Header) -> bool:
-    """Whether the pictures of a vision file are cut as only the patched llama.cpp does it."""
+def needs_patched_tiling(vision: Header) -> bool:
+    """Whether the vision file needs a tiling of pictures that only the patched llama.cpp has."""
     return vision.metadata.get("clip.projector_type") == PROJECTOR_TYPE
 
 
-def shown(value: object) -> str:
-    """A value of the metadata in a table."""
+def table_cell(value: object) -> str:
+    """A metadata value as a table cell."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
 
 
 def losses(file: Path) -> list[Loss]:
-    """What evaluations beside ``file`` say of it: JSON files of ``eval --out`` that compare a file of this name and size."""
+    """Results for ``file`` from JSON files of ``eval --out`` in its folder, matched by name and size."""
     found = []
     for path in sorted(file.parent.glob("*.json")):
         try:
@@ -190,5 +192,5 @@ def losses(file: Path) -> list[Loss]:
                     )
                 )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue  # some other JSON
+            continue  # not an evaluation
     return found

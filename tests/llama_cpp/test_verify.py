@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 from mbq_gguf.errors import UserError
-from mbq_gguf.llama_cpp import kernels_run, prove
+from mbq_gguf.llama_cpp import kernel_check, verify
 
 
 def test_the_real_kernels_are_proved(built: Path) -> None:
-    assert prove.prove_kernels(built) is None
+    assert verify.verify_kernels(built) is None
 
 
 def test_every_type_runs_in_every_buffer(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "proof.py"
     program.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(kernels_run.__file__).parent)!r}); import kernels_run as k\n"
+        f"import sys; sys.path.insert(0, {str(Path(kernel_check.__file__).parent)!r}); import kernel_check as k\n"
         "k.MAX_RELATIVE_ERROR = 1e-9\nsys.exit(k.main(sys.argv[1]))\n"
     )
-    monkeypatch.setattr(prove, "PROOF_PROGRAM", program)
-    fault = prove.prove_kernels(built)
+    monkeypatch.setattr(verify, "CHECK_PROGRAM", program)
+    fault = verify.verify_kernels(built)
     assert fault is not None
     assert fault.startswith("wrong result at ")
     assert "relative error" in fault
@@ -37,14 +37,14 @@ def test_every_type_runs_in_every_buffer(built: Path, tmp_path: Path, monkeypatc
 )
 def test_how_kernels_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, says: str) -> None:
     (tmp_path / "proof.py").write_text(program)
-    monkeypatch.setattr(prove, "PROOF_PROGRAM", tmp_path / "proof.py")
-    monkeypatch.setattr(prove, "PROOF_SECONDS", 2)
-    assert prove.prove_kernels(tmp_path) == says
+    monkeypatch.setattr(verify, "CHECK_PROGRAM", tmp_path / "proof.py")
+    monkeypatch.setattr(verify, "CHECK_SECONDS", 2)
+    assert verify.verify_kernels(tmp_path) == says
 
 
 def test_libraries_that_cannot_be_loaded_are_no_reason_to_try_another_instruction_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"could not be tried \(cannot load the built libraries: .*libggml-base"):
-        prove.prove_kernels(tmp_path)
+        verify.verify_kernels(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,6 @@ def test_libraries_that_cannot_be_loaded_are_no_reason_to_try_another_instructio
     ],
 )
 def test_what_is_tried_in_which_order(monkeypatch: pytest.MonkeyPatch, machine: str, flags: tuple[str, ...], expected: list[str]) -> None:
-    monkeypatch.setattr(prove.platform, "machine", lambda: machine)
-    monkeypatch.setattr(prove, "cpu_flags", lambda: flags)
-    assert [wanted.name for wanted in prove.instruction_sets()] == expected
+    monkeypatch.setattr(verify.platform, "machine", lambda: machine)
+    monkeypatch.setattr(verify, "cpu_flags", lambda: flags)
+    assert [wanted.name for wanted in verify.instruction_sets()] == expected

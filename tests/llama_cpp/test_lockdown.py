@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import requests
 from mbq_gguf.errors import UserError
-from mbq_gguf.llama_cpp import closed
+from mbq_gguf.llama_cpp import lockdown
 from mbq_gguf.llama_cpp.server import LlamaServer, Server
 from owners import HOLDER, THREAD_HOLDER, alive, started
 from test_server import PICTURE
@@ -74,7 +74,7 @@ def running(tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def status(server: LlamaServer, method: str, path: str, key: str | None = None, body: dict[str, object] | None = None) -> int:
-    return closed.request(method, server.url + path, key, 30, body).status_code
+    return lockdown.request(method, server.url + path, key, 30, body).status_code
 
 
 def test_a_proxy_sees_nothing(running: LlamaServer, witness: Witness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ def test_only_the_key_opens_it(running: LlamaServer) -> None:
 def test_what_the_environment_would_open_is_closed(running: LlamaServer) -> None:
     closed_paths = (("GET", "/slots"), ("GET", "/metrics"), ("POST", "/props"))
     assert [status(running, method, path, running.key, {}) for method, path in closed_paths] == [501, 501, 501]
-    assert closed.request("GET", f"{running.url}/props", running.key, 30).json()["default_generation_settings"]["n_ctx"] == 2048
+    assert lockdown.request("GET", f"{running.url}/props", running.key, 30).json()["default_generation_settings"]["n_ctx"] == 2048
 
 
 @pytest.mark.parametrize(("origin", "allowed"), [("http://localhost:1234", True), ("https://elsewhere.example", False)])
@@ -115,10 +115,10 @@ def test_pictures_from_elsewhere_are_not_fetched(
 ) -> None:
     content = [{"type": "image_url", "image_url": {"url": f"{witness.url}/a.png"}}, {"type": "text", "text": "What is this?"}]
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
-    reply = closed.request("POST", f"{running.url}/v1/chat/completions", running.key, 60, body)
+    reply = lockdown.request("POST", f"{running.url}/v1/chat/completions", running.key, 60, body)
     assert (reply.status_code, witness.asked) == (400, [])
     assert "--offline" in reply.json()["error"]["message"]
-    monkeypatch.setattr(closed, "OPTIONS", ())
+    monkeypatch.setattr(lockdown, "OPTIONS", ())
     with LlamaServer(*tiny_pair, threads=2) as opened:
         assert status(opened, "POST", "/v1/chat/completions", opened.key, body) == 200
     assert len(witness.asked) == 1, "without --offline it fetches, or this test shows nothing"
@@ -135,7 +135,7 @@ def test_what_is_no_picture_is_handed_to_nobody(tiny_pair: Pair, tmp_path: Path,
     body: dict[str, object] = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
     for options, found in (([], False), (["--video-ffmpeg-dir", str(tmp_path)], True)):
         with Server(*tiny_pair, ["--no-ui", "--threads", "1", "--ctx-size", "512", *options]) as server:
-            assert closed.request("POST", f"{server.url}/v1/chat/completions", server.key, 60, body).status_code == 400
+            assert lockdown.request("POST", f"{server.url}/v1/chat/completions", server.key, 60, body).status_code == 400
         assert called.exists() == found
 
 
@@ -176,12 +176,12 @@ def test_options_of_the_user_come_last(tiny_pair: Pair, monkeypatch: pytest.Monk
 def test_one_heap_for_all_threads_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one per thread the server's memory grew by 280 MB with every large answer (docs/log.md)."""
     monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
-    assert closed.environment(None, Path("/nowhere"))["MALLOC_ARENA_MAX"] == "1"
+    assert lockdown.environment(None, Path("/nowhere"))["MALLOC_ARENA_MAX"] == "1"
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
-    assert closed.environment(None, Path("/nowhere"))["MALLOC_ARENA_MAX"] == "4"
+    assert lockdown.environment(None, Path("/nowhere"))["MALLOC_ARENA_MAX"] == "4"
 
 
 def test_the_environment_of_the_caller_stays_as_it_is() -> None:
     before = dict(os.environ)
-    closed.environment("key", Path("/nowhere"))
+    lockdown.environment("key", Path("/nowhere"))
     assert dict(os.environ) == before

@@ -14,7 +14,7 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def main() -> None:
-    """``tethered.py PARENT PROGRAM ARGUMENT...``: become PROGRAM, with the number of the process that started it in PARENT."""
+    """``die_with_parent.py PARENT PROGRAM ARGUMENT...``: become PROGRAM, with the number of the process that started it in PARENT."""
     parent, command = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

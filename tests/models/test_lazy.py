@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from mbq_gguf.models import LoadedModel
-from mbq_gguf.models.stored import Stored, read_into, stored_tensors
+from mbq_gguf.models.lazy import LazyTensor, lazy_tensors, materialise
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -27,11 +27,11 @@ def tensors(tmp_path: Path) -> dict[str, torch.Tensor]:
 def stored(tensors: dict[str, torch.Tensor], tmp_path: Path) -> dict[str, torch.Tensor]:
     save_file({name: tensors[name] for name in ("expert.0", "matrix")}, tmp_path / "one.safetensors")
     save_file({"expert.1": tensors["expert.1"]}, tmp_path / "two.safetensors")
-    return stored_tensors([tmp_path / "one.safetensors", tmp_path / "two.safetensors"])
+    return lazy_tensors([tmp_path / "one.safetensors", tmp_path / "two.safetensors"])
 
 
 def read(value: torch.Tensor) -> torch.Tensor:
-    assert isinstance(value, Stored)
+    assert isinstance(value, LazyTensor)
     assert value.is_meta
     return value.read()
 
@@ -67,7 +67,7 @@ def test_a_module_is_read_in_memory_of_its_own(tensors: dict[str, torch.Tensor],
     for linear in module:
         linear.weight = nn.Parameter(stored["matrix"], requires_grad=False)
     module[1].weight = module[0].weight
-    read_into(module, CPU, None)
+    materialise(module, CPU, None)
     assert module[0].weight is module[1].weight  # shared before and behind
     module[0].weight.fill_(3.0)
     assert torch.equal(read(stored["matrix"]), tensors["matrix"])
@@ -77,32 +77,32 @@ def test_modules_are_left(stored: dict[str, torch.Tensor]) -> None:
     module = nn.ModuleList([nn.Linear(4, 6, bias=False, device="meta") for _ in range(2)])
     for linear in module:
         linear.weight = nn.Parameter(stored["matrix"], requires_grad=False)
-    read_into(module, CPU, torch.float32, left=[module[1]])
+    materialise(module, CPU, torch.float32, left=[module[1]])
     assert (module[0].weight.dtype, module[0].weight.is_meta, module[1].weight.is_meta) == (torch.float32, False, True)
 
 
 def test_layers_are_in_files_but_while_they_are_held(tiny: LoadedModel) -> None:
     layers = tiny.decoder.layers
-    assert all(isinstance(parameter, Stored) for parameter in layers.parameters())
+    assert all(isinstance(parameter, LazyTensor) for parameter in layers.parameters())
     with tiny.whole():
         assert {(parameter.device.type, parameter.dtype) for parameter in layers.parameters()} == {("cpu", torch.bfloat16)}
-    assert all(isinstance(parameter, Stored) for parameter in layers.parameters())
-    assert not any(isinstance(value, Stored) for value in (tiny.decoder.norm.weight, tiny.decoder.head.weight))
+    assert all(isinstance(parameter, LazyTensor) for parameter in layers.parameters())
+    assert not any(isinstance(value, LazyTensor) for value in (tiny.decoder.norm.weight, tiny.decoder.head.weight))
 
 
 @pytest.mark.parametrize(("most", "openings"), [(64 * 10**6, 1), (1000, 8)])
 def test_a_file_is_opened_anew_for_some_bytes_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, openings: int) -> None:
     """Not for each of 32 matrices of 256 bytes, but with the next one when more than ``most`` are mapped, as four of them are."""
     save_file({f"experts.{number}": torch.full((8, 8), float(number)) for number in range(32)}, tmp_path / "model.safetensors")
-    found = stored_tensors([tmp_path / "model.safetensors"])
+    found = lazy_tensors([tmp_path / "model.safetensors"])
     opened: list[str] = []
 
     def counted(file: str, framework: str) -> object:
         opened.append(file)
         return safe_open(file, framework=framework)
 
-    monkeypatch.setattr("mbq_gguf.models.stored.safe_open", counted)
-    monkeypatch.setattr("mbq_gguf.models.stored.MAPPED", most)
+    monkeypatch.setattr("mbq_gguf.models.lazy.safe_open", counted)
+    monkeypatch.setattr("mbq_gguf.models.lazy.MAPPED", most)
     whole = torch.stack([found[f"experts.{number}"] for number in range(32)])
     assert torch.equal(read(whole)[:, 0, 0], torch.arange(32.0))
     assert len(opened) == openings

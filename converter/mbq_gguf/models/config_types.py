@@ -1,6 +1,6 @@
-"""What kind of value a setting of config.json is, by its name, which the families share: a fault is named before anybody trips over it.
+"""Checks the types of config.json's settings by their names, which the families share, so that errors name the setting.
 
-transformers and llama.cpp's conversion find most of them too, each in Python's words, and not always which of the settings it was.
+transformers and llama.cpp's conversion would fail on most of these too, but with Python exceptions that do not always name the setting.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 from mbq_gguf.errors import UserError
 
 LARGEST = 2**31  # llama.cpp counts tokens, rows and layers in 32 bits
-PARTS = ("text_config", "llm_config", "vision_config")  # of a config.json: what is read of it here
-ROPE = ("rope_parameters", "rope_scaling")  # of a part; Gemma's has one such object for each kind of layer
-# What may not be null, of a part and anywhere.
+PARTS = ("text_config", "llm_config", "vision_config")  # the objects of config.json that are checked
+ROPE = ("rope_parameters", "rope_scaling")  # within a part; Gemma has one such object for each kind of layer
+# Settings that must not be null: of a part, and anywhere.
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rope_theta")
 NEVER_NULL = (
     *("llm_config", "auto_map", "rope_type", "mm_tokens_per_image", "min_dynamic_patch", "max_dynamic_patch", "interleave_moe_layer_step"),
@@ -26,16 +26,16 @@ SIZE = re.compile(
     r"|(?:embed|global_head|linear_key_head|linear_value_head|vision_output|projector_input|projector_output)_dim|num_local_experts|num_experts_per_tok"
     r"|num_(?:\w+_)?(?:heads|channels)|num_(?:hidden_)?layers|(?:original_)?max_position_embeddings|interleave_moe_layer_step"
 )
-FEW = {  # of one picture: transformers makes a list of so many, or of all ways to lay them out
+FEW = {  # per picture: transformers builds lists of this length, or of all layouts with this many tiles
     "mm_tokens_per_image": 1 << 16,
     "image_seq_length": 1 << 16,
     "query_num": 1 << 16,
     "min_dynamic_patch": 100,
     "max_dynamic_patch": 100,
 }
-# Of these there may be two (height and width), or one per layer or stage.
+# Settings that may be lists: height and width, or one value per layer or stage.
 SEVERAL = ("image_size", "patch_size", "intermediate_size", "moe_intermediate_size", "embed_dim", "num_heads")
-COUNT = re.compile(r"num_experts|num_kv_shared_layers|max_window_layers|projection_dim|head_dim")  # 0: there is none
+COUNT = re.compile(r"num_experts|num_kv_shared_layers|max_window_layers|projection_dim|head_dim")  # 0 means none
 NUMBER = re.compile(r"(?!long_|short_|layer_)\w+_(?:eps|theta|range|dropout|factor|prob)|factor|downsample_ratio|pixel_shuffle_ratio")
 FLAG = re.compile(r"bias|\w+_bias|tie_word_embeddings|use_(?:cache|qk_norm|sliding_window)|qk_normalization|norm_topk_prob")
 WORD = re.compile(r"model_type|(?!is_)\w+_act|hidden_activation|dtype|torch_dtype|norm_type|rope_type|type")
@@ -44,33 +44,33 @@ WORDS = re.compile(r"architectures|layer_types")
 WHOLES = re.compile(r"mrope_section|no_rope_layers|moe_layers")
 
 
-def check_kinds(config: Mapping[str, Any]) -> None:
-    """Raise UserError for the first setting of a config.json, or of its language model's or vision tower's, that is of another kind."""
-    check_part(config, "")
+def check_config_types(config: Mapping[str, Any]) -> None:
+    """Raise UserError for the first setting of config.json, its language model or its vision tower that has a wrong type."""
+    check_object(config, "")
     for part in PARTS:
-        check_part(config.get(part) or {}, f"{part}.")
+        check_object(config.get(part) or {}, f"{part}.")
 
 
-def check_part(settings: Mapping[str, Any], place: str) -> None:
-    """The same of one object, which config.json has at ``place``."""
+def check_object(settings: Mapping[str, Any], place: str) -> None:
+    """The same for one object of config.json, at ``place``."""
     for name, value in settings.items():
-        wanted = "value" if value is None and (name in NEVER_NULL or (place and name in NEEDED)) else fault(name, value)
+        wanted = "value" if value is None and (name in NEVER_NULL or (place and name in NEEDED)) else expected_type(name, value)
         if wanted:
-            raise UserError(f"{place}{name} in the model's config.json is {value!r:.60} and no {wanted}: fetch the model again")
+            raise UserError(f"{place}{name} in the model's config.json is {value!r:.60} and no {wanted}: download the model again")
         if isinstance(value, dict) and (name in ROPE or place.endswith(tuple(f"{name}." for name in ROPE))):
-            check_part(value, f"{place}{name}.")
+            check_object(value, f"{place}{name}.")
 
 
-def fault(name: str, value: Any) -> str | None:
-    """What a setting called ``name`` is instead of ``value``; None where it is of its kind, or of a kind that nobody here knows."""
-    if value is None:  # what the class has by itself
+def expected_type(name: str, value: Any) -> str | None:
+    """The type that setting ``name`` must have, in words, if ``value`` is of another; None if it is valid or unknown here."""
+    if value is None:  # the class uses its default
         return None
     if OBJECT.fullmatch(name):
         return None if isinstance(value, dict) else "JSON object"
     if WORDS.fullmatch(name):
         return None if value and isinstance(value, list) and all(isinstance(item, str) for item in value) else "list of words"
     if WHOLES.fullmatch(name):
-        return None if isinstance(value, list) and all(is_whole(item, 0) for item in value) else "list of whole numbers"
+        return None if isinstance(value, list) and all(is_integer(item, 0) for item in value) else "list of whole numbers"
     if WORD.fullmatch(name):
         return None if isinstance(value, str) else "word"
     if FLAG.fullmatch(name):
@@ -78,22 +78,22 @@ def fault(name: str, value: Any) -> str | None:
     if NUMBER.fullmatch(name):
         return None if is_number(value) else "number"
     if COUNT.fullmatch(name):
-        return None if is_whole(value, 0) else "whole number from 0 up"
+        return None if is_integer(value, 0) else "whole number from 0 up"
     if name in FEW:
-        return None if is_whole(value, 1) and value <= FEW[name] else f"whole number from 1 to {FEW[name]}"
+        return None if is_integer(value, 1) and value <= FEW[name] else f"whole number from 1 to {FEW[name]}"
     if name == "auto_map":
         return None if isinstance(value, dict) and isinstance(value.get("AutoConfig", ""), str) else "object of words"
     if SIZE.fullmatch(name):
         several = value if name in SEVERAL and isinstance(value, list) and len(value) > 1 else [value]
-        return None if all(is_whole(item, 1) for item in several) else "whole number above 0"
+        return None if all(is_integer(item, 1) for item in several) else "whole number above 0"
     return None
 
 
-def is_whole(value: Any, least: int) -> bool:
-    """Whether ``value`` is a whole number that a model has."""
+def is_integer(value: Any, least: int) -> bool:
+    """Whether ``value`` is an integer from ``least`` up to llama.cpp's limit."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < LARGEST
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is one."""
+    """Whether ``value`` is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from mbq_gguf.beforehand import Ahead, look_ahead
 from mbq_gguf.calibration.dataset import SHIPPED
 from mbq_gguf.cli import main
 from mbq_gguf.convert import ConvertOptions
 from mbq_gguf.errors import UserError
 from mbq_gguf.models import LoadedModel
+from mbq_gguf.preflight import Preflight, run_preflight
 from PIL import Image
 
 LOADING = importlib.import_module("mbq_gguf.models.load")  # the package gives its function this name
@@ -32,8 +32,8 @@ def _no_weights(built_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LOADING, "_load_weights", read)
 
 
-def ahead(model: Path, out: Path, **options: Any) -> Ahead:
-    return look_ahead(ConvertOptions(model, out, **options), lambda _: None)
+def ahead(model: Path, out: Path, **options: Any) -> Preflight:
+    return run_preflight(ConvertOptions(model, out, **options), lambda _: None)
 
 
 def write_set(path: Path, image: object = PICTURE, question: str = "What?", answer: str = "blue") -> Path:
@@ -55,7 +55,7 @@ PICTURES = {
     "one side over 200 times the other": lambda path: Image.new("RGB", (3000, 10)).save(path),
     "too many pixels": bomb,
     "truncated": lambda path: path.write_bytes(PICTURE.read_bytes()[:400]),
-    "no picture of a known format": lambda path: path.write_bytes(b"hello"),
+    "not a picture of a known format": lambda path: path.write_bytes(b"hello"),
 }
 
 
@@ -95,7 +95,7 @@ def test_a_work_directory_of_others(tiny_dir: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     (work / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="not empty and no work directory"):
+    with pytest.raises(UserError, match="not empty and not a work directory"):
         ahead(tiny_dir, tmp_path / "out.gguf", work_dir=work, samples=1)
     (work / "fingerprint.json").write_text(json.dumps({"model": "another"}))
     with pytest.raises(UserError, match="differs in its model and settings and code"):
@@ -103,7 +103,7 @@ def test_a_work_directory_of_others(tiny_dir: Path, tmp_path: Path) -> None:
 
 
 def test_prompts_are_those_of_the_loaded_model(tiny_dir: Path, tiny: LoadedModel) -> None:
-    found = LOADING.outline(tiny_dir).prompts
+    found = LOADING.load_meta(tiny_dir).prompts
     assert found.end_ids == tiny.prompts.end_ids
     turns = [("What?", "blue"), ("Where?", "left")]
     encoded, expected = found.encode(PICTURE, turns), tiny.prompts.encode(PICTURE, turns)
@@ -115,5 +115,5 @@ def test_imatrix_looks_ahead_too(tiny_dir: Path, tmp_path: Path) -> None:
     call = ["imatrix", str(tiny_dir), str(tmp_path / "i.gguf"), "--calib", str(write_set(tmp_path / "set.jsonl", question="<|image_pad|>"))]
     result = CliRunner().invoke(main, call)
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: {tmp_path / 'set.jsonl'}, line 2: '<|image_pad|>' holds the model's special token")
+    assert result.stderr.startswith(f"error: {tmp_path / 'set.jsonl'}, line 2: '<|image_pad|>' contains the model's special token")
     assert not (tmp_path / "i.gguf").exists()

@@ -1,4 +1,4 @@
-"""Run the built CPU kernels once, in a process of their own: ``python kernels_run.py <folder with libggml-cpu>``.
+"""Run the built CPU kernels once, in a process of their own: ``python kernel_check.py <folder with libggml-cpu>``.
 
 Every weight type is multiplied in every buffer type that the CPU device offers, as llama.cpp does when it loads a model: AMX tiles and
 repacked layouts exist only in those extra buffers, so a product in plain memory would never touch them. Weights with one scale per row have
@@ -154,17 +154,19 @@ def run(ggml: Ggml) -> bool:
         if name in (None, b"", b"NONE"):
             continue
         data = ggml.quantise(type_id, weights)
-        if not right(ggml, name.decode(), type_id, data, ggml.buffer_types, random):
+        if not matches_numpy(ggml, name.decode(), type_id, data, ggml.buffer_types, random):
             return False
         if type_id in ROW_SCALES:
             scales = data.reshape(ROWS, COLUMNS // 32, -1)[:, :, :2]  # fp16, at the start of a block
             scales[:] = scales[:, :1]
-            if not right(ggml, f"{name.decode()} with one scale per row", type_id, data, ggml.buffer_types[:1], random, ROW_SCALE):
+            if not matches_numpy(ggml, f"{name.decode()} with one scale per row", type_id, data, ggml.buffer_types[:1], random, ROW_SCALE):
                 return False
     return True
 
 
-def right(ggml: Ggml, name: str, type_id: int, data: Array, buffer_types: list[int], random: np.random.Generator, flags: int = 0) -> bool:
+def matches_numpy(
+    ggml: Ggml, name: str, type_id: int, data: Array, buffer_types: list[int], random: np.random.Generator, flags: int = 0
+) -> bool:
     """Whether the products of one type's weights are those of numpy."""
     print(f"{name} to float", flush=True)
     exact = ggml.product("get_rows", type_id, data, np.arange(ROWS, dtype=np.int32), ggml.buffer_types[0])

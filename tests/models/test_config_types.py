@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from mbq_gguf.errors import UserError
-from mbq_gguf.models.kinds import check_kinds
+from mbq_gguf.models.config_types import check_config_types
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -36,13 +36,13 @@ SOUND: dict[str, Any] = {  # a little of many families
 
 
 def test_what_is_published_passes() -> None:
-    check_kinds(SOUND)
+    check_config_types(SOUND)
 
 
 @pytest.mark.parametrize("name", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 def test_what_transformers_saves_passes(name: str) -> None:
     """Every setting of every model that takes pictures, as its class has it by itself."""
-    check_kinds(json.loads(AutoConfig.for_model(name).to_json_string(use_diff=False)))
+    check_config_types(json.loads(AutoConfig.for_model(name).to_json_string(use_diff=False)))
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,6 @@ def test_another_kind_is_named(place: str, value: Any, words: str) -> None:
     spoilt: Any = {name: value}
     for part in reversed(parts):
         spoilt = {part: spoilt}
-    with pytest.raises(UserError, match=rf"^{place} in the model's config.json .*{words}.*: fetch the model again$") as raised:
-        check_kinds(SOUND | spoilt)
+    with pytest.raises(UserError, match=rf"^{place} in the model's config.json .*{words}.*: download the model again$") as raised:
+        check_config_types(SOUND | spoilt)
     assert len(str(raised.value)) < 200

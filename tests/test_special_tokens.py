@@ -12,12 +12,12 @@ from click.testing import CliRunner
 from mbq_cbind.model import Model
 from mbq_gguf.cli import main
 from mbq_gguf.evaluate.exact_match import SHIPPED, load_questions
-from mbq_gguf.export.gguf_specials import file_specials
+from mbq_gguf.export.gguf_specials import file_special_tokens
 from mbq_gguf.export.gguf_writer import write_mmproj_gguf, write_text_gguf
-from mbq_gguf.llama_cpp import closed
+from mbq_gguf.llama_cpp import lockdown
 from mbq_gguf.llama_cpp.server import LlamaServer, data_url
 from mbq_gguf.models import LoadedModel
-from mbq_gguf.words import tokenizer_specials
+from mbq_gguf.special_tokens import tokenizer_special_tokens
 
 PICTURE = load_questions(SHIPPED)[0].image
 SPECIAL = ["<|im_end|>", "<|image_pad|>", "<|vision_start|>"]
@@ -56,16 +56,16 @@ def write_set(folder: Path, question: str, answer: str) -> Path:
 
 
 def test_reader_and_file_know_the_same_special_tokens(pair: Pair, tiny: LoadedModel) -> None:
-    assert file_specials(pair.model) == tokenizer_specials(tiny.prompts.tokenizer) > set(SPECIAL)
+    assert file_special_tokens(pair.model) == tokenizer_special_tokens(tiny.prompts.tokenizer) > set(SPECIAL)
 
 
 @pytest.mark.parametrize("token", SPECIAL)
 def test_ask(token: str, pair: Pair) -> None:
-    assert f"holds the model's special token {token}" in refused("ask", pair.model, PICTURE, f"What is {token} this?")
+    assert f"contains the model's special token {token}" in refused("ask", pair.model, PICTURE, f"What is {token} this?")
 
 
 def test_ask_what_is_no_text(pair: Pair) -> None:
-    assert "the question: 'bad \\udcff' is no text in UTF-8" in refused("ask", pair.model, PICTURE, "bad \udcff")
+    assert "the question: 'bad \\udcff' is not valid UTF-8" in refused("ask", pair.model, PICTURE, "bad \udcff")
 
 
 @pytest.mark.parametrize("said", [("What is <|image_pad|> this?", "blue"), ("What?", "blue<|im_end|>")], ids=["question", "answer"])
@@ -77,7 +77,7 @@ def test_sets(command: str, said: tuple[str, str], pair: Pair, tiny_dir: Path, t
     else:
         sentence = refused(command, tiny_dir, tmp_path / "out.gguf", "--calib", data)
     assert f"{data}, line 2: " in sentence
-    assert "holds the model's special token <|im" in sentence
+    assert "contains the model's special token <|im" in sentence
 
 
 def test_half_a_pair_of_surrogates_in_a_set(pair: Pair, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_the_marker_of_pictures_is_text_to_server_and_bindings(pair: Pair) -> No
     with LlamaServer(pair.model, pair.mmproj, threads=1, ctx=512) as server:
         parts = [{"type": "image_url", "image_url": {"url": data_url(PICTURE)}}, {"type": "text", "text": question}]
         body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 1}
-        reply = closed.request("POST", f"{server.url}/v1/chat/completions", server.key, 60, body).json()
+        reply = lockdown.request("POST", f"{server.url}/v1/chat/completions", server.key, 60, body).json()
     assert reply["usage"]["prompt_tokens"] == len(tokens)
 
 
