@@ -20,7 +20,7 @@ from mbq_gguf.models import load
 from mbq_gguf.models.checks import check_finite
 from mbq_gguf.parallel import PAGE, complete, dealt, from_first, own, shares, spread, spread_values, together, told
 from mbq_gguf.quantise import quantise
-from mbq_gguf.rounding import gptq, inverse
+from mbq_gguf.rounding import cholesky, gptq, inverse
 from mbq_gguf.settings import QuantiseSettings
 from mbq_gguf.workdir import WorkDir, open_workdir
 from safetensors.torch import load_file, save_file
@@ -34,7 +34,7 @@ def quantised(model: str, out: str, work: str) -> None:
     """Quantise ``model`` in pieces so small that every process has several, and save what the first has to write to ``out``."""
     torch.set_num_threads(1)
     batches.TOKENS, sums.TILE, gptq.ROWS_AT_ONCE = 200, 48, 32
-    inverse.COLUMNS_SOLVED["cpu"] = 24
+    inverse.COLUMNS_SOLVED["cpu"], cholesky.WIDTH["cpu"] = 24, 12
     samples = [Sample(s.image, s.turns[:1]) for s in read_jsonl(SHIPPED)[:3]]
     with together("cpu"):
         kept = open_workdir(Path(work), {"model": "tiny"}) if launch.first() else WorkDir(Path(work), "")

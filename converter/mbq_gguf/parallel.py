@@ -146,7 +146,7 @@ def complete(pieces: Sequence[torch.Tensor]) -> None:
             if process == rank():
                 for piece, part in parts:
                     part.copy_(piece)
-            if theirs:
+            if whole.numel():
                 arriving.append((process, parts, dist.broadcast(whole, process, async_op=True)))
         for process, parts, sending in arriving:
             assert sending is not None

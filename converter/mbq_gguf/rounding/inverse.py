@@ -10,6 +10,7 @@ import torch
 from mbq_gguf import parallel
 from mbq_gguf.errors import UserError
 from mbq_gguf.memory import to_host
+from mbq_gguf.rounding.cholesky import cholesky
 
 # Of the inverse factor at a time: all of it in float64 takes 2.9 GB for 18944 columns. What pieces leave out is zero, and small ones leave
 # out more: on a CPU 1536 columns take 80 ms instead of 108, a card is better at large products.
@@ -23,30 +24,31 @@ def columns_solved(device: torch.device) -> int:
     return COLUMNS_SOLVED["cpu" if device.type == "cpu" else "cuda"]
 
 
-def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """H + damping * mean(diag H) * I in float64.
+def damped(hessian: torch.Tensor, damping: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """H + damping * mean(diag H) * I in ``dtype``; the diagonal is computed in float64.
 
     Channels that no token excites (zero diagonal) get the mean diagonal, so they are rounded to nearest by themselves.
     """
-    matrix = hessian.to(torch.float64, copy=True)
-    diagonal = matrix.diagonal()
+    matrix = hessian.to(dtype, copy=True)
+    diagonal = hessian.diagonal().double()
     mean = diagonal.mean()
-    mean = torch.where(mean == 0, torch.ones_like(mean), mean)
-    diagonal.copy_(torch.where(diagonal == 0, mean, diagonal) + damping * mean)
+    mean = torch.where(mean == 0, torch.ones_like(mean), mean)  # no branch: the host would wait for a card
+    matrix.diagonal().copy_(torch.where(diagonal == 0, mean, diagonal) + damping * mean)
     return matrix
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """U [columns, columns] float32 with damped(H)^-1 = U^T U, upper triangular; factored in float64.
 
-    With the matrix in reverse order of rows and columns as L L^T, U is L^-1 in reverse order. Of several processes each solves for some of
-    the columns, so all have to call this. Raises UserError where the matrix is not positive definite, or see :func:`faults_later`.
+    With the matrix in reverse order of rows and columns as L L^T, U is L^-1 in reverse order. All processes have to call this: each has a
+    share of L and solves for some of the columns. Raises UserError where the matrix is not positive definite, or see :func:`faults_later`.
     """
-    lower, info = torch.linalg.cholesky_ex(damped(hessian, damping).flip(0, 1))
+    lower, info = cholesky(damped(hessian, damping).flip(0, 1))
+    fault = (info != 0) | ~lower.diagonal().isfinite().all()  # not every library reports NaN
     if _later:
-        _later[-1].append(to_host(info))
+        _later[-1].append(to_host(fault))
     else:
-        check_factored([info])
+        check_factored([fault])
     factor = torch.zeros_like(hessian, dtype=torch.float32)
     at_once = columns_solved(hessian.device)
     heights = range(len(lower), 0, -at_once)  # of some columns of L^-1 each: nothing but zeros lies above
@@ -74,7 +76,7 @@ def faults_later() -> Iterator[list[torch.Tensor]]:
         _later.pop()
 
 
-def check_factored(infos: Sequence[torch.Tensor]) -> None:
-    """Raise UserError where one of ``infos``, which LAPACK gives with a Cholesky factor, is not 0."""
-    if any(int(info) for info in infos):
+def check_factored(faults: Sequence[torch.Tensor]) -> None:
+    """Raise UserError where one of ``faults`` is true."""
+    if any(bool(fault) for fault in faults):
         raise UserError("the second moments of a layer's inputs are not positive definite: the model's activations are not finite")
