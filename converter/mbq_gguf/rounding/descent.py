@@ -22,7 +22,7 @@ from mbq_gguf.rounding.recorded import Recorded, Tensors
 @torch.no_grad()
 def descend(grid: Grid, weight: torch.Tensor, coded: Coded, hessian: torch.Tensor, damping: float) -> Coded:
     """``coded`` with every column's codes chosen anew, one column after the other, for ``weight`` [rows, columns]; parameters stay."""
-    matrix = damped(hessian, damping).float()
+    matrix = damped(hessian, damping, torch.float32)
     scales = coded.scale.repeat_interleave(grid.group, 1).t().contiguous()  # [columns, rows]: a column's lie together
     codes = coded.codes.t().contiguous()
     change_of = (weight - coded.values(grid)).t()

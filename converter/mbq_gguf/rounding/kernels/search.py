@@ -11,7 +11,7 @@ import triton.language as tl
 from mbq_gguf.formats.grid import Grid
 from mbq_gguf.rounding.kernels.numbers import held, nearest_codes
 
-TILE = 1024  # numbers of a program, which is one warp
+TILE = 128  # numbers of a program, which is one warp: for 1792 rows an H200 takes 10 us, with 1024 numbers 26
 
 
 def search(
