@@ -310,7 +310,7 @@ def test_unknown_choice_names_the_known_ones(option: str, known: str, tiny_dir: 
     [
         ("--embedding-type", "W4A8", "give --embedding-type Q4_0 in the place of W4A8"),
         ("--device", "meta", "torch cannot compute on meta"),
-        ("--type", "Q4_K_M", "no type Q4_K_M (llama-quantize mixes types under this name, Q4_K above all"),
+        ("--type", "Q4_K_M", "no type Q4_K_M (in llama-quantize this name is a mixture of types, mainly Q4_K"),
     ],
 )
 def test_choice_that_is_none_here(option: str, value: str, words: str, tiny_dir: Path, out: Path) -> None:

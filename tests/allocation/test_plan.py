@@ -11,7 +11,7 @@ from grids import grid_for
 from mbq_gguf.allocation import predict
 from mbq_gguf.allocation.knapsack import Option
 from mbq_gguf.allocation.plan import make_plan, plan_table
-from mbq_gguf.allocation.predict import Inputs, candidates, foreseen, layer_options, output_scale
+from mbq_gguf.allocation.predict import Inputs, candidates, layer_options, output_scale, predict_objective
 from mbq_gguf.calibration.stream import working_layer
 from mbq_gguf.errors import UsageError
 from mbq_gguf.formats.registry import quant_type
@@ -69,7 +69,7 @@ def test_gptqs_cost_is_foreseen_without_running_it(kind: str, clip: bool) -> Non
     grid = grid_for(quant_type(kind))
     factor = inverse_factor(hessian, DAMPING)
     actual = objective(weight, round_gptq(weight, factor, grid, partial(search_range, grid) if clip else None).weight, hessian)
-    assert foreseen(weight, factor.diagonal().square().reciprocal(), grid, clip) == pytest.approx(actual, rel=0.25)
+    assert predict_objective(weight, factor.diagonal().square().reciprocal(), grid, clip) == pytest.approx(actual, rel=0.25)
     assert objective(weight, round_nearest(weight, quant_type(kind)).weight, hessian) > 2 * actual  # what it is to be told apart from
 
 

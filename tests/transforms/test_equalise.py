@@ -19,7 +19,7 @@ from mbq_gguf.rounding.sequence import Refinement, round_in_order
 from mbq_gguf.transforms.candidate import Rounder, by_gptq, by_nearest
 from mbq_gguf.transforms.equalise import EXPONENTS, channel_factors, output_loss, search
 from mbq_gguf.transforms.fold import fold
-from mbq_gguf.transforms.layer import GPTQ_PATIENCE, Judge, search_layer
+from mbq_gguf.transforms.layer import GPTQ_PATIENCE, Criterion, search_layer
 from torch import nn
 
 PLAIN = Refinement(damping=0.01, clip=False, error_correction=0.0, refits=0)
@@ -66,7 +66,7 @@ def test_search_leaves_the_layer_and_takes_the_least_loss(
         entering,
         entering if propagate_error else None,
         dict.fromkeys(STANDARD.readers, "MBQ3"),
-        Judge(weights, power, 2, gptq, hessians),
+        Criterion(weights, power, 2, gptq, hessians),
         layer.sites,
     )
     assert set(choices) == {"qkv", "o", "gate_up", "down"}

@@ -18,7 +18,7 @@ from mbq_gguf.models import LoadedModel
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 from mbq_gguf.models.layouts import STANDARD
-from mbq_gguf.transforms.layer import Judge, search_layer
+from mbq_gguf.transforms.layer import Criterion, search_layer
 from torch import nn
 
 RATIO = 0.3
@@ -93,7 +93,7 @@ def test_exponents_are_those_of_a_plain_program(tiny: LoadedModel, samples: list
     layer = working_layer(tiny, index)
     outliers(layer)
     sites = [site for site in layer.sites if site.name != "o"]  # there query heads share factors
-    judge = Judge(modality({"attention": [RATIO] * 3, "mlp": [RATIO] * 3}, index), 1)
+    judge = Criterion(modality({"attention": [RATIO] * 3, "mlp": [RATIO] * 3}, index), 1)
     ours = {
         kind: search_layer(Entering(layer, streams), None, dict.fromkeys(STANDARD.readers, kind), judge, sites) for kind in ("W4A8", "Q4_0")
     }

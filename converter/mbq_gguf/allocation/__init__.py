@@ -1,1 +1,1 @@
-"""Which quant type each tensor gets, so that a size is met at the least predicted loss."""
+"""Chooses a quant type for each tensor, to reach a target size at the least predicted loss."""

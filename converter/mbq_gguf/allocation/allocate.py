@@ -1,4 +1,4 @@
-"""A plan for the whole decoder: one run of the calibration set through the original layers, and the knapsack."""
+"""Plans the types for the whole decoder: one run of the calibration set through the original layers, then the knapsack."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def allocate(
 ) -> Plan:
     """The types of least predicted cost at ``target`` bits per weight, by decoder-relative parameter name.
 
-    ``layer_of`` gives a layer as it is before equalisation, on the device; ``streams``, before the first layer, are left as they are;
-    ``fisher`` [layers] is by linear; ``damping`` and ``clip`` are GPTQ's (see layer_options). Raises UsageError for a target out of reach.
+    ``layer_of`` gives a layer before equalisation, on the device. ``streams`` are before the first layer and are not changed. ``fisher``
+    [layers] is by linear. ``damping`` and ``clip`` are GPTQ's (see layer_options). Raises UsageError for an unreachable target.
     """
     running = [replace(stream) for stream in streams]
     options: dict[str, dict[str, Option]] = {}
@@ -46,17 +46,17 @@ def allocate(
             inputs[site.name] = Inputs(hessians.pop(site.name), total_weight(streams, weights, site))
         found = layer_options(layer, inputs, {name: float(values[index]) for name, values in fisher.items()}, damping, clip)
         for name, parts in layer.layout.by_linear(found).items():
-            options[f"layers.{index}.{name}.weight"] = together(parts)
+            options[f"layers.{index}.{name}.weight"] = combine_options(parts)
             counts[f"layers.{index}.{name}.weight"] = layer.holder(name).weight.numel()
         progress(index + 1, layers)
     return make_plan(options, counts, target)
 
 
-def together(parts: Sequence[Mapping[str, Option]]) -> dict[str, Option]:
-    """The options of matrices that share one type, as rows of a fused linear do, from those of each."""
+def combine_options(parts: Sequence[Mapping[str, Option]]) -> dict[str, Option]:
+    """The options of matrices that must share one type, such as the parts of a fused linear, from the options of each."""
     return {kind: Option(sum(part[kind].size for part in parts), sum(part[kind].loss for part in parts)) for kind in parts[0]}
 
 
 def total_weight(streams: Sequence[Streamed], weights: TokenWeights, site: Site) -> float:
-    """The sum of all tokens' weights."""
+    """The sum of the weights of all tokens."""
     return float(sum(weights(stream, site).double().sum() for stream in streams))

@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack: one option of every item, the least loss in all, within a size.
+"""The multiple-choice knapsack: choose one option for each item, with the least total loss within a size limit.
 
 Dynamic programming over sizes (Dudzinski and Walukiewicz 1987), exact, in units of the greatest common divisor of all differences.
 """
@@ -11,20 +11,20 @@ from math import gcd
 
 import numpy as np
 
-# Sizes told apart. With more, sizes are rounded up to a coarser unit: the limit is kept, and at most a unit an item stays unused.
+# Distinct sizes. Beyond it sizes are rounded up to a coarser unit: the limit still holds, and at most one unit per item stays unused.
 MOST_STATES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Option:
-    """What choosing it takes (a whole number, such as bytes) and costs."""
+    """The size (an integer, such as bytes) and the loss of a choice."""
 
     size: int
     loss: float
 
 
 def choose(items: Sequence[Sequence[Option]], limit: int) -> list[int] | None:
-    """Which option of each item to take: least sum of losses with a sum of sizes of at most ``limit``; None where nothing fits."""
+    """The option to choose for each item: the least sum of losses with a sum of sizes of at most ``limit``; None if nothing fits."""
     fronts = [undominated(options) for options in items]
     least = [options[front[0]].size for options, front in zip(items, fronts, strict=True)]
     room = limit - sum(least)
@@ -54,7 +54,7 @@ def choose(items: Sequence[Sequence[Option]], limit: int) -> list[int] | None:
 
 
 def undominated(options: Sequence[Option]) -> list[int]:
-    """Indices by growing size of the options for which no other has at most its size and at most its loss (of equals the first)."""
+    """Indices of the Pareto-optimal options, by increasing size; the first of equal ones."""
     out: list[int] = []
     for k in sorted(range(len(options)), key=lambda k: (options[k].size, options[k].loss)):
         if not out or options[k].loss < options[out[-1]].loss:

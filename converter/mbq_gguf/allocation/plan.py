@@ -1,4 +1,4 @@
-"""The plan of a file of several quant types: which type each tensor gets, and the table that reports it."""
+"""The plan of a file with several quant types: the type of each tensor, and a table that reports it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mbq_gguf.errors import UsageError
 
 @dataclass(frozen=True)
 class Plan:
-    """The type chosen for each tensor and what it takes, all by tensor name: type, bytes, number of weights, predicted cost (nats)."""
+    """The types chosen, all by tensor name: type, bytes, number of weights, predicted loss (nats)."""
 
     type_names: dict[str, str]
     sizes: dict[str, int]
@@ -24,7 +24,7 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of all tensors together."""
+        """Bits per weight over all tensors."""
         return 8 * sum(self.sizes.values()) / sum(self.weights.values())
 
     @property
@@ -37,20 +37,21 @@ class Plan:
 
     @property
     def predicted(self) -> float:
-        """Nats that all tensors together cost."""
+        """The predicted loss of all tensors together, in nats."""
         return sum(self.losses.values())
 
 
 def check_target(smallest: int, weights: int, target: float) -> None:
-    """UsageError where ``weights`` that take ``smallest`` bytes at the least do not meet ``target`` bits per weight."""
+    """Raise UsageError if ``weights`` weights in at least ``smallest`` bytes exceed ``target`` bits per weight."""
     if smallest > int(target * weights / 8):
         raise UsageError(f"the smallest types take {8 * smallest / weights:.3f} bits per weight: give a larger --target-bpw")
 
 
 def make_plan(options: Mapping[str, Mapping[str, Option]], weights: Mapping[str, int], target: float) -> Plan:
-    """The least predicted cost at ``target`` bits per weight or less; ``options`` by tensor and type, ``weights`` counted by tensor.
+    """The plan with the least predicted loss at no more than ``target`` bits per weight. ``options`` are by tensor and type, ``weights``
+    are counts by tensor.
 
-    Raises UsageError where even the smallest types take more.
+    Raises UsageError if even the smallest types exceed the target.
     """
     names = [(tensor, list(kinds)) for tensor, kinds in options.items()]
     limit = int(target * sum(weights.values()) / 8)
@@ -68,7 +69,7 @@ def make_plan(options: Mapping[str, Mapping[str, Option]], weights: Mapping[str,
 
 
 def plan_table(plan: Plan, measured: Mapping[str, float]) -> Table:
-    """One line per kind of tensor (q_proj of all layers), the types that it got, predicted and ``measured`` cost; and the sum."""
+    """One line per kind of tensor (such as q_proj of all layers): its types, predicted and ``measured`` losses; and the totals."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("tensors")
     table.add_column("types")
@@ -85,5 +86,5 @@ def plan_table(plan: Plan, measured: Mapping[str, float]) -> Table:
 def _line(plan: Plan, measured: Mapping[str, float], names: list[str]) -> tuple[str, str, str, str]:
     counts = Counter(plan.type_names[name] for name in names)
     bits = 8 * sum(plan.sizes[name] for name in names) / sum(plan.weights[name] for name in names)
-    told = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-    return told, f"{bits:.3f}", f"{sum(plan.losses[name] for name in names):.3g}", f"{sum(measured[name] for name in names):.3g}"
+    types = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    return types, f"{bits:.3f}", f"{sum(plan.losses[name] for name in names):.3g}", f"{sum(measured[name] for name in names):.3g}"

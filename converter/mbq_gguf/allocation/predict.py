@@ -1,11 +1,11 @@
-"""What rounding a tensor to a quant type costs, in nats of the answers' mean KL divergence.
+"""Predicts the loss of rounding a tensor to a quant type, in nats of the answers' mean KL divergence.
 
-To second order, and with errors of different tensors taken as independent, the cost of a change dW of a linear's weight is
+To second order, and assuming that errors of different tensors are independent, a change dW of a linear's weight costs
 
     fisher * tr(dW H dW^T) / (sum of token weights),    H = sum over tokens of w_t x_t x_t^T,
 
-the mean squared error of the output times what such an error costs (calibration.sensitivity.Sensitivity; K-FAC, arXiv 1503.05671, section
-3, with the second factor reduced to its mean diagonal). Being in one unit, costs of different tensors can be added and compared.
+that is, the mean squared error of the output times the loss per such error (calibration.sensitivity.Sensitivity; K-FAC, arXiv 1503.05671,
+section 3, with the second factor reduced to its mean diagonal). The common unit allows costs of different tensors to be compared and added.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from mbq_gguf.rounding.inverse import inverse_factor
 from mbq_gguf.rounding.nearest import nearest_values
 from mbq_gguf.rounding.ranges import search_range, search_steps
 
-# MBQ3S and MBQ3S_64 lose less than MBQ3 and MBQ3_64 at the same sizes.
+# Without MBQ3 and MBQ3_64: at the same sizes, MBQ3S and MBQ3S_64 lose less.
 CANDIDATES = ("Q2_K", "MBQ3S", "Q3_K", "MBQ3S_64", "Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
-ROWS = 128  # of a weight, evenly spread, that a prediction looks at
+ROWS = 128  # evenly spaced rows of a weight that a prediction is based on
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Inputs:
     weight: float
 
     def cost(self, change: torch.Tensor, fisher: float) -> float:
-        """Nats that the change [rows, columns] of a weight costs."""
+        """The loss in nats of a ``change`` [rows, columns] of a weight."""
         return fisher * objective(change, torch.zeros_like(change), self.hessian) / self.weight
 
 
 def candidates(columns: int) -> list[QuantType]:
-    """The types to choose from for rows of ``columns`` weights; F16 where no block divides them."""
+    """The candidate types for rows of ``columns`` weights; F16 if no block size divides them."""
     return [kind for kind in map(quant_type, CANDIDATES) if kind.fits(columns)] or [quant_type("F16")]
 
 
@@ -51,10 +51,10 @@ def candidates(columns: int) -> list[QuantType]:
 def layer_options(
     layer: Layer, inputs: Mapping[str, Inputs], fisher: Mapping[str, float], damping: float | None, clip: bool
 ) -> dict[str, dict[str, Option]]:
-    """Bytes and predicted cost of each linear of ``layer`` in each candidate type, by the linear's name and the type's.
+    """Bytes and predicted loss of each linear of ``layer`` in each candidate type, by names of linear and type.
 
-    ``inputs`` are by site, ``fisher`` by linear; ``damping`` is GPTQ's, None for rounding to nearest; ``clip`` says whether GPTQ
-    searches ranges. Costs are those of at most ROWS rows, scaled up.
+    ``inputs`` are by site, ``fisher`` by linear. ``damping`` is GPTQ's, None for rounding to nearest; ``clip`` says whether GPTQ
+    searches ranges. Losses are estimated from at most ROWS rows and scaled up.
     """
     out: dict[str, dict[str, Option]] = {}
     for site in layer.sites:
@@ -69,16 +69,16 @@ def layer_options(
                 if costs is None or grid is None:
                     loss = found.cost(nearest_values(rows, kind) - rows, fisher[name])
                 else:
-                    loss = fisher[name] * foreseen(rows, costs, grid, clip) / found.weight
+                    loss = fisher[name] * predict_objective(rows, costs, grid, clip) / found.weight
                 out[name][kind.name] = Option(len(weight) * kind.row_bytes(weight.shape[1]), loss * len(weight) / len(rows))
     return out
 
 
-def foreseen(weight: torch.Tensor, costs: torch.Tensor, grid: Grid, clip: bool) -> float:
-    """About what GPTQ's objective will be for ``weight`` [rows, columns], without running it; ``costs`` [columns] are 1 / U[j, j] ** 2.
+def predict_objective(weight: torch.Tensor, costs: torch.Tensor, grid: Grid, clip: bool) -> float:
+    """An estimate of GPTQ's objective for ``weight`` [rows, columns] without running it; ``costs`` [columns] are 1 / U[j, j] ** 2.
 
-    The objective is the sum over columns of (error / U[j, j]) ** 2, with errors of weights that earlier columns have moved. Rounding such
-    a weight errs about as much as rounding the original one, with scales and offsets fitted in the same way.
+    The objective is the sum over columns of (error / U[j, j]) ** 2, where earlier columns have already changed the weights. Rounding a
+    changed weight has about the same error as rounding the original one, if scales and offsets are fitted in the same way.
     """
     groups, by_group = weight.view(len(weight), -1, grid.group), costs.view(-1, grid.group)
     if grid.fit is not None and not clip:
@@ -99,9 +99,9 @@ def measured_costs(
     fisher: Mapping[str, float],
     factors: Mapping[str, torch.Tensor],
 ) -> dict[str, float]:
-    """What the rounding of each linear of ``layer`` has cost, by the linear's name.
+    """The measured loss of rounding each linear of ``layer``, by the linear's name.
 
-    ``before`` are its weights as they were rounded, ``inputs`` (by site) those of the layer with ``factors`` (by site) folded.
+    ``before`` are its weights just before rounding, ``inputs`` (by site) those of the layer with ``factors`` (by site) folded.
     """
     out = {}
     for site in layer.sites:
@@ -113,6 +113,6 @@ def measured_costs(
 
 
 def output_scale(layer: Layer, factors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
-    """What the outputs of linear ``name`` were divided by when ``factors`` (by site) were folded, one an output; None for nothing."""
+    """The divisors of linear ``name``'s outputs from folding ``factors`` (by site), one per output; None if there are none."""
     following = [site for site in layer.sites if site.absorber == name and site.name in factors]
     return factors[following[0].name] if following else None

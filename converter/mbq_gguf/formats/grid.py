@@ -1,7 +1,8 @@
-"""The types whose weights lie on lines, w = scale * code + offset a group, in PyTorch: for searches and column-by-column rounding.
+"""Quant types with evenly spaced values, w = scale * code + offset per group, in PyTorch: for range search and column-by-column rounding.
 
-Scale and offset are what the file gives back, so a weight rounded here is the weight that ggml reads, bit for bit. In K-quants they are
-whole multiples of two fp16 steps that a super-block of 256 keeps; elsewhere each is an fp16 number of its own, or the offset is 0.
+Scale and offset are the values that the file stores, so a weight rounded here is bit for bit the weight that ggml reads. In K-quants they
+are integer multiples of two fp16 steps that a super-block of 256 weights stores. In other types each is a separate fp16 number, or the
+offset is 0.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ Fit = Callable[[torch.Tensor], Pair]
 
 @dataclass(frozen=True)
 class Parameter:
-    """Which values a scale or an offset can take: ``low`` to ``high`` times a step of the block, or any fp16 number (both None)."""
+    """The values that a scale or an offset can have: ``low`` to ``high`` times a step of the block, or any fp16 number (both None)."""
 
     low: int | None = None
     high: int | None = None
 
     @property
     def free(self) -> bool:
-        """Whether it is an fp16 number of its own."""
+        """Whether it is a separate fp16 number."""
         return self.low is None or self.high is None
 
     @property
     def stepped(self) -> bool:
-        """Whether its block keeps a step for it."""
+        """Whether the block stores a step for it."""
         return not self.free and self.low != self.high
 
     def nearest(self, values: torch.Tensor, step: torch.Tensor | None) -> torch.Tensor:
-        """The value that the file can hold nearest to each of ``values``; where no step is chosen yet, any number of a possible sign."""
+        """The representable value nearest to each of ``values``; without a step, any number with an allowed sign."""
         if self.low is None or self.high is None:
             return to_f16(values)
         if not self.stepped:
@@ -48,7 +49,7 @@ class Parameter:
         return (values / step).masked_fill_(step == 0, 0.0).round_().clamp_(self.low, self.high) * step
 
     def step(self, values: torch.Tensor) -> torch.Tensor:
-        """The step [rows] that gives the largest of ``values`` [rows, groups] the largest multiple, as fp16 keeps it."""
+        """The fp16 step [rows] with which the largest of ``values`` [rows, groups] gets the largest multiple."""
         if self.low is None or self.high is None or not self.stepped:
             return values.new_zeros(len(values))
         extreme = values.gather(1, values.abs().argmax(dim=1, keepdim=True))[:, 0]
@@ -57,12 +58,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Grid:
-    """``group`` weights share a scale and an offset, ``block`` weights (one ggml block) the steps of both; codes are ``low`` to ``high``.
+    """``group`` weights share a scale and an offset, ``block`` weights (one ggml block) share their steps; codes are ``low`` to ``high``.
 
-    ``pack`` takes codes [blocks, block] (uint8, counted from ``low``), scale and offset [blocks, groups] and steps [blocks, 2] and gives
-    packed blocks on the same device. ``fit`` is the type's own choice of scale and offset [n, 1] for groups [n, group] where it is a plain
-    rule, with which rounding to nearest equals ggml's; None where ggml searches. ``held_pair`` gives the nearest scale and offset that can
-    be stored, where which offsets there are depends on the scale.
+    ``pack`` maps codes [blocks, block] (uint8, counted from ``low``), scale and offset [blocks, groups] and steps [blocks, 2] to packed
+    blocks on the same device. ``fit`` computes the type's own scale and offset [n, 1] for groups [n, group], with which rounding to nearest
+    equals ggml's; None if ggml searches for them. ``held_pair`` gives the nearest representable scale and offset, for types in which the
+    possible offsets depend on the scale.
     """
 
     block: int
@@ -76,7 +77,8 @@ class Grid:
     held_pair: Callable[[torch.Tensor, torch.Tensor], Pair] | None = None
 
     def held(self, scale: torch.Tensor, offset: torch.Tensor, steps: torch.Tensor | None = None) -> Pair:
-        """The nearest scale and offset that a block with ``steps`` [..., 2] can hold; without steps, K-quants' are any real numbers."""
+        """The nearest representable scale and offset, given a block's ``steps`` [..., 2]; without steps, K-quants can have any real
+        numbers."""
         if self.held_pair:
             return self.held_pair(scale, offset)
         of_scale, of_offset = (None, None) if steps is None else (steps[..., :1], steps[..., 1:])
@@ -84,11 +86,11 @@ class Grid:
 
     @property
     def free(self) -> bool:
-        """Whether scales and offsets are fp16 numbers of their own, as a least-squares refit takes them to be."""
+        """Whether scales and offsets are separate fp16 numbers, as a least-squares refit assumes."""
         return self.scale.free and self.offset.free
 
     def codes(self, weights: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """The nearest codes as float32; ties go to the even one. Where the scale is 0 the code is as near 0 as the range allows."""
+        """The nearest codes as float32, ties to even. If the scale is 0, the code nearest to 0."""
         return self.codes_by(weights, reciprocal(scale), offset)
 
     def codes_by(self, weights: torch.Tensor, inverse: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
@@ -105,18 +107,18 @@ class Grid:
 
 
 def reciprocal(scale: torch.Tensor) -> torch.Tensor:
-    """1 / scale, and 0 where that is 0. Not by torch.where, which copies a Python number to the card and waits for it."""
+    """1 / scale, or 0 where the scale is 0. Avoids torch.where, which copies a Python number to the GPU and waits for it."""
     return (1.0 / scale).masked_fill_(scale == 0, 0.0)
 
 
 def to_f16(values: torch.Tensor) -> torch.Tensor:
-    """``values`` as fp16 stores them, in float32; beyond its range its largest number."""
+    """``values`` rounded to fp16, in float32; saturates at fp16's largest number."""
     return values.clamp(-F16_MAX, F16_MAX).half().float()
 
 
 @cache
 def grid_of(quant_type: QuantType) -> Grid | None:
-    """The grid of ``quant_type``, or None where its weights do not lie on lines (IQ types, floats)."""
+    """The grid of ``quant_type``, or None if its values are not evenly spaced (IQ types, floats)."""
     zero = Parameter(0, 0)
     sixes = Parameter(0, 63), Parameter(-63, 0)
     size = quant_type.block_size
@@ -128,7 +130,7 @@ def grid_of(quant_type: QuantType) -> Grid | None:
             return Grid(size, size // mbq3s.HALVES, 0, mbq3.LEVELS, pack, fit=_fit_scale_word, held_pair=_nearest_scale_word)
         case "Q4_0":
             return Grid(size, size, -8, 7, _numpy(legacy.pack_q4_0), offset=zero)
-        case "W4A8" | "W8A8":  # from quant_type_for: a block is a row
+        case "W4A8" | "W8A8":  # from quant_type_for: one block per row
             largest = row_scale.ROW_SCALES[quant_type.name].largest
             pack = _numpy(partial(_pack_rows, quant_type.name))
             return Grid(size, size, -largest - 1, largest, pack, offset=zero, fit=partial(_fit_largest, largest))
@@ -158,13 +160,13 @@ def _pack_rows(name: str, codes: Bytes, scale: Floats, offset: Floats) -> Bytes:
 
 
 def _fit_largest(largest: int, groups: torch.Tensor) -> Pair:
-    """The scale that gives the largest weight the largest code, as row_scale does."""
+    """The scale that maps the largest weight to the largest code, as in row_scale."""
     amax = groups.abs().amax(dim=-1, keepdim=True)
     return to_f16(amax / amax.new_full((), float(largest))), torch.zeros_like(amax)
 
 
 def _fit_range(groups: torch.Tensor) -> Pair:
-    """Scale and minimum by the range of each group: mbq3.block_parameters, operation by operation."""
+    """Scale and minimum from the range of each group, with the same operations as mbq3.block_parameters."""
     low, high = torch.aminmax(groups, dim=-1, keepdim=True)
     low, high = low + 0.0, high + 0.0  # -0 becomes +0, as in the stored block
     return to_f16(_step(low, high)), to_f16(low)
@@ -177,14 +179,14 @@ def _step(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
 
 
 def _fit_scale_word(groups: torch.Tensor) -> Pair:
-    """Scale and minimum by the range of each group and zero: mbq3s.group_parameters, operation by operation."""
+    """Scale and minimum from the range of each group and zero, with the same operations as mbq3s.group_parameters."""
     low, high = torch.aminmax(groups, dim=-1, keepdim=True)
     low, high = low.clamp(max=0.0) + 0.0, high.clamp(min=0.0) + 0.0
     return _nearest_scale_word(_step(low, high), low)
 
 
 def _nearest_scale_word(scale: torch.Tensor, minimum: torch.Tensor) -> Pair:
-    """mbq3s.nearest_parameters, operation by operation; a scale below 0 becomes 0."""
+    """The same operations as mbq3s.nearest_parameters; a negative scale becomes 0."""
     bits = scale.clamp(0.0, F16_MAX).half().view(torch.int16).int()
     bits = ((bits + 15 + (bits >> mbq3s.DROPPED_BITS & 1)) >> mbq3s.DROPPED_BITS).clamp(max=mbq3s.LARGEST_SCALE)
     held = (bits << mbq3s.DROPPED_BITS).to(torch.int16).view(torch.half).float()
@@ -193,7 +195,7 @@ def _nearest_scale_word(scale: torch.Tensor, minimum: torch.Tensor) -> Pair:
 
 
 def _numpy(pack: Callable[..., Bytes]) -> Callable[..., torch.Tensor]:
-    """``pack`` of codes, scale and offset in NumPy for tensors; such blocks keep no steps."""
+    """Wrap a NumPy ``pack`` of codes, scale and offset for tensors; these blocks have no steps."""
 
     def packed(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         return _on_host(pack, codes, scale, offset)
@@ -202,13 +204,13 @@ def _numpy(pack: Callable[..., Bytes]) -> Callable[..., torch.Tensor]:
 
 
 def _on_host(pack: Callable[..., Bytes], *parts: torch.Tensor) -> torch.Tensor:
-    """What ``pack`` makes of ``parts`` as arrays, on their device."""
+    """The result of a NumPy ``pack`` of tensors, back on their device."""
     return torch.from_numpy(pack(*(part.cpu().numpy() for part in parts))).to(parts[0].device)
 
 
 def _planes(head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Blocks with a ``head`` of scale and offset before codes in planes, packed where they are: 37888 x 3584 weights take 0.39 s on a card
-    with everything, and 0.46 where the host makes the heads and puts the blocks together."""
+    """Pack blocks with a ``head`` of scale and offset before codes in planes, on the device: 37888 x 3584 weights take 0.39 s in all on a
+    GPU, and 0.46 s if the host makes the heads and assembles the blocks."""
 
     def packed(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         return torch.cat([head(scale, offset), mbq3.pack_planes(codes, torch.concatenate)], dim=1)
@@ -217,12 +219,12 @@ def _planes(head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Calla
 
 
 def _pair_bytes(scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
-    """mbq3.pair_bytes."""
+    """mbq3.pair_bytes for tensors."""
     return torch.cat([scale, minimum], dim=1).half().view(torch.uint8)
 
 
 def _scale_words(scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
-    """mbq3s.scale_words, operation by operation; no scale is below 0."""
+    """The same operations as mbq3s.scale_words; scales must not be negative."""
     upper = scale.half().view(torch.int16).int() >> mbq3s.DROPPED_BITS
     zero = (minimum * -mbq3s.ZERO_STEPS / scale).masked_fill_(scale == 0, 0.0).round_().int()
     word = upper << mbq3s.ZERO_BITS | zero
@@ -230,7 +232,7 @@ def _scale_words(scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
 
 
 def _multiples(pack: Callable[..., Bytes]) -> Callable[..., torch.Tensor]:
-    """``pack`` of codes, multiples and steps in NumPy for tensors; K-quants store how much is subtracted, so the offset's sign turns."""
+    """Wrap a NumPy ``pack`` of codes, multiples and steps for tensors; K-quants store the amount to subtract, so the offset is negated."""
 
     def packed(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         step = [steps[:, :1], steps[:, 1:]]

@@ -1,4 +1,4 @@
-"""MBQ3 and MBQ3_64: 3-bit codes, one fp16 scale and one fp16 minimum a block (bit layout drawn in docs/format.md).
+"""MBQ3 and MBQ3_64: 3-bit codes, one fp16 scale and one fp16 minimum per block (bit layout: docs/format.md).
 
 A block of N weights (N = 128 or 64) is ``d`` fp16, ``m`` fp16, ``ql`` N/4 bytes, ``qh`` N/8 bytes, and weight i is d * code(i) + m.
 With i = (N/4) * plane + byte: the two low bits of the code are bits 2*plane and 2*plane + 1 of ql[byte], the high bit is bit
@@ -20,12 +20,12 @@ from mbq_gguf.formats.quant_type import Bytes, Floats, QuantType
 LEVELS = 7  # the largest 3-bit code
 F16_MAX = np.float32(65504.0)
 PLANES = 4
-SCALE_BYTES = 4  # of a block, before its codes: scale and minimum, or scale words
+SCALE_BYTES = 4  # at the start of a block: scale and minimum, or scale words
 
 
 def block_parameters(blocks: Floats) -> tuple[Floats, Floats]:
-    """Scale and minimum of each block [n, N] by its range, rounded to fp16 (returned as float32 [n, 1])."""
-    # -0 becomes +0: which of two equal zeros a minimum returns depends on the order of its comparisons.
+    """Scale and minimum from the range of each block [n, N], rounded to fp16 (returned as float32 [n, 1])."""
+    # -0 becomes +0: which of the two zeros min() returns depends on the order of its comparisons.
     low = blocks.min(axis=1, keepdims=True) + np.float32(0)
     high = blocks.max(axis=1, keepdims=True) + np.float32(0)
     # Divide before subtracting: the range itself can overflow float32. ggml-mbq.c does the same operations in the same order.
@@ -50,7 +50,7 @@ def pack_blocks(codes: Bytes, scale: Floats, minimum: Floats) -> Bytes:
 
 
 def pair_bytes(scale: Floats, minimum: Floats) -> Bytes:
-    """What a block of scale and minimum [n, 1] begins with [n, 4]."""
+    """The first bytes [n, 4] of blocks with scale and minimum [n, 1]."""
     return np.concatenate([scale, minimum], axis=1).astype("<f2").view(np.uint8)
 
 

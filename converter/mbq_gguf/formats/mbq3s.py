@@ -1,8 +1,8 @@
-"""MBQ3S and MBQ3S_64: the codes and sizes of MBQ3 and MBQ3_64 with groups half as large (bit layout drawn in docs/format.md).
+"""MBQ3S and MBQ3S_64: the codes and sizes of MBQ3 and MBQ3_64 with groups half as large (bit layout: docs/format.md).
 
-Where MBQ3 keeps an fp16 scale and an fp16 minimum for a block, these keep one 16-bit word for each half of it: the scale d in the upper ten
-bits (an fp16 number without its sign and its five lowest bits), in the lower six the zero point z in eighths of a step. Weight i is
-d * (code(i) - z / 8). At the same size the reference VLM loses a fifth less on text than with MBQ3 and MBQ3_64 (docs/results.md).
+MBQ3 stores an fp16 scale and an fp16 minimum per block. These types store one 16-bit word for each half of the block instead: the upper ten
+bits are the scale d (an fp16 number without its sign and its five lowest bits), the lower six the zero point z in eighths of a step. Weight
+i is d * (code(i) - z / 8). At the same size, the reference VLM loses a fifth less on text than with MBQ3 and MBQ3_64 (docs/results.md).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numpy.typing as npt
 from mbq_gguf.formats.mbq3 import F16_MAX, LEVELS, SCALE_BYTES, nearest_codes, pack_planes, unpack_planes
 from mbq_gguf.formats.quant_type import Bytes, Floats, QuantType
 
-HALVES = 2  # groups of a block
+HALVES = 2  # groups per block
 DROPPED_BITS = 5  # of the scale's fp16 fraction
-LARGEST_SCALE = 0x7BFF >> DROPPED_BITS  # in the word's upper bits: beyond it fp16 has infinity
+LARGEST_SCALE = 0x7BFF >> DROPPED_BITS  # in the word's upper bits; the next one would be fp16's infinity
 ZERO_BITS = 6
-ZERO_STEPS = 8  # steps of the zero point in one of the weights'
+ZERO_STEPS = 8  # steps of the zero point per step of the weights
 LARGEST_ZERO = (1 << ZERO_BITS) - 1
 
 
 def group_parameters(groups: Floats) -> tuple[Floats, Floats]:
-    """Scale and minimum that a scale word can hold for the range of each group [n, N] and zero (returned as float32 [n, 1])."""
+    """Scale and minimum, as scale words store them, from the range of each group [n, N] and zero (returned as float32 [n, 1])."""
     low = np.minimum(groups.min(axis=1, keepdims=True), np.float32(0)) + np.float32(0)
     high = np.maximum(groups.max(axis=1, keepdims=True), np.float32(0)) + np.float32(0)
     # Divide before subtracting: the range itself can overflow float32. ggml-mbq.c does the same operations in the same order.
@@ -33,7 +33,7 @@ def group_parameters(groups: Floats) -> tuple[Floats, Floats]:
 
 
 def nearest_parameters(scale: Floats, minimum: Floats) -> tuple[Floats, Floats]:
-    """The scale that a scale word can hold nearest to each of ``scale``, and beside it the nearest to each of ``minimum``."""
+    """The representable scale nearest to each of ``scale``, and with it the representable minimum nearest to each of ``minimum``."""
     bits = scale.astype(np.float16).view(np.uint16)
     upper = (bits + (bits >> DROPPED_BITS & 1) + 15) >> DROPPED_BITS  # ties to even
     held = _scale(np.minimum(upper, LARGEST_SCALE))
@@ -44,12 +44,12 @@ def nearest_parameters(scale: Floats, minimum: Floats) -> tuple[Floats, Floats]:
 
 
 def pack_blocks(codes: Bytes, scale: Floats, minimum: Floats) -> Bytes:
-    """Codes [n, N] with scale and minimum [n, 2] as scale words hold them to packed blocks [n, 4 + 3 N / 8]."""
+    """Pack codes [n, N] with representable scale and minimum [n, 2] to blocks [n, 4 + 3 N / 8]."""
     return np.concatenate([scale_words(scale, minimum), pack_planes(codes)], axis=1)
 
 
 def scale_words(scale: Floats, minimum: Floats) -> Bytes:
-    """What a block of scale and minimum [n, 2] begins with [n, 4]."""
+    """The first bytes [n, 4] of blocks with scale and minimum [n, 2]."""
     upper = scale.astype(np.float16).view(np.uint16) >> DROPPED_BITS
     with np.errstate(divide="ignore", invalid="ignore"):
         zero = np.where(scale > 0, np.rint(minimum * np.float32(-ZERO_STEPS) / scale), 0).astype(np.uint16)

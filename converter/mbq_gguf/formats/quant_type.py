@@ -1,4 +1,4 @@
-"""A quant type is a ggml block format: how many weights share a block, how many bytes that takes, and which grid the codes live on."""
+"""QuantType describes a ggml block format: weights and bytes per block, quantisation and dequantisation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class QuantType:
-    """One ggml block type as the converter sees it.
+    """One ggml block type.
 
     ``quantize`` maps float32 weights [rows, columns] to bytes [rows, row_bytes] exactly as ggml's ``from_float_ref`` does (nearest
     rounding, no calibration); ``dequantize`` is ggml's ``to_float``.

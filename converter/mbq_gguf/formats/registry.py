@@ -1,4 +1,4 @@
-"""Every quant type by name, and the one that a row size allows."""
+"""Looks up quant types by name, and the fallback type that fits a row length."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from mbq_gguf.formats.quant_type import QuantType
 
 
 def names() -> list[str]:
-    """Every name that :func:`quant_type` takes."""
+    """All names that :func:`quant_type` accepts."""
     return [*OWN, *row_scale.QUANT_TYPES, *stock.NAMES]
 
 
 @cache
 def quant_type(name: str) -> QuantType:
-    """The quant type called ``name`` (in any case). Raises UsageError, with the known names, for any other."""
+    """The quant type called ``name``, case-insensitive. Raises UsageError, which lists the known names, for any other."""
     upper = name.upper()
     if upper in OWN:
         return OWN[upper]
@@ -30,15 +30,19 @@ def quant_type(name: str) -> QuantType:
 
 
 def _mixture(name: str) -> str:
-    """What is to be said of llama-quantize's Q4_K_M and its like, which are no types; "" of other names."""
+    """A hint for llama-quantize's mixtures such as Q4_K_M, which are not types; "" for other names."""
     main = re.sub(r"_(S|M|L)$", "", name)
-    return f" (llama-quantize mixes types under this name, {main} above all; --target-bpw mixes them here)" if main in stock.NAMES else ""
+    return (
+        f" (in llama-quantize this name is a mixture of types, mainly {main}; here --target-bpw makes mixtures)"
+        if main in stock.NAMES
+        else ""
+    )
 
 
 def quant_type_for(name: str, columns: int) -> QuantType:
-    """The quant type called ``name``, or the first of its fallbacks that stores rows of ``columns`` weights.
+    """The quant type called ``name``, or the first of its fallbacks that can store rows of ``columns`` weights.
 
-    One with a scale for the whole row has that row as its block.
+    For a type with one scale per row, the block is the row.
     """
     found = quant_type(name)
     while not found.fits(columns):

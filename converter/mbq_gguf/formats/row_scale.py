@@ -1,7 +1,7 @@
 """W4A8 and W8A8: Q4_0 and Q8_0 blocks that repeat one fp16 scale over the whole row (docs/format.md).
 
-Any llama.cpp reads them as what they are; the patched one, told by the file's metadata, multiplies them by sums of integers over the whole
-row. For searches and rounding a row is therefore one block: :func:`for_rows` gives the quant type of rows of one length.
+Any llama.cpp reads them as Q4_0 or Q8_0. The patched one, when the file's metadata say so, multiplies them with integer sums over the whole
+row. For range search and rounding a row is therefore one block; :func:`for_rows` gives the quant type for rows of one length.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VERSION = 1  # mbq.row_scale.version
 
 @dataclass(frozen=True)
 class RowScale:
-    """The ggml type of the blocks of such a quant type, its id and bytes, and the largest code; codes begin at -(largest + 1)."""
+    """The ggml type of the blocks, its id and size in bytes, and the largest code; the smallest code is -(largest + 1)."""
 
     stored: str
     type_id: int
@@ -32,7 +32,7 @@ ROW_SCALES = {"W4A8": RowScale("Q4_0", 2, 18, 7), "W8A8": RowScale("Q8_0", 8, 34
 
 
 def stored_as(name: str) -> str:
-    """The ggml type that a tensor of type ``name`` has in a file: its own name, but for these two."""
+    """The ggml type that a tensor of type ``name`` has in a file; differs from ``name`` only for these two."""
     return ROW_SCALES[name].stored if name in ROW_SCALES else name
 
 
@@ -42,7 +42,7 @@ def metadata(tensors: list[str]) -> dict[str, int | list[str]]:
 
 
 def pack(name: str, codes: Bytes, scale: Floats) -> Bytes:
-    """Codes [rows, columns] uint8 counted from the lowest, and one scale per row [rows, 1], fp16 values: bytes [rows, row_bytes]."""
+    """Pack codes [rows, columns] (uint8, counted from the lowest) and fp16-exact scales [rows, 1] to bytes [rows, row_bytes]."""
     pack_blocks = legacy.pack_q4_0 if name == "W4A8" else legacy.pack_q8_0
     blocks = codes.reshape(-1, BLOCK)
     scales = np.repeat(scale, codes.shape[1] // BLOCK, axis=0)
@@ -50,7 +50,7 @@ def pack(name: str, codes: Bytes, scale: Floats) -> Bytes:
 
 
 def unpack(name: str, data: Bytes) -> tuple[Bytes, Floats]:
-    """The codes and the scales that :func:`pack` was given; each row's scale is its first block's, as in the products."""
+    """The inverse of :func:`pack`: codes and scales; a row's scale is that of its first block, as in the products."""
     blocks = data.reshape(-1, ROW_SCALES[name].type_size)
     payload = blocks[:, 2:]
     codes = np.concatenate([payload & 15, payload >> 4], axis=1) if name == "W4A8" else payload ^ np.uint8(128)
@@ -59,7 +59,7 @@ def unpack(name: str, data: Bytes) -> tuple[Bytes, Floats]:
 
 
 def _quantize(name: str, weights: Floats) -> Bytes:
-    """Round to nearest with the scale max |w| / 7 (or 127) of each row, as MBQ's authors do for W4A8; float32 throughout."""
+    """Round to nearest with scale max |w| / 7 (or 127) per row, as MBQ's authors do for W4A8; float32 throughout."""
     largest = ROW_SCALES[name].largest
     scale = (np.abs(weights).max(axis=1, keepdims=True) / np.float32(largest)).clip(max=65504).astype(np.float16).astype(np.float32)
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)

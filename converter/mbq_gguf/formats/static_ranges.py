@@ -1,4 +1,4 @@
-"""The keys of static ranges of activations (docs/format.md), as the patched llama.cpp reads them."""
+"""Metadata keys of static activation ranges (docs/format.md), as the patched llama.cpp reads them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 VERSION_KEY, VERSION = "mbq.act.version", 1
 RANGE = "mbq.act.range."  # + SITE.CLASS
-SITES = ("qkv", "o", "gate_up", "down")  # of a layer, or a block of a vision tower; what others read is dynamic
-CLASSES = ("text", "vision")  # a vision file has but the second
+SITES = ("qkv", "o", "gate_up", "down")  # of a layer, or of a block of a vision tower; other sites are dynamic
+CLASSES = ("text", "vision")  # a vision file has only the second
 
 
 def range_key(site: str, kind: str) -> str:
@@ -16,7 +16,7 @@ def range_key(site: str, kind: str) -> str:
 
 
 def unread(keys: Iterable[str], tower: bool) -> list[str]:
-    """Those of a file's ``keys`` that name ranges which no program reads; ``tower``: of a vision file."""
+    """The range keys among ``keys`` that no program reads; ``tower``: they are from a vision file."""
     keys = list(keys)
     known = {range_key(site, kind) for site in SITES for kind in (CLASSES[1:] if tower else CLASSES)} if VERSION_KEY in keys else set()
     return [key for key in keys if key.startswith(RANGE) and key not in known]

@@ -1,7 +1,7 @@
-"""The ggml types that every llama.cpp reads, as quant types.
+"""Quant types for the ggml types that every llama.cpp reads.
 
-Quantised by the built ggml itself where there is one (``ggml_quantize_chunk``), otherwise by the gguf package's numpy code, which knows
-fewer types and gives the same bytes for those it knows.
+The built ggml quantises them, if there is one (``ggml_quantize_chunk``); otherwise the gguf package's numpy code, which supports fewer
+types and gives the same bytes for those.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mbq_gguf.formats.gguf_types import import_gguf
 from mbq_gguf.formats.quant_type import Bytes, Floats, QuantType
 from mbq_gguf.llama_cpp.bindings import bind
 
-# What to take where a row is no whole number of blocks: llama-quantize's own choices (tensor_type_fallback), F16 last.
+# Fallbacks for rows that are not a whole number of blocks: llama-quantize's choices (tensor_type_fallback), and finally F16.
 FALLBACKS = {
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
@@ -53,7 +53,7 @@ Functions = tuple[Callable[[Floats], Bytes], Callable[[Bytes], Floats]]
 
 
 def _by_ggml(name: str, block: int, size: int) -> Functions | None:
-    """ggml's own functions, or None where nothing is built."""
+    """ggml's own functions, or None if nothing is built."""
     from mbq_cbind import types
 
     try:

@@ -1,9 +1,9 @@
-"""GPTQ (arXiv 2210.17323) on the quant type's own grid: columns in order, each one's error made good by later ones.
+"""GPTQ (arXiv 2210.17323) on the quant type's own grid: rounds columns in order and compensates each one's error in later columns.
 
 With H = sum over tokens of w_t x_t x_t^T and U the upper Cholesky factor of (H + damping)^-1, column j is rounded to the grid, and its
-error over U[j, j] times U[j, j + 1:] is taken from the columns that follow. A group's scale and offset are fitted when its first column is
-reached, from the weights as they are then; so are a super-block's steps. On the reference VLM this gives K-quants 0.79 to 0.91 of the
-objective that they have where all groups of a super-block are fitted at its start.
+error / U[j, j] times U[j, j + 1:] is subtracted from the following columns. Scale and offset of a group are fitted when its first column
+is reached, to the weights as updated by then; likewise the steps of a super-block. On the reference VLM, K-quants then reach 0.79 to 0.91
+of the objective that they have if all groups of a super-block are fitted at its start.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from mbq_gguf.rounding.nearest import Rounded
 from mbq_gguf.rounding.ranges import Fit, search_steps, searched
 from mbq_gguf.rounding.recorded import Recorded, Tensors
 
-COLUMNS_AT_ONCE = 128  # updates of later columns wait for this many (or for a group's size, if that is larger)
-# Rows of a matrix product at a time. Libraries choose the order of their sums by the shape; so a row comes out the same, to the bit,
-# whichever other blocks of rows are rounded with it, and several processes can share a matrix.
+COLUMNS_AT_ONCE = 128  # later columns are updated after this many (or after a group, if that is larger)
+# Rows per matrix product. Libraries choose the order of sums by the shape; with blocks of fixed size, a row's bits do not depend on which
+# other blocks are rounded with it, so that several processes can share a matrix.
 ROWS_AT_ONCE = 256
 
 
 def row_blocks(rows: int) -> list[slice]:
-    """``rows`` in pieces of ROWS_AT_ONCE."""
+    """Split ``rows`` into blocks of ROWS_AT_ONCE."""
     return [slice(start, min(start + ROWS_AT_ONCE, rows)) for start in range(0, rows, ROWS_AT_ONCE)]
 
 
 def carry(later: torch.Tensor, factor: torch.Tensor, errors: torch.Tensor) -> None:
-    """Take ``factor`` [columns, n] times ``errors`` [n, rows] off ``later`` [columns, rows]."""
+    """Subtract ``factor`` [columns, n] times ``errors`` [n, rows] from ``later`` [columns, rows], in place."""
     fused = kernels_for(later)
     if fused and fused.carry:
         fused.carry(later, factor, errors)
@@ -43,8 +43,8 @@ def carry(later: torch.Tensor, factor: torch.Tensor, errors: torch.Tensor) -> No
 
 @dataclass(frozen=True)
 class Coded:
-    """A rounded weight before packing: ``codes`` float32 [rows, columns], ``scale`` and ``offset`` float32 [rows, groups] as the file
-    gives them, and the ``steps`` [rows, blocks, 2] that a K-quant keeps them in (0 elsewhere)."""
+    """A rounded weight before packing: ``codes`` float32 [rows, columns], ``scale`` and ``offset`` float32 [rows, groups] as stored in the
+    file, and the ``steps`` [rows, blocks, 2] of K-quants (0 for other types)."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -52,17 +52,17 @@ class Coded:
     steps: torch.Tensor
 
     def split(self, rows: list[int]) -> list[Coded]:
-        """The matrices of so many ``rows`` that lie one below the other in this one."""
+        """Split into matrices with the given numbers of ``rows``."""
         parts = (torch.split(part, rows) for part in (self.codes, self.scale, self.offset, self.steps))
         return [Coded(*part) for part in zip(*parts, strict=True)]
 
     def values(self, grid: Grid) -> torch.Tensor:
-        """The weights [rows, columns] that the codes stand for."""
+        """The dequantised weights [rows, columns]."""
         scale, offset = (value.repeat_interleave(grid.group, 1) for value in (self.scale, self.offset))
         return self.codes * scale + offset
 
     def rounded(self, grid: Grid) -> Rounded:
-        """Packed bytes and the values that they stand for."""
+        """Packed bytes and dequantised values."""
         return Rounded(grid.packed(self.codes, self.scale, self.offset, self.steps).cpu().numpy(), self.values(grid))
 
 
@@ -73,17 +73,17 @@ def round_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit 
 
 @cache
 def own_fit(grid: Grid) -> Fit:
-    """The type's plain rule where it has one, else the range search."""
+    """The type's plain rule, if it has one, else the range search."""
     rule = grid.fit
     return searched(grid) if rule is None else lambda groups, costs, steps: rule(groups)
 
 
 @torch.no_grad()
 def code_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit | None = None) -> Coded:
-    """GPTQ's codes for ``weight`` [rows, columns]; scales and offsets are ``fit``'s, or the grid's own without it."""
+    """GPTQ's codes for ``weight`` [rows, columns]; scales and offsets come from ``fit``, or from the grid's own rule."""
     fit = fit or own_fit(grid)
     costs = factor.diagonal().square().reciprocal()
-    work = weight.float().t().contiguous()  # [columns, rows]: a column's weights lie together
+    work = weight.float().t().contiguous()  # [columns, rows]: a column's weights are contiguous
     columns, rows = work.shape
     codes = torch.empty(columns, rows, device=work.device)
     steps = torch.zeros(columns // grid.block, rows, 2, device=work.device)
@@ -115,8 +115,8 @@ def _recorded(grid: Grid, fit: Fit) -> Recorded:
 def _round_columns(
     grid: Grid, fit: Fit, work: torch.Tensor, factor: torch.Tensor, steps: torch.Tensor, given: torch.Tensor | None = None
 ) -> Tensors:
-    """Codes, errors [columns, rows] and scales with offsets [2, groups, rows] of ``work`` [columns, rows], which is changed; ``factor`` is
-    these columns' part of U, ``given`` scale and offset [2, 1, rows] of whole rows."""
+    """Codes, errors [columns, rows] and scales with offsets [2, groups, rows] for ``work`` [columns, rows], which is changed. ``factor`` is
+    the part of U for these columns; ``given`` are scale and offset [2, 1, rows] of types with one group per row."""
     codes, errors = torch.empty_like(work), torch.empty_like(work)
     costs = factor.diagonal().square().reciprocal()
     fused = kernels_for(work)
@@ -133,7 +133,7 @@ def _round_columns(
 
 
 def _round_group(grid: Grid, group: Group) -> None:
-    """GPTQ's loop over the columns of ``group``, as :func:`_round_columns` has them."""
+    """GPTQ's loop over the columns of ``group``; layouts as in :func:`_round_columns`."""
     scale, offset = group.line[:, 0]
     inverse, own = reciprocal(scale), group.factor.diagonal().unbind()
     for column in group.columns:
@@ -148,6 +148,6 @@ def _line(fit: Fit, columns: torch.Tensor, costs: torch.Tensor, steps: torch.Ten
 
 
 def objective(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:
-    """What GPTQ minimises: trace of (W - Q) H (W - Q)^T, the weighted squared change of the linear's output."""
+    """GPTQ's objective: trace of (W - Q) H (W - Q)^T, the weighted squared change of the linear's output."""
     change = (weight - rounded).double()
     return float(((change @ hessian.double()) * change).sum())

@@ -1,4 +1,4 @@
-"""The factor of a Hessian's inverse that GPTQ goes by, made by all processes, without the host waiting for a card."""
+"""The Cholesky factor of the inverse Hessian that GPTQ uses; shared by all processes, and without making the host wait for the GPU."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from mbq_gguf.errors import UserError
 from mbq_gguf.memory import to_host
 from mbq_gguf.rounding.cholesky import cholesky
 
-# Of the inverse factor at a time: all of it in float64 takes 2.9 GB for 18944 columns. What pieces leave out is zero, and small ones leave
-# out more: on a CPU 1536 columns take 80 ms instead of 108, a card is better at large products.
+# Columns of the inverse factor per piece: all of them in float64 would take 2.9 GB for 18944 columns. Pieces skip zeros, and small ones
+# skip more: on a CPU, 1536 columns take 80 ms instead of 108. A GPU is better at large products.
 COLUMNS_SOLVED = {"cpu": 256, "cuda": 4096}
 
 _later: list[list[torch.Tensor]] = []
 
 
 def columns_solved(device: torch.device) -> int:
-    """COLUMNS_SOLVED on ``device``; devices of other kinds are taken for cards."""
+    """COLUMNS_SOLVED for ``device``; other kinds of devices are treated like GPUs."""
     return COLUMNS_SOLVED["cpu" if device.type == "cpu" else "cuda"]
 
 
 def damped(hessian: torch.Tensor, damping: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """H + damping * mean(diag H) * I in ``dtype``; the diagonal is computed in float64.
 
-    Channels that no token excites (zero diagonal) get the mean diagonal, so they are rounded to nearest by themselves.
+    Channels that are always 0 (zero diagonal) get the mean diagonal, so that they are rounded to nearest.
     """
     matrix = hessian.to(dtype, copy=True)
     diagonal = hessian.diagonal().double()
     mean = diagonal.mean()
-    mean = torch.where(mean == 0, torch.ones_like(mean), mean)  # no branch: the host would wait for a card
+    mean = torch.where(mean == 0, torch.ones_like(mean), mean)  # no branch: the host would wait for a GPU
     matrix.diagonal().copy_(torch.where(diagonal == 0, mean, diagonal) + damping * mean)
     return matrix
 
@@ -40,8 +40,9 @@ def damped(hessian: torch.Tensor, damping: float, dtype: torch.dtype = torch.flo
 def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """U [columns, columns] float32 with damped(H)^-1 = U^T U, upper triangular; factored in float64.
 
-    With the matrix in reverse order of rows and columns as L L^T, U is L^-1 in reverse order. All processes have to call this: each has a
-    share of L and solves for some of the columns. Raises UserError where the matrix is not positive definite, or see :func:`faults_later`.
+    If L L^T is the matrix with rows and columns reversed, U is L^-1 reversed. Several processes share the factorisation and each solves for
+    some of the columns, so all of them must call this. Raises UserError if the matrix is not positive definite, but see
+    :func:`faults_later`.
     """
     lower, info = cholesky(damped(hessian, damping).flip(0, 1))
     fault = (info != 0) | ~lower.diagonal().isfinite().all()  # not every library reports NaN
@@ -51,7 +52,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
         check_factored([fault])
     factor = torch.zeros_like(hessian, dtype=torch.float32)
     at_once = columns_solved(hessian.device)
-    heights = range(len(lower), 0, -at_once)  # of some columns of L^-1 each: nothing but zeros lies above
+    heights = range(len(lower), 0, -at_once)  # of the pieces of L^-1, without the zeros above
 
     def solved(piece: int) -> torch.Tensor:
         height = heights[piece]
@@ -67,8 +68,8 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
 @contextmanager
 def faults_later() -> Iterator[list[torch.Tensor]]:
-    """While open, a matrix that is not positive definite raises nothing: to know of it at once the host would wait for the card. The list
-    gets what :func:`check_factored` takes, when it has arrived on the host."""
+    """Defer errors for matrices that are not positive definite, since checking at once makes the host wait for the GPU. The list yielded
+    is for :func:`check_factored`, once its tensors have arrived on the host."""
     _later.append([])
     try:
         yield _later[-1]
@@ -77,6 +78,6 @@ def faults_later() -> Iterator[list[torch.Tensor]]:
 
 
 def check_factored(faults: Sequence[torch.Tensor]) -> None:
-    """Raise UserError where one of ``faults`` is true."""
+    """Raise UserError if one of ``faults`` is true."""
     if any(bool(fault) for fault in faults):
         raise UserError("the second moments of a layer's inputs are not positive definite: the model's activations are not finite")

@@ -1,4 +1,4 @@
-"""Round to nearest: each weight alone, on the grid that its block's range gives."""
+"""Round to nearest: each weight by itself, on the grid from its block's range."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mbq_gguf.formats.quant_type import Bytes, QuantType
 
 @dataclass(frozen=True)
 class Rounded:
-    """A rounded weight: ``data`` [rows, row_bytes], and ``weight`` [rows, columns] float32 as the file gives it back."""
+    """A rounded weight: ``data`` [rows, row_bytes], and ``weight`` [rows, columns] float32 as dequantised from the file."""
 
     data: Bytes
     weight: torch.Tensor
@@ -25,7 +25,7 @@ def round_nearest(weight: torch.Tensor, quant_type: QuantType) -> Rounded:
 
 
 def nearest_values(weight: torch.Tensor, quant_type: QuantType) -> torch.Tensor:
-    """Only the rounded values [rows, columns] float32, on the weight's device where the rule is a plain one: for searches."""
+    """Only the rounded values [rows, columns] float32, for searches; stays on the device if the type has a plain rule."""
     grid = grid_of(quant_type)
     if grid is None or grid.fit is None:
         return round_nearest(weight, quant_type).weight

@@ -1,8 +1,8 @@
-"""Loops of small operations on a card as one launch: recorded as a CUDA graph, then replayed. For what :mod:`mbq_gguf.rounding.kernels`
-has no kernel of, and where there are none.
+"""Records loops of small GPU operations as a CUDA graph and replays them with one launch, for loops without a kernel in
+:mod:`mbq_gguf.rounding.kernels`.
 
-A matrix of 18944 columns takes half a million operations of a few microseconds each, and PyTorch takes longer to launch one than the card
-to do it. Elsewhere, and the first time for arguments of some shapes, the operations run as they are: the same code decides the same bytes.
+A matrix of 18944 columns needs half a million operations of a few microseconds each, and PyTorch takes longer to launch one than the GPU
+to run it. On other devices, and the first time for given shapes, the operations run directly; the bytes are the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch
 
 Tensors = tuple[torch.Tensor, ...]
 Shapes = tuple[tuple[int, ...], ...]
-_KEPT: list[torch.cuda.CUDAGraph] = []  # PyTorch gives their memory up with the last of them, and can then record no other there
+_KEPT: list[
+    torch.cuda.CUDAGraph
+] = []  # keeps the shared memory pool alive; after its last graph is freed, PyTorch cannot record into it again
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,9 @@ class _Recording:
 
 
 class Recorded:
-    """``run`` of tensors, which looks at no value on the host and may change its arguments; of those the caller keeps no use afterwards.
+    """Wraps ``run``, a function of tensors that reads no values on the host. It may change its arguments; do not use them afterwards.
 
-    On a card results lie in memory that the next call of any of these overwrites, and arguments are left as they were.
+    On a GPU, the next call of any instance overwrites the results, and arguments are not changed.
     """
 
     def __init__(self, run: Callable[..., Tensors]) -> None:
@@ -41,7 +43,7 @@ class Recorded:
         if arguments[0].device.type != "cuda":
             return self.run(*arguments)
         shapes = tuple(tuple(argument.shape) for argument in arguments)
-        if shapes not in self.seen:  # libraries that set themselves up at their first call must not do so in a recording
+        if shapes not in self.seen:  # warm-up: libraries must not initialise themselves while recording
             self.seen.add(shapes)
             return self.run(*arguments)
         if shapes not in self.recordings:
@@ -54,7 +56,7 @@ class Recorded:
 
 
 def _record(run: Callable[..., Tensors], arguments: Tensors) -> _Recording:
-    """``run`` as a graph. Not by torch.cuda.graph, which empties the allocator's cache each time."""
+    """Record ``run`` as a graph. Does not use torch.cuda.graph, which empties the allocator's cache each time."""
     kept = tuple(argument.clone(memory_format=torch.contiguous_format) for argument in arguments)
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(arguments[0].device)  # type: ignore[no-untyped-call]
@@ -72,5 +74,5 @@ def _record(run: Callable[..., Tensors], arguments: Tensors) -> _Recording:
 
 @cache
 def _pool() -> Any:
-    """The memory of all recordings: no two of them run at the same time."""
+    """The memory pool of all recordings; no two of them run at the same time."""
     return torch.cuda.graph_pool_handle()

@@ -1,9 +1,9 @@
-"""Refit: the best scales and offsets for codes that stay as they are, by least squares, one small linear system a row.
+"""Refit: the least-squares scales and offsets for fixed codes, from one small linear system per row.
 
-A row w of weights with codes q is stored as v, v[i] = scale[g] * q[i] + offset[g] for each weight i of group g. GPTQ's objective
-(w - v) H (w - v)^T is a quadratic function of the row's scales and offsets, least where F H F^T p = F H w: p are all scales, then all
-offsets; row g of F holds group g's codes at the group's columns and zeros elsewhere, the row of its offset ones instead of the codes.
-In turn with descent.py, which changes the codes, this lowers the objective step by step.
+A row w of weights with codes q is stored as v, with v[i] = scale[g] * q[i] + offset[g] for each weight i of group g. GPTQ's objective
+(w - v) H (w - v)^T is a quadratic function of the row's scales and offsets, with its minimum at F H F^T p = F H w. Here p has all scales,
+then all offsets; row g of F has group g's codes in the group's columns and zeros elsewhere, and the row of its offset has ones instead of
+the codes. Alternating with descent.py, which changes the codes, this lowers the objective in every step.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from mbq_gguf.rounding.gptq import row_blocks
 from mbq_gguf.rounding.kernels import kernels_for
 from mbq_gguf.rounding.recorded import Recorded, Tensors
 
-SYSTEMS_BYTES = 1 << 29  # of the rows' systems, at least those of LEAST_BLOCKS: their solution takes many small steps
+SYSTEMS_BYTES = 1 << 29  # for the rows' systems, but at least LEAST_BLOCKS: solving them takes many small steps
 LEAST_BLOCKS = 2
-RIDGE = 1e-4  # of each diagonal entry: groups whose codes are all alike cannot tell scale from offset
+RIDGE = 1e-4  # share of each diagonal entry; if all codes of a group are equal, scale and offset are not separable
 
 
 @torch.no_grad()
 def refit(grid: Grid, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, hessian: torch.Tensor) -> Pair:
-    """Better ``scale`` and ``offset`` [rows, groups] (as ``grid`` holds them) for ``codes`` and ``weight`` [rows, columns].
+    """Better ``scale`` and ``offset`` [rows, groups], representable in ``grid``, for ``codes`` and ``weight`` [rows, columns].
 
-    A row keeps what it had where rounding the solution makes its objective worse, or a scale is not positive.
+    A row keeps its old ones if rounding the solution makes its objective worse, or if a scale is not positive.
     """
     new_scale, new_offset = scale.clone(), offset.clone()
     at_once = _rows_at_once(scale)
@@ -39,7 +39,7 @@ def refit(grid: Grid, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Te
 
 
 def _rows_at_once(scale: torch.Tensor) -> int:
-    """How many rows of ``scale`` [rows, groups] are refitted at a time: whole blocks, in parts of one size where that can be."""
+    """The number of rows of ``scale`` [rows, groups] to refit at a time: whole blocks, in parts of equal size if possible."""
     blocks, system = len(row_blocks(len(scale))), 8 * (2 * scale.shape[1]) ** 2
     most = max(LEAST_BLOCKS, SYSTEMS_BYTES // system // gptq.ROWS_AT_ONCE)
     return math.ceil(blocks / math.ceil(blocks / most)) * gptq.ROWS_AT_ONCE
@@ -59,14 +59,14 @@ def _refit_rows(
     lower, halfway, positive = _factored(system, right)
     new_scale, new_offset, left = _held_in_turn(grid, scale, offset, lower, halfway)
     change = _backwards(new_scale - scale, new_offset - offset).double()
-    gain = (halfway.square() - left.square() + ridge * change.square()).sum(dim=1)  # how much the objective falls
+    gain = (halfway.square() - left.square() + ridge * change.square()).sum(dim=1)  # the decrease of the objective
     better = positive & (gain > 0) & (new_scale > 0).all(dim=1) & new_offset.isfinite().all(dim=1)
     return torch.where(better[:, None], new_scale, scale), torch.where(better[:, None], new_offset, offset)
 
 
 def _factored(system: torch.Tensor, right: torch.Tensor) -> Tensors:
-    """L of ``system`` = L L^T [rows, numbers, numbers], of which the lower triangle is looked at, the solution y of L y = ``right``
-    [rows, numbers], and which rows have them. ``system`` and ``right`` are given up."""
+    """L with L L^T = ``system`` [rows, numbers, numbers], from its lower triangle, the solution y of L y = ``right`` [rows, numbers], and a
+    mask of the rows for which they exist. Overwrites ``system`` and ``right``."""
     fused = kernels_for(system)
     found = fused.factor(system, right) if fused and fused.factor else None
     if found:
@@ -76,8 +76,8 @@ def _factored(system: torch.Tensor, right: torch.Tensor) -> Tensors:
 
 
 def _backwards(of_scales: torch.Tensor, of_offsets: torch.Tensor) -> torch.Tensor:
-    """Numbers [rows, groups] of scales and of offsets in the order of the systems [rows, 2 groups]: the last group first, and in each its
-    offset first, so that what :func:`_held_in_turn` takes first comes last."""
+    """Arrange values [rows, groups] of scales and offsets in the order of the systems [rows, 2 groups]: the last group first, and in each
+    group the offset first, so that :func:`_held_in_turn`, which starts at the end, takes the first group's scale first."""
     return torch.stack([of_scales, of_offsets], 2).flatten(1).flip(1)
 
 
@@ -90,11 +90,11 @@ def _fill(
     offset: torch.Tensor,
     hessian: torch.Tensor,
 ) -> None:
-    """The lower triangle of F H F^T into ``system`` [rows, 2 groups, 2 groups] and F H (w - v) into ``right`` [rows, 2 groups], in the
-    order of :func:`_backwards`: the system is solved for changes."""
+    """Write the lower triangle of F H F^T to ``system`` [rows, 2 groups, 2 groups] and F H (w - v) to ``right`` [rows, 2 groups], in the
+    order of :func:`_backwards`: the solution is the change of scales and offsets."""
     rows, groups = scale.shape
     split = codes.view(rows, groups, -1)
-    pull = ((weight - _values(codes, scale, offset)) @ hessian).view_as(split)  # of the error as it is
+    pull = ((weight - _values(codes, scale, offset)) @ hessian).view_as(split)  # from the current error
     right.copy_(_backwards((pull * split).sum(dim=2), pull.sum(dim=2)))
     fused = kernels_for(codes)
     if fused:
@@ -105,7 +105,7 @@ def _fill(
     ss = codes.new_empty(rows, groups, groups)
     for group in range(groups):
         here, later = slice(group * size, (group + 1) * size), slice(group * size, None)
-        by_scale = (codes[:, here] @ hessian[here, later]).mul_(codes[:, later])  # the rows of F H that belong to scales
+        by_scale = (codes[:, here] @ hessian[here, later]).mul_(codes[:, later])  # the rows of F H for scales
         ss[:, group, group:] = by_scale.view(rows, groups - group, size).sum(dim=2)
         ss[:, group + 1 :, group] = ss[:, group, group + 1 :]
     so = torch.einsum("rgi,gih->rgh", split, tiles.sum(dim=3))
@@ -117,13 +117,13 @@ def _fill(
 
 
 def _held_in_turn(grid: Grid, scale: torch.Tensor, offset: torch.Tensor, lower: torch.Tensor, halfway: torch.Tensor) -> Tensors:
-    """``scale`` and ``offset`` plus the solution x of L^T x = y, each as the file can hold it, and what is left, y - L^T x: L is ``lower``
-    [rows, 2 groups, 2 groups], y ``halfway`` [rows, 2 groups].
+    """``scale`` and ``offset`` plus the solution x of L^T x = y, rounded to representable values, and the residual y - L^T x. L is
+    ``lower`` [rows, 2 groups, 2 groups], y is ``halfway`` [rows, 2 groups].
 
-    They are rounded one after the other, and the numbers not yet rounded move to compensate the error, as columns do in GPTQ. Where a
-    group has a scale word (MBQ3S) this gives 0.83 to 0.95 of the objective that rounding all at once gives; with fp16 numbers the same.
-    The second half of solving a system, L^T x = y from the last number to the first, is where that is done: the best value of a number
-    follows from those after it, whatever they were rounded to. The objective falls by y^2 less what is left squared.
+    The numbers are rounded one after the other, and those not yet rounded compensate the error, like columns in GPTQ. For types with scale
+    words (MBQ3S) this reaches 0.83 to 0.95 of the objective of rounding all at once; for fp16 numbers there is no difference. Back
+    substitution, which solves L^T x = y from the last number to the first, does this naturally: the best value of a number follows from
+    the rounded values after it. The objective falls by the square of y minus the square of the residual.
     """
     fused, left = kernels_for(lower), halfway.clone()
     if fused:
@@ -138,8 +138,8 @@ def _recorded(grid: Grid) -> Recorded:
 
 
 def _take_steps(grid: Grid, halfway: torch.Tensor, lower: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> Tensors:
-    """``scale`` and ``offset`` [rows, groups] after the changes x of L^T x = y, rounded in turn, and y - L^T x: L is ``lower``
-    [rows, 2 groups, 2 groups], y is ``halfway`` [rows, 2 groups], which is changed."""
+    """``scale`` and ``offset`` [rows, groups] after the changes x of L^T x = y, rounded one after the other, and y - L^T x. L is ``lower``
+    [rows, 2 groups, 2 groups], y is ``halfway`` [rows, 2 groups], which is overwritten."""
     new_scale, new_offset = torch.empty_like(scale), torch.empty_like(offset)
     for index in reversed(range(halfway.shape[1])):
         group, change = scale.shape[1] - 1 - index // 2, halfway[:, index] / lower[:, index, index]
@@ -155,9 +155,9 @@ def _take_steps(grid: Grid, halfway: torch.Tensor, lower: torch.Tensor, scale: t
 
 @torch.no_grad()
 def refit_row_scale(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """Better ``scale`` [rows, 1], one fp16 number a row and no offset: q H w / q H q for ``codes`` and ``weight`` [rows, columns].
+    """Better ``scale`` [rows, 1], one fp16 number per row without offset: q H w / q H q for ``codes`` and ``weight`` [rows, columns].
 
-    A row keeps what it had where fp16 makes its objective no better.
+    A row keeps its old scale if the new one, in fp16, does not improve its objective.
     """
     pull = torch.cat([codes[rows] @ hessian.float() for rows in row_blocks(len(codes))])
     curvature = (pull * codes).sum(dim=1, keepdim=True)

@@ -1,1 +1,1 @@
-"""Edits of the weights that leave the function as it is."""
+"""Function-preserving edits of weights: channel equalisation and rotations."""

@@ -1,6 +1,6 @@
-"""Activations as the products of W4A8 and W8A8 take them (docs/format.md): int8, one scale per token, found while the model runs or static.
+"""Simulates the int8 activations of W4A8 and W8A8 (docs/format.md): one scale per token, dynamic or static.
 
-For searches and trials: the model computes in floating point, and these linears are given what int8 keeps of their input.
+For searches and experiments: the model computes in floating point, and the inputs of chosen linears are rounded to int8 and back.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 LARGEST = 127.0
-SMALLEST_AMAX = 2.0**-95  # below it the kernels take a row for zeros: 127 / amax would leave float32
+SMALLEST_AMAX = 2.0**-95  # below it the kernels treat a row as zeros, since 127 / amax would overflow float32
 
 
 def int8_tokens(x: torch.Tensor, ranges: torch.Tensor | None = None) -> torch.Tensor:
-    """``x`` [..., columns] quantised to int8 with the scale max|x| / 127 of each row, and back, in float32.
+    """``x`` [..., columns] quantised to int8 and back, in float32, with scale max|x| / 127 per row.
 
-    A row with a static range, one of ``ranges`` [...] greater than 0, takes that for its max|x|; what lies beyond it is cut.
+    For rows with a static range, an entry of ``ranges`` [...] greater than 0, it replaces max|x|, and values beyond it are clipped.
     """
     x = x.float()
-    largest = torch.tensor(LARGEST, device=x.device)  # a tensor: a Python number would be multiplied by, as its reciprocal
+    largest = torch.tensor(LARGEST, device=x.device)  # a tensor, because CUDA would multiply by the reciprocal of a Python number
     amax = x.abs().amax(dim=-1, keepdim=True)
     amax = torch.where(amax < SMALLEST_AMAX, 0.0, amax)
     if ranges is not None:
@@ -32,7 +32,7 @@ def int8_tokens(x: torch.Tensor, ranges: torch.Tensor | None = None) -> torch.Te
 
 @contextmanager
 def int8_inputs(modules: Iterable[nn.Linear], factors: torch.Tensor | float = 1.0, ranges: torch.Tensor | None = None) -> Iterator[None]:
-    """While open, each of ``modules`` is given x / ``factors`` [columns] in int8, with static ``ranges`` [tokens] where they are given."""
+    """Give each of ``modules`` x / ``factors`` [columns] rounded to int8 in the block, with static ``ranges`` [tokens], if any."""
 
     def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return int8_tokens(args[0] / factors, ranges).to(args[0])

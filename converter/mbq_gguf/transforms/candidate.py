@@ -1,6 +1,6 @@
-"""How the search for equalisation factors rounds a candidate: to nearest, or by GPTQ as the layer will be.
+"""Rounds candidates in the search for equalisation factors: to nearest, or by GPTQ like the final layer.
 
-With factors s the linears take x / s, so a candidate's Hessian is S^-1 H S^-1: no candidate needs a pass over the samples.
+With factors s the linears read x / s, so a candidate's Hessian is S^-1 H S^-1, and no candidate needs a pass over the samples.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from mbq_gguf.formats.quant_type import QuantType
 from mbq_gguf.rounding.nearest import nearest_values
 from mbq_gguf.rounding.sequence import Refinement, refined
 
-# The scaled float32 weights [rows, columns] of a group's linears and their factors [columns], to each type's grid and back.
+# Maps the scaled float32 weights [rows, columns] of a site's linears and their factors [columns] to rounded weights.
 Rounder = Callable[[Sequence[torch.Tensor], torch.Tensor], list[torch.Tensor]]
 
 
 def by_nearest(quant_types: Sequence[QuantType]) -> Rounder:
-    """Each linear to nearest in its own of ``quant_types``."""
+    """Round each linear to nearest in its own quant type."""
 
     def rounded(weights: Sequence[torch.Tensor], _factors: torch.Tensor) -> list[torch.Tensor]:
         return [nearest_values(weight, kept) for weight, kept in zip(weights, quant_types, strict=True)]
@@ -30,17 +30,18 @@ def by_nearest(quant_types: Sequence[QuantType]) -> Rounder:
 
 
 def by_gptq(quant_types: Sequence[QuantType], hessian: torch.Tensor, refinement: Refinement) -> Rounder:
-    """GPTQ from the ``hessian`` [columns, columns] of the unscaled inputs; a type without a grid rounds to nearest.
+    """Round with GPTQ, given the ``hessian`` [columns, columns] of the unscaled inputs; a type without a grid rounds to nearest.
 
-    Of ``refinement`` damping and range search alone. With the rounded prefix's inputs, half correction and two refits as well, candidates
-    rank nearly the same on layers 2 and 11 of the reference VLM: correlation 0.95 in MBQ's loss, 0.82 in AWQ's, which one sink token rules.
+    Of ``refinement``, only damping and range search are used. Adding the quantised prefix's inputs, half of the error correction and two
+    refits hardly changes the ranking of candidates on layers 2 and 11 of the reference VLM: correlation 0.95 in MBQ's loss, 0.82 in AWQ's,
+    which one sink token dominates.
     """
     plain = replace(refinement, error_correction=0.0, refits=0)
 
     def rounded(weights: Sequence[torch.Tensor], factors: torch.Tensor) -> list[torch.Tensor]:
         found = Moments(hessian / factors / factors[:, None])
         values = list(weights)
-        for kept in dict.fromkeys(quant_types):  # rows are independent, so linears of one type are one matrix
+        for kept in dict.fromkeys(quant_types):  # rows are independent, so linears of one type can be one matrix
             grid, alike = grid_of(kept), [number for number, own in enumerate(quant_types) if own is kept]
             matrix = torch.cat([weights[number] for number in alike])
             matrix = nearest_values(matrix, kept) if grid is None else refined(matrix, found, grid, plain).values(grid)

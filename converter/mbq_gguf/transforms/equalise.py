@@ -1,15 +1,16 @@
 """Channel equalisation: the search for the factors s of y = Q(W diag(s)) (x / s) (AWQ, arXiv 2306.00978; MBQ, arXiv 2412.19509).
 
-s = mean|x|^t over all tokens, at least 1e-4, divided by sqrt(max s * min s); t is tried at 0, 0.05 ... 0.95. The t wins whose rounded
-weights change the inspected module's output least, on the quant type's own grid. MBQ compares by L1 with answer tokens counting 1, vision
-tokens the layer's ratio, prompt tokens 0, summed over tokens (so that token counts matter, as in the paper's code), or by L2 with means
-over the tokens of each modality; AWQ by L2, or L1, with all tokens alike.
+s = mean|x|^t over all tokens, at least 1e-4, divided by sqrt(max s * min s), with t = 0, 0.05 ... 0.95. The search selects the t whose
+rounded weights, on the quant type's own grid, change the inspected module's output least. MBQ compares by L1, with weight 1 for answer
+tokens, the layer's ratio for vision tokens and 0 for prompt tokens, summed over tokens (so that token counts matter, as in the paper's
+code); or by L2, with means over the tokens of each modality. AWQ compares by L2 or L1 with equal weights.
 
-Weights are rounded as they will be, to nearest (the papers) or by GPTQ: what suits the one suits the other badly, and GPTQ's own objective
-does not see what softmax and gate make of an error. Regrets of these judges are in docs/log.md.
+Candidates are rounded in the same way as the final weights, to nearest (as in the papers) or by GPTQ, because factors that suit one suit
+the other badly. GPTQ's own objective cannot replace the comparison, since it ignores how softmax and gate propagate an error. docs/log.md
+has the regrets of these criteria.
 
-Where the product takes int8 activations (W4A8, W8A8), a candidate is Q(W diag(s)) applied to the int8 of x / s, as in MBQ's code: factors
-that suit the weights alone may leave the activations hard to round.
+For products with int8 activations (W4A8, W8A8), a candidate is Q(W diag(s)) applied to x / s in int8, as in MBQ's code: factors that suit
+only the weights may leave the activations hard to round.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ SMALLEST_FACTOR = 1e-4
 
 @dataclass(frozen=True)
 class Choice:
-    """What the search found for one site: the exponent, its factors (one an output of the site's absorber), and the loss of
-    each exponent that was tried."""
+    """The result of the search for one site: the exponent, its factors (one per output of the site's absorber), and the losses of all
+    exponents tried."""
 
     exponent: float
     factors: torch.Tensor
@@ -43,7 +44,7 @@ class Choice:
 
 
 def channel_factors(mean_abs: torch.Tensor, exponent: float) -> torch.Tensor:
-    """s of one exponent from mean|x| per channel, scaled so that its largest and smallest entries multiply to 1."""
+    """s for one exponent, from mean|x| per channel, scaled so that the product of its largest and smallest entries is 1."""
     factors = mean_abs.float().pow(exponent).clamp(min=SMALLEST_FACTOR)
     return factors / (factors.max() * factors.min()).sqrt()
 
@@ -59,10 +60,10 @@ def search(
     patience: int | None = None,
     int8: bool = False,
 ) -> Choice | None:
-    """The best of :data:`EXPONENTS` for ``site``; None where the layer's shapes do not allow the fold. ``layer`` is left as it was.
+    """The best of :data:`EXPONENTS` for ``site``; None if the layer's shapes do not allow folding. ``layer`` is restored afterwards.
 
-    ``mean_abs`` [columns] is over all tokens; ``power`` 1 or 2 is the norm of the loss; after ``patience`` exponents in a row that are no
-    better than one before, the search ends. With ``int8`` the site's linears take int8 activations.
+    ``mean_abs`` [columns] is over all tokens; ``power`` 1 or 2 is the norm of the loss. The search ends after ``patience`` exponents in a
+    row without improvement. With ``int8`` the site's linears read int8 activations.
     """
     if repeats(layer, site) == 0:
         return None
@@ -78,7 +79,7 @@ def search(
             rounded = rounder([weight * factors for weight in original], factors)
             for module, values in zip(linears, rounded, strict=True):
                 module.weight.copy_(values if int8 else values / factors)
-            # bfloat16 keeps no more of an activation than int8 does
+            # bfloat16 is no more precise than int8 here
             with int8_inputs((layer.holder(name) for name in site.readers), factors) if int8 else coarse_products():
                 losses.append(output_loss(inspected, calls, power))
             best = min(best, number, key=losses.__getitem__)
@@ -91,7 +92,7 @@ def search(
 
 
 def output_loss(module: nn.Module, calls: Sequence[Call], power: int) -> float:
-    """Sum over calls, tokens and channels of weight * |output - reference| ** power, over the number of entries with weight."""
+    """Sum over calls, tokens and channels of weight * |output - reference| ** power, divided by the number of weighted entries."""
     device = next(module.parameters()).device
     total, entries = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device)
     for call in calls:
@@ -100,4 +101,4 @@ def output_loss(module: nn.Module, calls: Sequence[Call], power: int) -> float:
         error = error.abs_() if power == 1 else error.square_()
         total += torch.dot(error.sum(dim=1), weight)
         entries += (weight > 0).sum() * error.shape[1]
-    return float(total) / max(1, int(entries))  # read once: on a GPU each reading waits for all that was asked before
+    return float(total) / max(1, int(entries))  # read once, because each read waits for the GPU

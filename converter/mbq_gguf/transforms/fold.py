@@ -1,4 +1,4 @@
-"""Channel factors folded into weights: the next linears take them, the operation before takes their inverse, the function stays.
+"""Folds channel factors into weights: the following linears get the factors, the preceding operation their inverse.
 
 y = W x = (W diag(s)) (x / s). The 1 / s goes into a norm's weight (and bias), or into the rows (and bias) of the linear that made x: v_proj
 through the attention average, up_proj through the product with the gate.
@@ -14,9 +14,9 @@ from mbq_gguf.models.layout import Site
 
 
 def repeats(layer: Layer, site: Site) -> int:
-    """How many input channels of the site's linears share one factor: the query heads of a key/value head for o_proj, else 1.
+    """The number of input channels of the site's linears that share one factor: the query heads per key/value head for o_proj, else 1.
 
-    0 where nothing takes the factors, or the shapes do not allow the fold.
+    0 if nothing can absorb the factors, or the shapes do not allow folding.
     """
     if site.absorber is None:
         return 0
@@ -28,9 +28,9 @@ def repeats(layer: Layer, site: Site) -> int:
 
 
 def spread(layer: Layer, site: Site, factors: torch.Tensor) -> torch.Tensor:
-    """One factor an output of ``site.absorber`` to one an input channel of the site's linears.
+    """Expand factors from one per output of ``site.absorber`` to one per input channel of the site's linears.
 
-    With grouped queries, query head h reads value head h // repeats, so each value head's factors come ``repeats`` times in a row.
+    With grouped queries, query head h reads value head h // repeats, so each value head's factors are repeated ``repeats`` times.
     """
     times = repeats(layer, site)
     if times == 1:
@@ -39,7 +39,7 @@ def spread(layer: Layer, site: Site, factors: torch.Tensor) -> torch.Tensor:
 
 
 def gather(layer: Layer, site: Site, values: torch.Tensor) -> torch.Tensor:
-    """The mean of ``values`` (one an input channel) over the channels that share a factor; the counterpart of :func:`spread`."""
+    """The mean of ``values`` (one per input channel) over the channels that share a factor; the counterpart of :func:`spread`."""
     times = repeats(layer, site)
     if times == 1:
         return values
@@ -48,7 +48,7 @@ def gather(layer: Layer, site: Site, values: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def fold(layer: Layer, site: Site, factors: torch.Tensor) -> None:
-    """Fold ``factors`` (one an output of ``site.absorber``) into ``layer``, in place and in its dtype."""
+    """Fold ``factors`` (one per output of ``site.absorber``) into ``layer``, in place and in its dtype."""
     previous = layer.absorber(site)
     bias = getattr(previous, "bias", None)
     weight = previous.weight

@@ -1,4 +1,4 @@
-"""Hadamard matrices for the widths that language models have, and random-sign rotations made from them.
+"""Hadamard matrices for the widths of language models, and rotations with random signs made from them.
 
 A Hadamard matrix H has entries +1 and -1 and H H^T = n I. Sylvester's doubling gives powers of two; Paley's two constructions give q + 1
 and 2 (q + 1) for a prime q; Kronecker products of any of these are Hadamard matrices again. That covers every width in use:
@@ -48,7 +48,7 @@ def _paley_two(q: int) -> torch.Tensor:
 
 
 def _elementary(n: int) -> torch.Tensor | None:
-    """A Hadamard matrix of order ``n`` by one construction, or None."""
+    """A Hadamard matrix of order ``n`` from a single construction, or None."""
     if n == 2:
         return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     if n % 4 == 0 and _is_prime(n - 1) and (n - 1) % 4 == 3:
@@ -60,7 +60,7 @@ def _elementary(n: int) -> torch.Tensor | None:
 
 @cache
 def factors(n: int) -> tuple[int, ...] | None:
-    """Orders of elementary Hadamard matrices whose product is ``n``, as many twos as possible; None where there are none."""
+    """Orders of elementary Hadamard matrices whose product is ``n``, with as many twos as possible; None if there are none."""
     if n == 1:
         return ()
     if n % 2 == 0 and (rest := factors(n // 2)) is not None:
@@ -72,10 +72,10 @@ def factors(n: int) -> tuple[int, ...] | None:
 
 
 def hadamard(n: int) -> torch.Tensor:
-    """The orthogonal matrix H / sqrt(n), float64 [n, n], H a Hadamard matrix; UserError where no construction reaches ``n``."""
+    """The orthogonal matrix H / sqrt(n), float64 [n, n], for a Hadamard matrix H. Raises UserError if no construction gives order ``n``."""
     orders = factors(n)
     if orders is None:
-        raise UserError(f"no Hadamard matrix of order {n} is known here: use --rotate none")
+        raise UserError(f"no construction gives a Hadamard matrix of order {n}: use --rotate none")
     matrix = torch.ones(1, 1, dtype=torch.float64)
     for order in orders:
         factor = _elementary(order)
@@ -92,13 +92,13 @@ def random_rotation(n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def random_signs(n: int, generator: torch.Generator) -> torch.Tensor:
-    """``n`` signs, float64."""
+    """``n`` random signs, float64."""
     return torch.randint(0, 2, (n,), generator=generator).to(torch.float64) * 2 - 1
 
 
 def block_size(n: int, largest: int = 512) -> int:
-    """The block of the online transform before down_proj: the largest power of two that divides ``n``, at most ``largest``.
+    """The block size of the online transform before down_proj: the largest power of two that divides ``n``, at most ``largest``.
 
-    ggml's fast Walsh-Hadamard transform takes 64 to 512 on CUDA, any power of two on the CPU.
+    ggml's fast Walsh-Hadamard transform supports 64 to 512 on CUDA, and any power of two on the CPU.
     """
     return min(n & -n, largest)

@@ -1,4 +1,4 @@
-"""Equalise one decoder layer: search site after site, then fold all choices."""
+"""Equalises one decoder layer: searches the sites in order, then folds all choices."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from mbq_gguf.transforms.candidate import Rounder, by_gptq, by_nearest
 from mbq_gguf.transforms.equalise import Choice, search
 from mbq_gguf.transforms.fold import fold, repeats, spread
 
-# Rounding by GPTQ costs more than a look at the output, so fewer of them: 9 exponents on average. On the reference VLM they choose as well
-# as all 20 do; what suits nearest rounding is 23 (L2) and 7 % (L1) above the least loss.
+# GPTQ costs more than measuring the output, so it runs for fewer exponents, 9 on average. On the reference VLM the result is as good as
+# with all 20; choosing by rounding to nearest instead ends 23 (L2) and 7 % (L1) above the least loss.
 GPTQ_PATIENCE = 4
 
 
 @dataclass(frozen=True)
-class Judge:
+class Criterion:
     """How candidates are compared: the weight of each token and the power of the error, on the first ``samples`` (None: all).
 
-    ``gptq`` says how weights will be rounded (None: to nearest) and needs ``hessians``, by site name, of the original inputs.
+    ``gptq``: how weights will be rounded (None: to nearest); it needs ``hessians`` of the original inputs, by site name.
     """
 
     weights: TokenWeights
@@ -40,7 +40,7 @@ class Judge:
     hessians: Mapping[str, torch.Tensor] | None = None
 
     def rounder(self, site: Site, kinds: Sequence[QuantType]) -> Rounder:
-        """How the linears of ``site`` are rounded to their ``kinds``."""
+        """The rounder for the linears of ``site``, which get the types ``kinds``."""
         if self.gptq is None:
             return by_nearest(kinds)
         assert self.hessians is not None
@@ -48,24 +48,24 @@ class Judge:
 
 
 def search_layer(
-    original: Entering, prefix: Entering | None, type_names: Mapping[str, str], judge: Judge, sites: Sequence[Site]
+    original: Entering, prefix: Entering | None, type_names: Mapping[str, str], criterion: Criterion, sites: Sequence[Site]
 ) -> dict[str, Choice]:
-    """The choice of each of ``sites`` that the layer's shapes allow to fold, by site name; both layers are left as they were.
+    """The choice for each of ``sites`` that can be folded, by site name; neither layer is changed.
 
-    Each site is searched from its original inputs. With ``prefix``, the streams of the rounded model, inputs are what the layers before
-    and the sites before give once they are folded and rounded, and still compared with the original's outputs (the authors' `distort`).
+    Sites are searched with their original inputs. With ``prefix``, the streams of the quantised model, the inputs come from the previous
+    layers and sites after folding and rounding, and outputs are still compared with the original's (the authors' `distort`).
     """
     choices = {}
     rounded = None if prefix is None else replace(prefix, layer=prefix.layer.copy())
     for site in sites:
         if repeats(original.layer, site) == 0:
             continue
-        calls, mean_abs = observed_calls(original, rounded, site, judge.weights, judge.samples)
+        calls, mean_abs = observed_calls(original, rounded, site, criterion.weights, criterion.samples)
         layer = (rounded or original).layer
         kinds = [quant_type_for(type_names[name], layer.linear(name).in_features) for name in site.readers]
-        rounder, patience = judge.rounder(site, kinds), None if judge.gptq is None else GPTQ_PATIENCE
+        rounder, patience = criterion.rounder(site, kinds), None if criterion.gptq is None else GPTQ_PATIENCE
         int8 = all(kind.name in ROW_SCALED for kind in kinds)
-        choice = search(layer, site, mean_abs, calls, judge.power, rounder, patience, int8)
+        choice = search(layer, site, mean_abs, calls, criterion.power, rounder, patience, int8)
         assert choice is not None
         choices[site.name] = choice
         if rounded is not None:
@@ -75,7 +75,7 @@ def search_layer(
 
 @torch.no_grad()
 def _settle(layer: Layer, site: Site, choice: Choice, rounder: Rounder) -> None:
-    """Fold ``choice`` into ``layer`` and round the site's linears."""
+    """Fold ``choice`` into ``layer`` and round the site's linears, for the search of later sites."""
     fold(layer, site, choice.factors)
     linears = [layer.linear(name) for name in site.readers]
     inputs = spread(layer, site, choice.factors)

@@ -1,4 +1,4 @@
-"""Proof on the model at hand that transforms left the function as it was, before anything is rounded."""
+"""Checks on the actual model, before rounding, that the transforms have preserved its function."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.transforms.rotation import Rotation
 
 CHECK_SAMPLES = 2
-# Relative change that the transforms may make in float32 over the whole decoder.
+# Largest relative change allowed in float32 over the whole decoder.
 BOUND = 1e-3
 
 
 class FunctionCheck:
-    """Two copies of the first samples: one passes the stored layers, one the transformed ones."""
+    """Runs two copies of the first samples, one through the stored layers and one through the transformed ones."""
 
     def __init__(self, loaded: LoadedModel, streams: Sequence[Streamed], rotation: Rotation | None) -> None:
         self.loaded = loaded
@@ -29,7 +29,7 @@ class FunctionCheck:
         self.transformed = [stream.turned(rotation.residual) if rotation else replace(stream) for stream in self.plain]
 
     def layer(self, transformed: Layer) -> None:
-        """Compare what ``transformed`` and the stored layer give; UserError where they differ by more than :data:`BOUND` of its norm."""
+        """Compare the outputs of ``transformed`` and the stored layer; UserError if they differ by more than :data:`BOUND` of the norm."""
         advance(working_layer(self.loaded, transformed.index), self.plain)
         advance(transformed, self.transformed)
         for ours, stored in zip(self.transformed, self.plain, strict=True):
@@ -43,7 +43,7 @@ class FunctionCheck:
 
     @torch.no_grad()
     def logits(self, ends: Mapping[str, torch.Tensor]) -> None:
-        """Compare the logits; ``ends`` holds norm and head where a rotation changed them."""
+        """Compare the logits; ``ends`` has norm and head if a rotation has changed them."""
         for ours, stored in zip(self.transformed, self.plain, strict=True):
             expected = logits(self.loaded, stored.hidden)
             found = self._transformed_logits(ours.hidden.to(expected.device), ends)

@@ -1,12 +1,12 @@
-"""Rotations that leave the function as it is and spread outliers over all channels (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406).
+"""Function-preserving rotations that spread outliers over all channels (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406).
 
-Offline, folded into weights: the residual stream by one rotation R, the values of each key/value head by one rotation a layer. Online:
-a block-diagonal Hadamard transform of down_proj's input, which the patched llama.cpp computes (``mbq.hadamard.ffn_down`` in the file);
-its random signs are folded into up_proj, whose rows pass the gate's product one by one.
+Offline rotations are folded into weights: one rotation R for the residual stream, and one per layer for the values of each key/value head.
+The online one is a block-diagonal Hadamard transform of down_proj's input, which the patched llama.cpp computes (``mbq.hadamard.ffn_down``
+in the file); its random signs are folded into up_proj, since they commute with the product with the gate.
 
-Row vectors: hidden states h become h R. A linear that reads the stream gets W diag(gain) R, one that writes it gets R^T W and R^T b. A
-norm's gain cannot stay between stream and rotation, so it moves into the linears that follow and the norm keeps 1: only norms without
-mean and bias (RMSNorm) let a rotation pass.
+Vectors are rows: hidden states h become h R. A linear that reads the stream gets W diag(gain) R, one that writes it gets R^T W and R^T b. A
+norm's gain does not commute with the rotation, so it moves into the linears that follow and the norm's own gain becomes 1. Only norms
+without mean and bias (RMSNorm) commute with a rotation.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Rotate = Literal["none", "offline", "full"]
 
 @dataclass(frozen=True)
 class Rotation:
-    """Everything drawn for one model, float64 on the host.
+    """The random rotations for one model, float64 on the host.
 
-    ``residual`` [width, width]; ``values`` one [head_dim, head_dim] a layer; ``signs`` one [ffn width] a layer and ``block`` the Hadamard
-    block before down_proj, or () and 0 where nothing is computed online.
+    ``residual`` [width, width]; ``values``: one [head_dim, head_dim] per layer; ``signs``: one [ffn width] per layer, and ``block``: the
+    Hadamard block size before down_proj, or () and 0 without an online transform.
     """
 
     residual: torch.Tensor
@@ -45,7 +45,7 @@ class Rotation:
 
 
 def check_rotatable(loaded: LoadedModel, rotate: Rotate) -> None:
-    """UsageError, with the reason, where the model's layers do not let the rotation ``rotate`` pass; no weight is read."""
+    """Raise UsageError, with the reason, if the model does not allow the rotation ``rotate``; reads no weights."""
     reason = loaded.decoder.layout.no_rotation()
     if reason and rotate != "none":
         raise UsageError(f"{loaded.architecture} cannot be rotated, {reason}: use --rotate none, or a model of {', '.join(ROTATABLE)}")
@@ -57,17 +57,17 @@ def _check_widths(decoder: Decoder, rotate: Rotate) -> None:
         return
     norm = _stopping_norm(decoder)
     if norm is not None:
-        raise UsageError(f"{type(norm).__name__} does not let a rotation pass: use --rotate none")
+        raise UsageError(f"{type(norm).__name__} does not commute with a rotation: use --rotate none")
     for width in (decoder.embed_tokens.embedding_dim, Layer(decoder.layers[0], 0, decoder.layout).head_dim):
         if factors(width) is None:
-            raise UsageError(f"no Hadamard matrix of order {width}, a width of this model, is known here: use --rotate none")
+            raise UsageError(f"no construction gives a Hadamard matrix of order {width}, a width of this model: use --rotate none")
     ffn = _ffn_width(decoder)
     if rotate == "full" and block_size(ffn) == 1:
         raise UsageError(f"a feed-forward width of {ffn} has no power of two for the online Hadamard transform: use --rotate offline")
 
 
 def draw(decoder: Decoder, rotate: Literal["offline", "full"], seed: int) -> Rotation:
-    """Draw the rotations of ``decoder``; the same seed gives the same ones. UsageError where its norms or widths let no rotation pass."""
+    """Draw the rotations for ``decoder``, reproducibly from ``seed``. Raises UsageError if its norms or widths do not allow rotation."""
     _check_widths(decoder, rotate)
     generator = torch.Generator().manual_seed(seed)
     first = Layer(decoder.layers[0], 0, decoder.layout)
@@ -83,9 +83,9 @@ def draw(decoder: Decoder, rotate: Literal["offline", "full"], seed: int) -> Rot
 
 
 def file_keys(rotate: Rotate, block: int = 0) -> dict[str, Any]:
-    """What a file's metadata say of its rotation: text and vision file only fit together where it is the same.
+    """The metadata that record a file's rotation; text and vision file only fit together if they agree.
 
-    ``block`` is that of the transform which the patched llama.cpp computes before ffn_down, 0 for none.
+    ``block`` is the block size of the transform that the patched llama.cpp computes before ffn_down, 0 for none.
     """
     if rotate == "none":
         return {}
@@ -93,7 +93,7 @@ def file_keys(rotate: Rotate, block: int = 0) -> dict[str, Any]:
 
 
 def widest_rotation(loaded: LoadedModel) -> Rotate:
-    """The most that the model's layers allow."""
+    """The most extensive rotation that the model allows."""
     decoder = loaded.decoder
     if decoder.layout.no_rotation() or _stopping_norm(decoder) is not None:
         return "none"
@@ -101,7 +101,7 @@ def widest_rotation(loaded: LoadedModel) -> Rotate:
 
 
 def _stopping_norm(decoder: Decoder) -> nn.Module | None:
-    """A norm with a mean or a bias, which a rotation cannot pass, or None."""
+    """A norm with a mean or a bias, which does not commute with rotations, or None."""
     for norm in (decoder.norm, *(layer.get_submodule(name) for layer in decoder.layers for name in decoder.layout.norms)):
         if isinstance(norm, nn.LayerNorm) or getattr(norm, "bias", None) is not None:
             return norm
@@ -114,18 +114,18 @@ def _ffn_width(decoder: Decoder) -> int:
 
 def block_hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
     """The online transform: each ``block`` channels of ``x`` [..., channels] times the symmetric Hadamard matrix over sqrt(block)."""
-    turned: torch.Tensor = x.reshape(*x.shape[:-1], -1, block) @ _normalised(block, x.dtype, x.device)
-    return turned.flatten(-2)
+    blocks: torch.Tensor = x.reshape(*x.shape[:-1], -1, block) @ _normalised(block, x.dtype, x.device)
+    return blocks.flatten(-2)
 
 
 @cache
 def _normalised(block: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return hadamard(block).to(dtype=dtype, device=device)  # kept: making it for every call took 6 % of a conversion
+    return hadamard(block).to(dtype=dtype, device=device)  # cached: computing it for every call took 6 % of a conversion
 
 
 @torch.no_grad()
 def rotate_layer(layer: Layer, rotation: Rotation) -> None:
-    """Rotate ``layer`` in place, computed in float64 and stored in the layer's dtype; a hook does the online transform."""
+    """Rotate ``layer`` in place, in float64, stored in the layer's dtype; a hook computes the online transform."""
     residual = rotation.residual.to(layer.device)
     for site in layer.sites:
         previous = layer.absorber(site)
@@ -148,7 +148,7 @@ def rotate_layer(layer: Layer, rotation: Rotation) -> None:
 
 
 def absorb_gain(norm: nn.Module) -> torch.Tensor:
-    """The norm's gain, float64; the norm keeps 1."""
+    """Return the norm's gain in float64 and set it to 1."""
     weight = norm.weight
     assert isinstance(weight, torch.Tensor)
     offset = norm_offset(norm)
@@ -159,7 +159,7 @@ def absorb_gain(norm: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def rotate_output(module: nn.Linear, residual: torch.Tensor) -> None:
-    """Make a linear that writes the residual stream write it rotated: R^T W, R^T b."""
+    """Rotate the output of a linear that writes the residual stream: R^T W, R^T b."""
     residual = residual.to(module.weight.device)
     _set(module.weight, residual.t() @ module.weight.double())
     if module.bias is not None:
@@ -169,7 +169,7 @@ def rotate_output(module: nn.Linear, residual: torch.Tensor) -> None:
 def rotated_embeddings(decoder: Decoder, rotation: Rotation) -> dict[str, torch.Tensor]:
     """Embeddings, final norm and output head in the rotated basis, float32, by decoder-relative name.
 
-    The head takes the final norm's gain, so it is no longer the embedding: a tied model is untied.
+    The head absorbs the final norm's gain, so that it differs from the embedding: a tied model becomes untied.
     """
     residual = rotation.residual.to(decoder.embed_tokens.weight.device)
     offset = norm_offset(decoder.norm)
@@ -184,8 +184,8 @@ def rotated_embeddings(decoder: Decoder, rotation: Rotation) -> dict[str, torch.
 
 
 def rotated_projector(loaded: LoadedModel, rotation: Rotation) -> dict[str, torch.Tensor]:
-    """The projector's last linears, and what stands between rows of a picture, by the ends of their parameters' names, so that image
-    features arrive in the rotated basis."""
+    """The projector's last linears, and the parameter used between the rows of a picture, rotated so that image features arrive in the
+    rotated basis; by the ends of their names."""
     ending, newline = loaded.decoder.layout.projector, loaded.decoder.layout.newline
     assert ending is not None
     name = "embed_tokens.weight"
@@ -204,7 +204,7 @@ def rotated_projector(loaded: LoadedModel, rotation: Rotation) -> dict[str, torc
 
 
 def _rotate_values(layer: Layer, rotation: torch.Tensor) -> None:
-    """Values of every key/value head times ``rotation``; o_proj undoes it, once for each query head that reads them."""
+    """Multiply the values of every key/value head by ``rotation``; o_proj undoes it for each query head that reads them."""
     size = rotation.shape[0]
     value, out = _ends(layer, "o")
     _set(value.weight, (rotation.t() @ value.weight.double().view(-1, size, value.in_features)).flatten(0, 1))
@@ -214,7 +214,7 @@ def _rotate_values(layer: Layer, rotation: torch.Tensor) -> None:
 
 
 def _ends(layer: Layer, name: str) -> tuple[nn.Linear, nn.Linear]:
-    """The linears before and behind the site ``name`` (values and their output, up and down)."""
+    """The linears before and after site ``name`` (v_proj and o_proj, or up_proj and down_proj)."""
     site = layer.layout.site(name)
     before = layer.absorber(site)
     assert isinstance(before, nn.Linear)

@@ -1,6 +1,6 @@
-"""SmoothQuant (arXiv 2211.10438): factors s = max|x|^a / max|W|^(1 - a) a channel, without a search.
+"""SmoothQuant (arXiv 2211.10438): factors s = max|x|^a / max|W|^(1 - a) per channel, without a search.
 
-They take from the activations what is hard to round to int8 and give it to the weights. As in the paper, only where a norm absorbs them.
+They move outliers from the activations, where int8 rounds them badly, to the weights. As in the paper, only if a norm can absorb them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 
 STRENGTH = 0.5  # a
-SMALLEST = 1e-5  # of a maximum and of a factor: dead channels
+SMALLEST = 1e-5  # lower bound of maxima and factors, for dead channels
 
 
 def smooth_factors(largest: torch.Tensor, weights: Sequence[torch.Tensor], strength: float = STRENGTH) -> torch.Tensor:
@@ -29,7 +29,7 @@ def smooth_factors(largest: torch.Tensor, weights: Sequence[torch.Tensor], stren
 
 @torch.no_grad()
 def smooth_layer(entering: Entering, sites: Sequence[Site]) -> dict[str, torch.Tensor]:
-    """Factors of those of ``sites`` whose absorber is a norm, by site name, from all streams; the layer is left as it was."""
+    """Factors for those of ``sites`` whose absorber is a norm, by site name, from all streams; the layer is not changed."""
     layer = entering.layer
     return {
         site.name: smooth_factors(_largest(entering, layer, site), [layer.linear(name).weight for name in site.readers])
@@ -39,7 +39,7 @@ def smooth_layer(entering: Entering, sites: Sequence[Site]) -> dict[str, torch.T
 
 
 def _largest(entering: Entering, layer: Layer, site: Site) -> torch.Tensor:
-    """max|x| [columns] over all tokens of what ``site``'s linears read."""
+    """max|x| [columns] over all tokens of the input of ``site``."""
     found = []
     for batch in batches(entering.streams, layer):
         x = layer.input_of(site.readers[0], lambda batch=batch: run_batch(layer, batch))  # type: ignore[misc]

@@ -1,11 +1,11 @@
-"""Edits of a vision tower that leave its function as it is: gains into matrices, rotations of its residual stream, LayerNorm to RMSNorm.
+"""Function-preserving edits of a vision tower: gains folded into matrices, rotation of the residual stream, LayerNorm to RMSNorm.
 
-LayerNorm without gain and bias commutes with every orthogonal R that keeps the vector of ones (R 1 = 1): the mean of h R is that of h, and
-what is left keeps its length. So a rotated tower runs on the graph that it has, LayerNorm included. RMSNorm commutes with all of them.
-Where what writes the stream is freed of its mean (MQuant, arXiv 2502.00425; SliceGPT, arXiv 2401.15024), LayerNorm is RMSNorm.
+LayerNorm without gain and bias commutes with every orthogonal R that preserves the vector of ones (R 1 = 1): h R has the mean of h, and the
+remainder keeps its length. A rotated tower therefore runs on the same graph, including LayerNorm. RMSNorm commutes with any rotation. If
+the mean is removed from everything that writes the stream (MQuant, arXiv 2502.00425; SliceGPT, arXiv 2401.15024), LayerNorm equals RMSNorm.
 
-Row vectors: h becomes h R, as in :mod:`mbq_gguf.transforms.rotation`. A norm's gain moves into what reads it, its bias into the reader's
-bias; where a reader has none, the norm keeps bias / gain, rotated.
+Vectors are rows: h becomes h R, as in :mod:`mbq_gguf.transforms.rotation`. A norm's gain moves into its readers, its bias into their
+biases; if a reader has none, the norm keeps bias / gain, rotated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ Writable = nn.Linear | nn.Conv2d | nn.Conv3d
 
 
 def mean_keeping_rotation(n: int, generator: torch.Generator) -> torch.Tensor:
-    """A random orthogonal R [n, n], float64, with R 1 = 1: any on the complement of the ones, which a reflection turns into an axis."""
+    """A random orthogonal R [n, n], float64, with R 1 = 1: any rotation of the complement of the vector of ones, which a reflection maps to
+    an axis."""
     mirror = torch.full((n,), n**-0.5, dtype=torch.float64)
     mirror[0] -= 1.0
     reflection = torch.eye(n, dtype=torch.float64) - 2 * torch.outer(mirror, mirror) / mirror.square().sum().clamp(min=1e-30)
@@ -31,15 +32,15 @@ def mean_keeping_rotation(n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def random_orthogonal(n: int, generator: torch.Generator) -> torch.Tensor:
-    """A random orthogonal matrix [n, n], float64, each as likely as any other (Stewart 1980)."""
+    """A random orthogonal matrix [n, n], float64, uniformly distributed (Stewart 1980)."""
     q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
-    turned: torch.Tensor = q * r.diagonal().sign()
-    return turned
+    rotation: torch.Tensor = q * r.diagonal().sign()
+    return rotation
 
 
 @torch.no_grad()
 def rotate_tower(tower: Tower, seed: int) -> None:
-    """Rotate the stream of ``tower`` and the values of its attention, in place, computed in float64; UsageError where none passes."""
+    """Rotate the residual stream of ``tower`` and its attention's values, in place, in float64. Raises UsageError if it cannot be."""
     reason = tower.no_rotation()
     if reason:
         raise UsageError(f"the vision tower cannot be rotated, {reason}: give --no-rotate-tower")
@@ -47,11 +48,11 @@ def rotate_tower(tower: Tower, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     residual = mean_keeping_rotation(tower.width, generator)
     change_stream(tower, residual)
-    for norm, readers in _stops(tower):
+    for norm, readers in _norms_with_readers(tower):
         for reader in readers:
             _multiply(reader, residual)
         bias = getattr(norm, "bias", None)
-        if bias is not None:  # where a reader has none
+        if bias is not None:  # some reader has no bias
             _set(bias, _by_tiles(bias.double(), residual))
     for place, name, _ in tower.exits():
         for end in place.readers if place.bare else ():
@@ -77,9 +78,9 @@ def change_stream(tower: Tower, matrix: torch.Tensor) -> None:
 
 
 def centre_tower(tower: Tower) -> None:
-    """Free what writes the stream of its mean, in place; RMSNorm then gives what LayerNorm gives (gains are folded too).
+    """Remove the mean from everything that writes the stream, in place, so that RMSNorm equals LayerNorm; also folds gains.
 
-    UsageError where a norm spans several patches, whose common mean is not that of each.
+    Raises UsageError if a norm spans several patches, since their common mean differs from the mean of each.
     """
     reason = tower.no_centring()
     if reason:
@@ -91,15 +92,15 @@ def centre_tower(tower: Tower) -> None:
 
 @torch.no_grad()
 def fold_gains(tower: Tower) -> None:
-    """Move gain and bias of every norm that reads the stream, and the scales of branches, into the matrices beside them, in place."""
-    for norm, readers in _stops(tower):
+    """Fold gain and bias of every norm that reads the stream, and the scales of branches, into adjacent matrices, in place."""
+    for norm, readers in _norms_with_readers(tower):
         weight, bias = norm.weight, getattr(norm, "bias", None)
         assert isinstance(weight, torch.Tensor)
         gain = weight.detach().double()
-        shift = None if bias is None else bias.detach().double().clone()  # it is emptied below
+        shift = None if bias is None else bias.detach().double().clone()  # set to zero below
         if bias is not None and shift is not None and any(reader.bias is None for reader in readers):
             if bool((gain == 0).any()):
-                raise UsageError("a norm of the vision tower has a gain of 0, so that its bias has no place: give --no-rotate-tower")
+                raise UsageError("a norm of the vision tower has a gain of 0, so that its bias cannot be kept: give --no-rotate-tower")
             _set(bias, shift / gain)
             shift = None
         elif bias is not None:
@@ -121,9 +122,9 @@ def fold_gains(tower: Tower) -> None:
             scale.fill_(1.0)
 
 
-def _stops(tower: Tower) -> list[tuple[nn.Module, list[Writable]]]:
-    """Every norm that reads the stream, and what reads the norm."""
-    stops: list[tuple[nn.Module, list[Writable]]] = [
+def _norms_with_readers(tower: Tower) -> list[tuple[nn.Module, list[Writable]]]:
+    """Every norm that reads the residual stream, with its readers."""
+    found: list[tuple[nn.Module, list[Writable]]] = [
         (block.get_submodule(site.norm), [linear(block, name) for name in site.readers])
         for block in tower.blocks
         for site in tower.layout.sites
@@ -132,8 +133,8 @@ def _stops(tower: Tower) -> list[tuple[nn.Module, list[Writable]]]:
     for place, name, _ in tower.exits():
         if place.norm:
             readers = [_writable(tower.holder.get_submodule(joined(name, reader))) for reader in place.readers]
-            stops.append((tower.holder.get_submodule(joined(name, place.norm)), readers))
-    return stops
+            found.append((tower.holder.get_submodule(joined(name, place.norm)), readers))
+    return found
 
 
 def _writable(module: nn.Module) -> Writable:
@@ -149,23 +150,23 @@ def _attribute(module: nn.Module, name: str) -> nn.Module | torch.Tensor:
 
 
 def _columns(module: Writable) -> torch.Tensor:
-    """The weight with its input channels last, over the same memory: [out, in], or [out, ..., in] of a convolution."""
+    """A view of the weight with its input channels last: [out, in], or [out, ..., in] for a convolution."""
     return module.weight.detach().movedim(1, -1)
 
 
 def _multiply(module: Writable, matrix: torch.Tensor) -> None:
-    """Let ``module`` read h M where it read h, M orthogonal; each ``len(matrix)`` channels of its input are a stream's."""
+    """Make ``module`` read h M instead of h, for orthogonal M; every ``len(matrix)`` channels of its input are one stream."""
     columns = _columns(module)
     columns.copy_(_by_tiles(columns.double(), matrix))
 
 
 def _by_tiles(values: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    turned: torch.Tensor = values.view(*values.shape[:-1], -1, len(matrix)) @ matrix.to(values.device)
-    return turned.flatten(-2)
+    product: torch.Tensor = values.view(*values.shape[:-1], -1, len(matrix)) @ matrix.to(values.device)
+    return product.flatten(-2)
 
 
 def _write(module: Writable, matrix: torch.Tensor) -> None:
-    """Let ``module`` write h M where it wrote h."""
+    """Make ``module`` write h M instead of h."""
     matrix = matrix.to(module.weight.device)
     _set(module.weight, torch.tensordot(matrix, module.weight.double(), dims=([0], [0])))
     if module.bias is not None:
@@ -173,10 +174,10 @@ def _write(module: Writable, matrix: torch.Tensor) -> None:
 
 
 def _rotate_values(tower: Tower, block: nn.Module, generator: torch.Generator) -> None:
-    """The values of every head by one rotation, which attention's output undoes."""
+    """Rotate the values of every head; attention's output projection undoes it."""
     value, out = linear(block, tower.layout.values), linear(block, tower.layout.writers[0])
     size = head_size(block)
-    rows = slice(value.out_features - out.in_features, None)  # where queries, keys and values are one linear, values come last
+    rows = slice(value.out_features - out.in_features, None)  # if queries, keys and values are one linear, values come last
     rotation = random_orthogonal(size, generator).to(value.weight.device)
     weight = value.weight[rows].double().view(-1, size, value.in_features)
     _set(value.weight[rows], (rotation.t() @ weight).flatten(0, 1))
@@ -186,7 +187,7 @@ def _rotate_values(tower: Tower, block: nn.Module, generator: torch.Generator) -
 
 
 def head_size(block: nn.Module) -> int:
-    """Channels of an attention head of ``block``."""
+    """The number of channels of an attention head of ``block``."""
     return next(size for module in block.modules() if isinstance(size := getattr(module, "head_dim", None), int))
 
 

@@ -31,7 +31,7 @@ from mbq_gguf.rounding.sequence import Matrix, Refinement, round_in_order
 from mbq_gguf.settings import QuantiseSettings
 from mbq_gguf.transforms.fold import repeats
 from mbq_gguf.transforms.folded import folded_moments, folded_originals
-from mbq_gguf.transforms.layer import Judge, changed, fold_layer, other_parameters, search_layer
+from mbq_gguf.transforms.layer import Criterion, changed, fold_layer, other_parameters, search_layer
 from mbq_gguf.transforms.smooth import smooth_layer
 from mbq_gguf.walk.ahead import Original, helps, workers
 from mbq_gguf.walk.state import LayerWork, Walk, made
@@ -89,7 +89,7 @@ def equalise(work: LayerWork) -> None:
     with walk.timed("search"):
         original = Entering(layer, made(walk.streams))
         prefix = Entering(layer, walk.prefix) if settings.follows_prefix else None
-        judge = Judge(_search_weights(walk, layer.index), settings.power, settings.search_samples, gptq, made(work.observed).hessians)
+        judge = Criterion(_search_weights(walk, layer.index), settings.power, settings.search_samples, gptq, made(work.observed).hessians)
         # one process alone: each candidate depends on those before it
         choices = from_first(lambda: search_layer(original, prefix, work.type_names, judge, _foldable(walk, layer)))
     for site, choice in choices.items():

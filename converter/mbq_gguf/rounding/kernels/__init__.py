@@ -1,9 +1,9 @@
-"""The chains of small operations of rounding as kernels: Triton's for cards, one launch where a recorded loop has hundreds, and compiled C
-for CPUs, one pass over what a core's cache holds where PyTorch has hundreds.
+"""Fused kernels for rounding's loops of small operations: Triton for GPUs, with one launch instead of hundreds, and C for CPUs, with one
+pass over cached data instead of hundreds.
 
-Each holds some rows, which are independent of one another, and goes through the columns in the same order and with the same
-roundings as PyTorch's operations (products and sums are not contracted, but where `addr_` does it). PyTorch's CUDA builds bring Triton;
-both want a C compiler.
+Each kernel processes some rows, which are independent of each other, and goes through the columns in the same order and with the same
+rounding as PyTorch's operations (products and sums are not contracted, except where `addr_` does). Triton comes with PyTorch's CUDA builds;
+both need a C compiler.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mbq_gguf.rounding.kernels.group import Group
 
 @dataclass(frozen=True)
 class Kernels:
-    """Functions of the modules of this package, with compiled.py's words; ``carry`` and ``factor`` None where a library does it."""
+    """The functions of one implementation, documented in compiled.py; ``carry`` and ``factor`` are None if a library is used."""
 
     search: Callable[..., Pair]
     round_group: Callable[[Group], None]
@@ -35,19 +35,19 @@ class Kernels:
 
 
 def kernels_for(like: torch.Tensor) -> Kernels | None:
-    """The kernels for tensors where ``like`` is; None where a C compiler or Triton is missing, or the card is an old one."""
+    """The kernels for the device of ``like``; None if a C compiler or Triton is missing, or for an old GPU."""
     kind = like.device.type
     return _of_cards() if kind == "cuda" else _of_cpus() if kind == "cpu" else None
 
 
 @cache
 def _of_cards() -> Kernels | None:
-    if torch.cuda.get_device_capability() < (8, 0):  # older ones have neither TF32 nor the shared memory
+    if torch.cuda.get_device_capability() < (8, 0):  # older GPUs lack TF32 and shared memory
         return None
     try:
         found = of_triton()
         one = torch.ones(1, 1, device="cuda")
-        found.descend_columns(one, one, one, one.clone(), 0, 1)  # a compiler is looked for at the first launch
+        found.descend_columns(one, one, one, one.clone(), 0, 1)  # Triton needs a compiler at the first launch
     except (ImportError, OSError, RuntimeError, CalledProcessError):
         return None
     return found
@@ -63,6 +63,6 @@ def _of_cpus() -> Kernels | None:
 
 
 def of_triton() -> Kernels:
-    """Triton's kernels; ImportError without it."""
+    """The Triton kernels; raises ImportError without Triton."""
     columns, search, systems = (importlib.import_module(f"{__name__}.{name}") for name in ("columns", "search", "systems"))
     return Kernels(search.search, columns.round_group, columns.descend_columns, columns.carry, systems.fill, systems.take_steps)

@@ -1,4 +1,4 @@
-"""GPTQ's and coordinate descent's loops over columns, some rows per program."""
+"""Triton kernels for GPTQ's and coordinate descent's loops over columns; each program processes some rows."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def descend_columns(
 
 
 def carry(later: torch.Tensor, factor: torch.Tensor, errors: torch.Tensor) -> None:
-    """Take ``factor`` [columns, n] times ``errors`` [n, rows] off ``later`` [columns, rows]. Not by a library, which would choose the order
-    of its sums by the number of rows."""
+    """Subtract ``factor`` [columns, n] times ``errors`` [n, rows] from ``later`` [columns, rows]. A library would choose the order of
+    its sums by the number of rows."""
     columns, rows = later.shape
     if columns:
         _carry[(triton.cdiv(rows, CARRIED), triton.cdiv(columns, CARRIED))](

@@ -1,7 +1,7 @@
-"""The chains of small operations on a CPU: compiled.c, compiled at its first use by the C compiler that building llama.cpp wants anyway.
+"""The C kernels for CPUs: compiled.c, compiled at first use with the C compiler that building llama.cpp needs anyway.
 
-A layer of the reference VLM is rounded in 0.72 instead of 1.44 s of a core. The library lies in the cache under a hash of what it is
-made of.
+Rounding a layer of the reference VLM takes 0.72 s of a core instead of 1.44. The library is cached under a hash of its source, flags and
+compiler.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from mbq_gguf.rounding.kernels.group import Group
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-# For the instruction sets that PyTorch has found here, not for all that the CPU lists: hypervisors mask some.
+# Uses the instruction sets that PyTorch has detected, not all that the CPU lists: hypervisors mask some.
 INSTRUCTIONS = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": ("-march=x86-64-v3",)}
 TILE = 64  # rows at a time in compiled.c
-LARGEST_SYSTEM = 128  # numbers of a row's system that compiled.c factors; a library is better at larger ones
+LARGEST_SYSTEM = 128  # largest system per row that compiled.c factors; for larger ones a library is faster
 FP16, ZERO, UNSTEPPED, STEPPED = range(4)
 STRUCTURES = """
 struct parameter { int32_t kind; float low, high; };
@@ -43,7 +43,7 @@ FFI.cdef(STRUCTURES + "".join(f"{head};" for head in re.findall(r"^void [^{]*", 
 
 @cache
 def library() -> Any | None:
-    """The compiled functions, or None where there is no compiler or none that makes them."""
+    """The compiled functions, or None if there is no working compiler."""
     compiler = c_compiler()
     if compiler is None:
         return None
@@ -60,7 +60,7 @@ def library() -> Any | None:
 
 def _compile(command: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent) as folder:  # of processes that compile at once the last one stays, and all made the same
+    with TemporaryDirectory(dir=path.parent) as folder:  # if several processes compile at once, the last one wins; all results are the same
         made = Path(folder) / path.name
         subprocess.run([*command, str(SOURCE), "-o", str(made), "-lm"], check=True, capture_output=True, timeout=120)
         os.replace(made, path)
@@ -70,7 +70,7 @@ def search(
     grid: Grid, groups: torch.Tensor, costs: torch.Tensor, steps: torch.Tensor | None, shares: tuple[float, ...], turns: int
 ) -> Pair:
     """Scale and offset [..., 1] for ``groups`` [..., group]; see :func:`mbq_gguf.rounding.ranges.search_range`. ``costs`` are [group] or
-    [n, group] for ``groups`` [..., n, group], ``steps`` [..., 2]; ``shares`` of the range at either end are tried."""
+    [n, group] for ``groups`` [..., n, group], ``steps`` are [..., 2]; ``shares`` are the shares of the range to try at either end."""
     flat, costs = groups.reshape(-1, grid.group), costs.contiguous()
     flat_steps = None if steps is None else steps.reshape(-1, 2).contiguous()
     scale, offset = (torch.empty(*groups.shape[:-1], 1) for _ in range(2))
@@ -94,8 +94,8 @@ def round_group(group: Group) -> None:
 def descend_columns(
     slope: torch.Tensor, matrix: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, low: int, high: int
 ) -> torch.Tensor:
-    """Changes of the weights by one pass of coordinate descent; see :func:`mbq_gguf.rounding.descent._descend_columns`. All are
-    [columns, rows] with rows side by side; ``codes`` get better in place."""
+    """Changes of the weights in one pass of coordinate descent; see :func:`mbq_gguf.rounding.descent._descend_columns`. All are
+    [columns, rows] with contiguous rows; updates ``codes`` in place."""
     columns, rows = slope.shape
     changes = torch.empty_like(codes)
     assert matrix.stride(1) == 1
@@ -120,8 +120,8 @@ def fill(system: torch.Tensor, codes: torch.Tensor, hessian: torch.Tensor, group
 
 
 def factor(system: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """``system`` [rows, numbers, numbers] as its Cholesky factor L, ``right`` [rows, numbers] as the solution of L y = right, both in their
-    places, and which rows have a factor; None where a system is too large."""
+    """Replace ``system`` [rows, numbers, numbers] by its Cholesky factor L and ``right`` [rows, numbers] by the solution of L y = right, in
+    place; returns both and a mask of the rows that have a factor. None if a system is too large."""
     rows, numbers = right.shape
     if numbers > LARGEST_SYSTEM:
         return None
@@ -132,7 +132,8 @@ def factor(system: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def take_steps(halfway: torch.Tensor, lower: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, word: bool) -> Pair:
-    """Scales and offsets rounded in turn; see :func:`mbq_gguf.rounding.refit._take_steps`. ``word``: MBQ3S's scale words, else fp16."""
+    """Scales and offsets, rounded one after the other; see :func:`mbq_gguf.rounding.refit._take_steps`. ``word``: MBQ3S's scale words
+    instead of fp16."""
     rows, groups = scale.shape
     new_scale, new_offset = torch.empty_like(scale), torch.empty_like(offset)
     numbers = [FFI.cast("double *", each.data_ptr()) for each in (halfway, lower)]
@@ -142,7 +143,7 @@ def take_steps(halfway: torch.Tensor, lower: torch.Tensor, scale: torch.Tensor, 
 
 
 def _by_rows(rows: int, name: str, *arguments: Any) -> None:
-    """The function ``name`` for all rows, by as many threads as PyTorch's operations would take; no row depends on another."""
+    """Call function ``name`` for all rows, with as many threads as PyTorch uses; rows are independent."""
     function = getattr(library(), name)
     share = math.ceil(rows / TILE / torch.get_num_threads()) * TILE
     firsts = range(0, rows, share)
@@ -153,7 +154,7 @@ def _by_rows(rows: int, name: str, *arguments: Any) -> None:
 
 
 @cache
-def _pool(_process: int) -> ThreadPoolExecutor:  # threads stay behind where a process forks
+def _pool(_process: int) -> ThreadPoolExecutor:  # one pool per process: threads do not survive a fork
     return ThreadPoolExecutor(os.cpu_count())
 
 
@@ -164,7 +165,7 @@ def _floats(x: torch.Tensor | None) -> Any:
 
 @cache
 def _grid(grid: Grid, stepped: bool) -> Any:
-    """``grid`` as compiled.c has it, for blocks whose steps are chosen or not."""
+    """``grid`` as compiled.c's struct, for blocks with or without given steps."""
     parameters = (_parameter(each, stepped) for each in (grid.scale, grid.offset))
     return FFI.new("struct grid *", [grid.held_pair is not None, grid.fit is not None, grid.low, grid.high, *parameters])
 

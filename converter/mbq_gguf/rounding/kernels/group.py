@@ -1,4 +1,4 @@
-"""What GPTQ's loop over the columns of a group reads and writes: the same for PyTorch's operations, Triton's kernel and compiled C."""
+"""The arguments of GPTQ's loop over the columns of a group, the same for PyTorch, Triton and C."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Group:
-    """Float32 tensors with the rows of a matrix side by side; what is rounded are ``columns`` of them, to codes ``low`` to ``high``."""
+    """Float32 tensors, with the rows of a matrix contiguous; ``columns`` are rounded, to codes from ``low`` to ``high``."""
 
     work: torch.Tensor  # [columns, rows], the weights of a block of columns; those that follow the group's are changed
     factor: torch.Tensor  # [columns, columns], the block's part of U

@@ -1,4 +1,4 @@
-"""What a scale, an offset and a code can be, for kernels: formats/grid.py operation by operation."""
+"""Representable scales, offsets and codes, for Triton kernels, with the same operations as formats/grid.py."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: added and taken off it leav
 
 @triton.jit
 def whole(values):
-    """The nearest whole numbers, ties to even, of values below 2 ** 22."""
+    """The nearest integers, ties to even, for values below 2 ** 22."""
     return (values + NEAREST) - NEAREST
 
 
 @triton.jit
 def to_f16(values):
-    """float32 values rounded to fp16, the largest finite one at most."""
+    """float32 values rounded to fp16, saturating at its largest number."""
     return tl.minimum(tl.maximum(values, -65504.0), 65504.0).to(tl.float16).to(tl.float32)
 
 
 @triton.jit
 def reciprocal(scale):
-    """1 / scale, rounded to nearest; 0 of 0."""
+    """1 / scale, rounded to nearest; 0 if the scale is 0."""
     return tl.where(scale == 0, 0.0, tl.math.div_rn(scale * 0.0 + 1.0, scale))
 
 
@@ -36,7 +36,7 @@ def word_scale(scale):
 
 @triton.jit
 def word_offset(scale, offset):
-    """A whole number of eighths of the scale from -63 to 0."""
+    """The offset rounded to -63 to 0 eighths of the scale."""
     zero = tl.minimum(tl.maximum(offset * -8.0 * reciprocal(scale), 0.0), 63.0)
     return -(scale * whole(zero)) * 0.125
 
@@ -65,7 +65,7 @@ def held(
     scale, offset, scale_step, offset_step, WORD: tl.constexpr, STEPS: tl.constexpr,
     SL: tl.constexpr, SH: tl.constexpr, OL: tl.constexpr, OH: tl.constexpr,
 ):  # fmt: skip
-    """Grid.held: a scale word's pair, else each by itself with what its multiples are from and to, None for fp16 numbers."""
+    """Grid.held: the pair of a scale word; otherwise each separately, with the limits of its multiples, or None for fp16 numbers."""
     if WORD:
         of_scale = word_scale(scale)
         of_offset = word_offset(of_scale, offset)

@@ -1,4 +1,5 @@
-"""The range search, some groups a program: rounding/ranges.py operation by operation, but for the order of a group's sums."""
+"""Triton kernel for the range search; each program processes some groups. Same operations as rounding/ranges.py, except for the order of
+sums within a group."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`mbq_gguf.rounding.kernels.compiled.search`."""
     flat, costs = groups.reshape(-1, grid.group), costs.contiguous()
-    flat_steps = costs if steps is None else steps.reshape(-1, 2).contiguous()  # any tensor: it is not looked at
+    flat_steps = costs if steps is None else steps.reshape(-1, 2).contiguous()  # any tensor: it is not read
     scale, offset = (torch.empty(*groups.shape[:-1], 1, device=groups.device) for _ in range(2))
     some = max(1, TILE // grid.group)
     _search[(triton.cdiv(len(flat), some),)](
@@ -90,7 +91,7 @@ def _search(
 
 @triton.jit
 def _better(weights, costs, scale, offset, best, beside, least, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """ranges._better; the first pair is taken whatever it is."""
+    """ranges._better; the first pair is always accepted."""
     off = nearest_codes(weights, scale, offset, LOW, HIGH) * scale[None, :] + offset[None, :] - weights
     error = tl.sum(off * off * costs, axis=0)
     better = error < least

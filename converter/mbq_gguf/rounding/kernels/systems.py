@@ -1,4 +1,4 @@
-"""Refits: the systems of some rows, and their solution rounded number by number, a row per program."""
+"""Triton kernels for refits: fill the systems of some rows, and round their solution number by number; one row per program."""
 
 from __future__ import annotations
 
