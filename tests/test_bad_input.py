@@ -341,7 +341,7 @@ def test_output_that_is_a_folder(tiny_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 def test_output_that_is_a_file_of_the_model(command: str, file: str, model: Path) -> None:
     before = (model / file).read_bytes()
-    assert f"{file} is there and is no GGUF file" in refused(command, model, model / file)
+    assert f"{file} exists and is not a GGUF file" in refused(command, model, model / file)
     assert (model / file).read_bytes() == before
 
 
@@ -381,7 +381,7 @@ def test_a_path_that_no_file_system_takes(arguments: tuple[str, ...]) -> None:
 
 
 def test_inspect_of_another_file() -> None:
-    assert "is no GGUF file" in refused("inspect", DATA / "tokenizer.json")
+    assert "is not a GGUF file" in refused("inspect", DATA / "tokenizer.json")
 
 
 def test_demo_model_into_a_folder_with_other_things(tmp_path: Path) -> None:

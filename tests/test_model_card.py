@@ -80,7 +80,7 @@ def test_a_card_of_what_is_no_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# Mine\n")
     ended = CliRunner().invoke(main, ["card", str(tmp_path / "README.md")])
     assert ended.exit_code == 1
-    assert "README.md is no GGUF file" in ended.stderr
+    assert "README.md is not a GGUF file" in ended.stderr
 
 
 def test_a_command_cannot_end_the_mark(tmp_path: Path) -> None:

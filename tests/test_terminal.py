@@ -67,7 +67,7 @@ def test_a_model_whose_path_is_no_text(locale: dict[str, str], built_llama: Path
     model = Path(shutil.copytree(tiny_dir, tmp_path / f"model{NO_UTF8}"))
     done = run(locale, "convert", model, tmp_path / "out.gguf")
     assert done.returncode == 2
-    assert b"is no text in UTF-8: rename it, or set PYTHONUTF8=1" in done.stderr
+    assert b"is not valid UTF-8: rename it, or set PYTHONUTF8=1" in done.stderr
 
 
 def test_path_gives_a_shell_the_very_bytes(built_llama: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def prompts(
 
 
 def run(command: Sequence[str | Path], environment: Mapping[str, str], *, text: str | None = None, errors: bool = False) -> str:
-    """What a program that is given ``text`` prints, or what it says on stderr. Raises UserError with its last words where it fails."""
+    """What a program that is given ``text`` prints, or what it says on stderr. Raises UserError with its last words if it fails."""
     done = subprocess.run([str(part) for part in command], env=environment, input=text, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UserError(f"{Path(command[0]).name} failed ({done.stderr.strip()[-400:]}): run it by hand to see more")

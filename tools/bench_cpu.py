@@ -35,7 +35,7 @@ class Row:
     bits_per_weight: float  # of the layers' matrices
     model_bytes: int
     generation: float
-    generation_ratio: float | None  # to the baseline; None where that was not measured
+    generation_ratio: float | None  # to the baseline; None if that was not measured
     generation_spread: float  # (largest - smallest) / median over the rounds
     prompt: float
     prompt_ratio: float | None

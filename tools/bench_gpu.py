@@ -83,7 +83,7 @@ ROW_SCALE = Plan(
 
 
 def run(command: Sequence[str | Path], text: str | None = None) -> str:
-    """Output of a command. Raises UserError with its last words where it fails."""
+    """Output of a command. Raises UserError with its last words if it fails."""
     done = subprocess.run([str(part) for part in command], input=text, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UserError(f"{Path(command[0]).name} failed ({done.stderr.strip()[-400:]}): run it by hand to see more")
@@ -91,7 +91,7 @@ def run(command: Sequence[str | Path], text: str | None = None) -> str:
 
 
 def lines_of(program: Path, text: str) -> Iterator[list[str]]:
-    """The words of each line that a program prints, as they come. Raises UserError where it fails."""
+    """The words of each line that a program prints, as they come. Raises UserError if it fails."""
     with subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
         assert process.stdout
@@ -128,7 +128,7 @@ def compile_products(folder: Path, work: Path) -> Path:
 def time_products(folder: Path, work: Path, plan: Plan) -> tuple[float, list[Json]]:
     """Read bandwidth in TB/s, and for each product the time in microseconds."""
     program = compile_products(folder, work)
-    fitting = [(name, m, k) for m, k in plan.shapes for name in plan.types if k % block_size(name)[0] == 0]  # 29568 is no multiple of 256
+    fitting = [(name, m, k) for m, k in plan.shapes for name in plan.types if k % block_size(name)[0] == 0]  # not 29568 and 256
     (_, read), *rest = lines_of(program, "\n".join(f"{name} {m} {k} {' '.join(map(str, plan.columns))}" for name, m, k in fitting))
     products = []
     for name, m, k, n, cold, us in rest:

@@ -120,7 +120,7 @@ HOSTILE = [
     # of all tokens: 280 MB as JSON, for 4 tokens of 49152
     Hostile("too many probabilities", LATER, _post(_says("x", logprobs=True, top_logprobs=1_000_000)), alone=True),
     Hostile("a prompt longer than the context", REFUSED, _post(_says("word " * 20_000))),
-    Hostile("text that is no UTF-8", LATER, _post(b'{"messages":[{"role":"user","content":"\xff\xfe"}],"max_tokens":4}')),
+    Hostile("text that is not valid UTF-8", LATER, _post(b'{"messages":[{"role":"user","content":"\xff\xfe"}],"max_tokens":4}')),
     Hostile("special tokens", LATER, _post(_says("<|im_end|><|vision_start|><__media__>" * 20))),
     Hostile("truncated base64", REFUSED, _post(_picture(SMALL[: len(SMALL) // 2]))),
     Hostile("base64 of noise", REFUSED, _post(_picture("data:image/png;base64," + base64.b64encode(NOISE).decode()))),

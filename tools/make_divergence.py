@@ -38,7 +38,7 @@ Pair = dict[str, Any]  # the summaries of one file on "scenes" and "photographs"
 
 
 def measure(files: list[Path], mmproj: Path, draft: Path, *more: str) -> list[Summary]:
-    """One summary a file of what ``mbq-gguf eval`` finds. Raises UserError where it fails."""
+    """One summary a file of what ``mbq-gguf eval`` finds. Raises UserError if it fails."""
     command = [sys.executable, "-m", "mbq_gguf", "eval", *map(str, files), "--mmproj", str(mmproj), "--out", str(draft), *more]
     if subprocess.run(command, check=False).returncode:
         raise UserError("`mbq-gguf eval` failed: do what its own words above say")
@@ -140,7 +140,7 @@ def render_steps(found: Summary) -> str:
 
 
 def write_page(which: str, text: str, tool: str = "make_divergence") -> None:
-    """Put ``text`` between the markers of docs/results.md; raises UserError where they are missing."""
+    """Put ``text`` between the markers of docs/results.md; raises UserError if they are missing."""
     marks = BEGIN.replace("quality", which).replace("make_results", tool), END.replace("quality", which)
     before, begin, rest = PAGE.read_text(encoding="utf-8").partition(marks[0])
     _, end, after = rest.partition(marks[1])

@@ -57,7 +57,7 @@ class Row:
     seconds: float  # of processor time to make the file, all threads: wall time says little where other work runs beside it
     peak_bytes: int  # resident memory of the process that made it, at most
     ask_seconds: float
-    scores: dict[str, tuple[int, int]]  # task: right, asked; none where the server was not asked
+    scores: dict[str, tuple[int, int]]  # task: right, asked; none if the server was not asked
     given: list[str]  # the answers, in the order of the questions
 
     @property
@@ -74,7 +74,7 @@ class Made:
 
 
 def run_measured(command: list[str], log: Path) -> Made:
-    """Run ``command`` with its output in ``log``; raises UserError with the log's last line where it fails."""
+    """Run ``command`` with its output in ``log``; raises UserError with the log's last line if it fails."""
     program = [sys.executable, "-m", "mbq_gguf"] if command[0] == "mbq-gguf" else [str(find_program(command[0]))]
     with log.open("wb") as output, termination_as_exit():
         process = subprocess.Popen([*program, *command[1:]], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=ENVIRONMENT)
@@ -219,7 +219,7 @@ def machine() -> str:
 
 
 def write_page(rows: dict[str, Row]) -> None:
-    """Put the rendered rows between the markers of docs/results.md; raises UserError where the markers are missing."""
+    """Put the rendered rows between the markers of docs/results.md; raises UserError if the markers are missing."""
     before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -23,7 +23,7 @@ def relink(build: Path, library: str, folder: Path, replaced: Path | None = None
     """``library`` (``ggml-cpu``) of the tree in ``build``, linked into ``folder``: the environment in which programs use it.
 
     ``replaced`` is compiled in the place of the file of its name, which it may include as MBQ_REPLACED; ``more`` objects and options are
-    linked with the rest. Raises UserError where the build is another than expected, or a compiler fails.
+    linked with the rest. Raises UserError if the build is another than expected, or a compiler fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     command = _link_command(build, library)

@@ -60,7 +60,7 @@ def _convert(model: Path, out: Path) -> None:
 
 
 def ended(pid: int, seconds: float) -> int | None:
-    """Exit code of the child once it has ended, None where it still runs after ``seconds``."""
+    """Exit code of the child once it has ended, None if it still runs after ``seconds``."""
     deadline = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)

@@ -66,7 +66,7 @@ class Run:
 
 @torch.no_grad()
 def run_of(loaded: LoadedModel, rotation: Rotation | None = None, result: QuantiseResult | None = None) -> Run:
-    """The original's layers, rotated, with the weights of ``result`` where there is one."""
+    """The original's layers, rotated, with the weights of ``result`` if there is one."""
     layers = []
     for index in range(len(loaded.decoder.layers)):
         layer = working_layer(loaded, index)

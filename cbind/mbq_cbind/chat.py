@@ -17,7 +17,7 @@ QUESTION, ANSWER = "Which word?", "Thisword"  # to be found again in what a temp
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A model's chat template with the names of its special tokens ("" where there is none)."""
+    """A model's chat template with the names of its special tokens ("" if there is none)."""
 
     source: str
     bos: str = ""
@@ -27,7 +27,7 @@ class ChatTemplate:
         """One user turn with ``images`` markers before ``question``, and the opening of the assistant's turn.
 
         llama-server joins a message's parts to one string before it renders them, without white space around markers, and hands templates
-        that only take typed content a single text part; so does this. Raises BindingError where the template cannot be rendered.
+        that only take typed content a single text part; so does this. Raises BindingError if the template cannot be rendered.
         """
         return self._render([("user", marker * images + question)], opened=True).removeprefix(self.bos)  # the tokeniser adds BOS again
 

@@ -71,7 +71,7 @@ class Declarations:
 def declarations(tree: Path, cache: Path) -> Declarations:
     """The declarations of the llama.cpp in ``tree``, from the folder ``cache`` where its headers were read before.
 
-    Raises BindingError where the headers are missing, cannot be read, lack a function, or no C compiler is found.
+    Raises BindingError if the headers are missing, cannot be read, lack a function, or no C compiler is found.
     """
     cached = cache / f"{_fingerprint(tree)}.json"
     if cached.is_file():

@@ -73,7 +73,7 @@ class Binding:
 
 @cache
 def load() -> Binding:
-    """ggml's types and CPU kernels. Raises BindingError where no build was named, or headers and libraries disagree.
+    """ggml's types and CPU kernels. Raises BindingError if no build was named, or headers and libraries disagree.
 
     No other library is opened: a CUDA backend in the process of torch's own CUDA libraries has made cuDNN crash.
     """
@@ -114,7 +114,7 @@ def check_layout(seen: dict[str, int], compiled: dict[str, int]) -> None:
 
 
 def check_libraries(binding: Binding) -> None:
-    """Raises BindingError where ggml's libraries were not made from these headers: its version and the size of a tensor."""
+    """Raises BindingError if ggml's libraries were not made from these headers: its version and the size of a tensor."""
     ffi, c = binding.ffi, binding.c
     _agree(
         binding,
@@ -124,7 +124,7 @@ def check_libraries(binding: Binding) -> None:
 
 
 def check_whole(binding: Binding) -> None:
-    """Raises BindingError where libllama and libmtmd were not made from these headers: version, and default parameters as probes."""
+    """Raises BindingError if libllama and libmtmd were not made from these headers: version, and default parameters as probes."""
     c = binding.c
     model, media = c.llama_context_default_params(), c.mtmd_context_params_default()
     _agree(
@@ -136,7 +136,7 @@ def check_whole(binding: Binding) -> None:
 
 
 def take_error(default: str) -> str:
-    """The last error lines that C logged, joined, and forgotten; ``default`` where there are none."""
+    """The last error lines that C logged, joined, and forgotten; ``default`` if there are none."""
     lines = list(_last_errors)
     _last_errors.clear()
     return "; ".join(lines) or default
@@ -148,7 +148,7 @@ def _log_line(level: int, text: bytes) -> None:
         return
     if LEVELS.get(level) == logging.ERROR:
         _last_errors.append(line)
-    # An error becomes a BindingError where it matters, so that the user reads one sentence and not two.
+    # An error becomes a BindingError if it matters, so that the user reads one sentence and not two.
     log.log(min(LEVELS.get(level, logging.DEBUG), logging.INFO), "%s", line)
 
 

@@ -89,7 +89,7 @@ class Model:
 
     @property
     def vision(self) -> Vision:
-        """The vision part. Raises BindingError where the model was opened without one."""
+        """The vision part. Raises BindingError if the model was opened without one."""
         if self._vision is None:
             raise BindingError(f"{self.path} was opened without its vision part: give the mmproj file too")
         return self._vision

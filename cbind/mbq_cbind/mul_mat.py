@@ -33,7 +33,7 @@ def mul_mat(
     the CPU only (all cores where None), and so does ``reference``, the plain path. ``row_scale`` flags the weights as having one scale a
     row; such a product takes static ``ranges`` [n], one per row of ``x``, 0 for none, or one number for all rows, which must not be 0.
     ``spacing`` floats lie between the rows of ``x``.
-    Raises CallError for shapes or a device that do not exist, BindingError where the device cannot multiply this type or has no memory.
+    Raises CallError for shapes or a device that do not exist, BindingError if the device cannot multiply this type or has no memory.
     """
     x = np.ascontiguousarray(x, np.float32)
     data = np.ascontiguousarray(data, np.uint8)

@@ -59,7 +59,7 @@ def type_info(kind: str | int) -> TypeInfo:
 
 
 def row_bytes(kind: str | int, columns: int) -> int:
-    """Bytes of a row of ``columns`` weights. Raises CallError where the row is no whole number of blocks."""
+    """Bytes of a row of ``columns`` weights. Raises CallError if the row is not a whole number of blocks."""
     info = type_info(kind)
     if columns <= 0 or columns % info.block_size:
         raise CallError(f"{info.name} keeps {info.block_size} weights per block and rows of {columns} do not fit: choose another type")
@@ -70,7 +70,7 @@ def quantize(kind: str | int, weights: Floats, imatrix: Floats | None = None) ->
     """Weights [rows, columns] to blocks [rows, row_bytes] by ``ggml_quantize_chunk``, as llama-quantize does.
 
     ``imatrix`` [columns] is the importance of each input channel (mean squared activation). Rows are shared out to all cores; the bytes do
-    not depend on how. Raises CallError where rows do not fit the type, BindingError where the type needs an importance matrix.
+    not depend on how. Raises CallError if rows do not fit the type, BindingError if the type needs an importance matrix.
     """
     binding, number = load(), type_id(kind)
     weights = np.ascontiguousarray(weights, np.float32)

@@ -79,7 +79,7 @@ class Vision:
 
     def encode(self, path: Path, among: int = 1) -> EncodedImage:
         """The picture through vision tower and projector, as one of ``among`` in a prompt: some families cut it into tiles only where it
-        is alone. Raises CallError where there is no such picture."""
+        is alone. Raises CallError if there is no such picture."""
         c = self._binding.c
         bitmap, embeddings = self._bitmap(path), []
         with self._cut(bitmap, among) as handles:
@@ -92,7 +92,7 @@ class Vision:
 
     def encode_together(self, paths: Sequence[Path]) -> list[EncodedImage]:
         """Pictures of one prompt: neighbours of one size in one pass of the tower where it has such a graph, as many as libmtmd allows
-        (1024 tokens), as llama-server encodes them; ``passes`` counts. Raises CallError where there is no such picture."""
+        (1024 tokens), as llama-server encodes them; ``passes`` counts. Raises CallError if there is no such picture."""
         c = self._binding.c
         bitmaps = [self._bitmap(path) for path in paths]
         with ExitStack() as stack:
@@ -179,7 +179,7 @@ class Vision:
             raise BindingError(f"an image did not go into the model ({take_error('unknown reason')}): try a larger context")
 
     def refusal(self, context: Any) -> str | None:
-        """Why the language model ``context`` takes text and pictures in turns only; None where one pass does (:meth:`decode_mixed`)."""
+        """Why the language model ``context`` takes text and pictures in turns only; None if one pass does (:meth:`decode_mixed`)."""
         reason = self._binding.c.mtmd_aifs_refusal(self._context, context)
         return None if reason == self._binding.ffi.NULL else self._binding.text(reason)
 

@@ -39,7 +39,7 @@ def model_directory(model: str | Path, revision: str | None, console: Console, c
         try:
             str(path.absolute()).encode()
         except UnicodeEncodeError as error:  # tokenizers and safetensors need UTF-8 paths
-            raise UsageError(f"the path {model} is no text in UTF-8: rename it, or set PYTHONUTF8=1 in a locale without Unicode") from error
+            raise UsageError(f"the path {model} is not valid UTF-8: rename it, or set PYTHONUTF8=1 in a locale without Unicode") from error
         if revision is not None:
             raise UsageError(f"--revision is for models on the hub and {model} is a local path: leave it out")
         return path

@@ -103,7 +103,7 @@ def test_what_is_no_gguf_file_is_not_replaced(name: str, tmp_path: Path) -> None
         check_gguf_output(out)
     for content in (b"{", b'{"a": 1}', b"GGML"):
         out.write_bytes(content)
-        with pytest.raises(UsageError, match=f"{name} is there and is no GGUF file: move it away"):
+        with pytest.raises(UsageError, match=f"{name} exists and is not a GGUF file: move it away"):
             check_gguf_output(out)
 
 

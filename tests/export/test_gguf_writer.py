@@ -116,7 +116,7 @@ def test_mbq3_file_holds_the_bytes_and_its_type(built_llama: Path, tiny_dir: Pat
 
 @pytest.mark.parametrize(("wanted", "stored"), [("Q6_K", "Q8_0"), ("MBQ3", "MBQ3")])
 def test_embeddings_take_their_type_or_its_fallback(wanted: str, stored: str, built_llama: Path, tiny_dir: Path, tmp_path: Path) -> None:
-    """128 columns are no multiple of the 256 that a K-quant's block holds."""
+    """128 columns are not a multiple of the 256 that a K-quant's block holds."""
     records = write_text_gguf(tiny_dir, tmp_path / "out.gguf", **{**PLAIN, "embedding_type": wanted})
     record = next(record for record in records if record.name == "token_embd.weight")
     assert (record.type_name, record.wanted) == (stored, None if wanted == stored else wanted)

@@ -152,7 +152,7 @@ def test_long_arrays_are_cut(small_file: Path) -> None:
 def test_other_files_are_told(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "other.gguf"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="is no GGUF file"):
+    with pytest.raises(UserError, match="is not a GGUF file"):
         inspect(path)
 
 

@@ -104,5 +104,5 @@ def test_settings_that_the_runtime_has_otherwise_are_refused(changes: dict[str, 
     scout: dict[str, Any] = AutoConfig.for_model("llama4_text", num_hidden_layers=8).to_dict()
     check_settings(scout)
     check_settings({"num_hidden_layers": 8, "num_local_experts": 128, "interleave_moe_layer_step": 2, "use_qk_norm": False})
-    with pytest.raises(UserError, match=f"llama.cpp takes Llama 4's {name} for "):
+    with pytest.raises(UserError, match=f"llama.cpp assumes {name} "):
         check_settings(scout | changes)

@@ -64,7 +64,7 @@ def test_factors_for_other_pairs_than_a_head_s_are_named(name: str, value: Any) 
     text = {"model_type": "phi3", "hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": 512}
     text |= {"original_max_position_embeddings": 128, "rope_theta": 10000.0}
     as_llama.settings({**text, "rope_scaling": scales})
-    with pytest.raises(UserError, match=f"{name} in the model's config.json is no list of 16 factors"):
+    with pytest.raises(UserError, match=f"{name} in the model's config.json is not a list of 16 factors"):
         as_llama.settings({**text, "rope_scaling": scales | {name: value}})
 
 
@@ -87,7 +87,7 @@ def test_queries_keys_and_values_of_another_shape_are_named(name: str, rows: tup
 @pytest.mark.parametrize("name", ["model.layers.1.attention.wqkv.weight", "model.layers.1.self_attn.qkv_proj.weight"])
 @pytest.mark.parametrize("rows", [(), (191, 128), (0, 128)])
 def test_merged_matrices_of_another_shape_are_named(name: str, rows: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match=f"{name} is .* its rows are no multiple of 12, as config.json asks"):
+    with pytest.raises(UserError, match=f"{name} is .* its rows are not a multiple of 12, as config.json asks"):
         as_llama.parts_of(name, torch.zeros(rows), 8, 2)
 
 
@@ -116,7 +116,7 @@ def test_a_tokenizer_that_is_none_is_named(pieces: Path, content: bytes | None) 
     file.unlink()
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(UserError, match=r"tokenizer.model is no tokenizer of SentencePiece's \(.*download it again"):
+    with pytest.raises(UserError, match=r"tokenizer.model is not a tokenizer of SentencePiece's \(.*download it again"):
         Pieces.of(pieces)
 
 

@@ -117,7 +117,7 @@ class _Child:
         return f"exit {os.waitstatus_to_exitcode(self.status)} {text.strip().splitlines()[-1] if text.strip() else ''}", text
 
     def _wait(self) -> bool:
-        """Wait for a word; False where the child hangs."""
+        """Wait for a word; False if the child hangs."""
         began, used = time.monotonic(), _seconds(self.pid)
         while not select.select([self.reader], [], [], 1)[0]:
             if _seconds(self.pid) - used > HANG_SECONDS or time.monotonic() - began > WALL_SECONDS:

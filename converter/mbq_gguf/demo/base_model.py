@@ -20,7 +20,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def base_gguf() -> Path:
-    """The base model's GGUF in the user's cache, fetched where it is not there yet. Raises UserError where it cannot be had."""
+    """The base model's GGUF in the user's cache, fetched where it is not there yet. Raises UserError if it cannot be had."""
     folder = cache_root() / "demo"
     path = folder / Path(MEMBER).name
     if path.is_file() and sha256(path) == SHA256:

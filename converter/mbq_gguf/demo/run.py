@@ -36,7 +36,7 @@ class Converted:
 
 
 def run_demo(console: Console, directory: Path) -> None:
-    """The whole path once; ``directory`` keeps the model and the GGUF files (700 MB). Raises UserError where a step fails."""
+    """The whole path once; ``directory`` keeps the model and the GGUF files (700 MB). Raises UserError if a step fails."""
     console.rule("1 of 4: the patched llama.cpp")
     if os.environ.get("MBQ_GGUF_LLAMA_CPP"):
         console.print(f"MBQ_GGUF_LLAMA_CPP names {source_dir()}", highlight=False, soft_wrap=True)

@@ -33,7 +33,7 @@ class Question:
 
     image: Path
     question: str
-    expected: str  # "" where no answer is known
+    expected: str  # "" if no answer is known
     task: str
     place: str = field(default="", compare=False)  # file and line, for sentences
 
@@ -68,7 +68,7 @@ class Score:
 
     @property
     def standard_error(self) -> float:
-        """Of the share, binomial: sqrt(p (1 - p) / n). It is 0 where all or none are right, which says nothing about other questions."""
+        """Of the share, binomial: sqrt(p (1 - p) / n). It is 0 if all or none are right, which says nothing about other questions."""
         return sqrt(self.share * (1 - self.share) / self.asked)
 
 
@@ -113,7 +113,7 @@ def load_questions(path: Path, *, unanswered: bool = False) -> list[Question]:
 
 
 def check_questions(questions: Iterable[Question], file: Path) -> None:
-    """Raise UsageError where a question or its answer names a special token of the GGUF ``file`` (:mod:`mbq_gguf.special_tokens`)."""
+    """Raise UsageError if a question or its answer names a special token of the GGUF ``file`` (:mod:`mbq_gguf.special_tokens`)."""
     special = file_special_tokens(file)
     for question in questions:
         for words in (question.question, question.expected):
@@ -142,7 +142,7 @@ def exact_match(
     """Ask ``questions`` through a llama-server of its own that runs ``model`` with ``mmproj``.
 
     ``parallel`` questions are in flight at once, each in its own slot; ``threads`` are the server's. On a CPU, slots save no work: 17
-    questions took 14.1 s of processor time with 4 slots and 13.9 s with one, with the same answers. Raises UserError where the server
+    questions took 14.1 s of processor time with 4 slots and 13.9 s with one, with the same answers. Raises UserError if the server
     is missing, does not start or fails, UsageError as :func:`check_questions` does.
     """
     check_questions(questions, model)

@@ -18,7 +18,7 @@ RESULT = TypeAdapter(FileResult)
 
 @dataclass(frozen=True)
 class Finished:
-    """Results in ``folder``, none where it is None; ``common`` is what all of them depend on, as JSON has it.
+    """Results in ``folder``, none if it is None; ``common`` is what all of them depend on, as JSON has it.
 
     A result's name tells what it is of: another reference, set of questions or version of a file does not find it.
     """
@@ -27,7 +27,7 @@ class Finished:
     common: Any
 
     def load(self, file: Path, mmproj: Path) -> FileResult | None:
-        """What was found of ``file``, read through ``mmproj``; None where it is not finished, or damaged."""
+        """What was found of ``file``, read through ``mmproj``; None if it is not finished, or damaged."""
         place = self._place(file, mmproj)
         if place is None or not place.is_file():
             return None
@@ -37,7 +37,7 @@ class Finished:
             return None
 
     def save(self, file: Path, mmproj: Path, result: FileResult) -> None:
-        """Keep ``result``. Raises UserError where it cannot be written (a full disk)."""
+        """Keep ``result``. Raises UserError if it cannot be written (a full disk)."""
         place = self._place(file, mmproj)
         if place is None:
             return

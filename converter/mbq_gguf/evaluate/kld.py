@@ -49,7 +49,7 @@ class Store:
         np.savez(self._folder / f"image-{key}.npz", np.array([image.width, image.height]), *image.embeddings)
 
     def image(self, key: str) -> EncodedImage | None:
-        """The encoded picture, None where it was not put in."""
+        """The encoded picture, None if it was not put in."""
         path = self._folder / f"image-{key}.npz"
         if not path.is_file():
             return None

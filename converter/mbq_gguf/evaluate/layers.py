@@ -49,7 +49,7 @@ def layers(file: WeightFile, reference: WeightFile | None) -> Layers:
 
 
 def layer_bits(file: WeightFile) -> float:
-    """Bits a weight over the matrices of the decoder's layers; 0 where there are none."""
+    """Bits a weight over the matrices of the decoder's layers; 0 if there are none."""
     matrices = file.matrices().values()
     weights = sum(tensor.elements for tensor in matrices)
     return 8 * sum(tensor.nbytes for tensor in matrices) / weights if weights else 0.0

@@ -40,7 +40,7 @@ class Ledger:
         self._entered: dict[str, tuple[list[int], list[int]]] = {}  # the tokens, and the reference's top-1 at each
 
     def compare(self, key: str, tokens: Sequence[int], logits: Floats) -> Comparison:
-        """Row i of ``logits`` predicts ``tokens[i]``. Raises UserError where the reference cut the same text into other tokens."""
+        """Row i of ``logits`` predicts ``tokens[i]``. Raises UserError if the reference cut the same text into other tokens."""
         top = logits.argmax(axis=-1).tolist()
         if key not in self._entered:
             self._entered[key] = list(tokens), top
@@ -71,7 +71,7 @@ class Evaluator:
         self._order = sorted(range(len(questions)), key=lambda i: str(questions[i].image))
 
     def check_room(self, model: Model, context: int, sizes: Mapping[Path, tuple[int, int]]) -> None:
-        """Raise UsageError where a picture of ``sizes`` (width, height) with its question and answer needs more than ``context`` tokens."""
+        """Raise UsageError if a picture of ``sizes`` (width, height) with its question and answer needs more than ``context`` tokens."""
         pictures = {path: model.vision.tokens(*size) for path, size in sizes.items()}
         for question in self.questions:
             asked = len(model.tokenize(model.prompt(question.question), special=True))
@@ -95,7 +95,7 @@ class Evaluator:
         return [found[index] for index in range(len(self.questions))]
 
     def text(self, model: Model, chunks: Sequence[list[int]], advance: Advance) -> TextResult | None:
-        """Divergence and perplexity on ``chunks`` of the text, None where there are none."""
+        """Divergence and perplexity on ``chunks`` of the text, None if there are none."""
         compared: list[Comparison] = []
         losses: list[float] = []
         for index, chunk in enumerate(chunks):
@@ -110,7 +110,7 @@ class Evaluator:
         return TextResult(spread(part.divergence for part in compared), agreement, float(np.exp(np.mean(losses))))
 
     def chunks(self, model: Model) -> list[list[int]]:
-        """The text's tokens, cut; each chunk opens as the model wants a text to. Raises UsageError where the text is too short."""
+        """The text's tokens, cut; each chunk opens as the model wants a text to. Raises UsageError if the text is too short."""
         if self._text is None:
             return []
         opening = model.tokenize("", special=True)

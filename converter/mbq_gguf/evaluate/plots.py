@@ -75,12 +75,12 @@ def task_bars(evaluation: Evaluation) -> str:
 
 
 def error_curves(evaluation: Evaluation) -> str | None:
-    """Relative squared error of the weights per layer, None where no file has it."""
+    """Relative squared error of the weights per layer, None if no file has it."""
     return _curves(evaluation, lambda found: (found.error_attention, found.error_mlp), "relative squared error", logarithmic=True)
 
 
 def ratio_curves(evaluation: Evaluation) -> str | None:
-    """Sensitivity of vision over language tokens per layer (MBQ's ratio), None where no file has it."""
+    """Sensitivity of vision over language tokens per layer (MBQ's ratio), None if no file has it."""
     return _curves(evaluation, lambda found: (found.ratio_attention, found.ratio_mlp), "vision over language", logarithmic=False)
 
 

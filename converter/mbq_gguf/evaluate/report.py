@@ -75,7 +75,7 @@ def _case(evaluation: Evaluation, answer: Answer) -> Case:
 
 
 def _data_uri(path: Path) -> str:
-    """The picture, no larger than the page shows it; "" where it cannot be read any more."""
+    """The picture, no larger than the page shows it; "" if it cannot be read any more."""
     try:
         with Image.open(path) as image:
             small = image.convert("RGB")

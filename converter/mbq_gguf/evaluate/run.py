@@ -48,7 +48,7 @@ class EvalOptions:
 
 
 def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation:
-    """Ask every file and compare. Raises UserError or UsageError where a file, a picture or the set of questions is unusable."""
+    """Ask every file and compare. Raises UserError or UsageError if a file, a picture or the set of questions is unusable."""
     questions = load_questions(options.data, unanswered=True)
     if options.count is not None:
         questions = stratified(questions, options.count)
@@ -90,7 +90,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation
 def vision_part(file: WeightFile, shared: Path) -> Path:
     """The mmproj file to use with ``file``: ``shared``, or the one beside it where ``file`` is rotated and so reads pictures differently.
 
-    Raises UsageError where that one is missing.
+    Raises UsageError if that one is missing.
     """
     if "mbq.rotate" not in file.header.metadata:
         return shared
@@ -101,14 +101,14 @@ def vision_part(file: WeightFile, shared: Path) -> Path:
 
 
 def check_fit(files: Sequence[WeightFile], parts: Sequence[Path]) -> None:
-    """Raise UsageError where one of ``files`` holds no language model or another tokeniser than the first, or one of ``parts`` no vision
+    """Raise UsageError if one of ``files`` holds no language model or another tokeniser than the first, or one of ``parts`` no vision
     part."""
     for file in files:
         if file.header.metadata.get("general.architecture") == VISION:
             raise UsageError(f"{file.path} is a vision part: give it with --mmproj, and the model's own file in its place")
     for part in set(parts):
         if read_header(part).metadata.get("general.architecture") != VISION:
-            raise UsageError(f"{part} is no vision part: give the mmproj file that was made with the model")
+            raise UsageError(f"{part} is not a vision part: give the mmproj file that was made with the model")
     tokens = {path: file_tokens(path) for path in {file.path for file in files}}
     for file in files[1:]:
         if tokens[file.path] != tokens[files[0].path]:

@@ -1,8 +1,8 @@
-"""Vision files of LLaVA-NeXT and LLaVA-OneVision, whose towers llama.cpp's conversion has no place for, nor its runtime for their tiles:
-the patched one has (clip-mbq-anyres.h).
+"""Writes vision files of LLaVA-NeXT and LLaVA-OneVision, which llama.cpp's conversion does not support. Only the patched runtime supports
+their tiles (clip-mbq-anyres.h).
 
-A CLIP or SigLIP tower up to the layer that is read, a projector of two linears, the newline behind each row of a picture's tiles, the
-resolutions that a picture is cut at, and how many tokens it may have (OneVision).
+The file has a CLIP or SigLIP tower up to the layer that is used, a projector of two linears, the newline embedding after each row of a
+picture's tiles, the resolutions for tiling, and the maximum number of tokens (OneVision).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ARCHITECTURES = ("LlavaNextForConditionalGeneration", "LlavaOnevisionForConditio
 PROJECTOR_TYPE = "mbq_anyres"  # of clip-impl.h
 MAX_TILES = "clip.vision.preproc_max_tiles"
 NEWLINE = "image_newline"
-# What towers' activations are to the runtime: GELU by tanh, or quick GELU.
+# Activations in the runtime: True for GELU (tanh), False for quick GELU.
 GELU = {"gelu": True, "gelu_pytorch_tanh": True, "quick_gelu": False}
 Item = tuple[str, Callable[[], Any]]
 
@@ -58,25 +58,25 @@ def anyres_class(package: Any) -> Any:
 
 
 def activation(vision: dict[str, Any]) -> str:
-    """The tower's activation; CLIP's and SigLIP's own where none is named."""
+    """The tower's activation; the default of CLIP or SigLIP if none is named."""
     return str(vision.get("hidden_act", "quick_gelu" if vision.get("model_type") == "clip_vision_model" else "gelu_pytorch_tanh"))
 
 
 def layers_read(settings: dict[str, Any], layers: int) -> int:
-    """Behind how many of the tower's ``layers`` the projector stands: the embeddings count as one of ``vision_feature_layer``."""
+    """The number of the tower's ``layers`` that the projector uses; ``vision_feature_layer`` also counts the embeddings."""
     layer = settings.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
-        raise UserError(f"llama.cpp has no tower of which several layers are read ({layer}): use a model of which one is")
+        raise UserError(f"llama.cpp does not support a tower of which several layers are used ({layer}): use a model that uses one")
     return layer % (layers + 1)
 
 
 def check(settings: dict[str, Any]) -> None:
-    """UserError where the runtime would give another picture than the model has seen."""
+    """Raise UserError if the runtime would process pictures differently than the model was trained with."""
     vision = settings["vision_config"]
     if activation(vision) not in GELU:
-        raise UserError(f"llama.cpp has no tower with {activation(vision)}: use a model with {' or '.join(GELU)}")
+        raise UserError(f"llama.cpp does not support a tower with {activation(vision)}: use a model with {' or '.join(GELU)}")
     if settings.get("projector_hidden_act", "gelu") != "gelu":
-        raise UserError(f"llama.cpp has no projector with {settings['projector_hidden_act']}: use a model with gelu")
+        raise UserError(f"llama.cpp does not support a projector with {settings['projector_hidden_act']}: use a model with gelu")
     whole = settings.get("vision_feature_select_strategy", "default") == "full"
     if whole == (vision.get("model_type") == "clip_vision_model"):
-        raise UserError("llama.cpp leaves a tower's class token out of a picture, and no other: use a model that does so")
+        raise UserError("llama.cpp drops exactly a tower's class token from a picture: use a model that does so")

@@ -1,8 +1,8 @@
-"""Files of InternLM2 and Phi-3 in InternVL 2: a class for llama.cpp's conversion package that writes them as the Llama that they are.
+"""A class for llama.cpp's conversion package that writes InternLM2 and Phi-3 of InternVL 2 as the equivalent Llama.
 
-The package's own classes leave queries, keys and values in one, or cut them only when they write them, where each is quantised apart; that
-of InternLM2 wants protobuf; and under the names that they give the models the runtime does not take text and pictures in one pass. Under
-Llama's it computes the same.
+The package's own classes keep queries, keys and values fused, or split them only on writing, which does not fit their separate
+quantisation; the class for InternLM2 needs protobuf; and under the architecture names that they write, the runtime does not support text
+and pictures in one pass. As a Llama, the model computes the same.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 from mbq_gguf.models import as_llama
 from mbq_gguf.models.tokenizer import Pieces
 
-STRIPS = "Phi-3"  # in a model's name it tells the runtime that white space behind special tokens is left out
+STRIPS = "Phi-3"  # in a model's name, it makes the runtime strip white space after special tokens
 FACTORS = "rope_factors_"
 
 
 def text_class(package: Any) -> Any:
-    """The class of Llama that takes the tensors and vocabulary of one of them."""
+    """A subclass of the package's Llama class that accepts the tensors and vocabulary of these models."""
     base, gguf = package.conversion.get_model_class("LlamaForCausalLM", mmproj=False), package.gguf
 
     def index_tensors(self: Any, *args: Any, **options: Any) -> dict[str, Any]:
@@ -74,5 +74,5 @@ def text_class(package: Any) -> Any:
 
 
 def part(model: Any, name: str, get: Callable[[], Any], place: int) -> Any:
-    """The tensor of that place in what the merged one ``name`` becomes, as the settings of ``model`` say."""
+    """Part ``place`` of the fused tensor ``name``, split according to the settings of ``model``."""
     return as_llama.parts_of(name, get(), model.hparams["num_attention_heads"], model.hparams["num_key_value_heads"])[place]

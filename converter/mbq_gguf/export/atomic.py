@@ -1,4 +1,4 @@
-"""Files that appear under their final name only when they are whole, and are written by one run at a time."""
+"""Writes files atomically: they get their final name when complete, and only one run at a time writes them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from pathlib import Path
 
 from mbq_gguf.errors import UsageError, UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, or the largest file allowed
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk full, quota exceeded, or file size limit
 PART = ".part"
-GGUF = b"GGUF"  # how such a file begins
+GGUF = b"GGUF"  # the first bytes of a GGUF file
 
 
 def check_output(path: Path) -> None:
-    """Raise UsageError where no file can be made under ``path``: cheaper now than after the work."""
+    """Raise UsageError if ``path`` cannot be written; cheaper to check now than after the work."""
     final = target(path)
     folder = final.parent
     if final.is_dir():
-        raise UsageError(f"{path} is a folder: name the GGUF file to write in it")
+        raise UsageError(f"{path} is a folder: give the name of the GGUF file to write")
     if final.exists() and not final.is_file():
-        raise UsageError(f"{path} is a device or a pipe: name a file to write")
+        raise UsageError(f"{path} is a device or a pipe: give the name of a file")
     if not folder.is_dir():
         raise UsageError(f"the folder {folder} does not exist: create it, or choose another place for {path.name}")
     try:
@@ -38,8 +38,8 @@ def check_output(path: Path) -> None:
 
 
 def check_gguf_output(path: Path) -> None:
-    """The same for a GGUF file, which takes the place of another GGUF file or of an empty one, and of nothing else: two arguments in the
-    wrong order must not cost a model's config.json."""
+    """The same for a GGUF file. It may only replace a GGUF file or an empty one, so that swapped arguments cannot overwrite a model's
+    config.json."""
     check_output(path)
     try:
         with path.open("rb") as file:
@@ -47,13 +47,13 @@ def check_gguf_output(path: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise UsageError(f"{path} is there and cannot be read ({reason(error)}): move it away, or choose another name") from error
+        raise UsageError(f"{path} exists and cannot be read ({reason(error)}): move it away, or choose another name") from error
     if begins not in (b"", GGUF):
-        raise UsageError(f"{path} is there and is no GGUF file: move it away, or choose another name")
+        raise UsageError(f"{path} exists and is not a GGUF file: move it away, or choose another name")
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise UserError where the disk of ``folder`` has less than ``needed`` bytes free."""
+    """Raise UserError if the disk of ``folder`` has less than ``needed`` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
@@ -63,9 +63,9 @@ def check_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def claimed(*finals: Path) -> Iterator[None]:
-    """Keep other runs away from ``finals`` during the block; what killed runs left beside them is removed.
+    """Lock ``finals`` against other runs for the block, and remove temporary files that killed runs left beside them.
 
-    Raises UsageError where another run has one of them.
+    Raises UsageError if another run holds one of them.
     """
     with ExitStack() as held:
         for final in finals:
@@ -78,7 +78,7 @@ def claimed(*finals: Path) -> Iterator[None]:
 
 @contextmanager
 def _claim(final: Path) -> Iterator[None]:
-    """A lock file beside ``final``, which the kernel frees however this process ends, and which is removed with the lock."""
+    """Hold a lock file beside ``final``. The kernel releases the lock however this process ends; the file is removed with the lock."""
     path = target(final).parent / f"{hidden(final)}.lock"
     descriptor = _opened(path, final)
     while not _locked(descriptor, path, final):
@@ -100,14 +100,14 @@ def _opened(path: Path, final: Path) -> int:
 
 
 def _locked(descriptor: int, path: Path, final: Path) -> bool:
-    """Lock ``descriptor``; False where ``path`` is another file by now, since the run that had the lock removed it meanwhile."""
+    """Lock ``descriptor``; False if ``path`` is a different file by now, because the previous holder has removed it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise UsageError(f"another mbq-gguf is writing {final}: wait until it has ended, or choose another name") from None
     except OSError:
-        return True  # a file system without locks: parts have names of their own, so whichever run ends last leaves whole files
+        return True  # no locks on this file system; temporary names are unique, so the run that ends last leaves complete files
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
@@ -116,10 +116,10 @@ def _locked(descriptor: int, path: Path, final: Path) -> bool:
 
 @contextmanager
 def staged(*finals: Path) -> Iterator[list[Path]]:
-    """New files beside ``finals`` to write into; all are renamed together when the block ends well and removed when it does not.
+    """Temporary files beside ``finals``; all are renamed to ``finals`` if the block succeeds, and removed if it fails.
 
-    Where one of ``finals`` is a link, the file that it points to is replaced. Raises UserError where the disk is full or the files cannot
-    be written.
+    If one of ``finals`` is a symlink, the file that it points to is replaced. Raises UserError if the disk is full or the files cannot be
+    written.
     """
     with ExitStack() as undo:
         try:
@@ -136,14 +136,14 @@ def staged(*finals: Path) -> Iterator[list[Path]]:
             names = " and ".join(str(final) for final in finals)
             if error.errno in FULL:
                 raise UserError(f"the disk is full: free some space beside {finals[0]}, or choose another place, and run again") from error
-            raise UserError(f"cannot write {names} ({reason(error)}): check the path, its rights and the disk") from error
+            raise UserError(f"cannot write {names} ({reason(error)}): check the path, its permissions and the disk") from error
 
 
 @contextmanager
 def new_file(folder: Path, prefix: str, suffix: str = "") -> Iterator[Path]:
-    """An empty file in ``folder`` under a name that nobody can foresee; removed at the end if it still bears that name.
+    """An empty file with an unpredictable name in ``folder``; removed at the end if it still has that name.
 
-    Made exclusively, so that a link that somebody planted there is never followed, and with the rights of any other new file.
+    It is created exclusively, so that a planted symlink is never followed, and with the usual permissions of new files.
     """
     path = folder / f"{prefix}{secrets.token_hex(8)}{suffix}"
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))

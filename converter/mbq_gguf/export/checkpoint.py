@@ -12,7 +12,7 @@ def shapes(files: Sequence[Path]) -> Iterator[list[int]]:
     """The shape of every tensor in ``files``, from their headers alone."""
     for file in files:
         with safe_open(str(file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
+            for name in opened.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 yield list(opened.get_slice(name).get_shape())
 
 

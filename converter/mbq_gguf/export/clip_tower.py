@@ -1,4 +1,5 @@
-"""LLaVA-1.5's vision file: its CLIP tower and projector, which llama.cpp runs ("mlp") and whose conversion takes Pixtral's tower alone."""
+"""Writes LLaVA-1.5's vision file: a CLIP tower and a projector. llama.cpp runs it ("mlp"), but its conversion supports only Pixtral's
+tower."""
 
 from __future__ import annotations
 
@@ -8,15 +9,16 @@ from typing import Any
 from mbq_gguf.errors import UserError
 
 CLIP = "clip_vision_model"
-# What the runtime calls the projector's linears; by their own names the package would count them from 1.
+# The runtime's names for the projector's linears; the package would number them from 1.
 PROJECTOR = {"multi_modal_projector.linear_1.": "mm.0.", "multi_modal_projector.linear_2.": "mm.2."}
-POOLED = ("post_layernorm.weight", "post_layernorm.bias")  # of the pooled output, which LLaVA does not read; the runtime would apply it
+# Used for the pooled output only, which LLaVA does not read; the runtime would apply it.
+POOLED = ("post_layernorm.weight", "post_layernorm.bias")
 ACTIVATIONS = ("quick_gelu", "gelu")
 Item = tuple[str, Callable[[], Any]]
 
 
 def clip_class(package: Any) -> Any:
-    """A class of the conversion package (its modules ``conversion`` and ``gguf``) that writes CLIP towers of LLaVA's."""
+    """A class for the conversion package (its modules ``conversion`` and ``gguf``) that writes LLaVA's CLIP towers."""
     base, gguf = package.conversion.MmprojModel, package.gguf
 
     def set_gguf_parameters(self: Any) -> None:
@@ -29,7 +31,7 @@ def clip_class(package: Any) -> Any:
                 "and one such layer"
             )
         if self.global_config.get("vision_feature_select_strategy", "default") != "default":
-            raise UserError("llama.cpp leaves the class token out of a picture, which this model reads: use a model that does not")
+            raise UserError("llama.cpp drops the class token of a picture, which this model uses: use a model that does not")
         writer.add_clip_projector_type("mlp")
         writer.add_vision_attention_layernorm_eps(vision.get("layer_norm_eps", 1e-5))
         writer.add_vision_use_gelu(activation == "gelu")

@@ -1,7 +1,7 @@
 """Opens a model directory with llama.cpp's own conversion package, in this process.
 
-The package knows, for every architecture, the metadata, the tokenizer, the names of the tensors and the order of their rows; it comes
-from the llama.cpp tree in use, so files and programs always match.
+For every architecture, the package knows metadata, tokenizer, tensor names and the order of rows. It comes from the llama.cpp tree in use,
+so files and programs always match.
 """
 
 from __future__ import annotations
@@ -34,37 +34,34 @@ from mbq_gguf.models.published import TEXT_MODELS
 from mbq_gguf.models.remote_code import runs_remote_code
 
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
-# What a decoder's own tensors are called, whatever the model puts before it ("model.", "language_model.model.", ...).
+# Names of a decoder's tensors, after any prefix ("model.", "language_model.model.", ...).
 DECODER_KEY = re.compile(r"(?:^|\.)(layers\.\d+\..+|norm\.(?:weight|bias)|embed_tokens\.weight|lm_head\.(?:weight|bias))$")
-# Towers and extra heads whose layers carry the same names; the package has dropped most of them by the time we look.
+# Towers and extra heads whose layers have the same names; the package has already dropped most of them.
 FOREIGN = re.compile(r"(?:^|\.)(?:visual|vision\w*|vit|vpm|audio\w*|mtp|resampler|projector|connector|merger|talker)\.")
 
 NEWER_PREFIX = "model."
 EMBEDDING = "embed_tokens.weight"
-NEWLINE = "image_newline"  # of pictures, beside the language model where LLaVA-NeXT has it
+NEWLINE = "image_newline"  # the newline embedding of LLaVA-NeXT
 MTP = re.compile(r"(?:model\.)?mtp\.")
-HEADS = re.compile(r"(?:model\.)?(?:lm_head|mtp)\.")  # of the language model, which no other name makes a tower's
-TOWERS = {
-    "internvl_vision": "InternVisionModel",
-    "paddleocr_vl_vision": "PaddleOCRVisionModel",
-}  # vision towers by their model type, where that alone names them
-
-SAVED = {"mlp_AR.": "projector."}  # what transformers saves under another name than its model has it by, to that name
+HEADS = re.compile(r"(?:model\.)?(?:lm_head|mtp)\.")  # heads of the language model, which must not be renamed to a tower's
+# Vision towers by model type, if their configuration does not name a class.
+TOWERS = {"internvl_vision": "InternVisionModel", "paddleocr_vl_vision": "PaddleOCRVisionModel"}
+SAVED = {"mlp_AR.": "projector."}  # names that transformers saves, mapped to those of its model
 
 
 @dataclass(frozen=True)
 class Package:
-    """The two modules that an export needs, both from one tree."""
+    """The two modules for exports, from the same tree."""
 
     conversion: Any
     gguf: Any
 
 
 def load_package() -> Package:
-    """Import the conversion package of the llama.cpp tree in use. Raises UserError where nothing is built."""
-    runs_remote_code()  # closes what is not allowed
+    """Import the conversion package of the llama.cpp tree in use. Raises UserError if nothing is built."""
+    runs_remote_code()  # blocks remote code unless it is allowed
     tree = paths.source_dir()
-    gguf = import_gguf()  # first: the conversion package imports whatever is there
+    gguf = import_gguf()  # first, because the conversion package imports gguf
     package = Package(import_from_tree("conversion", tree), gguf)
     speed_up_vocabulary(package.conversion.TextModel, package.gguf)
     return package
@@ -72,7 +69,7 @@ def load_package() -> Package:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the package's log lines, one per tensor, off the terminal; what matters of them is in the report."""
+    """Hide the package's log messages (one per tensor); the report has the relevant information."""
     loggers = [logging.getLogger(name) for name in ("hf-to-gguf", "gguf")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -86,21 +83,21 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def conversion_errors(model_dir: Path) -> Iterator[None]:
-    """Turn what the package raises about a model into one sentence."""
+    """Turn the package's exceptions about a model into one sentence."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # it has no exceptions of its own, and the tokenizer library below it raises bare ones
+    except Exception as error:  # it has no exception classes, and the tokenizers library raises bare Exceptions
         raise UserError(
             f"llama.cpp's conversion cannot read {model_dir} ({describe(error)}): check its config.json, tokenizer and weights"
         ) from error
 
 
 def architecture(model_dir: Path, *, mmproj: bool) -> str:
-    """The architecture by which the package would convert the text model, or the vision tower, of ``model_dir``.
+    """The architecture that the package uses to convert the text model, or the vision tower, of ``model_dir``.
 
-    Raises UserError where the package knows none such, and names those it knows.
+    Raises UserError, with the supported architectures, if the package does not support it.
     """
     package = load_package()
     with quiet(), conversion_errors(model_dir):
@@ -121,7 +118,7 @@ def architecture(model_dir: Path, *, mmproj: bool) -> str:
 
 
 def part_architecture(hparams: Mapping[str, Any], *, mmproj: bool) -> str | None:
-    """The architecture of a part whose own configuration does not name it, as transformers saves some: by its model type."""
+    """The architecture of a part by its model type, for configurations that do not name a class."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     part = hparams.get("vision_config" if mmproj else "text_config") or {}
@@ -131,14 +128,14 @@ def part_architecture(hparams: Mapping[str, Any], *, mmproj: bool) -> str | None
 
 
 def vision_architectures(package: Package) -> list[str]:
-    """Architectures of which the package can write both files."""
+    """The architectures for which the package can write both files."""
     return sorted(set(package.conversion.MMPROJ_MODEL_MAP) & set(package.conversion.TEXT_MODEL_MAP))
 
 
 def open_model(model_dir: Path, out: Path, *, file_type: str, mmproj: bool) -> Any:
     """The package's model object for ``model_dir``, tensors indexed but not read; it will write to ``out``.
 
-    ``file_type`` is one of :data:`FILE_TYPES`, what tensors get that nobody asks another type for. Raises UserError where the package
+    ``file_type`` is one of :data:`FILE_TYPES`, what tensors get that nobody asks another type for. Raises UserError if the package
     cannot handle the directory.
     """
     package = load_package()
@@ -155,16 +152,16 @@ def open_model(model_dir: Path, out: Path, *, file_type: str, mmproj: bool) -> A
             model_class = of_gemma4(model_class, hparams)
         if mmproj and internvl.ARCHITECTURE in (hparams.get("architectures") or ()):
             model_class = published_internvl(model_class)
-        # Heads for tokens further on stay with the file where the checkpoint has them; transformers saves a model without.
+        # Keep multi-token prediction heads if the checkpoint has them; transformers drops them on saving.
         model_class.no_mtp = not any(MTP.match(tensor) for tensor in names_of(weight_files(model_dir)))
         model = model_class(model_dir, file_type_value, out)
-        if hasattr(model, "impl"):  # one that hands everything on to another (Mistral 3), whose methods are the ones to be changed
+        if hasattr(model, "impl"):  # a wrapper around another class (Mistral 3), whose methods must be wrapped instead
             model = accept_both_layouts(type(model.impl))(model_dir, file_type_value, out)
         return model
 
 
 def custom_class(package: Package, hparams: Mapping[str, Any], *, mmproj: bool) -> Any | None:
-    """A class of ours for what the package has none for, or None."""
+    """Our own class for a model that the package has no class for, or None."""
     if version := minicpmv.version_of(hparams):
         return (vision_class if mmproj else text_class)(package, version)
     if not mmproj and as_llama.language_model(hparams):
@@ -178,10 +175,10 @@ def custom_class(package: Package, hparams: Mapping[str, Any], *, mmproj: bool) 
 
 
 def accept_both_layouts(model_class: Any) -> Any:
-    """``model_class`` of the package, which also takes the names that other releases of transformers save (:func:`other_names`).
+    """``model_class`` of the package, extended to accept the names of other releases of transformers (:func:`other_names`).
 
-    Where the package has no place for a name it is asked for the others. ``checkpoint_names`` of the class says what the tensors that it
-    has taken are called in the checkpoint.
+    If the package does not know a name, the alternatives are tried. The class attribute ``checkpoint_names`` maps the tensors that it has
+    accepted to their names in the checkpoint.
     """
     checkpoint_names: dict[str, str] = {}
     pixtral = hasattr(model_class, "img_break_tok_id")
@@ -192,10 +189,10 @@ def accept_both_layouts(model_class: Any) -> Any:
             return None
         if pixtral and name.endswith(EMBEDDING):
             checkpoint_names[name] = name
-            return item  # a row of it goes into the vision file; the package leaves it out with the rest of the language model
-        if pixtral:  # takes every name, and drops later what has none that it knows
+            return item  # one row is needed in the vision file; the package would drop the whole tensor
+        if pixtral:  # accepts every name, and drops unknown ones later
             forms: tuple[str, ...] = (name.removeprefix(NEWER_PREFIX),)
-        else:  # the text model's filters name what they leave out, which under another name they would take
+        else:  # the text model's filters list what to drop, and would accept it under another name
             renamed = model_class.model_type.name == "MMPROJ" and not HEADS.match(name)
             forms = (name, *other_names(name)) if renamed else (name,)
         found = (model_class.filter_tensors.__func__(cls, (form, get)) for form in forms)
@@ -225,7 +222,7 @@ def accept_both_layouts(model_class: Any) -> Any:
 
 
 def published_internvl(model_class: Any) -> Any:
-    """``model_class`` of :func:`accept_both_layouts`, whose tensors are taken for those of transformers' own layout: q, k and v apart."""
+    """``model_class`` of :func:`accept_both_layouts` with tensors renamed to transformers' own layout: separate q, k and v."""
     names: dict[str, str] = model_class.checkpoint_names
 
     def index_tensors(self: Any, *args: Any, **options: Any) -> dict[str, Any]:
@@ -242,10 +239,10 @@ def published_internvl(model_class: Any) -> Any:
 
 
 def columns_first(tensor: Any, name: str, width: int) -> Any:
-    """A stack of experts [experts, columns, rows], as Qwen3-VL's are published and the package takes them, from one of transformers' own.
+    """A stack of experts as [experts, columns, rows], as Qwen3-VL is published and as the package expects.
 
-    transformers saves [experts, rows, columns] of a model that it has made itself, and tells the two apart by the shape, as here; a stack
-    of squares is taken for a published one.
+    transformers saves models that it has created as [experts, rows, columns], and distinguishes the two by shape, as here. Square matrices
+    are assumed to be in the published layout.
     """
     axis = {"gate_up_proj": -1, "down_proj": -2}.get(name.rpartition(".experts.")[2])
     square = axis is None or tensor.shape[-1] == tensor.shape[-2]
@@ -253,9 +250,9 @@ def columns_first(tensor: Any, name: str, width: int) -> Any:
 
 
 def other_names(name: str) -> Iterable[str]:
-    """What other releases of transformers call the tensor ``name``.
+    """The names of tensor ``name`` in other releases of transformers.
 
-    Newer ones put ``model.`` before the parts of a VLM (``model.visual.blocks.0...``), the newest leave out ``vision_model.`` in CLIP and
+    Newer ones prefix the parts of a VLM with ``model.`` (``model.visual.blocks.0...``); the newest omit ``vision_model.`` in CLIP and
     SigLIP towers.
     """
     for form in (name.removeprefix(NEWER_PREFIX), NEWER_PREFIX + name.removeprefix(NEWER_PREFIX)):
@@ -266,13 +263,13 @@ def other_names(name: str) -> Iterable[str]:
 
 
 def decoder_names(model_tensors: dict[str, Any]) -> dict[str, str]:
-    """Decoder key (``layers.0.mlp.up_proj.weight``) to the package's name of the tensor, for every decoder tensor.
+    """Map decoder keys (``layers.0.mlp.up_proj.weight``) to the package's tensor names, for all decoder tensors.
 
-    Raises UserError where two tensors of the model claim the same key.
+    Raises UserError if two tensors of the model claim the same key.
     """
     names: dict[str, str] = {}
     for name in model_tensors:
-        # The leftmost match counts, so "layers.0.mlp.norm.weight" is a layer's and not the decoder's "norm.weight".
+        # The leftmost match counts: "layers.0.mlp.norm.weight" belongs to a layer and is not the decoder's "norm.weight".
         match = None if FOREIGN.search(name) else DECODER_KEY.search(name)
         if match is None:
             continue

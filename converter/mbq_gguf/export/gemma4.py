@@ -1,4 +1,4 @@
-"""Gemma 4's two files, where llama.cpp's conversion says less than its runtime asks, or writes what nothing reads."""
+"""Fixes for Gemma 4's two files: adds a key that llama.cpp's runtime needs, and drops tensors that nothing reads."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 ARCHITECTURE = "Gemma4ForConditionalGeneration"
-# Published checkpoints hold them of the layers, too, that take the keys and values of others.
+# Published checkpoints also have them for layers that share the keys and values of others.
 KEYS_AND_VALUES = re.compile(r"\.layers\.(\d+)\.self_attn\.[kv]_(?:proj|norm)\.")
 
 
 def of_gemma4(model_class: Any, hparams: Mapping[str, Any]) -> Any:
-    """``model_class`` of the conversion package, for the checkpoint whose config.json is ``hparams``."""
+    """The package's ``model_class`` with these fixes, for the checkpoint with config.json ``hparams``."""
     methods = _vision(model_class) if model_class.model_type.name == "MMPROJ" else _text(model_class, hparams["text_config"])
     return type(model_class.__name__, (model_class,), {"model_arch": model_class.model_arch, **methods})
 
 
 def _vision(base: Any) -> dict[str, Any]:
-    """The tower's feed-forward has a GELU (its tanh form), as the runtime's has where the file says so; else a quick one, 0.7 % off."""
+    """The tower's feed-forward uses GELU (tanh). Unless the file says so, the runtime uses quick GELU, whose output differs by 0.7 %."""
 
     def set_gguf_parameters(self: Any) -> None:
         base.set_gguf_parameters(self)
@@ -28,7 +28,7 @@ def _vision(base: Any) -> dict[str, Any]:
 
 
 def _text(base: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the keys and values that neither transformers nor the runtime reads."""
+    """Leave out keys and values that neither transformers nor the runtime reads."""
     sharing = settings["num_hidden_layers"] - (settings.get("num_kv_shared_layers") or 0)
 
     def modify_tensors(self: Any, tensor: Any, name: str, layer: int | None) -> Iterable[tuple[str, Any]]:

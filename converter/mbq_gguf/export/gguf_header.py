@@ -1,8 +1,8 @@
-"""Read the header of a GGUF file: metadata and the table of tensors, without touching the weights.
+"""Reads the header of a GGUF file: metadata and the table of tensors, without touching the weights.
 
-Layout after https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (version 3, and 2, which differs in nothing that is read here).
-gguf's own reader takes seconds for the vocabulary of a large model and fails on damaged files with whatever exception comes first;
-this one checks every length against the file.
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (version 3, and 2, which does not differ in
+the parts that are read here). gguf's own reader takes seconds for the vocabulary of a large model and fails on damaged files with arbitrary
+exceptions; this one checks every length against the file size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mbq_gguf.formats.gguf_types import import_gguf
 
 MAGIC = b"GGUF"
 MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
-MAX_NESTING = 4  # arrays in arrays: the format allows them, no known file has any
+MAX_NESTING = 4  # nested arrays: allowed by the format, but not used by any known file
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
@@ -28,7 +28,7 @@ Value = Scalar | list["Value"]
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One line of the table of tensors. ``shape`` is ggml's order: the row length first."""
+    """One entry of the table of tensors. ``shape`` is in ggml's order: the row length first."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,34 +44,34 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """Metadata by key, and the tensors in the order of the file. Arrays longer than asked for are cut (see :func:`read_header`)."""
+    """Metadata by key, and the tensors in file order. Long arrays are truncated (see :func:`read_header`)."""
 
     version: int
     metadata: dict[str, Value]
-    lengths: dict[str, int]  # length of every array, cut or not
+    lengths: dict[str, int]  # full length of every array
     tensors: list[TensorEntry]
-    data_start: int  # where the tensors' data begin in the file
+    data_start: int  # offset of the tensors' data in the file
 
 
 class _Damaged(Exception):
-    """What is wrong with the file, in words that follow "is damaged:"."""
+    """Says what is wrong with the file."""
 
 
 def read_header(path: Path, *, longest_array: int = 1024) -> Header:
-    """The header of the GGUF file ``path``; of arrays, the first ``longest_array`` elements are kept.
+    """Read the header of the GGUF file ``path``; arrays are truncated to ``longest_array`` elements.
 
-    Raises UserError where the file cannot be read, is no GGUF file, is damaged, or is shorter than its table of tensors says.
+    Raises UserError if the file cannot be read, is not a GGUF file, is damaged, or is shorter than its table of tensors says.
     """
     try:
         with path.open("rb") as file:
             if file.read(4) != MAGIC:
-                raise UserError(f"{path} is no GGUF file: give one that begins with the letters GGUF")
+                raise UserError(f"{path} is not a GGUF file: give one that begins with the letters GGUF")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Reader(data, longest_array).header()
     except OSError as error:
         raise UserError(f"cannot read {path} ({(error.strerror or str(error)).lower()}): check the path") from error
     except _Damaged as error:
-        raise UserError(f"{path} is damaged or incomplete ({error}): fetch or convert it again") from error
+        raise UserError(f"{path} is damaged or incomplete ({error}): download or convert it again") from error
 
 
 class _Reader:
@@ -91,9 +91,9 @@ class _Reader:
         if version not in (2, 3):
             raise _Damaged(f"GGUF version {version} is unknown")
         tensor_count, key_count = self.integer(8), self.integer(8)
-        # A key takes 12 bytes at least and a tensor 24: counts that cannot fit are refused before any loop.
+        # A key takes at least 12 bytes and a tensor 24: reject impossible counts before looping.
         if key_count * 12 + tensor_count * 24 > self.size:
-            raise _Damaged("it names more entries than it can hold")
+            raise _Damaged("it has more entries than fit in it")
         metadata: dict[str, Value] = {}
         for _ in range(key_count):
             key = self.string()
@@ -102,7 +102,7 @@ class _Reader:
         return Header(version, metadata, self.lengths, tensors, self.data_start(metadata.get("general.alignment", 32), tensors))
 
     def take(self, count: int) -> int:
-        """Move over ``count`` bytes and return where they begin."""
+        """Advance by ``count`` bytes and return their start."""
         start = self.at
         if count > self.size - start:
             raise _Damaged("it ends in the middle of its header")
@@ -120,7 +120,7 @@ class _Reader:
         return int.from_bytes(self.data[start : start + width], "little")
 
     def string(self) -> str:
-        """A length of 8 bytes and that many bytes of UTF-8."""
+        """A string: an 8-byte length and that many bytes of UTF-8."""
         length = self.integer(8)
         start = self.take(length)
         return self.data[start : start + length].decode("utf-8", errors="replace")
@@ -140,7 +140,7 @@ class _Reader:
             start, kept = self.take(length * width), min(length, self.longest_array)
             return list(struct.unpack_from(f"<{kept}{SCALARS[kind]}", self.data, start))
         kept_values: list[Value] = []
-        for index in range(length):  # ends at the end of the file at the latest: each element takes 8 bytes or more
+        for index in range(length):  # terminates at the end of the file: each element takes at least 8 bytes
             element = self.value(kind, key, depth + 1)
             if index < self.longest_array:
                 kept_values.append(element)
@@ -159,14 +159,14 @@ class _Reader:
         try:
             kind = self.gguf.GGMLQuantizationType(type_id)
         except ValueError:
-            raise _Damaged(f"tensor {name!r} has the type {type_id}, which is unknown here") from None
+            raise _Damaged(f"tensor {name!r} has the type {type_id}, which is unknown") from None
         block_size, type_size = self.gguf.GGML_QUANT_SIZES[kind]
         if shape[0] % block_size:
-            raise _Damaged(f"the rows of tensor {name!r} are no multiple of {kind.name}'s block of {block_size}")
+            raise _Damaged(f"the rows of tensor {name!r} are not a multiple of {kind.name}'s block of {block_size}")
         return TensorEntry(name, shape, kind.name, prod(shape) // block_size * type_size, offset)
 
     def data_start(self, alignment: Value, tensors: list[TensorEntry]) -> int:
-        """Where the data begin; checks that every tensor's bytes lie within the file."""
+        """The offset of the data; checks that every tensor lies within the file."""
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise _Damaged(f"its alignment is {alignment!r}")
         start = -(-self.at // alignment) * alignment

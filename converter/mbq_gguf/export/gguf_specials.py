@@ -14,13 +14,13 @@ LARGEST_VOCABULARY = 1 << 24
 
 
 def file_tokens(path: Path) -> list[str]:
-    """The vocabulary of the GGUF file ``path``, [] where it has none. Raises UserError where it cannot be read."""
+    """The vocabulary of the GGUF file ``path``, [] if it has none. Raises UserError if it cannot be read."""
     tokens = read_header(path, longest_array=LARGEST_VOCABULARY).metadata.get("tokenizer.ggml.tokens")
     return [str(token) for token in tokens] if isinstance(tokens, list) else []
 
 
 def file_special_tokens(path: Path) -> frozenset[str]:
-    """The special tokens of the GGUF file ``path``. Raises UserError where it cannot be read."""
+    """The special tokens of the GGUF file ``path``. Raises UserError if it cannot be read."""
     metadata = read_header(path, longest_array=LARGEST_VOCABULARY).metadata
     tokens, kinds = (metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
     if not isinstance(tokens, list) or not isinstance(kinds, list):

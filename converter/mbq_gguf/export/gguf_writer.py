@@ -1,4 +1,4 @@
-"""Writes the text GGUF and the mmproj GGUF of a model directory: llama.cpp's conversion with some tensors' bytes put in their place."""
+"""Writes the text GGUF and the mmproj GGUF of a model directory with llama.cpp's conversion, replacing the bytes of some tensors."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.snapshot import named_link, source_keys
 
 MMPROJ_TYPES = (*FILE_TYPES, *row_scale.ROW_SCALES)
-FEED_FORWARD = "clip.vision.feed_forward_length"  # of a padded tower, in place of what the package writes
+FEED_FORWARD = "clip.vision.feed_forward_length"  # the padded width replaces the package's value
 BASE_TYPES = ("BF16", "F16")
 HEAD = "lm_head.weight"
-SPARE_BYTES = 64 << 20  # header, vocabulary and file system, beside the tensors' own bytes
+SPARE_BYTES = 64 << 20  # for header, vocabulary and file system, in addition to the tensors
 
 Advance = Callable[[int, int], None]  # (bytes written since the last call, bytes of all tensors)
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """What goes into a text GGUF. Keys of ``quantised`` and ``replaced`` are decoder keys (``layers.0.mlp.up_proj.weight``)."""
+    """The contents of a text GGUF. Keys of ``quantised`` and ``replaced`` are decoder keys (``layers.0.mlp.up_proj.weight``)."""
 
     quantised: Mapping[str, QuantisedTensor]
     replaced: Mapping[str, torch.Tensor]
@@ -41,7 +41,7 @@ class TextFile:
 
 @dataclass(frozen=True)
 class VisionFile:
-    """What goes into a vision GGUF, by the ends of the tensors' names in the checkpoint, and what its metadata say of it."""
+    """The contents of a vision GGUF, by the ends of the tensors' names in the checkpoint, and its additional metadata."""
 
     quantised: Mapping[str, QuantisedTensor] = field(default_factory=dict)
     replaced: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -60,12 +60,12 @@ def write_text_gguf(
     file_type: int | None,
     advance: Advance | None = None,
 ) -> list[TensorRecord]:
-    """Write the language model of ``model_dir`` to ``out``; ``out`` appears when it is whole.
+    """Write the language model of ``model_dir`` to ``out``, which appears when it is complete.
 
     ``quantised`` goes in as it is (rows reordered as llama.cpp wants them), ``replaced`` takes the place of the checkpoint's tensor before
     conversion (both in Hugging Face's order of rows, [out, in]), embeddings and output head become ``embedding_type``, every other matrix
     ``base_type`` ("BF16" or "F16"), norms and biases F32. ``metadata`` (str, bool, int, float, list) is added to the file's;
-    ``file_type`` is general.file_type, None for the base type's own. Raises UserError where a key is no tensor of the model, where its
+    ``file_type`` is general.file_type, None for the base type's own. Raises UserError if a key is no tensor of the model, where its
     shape differs, or where ``out`` cannot be written.
     """
     content = TextFile(quantised, replaced, base_type, embedding_type, metadata, file_type)
@@ -83,11 +83,10 @@ def write_mmproj_gguf(
     metadata: Mapping[str, Any] | None = None,
     advance: Advance | None = None,
 ) -> list[TensorRecord]:
-    """Write vision tower and projector of ``model_dir`` to ``out`` in ``mmproj_type`` (F32, F16, BF16, Q8_0); whole or not at all.
+    """Write vision tower and projector of ``model_dir`` to ``out`` in ``mmproj_type`` (F32, F16, BF16, Q8_0), atomically.
 
-    ``quantised`` and ``replaced`` hold tensors by the end of their name in the checkpoint; they may have more rows and columns, where
-    the tower was padded. Of W8A8 and W4A8 the matrices come in ``quantised``, and the rest is F16. Raises UserError as
-    :func:`write_text_gguf` does.
+    ``quantised`` and ``replaced`` have tensors by the end of their name in the checkpoint; they may have more rows and columns if the tower
+    was padded. For W8A8 and W4A8, the matrices are in ``quantised`` and the rest is F16. Raises UserError like :func:`write_text_gguf`.
     """
     with staged(out) as (part,):
         return write_mmproj(model_dir, part, mmproj_type, VisionFile(quantised or {}, replaced or {}, metadata or {}), advance)
@@ -99,15 +98,15 @@ def write_text(model_dir: Path, part: Path, content: TextFile, advance: Advance 
 
 
 def measure_text(model_dir: Path, scratch: Path, content: TextFile) -> tuple[list[TensorRecord], int]:
-    """The tensors of the text GGUF and its size in bytes, by which nothing but its header is written, into the folder ``scratch``.
+    """The tensors of the text GGUF and its size in bytes. Writes only its header, into the folder ``scratch``.
 
-    Of ``quantised`` and ``replaced`` the shapes alone matter.
+    Of ``quantised`` and ``replaced`` only the shapes matter.
     """
     return _measure(*_text(model_dir, scratch / "text.gguf", content), model_dir)
 
 
 def measure_mmproj(model_dir: Path, scratch: Path, mmproj_type: str, content: VisionFile) -> tuple[list[TensorRecord], int]:
-    """The same of the mmproj GGUF."""
+    """The same for the mmproj GGUF."""
     return _measure(*_mmproj(model_dir, scratch / "mmproj.gguf", mmproj_type, content), model_dir)
 
 
@@ -120,7 +119,7 @@ def _text(model_dir: Path, part: Path, content: TextFile) -> tuple[Any, Injectio
 def injected(
     model: Any, quantised: Mapping[str, QuantisedTensor], replaced: Mapping[str, torch.Tensor], embedding_type: str | None
 ) -> Injection:
-    """The injection of tensors by decoder key into ``model``; UserError where it has no such tensor."""
+    """The injection of tensors by decoder key into ``model``; UserError if it has no such tensor."""
     names = decoder_names(model.model_tensors)
     if HEAD in replaced and HEAD not in names:  # a rotation unties the head from the embedding
         model.model_tensors[HEAD] = model.model_tensors[names["embed_tokens.weight"]]
@@ -148,12 +147,12 @@ def _mmproj(model_dir: Path, part: Path, mmproj_type: str, content: VisionFile) 
 
 
 def mmproj_base(mmproj_type: str) -> str:
-    """The type of what is not quantised in a vision file of ``mmproj_type``."""
+    """The type of unquantised tensors in a vision file of ``mmproj_type``."""
     return "F16" if mmproj_type in row_scale.ROW_SCALES else mmproj_type
 
 
 def vision_injection(model: Any, content: VisionFile) -> Injection:
-    """The injection of a vision file's tensors into ``model``; UserError where it has no such tensor."""
+    """The injection of a vision file's tensors into ``model``; UserError if it has no such tensor."""
     keys = [*content.quantised, *content.replaced]
     ends = {end: taken for end in keys for taken, name in model.checkpoint_names.items() if f".{name}".endswith(f".{end}")}
     quantised = {_find(ends, end): tensor for end, tensor in content.quantised.items()}
@@ -175,7 +174,7 @@ def _find(names: Mapping[str, str], key: str) -> str:
 def _write(
     model: Any, injection: Injection, metadata: Mapping[str, Any], file_type: int | None, model_dir: Path, advance: Advance | None
 ) -> list[TensorRecord]:
-    """Run the conversion of ``model`` with ``injection`` in it and write its file."""
+    """Run the conversion of ``model`` with ``injection`` and write its file."""
     _complete(model, injection, metadata, file_type, model_dir)
     writer = model.gguf_writer
     total = sum(record.nbytes for record in injection.records)
@@ -195,7 +194,7 @@ def _write(
 def _measure(
     model: Any, injection: Injection, metadata: Mapping[str, Any], file_type: int | None, model_dir: Path
 ) -> tuple[list[TensorRecord], int]:
-    """The tensors of what :func:`_write` would write, and its size."""
+    """The tensors and the size of the file that :func:`_write` would write."""
     _complete(model, injection, metadata, file_type, model_dir)
     writer = model.gguf_writer
     with quiet():
@@ -210,7 +209,7 @@ def _measure(
 
 
 def _complete(model: Any, injection: Injection, metadata: Mapping[str, Any], file_type: int | None, model_dir: Path) -> None:
-    """Gather tensors and metadata in the writer of ``model``."""
+    """Collect tensors and metadata in the writer of ``model``."""
     prepare(model, model_dir)
     injection.check_used()
     with quiet(), torch.inference_mode():
@@ -219,7 +218,7 @@ def _complete(model: Any, injection: Injection, metadata: Mapping[str, Any], fil
         for key, value in {**metadata, **source_keys(model_dir), **row_scale.metadata(injection.row_scales)}.items():
             if key == FEED_FORWARD and key in written:
                 writer.remove_key(key)
-            elif key in written:  # the limits of pictures of some families, and a source that a model card names
+            elif key in written:  # some families' picture limits, and a source named by a model card
                 continue
             add_metadata(writer, key, value)
         if file_type is not None:
@@ -228,7 +227,7 @@ def _complete(model: Any, injection: Injection, metadata: Mapping[str, Any], fil
 
 
 def prepare(model: Any, model_dir: Path) -> None:
-    """Let the package gather tensors (lazy ones: no weight is read) and metadata."""
+    """Let the package collect tensors (lazily: no weight is read) and metadata."""
     with quiet(), torch.inference_mode(), conversion_errors(model_dir), named_link(model_dir) as model.dir_model_card:
         model.prepare_tensors()
         model.prepare_metadata(vocab_only=False)
@@ -237,7 +236,7 @@ def prepare(model: Any, model_dir: Path) -> None:
 def add_metadata(writer: Any, key: str, value: Any) -> None:
     """Add ``value`` under ``key`` with the GGUF type that fits: bool, uint32 (int32 below zero), float32, string, or array of these.
 
-    An empty list is left out, as GGUF arrays need a type.
+    Empty lists are omitted, because GGUF arrays need a type.
     """
     if isinstance(value, bool):
         writer.add_bool(key, value)

@@ -18,7 +18,7 @@ from mbq_gguf.formats.gguf_types import import_gguf
 def write_imatrix(model_dir: Path, out: Path, found: Importance, dataset: str) -> list[str]:
     """Write ``found`` for the GGUF files of ``model_dir`` to ``out``, whole or not at all; returns the names of the tensors in it.
 
-    ``dataset`` says in the file what was calibrated on. Raises UserError where llama.cpp's conversion leaves out a tensor, or ``out``
+    ``dataset`` says in the file what was calibrated on. Raises UserError if llama.cpp's conversion leaves out a tensor, or ``out``
     cannot be written.
     """
     names = gguf_names(model_dir)

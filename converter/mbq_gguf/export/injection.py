@@ -1,9 +1,9 @@
-"""Makes llama.cpp's conversion package write our quantised tensors: it prepares the file as ever, and ours take the place of its own.
+"""Makes llama.cpp's conversion package write our quantised tensors in place of its own.
 
-The package turns a checkpoint into a file by three methods of one model object: ``modify_tensors`` says which tensors of the file a
-checkpoint's tensor becomes, with which rows, ``tensor_force_quant`` their types, and the writer's ``add_tensor`` takes the bytes. Each
-is wrapped, on this object alone. Where an architecture permutes or splits rows, ours are permuted or split in the same way, since the
-original methods still run: no list of architectures is needed here.
+The package converts a checkpoint with three methods of one model object: ``modify_tensors`` maps a checkpoint's tensor to tensors of the
+file, possibly with permuted rows; ``tensor_force_quant`` chooses their types; and the writer's ``add_tensor`` receives the bytes. We wrap
+each of them, on this object only. If an architecture permutes or splits rows, the quantised rows are permuted or split in the same way,
+because the original methods still run. This needs no list of architectures.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from mbq_gguf.formats.quantised import QuantisedTensor
 from mbq_gguf.formats.registry import quant_type, quant_type_for
 from mbq_gguf.formats.row_scale import QUANT_TYPES, stored_as
 
-CHUNK_WEIGHTS = 1 << 24  # weights of an embedding that are quantised at a time: 64 MB as float32
-# An expert's decoder key: its layer, its number and which of its matrices.
+CHUNK_WEIGHTS = 1 << 24  # weights of an embedding to quantise at a time: 64 MB in float32
+# An expert's decoder key: layer, expert index and matrix.
 EXPERT = re.compile(r"layers\.(\d+)\.(?:(?:mlp|feed_forward)\.)?experts\.(\d+)\.(gate|up|down)_proj\.weight")
-MERGED = "_gate_up_"  # in the name of one that takes each expert's gate and then its up
+MERGED = "_gate_up_"  # in the name of a tensor with each expert's gate followed by its up
 Stacks = dict[str, list[tuple[QuantisedTensor, ...]]]
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
 
@@ -43,7 +43,7 @@ class TensorRecord:
     type_name: str
     shape: tuple[int, ...]
     nbytes: int
-    wanted: str | None = None  # the type that was asked for where the row length ruled it out
+    wanted: str | None = None  # the requested type, if the row length ruled it out
 
     @property
     def elements(self) -> int:
@@ -52,7 +52,7 @@ class TensorRecord:
 
 
 class Deferred:
-    """A tensor that is made when it is written: all that gguf's writer asks of an array is its size and ``tofile``."""
+    """A tensor that is computed when it is written; gguf's writer only needs an array's size and ``tofile``."""
 
     def __init__(self, chunks: Callable[[], Iterable[npt.NDArray[Any]]], shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         self.chunks = chunks
@@ -62,18 +62,18 @@ class Deferred:
         self.advance: Callable[[int], None] = lambda _: None
 
     def tofile(self, file: BinaryIO) -> None:
-        """Write all bytes. Unlike ndarray.tofile this lets the system's error number through: a full disk is told from other faults."""
+        """Write all bytes. Unlike ndarray.tofile this preserves errno, so that a full disk can be recognised."""
         for chunk in self.chunks():
             file.write(np.ascontiguousarray(chunk).view(np.uint8).reshape(-1).data)
             self.advance(chunk.nbytes)
 
 
 class Injection:
-    """The changes to one model object; ``records`` lists its tensors once ``prepare_tensors`` has run, ``row_scales`` the names of those
-    that have one scale per row.
+    """The wrappers for one model object. After ``prepare_tensors`` has run, ``records`` lists its tensors and ``row_scales`` the names of
+    those with one scale per row.
 
-    ``experts`` are quantised weights by decoder key. They lie in the checkpoint one by one or stacked, either way round, and in the file
-    always as [experts, rows, columns] with rows in their order, so they go by the file's name and not through ``modify_tensors``.
+    ``experts`` are quantised weights by decoder key. Checkpoints store them separately or stacked, possibly transposed, while the file
+    always has [experts, rows, columns] with unpermuted rows. They are therefore matched by the file's names, without ``modify_tensors``.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Injection:
         self._stacks = stacks(experts or {})
         self._pending = {*quantised, *(name for name in self._stacks if MERGED not in name)}
         self._rows: dict[str, tuple[QuantisedTensor, Order]] = {}
-        self._sources: dict[str, Any] = {}  # embeddings, lazy, in the checkpoint's type, which may lie mapped in its file
+        self._sources: dict[str, Any] = {}  # embeddings, lazy, in the checkpoint's type
         self._modify, self._force, self._add = model.modify_tensors, model.tensor_force_quant, model.gguf_writer.add_tensor
         self._writer = model.gguf_writer
         for name, tensor in replaced.items():
@@ -101,12 +101,12 @@ class Injection:
         model.gguf_writer.add_tensor = self._add_tensor
 
     def check_used(self) -> None:
-        """Raise UserError where a quantised tensor found no place in the file."""
+        """Raise UserError if a quantised tensor is not in the file."""
         if self._pending:
             raise UserError(f"llama.cpp's conversion leaves out {min(self._pending)}: this model needs an adapter of its own")
 
     def report_to(self, advance: Callable[[int], None]) -> None:
-        """Call ``advance(bytes)`` after each piece that is written."""
+        """Call ``advance(bytes)`` after each chunk that is written."""
         for tensors in self._writer.tensors:
             for info in tensors.values():
                 info.tensor.advance = advance
@@ -127,7 +127,7 @@ class Injection:
 
     def _tensor_force_quant(self, name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
         if new_name in self._rows or new_name in self._stacks:
-            return self._gguf.GGMLQuantizationType.F16  # never computed: _add_tensor has the bytes
+            return self._gguf.GGMLQuantizationType.F16  # never computed: _add_tensor provides the bytes
         if self._embedding_type is not None and new_name in EMBEDDINGS:
             return self._gguf.GGMLQuantizationType.F32
         return self._force(name, new_name, bid, n_dims)
@@ -150,7 +150,7 @@ class Injection:
             deferred = Deferred(
                 lambda: (part.data for expert in parts for part in expert), (*shape[:2], parts[0][0].data.shape[1]), np.uint8
             )
-            # not among row_scales, which products of experts know nothing of
+            # not in row_scales: products of experts do not support them
             raw_dtype = self._gguf.GGMLQuantizationType[stored_as(chosen.name)]
             self._pending -= {name, name.replace(MERGED, "_gate_"), name.replace(MERGED, "_up_")}
         elif self._embedding_type is not None and name in EMBEDDINGS:
@@ -166,7 +166,7 @@ class Injection:
 
 
 def stacks(experts: Mapping[str, QuantisedTensor]) -> Stacks:
-    """Quantised experts by the name of the tensor that takes them all, in their order; gate and up also as one, as some files have them."""
+    """Quantised experts, in order, by the name of the stacked tensor; gate and up also as one tensor, as in some files."""
     found: dict[str, dict[int, QuantisedTensor]] = {}
     for key, tensor in experts.items():
         match = EXPERT.fullmatch(key)
@@ -180,7 +180,7 @@ def stacks(experts: Mapping[str, QuantisedTensor]) -> Stacks:
 
 
 def _replace(model: Any, name: str, tensor: torch.Tensor) -> None:
-    """Give ``model`` ``tensor`` instead of the checkpoint's ``name``."""
+    """Replace the checkpoint's tensor ``name`` in ``model`` by ``tensor``."""
     shape = tuple(model.model_tensors[name]().shape)
     if tuple(tensor.shape) != shape:
         raise UserError(f"{name} is {shape} in the checkpoint and {tuple(tensor.shape)} after folding: leave the model alone and run again")
@@ -188,7 +188,8 @@ def _replace(model: Any, name: str, tensor: torch.Tensor) -> None:
 
 
 def in_chunks(tensor: Any, chosen: QuantType) -> Iterable[Bytes]:
-    """``tensor`` (torch's, lazy, [rows, columns]) in the type ``chosen``, some rows at a time, as many at once as torch has threads."""
+    """Quantise a lazy torch ``tensor`` [rows, columns] to the type ``chosen`` in chunks of rows, in parallel on torch's number of
+    threads."""
     values, threads = eager(tensor), torch.get_num_threads()
     step = max(1, CHUNK_WEIGHTS // values.shape[-1])
     starts = range(0, values.shape[0], step)
@@ -202,6 +203,6 @@ def in_chunks(tensor: Any, chosen: QuantType) -> Iterable[Bytes]:
 
 
 def eager(tensor: Any) -> Any:
-    """The array behind a lazy one; anything else as it is."""
+    """Evaluate a lazy tensor; anything else is returned as it is."""
     to_eager = getattr(type(tensor), "to_eager", None)
     return tensor if to_eager is None else to_eager(tensor)

@@ -30,7 +30,7 @@ LAYERED = {  # keys with a number a layer, by their beginning: the table's title
 def inspect(path: Path) -> RenderableType:
     """Why it will not load, or what will not be read of it, if so, metadata, ratios per layer, and tensors of the GGUF file ``path``.
 
-    Raises UserError where it is none, or is damaged.
+    Raises UserError if it is none, or is damaged.
     """
     header = read_header(path)
     sentences = version_sentences(header.metadata)

@@ -1,4 +1,4 @@
-"""The keys that mbq-gguf adds to a GGUF file. llama.cpp ignores keys that it does not know."""
+"""The metadata keys that mbq-gguf adds to a GGUF file. llama.cpp ignores unknown keys."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from mbq_gguf.formats import row_scale, static_ranges
 from mbq_gguf.formats.gguf_types import FILE_TYPES, import_gguf
 from mbq_gguf.formats.row_scale import stored_as
 
-FORMAT_VERSION = 1  # raised whenever a file of the old layout must not be read as one of the new
+FORMAT_VERSION = 1  # increased when old files must not be read like new ones
 PREFIX = "mbq."
 RATIO = "mbq.ratio."  # + "attention" or "mlp"
-# The patched llama.cpp loads files of no other.
+# The patched llama.cpp rejects other versions.
 KNOWN_VERSIONS = {"mbq.row_scale.version": row_scale.VERSION, static_ranges.VERSION_KEY: static_ranges.VERSION}
 
-# llama.cpp names most of its K-quant mixtures, not types; a file all of one type bears the name of the plainest mixture.
+# llama.cpp's names for K-quants are mixtures, not types; a file with a single type gets the name of the simplest mixture.
 STOCK_FILE_TYPES = {"Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S", "Q2_K": "MOSTLY_Q2_K_S"}
 
 
 def file_type(type_name: str) -> int | None:
-    """``general.file_type`` of a file whose matrices are of type ``type_name``; None where llama.cpp has no number for it."""
+    """``general.file_type`` of a file with matrices of ``type_name``; None if llama.cpp has no number for it."""
     stored = stored_as(type_name)
     name = STOCK_FILE_TYPES.get(stored, "ALL_F32" if stored == "F32" else f"MOSTLY_{stored}")
     if name in FILE_TYPES:
@@ -42,7 +42,7 @@ def describe(
     ratios: Mapping[str, Sequence[float]],
     token_weights: str,
 ) -> dict[str, Any]:
-    """The metadata of a quantised file, by key; ``type_name`` is "mixed" where each tensor has its own.
+    """The metadata of a quantised file, by key; ``type_name`` is "mixed" if tensors have different types.
 
     ``fingerprint`` is the SHA-256 of the calibration set as it was used ("" where none was), ``samples`` its size and ``synthetic`` the
     number of texts that the model wrote beside it, with half as many pictures; ``ratios`` holds, per layer, vision over
@@ -64,7 +64,7 @@ def describe(
 
 
 def version_sentences(keys: Mapping[str, Any]) -> list[str]:
-    """Why the patched llama.cpp will not load a file with this metadata: a sentence for each version that it does not know."""
+    """Why the patched llama.cpp will not load a file with this metadata: one sentence for each unknown version."""
     return [
         f"{key} is {keys[key]!s:.20}, and the llama.cpp of this mbq-gguf knows {known}: it will not load the file, a later one may"
         for key, known in KNOWN_VERSIONS.items()
@@ -73,13 +73,13 @@ def version_sentences(keys: Mapping[str, Any]) -> list[str]:
 
 
 def gptq(*, clip: bool, propagate_error: bool, error_correction: float, refits: int, learn_scales: int) -> dict[str, Any]:
-    """What GPTQ did beyond its paper: the settings of these names, under the keys that they had in the first files."""
+    """The settings of GPTQ's extensions, under the keys of the first release of the format."""
     found = {"clip": clip, "distort": propagate_error, "correction": error_correction, "refits": refits, "refine": learn_scales}
     return {f"mbq.gptq.{name}": value for name, value in found.items()}
 
 
 def allocated(plan: Plan, measured: Mapping[str, float]) -> dict[str, Any]:
-    """How large a file of chosen types is (bits per weight of the decoder's matrices), and what rounding was to cost and has (nats)."""
+    """The size of a file with allocated types (bits per weight of the decoder's matrices), and its predicted and measured loss (nats)."""
     return {
         "mbq.allocation.bits_per_weight": plan.bits_per_weight,
         "mbq.allocation.predicted_loss": plan.predicted,

@@ -1,4 +1,4 @@
-"""MiniCPM-V 2.6's and 4.5's files: classes for llama.cpp's conversion package, whose own way is by scripts and a copy of the model."""
+"""Classes for llama.cpp's conversion package that write MiniCPM-V 2.6 and 4.5; llama.cpp itself uses scripts and a copy of the model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MODEL = "model."
 LANGUAGE_MODEL = "llm."
 VISION = ("vpm.", "resampler.")
 PLACES = "resampler.pos_embed_k"
-FLOATS = (PLACES, "resampler.query", "v.position_embd.weight")  # which are no factors of products
+FLOATS = (PLACES, "resampler.query", "v.position_embd.weight")  # not used in products
 Item = tuple[str, Callable[[], Any]]
 
 
 def text_class(package: Any, version: str) -> Any:
-    """The class of the language model of ``version`` that takes its tensors by their published names."""
+    """The class for the language model of ``version``, which accepts the published tensor names."""
     base = package.conversion.get_model_class(minicpmv.TEXTS[version][1], mmproj=False)
 
     def filter_tensors(cls: Any, item: Item) -> Item | None:
@@ -33,7 +33,7 @@ def text_class(package: Any, version: str) -> Any:
 
 
 def vision_class(package: Any, version: str) -> Any:
-    """A class that writes tower and resampler. Its tensors have the names that models/resampler.py gives them."""
+    """A class that writes tower and resampler, with the tensor names of models/resampler.py."""
     base, gguf = package.conversion.MmprojModel, package.gguf
 
     def __init__(self: Any, *args: Any, **options: Any) -> None:
@@ -67,7 +67,7 @@ def vision_class(package: Any, version: str) -> Any:
     def generate_extra_tensors(self: Any) -> Iterable[tuple[str, torch.Tensor]]:
         from mbq_gguf.models.resampler import places
 
-        yield PLACES, places(1, 1, self.n_embd_text)  # the runtime looks for it, and computes them itself
+        yield PLACES, places(1, 1, self.n_embd_text)  # the runtime requires the tensor but computes the values itself
 
     def modify_tensors(self: Any, tensor: Any, name: str, layer: int | None) -> Iterable[tuple[str, Any]]:
         found: Iterable[tuple[str, Any]] = [(name, tensor)] if name == PLACES else base.modify_tensors(self, tensor, name, layer)
@@ -83,5 +83,5 @@ def vision_class(package: Any, version: str) -> Any:
 
 
 def part(published: str, get: Callable[[], Any], place: int) -> Any:
-    """The tensor of that place in what the published one becomes."""
+    """Part ``place`` of a published tensor."""
     return minicpmv.parts_of(published, get())[place]

@@ -1,7 +1,7 @@
-"""How large a picture may be for a model, as its vision file says it to llama.cpp.
+"""Writes a model's own limits on picture size to its vision file.
 
-Families of dynamic size shrink or enlarge a picture to an area between two limits. llama.cpp has limits for a family; where a model's are
-others, a picture takes more tokens, or fewer, than the model has ever seen.
+Families with dynamic resolution scale a picture to an area between two limits. llama.cpp has fixed limits per family. If a model's limits
+differ, pictures would get more or fewer tokens than in training.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ LEAST, MOST = "clip.vision.image_min_pixels", "clip.vision.image_max_pixels"
 
 
 def picture_limits(model_dir: Path, preprocessor_config: Mapping[str, Any]) -> dict[str, int]:
-    """GGUF keys of the limits in pixels by which transformers resizes a picture for ``model_dir``; none where sizes have another rule.
+    """GGUF keys of the limits in pixels by which transformers resizes a picture for ``model_dir``; none if sizes have another rule.
 
-    Where transformers cannot open the image processor here, the limits that ``preprocessor_config`` names itself count.
+    If transformers cannot load the image processor, the limits are taken from ``preprocessor_config``.
     """
     from transformers import AutoImageProcessor
 
@@ -37,7 +37,7 @@ def area_limits(processor: Any) -> tuple[int | None, int | None]:
     """The least and most pixels of one picture, (None, None) for an image processor that does not bound the area."""
     resize = getattr(inspect.getmodule(type(processor)), "smart_resize", None)
     parameters = inspect.signature(resize).parameters if resize else {}
-    # GLM 5 has a rule of its own under this name, with limits in tokens; llama.cpp writes and reads those.
+    # GLM 5 has another rule under this name, with limits in tokens, which llama.cpp handles itself.
     if not {"min_pixels", "max_pixels"} <= parameters.keys() or hasattr(processor, "min_image_tokens"):
         return None, None
     # GLM-4V counts the pixels of a picture once for each frame of a temporal patch.

@@ -1,4 +1,4 @@
-"""Progress bars, one a stage, with the time left; of files they count megabytes."""
+"""Progress bars, one per stage, with the remaining time; bars for files count megabytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MB = 10**6
 
 
 def progress_bars(console: Console) -> Progress:
-    """An empty display of bars; use it as a context manager."""
+    """An empty set of progress bars, as a context manager."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -39,41 +39,41 @@ def progress_bars(console: Console) -> Progress:
 
 
 class MemoryColumn(ProgressColumn):
-    """What the process holds now of host and card, beside the bars that are not full."""
+    """Shows the host and GPU memory that the process uses, next to unfinished bars."""
 
-    max_refresh = 1.0  # seconds between two looks
+    max_refresh = 1.0  # seconds between updates
 
     def render(self, task: Task) -> Text:
-        """As "3.1 GB, card 20.4 GB"."""
+        """The text, such as "3.1 GB, GPU 20.4 GB"."""
         if task.finished:
             return Text("")
         card = gpu_bytes()
-        return Text(f"{process_bytes() / 1e9:.1f} GB" + (f", card {card / 1e9:.1f} GB" if card else ""))
+        return Text(f"{process_bytes() / 1e9:.1f} GB" + (f", GPU {card / 1e9:.1f} GB" if card else ""))
 
 
 def download_bars(console: Console) -> Progress:
-    """The same for files that are fetched: bytes, and gone at the end."""
+    """Progress bars for downloads, in bytes; they disappear at the end."""
     return Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console, transient=True)
 
 
 class Stages:
-    """Calls (stage, done, total) to bars: a stage's bar appears with its first call. ``told`` is called with the same."""
+    """Maps calls (stage, done, total) to progress bars, which appear with a stage's first call. ``listener`` gets the same calls."""
 
-    def __init__(self, bars: Progress, told: Callable[[str, int, int], None] | None = None) -> None:
+    def __init__(self, bars: Progress, listener: Callable[[str, int, int], None] | None = None) -> None:
         self._bars = bars
-        self._told = told
+        self._listener = listener
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` parts of ``stage`` are finished."""
+        """Show that ``done`` of ``total`` steps of ``stage`` are finished."""
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=total)
         self._bars.update(self._tasks[stage], completed=done, total=total)
-        if self._told:
-            self._told(stage, done, total)
+        if self._listener:
+            self._listener(stage, done, total)
 
     def counter(self, stage: str) -> Callable[[int, int], None]:
-        """For callers that tell (newly done, total) in bytes: a function that keeps the sum, and shows megabytes."""
+        """A callback for (newly done, total) in bytes, which accumulates and shows megabytes."""
         done = 0
 
         def advance(more: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""A dry run of the conversion without the weights: what would fail, or silently go wrong, after hours of calibration shows before them."""
+"""Rehearses the conversion without weights, to detect before calibration what would fail or silently go wrong hours later."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mbq_gguf.export.conversion import conversion_errors, open_model, quiet
 from mbq_gguf.export.gguf_writer import BASE_TYPES, VisionFile, injected, prepare, vision_injection
 from mbq_gguf.formats.quantised import QuantisedTensor
 
-# Parts that a file for pictures and text does without, and buffers that are computed anew.
+# Parts that a file for pictures and text does not need, and buffers that are recomputed.
 LEFT_OUT = re.compile(
     r"(?:^|\.)(?:\w*audio\w*|mtp|nextn|talker|token2wav|code2wav|speech\w*|sound\w*)\.|(?:inv_freq|position_ids|masked_bias|_mask)$"
 )
@@ -24,10 +24,11 @@ LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def rehearse(model_dir: Path, files: Sequence[Path], mmproj_type: str | None) -> None:
-    """Convert ``model_dir``, whose weights lie in ``files``, without reading them or writing anything; None is a language model alone.
+    """Convert ``model_dir`` with weights in ``files``, without reading them or writing anything. ``mmproj_type`` None: only the language
+    model.
 
-    Raises UserError where llama.cpp's conversion does not take the tensors, the tokenizer or the configuration, where one of the two files
-    would hold no tensor, where a tensor has no place in either, and where the tokenizer has more tokens than the embeddings have rows.
+    Raises UserError if llama.cpp's conversion rejects the tensors, the tokenizer or the configuration, where one of the two files
+    would be empty, if a tensor belongs to neither, or if the tokenizer has more tokens than the embeddings have rows.
     """
     parts = []
     for mmproj, file_type in ((False, BASE_TYPES[0]), *(((True, mmproj_type),) if mmproj_type else ())):
@@ -45,15 +46,15 @@ def rehearse(model_dir: Path, files: Sequence[Path], mmproj_type: str | None) ->
     lost = list(lost_names(parts, names_of(files))) if mmproj_type else []
     if lost:
         raise UserError(
-            f"llama.cpp's conversion has no place for {len(lost)} tensors of {model_dir}, {lost[0]} first: "
-            "use a checkpoint that holds the model's own weights alone"
+            f"llama.cpp's conversion does not support {len(lost)} tensors of {model_dir}, {lost[0]} first: "
+            "use a checkpoint with only the model's own weights"
         )
 
 
 def rehearse_quantised(model_dir: Path, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Put weights of ``shapes`` [out, in], by decoder key, through the conversion of ``model_dir`` as quantised ones will go.
+    """Run quantised dummy weights of ``shapes`` [out, in], by decoder key, through the conversion of ``model_dir``.
 
-    Raises UserError where the conversion leaves one out, finds another shape, or does more to it than move rows.
+    Raises UserError if the conversion drops one, expects another shape, or does more than permute rows.
     """
     model = open_model(model_dir, model_dir / "rehearsal.gguf", file_type=BASE_TYPES[0], mmproj=False)
     weights = {
@@ -66,7 +67,7 @@ def rehearse_quantised(model_dir: Path, shapes: Mapping[str, tuple[int, int]]) -
 
 
 def rehearse_tower(model_dir: Path, content: VisionFile) -> None:
-    """The same of a vision file with quantised matrices."""
+    """The same for a vision file with quantised matrices."""
     model = open_model(model_dir, model_dir / "rehearsal.gguf", file_type=BASE_TYPES[1], mmproj=True)
     injection = vision_injection(model, content)
     with quiet(), torch.inference_mode(), conversion_errors(model_dir):
@@ -75,24 +76,24 @@ def rehearse_tower(model_dir: Path, content: VisionFile) -> None:
 
 
 def lost_names(parts: Sequence[Any], names: Sequence[str]) -> Iterator[str]:
-    """The tensors that no part of the conversion takes, without those that are left out on purpose."""
+    """The tensors that no part of the conversion uses, apart from those dropped on purpose."""
     layers = parts[0].block_count
     for name in names:
         found = LAYER.search(name)
-        if LEFT_OUT.search(name) or (found and int(found[1]) >= layers):  # layers beyond the last predict further tokens
+        if LEFT_OUT.search(name) or (found and int(found[1]) >= layers):  # extra layers are for multi-token prediction
             continue
         if all(part.filter_tensors((name, lambda: None)) is None for part in parts):
             yield name
 
 
 def check_metadata(model: Any, model_dir: Path) -> None:
-    """Raise UserError where a value of a configuration file does not fit its GGUF type, which would fail at the end."""
+    """Raise UserError if a configuration value does not fit its GGUF type, which would otherwise fail at the end."""
     writer = model.gguf_writer
     for shard in writer.kv_data:
         for key, value in shard.items():
             try:
                 writer._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type)
-            except Exception as error:  # struct, numpy and str raise their own
+            except Exception as error:  # struct, numpy and str raise different ones
                 raise UserError(
                     f"{key} cannot be {str(value.value)[:80]!r} as the configuration of {model_dir} says ({describe(error)}): "
                     "download it again"
@@ -100,7 +101,7 @@ def check_metadata(model: Any, model_dir: Path) -> None:
 
 
 def check_vocabulary(model_dir: Path, model: Any) -> None:
-    """Raise UserError where tokenizer.json has a token for which the embeddings of ``model`` have no row, or config.json tells of more
+    """Raise UserError if tokenizer.json has a token for which the embeddings of ``model`` have no row, or config.json tells of more
     tokens than these have rows: the conversion makes up each that is missing, a billion for hours."""
     from tokenizers import Tokenizer
 
@@ -119,7 +120,7 @@ def check_vocabulary(model_dir: Path, model: Any) -> None:
     try:
         tokens = max(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values(), default=-1) + 1
     except Exception as error:  # tokenizers raises bare ones
-        raise UserError(f"{file} is no tokenizer ({str(error).splitlines()[0]}): download the tokenizer again") from error
+        raise UserError(f"{file} is not a tokenizer ({str(error).splitlines()[0]}): download the tokenizer again") from error
     if tokens > rows:
         raise UserError(
             f"the tokenizer of {model_dir} has {tokens} tokens and the embeddings {rows} rows: "

@@ -1,4 +1,4 @@
-"""The report of a conversion, for a terminal."""
+"""The report of a conversion for a terminal."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class ConvertReport:
     """The two files of a conversion. Sizes are in bytes, times in seconds by stage."""
 
     out: Path
-    mmproj: Path | None  # None: the language model alone
+    mmproj: Path | None  # None: only the language model
     tensors: Sequence[TensorRecord]
     mmproj_tensors: Sequence[TensorRecord]
     size_before: int  # the checkpoint's safetensors
-    fallbacks: Sequence[str]  # one sentence for each type that a row length ruled out
+    fallbacks: Sequence[str]  # notes, such as one sentence for each type that a row length ruled out
     seconds: Mapping[str, float] = field(default_factory=dict)
-    allocation: RenderableType | None = None  # the types by kind of tensor, where they were chosen
-    calibration: str = ""  # how many samples were used, in a sentence
+    allocation: RenderableType | None = None  # the types by kind of tensor, if they were allocated
+    calibration: str = ""  # a sentence that says how many samples were used
 
     @property
     def size_after(self) -> int:
@@ -57,7 +57,7 @@ class ConvertReport:
 
 
 def type_table(report: ConvertReport) -> Table:
-    """One line per file and type, one per file."""
+    """One line per file, and one per file and type."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("file")
     table.add_column("type")
@@ -77,9 +77,9 @@ def type_table(report: ConvertReport) -> Table:
 
 
 def fallback_sentences(wanted: str, quantised: Mapping[str, tuple[str, int]], records: Sequence[TensorRecord]) -> list[str]:
-    """One sentence for each type that stands in for another, with the row length that ruled the other out.
+    """One sentence for each fallback type, with the row length that ruled out the requested one.
 
-    ``quantised`` maps tensor names to (type, columns) where ``wanted`` was asked for; ``records`` know their own wish.
+    ``quantised`` maps tensor names to (type, columns), for the requested type ``wanted``; ``records`` have their own requested types.
     """
     counts: dict[tuple[str, str, int], int] = defaultdict(int)
     for name, columns in quantised.values():
@@ -95,40 +95,38 @@ def fallback_sentences(wanted: str, quantised: Mapping[str, tuple[str, int]], re
 
 
 def nearest_sentences(quantised: Iterable[str]) -> list[str]:
-    """One sentence for each type among ``quantised`` (one name a tensor) that GPTQ was asked for and has no grid in."""
+    """One sentence for each type among ``quantised`` (one name per tensor) that has no grid for GPTQ."""
     counts = Counter(name for name in quantised if name not in UNQUANTISED and grid_of(quant_type(name)) is None)
     return [
-        f"{count} tensor{'s' if count > 1 else ''} in {name}: rounded to nearest, since GPTQ fills only types whose weights lie on lines"
+        f"{count} tensor{'s' if count > 1 else ''} in {name}: rounded to nearest, since GPTQ supports only types with evenly spaced values"
         for name, count in counts.items()
     ]
 
 
 def transform_sentences(quantised: Iterable[str]) -> list[str]:
-    """What a file with an online transform needs, where its types (one name a tensor) let every llama.cpp load it."""
+    """A warning for a file with an online transform if its types (one name per tensor) let every llama.cpp load it."""
     if any(name in OWN for name in quantised):
         return []
     return [
-        "only mbq-gguf's llama.cpp computes the transform of --rotate full: others load this file and answer nonsense"
-        " (--rotate offline suits all)"
+        "only mbq-gguf's llama.cpp computes the transform of --rotate full: others load this file and produce nonsense"
+        " (--rotate offline works everywhere)"
     ]
 
 
 def static_sentences(keys: Mapping[str, Any]) -> list[str]:
-    """Which rows have a scale of their own in a file with static ones, whose metadata is ``keys``."""
+    """Says which rows are dynamic in a file with static scales, from its metadata ``keys``."""
     if "mbq.act.version" not in keys:
         return []
     sinks = [f"{name} {', '.join(map(str, keys[key]))}" for name, key in SINKS.items() if keys[key]]
-    return [
-        f"static scales of activations ({keys['mbq.act.estimator']}), dynamic at {' and '.join(sinks) or 'no token: no sink was found'}"
-    ]
+    return [f"static activation scales ({keys['mbq.act.estimator']}), dynamic at {' and '.join(sinks) or 'no token: no sink was found'}"]
 
 
 def tower_sentences(keys: Mapping[str, Any]) -> list[str]:
-    """The same of a vision file."""
+    """The same for a vision file."""
     if "mbq.act.version" not in keys:
         return []
     ranges = [value for key, values in keys.items() if key.startswith(RANGE) for value in values]
-    dynamic = f", {ranges.count(0.0)} of {len(ranges)} dynamic, since outliers are among them" if 0.0 in ranges else ""
+    dynamic = f", {ranges.count(0.0)} of {len(ranges)} dynamic because of outliers" if 0.0 in ranges else ""
     return [f"static scales of the tower's activations ({keys['mbq.act.estimator']}){dynamic}"]
 
 
@@ -140,7 +138,7 @@ def megabytes(size: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Seconds in a human-readable form."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

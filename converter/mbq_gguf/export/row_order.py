@@ -1,8 +1,7 @@
-"""Which row of a Hugging Face tensor each row of a GGUF tensor comes from, found out by experiment.
+"""Determines, by experiment, which row of a Hugging Face tensor each row of a GGUF tensor comes from.
 
-llama.cpp permutes, splits and merges rows of some architectures (rotary q and k of Llama, merged qkv, ...), and columns of a few, by heads
-(Qwen3.5's delta nets). Sending row numbers instead
-of weights through the very function that will transform the weights finds the order for all of them.
+For some architectures llama.cpp permutes, splits and merges rows (rotary q and k of Llama, merged qkv, ...), and for a few also columns, by
+heads (Qwen3.5's delta nets). Passing row indices instead of weights through the same function reveals the order for all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Transform = Callable[[torch.Tensor], Iterable[tuple[str, torch.Tensor]]]
 
 @dataclass(frozen=True)
 class Order:
-    """For each row of a tensor its source row, and for each block of columns its source block; None where columns are where they were."""
+    """For each row of a tensor, its source row, and for each block of columns its source block; None if columns are where they were."""
 
     rows: npt.NDArray[np.int64]
     blocks: npt.NDArray[np.int64] | None = None
@@ -35,12 +34,13 @@ class Order:
 
 
 def row_order(transform: Transform, shape: tuple[int, int], name: str, block: int) -> dict[str, Order]:
-    """For each tensor that ``transform`` makes of ``name`` [rows, columns]: where its rows, and its blocks of ``block`` columns, come from.
+    """For each tensor that ``transform`` makes from ``name`` [rows, columns]: the source of its rows and of its blocks of ``block``
+    columns.
 
-    Raises UserError where ``transform`` does more than move whole rows and whole blocks: quantised weights cannot follow that.
+    Raises UserError if ``transform`` does more than move whole rows and whole blocks, which is impossible for quantised weights.
     """
     rows, columns = shape
-    # float32 holds every integer up to 2^24 exactly, more rows or columns than any layer has. The probes take no memory of their own.
+    # float32 represents integers up to 2^24 exactly, more than any layer has rows or columns. The probes are views and take no memory.
     down = torch.arange(rows, dtype=torch.float32).unsqueeze(1).expand(rows, columns)
     across = torch.arange(columns, dtype=torch.float32).expand(rows, columns)
     orders: dict[str, Order] = {}
@@ -50,7 +50,7 @@ def row_order(transform: Transform, shape: tuple[int, int], name: str, block: in
             continue
         if not (_whole_rows(by_row, rows, columns) and _whole_blocks(by_row, by_column, columns, block)):
             raise UserError(
-                f"llama.cpp reshapes {name} in a way that quantised blocks of {block} cannot follow: "
+                f"llama.cpp reshapes {name} in a way that is impossible for quantised blocks of {block}: "
                 "choose a type with smaller blocks, or this model needs an adapter of its own"
             )
         starts = by_column[0, ::block].to(torch.int64).numpy() // block
@@ -68,7 +68,7 @@ def _whole_rows(by_row: Any, rows: int, columns: int) -> bool:
 
 
 def _whole_blocks(by_row: Any, by_column: Any, columns: int, block: int) -> bool:
-    """Whether all rows have their columns in one order, which moves blocks of ``block`` columns and nothing smaller."""
+    """Whether all rows have the same order of columns, which moves only whole blocks of ``block`` columns."""
     if by_row.shape != by_column.shape or columns % block:
         return False
     order = by_column[0]

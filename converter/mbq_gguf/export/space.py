@@ -1,4 +1,4 @@
-"""Room for everything that a conversion writes, asked for before the work: each file system once, with all that goes there."""
+"""Checks before a conversion that the disks have room for everything it writes, per file system."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mbq_gguf.export.conversion import FOREIGN
 
 LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
 EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|embed_tokens_per_layer|lm_head)\.weight$")
-OTHER_BITS = 16  # matrices of the text file that no type is chosen for
+OTHER_BITS = 16  # bits of matrices of the text file that are not quantised
 VECTOR_BITS = 32
 
 
 @dataclass(frozen=True)
 class Need:
-    """So many bytes in ``folder`` (or the nearest one above it that is there) for ``what``."""
+    """``size`` bytes in ``folder`` (or its nearest existing parent) for ``what``."""
 
     folder: Path
     what: str
@@ -31,7 +31,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes that a conversion writes, by part, from the shapes of the checkpoint and bits per weight."""
+    """Bytes that a conversion writes, by part."""
 
     layers: int
     text: int  # layers, embeddings and the rest
@@ -39,7 +39,7 @@ class Sizes:
 
 
 def predict(shapes: Mapping[str, Sequence[int]], layer_bits: float, embedding_bits: float, mmproj_bits: float) -> Sizes:
-    """What the two files will hold; ``shapes`` by the tensors' names in the checkpoint."""
+    """Predict the sizes of the two files from the checkpoint's ``shapes``, by tensor name, and bits per weight."""
     layers = others = mmproj = 0.0
     for name, shape in shapes.items():
         foreign, vector = FOREIGN.search(name) is not None, len(shape) < 2
@@ -54,7 +54,7 @@ def predict(shapes: Mapping[str, Sequence[int]], layer_bits: float, embedding_bi
 
 
 def check_room(needs: Iterable[Need]) -> None:
-    """Raise UserError, which says what is needed, for what, where, and what is free, where a file system has too little."""
+    """Raise UserError, which says what is needed, for what, if, and what is free, where a file system has too little."""
     by_device: dict[int, list[tuple[Path, Need]]] = defaultdict(list)
     for need in needs:
         there = next(folder for folder in (need.folder, *need.folder.parents) if folder.is_dir())
@@ -71,5 +71,5 @@ def check_room(needs: Iterable[Need]) -> None:
 
 
 def taken(folder: Path) -> int:
-    """Bytes of the files below ``folder``, 0 where there is none."""
+    """Bytes of the finished layers below ``folder``, 0 if there are none."""
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors") if file.is_file())

@@ -1,4 +1,4 @@
-"""The text file of a language model that is read as another (models/text_model.py): that one's class of llama.cpp's conversion package."""
+"""Writes a language model that is read as another one (models/text_model.py), with that one's class of llama.cpp's conversion package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Item = tuple[str, Callable[[], Any]]
 
 
 def converted_as(package: Any, text: TextModel) -> Any:
-    """The package's class for ``text``, which takes a checkpoint with published names."""
+    """The package's class for ``text``, which accepts a checkpoint with published names."""
     base = package.conversion.get_model_class(text.architecture, mmproj=False)
 
     def __init__(self: Any, *args: Any, **options: Any) -> None:
@@ -34,7 +34,7 @@ def converted_as(package: Any, text: TextModel) -> Any:
             base.set_vocab(self)
             return
         directory = self.dir_model
-        with tempfile.TemporaryDirectory(prefix="mbq-gguf-") as folder:  # where the package looks for transformers' files
+        with tempfile.TemporaryDirectory(prefix="mbq-gguf-") as folder:  # the package reads transformers' files from a directory
             text.tokenizer(directory).save_pretrained(folder)
             self.dir_model = Path(folder)
             try:
@@ -52,5 +52,5 @@ def converted_as(package: Any, text: TextModel) -> Any:
 
 
 def part(text: TextModel, published: str, get: Callable[[], Any], place: int) -> Any:
-    """The tensor of that place in what the published one becomes."""
+    """Part ``place`` of a published tensor."""
     return text.parts_of(published, get())[place]

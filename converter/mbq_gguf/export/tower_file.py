@@ -1,4 +1,4 @@
-"""What a vision file holds of a tower in types with one scale per row, known before a weight is: shapes, padding, keys."""
+"""The contents of a vision file with one scale per row that are known without weights: shapes, padding, keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mbq_gguf.settings import Activations
 
 
 def quantised_shapes(tower: Tower) -> dict[str, tuple[int, int]]:
-    """Rows and columns of every matrix that is rounded, padded ones as they will be, by the ends of their names."""
+    """Rows and columns, after padding, of every matrix that is quantised, by the ends of their names."""
     wide = padded_width(tower)
     down, ups = tower.layout.sites[3].readers[0], tower.layout.sites[2].readers
     found = {}
@@ -30,13 +30,13 @@ def quantised_shapes(tower: Tower) -> dict[str, tuple[int, int]]:
 
 
 def padded_width(tower: Tower) -> int:
-    """The feed-forward width that blocks of 32 need where the tower's own is no multiple of them, else 0."""
+    """The padded feed-forward width if the tower's own is not a multiple of 32, else 0."""
     width = linear(tower.blocks[0], tower.layout.sites[3].readers[0]).in_features
     return 0 if width % BLOCK == 0 else -(-width // PADDED) * PADDED
 
 
 def tower_file(tower: Tower, type_name: str, activations: Activations = "dynamic") -> VisionFile:
-    """What a file of ``tower`` in ``type_name`` will hold, in zeros that take no memory."""
+    """The contents of a file of ``tower`` in ``type_name``, as zeros that take no memory."""
     found, replaced, wide = {}, {}, padded_width(tower)
     for name, (rows, columns) in quantised_shapes(tower).items():
         kept = quant_type_for(type_name, columns)

@@ -1,7 +1,7 @@
-"""The vocabulary on its way into a GGUF file: read once, and packed as a whole.
+"""Speeds up writing the vocabulary to a GGUF file: caches it, and packs it as a whole.
 
-A conversion opens a model two to three times (the dry run, the size of the file, the file), and each time llama.cpp's conversion package
-reads tokenizer and merges anew; its writer then packs token by token. With 150 000 tokens each of these takes a second or more.
+A conversion opens a model two or three times (rehearsal, file size, file). Each time, llama.cpp's conversion package reads tokenizer and
+merges again, and its writer packs them token by token. With 150 000 tokens, each of these takes a second or more.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}  # everything else beside a model may shape its vocabulary
-KEPT = 4  # results, of some 10 MB each: tokens and merges of two models
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}  # all other files of a model may affect its vocabulary
+KEPT = 4  # cached results of about 10 MB each: tokens and merges of two models
 
 _kept: OrderedDict[Hashable, Any] = OrderedDict()
 
 
 def speed_up_vocabulary(text_model: Any, gguf: Any) -> None:
-    """Change the classes of the package, ``text_model`` (TextModel) and those of ``gguf``, once: results and bytes stay the same."""
+    """Patch the package's TextModel (``text_model``) and classes of ``gguf``, once; results and bytes stay the same."""
     if getattr(gguf.SpecialVocab, "mbq_quick", False):
         return
     gguf.SpecialVocab.mbq_quick = True
@@ -44,7 +44,7 @@ def speed_up_vocabulary(text_model: Any, gguf: Any) -> None:
         order = "<" if writer.endianess == gguf.GGUFEndian.LITTLE else ">"
         items = pack_array(val, order) if vtype is gguf.GGUFValueType.ARRAY and sub_type is None and isinstance(val, list) and val else None
         if items is not None:
-            head: bytes = pack(writer, val[:1], vtype, add_vtype)[: 8 if add_vtype else 4]  # the types, as the writer says them
+            head: bytes = pack(writer, val[:1], vtype, add_vtype)[: 8 if add_vtype else 4]  # the types, as the writer packs them
             return head + struct.pack(f"{order}Q", len(val)) + items
         whole: bytes = pack(writer, val, vtype, add_vtype, sub_type)
         return whole
@@ -53,7 +53,7 @@ def speed_up_vocabulary(text_model: Any, gguf: Any) -> None:
 
 
 def cached(key: Hashable, make: Callable[[], Any]) -> Any:
-    """What ``make`` returned for ``key`` before; a copy, since the package changes the lists that it gets."""
+    """The cached result of ``make`` for ``key``, as a copy, because the package changes the lists."""
     if key not in _kept:
         _kept[key] = make()
         while len(_kept) > KEPT:
@@ -63,7 +63,7 @@ def cached(key: Hashable, make: Callable[[], Any]) -> Any:
 
 
 def files_hash(folder: Path) -> str:
-    """A hash of every file in ``folder`` but the weights."""
+    """A hash of all files in ``folder`` except the weights."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.suffix not in WEIGHTS and path.is_file():
@@ -73,7 +73,7 @@ def files_hash(folder: Path) -> str:
 
 
 def pack_array(values: list[Any], order: str) -> bytes | None:
-    """The items of a GGUF array of strings or of int32, in the byte order ``order`` ("<" or ">"); None for any other list."""
+    """Pack the items of a GGUF array of strings or int32, in byte order ``order`` ("<" or ">"); None for other lists."""
     if all(isinstance(value, str) for value in values):
         encoded = [value.encode("utf-8") for value in values]
         length = struct.Struct(f"{order}Q").pack

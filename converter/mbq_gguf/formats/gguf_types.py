@@ -40,7 +40,7 @@ def import_gguf() -> ModuleType:
 def import_from_tree(name: str, folder: Path) -> ModuleType:
     """Import the package ``name`` that lies in ``folder``, even where another copy of it is installed or already loaded.
 
-    Raises UserError where ``folder`` holds no such package.
+    Raises UserError if ``folder`` holds no such package.
     """
     if not (folder / name / "__init__.py").is_file():
         raise UserError(f"{folder} holds no package {name}: run `mbq-gguf build` again")

@@ -107,7 +107,7 @@ class Grid:
 
 
 def reciprocal(scale: torch.Tensor) -> torch.Tensor:
-    """1 / scale, or 0 where the scale is 0. Avoids torch.where, which copies a Python number to the GPU and waits for it."""
+    """1 / scale, or 0 if the scale is 0. Avoids torch.where, which copies a Python number to the GPU and waits for it."""
     return (1.0 / scale).masked_fill_(scale == 0, 0.0)
 
 

@@ -26,7 +26,7 @@ class QuantType:
     type_size: int  # bytes per block
     quantize: Callable[[Floats], Bytes]
     dequantize: Callable[[Bytes], Floats]
-    fallback: str | None = None  # the type to try where a row is no multiple of block_size
+    fallback: str | None = None  # the type to try where a row is not a multiple of block_size
 
     @property
     def bits_per_weight(self) -> float:

@@ -12,5 +12,5 @@ from mbq_gguf.llama_cpp.paths import source_dir
 
 @cache
 def bind() -> None:
-    """To be called before anything of ``mbq_cbind``. Raises UserError where nothing is built."""
+    """To be called before anything of ``mbq_cbind``. Raises UserError if nothing is built."""
     use(source_dir(), cache_root() / "cbind")

@@ -21,7 +21,7 @@ MARKER = "mbq-gguf-build.json"
 
 
 def cache_root() -> Path:
-    """The cache folder: ``MBQ_GGUF_CACHE`` where set, else the platform's user cache. Not created here."""
+    """The cache folder: ``MBQ_GGUF_CACHE`` if set, else the platform's user cache. Not created here."""
     override = os.environ.get("MBQ_GGUF_CACHE")
     return Path(override).expanduser().absolute() if override else platformdirs.user_cache_path("mbq-gguf")
 
@@ -47,7 +47,7 @@ def write_record(tree: Path, record: BuildRecord) -> None:
 
 
 def read_record(tree: Path) -> BuildRecord | None:
-    """The record of a finished build; None where `tree` is unfinished or was made by another version of this layout."""
+    """The record of a finished build; None if `tree` is unfinished or was made by another version of this layout."""
     try:
         fields = json.loads((tree / MARKER).read_text(encoding="utf-8"))
         return BuildRecord(**{**fields, "options": tuple(fields["options"])})

@@ -116,7 +116,7 @@ class Ggml:
         return data
 
     def product(self, operation: str, type_id: int, data: Array, other: Array, buffer_type: int, flags: int = 0) -> Array | None:
-        """``mul_mat`` or ``get_rows`` of weights [ROWS, COLUMNS] held in `buffer_type`; None where that buffer type leaves the op alone."""
+        """``mul_mat`` or ``get_rows`` of weights [ROWS, COLUMNS] held in `buffer_type`; None if that buffer type leaves the op alone."""
         weight_context, context = (self("init", InitParams(1 << 20, None, True)) for _ in range(2))
         weight = self("new_tensor_2d", weight_context, type_id, COLUMNS, ROWS)
         ctypes.cast(weight, POINTER(TensorHead)).contents.flags |= flags
@@ -187,7 +187,7 @@ def matches_numpy(
 
 
 def main(folder: str) -> int:
-    """Run the kernels of the libraries in ``folder``: exit code 0 where all are right, 1 where one is not, 2 where they cannot
+    """Run the kernels of the libraries in ``folder``: exit code 0 if all are right, 1 where one is not, 2 where they cannot
     be loaded."""
     try:
         ggml = Ggml(Path(folder))

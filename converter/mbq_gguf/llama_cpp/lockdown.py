@@ -34,7 +34,7 @@ def new_key() -> str:
 
 
 def environment(key: str | None, empty: Path) -> dict[str, str]:
-    """This process's environment for a server: without other people's options, with `key` where given (arguments can be read by all users).
+    """This process's environment for a server: without other people's options, with `key` if given (arguments can be read by all users).
 
     `empty`: an empty folder that stands for the user's configuration, where llama-server would look for llama.cpp/config.ini.
     """

@@ -58,7 +58,7 @@ def find_tool(*names: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Toolchain:
-    """The programs of a build. ``ninja`` is None where CMake has to fall back to make, ``nvcc`` for a CPU build."""
+    """The programs of a build. ``ninja`` is None if CMake has to fall back to make, ``nvcc`` for a CPU build."""
 
     cmake: Path
     ninja: Path | None
@@ -103,7 +103,7 @@ def _shares_runtime(compiler: Path) -> bool:
 
 
 def gpu_architectures() -> str:
-    """CMake's architecture list for the GPUs of this machine, for example ``90-real``. Raises UserError where no GPU is visible."""
+    """CMake's architecture list for the GPUs of this machine, for example ``90-real``. Raises UserError if no GPU is visible."""
     smi = find_tool("nvidia-smi")
     listed = ""
     if smi is not None:
@@ -121,7 +121,7 @@ def c_compiler() -> Path | None:
 
 
 def _compiler(variable: str, *names: str) -> Path | None:
-    """The compiler of the environment variable where set (its first word, as in ``ccache g++``, has to exist), else the usual names."""
+    """The compiler of the environment variable if set (its first word, as in ``ccache g++``, has to exist), else the usual names."""
     wanted = os.environ.get(variable, "").split()
     return find_tool(wanted[0]) if wanted else find_tool(*names)
 

@@ -39,7 +39,7 @@ _REASONS = (
 def find_page(choice: str, origin: Path | None, pin: Pin, console: Console) -> Path | None:
     """The folder of the finished page of `origin`, or of the pinned source where None; built where it is not in the cache.
 
-    None where `choice` is ``off``, and where it is ``auto`` and the page cannot be built, which is said in one sentence. Raises UserError
+    None if `choice` is ``off``, and where it is ``auto`` and the page cannot be built, which is said in one sentence. Raises UserError
     for that where it is ``on``.
     """
     if choice == "off" or (choice == "auto" and origin is not None and not _lock_file(origin / FOLDER).is_file()):
@@ -60,7 +60,7 @@ def find_page(choice: str, origin: Path | None, pin: Pin, console: Console) -> P
 
 
 def _node_version() -> str:
-    """What ``node --version`` says. Raises UserError where node or npm is missing or too old."""
+    """What ``node --version`` says. Raises UserError if node or npm is missing or too old."""
     node, wanted = find_tool("node"), ".".join(map(str, NODE))
     if node is None or find_tool("npm") is None:
         raise UserError(f"node and npm were not found: install node {wanted} or newer and run `mbq-gguf build --page on`")
@@ -111,7 +111,7 @@ def _lock_file(folder: Path) -> Path:
 
 
 def _reason(log: Path) -> str | None:
-    """The first line of what npm or the bundler said that states an error, and where the rest is; None where none does."""
+    """The first line of what npm or the bundler said that states an error, and where the rest is; None if none does."""
     said = log.read_text(encoding="utf-8", errors="replace")
     found = next((match for pattern in _REASONS if (match := pattern.search(said))), None)
     return f"{found[found.lastindex or 0]}; the log is {log}" if found else None

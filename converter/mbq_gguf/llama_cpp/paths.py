@@ -30,7 +30,7 @@ def chosen_backend() -> str:
 def source_dir() -> Path:
     """The patched source tree of the build in use; it holds conversion/, gguf-py/, ggml/include, include/ and tools/mtmd.
 
-    Raises UserError where nothing is built, UsageError where ``MBQ_GGUF_LLAMA_CPP`` names a folder that holds no build.
+    Raises UserError if nothing is built, UsageError if ``MBQ_GGUF_LLAMA_CPP`` names a folder that holds no build.
     """
     override = os.environ.get("MBQ_GGUF_LLAMA_CPP")
     if override:
@@ -53,12 +53,12 @@ def source_dir() -> Path:
 
 
 def find_program(name: str) -> Path:
-    """The built program `name`, for example ``llama-server``. Raises UserError where it was not built."""
+    """The built program `name`, for example ``llama-server``. Raises UserError if it was not built."""
     return _in_bin(name, f"program {name}")
 
 
 def find_library(name: str) -> Path:
-    """The built library `name`, ``llama`` or ``libllama.so``. Raises UserError where it was not built."""
+    """The built library `name`, ``llama`` or ``libllama.so``. Raises UserError if it was not built."""
     base = name.removeprefix("lib").removesuffix(LIBRARY_SUFFIX)
     return _in_bin(f"lib{base}{LIBRARY_SUFFIX}", f"library {base}")
 

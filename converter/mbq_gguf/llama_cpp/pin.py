@@ -25,7 +25,7 @@ class Pin:
 def patch_dir() -> Path:
     """The folder ggml_patch: package data in a wheel, beside ``converter/`` in an editable install.
 
-    Raises UserError where neither holds a PIN file.
+    Raises UserError if neither holds a PIN file.
     """
     package = Path(__file__).resolve().parents[1]
     for candidate in (package / "ggml_patch", package.parents[1] / "ggml_patch"):
@@ -35,7 +35,7 @@ def patch_dir() -> Path:
 
 
 def read_pin(folder: Path | None = None) -> Pin:
-    """Parse ``<folder>/PIN``: lines ``key = value``, ``#`` starts a comment. Raises UserError where a key is missing or odd."""
+    """Parse ``<folder>/PIN``: lines ``key = value``, ``#`` starts a comment. Raises UserError if a key is missing or odd."""
     path = (folder or patch_dir()) / "PIN"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

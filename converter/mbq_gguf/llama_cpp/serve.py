@@ -19,8 +19,8 @@ from mbq_gguf.special_tokens import check_text
 def serve(file: Path, mmproj: Path | None, port: int, options: Sequence[str], console: Console) -> None:
     """Serve `file` on 127.0.0.1 until Ctrl-C; the address, and the key where one is asked for, are printed when it answers.
 
-    `mmproj`: by default the one beside `file`, and none where there is none. `options`: llama-server's own, which may open what is closed.
-    Raises UserError where the server does not start or ends by itself.
+    `mmproj`: by default the one beside `file`, and none if there is none. `options`: llama-server's own, which may open what is closed.
+    Raises UserError if the server does not start or ends by itself.
     """
     # Its whole path would stand in every answer otherwise; a comma would make two names.
     name = [] if {"--alias", "-a"} & set(options) else ["--alias", file.stem.replace(",", " ")]
@@ -40,8 +40,8 @@ def ask(
 ) -> Answer:
     """The answer of `file` to one question about `pictures`, in their order. `ctx`: tokens of context, those of the pictures included.
 
-    Raises UsageError where a file is missing or the question names a special token (:mod:`mbq_gguf.special_tokens`),
-    UserError where the server does not start or refuses, as it does where `ctx` is too small.
+    Raises UsageError if a file is missing or the question names a special token (:mod:`mbq_gguf.special_tokens`),
+    UserError if the server does not start or refuses, as it does where `ctx` is too small.
     """
     vision = mmproj or _beside(file)
     if pictures and vision is None and file.is_file():  # a missing FILE is named first, below
@@ -61,6 +61,6 @@ def _name_beside(file: Path) -> Path:
 
 
 def _beside(file: Path) -> Path | None:
-    """The vision file that ``convert`` wrote with `file`, None where it is not there."""
+    """The vision file that ``convert`` wrote with `file`, None if it is not there."""
     path = _name_beside(file)
     return path if path.is_file() else None

@@ -58,7 +58,7 @@ class Server:
     `options`: llama-server's own; they come last, may open what is closed, and where they name a key, none is made here. `port`: 0 for a
     free one. `log_file` keeps the server's log; without it the log is gone when the server stops.
 
-    Raises UsageError where a file is missing or an option is refused, and UserError, with the last lines of its log, where the server does
+    Raises UsageError if a file is missing or an option is refused, and UserError, with the last lines of its log, if the server does
     not start.
     """
 
@@ -118,9 +118,9 @@ class Server:
     def ask(
         self, images: Path | Sequence[Path] | None, question: str, max_tokens: int = 64, *, temperature: float = 0.0, seed: int = 0
     ) -> Answer:
-        """One question, about one or several pictures where given: they come first, in their order, then the question; greedy by default.
+        """One question, about one or several pictures if given: they come first, in their order, then the question; greedy by default.
 
-        Raises UsageError where a picture cannot be read, UserError where the server refuses or dies.
+        Raises UsageError if a picture cannot be read, UserError if the server refuses or dies.
         """
         pictures = [images] if isinstance(images, Path) else list(images or ())
         content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
@@ -176,7 +176,7 @@ class Server:
         raise UserError(f"llama-server did not start ({words}): check the files and the free memory")
 
     def _wait_until_ready(self) -> bool:
-        """True as soon as the model is loaded, False where the process ends before that."""
+        """True as soon as the model is loaded, False if the process ends before that."""
         assert self._process is not None
         deadline = time.monotonic() + START_SECONDS
         path = "/v1/models" if self.key else "/health"  # only our own server knows the key: another's /health on this port answers as well
@@ -232,7 +232,7 @@ class LlamaServer(Server):
 
 
 def data_url(image: Path) -> str:
-    """The picture as everything here sees it (:mod:`mbq_gguf.picture`): a PNG in a ``data:`` URL. Raises UserError where it is none."""
+    """The picture as everything here sees it (:mod:`mbq_gguf.picture`): a PNG in a ``data:`` URL. Raises UserError if it is none."""
     return f"data:image/png;base64,{base64.b64encode(png(image)).decode('ascii')}"
 
 
@@ -250,7 +250,7 @@ def _reason(response: requests.Response) -> str:
 
 
 def _last_value(options: Sequence[str], name: str) -> str | None:
-    """What follows the last `name` among `options`, which is what llama-server takes; None where it is not there."""
+    """What follows the last `name` among `options`, which is what llama-server takes; None if it is not there."""
     values = [value for option, value in pairwise(options) if option == name]
     return values[-1] if values else None
 

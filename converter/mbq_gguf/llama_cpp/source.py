@@ -78,7 +78,7 @@ def file_sha256(path: Path) -> str:
 
 
 def check_sha256(archive: Path, pin: Pin) -> None:
-    """Raises UserError where the archive is not the pinned one, byte for byte."""
+    """Raises UserError if the archive is not the pinned one, byte for byte."""
     found = file_sha256(archive)
     if found != pin.sha256:
         raise _wrong_checksum(archive.name, found, pin)
@@ -92,14 +92,14 @@ def _wrong_checksum(what: str, found: str, pin: Pin) -> UserError:
 
 
 def unpack(archive: Path, pin: Pin, tree: Path) -> None:
-    """Unpack only ``pin.subdirectory`` of the source package as `tree`. Raises UserError where the package has no such folder."""
+    """Unpack only ``pin.subdirectory`` of the source package as `tree`. Raises UserError if the package has no such folder."""
     unpack_folder(archive, pin, ".", tree)
     if not _is_llama_cpp(tree):
         raise UserError(f"{archive.name} holds no llama.cpp in {pin.subdirectory}: correct the subdirectory in ggml_patch/PIN")
 
 
 def unpack_folder(archive: Path, pin: Pin, folder: str, target: Path) -> None:
-    """Unpack one folder of the pinned llama.cpp as `target`; nothing where there is no such folder."""
+    """Unpack one folder of the pinned llama.cpp as `target`; nothing if there is no such folder."""
     prefix = PurePosixPath(pin.subdirectory, folder).parts
     try:
         with tarfile.open(archive) as package:
@@ -121,10 +121,10 @@ def copy_tree(source: Path, tree: Path) -> None:
 
 
 def check_source(source: Path) -> Path:
-    """The absolute path of the tree given with ``--source``. Raises UsageError where it is no llama.cpp tree."""
+    """The absolute path of the tree given with ``--source``. Raises UsageError if it is not a llama.cpp tree."""
     source = source.expanduser().resolve()
     if not _is_llama_cpp(source):
-        raise UsageError(f"{source} is no llama.cpp source tree: --source needs a folder with {' and '.join(_NEEDED)} in it")
+        raise UsageError(f"{source} is not a llama.cpp source tree: --source needs a folder with {' and '.join(_NEEDED)} in it")
     return source
 
 

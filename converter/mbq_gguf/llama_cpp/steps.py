@@ -74,7 +74,7 @@ class BuildProgress:
 def run_step(command: Sequence[str | Path], log: TextIO, on_line: Callable[[str], None], extra: Mapping[str, str] | None = None) -> None:
     """Run `command`, every line of it to `log` and to `on_line`; on any exception here its whole process group is ended first.
 
-    Raises UserError where it fails: one sentence with the first error line and the log's path.
+    Raises UserError if it fails: one sentence with the first error line and the log's path.
     """
     start = log.tell()
     log.write(f"$ {' '.join(map(str, command))}\n")
@@ -136,7 +136,7 @@ def _group_ended(process: subprocess.Popen[str], seconds: float) -> bool:
 
 
 def first_error(text: str) -> str | None:
-    """The first line of compiler, linker or CMake output that states an error; None where none does."""
+    """The first line of compiler, linker or CMake output that states an error; None if none does."""
     for pattern in _ERRORS:
         found = pattern.search(text)
         if found:

@@ -59,7 +59,7 @@ def instruction_sets() -> tuple[InstructionSet, ...]:
 def verify_kernels(folder: Path) -> str | None:
     """Run the kernels of ``libggml-cpu`` in `folder` in a process of their own.
 
-    Returns None where they run and agree with numpy, else a few words on what went wrong where. Raises UserError where the libraries
+    Returns None if they run and agree with numpy, else a few words on what went wrong where. Raises UserError if the libraries
     cannot be loaded at all: another instruction set would not help.
     """
     command = [sys.executable, str(CHECK_PROGRAM), str(folder)]

@@ -89,7 +89,7 @@ def parts_of(name: str, tensor: torch.Tensor, config: Any) -> list[torch.Tensor]
 
 
 def configuration(model_dir: Path) -> Any:
-    """transformers' configuration of the published model in ``model_dir``. Raises UserError where it is of an older kind."""
+    """transformers' configuration of the published model in ``model_dir``. Raises UserError if it is of an older kind."""
     from transformers import AutoConfig
 
     published = read_json_object(model_dir / "config.json")
@@ -113,7 +113,7 @@ def configuration(model_dir: Path) -> Any:
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Raise UserError where a published config.json lacks what its reader asks for."""
+    """Raise UserError if a published config.json lacks what its reader asks for."""
     if (config.get("architectures") or [None])[0] == ARCHITECTURE:
         positive_integers(config.get("vision_config") or {}, SIZES)
         if not config.get("llm_config"):

@@ -102,7 +102,7 @@ def lazy_tensors(files: Sequence[Path]) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for file in files:
         with safe_open(str(file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
+            for name in opened.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 part = opened.get_slice(name)
                 dtype = DTYPES.get(part.get_dtype())
                 if dtype is None:  # not a weight dtype, and small

@@ -21,7 +21,7 @@ def tokenizer(file: Path, pattern: str, specials: Sequence[str], *, whole: bool,
     tokens behind the vocabulary's, in this order.
 
     ``whole``: a word that is a token stays one even where no merges lead to it, as in tiktoken; llama.cpp does this for some models only.
-    ``settings`` are the tokenizer's. Raises UserError where ``file`` is no such vocabulary.
+    ``settings`` are the tokenizer's. Raises UserError if ``file`` is no such vocabulary.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -35,14 +35,14 @@ class Pieces:
 
     @classmethod
     def of(cls, model_dir: Path) -> Pieces:
-        """Those of ``model_dir``. Raises UserError where a file is missing or no such one, or the settings lack a token."""
+        """Those of ``model_dir``. Raises UserError if a file is missing or no such one, or the settings lack a token."""
         from sentencepiece import SentencePieceProcessor
 
         file, beside = model_dir / "tokenizer.model", model_dir / "tokenizer_config.json"
         try:
             model = SentencePieceProcessor(model_file=str(file))
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{file} is no tokenizer of SentencePiece's ({describe(error)}): download it again") from error
+            raise UserError(f"{file} is not a tokenizer of SentencePiece's ({describe(error)}): download it again") from error
         found = cls(model, read_json_object(beside))
         try:
             known = [token in found.ids for token in (found.named("bos"), found.named("unk"), found.eos)]

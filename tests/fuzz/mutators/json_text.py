@@ -103,7 +103,7 @@ def _literal(text: bytes, draw: random.Random) -> tuple[bytes, str]:
 
 
 def _somewhere(value: Any, draw: random.Random) -> tuple[Any, Any]:
-    """An object or list anywhere in ``value`` and a key of it; None where there is none."""
+    """An object or list anywhere in ``value`` and a key of it; None if there is none."""
     holders: list[tuple[Any, Any]] = []
     waiting = [value]
     while waiting:

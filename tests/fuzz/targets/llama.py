@@ -52,7 +52,7 @@ class Text(Spoilt):
 
 
 class Mmproj(Spoilt):
-    """A vision file beside a language model that is whole: load, a picture through the tower, and a sound where there is one for it."""
+    """A vision file beside a language model that is whole: load, a picture through the tower, and a sound if there is one for it."""
 
     mutator, file, folders = gguf, "mmproj.gguf", ("mmproj",)
 
