@@ -113,7 +113,7 @@ def test_white_space_behind_a_turn_is_left_out(phi3: Small) -> None:
 
 @pytest.mark.parametrize("changed", [{"sliding_window": 2047}, {"partial_rotary_factor": 0.75}], ids=str)
 def test_what_llama_does_not_compute_is_refused(changed: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="without a sliding window and with wholly rotary heads"):
+    with pytest.raises(UserError, match="without sliding window and partial rotary embedding"):
         settings({"model_type": "phi3", "max_position_embeddings": 4096, **changed})
 
 

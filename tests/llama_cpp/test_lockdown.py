@@ -169,7 +169,7 @@ def test_options_of_the_user_come_last(tiny_pair: Pair, monkeypatch: pytest.Monk
     with opened as server:
         assert (server.key, server.url) == (None, "http://127.0.0.1:8193")
         assert status(server, "GET", "/slots") == 200
-        with pytest.raises(UserError, match=r"^port 8193 is taken by another program: "), Server(*tiny_pair, [], port=8193):
+        with pytest.raises(UserError, match=r"^port 8193 is in use by another program: "), Server(*tiny_pair, [], port=8193):
             pass
 
 

@@ -34,7 +34,7 @@ def test_patches_apply_in_order_and_once(workshop: Workshop) -> None:
     apply_patch(workshop.tree, GIT)
     assert tree_hash(workshop.tree) == before
     (workshop.patch / "src" / "mbq-answer.h").write_text("#define MBQ_ANSWER 41\n")
-    with pytest.raises(UserError, match="carries another version of the patch already"):
+    with pytest.raises(UserError, match="already has another version of the patch"):
         apply_patch(workshop.tree, GIT)
 
 

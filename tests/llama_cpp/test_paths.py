@@ -26,7 +26,7 @@ def test_nothing_built(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_variable_wins_over_the_cache(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = workshop.root / "mine"
     monkeypatch.setenv("MBQ_GGUF_LLAMA_CPP", str(tree))
-    with pytest.raises(UsageError, match="which holds no build/bin"):
+    with pytest.raises(UsageError, match="which has no build/bin"):
         paths.source_dir()
     folder = tree / "build" / "bin"
     folder.mkdir(parents=True)

@@ -137,7 +137,7 @@ def test_an_option_that_llama_server_does_not_take(tiny_pair: Pair, options: lis
 def test_a_port_that_is_none(tiny_pair: Pair, port: str) -> None:
     done = run("serve", tiny_pair.model, "--", "--port", port)
     assert done.returncode == 2
-    assert done.stderr == f"error: --port {port} is none: give a number from 1 to 65535\n"
+    assert done.stderr == f"error: --port {port} is not a port: give a number from 1 to 65535\n"
 
 
 def test_a_context_that_is_too_large_is_said_with_its_cause(tiny_pair: Pair) -> None:

@@ -43,7 +43,7 @@ def test_how_kernels_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progra
 
 
 def test_libraries_that_cannot_be_loaded_are_no_reason_to_try_another_instruction_set(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"could not be tried \(cannot load the built libraries: .*libggml-base"):
+    with pytest.raises(UserError, match=r"could not be tested \(cannot load the built libraries: .*libggml-base"):
         verify.verify_kernels(tmp_path)
 
 

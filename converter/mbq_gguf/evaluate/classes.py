@@ -1,4 +1,4 @@
-"""What an answer token says: something read (digits), something seen (colours, positions), another word, or that the answer ends."""
+"""Classifies answer tokens: digits (read from the picture), colours and positions (seen), other words, and the end of the answer."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ WORD = re.compile(r"[^\W\d_]+")
 
 
 def token_classes(pieces: Sequence[str]) -> list[str]:
-    """The class of each answer token from its text; ``pieces`` are the answer's tokens without the one that ends the turn, which gets END.
+    """The class of each answer token; ``pieces`` are the texts of the answer's tokens, without the one that ends the turn, which gets END.
 
-    A token counts as what the word is that it is part of: "crim" in "crimson" is a colour. One with a digit in it is a digit.
+    A token has the class of the word that it is part of: "crim" in "crimson" is a colour. A token with a digit is a digit.
     Returns len(pieces) + 1 classes.
     """
     text = "".join(pieces)

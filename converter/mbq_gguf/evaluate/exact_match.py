@@ -1,7 +1,7 @@
 """Exact match: the share of questions about pictures that a GGUF model answers word for word through llama-server.
 
-Greedy decoding; an answer is right when it equals the expected text after stripping white space. Every turn of a set is asked by
-itself, in a fresh conversation with its picture.
+Uses greedy decoding; an answer is right if it equals the expected text after stripping white space. Every turn of the data set is asked
+separately, in a new conversation with its picture.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ MAX_TOKENS = 48  # twice the longest expected answer of the shipped set (23 toke
 
 @dataclass(frozen=True)
 class Question:
-    """One question as it is asked."""
+    """One question about a picture."""
 
     image: Path
     question: str
     expected: str  # "" if no answer is known
     task: str
-    place: str = field(default="", compare=False)  # file and line, for sentences
+    place: str = field(default="", compare=False)  # file and line, for error messages
 
 
 @dataclass(frozen=True)
 class GradedAnswer:
-    """What was asked and what came back; ``given`` is stripped of white space."""
+    """A question and its answer; ``given`` is stripped of white space."""
 
     image: str  # file name
     task: str
@@ -56,7 +56,7 @@ class GradedAnswer:
 
 @dataclass(frozen=True)
 class Score:
-    """How many of how many questions were answered rightly."""
+    """The number of questions and of right answers."""
 
     asked: int
     right: int
@@ -68,7 +68,8 @@ class Score:
 
     @property
     def standard_error(self) -> float:
-        """Of the share, binomial: sqrt(p (1 - p) / n). It is 0 if all or none are right, which says nothing about other questions."""
+        """The binomial standard error of the share, sqrt(p (1 - p) / n). It is 0 if all or no answers are right, which underestimates
+        it."""
         return sqrt(self.share * (1 - self.share) / self.asked)
 
 
@@ -77,7 +78,7 @@ class ExactMatch:
     """One model's answers to one set of questions."""
 
     model: str  # file name
-    seconds: float  # from the first question to the last answer; the server's start is not in it
+    seconds: float  # from the first question to the last answer, without the server's start
     answers: list[GradedAnswer]
 
     @property
@@ -91,7 +92,7 @@ class ExactMatch:
         return {task: _score(a for a in self.answers if a.task == task) for task in sorted({a.task for a in self.answers})}
 
     def to_json(self) -> str:
-        """The fields as JSON; shares and errors follow from the answers."""
+        """The fields as JSON, without shares and errors, which follow from the answers."""
         return _RESULT.dump_json(self, indent=1).decode()
 
     @classmethod
@@ -104,16 +105,16 @@ _RESULT = TypeAdapter(ExactMatch)
 
 
 def load_questions(path: Path, *, unanswered: bool = False) -> list[Question]:
-    """All questions of the JSONL file ``path`` in its order (:mod:`mbq_gguf.conversations`); raises UsageError as its reader does.
+    """All questions of the JSONL file ``path``, in order (:mod:`mbq_gguf.conversations`); raises UsageError like its reader.
 
-    Questions without an answer are wrong unless ``unanswered``.
+    Questions without an answer are an error unless ``unanswered``.
     """
     scenes = read_scenes(path, unanswered=unanswered)
     return [Question(scene.image, turn.question, turn.answer or "", turn.task, scene.place) for scene in scenes for turn in scene.turns]
 
 
 def check_questions(questions: Iterable[Question], file: Path) -> None:
-    """Raise UsageError if a question or its answer names a special token of the GGUF ``file`` (:mod:`mbq_gguf.special_tokens`)."""
+    """Raise UsageError if a question or its answer contains a special token of the GGUF ``file`` (:mod:`mbq_gguf.special_tokens`)."""
     special = file_special_tokens(file)
     for question in questions:
         for words in (question.question, question.expected):
@@ -121,7 +122,7 @@ def check_questions(questions: Iterable[Question], file: Path) -> None:
 
 
 def stratified(questions: Sequence[Question], count: int) -> list[Question]:
-    """The first ``count`` questions when the tasks take turns, in file order: every task has as many as any other, or one more."""
+    """``count`` questions, in file order, spread evenly over the tasks: their numbers differ by at most one."""
     rank: dict[str, int] = {}
     ranked: list[tuple[int, int]] = []
     for index, question in enumerate(questions):
@@ -139,7 +140,7 @@ def exact_match(
     parallel: int = 1,
     console: Console | None = None,
 ) -> ExactMatch:
-    """Ask ``questions`` through a llama-server of its own that runs ``model`` with ``mmproj``.
+    """Ask ``questions`` through a new llama-server that runs ``model`` with ``mmproj``.
 
     ``parallel`` questions are in flight at once, each in its own slot; ``threads`` are the server's. On a CPU, slots save no work: 17
     questions took 14.1 s of processor time with 4 slots and 13.9 s with one, with the same answers. Raises UserError if the server

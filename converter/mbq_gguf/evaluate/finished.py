@@ -1,4 +1,4 @@
-"""Files that an evaluation has finished, on disk, so that a stopped one goes on with the next."""
+"""Results of files that an evaluation has finished, on disk, so that an interrupted evaluation can resume."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ RESULT = TypeAdapter(FileResult)
 
 @dataclass(frozen=True)
 class Finished:
-    """Results in ``folder``, none if it is None; ``common`` is what all of them depend on, as JSON has it.
+    """Results in ``folder``, or no storage if it is None; ``common`` is what all of them depend on, as JSON values.
 
-    A result's name tells what it is of: another reference, set of questions or version of a file does not find it.
+    A result's file name is a hash of its inputs, so that another reference, set of questions or version of a file does not match.
     """
 
     folder: Path | None
     common: Any
 
     def load(self, file: Path, mmproj: Path) -> FileResult | None:
-        """What was found of ``file``, read through ``mmproj``; None if it is not finished, or damaged."""
+        """The result of ``file`` with ``mmproj``; None if it is not finished, or damaged."""
         place = self._place(file, mmproj)
         if place is None or not place.is_file():
             return None
@@ -37,7 +37,7 @@ class Finished:
             return None
 
     def save(self, file: Path, mmproj: Path, result: FileResult) -> None:
-        """Keep ``result``. Raises UserError if it cannot be written (a full disk)."""
+        """Save ``result``. Raises UserError if it cannot be written (a full disk)."""
         place = self._place(file, mmproj)
         if place is None:
             return
@@ -53,6 +53,6 @@ class Finished:
 
 
 def identity(path: Path) -> list[str | int]:
-    """What tells a version of a large file from another without reading it."""
+    """Identifies a version of a large file without reading it: path, size and modification time."""
     status = path.stat()
     return [str(path.absolute()), status.st_size, status.st_mtime_ns]

@@ -1,4 +1,4 @@
-"""KL divergence between next-token distributions, and a store for the reference's distributions and the encoded pictures."""
+"""KL divergence between next-token distributions, and disk storage for the reference's distributions and encoded pictures."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def log_softmax(logits: Floats | Halves) -> Doubles:
 
 
 def compress(logits: Floats) -> Halves:
-    """Log-probabilities as float16, half the room of logits.
+    """Log-probabilities as float16, half the size of logits.
 
-    Rounding moves each by 2^-11 of itself at most. :func:`divergence` normalises what it reads, so the reference stays one distribution
-    and the error of a small divergence is of second order: 1e-6 nats where both are the same.
+    Rounding changes each by at most 2^-11 of its value. :func:`divergence` normalises what it reads, so the reference remains a
+    distribution and the error of a small divergence is of second order: 1e-6 nats if both are equal.
     """
     return log_softmax(logits).astype(np.float16)
 
@@ -33,23 +33,23 @@ def compress(logits: Floats) -> Halves:
 def divergence(reference: Floats | Halves, candidate: Floats) -> Doubles:
     """KL(reference || candidate) in nats, row by row: both are [n, vocabulary], logits or log-probabilities."""
     p, q = log_softmax(reference), log_softmax(candidate)
-    # Above zero by Gibbs' inequality; float64 sums of a whole vocabulary end some 1e-16 below for equal rows.
+    # Not negative by Gibbs' inequality; float64 sums over a vocabulary can be some 1e-16 below zero for equal rows.
     rows: Doubles = (np.exp(p) * (p - q)).sum(axis=-1)
     return np.maximum(rows, 0.0)
 
 
 class Store:
-    """A folder of arrays: large models' embeddings and vocabularies do not fit the memory beside two models."""
+    """Arrays in a folder, because large models' embeddings and distributions do not fit into memory in addition to two models."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def put_image(self, key: str, image: EncodedImage) -> None:
-        """Keep an encoded picture."""
+        """Store an encoded picture."""
         np.savez(self._folder / f"image-{key}.npz", np.array([image.width, image.height]), *image.embeddings)
 
     def image(self, key: str) -> EncodedImage | None:
-        """The encoded picture, None if it was not put in."""
+        """The encoded picture, None if it is not stored."""
         path = self._folder / f"image-{key}.npz"
         if not path.is_file():
             return None
@@ -58,10 +58,10 @@ class Store:
             return EncodedImage(int(size[0]), int(size[1]), tuple(embeddings))
 
     def put_logits(self, key: str, logits: Floats) -> None:
-        """Keep distributions, [n, vocabulary]."""
+        """Store distributions, [n, vocabulary]."""
         np.save(self._folder / f"logits-{key}.npy", compress(logits))
 
     def logits(self, key: str) -> Halves:
-        """What :func:`compress` made of the logits put in under ``key``."""
+        """The log-probabilities stored under ``key``, as from :func:`compress`."""
         loaded: Halves = np.load(self._folder / f"logits-{key}.npy")
         return loaded

@@ -1,4 +1,4 @@
-"""What a GGUF file tells of its layers: sensitivity ratios from its metadata, and how far its weights are from the reference's."""
+"""Per-layer information from a GGUF file: sensitivity ratios from its metadata, and the error of its weights against the reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mbq_gguf.export.metadata import RATIO
 
 MATRIX = re.compile(r"blk\.(\d+)\.(attn|ffn)_\w+\.weight")
 ROWS = 256  # of each matrix, evenly spaced: enough for a mean over some 100 000 weights
-FITS = 6  # alternations of the factor fit; the error has settled to 4 digits after 3
+FITS = 6  # iterations of the factor fit; the error has converged to 4 digits after 3
 
 Doubles = npt.NDArray[np.float64]
 
@@ -43,13 +43,13 @@ class WeightFile:
 
 
 def layers(file: WeightFile, reference: WeightFile | None) -> Layers:
-    """Ratios of the file, and its weight errors against ``reference`` (None: no errors, for the reference itself)."""
+    """Sensitivity ratios of the file, and its weight errors against ``reference`` (None for the reference itself: no errors)."""
     errors = weight_errors(file, reference) if reference else {"attn": [], "ffn": []}
     return Layers(_ratios(file.header, "attention"), _ratios(file.header, "mlp"), errors["attn"], errors["ffn"])
 
 
 def layer_bits(file: WeightFile) -> float:
-    """Bits a weight over the matrices of the decoder's layers; 0 if there are none."""
+    """Bits per weight over the matrices of the decoder's layers; 0 if there are none."""
     matrices = file.matrices().values()
     weights = sum(tensor.elements for tensor in matrices)
     return 8 * sum(tensor.nbytes for tensor in matrices) / weights if weights else 0.0
@@ -71,10 +71,10 @@ def weight_errors(file: WeightFile, reference: WeightFile) -> dict[str, list[flo
 
 
 def fitted(stored: Doubles, original: Doubles) -> Doubles:
-    """``stored`` with the factor for each row and each column that brings it nearest to ``original`` (alternating least squares).
+    """``stored`` with a factor for each row and column that minimises the difference from ``original`` (alternating least squares).
 
-    Equalisation folds factors per channel into neighbouring tensors and leaves the model as it was; they are no error. A matrix of 256 x
-    576 has 832 of them, so the fit hides less than 1 % of a rounding error.
+    Equalisation folds channel factors into neighbouring tensors without changing the model, so they are not an error. A matrix of 256 x 576
+    has 832 of them, so the fit hides less than 1 % of a rounding error.
     """
     for _ in range(FITS):
         for axis in (0, 1):

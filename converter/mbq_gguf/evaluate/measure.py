@@ -1,4 +1,4 @@
-"""Every question to one model: forced along the expected answer for its distributions, and greedy for its own words."""
+"""Evaluates one model on all questions: teacher-forced along the expected answer for its distributions, and greedily for its own answer."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from mbq_gguf.evaluate.kld import Floats, Store, divergence, log_softmax
 from mbq_gguf.evaluate.results import Answer, TextResult, spread
 from mbq_gguf.picture import png
 
-TEXT_CHUNK = 512  # tokens that the text is cut into; the second half of each is scored, as llama-perplexity does it
-TEXT_CHUNKS = 8  # at most: 2048 scored tokens, whose reference takes 200 MB of disk for a vocabulary of 49152
+TEXT_CHUNK = 512  # tokens per chunk of the text; the second half of each is scored, as in llama-perplexity
+TEXT_CHUNKS = 8  # maximum: 2048 scored tokens, whose reference takes 200 MB of disk for a vocabulary of 49152
 
 Advance = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A file's distributions beside the reference's, token by token."""
+    """A file's distributions compared with the reference's, token by token."""
 
     divergence: list[float]
     agrees: list[bool]
 
 
 class Ledger:
-    """The reference's distributions by key: what is entered first under a key is the reference, the rest is compared with it."""
+    """The reference's distributions by key: the first entry for a key becomes the reference, later ones are compared with it."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._entered: dict[str, tuple[list[int], list[int]]] = {}  # the tokens, and the reference's top-1 at each
+        self._entered: dict[str, tuple[list[int], list[int]]] = {}  # the tokens, and the reference's top-1 at each position position
 
     def compare(self, key: str, tokens: Sequence[int], logits: Floats) -> Comparison:
-        """Row i of ``logits`` predicts ``tokens[i]``. Raises UserError if the reference cut the same text into other tokens."""
+        """Row i of ``logits`` predicts ``tokens[i]``. Raises UserError if the reference tokenised the text differently."""
         top = logits.argmax(axis=-1).tolist()
         if key not in self._entered:
             self._entered[key] = list(tokens), top
@@ -49,15 +49,15 @@ class Ledger:
         reference_tokens, reference_top = self._entered[key]
         reference = self._store.logits(key)
         if reference_tokens != list(tokens) or reference.shape != logits.shape:
-            raise UserError("the files do not share one tokeniser: compare files that were made from one model")
+            raise UserError("the files have different tokenisers: compare files that were made from one model")
         return Comparison(divergence(reference, logits).tolist(), [a == b for a, b in zip(reference_top, top, strict=True)])
 
 
 class Evaluator:
-    """Asks one file after another the same questions, the reference first.
+    """Evaluates several files on the same questions, starting with the reference.
 
-    Pictures are encoded once for all files that are used with one mmproj file; :attr:`pictures` names it, set before a file is asked. A
-    question without an expected answer is given the reference's own; :attr:`questions` holds it once the reference was asked.
+    Pictures are encoded once per mmproj file; set :attr:`pictures` to its name before evaluating a file. Questions without an expected
+    answer get the reference's own answer, which :attr:`questions` has after the reference was evaluated.
     """
 
     def __init__(self, questions: Sequence[Question], text: str | None, store: Store) -> None:
@@ -67,11 +67,11 @@ class Evaluator:
         self._store = store
         self._ledger = Ledger(store)
         self._own: dict[int, list[int]] = {}  # tokens of the reference's answers to questions without an expected one
-        # Questions about one picture follow each other, so that a model finds it in its context.
+        # Questions about the same picture are consecutive, so that it stays in the model's context.
         self._order = sorted(range(len(questions)), key=lambda i: str(questions[i].image))
 
     def check_room(self, model: Model, context: int, sizes: Mapping[Path, tuple[int, int]]) -> None:
-        """Raise UsageError if a picture of ``sizes`` (width, height) with its question and answer needs more than ``context`` tokens."""
+        """Raise UsageError if a picture of the given ``sizes`` (width, height), with question and answer, exceeds ``context`` tokens."""
         pictures = {path: model.vision.tokens(*size) for path, size in sizes.items()}
         for question in self.questions:
             asked = len(model.tokenize(model.prompt(question.question), special=True))
@@ -110,7 +110,7 @@ class Evaluator:
         return TextResult(spread(part.divergence for part in compared), agreement, float(np.exp(np.mean(losses))))
 
     def chunks(self, model: Model) -> list[list[int]]:
-        """The text's tokens, cut; each chunk opens as the model wants a text to. Raises UsageError if the text is too short."""
+        """The text's tokens in chunks, each with the model's BOS if it has one. Raises UsageError if the text is too short."""
         if self._text is None:
             return []
         opening = model.tokenize("", special=True)
@@ -125,7 +125,7 @@ class Evaluator:
         key = f"{self.pictures}-{self._order.index(index)}"
         stored = self._store.image(key)
         if stored is None:
-            with NamedTemporaryFile(suffix=".png") as seen:  # the pixels that everything here sees, not the file's own
+            with NamedTemporaryFile(suffix=".png") as seen:  # the same pixels as everywhere else, not the original file
                 seen.write(png(self.questions[index].image))
                 seen.flush()
                 stored = model.vision.encode(Path(seen.name))
@@ -147,12 +147,12 @@ class Evaluator:
         return Answer(index, given, given == question.expected.strip(), compared.divergence, compared.agrees, classes)
 
     def _generated(self, model: Model, prompt: str, image: EncodedImage) -> list[int]:
-        """The model's own answer, with the token that ends it unless it grew too long."""
+        """The model's own answer, with the token that ends it, unless it is too long."""
         tokens = model.generate(prompt, [image], limit=MAX_TOKENS)
         return tokens if len(tokens) == MAX_TOKENS else [*tokens, model.end_of_answer]
 
     def _greedy(self, model: Model, prompt: str, image: EncodedImage, tokens: list[int], logits: Floats) -> list[int]:
-        """The greedy answer. Forced and greedy answers are one up to the first token that is not top-1, and most have none."""
+        """The greedy answer. It equals the forced answer up to the first token that is not top-1; for most answers there is none."""
         top = logits.argmax(axis=-1).tolist()
         same = 0
         while same < len(tokens) and top[same] == tokens[same]:

@@ -1,4 +1,4 @@
-"""The plots of the report, each as SVG text to be put into a page. Built without pyplot: no global state, no display."""
+"""The plots of the report as SVG text for embedding in a page. Does not use pyplot, and so needs no global state or display."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from mbq_gguf.evaluate.results import Evaluation, FileResult, Layers
 
-# Okabe and Ito's palette, told apart by colour-blind readers too; grey is kept for the reference.
+# Okabe and Ito's colour-blind-safe palette; grey is reserved for the reference.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#44AA99")
 REFERENCE = "#8a8f98"
 STYLE: Any = {
@@ -27,7 +27,7 @@ STYLE: Any = {
     "axes.edgecolor": "#9aa0a8",
 }
 WIDTH = 11.0  # inches: the page's
-FLOOR = 1e-7  # nats: where an exact copy of the reference is drawn on a log axis
+FLOOR = 1e-7  # nats; the position of an exact copy of the reference on a log axis
 
 
 def colours(evaluation: Evaluation) -> list[str]:
@@ -36,7 +36,7 @@ def colours(evaluation: Evaluation) -> list[str]:
 
 
 def pareto(evaluation: Evaluation) -> str:
-    """Mean KLD against file size; the line joins the files that no other beats in both."""
+    """Mean KLD against file size; the line connects the Pareto-optimal files."""
     candidates = evaluation.files[1:]
 
     def draw(axes: Axes) -> None:
@@ -56,7 +56,7 @@ def pareto(evaluation: Evaluation) -> str:
 
 
 def task_bars(evaluation: Evaluation) -> str:
-    """Exact match per task, a bar a file."""
+    """Exact match per task, one bar per file."""
     tasks = evaluation.tasks()
     width = 0.8 / len(evaluation.files)
 
@@ -114,4 +114,4 @@ def _svg(draw: Callable[[Axes], None], width: float, height: float) -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
-    return text[text.index("<svg") :]  # without the XML head, which has no place inside a page
+    return text[text.index("<svg") :]  # without the XML declaration, which must not be inside a page

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: tables, plots, and the questions that went worst with their pictures."""
+"""One self-contained HTML page: tables, plots, and the questions with the largest divergence, with their pictures."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mbq_gguf.evaluate import plots
 from mbq_gguf.evaluate.results import Answer, Evaluation
 from mbq_gguf.evaluate.table import Grid, grids, nats, transposed
 
-WORST = 10  # questions shown of each file
-WIDE = 13  # columns: a table with as many stands on its side
+WORST = 10  # questions shown per file
+WIDE = 13  # columns; a table with this many is transposed
 PICTURE_SIDE = 320  # pixels, the longer side of a picture in the page
 
 
@@ -35,7 +35,7 @@ class Case:
 
 
 def render(evaluation: Evaluation) -> str:
-    """The page as HTML text; it loads nothing from anywhere."""
+    """The page as HTML text; it loads no external resources."""
     candidates = evaluation.files[1:]
     figures = {
         "Divergence against size": plots.pareto(evaluation),
@@ -75,7 +75,7 @@ def _case(evaluation: Evaluation, answer: Answer) -> Case:
 
 
 def _data_uri(path: Path) -> str:
-    """The picture, no larger than the page shows it; "" if it cannot be read any more."""
+    """The picture, scaled down to its size on the page; "" if it cannot be read any more."""
     try:
         with Image.open(path) as image:
             small = image.convert("RGB")

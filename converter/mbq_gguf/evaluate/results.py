@@ -1,4 +1,4 @@
-"""What an evaluation found, as plain data, and the summaries that tables and plots show."""
+"""The results of an evaluation as plain data, and their summaries for tables and plots."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from mbq_gguf.evaluate.classes import CLASSES
 
 @dataclass(frozen=True)
 class Answer:
-    """One question to one file. The last three lists have an entry for each answer token, the one that ends the turn included."""
+    """One file's answer to one question. The last three lists have an entry per answer token, including the one that ends the turn."""
 
     question: int  # index into Evaluation.questions
     given: str  # greedy, stripped of white space
     right: bool
     divergence: list[float]  # nats from the reference's distribution, given the question, the picture and the answer so far
-    agrees: list[bool]  # same most probable token as the reference
+    agrees: list[bool]  # whether the most probable token is the reference's
     classes: list[str]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of a divergence over tokens, in nats. ``error`` is the standard error of the mean, over questions."""
+    """Statistics of a divergence over tokens, in nats. ``error`` is the standard error of the mean, over questions."""
 
     tokens: int
     mean: float
@@ -39,17 +39,17 @@ class Spread:
 
 @dataclass(frozen=True)
 class TextResult:
-    """The text file, without pictures: divergence from the reference, share of equal top-1, and the file's own perplexity."""
+    """Results on the text, without pictures: divergence from the reference, share of equal top-1, and the file's own perplexity."""
 
     divergence: Spread
     agreement: float
     perplexity: float
-    clipped: dict[str, float] = field(default_factory=dict)  # as FileResult's
+    clipped: dict[str, float] = field(default_factory=dict)  # as in FileResult
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Per decoder layer, first to last; empty where there is nothing to tell. Errors are relative squared errors of the weights."""
+    """Values per decoder layer, in order; empty if unknown. Errors are relative squared errors of the weights."""
 
     ratio_attention: list[float] = field(default_factory=list)
     ratio_mlp: list[float] = field(default_factory=list)
@@ -59,8 +59,8 @@ class Layers:
 
 @dataclass(frozen=True)
 class FileResult:
-    """One GGUF file. ``clipped`` is the share of activations beyond their static range, by class of token, over the questions; empty where
-    nothing had one."""
+    """The results of one GGUF file. ``clipped`` is the share of activations beyond their static range on the questions, by class of token;
+    empty without static ranges."""
 
     name: str
     path: str
@@ -80,7 +80,7 @@ class FileResult:
 
     @property
     def exact_match_error(self) -> float:
-        """Its standard error, binomial."""
+        """The binomial standard error of the exact match."""
         return sqrt(self.exact_match * (1 - self.exact_match) / len(self.answers))
 
     @property
@@ -90,18 +90,18 @@ class FileResult:
 
     @property
     def divergence(self) -> Spread:
-        """Over all answer tokens."""
+        """Statistics over all answer tokens."""
         return spread([answer.divergence for answer in self.answers])
 
     def class_divergence(self) -> dict[str, Spread]:
-        """Over the tokens of each class that occurs."""
+        """Statistics over the tokens of each class that occurs."""
         groups = {name: [[d for d, c in zip(a.divergence, a.classes, strict=True) if c == name] for a in self.answers] for name in CLASSES}
         return {name: spread(values) for name, values in groups.items() if any(values)}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One question of the set. ``expected`` is the text that the answers were compared with and the models were forced along."""
+    """One question. ``expected`` is the text that answers are compared with and that the models are forced along."""
 
     image: str
     question: str
@@ -111,7 +111,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The reference is files[0]; its divergence is zero."""
+    """A whole evaluation. The reference is files[0]; its divergence is zero."""
 
     data: str
     mmproj: str
@@ -128,12 +128,12 @@ class Evaluation:
         return {task: _share(a.right for a in file.answers if self.questions[a.question].task == task) for task in self.tasks()}
 
     def worst(self, file: FileResult, count: int) -> list[Answer]:
-        """The answers of ``file`` with the highest mean divergence, the worst first; those without any are left out."""
+        """The answers of ``file`` with the highest mean divergence, worst first; answers without divergence are left out."""
         changed = [answer for answer in file.answers if any(answer.divergence)]
         return sorted(changed, key=lambda answer: -float(np.mean(answer.divergence)))[:count]
 
     def to_json(self) -> str:
-        """Every figure of the tables, and every answer."""
+        """All figures of the tables and all answers, as JSON."""
         document: dict[str, Any] = TypeAdapter(Evaluation).dump_python(self)
         for entry, file in zip(document["files"], self.files, strict=True):
             entry["summary"] = {
@@ -149,9 +149,9 @@ class Evaluation:
 
 
 def spread(groups: Iterable[Iterable[float]]) -> Spread:
-    """Mean, median and 99th percentile over all values; the error of the mean treats each group (a question) as one draw.
+    """Mean, median and 99th percentile over all values; for the error of the mean, each group (a question) is one sample.
 
-    Tokens of one answer depend on each other, so the error is that of a ratio of sums over groups (delta method).
+    Tokens of one answer are not independent, so the error is that of a ratio of sums over groups (delta method).
     """
     arrays = [np.asarray(list(group), np.float64) for group in groups]
     values = np.concatenate(arrays) if arrays else np.zeros(0)
@@ -169,7 +169,7 @@ def _share(marks: Iterable[bool]) -> float:
 
 
 def short_names(paths: list[Path]) -> list[str]:
-    """File names, with as many of their folders as it takes to tell them apart."""
+    """File names, with as many of their folders as needed to distinguish them."""
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):

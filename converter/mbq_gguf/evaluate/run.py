@@ -1,4 +1,4 @@
-"""Several GGUF files of one model on the same questions: the first is the reference that the others are measured against."""
+"""Compares several GGUF files of one model on the same questions; the first is the reference."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from mbq_gguf.export.gguf_specials import file_tokens
 from mbq_gguf.llama_cpp.bindings import bind
 from mbq_gguf.picture import open_picture
 
-VISION = "clip"  # general.architecture of a file that holds a vision tower
+VISION = "clip"  # general.architecture of a vision file
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What to compare, on what. ``text`` is a file of plain text, ``count`` how many of the questions are asked (all where None).
+    """What to compare, and on which data. ``text`` is a file of plain text, ``count`` the number of questions to ask (None: all).
 
-    ``work`` is a folder for the results of finished files, from which a stopped run goes on; only the reference is asked again.
+    ``work`` is a folder for the results of finished files, from which an interrupted run resumes; only the reference is evaluated again.
     """
 
     reference: Path
@@ -48,12 +48,12 @@ class EvalOptions:
 
 
 def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation:
-    """Ask every file and compare. Raises UserError or UsageError if a file, a picture or the set of questions is unusable."""
+    """Evaluate every file and compare. Raises UserError or UsageError if a file, a picture or the set of questions is unusable."""
     questions = load_questions(options.data, unanswered=True)
     if options.count is not None:
         questions = stratified(questions, options.count)
     sizes: dict[Path, tuple[int, int]] = {}
-    for question in questions:  # before hours of work, as all that follows
+    for question in questions:  # check early, before hours of work
         if question.image not in sizes:
             with error_context(question.place):
                 sizes[question.image] = open_picture(question.image).size
@@ -88,7 +88,7 @@ def evaluate(options: EvalOptions, console: Console | None = None) -> Evaluation
 
 
 def vision_part(file: WeightFile, shared: Path) -> Path:
-    """The mmproj file to use with ``file``: ``shared``, or the one beside it where ``file`` is rotated and so reads pictures differently.
+    """The mmproj file to use with ``file``: ``shared``, or the one beside it if ``file`` is rotated, since its vision file is rotated too.
 
     Raises UsageError if that one is missing.
     """
@@ -96,19 +96,19 @@ def vision_part(file: WeightFile, shared: Path) -> Path:
         return shared
     own = file.path.with_name(f"mmproj-{file.path.name}")
     if not own.is_file():
-        raise UsageError(f"{file.path.name} is rotated and reads pictures through {own}, which is not there: put it beside")
+        raise UsageError(f"{file.path.name} is rotated and needs its own vision file {own}, which is missing: put it there")
     return own
 
 
 def check_fit(files: Sequence[WeightFile], parts: Sequence[Path]) -> None:
-    """Raise UsageError if one of ``files`` holds no language model or another tokeniser than the first, or one of ``parts`` no vision
-    part."""
+    """Raise UsageError if one of ``files`` is not a language model or has another tokeniser than the first, or one of ``parts`` is not a
+    vision file."""
     for file in files:
         if file.header.metadata.get("general.architecture") == VISION:
-            raise UsageError(f"{file.path} is a vision part: give it with --mmproj, and the model's own file in its place")
+            raise UsageError(f"{file.path} is a vision file: give it with --mmproj, and the language model's file in its place")
     for part in set(parts):
         if read_header(part).metadata.get("general.architecture") != VISION:
-            raise UsageError(f"{part} is not a vision part: give the mmproj file that was made with the model")
+            raise UsageError(f"{part} is not a vision file: give the mmproj file that was made with the model")
     tokens = {path: file_tokens(path) for path in {file.path for file in files}}
     for file in files[1:]:
         if tokens[file.path] != tokens[files[0].path]:

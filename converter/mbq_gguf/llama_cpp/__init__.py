@@ -1,1 +1,1 @@
-"""The pinned llama.cpp: fetch, patch, build, prove, find, run."""
+"""The pinned llama.cpp: download, patch, build, verify, find, run."""

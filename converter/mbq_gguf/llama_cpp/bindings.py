@@ -1,4 +1,4 @@
-"""Hands the build in use to the bindings, which know nothing of pins and caches."""
+"""Points the bindings, which do not know about pins and caches, to the build in use."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ from mbq_gguf.llama_cpp.paths import source_dir
 
 @cache
 def bind() -> None:
-    """To be called before anything of ``mbq_cbind``. Raises UserError if nothing is built."""
+    """Call this before using ``mbq_cbind``. Raises UserError if nothing is built."""
     use(source_dir(), cache_root() / "cbind")

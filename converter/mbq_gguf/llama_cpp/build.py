@@ -1,4 +1,4 @@
-"""Fetch, patch, build and prove llama.cpp; a finished build is kept under a hash of everything that shaped it."""
+"""Downloads, patches, builds and verifies llama.cpp; finished builds are cached under a hash of everything that affects them."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ PROGRAMS = (
     "test-backend-ops",
     "test-quantize-fns",
 )
-KERNELS = "ggml-cpu"  # the one library that is compiled for chosen instruction sets: built and proved first
-FINAL_CHECK = "test-quantize-fns"  # links every library and checks every type in a second or two
+KERNELS = "ggml-cpu"  # the only library that depends on the instruction sets: built and verified first
+FINAL_CHECK = "test-quantize-fns"  # links all libraries and checks all types in a second or two
 
 _COMMON: tuple[str, ...] = (
     "CMAKE_BUILD_TYPE=Release",
@@ -49,44 +49,44 @@ _COMMON: tuple[str, ...] = (
     "LLAMA_BUILD_TESTS=ON",
     "LLAMA_BUILD_EXAMPLES=OFF",
     "LLAMA_BUILD_APP=OFF",
-    "LLAMA_BUILD_UI=OFF",  # the page is built before, and lies in its place if there is one
-    "LLAMA_USE_PREBUILT_UI=OFF",  # would be downloaded while building
+    "LLAMA_BUILD_UI=OFF",  # the web page is built separately and copied into the tree
+    "LLAMA_USE_PREBUILT_UI=OFF",  # would download it while building
     "LLAMA_OPENSSL=OFF",
     "GGML_RPC=ON",
-    "GGML_RPC_RDMA=OFF",  # would depend on whether this machine has libibverbs
+    "GGML_RPC_RDMA=OFF",  # would depend on libibverbs being installed
     "LLAMA_ALL_WARNINGS=OFF",  # GCC 12 writes 35000 lines of them for the AMX kernels alone
 )
 _CUDA = ("GGML_CUDA=ON", "GGML_CUDA_NCCL=OFF", "GGML_CUDA_FA_QUANTS=f16-f16", "GGML_CUDA_COMPRESSION_MODE=none")
-_FLAG_VARIABLES = ("CC", "CXX", "CUDACXX", "CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS")  # CMake takes these from the environment
+_FLAG_VARIABLES = ("CC", "CXX", "CUDACXX", "CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS")  # environment variables that CMake uses
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides what is built, and where."""
+    """Everything that determines a build and its place."""
 
     backend: str
     origin: Path | None  # the tree of --source; None for the pinned package
     pin: pins.Pin
     toolchain: Toolchain
-    patch: str  # its hash
+    patch: str  # hash of the patch
     options: tuple[str, ...]
     key: str
-    page: Path | None = None  # the finished web page, None for a server without one
+    page: Path | None = None  # the finished web page; None: a server without one
 
     def with_page(self, page: Path | None) -> Plan:
-        """This plan with the web page in `page`: another build."""
+        """This plan with the web page in `page`, which gives it another key."""
         if page is None:
             return self
         return replace(self, page=page, key=hashlib.sha256(f"{self.key} {page.name}".encode()).hexdigest()[:16])
 
     @property
     def name(self) -> str:
-        """What the build's folder is called: ``cpu-a503bcd10113ce6a``."""
+        """The name of the build's folder: ``cpu-a503bcd10113ce6a``."""
         return f"{self.backend}-{self.key}"
 
     @property
     def tree(self) -> Path:
-        """The patched tree in the cache, whether it is built or not."""
+        """The path of the patched tree in the cache, built or not."""
         return cache_root() / "builds" / self.name
 
 
@@ -98,12 +98,12 @@ def build(
     page: str = "auto",
     console: Console | None = None,
 ) -> Path:
-    """Build the patched llama.cpp unless that very build is in the cache already.
+    """Build the patched llama.cpp unless the same build is already in the cache.
 
-    `source`: another llama.cpp tree than the pinned package (copied, never edited). `jobs`: compilers at once, by default as many as CPUs
-    and memory allow. `cuda_architectures`: CMake's list, for example ``90``; by default those of the GPUs that are visible.
-    `page`: ``on``, ``off``, or ``auto``: llama-server's web page where npm can build it.
-    Returns the patched tree, programs and libraries in ``build/bin``. Raises UserError (one sentence); nothing half-built is then left.
+    `source`: a llama.cpp tree to use instead of the pinned package (copied, never edited). `jobs`: parallel compilers, by default as many
+    as CPUs and memory allow. `cuda_architectures`: CMake's list, for example ``90``; by default those of the visible GPUs. `page`:
+    llama-server's web page, ``on``, ``off``, or ``auto`` (if npm can build it). Returns the patched tree, with programs and libraries in
+    ``build/bin``. Raises UserError; no partial build is then left.
     """
     console = console or Console(stderr=True)
     if jobs is not None and jobs < 1:
@@ -114,7 +114,7 @@ def build(
             plan = plan.with_page(pages.find_page(page, plan.origin, plan.pin, console))
             locked.enter_context(_locked(plan.name, console))
             if read_record(plan.tree):
-                (plan.tree / MARKER).touch()  # the build that was asked for last is the one in use
+                (plan.tree / MARKER).touch()  # the most recently requested build is the one in use
                 say(console, f"llama.cpp for {backend} is built already: {plan.tree}")
             else:
                 _build_whole(plan, jobs or default_jobs(), console)
@@ -127,13 +127,13 @@ def build(
 
 
 def make_plan(backend: str, tree: Path | None, cuda_architectures: str | None) -> Plan:
-    """Check what the build needs and compute its key, before anything is fetched."""
+    """Check the build's requirements and compute its key, before downloading anything."""
     if backend not in BACKENDS:
         raise UsageError(f"the backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}")
     pin, toolchain = pins.read_pin(), find_toolchain(backend)
     origin = source.check_source(tree) if tree is not None else None
     patch = pins.patch_hash(backend=backend)
-    options = (*_COMMON, f"LLAMA_BUILD_COMMIT=mbq-{patch[:8]}")  # what `llama-server --version` says
+    options = (*_COMMON, f"LLAMA_BUILD_COMMIT=mbq-{patch[:8]}")  # shown by `llama-server --version`
     if backend == "cuda":
         options += (*_CUDA, f"CMAKE_CUDA_ARCHITECTURES={cuda_architectures or gpu_architectures()}")
     parts = [
@@ -150,7 +150,7 @@ def make_plan(backend: str, tree: Path | None, cuda_architectures: str | None) -
 
 
 def _build_whole(plan: Plan, jobs: int, console: Console) -> None:
-    """From nothing to the marker, in the final place: file names in messages stay true, and without its marker the tree does not count."""
+    """Build in the final place, so that file names in messages stay valid. Without the marker, written last, the tree is not used."""
     log_path = cache_root() / "logs" / f"{plan.name}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(plan.name)
@@ -166,10 +166,10 @@ def _build_whole(plan: Plan, jobs: int, console: Console) -> None:
         if plan.page is not None:
             shutil.copytree(plan.page, plan.tree / pages.RESULT)
         with log_path.open("w", encoding="utf-8") as log:
-            proved = _compile(plan, jobs, log, console)
+            verified = _compile(plan, jobs, log, console)
         _check_result(plan.backend, plan.tree / "build" / "bin")
         origin = plan.pin.sha256 if plan.origin is None else str(plan.origin)
-        record = BuildRecord(plan.key, plan.backend, plan.patch, origin, machine_hash(), proved.name, plan.options)
+        record = BuildRecord(plan.key, plan.backend, plan.patch, origin, machine_hash(), verified.name, plan.options)
         write_record(plan.tree, record)
     except BaseException:
         shutil.rmtree(plan.tree, ignore_errors=True)
@@ -177,7 +177,7 @@ def _build_whole(plan: Plan, jobs: int, console: Console) -> None:
 
 
 def _compile(plan: Plan, jobs: int, log: TextIO, console: Console) -> verify.InstructionSet:
-    """Build the kernels for each instruction set in turn until one is proved, then everything else."""
+    """Build the kernels for one instruction set after the other until one passes verification, then everything else."""
     wanted = verify.instruction_sets()
     for number, chosen in enumerate(wanted):
         _configure(plan, chosen, log, console)
@@ -186,7 +186,7 @@ def _compile(plan: Plan, jobs: int, log: TextIO, console: Console) -> verify.Ins
         if fault is None:
             _make(plan, PROGRAMS, jobs, log, console, f"building llama.cpp for {plan.backend}")
             return chosen
-        log.write(f"proof of {chosen.name}: {fault}\n")
+        log.write(f"verification of {chosen.name}: {fault}\n")
         if number + 1 < len(wanted):
             say(console, f"the kernels built for {chosen.description} fail here ({fault}): going on with {wanted[number + 1].description}")
     raise UserError(f"the built kernels fail on this machine even with {chosen.description} ({fault}): please report it with {log.name}")
@@ -208,7 +208,7 @@ def _configure(plan: Plan, chosen: verify.InstructionSet, log: TextIO, console: 
         *(f"-D{item}" for item in definitions),
     ]
     with console.status("configuring llama.cpp"):
-        # llama.cpp asks git for its commit: a repository around the cache folder must not answer.
+        # llama.cpp asks git for its commit: do not let it find a repository around the cache folder.
         run_step(command, log, lambda line: None, {"GIT_CEILING_DIRECTORIES": str(plan.tree.parent)})
 
 
@@ -219,12 +219,12 @@ def _make(plan: Plan, targets: Sequence[str], jobs: int, log: TextIO, console: C
 
 
 def _check_result(backend: str, folder: Path) -> None:
-    """Every program is there, and one that links all libraries runs and passes."""
+    """Check that all programs exist, and that one that links all libraries runs and passes."""
     missing = [name for name in PROGRAMS if not (folder / name).is_file()]
     if missing:
         raise UserError(f"the build made no {missing[0]}: use the pinned llama.cpp, or a tree of the same age with --source")
     if backend == "cuda" and find_tool("nvidia-smi") is None:
-        return  # built for another machine: without the driver's libcuda nothing can start here
+        return  # built for another machine: without the driver's libcuda nothing starts here
     done = subprocess.run([folder / FINAL_CHECK], capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
         said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if "FAILED" in line or "error" in line.lower()]
@@ -240,7 +240,7 @@ def _locked(name: str, console: Console) -> Iterator[None]:
 
 
 def _remove_unfinished(current: str) -> None:
-    """Remove trees without a marker that nobody is building: what a killed process or a power cut left."""
+    """Remove trees without a marker that no process is building, left by a killed process or a power cut."""
     for tree in (cache_root() / "builds").glob("*"):
         if read_record(tree):
             continue

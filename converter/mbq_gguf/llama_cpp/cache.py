@@ -1,11 +1,11 @@
-"""Where fetched sources and finished builds lie, and how a finished build is told from an unfinished one.
+"""The cache: paths of downloaded sources and finished builds, and the marker of finished builds.
 
 Layout below the cache root (``MBQ_GGUF_CACHE``, else the user's cache folder)::
 
-    downloads/<package>-<version>/<archive>     source packages, checksum proved
+    downloads/<package>-<version>/<archive>     source packages, verified by checksum
     builds/<backend>-<key>/                     a patched llama.cpp tree with build/bin in it
-    builds/<backend>-<key>/mbq-gguf-build.json  the marker, written last: without it the tree does not count
-    locks/, logs/                               one lock and one log a build
+    builds/<backend>-<key>/mbq-gguf-build.json  the marker, written last: without it the tree is ignored
+    locks/, logs/                               one lock and one log per build
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ def cache_root() -> Path:
 
 @dataclass(frozen=True)
 class BuildRecord:
-    """What the marker of a finished build says."""
+    """The contents of a finished build's marker."""
 
-    key: str  # hash of everything that shapes the build
+    key: str  # hash of everything that affects the build
     backend: str  # "cpu" or "cuda"
     patch_hash: str  # hash of ggml_patch: patches and new files
     origin: str  # the pin's sha256, or the path given with --source
-    machine: str  # machine.machine_hash() of the CPU that it was made for
+    machine: str  # machine.machine_hash() of the target CPU
     instruction_set: str  # which of verify.instruction_sets() was verified
     options: tuple[str, ...]  # CMake definitions
 
 
 def write_record(tree: Path, record: BuildRecord) -> None:
-    """Declare `tree` finished; the marker appears whole or not at all."""
+    """Mark `tree` as finished; the marker is written atomically."""
     draft = tree / f".{MARKER}.{os.getpid()}"
     draft.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
     os.replace(draft, tree / MARKER)
 
 
 def read_record(tree: Path) -> BuildRecord | None:
-    """The record of a finished build; None if `tree` is unfinished or was made by another version of this layout."""
+    """The marker of a finished build; None if `tree` is unfinished or was made by another version of this layout."""
     try:
         fields = json.loads((tree / MARKER).read_text(encoding="utf-8"))
         return BuildRecord(**{**fields, "options": tuple(fields["options"])})
@@ -56,7 +56,7 @@ def read_record(tree: Path) -> BuildRecord | None:
 
 
 def finished_builds() -> list[tuple[Path, BuildRecord]]:
-    """All finished builds in the cache, the one asked for last first."""
+    """All finished builds in the cache, most recently requested first."""
     found = []
     for marker in (cache_root() / "builds").glob(f"*/{MARKER}"):
         record = read_record(marker.parent)

@@ -1,6 +1,6 @@
-"""Run a program that the kernel ends when its parent dies, also by kill -9. Run by its path; imports the standard library alone.
+"""Runs a program that the kernel kills when its parent dies, even from kill -9. Executed by path; imports only the standard library.
 
-A file of its own, executed between fork and exec: what a parent with threads runs in its forked child before exec may hang.
+This is a separate program because code that a multi-threaded parent runs between fork and exec may deadlock.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def main() -> None:
-    """``die_with_parent.py PARENT PROGRAM ARGUMENT...``: become PROGRAM, with the number of the process that started it in PARENT."""
+    """``die_with_parent.py PARENT PROGRAM ARGUMENT...``: become PROGRAM. PARENT is the process id of the caller."""
     parent, command = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

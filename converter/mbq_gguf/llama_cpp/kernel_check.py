@@ -1,12 +1,12 @@
-"""Run the built CPU kernels once, in a process of their own: ``python kernel_check.py <folder with libggml-cpu>``.
+"""Runs the built CPU kernels once, in a separate process: ``python kernel_check.py <folder with libggml-cpu>``.
 
-Every weight type is multiplied in every buffer type that the CPU device offers, as llama.cpp does when it loads a model: AMX tiles and
-repacked layouts exist only in those extra buffers, so a product in plain memory would never touch them. Weights with one scale per row have
-kernels of their own, in plain memory; they follow each type's other products, so that what they leave in AMX's tiles is met by the next.
-Each product is compared with numpy in float64 on the same quantised weights.
+Multiplies every weight type in every buffer type that the CPU device offers, as llama.cpp does when it loads a model: AMX tiles and
+repacked layouts exist only in those extra buffers, so products in plain memory would not use them. Weights with one scale per row have
+separate kernels in plain memory; they run after each type's other products, so that the next type meets the state that they leave in AMX's
+tiles. Each product is compared with numpy in float64 on the same quantised weights.
 
-Uses only ggml's public C API. Each case is printed before it runs; a CPU that faults kills the process by a signal, and the last line
-tells where. Exit code 0: all right; 1: a product is wrong; 2: the libraries cannot be loaded.
+Uses only ggml's public C API. Each case is printed before it runs, so that the last line says where a fault killed the process. Exit codes:
+0 all correct, 1 a product is wrong, 2 the libraries cannot be loaded.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-COLUMNS, ROWS = 512, 64  # multiples of what AMX asks for: 256 columns for K-quants, 32 rows for a pair of tiles
-BATCHES = (1, 33)  # token generation, and a prompt that fills no tile evenly
+COLUMNS, ROWS = 512, 64  # multiples of AMX's requirements: 256 columns for K-quants, 32 rows for a pair of tiles
+BATCHES = (1, 33)  # token generation, and a prompt that does not fill tiles evenly
 MAX_RELATIVE_ERROR = 0.03  # in the 2-norm; activations rounded to 8 bits per block of 32 or 256 give 0.004 to 0.01
 
 # Ids of ggml.h: F32 F16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K-Q6_K IQ4_NL IQ4_XS BF16, and the ids of this project from 120 on.
@@ -105,7 +105,7 @@ class Ggml:
         return found
 
     def quantise(self, type_id: int, weights: Array) -> Array:
-        """float32 [rows, columns] -> uint8 [rows, row bytes]; every channel counts the same."""
+        """float32 [rows, columns] -> uint8 [rows, row bytes], with equal importance for all channels."""
         rows, columns = weights.shape
         data = np.zeros((rows, self("row_size", type_id, columns)), dtype=np.uint8)
         importance = np.ones(columns, dtype=np.float32)
@@ -146,7 +146,7 @@ class Ggml:
 
 
 def run(ggml: Ggml) -> bool:
-    """All types in all buffer types and batch sizes; prints one line a case. Returns False at the first product that is wrong."""
+    """Check all types, buffer types and batch sizes; prints one line per case. Returns False at the first wrong product."""
     random = np.random.default_rng(0)
     weights = random.standard_normal((ROWS, COLUMNS), dtype=np.float32)
     for type_id in TYPES:
@@ -167,7 +167,7 @@ def run(ggml: Ggml) -> bool:
 def matches_numpy(
     ggml: Ggml, name: str, type_id: int, data: Array, buffer_types: list[int], random: np.random.Generator, flags: int = 0
 ) -> bool:
-    """Whether the products of one type's weights are those of numpy."""
+    """Whether the products of one type's weights agree with numpy."""
     print(f"{name} to float", flush=True)
     exact = ggml.product("get_rows", type_id, data, np.arange(ROWS, dtype=np.int32), ggml.buffer_types[0])
     for buffer_type in buffer_types:

@@ -1,4 +1,4 @@
-"""Locks between processes, and an end by signal that still runs the clean-up."""
+"""Locks between processes, and termination by signals that still runs clean-up code."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from types import FrameType
 
 @contextmanager
 def file_lock(path: Path, waiting: Callable[[], object] | None = None) -> Iterator[bool]:
-    """Hold an exclusive lock on `path`; the kernel frees it when the process ends, however it ends.
+    """Hold an exclusive lock on `path`; the kernel releases it however the process ends.
 
-    Where another process holds it: with `waiting`, call that once and wait for the lock; without, yield False and do not hold it.
+    If another process holds it: with `waiting`, call that once and wait for the lock; without, yield False without the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as stream:
@@ -32,9 +32,9 @@ def file_lock(path: Path, waiting: Callable[[], object] | None = None) -> Iterat
 
 @contextmanager
 def termination_as_exit() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into SystemExit, so that ``finally`` blocks run; only the main thread may and does change handlers.
+    """Turn SIGTERM and SIGHUP into SystemExit, so that ``finally`` blocks run; only the main thread can change handlers.
 
-    A signal that the caller ignores stays ignored: ``nohup`` means that the run goes on when its terminal closes.
+    Ignored signals stay ignored, so that ``nohup`` keeps the run going when its terminal closes.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:

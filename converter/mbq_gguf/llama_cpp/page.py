@@ -1,7 +1,7 @@
-"""llama-server's web page: llama.cpp's tools/ui, built with npm from the tree's own package lock and kept under a hash of its sources.
+"""Builds llama-server's web page (llama.cpp's tools/ui) with npm, from the tree's package lock, and caches it under a hash of its sources.
 
-npm fetches about a thousand packages, each with its checksum in that lock, and none of their install scripts is run. On two cores the page
-takes a minute to fetch and three to build, and 700 MB of disk meanwhile; so it is built once for a pin, not with every build of llama.cpp.
+npm downloads about a thousand packages, whose checksums are in the lock file, and runs none of their install scripts. On two cores the page
+takes one minute to download and three to build, and temporarily 700 MB of disk. It is therefore built once per pin, not with every build.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from mbq_gguf.llama_cpp.pin import Pin
 from mbq_gguf.llama_cpp.steps import run_step, say
 
 FOLDER = "tools/ui"
-RESULT = f"{FOLDER}/dist"  # where llama.cpp's build looks for a finished page before anything else
-NODE = (20, 19)  # the oldest that the page's bundler (vite 7) takes
-RETRY_SECONDS = 24 * 3600.0  # how long `auto` leaves a page alone that could not be built
-# Quick where there is no network: npm's own patience is five minutes a request.
+RESULT = f"{FOLDER}/dist"  # where llama.cpp's build first looks for a finished page
+NODE = (20, 19)  # the oldest version that the page's bundler (vite 7) supports
+RETRY_SECONDS = 24 * 3600.0  # how long `auto` waits after a failed build
+# Fails quickly without network: npm's default is five minutes per request.
 _NPM_CI = ("ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-timeout=60000", "--fetch-retry-maxtimeout=10000")
 _REASONS = (
     re.compile(r"^\w*Error: .+$", re.MULTILINE),
@@ -37,7 +37,7 @@ _REASONS = (
 
 
 def find_page(choice: str, origin: Path | None, pin: Pin, console: Console) -> Path | None:
-    """The folder of the finished page of `origin`, or of the pinned source where None; built where it is not in the cache.
+    """The folder of the finished web page of `origin`, or of the pinned source where None; built where it is not in the cache.
 
     None if `choice` is ``off``, and where it is ``auto`` and the page cannot be built, which is said in one sentence. Raises UserError
     for that where it is ``on``.
@@ -80,7 +80,7 @@ def _build(page: Path, choice: str, origin: Path | None, pin: Pin, console: Cons
     log_path.parent.mkdir(parents=True, exist_ok=True)
     npm = find_tool("npm")
     assert npm is not None
-    for left in page.parent.glob(f".{page.name}-*"):  # what a killed process left; nobody else works on this page
+    for left in page.parent.glob(f".{page.name}-*"):  # left by a killed process; this process holds the lock
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=f".{page.name}-", dir=page.parent) as work, log_path.open("w", encoding="utf-8") as log:
         inside = Path(work, "ui")
@@ -92,7 +92,7 @@ def _build(page: Path, choice: str, origin: Path | None, pin: Pin, console: Cons
             raise UserError(f"this llama.cpp has no {_lock_file(Path(FOLDER))}: build with `--page off`")
         extra = {"LLAMA_UI_OUT_DIR": str(Path(work, "dist")), "LLAMA_UI_VERSION": "b0", "LLAMA_BUILD_NUMBER": "0"}
         try:
-            for title, step in (("fetching the web page's packages", _NPM_CI), ("building the web page", ("run", "build"))):
+            for title, step in (("downloading the web page's packages", _NPM_CI), ("building the web page", ("run", "build"))):
                 say(console, title)
                 with console.status(title):
                     run_step([npm, "--prefix", inside, *step], log, lambda line: None, extra)

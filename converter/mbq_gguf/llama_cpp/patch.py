@@ -1,4 +1,4 @@
-"""Put the project's new files and patches on a llama.cpp tree."""
+"""Applies the project's new files and patches to a llama.cpp tree."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from mbq_gguf.errors import UserError
 from mbq_gguf.llama_cpp import pin
 
-STAMP = ".mbq-gguf-patch"  # in a patched tree: the hash of the patch that it carries
+STAMP = ".mbq-gguf-patch"  # a file in a patched tree with the hash of its patch
 
 
 def apply_patch(tree: Path, git: Path, folder: Path | None = None) -> None:
-    """Copy ``src/`` over `tree` and apply ``patches/*.patch`` in order; a tree that carries this very patch is left as it is.
+    """Copy ``src/`` over `tree` and apply ``patches/*.patch`` in order; does nothing if `tree` already has this version of the patch.
 
-    Raises UserError naming the first patch that does not apply, and the file it stumbles over; `tree` may then be half patched and is
-    of no further use.
+    Raises UserError with the first patch that does not apply and the file at fault; `tree` may then be partially patched and should be
+    discarded.
     """
     root = folder or pin.patch_dir()
     wanted, stamp = pin.patch_hash(root), tree / STAMP
@@ -26,7 +26,7 @@ def apply_patch(tree: Path, git: Path, folder: Path | None = None) -> None:
     if carried == wanted:
         return
     if carried is not None:
-        raise UserError(f"{tree} carries another version of the patch already: start from an unpatched llama.cpp")
+        raise UserError(f"{tree} already has another version of the patch: start from an unpatched llama.cpp")
     for path in pin.source_files(root):
         target = tree / path.relative_to(root / "src")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def apply_patch(tree: Path, git: Path, folder: Path | None = None) -> None:
 
 
 def _git_apply(git: Path, tree: Path, patch: Path) -> subprocess.CompletedProcess[str]:
-    # A git repository around the tree would make git look for the files there, and the user's settings could change white space.
+    # Keep git from using a repository around the tree, or user settings that change white space.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environment |= {
         "GIT_CEILING_DIRECTORIES": str(tree.resolve().parent),

@@ -1,7 +1,7 @@
-"""Find the built llama.cpp: its programs, its libraries, and the patched source tree that they were made from.
+"""Finds the built llama.cpp: programs, libraries, and the patched source tree.
 
-Order: ``MBQ_GGUF_LLAMA_CPP=<tree>`` (a built tree, ``<tree>/build/bin``) before anything else; then the finished build in the cache that
-was asked for last, made with today's pin and patch for the backend ``MBQ_GGUF_BACKEND`` (``cpu`` where unset).
+``MBQ_GGUF_LLAMA_CPP=<tree>`` (a built tree, ``<tree>/build/bin``) has priority; otherwise the most recently requested finished build in the
+cache with the current pin and patch, for the backend ``MBQ_GGUF_BACKEND`` (``cpu`` where unset).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def chosen_backend() -> str:
 
 
 def source_dir() -> Path:
-    """The patched source tree of the build in use; it holds conversion/, gguf-py/, ggml/include, include/ and tools/mtmd.
+    """The patched source tree of the build in use, with conversion/, gguf-py/, ggml/include, include/ and tools/mtmd.
 
     Raises UserError if nothing is built, UsageError if ``MBQ_GGUF_LLAMA_CPP`` names a folder that holds no build.
     """
@@ -36,14 +36,14 @@ def source_dir() -> Path:
     if override:
         tree = Path(override).expanduser().absolute()
         if not (tree / "build" / "bin").is_dir():
-            raise UsageError(f"MBQ_GGUF_LLAMA_CPP names {tree}, which holds no build/bin: build llama.cpp there, or unset the variable")
+            raise UsageError(f"MBQ_GGUF_LLAMA_CPP is {tree}, which has no build/bin: build llama.cpp there, or unset the variable")
         return tree
     backend = chosen_backend()
     here = machine_hash()
     builds = [(tree, record) for tree, record in finished_builds() if record.backend == backend and record.machine == here]
     patch, pin = patch_hash(backend=backend), read_pin().sha256
     for tree, record in builds:
-        # A build from --source has a path as its origin and counts for as long as the patch in it is today's.
+        # A build from --source has a path as its origin; it is valid as long as its patch is the current one.
         if record.patch_hash == patch and (record.origin == pin or os.sep in record.origin):
             return tree
     command = "mbq-gguf build" if backend == "cpu" else f"mbq-gguf build --backend {backend}"
@@ -64,7 +64,7 @@ def find_library(name: str) -> Path:
 
 
 def find(name: str) -> Path:
-    """What ``mbq-gguf path NAME`` prints: ``source``, a library (``libllama.so``) or a program (``llama-server``)."""
+    """The path that ``mbq-gguf path NAME`` prints: ``source``, a library (``libllama.so``) or a program (``llama-server``)."""
     if name == "source":
         return source_dir()
     if name.endswith(LIBRARY_SUFFIX) or name.startswith("lib"):

@@ -1,4 +1,4 @@
-"""The pin: which llama.cpp source this patch belongs to, and the hash that says whether the patch has changed."""
+"""The pin: the llama.cpp source that the patch is for, and a hash of the patch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mbq_gguf.errors import UserError
 
 @dataclass(frozen=True)
 class Pin:
-    """One source package on PyPI and the folder in it that holds llama.cpp."""
+    """A source package on PyPI, and the folder in it that contains llama.cpp."""
 
     package: str
     version: str
@@ -23,7 +23,7 @@ class Pin:
 
 @cache
 def patch_dir() -> Path:
-    """The folder ggml_patch: package data in a wheel, beside ``converter/`` in an editable install.
+    """The folder ggml_patch: package data in a wheel, next to ``converter/`` in an editable install.
 
     Raises UserError if neither holds a PIN file.
     """
@@ -56,20 +56,20 @@ def read_pin(folder: Path | None = None) -> Pin:
 
 
 def patch_files(folder: Path | None = None) -> list[Path]:
-    """``patches/*.patch`` in the order in which they are applied: by name."""
+    """``patches/*.patch`` in order of application, by name."""
     return sorted(((folder or patch_dir()) / "patches").glob("*.patch"))
 
 
 def source_files(folder: Path | None = None) -> list[Path]:
-    """Every file below ``src/``, in a fixed order; what Python leaves behind when a file there is imported does not count."""
+    """All files below ``src/``, in a fixed order, without __pycache__."""
     found = ((folder or patch_dir()) / "src").rglob("*")
     return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
 
 
 def patch_hash(folder: Path | None = None, backend: str = "cuda") -> str:
-    """SHA-256 over names and bytes of the patches and new files that ``backend`` compiles; any change to either changes it.
+    """SHA-256 over names and contents of the patches and new files that ``backend`` compiles.
 
-    The CPU build compiles no CUDA file, so a change to a kernel there does not cost its eight minutes.
+    The CPU build does not compile CUDA files, so changes to CUDA kernels do not cause a CPU rebuild of eight minutes.
     """
     root = folder or patch_dir()
     digest = hashlib.sha256()

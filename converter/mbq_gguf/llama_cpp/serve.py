@@ -1,4 +1,4 @@
-"""``mbq-gguf serve`` and ``mbq-gguf ask``: a converted file with the vision file beside it, in the patched llama-server."""
+"""``mbq-gguf serve`` and ``mbq-gguf ask``: run a converted file, with its vision file, in the patched llama-server."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mbq_gguf.special_tokens import check_text
 
 
 def serve(file: Path, mmproj: Path | None, port: int, options: Sequence[str], console: Console) -> None:
-    """Serve `file` on 127.0.0.1 until Ctrl-C; the address, and the key where one is asked for, are printed when it answers.
+    """Serve `file` on 127.0.0.1 until Ctrl-C; prints the address, and the key if one is required, when the server is ready.
 
     `mmproj`: by default the one beside `file`, and none if there is none. `options`: llama-server's own, which may open what is closed.
     Raises UserError if the server does not start or ends by itself.
     """
-    # Its whole path would stand in every answer otherwise; a comma would make two names.
+    # Otherwise every answer would contain the file's whole path; a comma would separate two names.
     name = [] if {"--alias", "-a"} & set(options) else ["--alias", file.stem.replace(",", " ")]
     server = Server(file, mmproj or _beside(file), [*name, *options], port=port)
     with ExitStack() as stack:
@@ -44,11 +44,11 @@ def ask(
     UserError if the server does not start or refuses, as it does where `ctx` is too small.
     """
     vision = mmproj or _beside(file)
-    if pictures and vision is None and file.is_file():  # a missing FILE is named first, below
+    if pictures and vision is None and file.is_file():  # a missing FILE is reported first, below
         raise UsageError(f"there is no vision file {_name_beside(file)}: put it there, or name it with --mmproj")
     if file.is_file():
         check_text(question, file_special_tokens(file), "the question")
-    for picture in pictures:  # before a model is loaded
+    for picture in pictures:  # check before loading the model
         open_picture(picture)
     server = LlamaServer(file, vision if pictures else None, ctx=ctx, gpu_layers=gpu_layers)
     with console.status(f"loading {file.name}") as status, server:
@@ -61,6 +61,6 @@ def _name_beside(file: Path) -> Path:
 
 
 def _beside(file: Path) -> Path | None:
-    """The vision file that ``convert`` wrote with `file`, None if it is not there."""
+    """The vision file that ``convert`` wrote together with `file`, None if it is not there."""
     path = _name_beside(file)
     return path if path.is_file() else None

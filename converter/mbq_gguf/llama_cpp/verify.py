@@ -1,8 +1,8 @@
-"""Which instruction sets to build for: tried in order, the first whose kernels run correctly on this machine wins.
+"""Chooses the instruction sets to build for: the first whose kernels run correctly on this machine.
 
-That a CPU lists an instruction set does not make the kernels for it run: hypervisors may mask what they list, and compilers err. GCC 12
-declares only 8 of the 64 bytes of an AMX tile configuration as read and drops the stores of the others, so that every AMX kernel of ggml
-died at ``ldtilecfg`` or ``tilezero``; patch 0009 keeps those stores, and AMX is expected to pass. Only a run of the built kernels can tell.
+A CPU may list an instruction set whose kernels do not run, because hypervisors mask it or because of compiler bugs. GCC 12 declares only 8
+of the 64 bytes of an AMX tile configuration as read and drops the stores of the others, so that every AMX kernel of ggml died at
+``ldtilecfg`` or ``tilezero``; patch 0009 keeps those stores, so AMX should pass. Only running the built kernels can tell.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mbq_gguf.llama_cpp import kernel_check
 from mbq_gguf.llama_cpp.machine import cpu_flags
 
 CHECK_PROGRAM = Path(kernel_check.__file__)
-CHECK_SECONDS = 300  # takes about 2 s; an emulated machine may be a hundred times slower
+CHECK_SECONDS = 300  # takes about 2 s, but an emulated machine may be a hundred times slower
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ NATIVE = InstructionSet("native", "everything that this CPU lists", ("GGML_NATIV
 NO_AMX = InstructionSet(
     "native-without-amx",
     "everything that this CPU lists except AMX",
-    # Not as flags of the compiler: those would compile all 33 kernel files again, and four ask for AMX (patch 0002).
+    # Not as compiler flags: those would recompile all 33 kernel files, of which only four use AMX (patch 0002).
     ("GGML_NATIVE=ON", "GGML_MBQ_AMX_OPTIONS=-mno-amx-tile;-mno-amx-int8;-mno-amx-bf16"),
 )
 AVX2 = InstructionSet("avx2", "AVX2 and FMA", ("GGML_NATIVE=OFF", *(f"GGML_{name}=ON" for name in _X86_OPTIONS)))
@@ -44,7 +44,7 @@ BASELINE = InstructionSet("baseline", "no optional instruction set", ("GGML_NATI
 
 
 def instruction_sets() -> tuple[InstructionSet, ...]:
-    """What to try on this machine, best first; sets that the CPU does not list are left out."""
+    """The instruction sets to try on this machine, best first, without those that the CPU does not list."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return (NATIVE, InstructionSet("baseline", "no optional instruction set", ("GGML_NATIVE=OFF",)))
     listed = set(cpu_flags())
@@ -57,7 +57,7 @@ def instruction_sets() -> tuple[InstructionSet, ...]:
 
 
 def verify_kernels(folder: Path) -> str | None:
-    """Run the kernels of ``libggml-cpu`` in `folder` in a process of their own.
+    """Run the kernels of ``libggml-cpu`` in `folder` in a separate process.
 
     Returns None if they run and agree with numpy, else a few words on what went wrong where. Raises UserError if the libraries
     cannot be loaded at all: another instruction set would not help.
@@ -74,7 +74,7 @@ def verify_kernels(folder: Path) -> str | None:
         return f"wrong result at {_last_line(done.stdout)}"
     if done.returncode < 0:
         return f"{_signal_words(-done.returncode)} at {_last_line(done.stdout)}"
-    raise UserError(f"the freshly built kernels could not be tried ({_last_line(done.stdout + done.stderr)}): run `mbq-gguf build` again")
+    raise UserError(f"the newly built kernels could not be tested ({_last_line(done.stdout + done.stderr)}): run `mbq-gguf build` again")
 
 
 def _signal_words(number: int) -> str:

@@ -1,13 +1,13 @@
-// static ranges of activations for weights with one scale a row (mbq-gguf: convert --activations static)
+// static ranges of activations for weights with one scale per row (mbq-gguf: convert --activations static)
 //
 //   mbq.act.version            u32, 1; without it the file has no static ranges
-//   mbq.act.range.SITE.CLASS   array of f32, one a layer: the largest |x| that int8 holds, 0: each row's own (dynamic)
+//   mbq.act.range.SITE.CLASS   array of f32, one per layer: the largest |x| that int8 represents, 0: each row's own (dynamic)
 //                              SITE is qkv, o, gate_up or down, the activation that these weights read; CLASS is text or vision
 //   mbq.act.sink.positions     array of i32: rows at these positions are dynamic
-//   mbq.act.sink.tokens        array of i32: so are rows of these tokens
+//   mbq.act.sink.tokens        array of i32: rows of these tokens are dynamic
 //
-// which class a row has is data, so that a graph serves any mixture: an I32 input [n_tokens] that picks, for each row, all sites' ranges from a table.
-// a token is text, an embedding that is flagged as a picture's is vision, every other one is dynamic.
+// the classes of rows are an input of the graph, so that one graph serves any mixture: an I32 input [n_tokens] selects all sites' ranges of each row
+// from a table. tokens are text, embeddings that are flagged as a picture's are vision, all other embeddings are dynamic.
 
 #include "llama-mbq.h"
 
@@ -28,7 +28,7 @@
 
 namespace {
 
-constexpr int64_t ACT_COLUMNS_MIN = 65; // fewer rows, generation above all, are dynamic: finding their ranges takes no time there
+constexpr int64_t ACT_COLUMNS_MIN = 65; // fewer rows, such as in generation, are always dynamic: computing their ranges takes no noticeable time
 
 const char * const ACT_SITES[]   = { "qkv", "o", "gate_up", "down" };
 const char * const ACT_CLASSES[] = { "text", "vision" };
@@ -104,8 +104,8 @@ public:
         return classes->ne[0] == params.ubatch.n_tokens;
     }
 
-    // the ranges of the rows of one site, [1, n_tokens] or, of those that are put out, [1, n_outputs]; they come into the graph at once, before what makes the
-    // activations, so that they are there when a backend makes those and multiplies them in one kernel
+    // the ranges of the rows of one site, [1, n_tokens] or [1, n_outputs]; they are added to the graph before the nodes that compute the activations, so that
+    // they are available to a backend that computes and multiplies the activations in one kernel
     ggml_tensor * view(ggml_context * ctx, ggml_cgraph * gf, int64_t site, ggml_tensor * out_ids) {
         if (out_ids && gathered == nullptr) {
             gathered = ggml_get_rows(ctx, ranges, out_ids);
@@ -140,7 +140,7 @@ T * input_of(const llm_graph_result & res) {
     return nullptr;
 }
 
-// the array under key, or null where there is none
+// the array under key, or null
 const void * array_of(const gguf_context * metadata, const std::string & key, gguf_type type, const char * type_name, size_t & n) {
     const int64_t id = gguf_find_key(metadata, key.c_str());
     if (id < 0) {
@@ -165,7 +165,7 @@ std::vector<int32_t> sinks_of(const gguf_context * metadata, const char * key) {
     return sinks;
 }
 
-// ranges of another site or class: no error, as no unknown key is one, since those rows take their own
+// ranges of unknown sites or classes are not an error, like other unknown keys: those rows are dynamic
 void warn_of_unknown(const gguf_context * metadata) {
     const std::string prefix = "mbq.act.range.";
     for (int64_t i = 0; i < gguf_get_n_kv(metadata); ++i) {
@@ -223,7 +223,7 @@ std::shared_ptr<const llama_mbq_act> llama_mbq_load_act(const gguf_context * met
 
 void llm_graph_context::build_mbq_act(ggml_tensor * product) const {
     const llama_mbq_act * act = hparams.mbq_act;
-    if (act == nullptr || !ggml_is_row_scale_mul_mat(product) || !loras->empty()) { // with an adapter nobody has measured ranges
+    if (act == nullptr || !ggml_is_row_scale_mul_mat(product) || !loras->empty()) { // ranges were measured without adapters
         return;
     }
     const ggml_tensor * x = product->src[1];
@@ -232,7 +232,7 @@ void llm_graph_context::build_mbq_act(ggml_tensor * product) const {
         return;
     }
     ggml_tensor * out_ids = nullptr;
-    if (x->ne[1] != n_tokens) { // behind the last attention: the rows that are put out
+    if (x->ne[1] != n_tokens) { // after the last attention: only the output rows
         const auto * out = input_of<llm_graph_input_out_ids>(*res);
         if (out == nullptr || out->out_ids->ne[0] != x->ne[1]) {
             return;

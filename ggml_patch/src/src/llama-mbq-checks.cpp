@@ -1,6 +1,6 @@
-// metadata and types that the graph's functions assert: a file that has others is refused when it is opened
+// metadata and types that graph building asserts: files that violate them are rejected when they are opened
 //
-// hparams and vocabulary are checked by their readers; what is here nobody looks at before it is computed with
+// hparams and vocabulary are checked by their readers; nothing else checks these before they are used
 
 #include "llama-mbq.h"
 
@@ -18,7 +18,7 @@ static bool ends_with(const std::string & name, const char * end) {
     return name.size() >= suffix.size() && name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0;
 }
 
-// -1 where the file has no such key, or one of another type, which whoever needs it refuses
+// -1 if the key is missing or has another type (its reader rejects that)
 static int64_t find(const llama_model_loader & ml, const char * name, gguf_type type) {
     const int64_t key = gguf_find_key(ml.metadata, (ml.get_arch_name() + "." + name).c_str());
     return key >= 0 && gguf_get_kv_type(ml.metadata, key) == type ? key : -1;
@@ -29,7 +29,7 @@ static int64_t number(const llama_model_loader & ml, const char * name) {
     return key < 0 ? -1 : (int64_t) gguf_get_val_u32(ml.metadata, key);
 }
 
-// the sections of a rotary embedding over several positions: ggml_rope_multi wants some, and no more than a head is wide
+// the sections of a multi-dimensional rotary embedding: ggml_rope_multi requires a positive sum within the width of a head
 static void check_rope_sections(const llama_model_loader & ml) {
     const int64_t key = find(ml, "rope.dimension_sections", GGUF_TYPE_ARRAY);
     const int64_t one = find(ml, "rope.dimension_sections", GGUF_TYPE_INT32); // read as an array of it
@@ -46,7 +46,7 @@ static void check_rope_sections(const llama_model_loader & ml) {
         width = number(ml, "embedding_length") / n_head;
     }
     int64_t sum = 0;
-    int64_t first = 0; // of time, height and width: ggml wants some of them
+    int64_t first = 0; // time, height and width: ggml requires at least one of them
     for (size_t i = 0; i < n; ++i) {
         if (sections[i] < 0 || (width > 0 && sections[i] > width)) {
             throw std::runtime_error(format("rope.dimension_sections holds %d for heads of %d channels", sections[i], (int) width));
@@ -62,14 +62,14 @@ static void check_rope_sections(const llama_model_loader & ml) {
     }
 }
 
-// norms and biases are multiplied and added as floats, matrices need a product with floats or a row of them
+// norms and biases are used as floats; matrices need a product with floats, or a lookup of rows
 static void check_type(const std::string & name, const ggml_tensor * t) {
     const bool vector = ggml_n_dims(t) == 1 && (ends_with(name, "norm.weight") || ends_with(name, ".bias"));
     if (vector && t->type != GGML_TYPE_F32) {
         throw std::runtime_error(format("%s is of type %s: norms and biases are F32", name.c_str(), ggml_type_name(t->type)));
     }
     const bool number = t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16 || ggml_is_quantized(t->type);
-    const bool matrix = ggml_n_dims(t) > 1 && ends_with(name, ".weight") && !ends_with(name, "tid2eid.weight"); // numbers of experts
+    const bool matrix = ggml_n_dims(t) > 1 && ends_with(name, ".weight") && !ends_with(name, "tid2eid.weight"); // holds indices of experts
     if (matrix && !number) {
         throw std::runtime_error(format("%s is of type %s, which nothing computes with", name.c_str(), ggml_type_name(t->type)));
     }

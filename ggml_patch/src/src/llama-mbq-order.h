@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-// llama_embd.picture of each row of a batch
+// llama_embd.picture for each row of a batch
 inline std::vector<int8_t> llama_mbq_pictures(const std::vector<llama_batch_ext::token> & tokens) {
     std::vector<int8_t> res(tokens.size());
     std::transform(tokens.begin(), tokens.end(), res.begin(), [](const llama_batch_ext::token & t) { return t.picture; });

@@ -1,9 +1,9 @@
-// weights whose blocks repeat one scale over the whole row: the file names them, ggml multiplies them by integer sums (ggml-row-scale.h)
+// weights whose blocks repeat one scale over the whole row: the file names them, and ggml multiplies them with integer sums (ggml-row-scale.h)
 //
 //   mbq.row_scale.version  u32, 1
 //   mbq.row_scale          array of strings: names of tensors of type Q4_0 or Q8_0
 //
-// that the rows do repeat their scale is the writer's promise: to prove it means to read all weights, which mmap otherwise avoids
+// that scales repeat is promised by the writer and not verified here: verification would read all weights, which mmap avoids
 
 #include "llama-mbq.h"
 
@@ -18,7 +18,7 @@ static const char * const VERSION = "mbq.row_scale.version";
 
 void llama_mbq_set_row_scale(llama_model_loader & ml) {
     const int64_t key = gguf_find_key(ml.metadata, KEY);
-    if (key < 0 || ml.files.empty()) { // without files there are no tensors to name yet
+    if (key < 0 || ml.files.empty()) { // without files there are no tensors yet
         return;
     }
     const int64_t version = gguf_find_key(ml.metadata, VERSION);

@@ -1,7 +1,7 @@
 #pragma once
 
-// A picture's rows stay where the caller has them until they are written to a backend: of 1024 tokens they are 15 MB, which upstream copies
-// to the batch and to the micro-batch. A batch without pictures takes upstream's way. Included by llama-batch.h.
+// A picture's rows stay in the caller's memory until they are written to a backend. For 1024 tokens that is 15 MB, which upstream copies
+// to the batch and again to the micro-batch. Batches without pictures take upstream's path. Included by llama-batch.h.
 
 #include "ggml-at-once.h"
 #include "ggml-backend.h"
@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-// a row that is added to a batch: its address if it may stay there, else nullptr and a copy behind `embd`
+// a row that is added to a batch: its address if it may stay in place, else nullptr and a copy appended to `embd`
 static inline const float * llama_mbq_keep_row(std::vector<float> & embd, const float * data, size_t n, bool picture) {
     if (picture) {
         return data;
@@ -19,7 +19,7 @@ static inline const float * llama_mbq_keep_row(std::vector<float> & embd, const 
     return nullptr;
 }
 
-// the addresses of a batch's rows, nullptr for a token; false, and none, where no row is a picture's
+// the addresses of a batch's rows, nullptr for a token; false, and no addresses, if no row belongs to a picture
 template <typename B> // llama_batch_ext
 static bool llama_mbq_take_rows(const B & batch, std::vector<const float *> & rows) {
     rows.clear();
@@ -32,8 +32,8 @@ static bool llama_mbq_take_rows(const B & batch, std::vector<const float *> & ro
     return true;
 }
 
-// a micro-batch's embeddings as one block: where they are, or as `copy` if they are not one behind the other. Nothing reads a mixed one
-// as a block, so there any address will do.
+// a micro-batch's embeddings as one block: in place, or in `copy` if they are not contiguous. Nothing reads a mixed micro-batch as a block,
+// so any address will do there.
 static inline float * llama_mbq_block(const std::vector<const float *> & rows, std::vector<float> & copy, int64_t n_embd, bool mixed) {
     if (rows.empty()) {
         return copy.data();
@@ -52,7 +52,7 @@ static inline float * llama_mbq_block(const std::vector<const float *> & rows, s
     return const_cast<float *>(rows[0]);
 }
 
-// n rows at `from` to row i of an input; four threads for many, since the card waits for the first micro-batch's: 7 MB
+// copies n rows at `from` to row i of an input; uses four threads for many, since the GPU waits for the first micro-batch's 7 MB
 static inline void llama_mbq_set_run(ggml_tensor * to, const float * from, size_t i, size_t n) {
     const size_t n_parts = n*to->nb[1] >= 1 << 21 ? 4 : 1;
     ggml_at_once(n_parts, [=](size_t k) {

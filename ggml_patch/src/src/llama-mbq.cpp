@@ -1,7 +1,7 @@
 // online Hadamard transform before ffn_down, for weights that were rotated offline (mbq-gguf: convert --rotate full)
 //
-// the file says mbq.hadamard.ffn_down = n: ffn_down was multiplied by the inverse of a block-diagonal Walsh-Hadamard matrix with blocks
-// of n on its input side, so its input has to be transformed in the same way. without the key the graph is exactly the upstream one.
+// mbq.hadamard.ffn_down = n in the file means that ffn_down was multiplied by the inverse of a block-diagonal Walsh-Hadamard matrix with
+// blocks of n on its input side, so its input must be transformed accordingly. without the key the graph is exactly upstream's.
 
 #include "llama-mbq.h"
 
@@ -16,16 +16,16 @@
 
 namespace {
 
-// ggml-cuda's fast transform ends at 512, and mbq-gguf writes no larger block
+// the limit of ggml-cuda's fast transform; mbq-gguf writes no larger blocks
 constexpr uint32_t HADAMARD_MAX = 512;
 
-// the matrix itself, read only by backends that do not take the GGML_HINT_SRC0_IS_HADAMARD fast path: made when one wants it
+// the matrix itself, read only by backends without the GGML_HINT_SRC0_IS_HADAMARD fast path; filled on demand
 class llm_graph_input_mbq_hadamard : public llm_graph_input_i {
 public:
     explicit llm_graph_input_mbq_hadamard(ggml_tensor * rot) : rot(rot) {}
 
     void set_input(const llama_ubatch * /*ubatch*/) override {
-        if (rot->buffer == nullptr) { // not allocated when no backend reads it
+        if (rot->buffer == nullptr) { // not allocated if no backend reads it
             return;
         }
         const int64_t n = rot->ne[0];
@@ -79,7 +79,7 @@ ggml_tensor * llm_graph_context::build_mbq_hadamard(ggml_tensor * cur) const {
     if (n == 0) {
         return cur;
     }
-    if (cur->ne[0] % n != 0) { // a branch with a width of its own, such as a shared expert
+    if (cur->ne[0] % n != 0) { // a branch of another width, such as a shared expert
         throw std::runtime_error(format("mbq.hadamard.ffn_down is %d: it must divide the FFN width %d", int(n), int(cur->ne[0])));
     }
 

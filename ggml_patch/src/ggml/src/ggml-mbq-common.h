@@ -3,7 +3,7 @@
 // Blocks of the MBQ types, for C, C++ and CUDA alike. Include a GGML_COMMON_DECL_* ggml-common.h first (it defines ggml_half).
 //
 // A weight is d * code + m. With i = (QK/4) * plane + byte the two low bits of code i are bits 2*plane and 2*plane + 1 of
-// ql[byte], its high bit is bit (2*plane + 2) % 8 + byte / (QK/8) of qh[byte % (QK/8)]: for planes 0 to 2 right above the low
+// ql[byte], its high bit is bit (2*plane + 2) % 8 + byte / (QK/8) of qh[byte % (QK/8)]. For planes 0 to 2 that is directly above the low
 // bits, so that two masks give 1, 4 or 16 times the code without a shift.
 
 #define QKMBQ3 128
@@ -24,8 +24,8 @@ typedef struct {
 } block_mbq3_64;
 static_assert(sizeof(block_mbq3_64) == 2*sizeof(ggml_half) + QKMBQ3_64/4 + QKMBQ3_64/8, "wrong mbq3_64 block size/padding");
 
-// MBQ3S and MBQ3S_64: the same codes, with a scale and a zero point for each half of the block (planes 0 and 1, planes 2 and 3) in
-// place of d and m. A scale word holds bits 5 to 14 of an fp16 scale d in bits 6 to 15, and the zero point z, in eighths of a step, in
+// MBQ3S and MBQ3S_64: the same codes, with a scale and a zero point for each half of the block (planes 0 and 1, planes 2 and 3) instead
+// of d and m. A scale word has bits 5 to 14 of an fp16 scale d in bits 6 to 15, and the zero point z, in eighths of a step, in
 // bits 0 to 5: d is fp16 with the bits scale_zp >> 6 << 5, m = -(d*z)/8.
 
 typedef struct {

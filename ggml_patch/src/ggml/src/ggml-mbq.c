@@ -10,16 +10,16 @@
 #define MBQ3_F16_MAX 65504.0f
 #define MBQ3S_SCALE_MAX 0x3DF // bits 5 to 14 of the largest fp16
 #define MBQ3S_ZERO_MAX 63
-#define MBQ3S_NAN 0xFC00      // a scale of NaN, the zero point 0
+#define MBQ3S_NAN 0xFC00      // scale NaN, zero point 0
 
 // The functions below do the same float operations in the same order as converter/mbq_gguf/formats/, so that both write the same bytes.
-// Contraction to fma cannot change a result: (x - m)*id is no multiply-add, and d*code is exact in float, as is d*code + m where d and m are
-// of a scale word.
+// Contraction to fma cannot change a result: (x - m)*id is not a multiply-add, and d*code is exact in float, as is d*code + m if d and m
+// come from a scale word.
 //
-// Blocks of every type are two 16-bit numbers, then the codes of n weights: n/4 bytes of low bits, n/8 bytes of high bits. The numbers
-// are fp16 d and m (halves = 1), or a scale word for each half of the block (halves = 2).
+// Blocks of all types are two 16-bit numbers followed by the codes of n weights: n/4 bytes of low bits, n/8 bytes of high bits. The numbers
+// are fp16 d and m (halves = 1), or one scale word for each half of the block (halves = 2).
 
-// a group's weights are d*code + m
+// the weights of a group are d*code + m
 struct mbq3_grid {
     float d;
     float m;
@@ -36,7 +36,7 @@ static struct mbq3_grid mbq3s_grid(uint16_t word) {
     return g;
 }
 
-// low for NaN
+// returns low for NaN
 static float mbq3_clamp(float x, float low, float high) {
     return !(x > low) ? low : x > high ? high : x;
 }
@@ -49,7 +49,7 @@ static int mbq3_code(float x, float m, float id) {
     return (int) rintf(mbq3_clamp((x - m)*id, 0.0f, MBQ3_LEVELS)); // ties to even
 }
 
-// False where there is a NaN. Its code is 0, and the group's scale becomes NaN, so that ggml_validate_row_data finds it.
+// Returns false if there is a NaN. Its code is then 0, and the group's scale becomes NaN, so that ggml_validate_row_data detects it.
 static bool mbq3_range(const float * GGML_RESTRICT x, int n, float * lo, float * hi) {
     *lo = x[0];
     *hi = x[0];
@@ -59,7 +59,7 @@ static bool mbq3_range(const float * GGML_RESTRICT x, int n, float * lo, float *
         *hi = x[i] > *hi ? x[i] : *hi;
         nan |= isnan(x[i]);
     }
-    *lo += 0.0f; // -0 becomes +0: which of the two equal zeros a minimum returns depends on its order
+    *lo += 0.0f; // -0 becomes +0: which of the two zeros a minimum returns depends on the order of comparisons
     *hi += 0.0f;
     return !nan;
 }
@@ -69,7 +69,7 @@ static float mbq3_step(float lo, float hi) {
     return step < MBQ3_F16_MAX ? step : MBQ3_F16_MAX;
 }
 
-// Scale and minimum of a block by its range, before rounding to fp16.
+// Scale and minimum of a block from its range, before rounding to fp16.
 static struct mbq3_grid mbq3_range_grid(const float * GGML_RESTRICT x, int n) {
     float lo, hi;
     if (!mbq3_range(x, n, &lo, &hi)) {
@@ -86,7 +86,7 @@ static bool mbq3s_range(const float * GGML_RESTRICT x, int n, float * lo, float 
     return numbers;
 }
 
-// Scale word of a group by its range, zero included.
+// Scale word of a group from its range extended to 0.
 static uint16_t mbq3s_range_word(const float * GGML_RESTRICT x, int n) {
     float lo, hi;
     if (!mbq3s_range(x, n, &lo, &hi)) {
@@ -99,7 +99,7 @@ static uint16_t mbq3s_range_word(const float * GGML_RESTRICT x, int n) {
     return (uint16_t) (scale << 6 | (int) rintf(mbq3_clamp(-lo*8*id, 0.0f, MBQ3S_ZERO_MAX)));
 }
 
-// ---- with an importance matrix: the scale and minimum with the least error weighted by it
+// ---- with an importance matrix: the scale and minimum with the least weighted error
 
 #define MBQ3_CANDIDATES 24
 
@@ -125,7 +125,7 @@ static double mbq3_f16_error(const float * GGML_RESTRICT x, const float * GGML_R
     return mbq3_weighted_error(x, w, n, mbq3_f16_grid(words));
 }
 
-// Scale and minimum with the least weighted squared error for the codes that id and m0 give; false where the codes are all equal.
+// Scale and minimum with the least weighted squared error for the codes from id and m0; returns false if all codes are equal.
 static bool mbq3_fit(const float * GGML_RESTRICT x, const float * GGML_RESTRICT w, int n, float m0, float id, struct mbq3_grid * g) {
     double sw = 0.0, sq = 0.0, sqq = 0.0, sx = 0.0, sqx = 0.0;
     for (int i = 0; i < n; ++i) {
@@ -145,8 +145,8 @@ static bool mbq3_fit(const float * GGML_RESTRICT x, const float * GGML_RESTRICT 
     return g->d > 0.0f && g->d <= MBQ3_F16_MAX && fabsf(g->m) <= MBQ3_F16_MAX;
 }
 
-// Start from the full range and from ranges with fewer and more steps in it, fit each to its codes, and keep the best; so never worse
-// than the plain range.
+// Starts from the full range and from ranges divided into fewer and more steps, fits each to its codes, and keeps the best. The result is
+// never worse than the plain range.
 static struct mbq3_grid mbq3_search(const float * GGML_RESTRICT x, const float * GGML_RESTRICT w, int n) {
     const struct mbq3_grid range = mbq3_range_grid(x, n);
     struct mbq3_grid best = range;
@@ -178,9 +178,9 @@ static void mbq3s_try(const float * GGML_RESTRICT x, const float * GGML_RESTRICT
     }
 }
 
-// The same for a scale word: a net of scales and, for each, of zero points between those that keep the lower and the upper end of the
-// range; from its best point to better neighbours until there is none. On normal and on heavy-tailed weights the error is within 5 % of
-// that of the best word near the range, found with about 70 trials instead of 2700.
+// The same for a scale word: tries a coarse grid of scales and, for each, of zero points between those that preserve the lower and the upper
+// end of the range, then moves to better neighbours until there are none. On normal and heavy-tailed weights the error is within 5 % of that
+// of the best word near the range, with about 70 trials instead of 2700.
 static uint16_t mbq3s_search(const float * GGML_RESTRICT x, const float * GGML_RESTRICT w, int n) {
     float lo, hi;
     if (!mbq3s_range(x, n, &lo, &hi)) {
@@ -189,7 +189,7 @@ static uint16_t mbq3s_search(const float * GGML_RESTRICT x, const float * GGML_R
     uint16_t best = mbq3s_range_word(x, n);
     double least = mbq3_weighted_error(x, w, n, mbq3s_grid(best));
     const int range = best >> 6;
-    for (int scale = MAX(range - 24, 1); scale <= MIN(range + 6, MBQ3S_SCALE_MAX); scale += 3) { // 32 are a factor of 2
+    for (int scale = MAX(range - 24, 1); scale <= MIN(range + 6, MBQ3S_SCALE_MAX); scale += 3) { // 32 steps are a factor of 2
         const float id = mbq3_inverse(GGML_FP16_TO_FP32(scale << 5));
         const float low  = mbq3_clamp(-lo*8*id, 0.0f, MBQ3S_ZERO_MAX);
         const float high = mbq3_clamp(8*MBQ3_LEVELS - hi*8*id, 0.0f, MBQ3S_ZERO_MAX);
@@ -219,7 +219,7 @@ static void mbq3_put_codes(const float * GGML_RESTRICT x, int first, int last, s
     }
 }
 
-// k weights, in rows of n_per_row where there is an importance matrix of as many numbers
+// k weights; with an importance matrix, in rows of n_per_row weights
 static void mbq3_quantize(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k, int n, int halves, const float * imatrix, int64_t n_per_row) {
     assert(k % n == 0);
     uint8_t * block = y;

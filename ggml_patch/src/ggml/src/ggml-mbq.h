@@ -24,7 +24,7 @@ GGML_API size_t quantize_mbq3_64 (const float * GGML_RESTRICT src, void * GGML_R
 GGML_API size_t quantize_mbq3s   (const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
 GGML_API size_t quantize_mbq3s_64(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
 
-// Whether the scales of nb blocks of MBQ3S or MBQ3S_64, size bytes each, are finite; says which is not.
+// Whether the scales of nb blocks of MBQ3S or MBQ3S_64, size bytes each, are finite; prints the first that is not.
 bool ggml_mbq3s_validate(const void * data, size_t nb, size_t size);
 
 #ifdef __cplusplus

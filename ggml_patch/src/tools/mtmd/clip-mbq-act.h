@@ -1,13 +1,13 @@
 #pragma once
 
-// Static ranges of activations for a tower's weights with one scale a row (mbq-gguf: convert --mmproj-activations static); src/llama-mbq-act.cpp has those of
-// a language model, under the same keys:
+// Static ranges of activations for a tower's weights with one scale per row (mbq-gguf: convert --mmproj-activations static). src/llama-mbq-act.cpp does this
+// for language models, with the same keys:
 //
 //   mbq.act.version             u32, 1; without it the file has no static ranges
-//   mbq.act.range.SITE.vision   array of f32, one a block: the largest |x| that int8 holds, 0: each row's own (dynamic)
+//   mbq.act.range.SITE.vision   array of f32, one per block: the largest |x| that int8 represents, 0: each row's own (dynamic)
 //                               SITE is qkv, o, gate_up or down, the activation that these weights read
 //
-// All rows of a product have one range. The ranges lie beside the weights, where the backend reads them, from the load on; a weight that has one knows its place.
+// All rows of a product share one range. The ranges are loaded with the weights, into a tensor that the backend reads; each weight stores the offset of its range.
 
 #include "clip-graph.h"
 #include "clip-impl.h"
@@ -29,7 +29,7 @@ static constexpr int      CLIP_MBQ_ACT_N_SITES = 4;
 
 static const char * const CLIP_MBQ_ACT_RANGES = "mbq.act.ranges"; // the tensor's name
 
-// Where the range of a weight lies. It is kept in op_params, which a weight has no other use for.
+// The place of a weight's range. It is stored in op_params, which weights do not use otherwise.
 struct clip_mbq_place {
     ggml_tensor * ranges; // F32 [4 * blocks]
     size_t        offset; // in bytes
@@ -37,7 +37,7 @@ struct clip_mbq_place {
 
 static_assert(sizeof(clip_mbq_place) <= GGML_MAX_OP_PARAMS, "");
 
-static int clip_mbq_act_site(const char * weight) { // of its name behind v.blk.N.
+static int clip_mbq_act_site(const char * weight) { // the part of its name after v.blk.N.
     const struct { const char * weight; int site; } readers[] = {
         { "attn_q.weight", 0 }, { "attn_k.weight",   0 }, { "attn_v.weight", 0 }, { "attn_qkv.weight", 0 },
         { "attn_out.weight", 1 }, { "ffn_gate.weight", 2 }, { "ffn_up.weight", 2 }, { "ffn_down.weight", 3 },
@@ -50,7 +50,7 @@ static int clip_mbq_act_site(const char * weight) { // of its name behind v.blk.
     return -1;
 }
 
-// [4 * blocks], the sites of a block side by side; empty: the file has none
+// [4 * blocks], with the sites of a block contiguous; empty if the file has none
 static std::vector<float> clip_mbq_act_read(const gguf_context * gguf, const size_t n_blocks) {
     const int64_t version = gguf_find_key(gguf, "mbq.act.version");
     if (version < 0) {
@@ -87,7 +87,7 @@ static std::vector<float> clip_mbq_act_read(const gguf_context * gguf, const siz
     return ranges;
 }
 
-// Ranges of another site or class: no error, as no unknown key is one, since those rows take their own.
+// Ranges of unknown sites or classes are not an error, like other unknown keys: those rows are dynamic.
 static void clip_mbq_act_warn(const gguf_context * gguf) {
     const std::string prefix = "mbq.act.range.";
     for (int64_t i = 0; i < gguf_get_n_kv(gguf); ++i) {
@@ -102,10 +102,10 @@ static void clip_mbq_act_warn(const gguf_context * gguf) {
     }
 }
 
-// Before the weights get their memory: the ranges' tensor is one more of them (the context has room for one), and each weight with a range learns its place.
+// Called before the weights are allocated: adds a tensor for the ranges (the context has room for one), and stores each weight's place in it.
 static void clip_mbq_act_add(const gguf_context * gguf, const clip_ctx & ctx) {
     if (ctx.model.modality != CLIP_MODALITY_VISION) {
-        return; // a file may hold a tower for sounds too, which has blocks of its own
+        return; // the file may also have an audio tower, with blocks of its own
     }
     const int n_blocks = ctx.model.hparams.n_layer;
     const std::vector<float> ranges = clip_mbq_act_read(gguf, n_blocks);
@@ -130,15 +130,15 @@ static void clip_mbq_act_add(const gguf_context * gguf, const clip_ctx & ctx) {
     }
 }
 
-// Once they have it.
+// Called after the weights are allocated.
 static void clip_mbq_act_set(const gguf_context * gguf, const clip_ctx & ctx) {
     if (ggml_tensor * tensor = ggml_get_tensor(ctx.ctx_data.get(), CLIP_MBQ_ACT_RANGES)) {
         ggml_backend_tensor_set(tensor, clip_mbq_act_read(gguf, ctx.model.hparams.n_layer).data(), 0, ggml_nbytes(tensor));
     }
 }
 
-// Gives a product its range where its weight has one. The view comes into the graph at once, before what makes the activations, so that it is there when
-// a backend makes those and multiplies them in one kernel.
+// Gives a product its range if its weight has one. The view is added to the graph before the nodes that compute the activations, so that it is available
+// to a backend that computes and multiplies them in one kernel.
 static ggml_tensor * clip_mbq_act(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * product) {
     clip_mbq_place place = { nullptr, 0 };
     if (ggml_is_row_scale_mul_mat(product)) {
@@ -146,7 +146,7 @@ static ggml_tensor * clip_mbq_act(ggml_context * ctx, ggml_cgraph * gf, ggml_ten
     }
     if (place.ranges) {
         ggml_tensor * range = ggml_view_1d(ctx, place.ranges, 1, place.offset);
-        range->ne[1] = product->src[1]->ne[1]; // one value for all rows, where ggml_view_2d would want as many values as rows
+        range->ne[1] = product->src[1]->ne[1]; // one value for all rows; ggml_view_2d would require one per row
         range->nb[1] = range->nb[2] = range->nb[3] = 0;
         ggml_build_forward_expand(gf, range);
         product->src[2] = range;
@@ -154,7 +154,7 @@ static ggml_tensor * clip_mbq_act(ggml_context * ctx, ggml_cgraph * gf, ggml_ten
     return product;
 }
 
-// Gemma 4 makes its products itself, some between two clamps
+// Gemma 4 builds its products itself, some between two clamps
 struct clip_graph_mbq_gemma4 : clip_graph_gemma4v {
     using clip_graph_gemma4v::clip_graph_gemma4v;
 

@@ -1,10 +1,10 @@
 #pragma once
 
-// Pictures of LLaVA-NeXT and LLaVA-OneVision ("anyres"): the whole picture small, then tiles of it, whose tokens are put together row by row,
-// freed of what is padding, shrunk where they are too many (OneVision), and a newline behind each row.
+// Pictures of LLaVA-NeXT and LLaVA-OneVision ("anyres"): the downscaled whole picture, then its tiles. The tiles' tokens are merged row by row,
+// padding is removed, they are downscaled if there are too many (OneVision), and a newline is added after each row.
 //
-// As transformers has it (LlavaNextModel, LlavaOnevisionModel: pack_image_features), in double as there. A picture comes as a stack of tiles,
-// the whole one on top (mtmd-mbq-anyres-impl.h); tiles are a dimension of their own in attention, as clip_graph::build_vit has it.
+// Follows transformers (LlavaNextModel, LlavaOnevisionModel: pack_image_features), in double as there. A picture comes as a stack of tiles with
+// the whole picture first (mtmd-mbq-anyres-impl.h); tiles are a separate dimension in attention, as in clip_graph::build_vit.
 
 #include "clip-graph.h"
 #include "clip-impl.h"
@@ -12,13 +12,13 @@
 
 #include <cmath>
 
-// where the tokens of a picture's tiles lie in their grid, and what they are shrunk to
+// the positions of a picture's tokens in the grid of its tiles, and the size that they are downscaled to
 struct clip_mbq_anyres_layout {
     int width, height; // tokens of the grid
-    int left = 0, top = 0; // of them padding, on either side
+    int left = 0, top = 0; // padding of the grid, on either side
     int columns, rows; // of the tokens that the language model gets, without newlines
 
-    // side: tokens of a tile's side; max_tiles: as many tokens as so many tiles have (0: any number)
+    // side: tokens along a side of a tile; max_tiles: limits the tokens to those of this many tiles (0: no limit)
     clip_mbq_anyres_layout(const clip_image_f32::anyres_info & grid, const int side, const int max_tiles) :
         width(grid.grid_x*side), height(grid.grid_y*side) {
         if ((double) grid.orig_nx/grid.orig_ny > (double) width/height) {
@@ -58,12 +58,12 @@ static int clip_mbq_anyres_tokens(const clip_image_f32 & img, const clip_hparams
 }
 
 struct clip_graph_mbq_anyres : clip_graph {
-    const int size, side, n_tiles; // pixels and patches of a tile's side; patches may leave a rest of pixels
+    const int size, side, n_tiles; // pixels and patches along a side of a tile; patches may not cover all pixels
 
     clip_graph_mbq_anyres(clip_ctx * ctx, const clip_image_f32 & img) :
         clip_graph(ctx, img), size(img.nx()), side(img.nx()/patch_size), n_tiles(img.ny()/img.nx()) {}
 
-    // [n_embd, patches of a tile, tiles], the class token first where there is one
+    // [n_embd, patches of a tile, tiles], starting with the class token if there is one
     ggml_tensor * patches() {
         ggml_tensor * cur = ggml_reshape_3d(ctx0, build_inp_raw(), size*size, n_tiles, 3);
         cur = ggml_cont_4d(ctx0, ggml_permute(ctx0, cur, 0, 2, 1, 3), size, size, 3, n_tiles);
@@ -87,7 +87,7 @@ struct clip_graph_mbq_anyres : clip_graph {
         return ggml_cont(ctx0, ggml_permute(ctx0, cur, 1, 2, 0, 3));
     }
 
-    // tokens of all tiles but the first to rows of the grid, a newline behind each
+    // arranges the tokens of all tiles but the first in rows of the grid, with a newline after each
     ggml_tensor * rows(ggml_tensor * cur, ggml_tensor * newline) {
         const auto & grid = img.anyres;
         const int64_t width = cur->ne[0];
@@ -107,7 +107,7 @@ struct clip_graph_mbq_anyres : clip_graph {
     ggml_cgraph * build() override {
         const int n_class = model.class_embedding ? 1 : 0;
         build_vit_opts opts;
-        opts.skip_post_ln = true; // of the pooled output, which the projector does not read
+        opts.skip_post_ln = true; // it is for the pooled output, which the projector does not read
         ggml_tensor * cur = build_vit(patches(), side*side + n_class, NORM_TYPE_NORMAL, hparams.ffn_op, model.position_embeddings, nullptr, opts);
         if (n_class > 0) {
             cur = ggml_cont(ctx0, ggml_view_3d(ctx0, cur, n_embd, side*side, n_tiles, cur->nb[1], cur->nb[2], cur->nb[1]));

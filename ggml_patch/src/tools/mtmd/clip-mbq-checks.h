@@ -11,10 +11,10 @@
 #include <stdexcept>
 #include <string>
 
-// What a vision file must hold before its graph is built: the graph's functions assert, or follow a null pointer, where a tensor is
-// missing, of another shape or of a type that cannot be computed with, and gguf's where a key is of another type. Errors here are thrown.
+// Checks of a vision file before its graph is built. Graph building would assert or dereference null if a tensor is missing or has another
+// shape or an unsupported type, and gguf's functions assert if a key has another type. These checks throw instead.
 
-// InternVL's tiles of a picture: upstream asserts their order and makes a list of all shapes up to the most
+// InternVL's numbers of tiles: upstream asserts their order, and builds a list of all shapes up to the maximum
 static void clip_mbq_expect_tiles(const gguf_context * ctx) {
     int64_t tiles[2] = { 1, 12 };
     const char * names[2] = { KEY_PREPROC_MIN_TILES, KEY_PREPROC_MAX_TILES };

@@ -2,8 +2,8 @@
 
 #include "clip-mbq-towers.h"
 
-// As clip-mbq-towers.h: the audio tower beside Gemma 4's vision tower, a Conformer (tools/mtmd/models/gemma4a.cpp). Its chunks, its kernels
-// and the positions that attention looks back to are numbers in upstream's graph.
+// Checks like clip-mbq-towers.h, for Gemma 4's audio tower, a Conformer (tools/mtmd/models/gemma4a.cpp). Chunk and kernel sizes and the range of
+// attention are constants in upstream's graph.
 
 struct clip_mbq_gemma4_audio : clip_mbq_tower {
     explicit clip_mbq_gemma4_audio(const clip_mbq_tower & tower) : clip_mbq_tower(tower) {}

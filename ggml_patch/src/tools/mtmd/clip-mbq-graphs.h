@@ -1,7 +1,7 @@
 #pragma once
 
-// A tower's graph for more than one picture: it stays, built, split and allocated, while pictures keep its shape. Upstream makes one for each, which takes 0.5 ms of a
-// core for Qwen2-VL's. Where shapes change, each of the last four has its nodes at addresses of its own, since ggml-cuda knows the CUDA graph it has of them by these.
+// Reuses a tower's graph: it stays built, split and allocated while pictures have the same shape. Upstream builds one for each picture, which takes 0.5 ms of a core
+// for Qwen2-VL's. If shapes alternate, each of the last four has its nodes at separate addresses, because ggml-cuda identifies its CUDA graphs by these.
 // Included by clip-impl.h (clip-mbq-pixels.h).
 
 #include "ggml-backend.h"
@@ -11,32 +11,32 @@
 #include <cstdint>
 #include <vector>
 
-// what decides the graph of pictures without marks; no entries: another graph
+// what determines the graph; without entries it matches no graph
 struct clip_mbq_shape {
     int nx = 0, ny = 0; // pixels of each entry
     size_t n_entries = 0;
-    bool pictures = false; // as clip_image_f32_batch has it
+    bool pictures = false; // as in clip_image_f32_batch
 
     bool operator==(const clip_mbq_shape & other) const {
         return nx == other.nx && ny == other.ny && n_entries == other.n_entries && pictures == other.pictures;
     }
 };
 
-// memory for the nodes of a shape's graph
+// memory for the nodes of one shape's graph
 struct clip_mbq_nodes {
     clip_mbq_shape       shape;
     std::vector<uint8_t> meta;
 };
 
-// of one clip_ctx
+// the reusable graph of a clip_ctx
 struct clip_mbq_kept_graph {
-    ggml_cgraph *  gf = nullptr; // in its buf_compute_meta; nullptr where the next picture needs another
-    clip_mbq_shape shape;        // whose place that is
-    std::vector<clip_mbq_nodes> others; // of other shapes, the last used first
+    ggml_cgraph *  gf = nullptr; // in its buf_compute_meta; nullptr if the next picture needs another one
+    clip_mbq_shape shape;        // the shape that this memory belongs to
+    std::vector<clip_mbq_nodes> others; // of other shapes, most recently used first
 
     static constexpr size_t most = 3; // others, of 3 MB each
 
-    // gives `meta` the place of another shape
+    // switches `meta` to the memory of another shape
     void move_to(const clip_mbq_shape & other, std::vector<uint8_t> & meta) {
         if (other == shape) {
             return;
@@ -45,7 +45,7 @@ struct clip_mbq_kept_graph {
         if (at == others.end() && others.size() < most) {
             at = others.insert(at, { other, std::vector<uint8_t>(meta.size()) });
         } else if (at == others.end()) {
-            --at; // the one that was not used for longest
+            --at; // the least recently used one
         }
         std::swap(at->meta, meta);
         at->shape = shape;
@@ -54,7 +54,7 @@ struct clip_mbq_kept_graph {
     }
 };
 
-// the graph of these entries, split and allocated; nullptr if it cannot be. `build` makes one in ctx.buf_compute_meta. C is clip_ctx, B clip_image_f32_batch.
+// the graph for these entries, split and allocated; nullptr on failure. `build` builds one in ctx.buf_compute_meta. C is clip_ctx, B clip_image_f32_batch.
 template <typename C, typename B, typename F>
 static ggml_cgraph * clip_mbq_graph(C & ctx, const B & imgs, const F & build) {
     const auto & first = imgs.entries[0];

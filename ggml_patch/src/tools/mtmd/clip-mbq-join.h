@@ -1,6 +1,6 @@
 #pragma once
 
-// Which pictures of a prompt go through the tower together (clip-mbq-batch.h has the graphs). Included by mtmd.cpp.
+// Decides which pictures of a prompt go through the tower together (clip-mbq-batch.h has the graphs). Included by mtmd.cpp.
 
 #include "clip-impl.h"
 #include "mtmd-mbq-ahead.h"

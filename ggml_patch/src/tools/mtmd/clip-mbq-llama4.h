@@ -1,7 +1,7 @@
 #pragma once
 
-// Llama 4's tower. Upstream leaves out the last of pixel shuffle's two transpositions, so its tokens come column by column: here in rows, as
-// transformers has them (Llama4VisionPixelShuffleMLP).
+// Llama 4's tower. Upstream omits the last of the two transpositions of pixel shuffle, so that its tokens are ordered by columns. Here they are
+// ordered by rows, as in transformers (Llama4VisionPixelShuffleMLP).
 
 #include "models/models.h"
 

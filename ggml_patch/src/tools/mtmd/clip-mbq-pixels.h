@@ -1,12 +1,12 @@
 #pragma once
 
-// The pixels of a preprocessed picture: copies share them (a picture is copied on its way from the prompt to the tower, its megabytes are
-// not), and a picture stays bytes, with a table of what they stand for, until somebody asks for floats; the tower's input is written from bytes.
+// The pixels of a preprocessed picture. Copies of a picture share them, since pictures are copied between prompt and tower. They stay bytes,
+// with a lookup table of their float values, until floats are requested; the tower's input is written directly from the bytes.
 // Included by clip-impl.h.
 
-#include "clip-mbq-graphs.h"   // what they go through
-#include "clip-mbq-resample.h" // where they come from
-#include "clip-mbq-rows.h"     // and where that ends
+#include "clip-mbq-graphs.h"
+#include "clip-mbq-resample.h"
+#include "clip-mbq-rows.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -15,11 +15,11 @@
 #include <utility>
 #include <vector>
 
-// as std::vector<float>, but a copy is made only when somebody writes
+// like std::vector<float>, but copied on write
 struct clip_mbq_pixels {
     clip_mbq_pixels() = default;
 
-    // what clip_image_f32::from_u8() and normalize() make of RGB, bit for bit: there are 256 values a channel
+    // the results of clip_image_f32::from_u8() and normalize() for RGB, bit for bit: 256 values per channel
     clip_mbq_pixels(const std::vector<uint8_t> & bytes, const float * mean, const float * std) : shared(std::make_shared<picture>()) {
         shared->bytes = bytes;
         for (int c = 0; c < 3; c++) {
@@ -57,7 +57,7 @@ struct clip_mbq_pixels {
         return own()[i];
     }
 
-    // pixels [begin, end) of RGB, each channel to a plane of n
+    // writes pixels [begin, end) of RGB, each channel to a plane of n
     void to_planes(float * planes, size_t n, size_t begin, size_t end) const {
         if (!shared || shared->bytes.empty()) {
             const float * from = static_cast<const std::vector<float> &>(*this).data();
@@ -79,7 +79,7 @@ struct clip_mbq_pixels {
 
 private:
     struct picture {
-        std::vector<uint8_t> bytes; // empty: there are values alone
+        std::vector<uint8_t> bytes; // empty if there are only float values
         float                table[3][256];
         std::vector<float>   values;
         std::once_flag       made;

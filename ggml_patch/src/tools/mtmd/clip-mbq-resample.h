@@ -1,6 +1,6 @@
 #pragma once
 
-// A picture's other size, the sums of upstream's two passes (img_tool::resize_pillow) with rows shared out to threads. Included by clip-impl.h (clip-mbq-pixels.h).
+// Resizes a picture with the same sums as upstream's two passes (img_tool::resize_pillow), with rows distributed over threads. Included by clip-impl.h (clip-mbq-pixels.h).
 
 #include "ggml-at-once.h"
 
@@ -9,9 +9,9 @@
 #include <cstdint>
 #include <vector>
 
-// one direction: where output i begins, how many inputs it takes (bounds, two by two), and their weights of 22 bits after the point
+// one direction: the first input and the number of inputs of each output (pairs in bounds), and their weights with 22 fractional bits
 struct clip_mbq_filter {
-    int n_max; // inputs of one output at most
+    int n_max; // maximum number of inputs of one output
     const std::vector<int>     & bounds;
     const std::vector<int32_t> & weights;
 
@@ -44,11 +44,11 @@ static inline void clip_mbq_resample_row(const uint8_t * from, uint8_t * to, int
     }
 }
 
-// rows [first, last) of the output; to: the first of them
+// computes rows [first, last) of the output, written to `to`
 static inline void clip_mbq_resample_rows(const uint8_t * from, int from_width, uint8_t * to, int width, int first, int last,
         const clip_mbq_filter & across, const clip_mbq_filter & down) {
     const size_t n = (size_t) width*3;
-    const int begin = down.begin(first), end = down.end(last - 1); // of the rows of the input
+    const int begin = down.begin(first), end = down.end(last - 1); // rows of the input that are needed
     std::vector<uint8_t> narrowed(n*(end - begin));
     for (int y = begin; y < end; y++) {
         clip_mbq_resample_row(from + (size_t) y*from_width*3, narrowed.data() + n*(y - begin), width, across);
@@ -69,7 +69,7 @@ static inline void clip_mbq_resample_rows(const uint8_t * from, int from_width, 
     }
 }
 
-// RGB in another width and height; a thread for each 65536 pixels, four at most, and 64 rows at least: rows of the input near a border are narrowed by both neighbours
+// resizes RGB; one thread per 65536 pixels, at most four, and at least 64 rows each: input rows near a boundary are processed by both neighbouring threads
 static inline std::vector<uint8_t> clip_mbq_resampled(const std::vector<uint8_t> & from, int from_width, int width, int height,
         const clip_mbq_filter & across, const clip_mbq_filter & down) {
     std::vector<uint8_t> res((size_t) width*height*3);

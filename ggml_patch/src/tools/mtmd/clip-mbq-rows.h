@@ -1,7 +1,7 @@
 #pragma once
 
-// Where a tower's output goes: rows of floats in the memory that its backend copies to at its fastest (page-locked beside a card), kept from
-// picture to picture and never filled with zeros first. Upstream's is a new vector. Included by clip-impl.h (clip-mbq-pixels.h).
+// Memory for a tower's output: rows of floats in the host memory that its backend copies to fastest (page-locked with a GPU), reused from picture
+// to picture and not zero-filled. Upstream allocates a new vector each time. Included by clip-impl.h (clip-mbq-pixels.h).
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
@@ -12,13 +12,13 @@
 #include <new>
 #include <vector>
 
-// the memory of all rows of one mtmd_context
+// the memory pool of one mtmd_context
 struct clip_mbq_row_pool {
-    static constexpr size_t MAX_SPARE = 64u << 20; // bytes that wait for the next picture: four of 1024 tokens beside a 7B
+    static constexpr size_t MAX_SPARE = 64u << 20; // bytes that are kept for later pictures: four pictures of 1024 tokens for a 7B
 
     explicit clip_mbq_row_pool(ggml_backend_buffer_type_t buft) : buft(buft) {}
 
-    // of at least so many bytes; the smallest that waits
+    // a block of at least this many bytes: the smallest spare one
     ggml_backend_buffer_t take(size_t n_bytes) {
         std::lock_guard<std::mutex> lock(mutex);
         auto best = spare.end();
@@ -47,13 +47,13 @@ struct clip_mbq_row_pool {
             return;
         }
         spare.push_back(buffer);
-        while (n_spare() > MAX_SPARE) { // the oldest go
+        while (n_spare() > MAX_SPARE) { // frees the oldest
             all.erase(std::find_if(all.begin(), all.end(), [&](const auto & other) { return other.get() == spare.front(); }));
             spare.erase(spare.begin());
         }
     }
 
-    // bytes that wait
+    // bytes of spare blocks
     size_t n_spare() const {
         size_t n = 0;
         for (ggml_backend_buffer_t buffer : spare) {
@@ -62,7 +62,7 @@ struct clip_mbq_row_pool {
         return n;
     }
 
-    // frees everything: a batch may outlive its context, as in a server that ends, and then a card's driver is gone
+    // frees everything: a batch may outlive its context, as when a server exits, and the GPU driver is gone by then
     void close() {
         std::lock_guard<std::mutex> lock(mutex);
         closed = true;
@@ -78,7 +78,7 @@ private:
     bool closed = false;
 };
 
-// the rows of one chunk or batch, with what upstream asks of a std::vector<float>
+// the rows of one chunk or batch, with the interface that upstream uses of std::vector<float>
 struct clip_mbq_rows {
     clip_mbq_rows() = default;
     clip_mbq_rows(const clip_mbq_rows &) = delete;
@@ -88,7 +88,7 @@ struct clip_mbq_rows {
         give_back();
     }
 
-    // as many floats as are to come; what they are is not defined
+    // resizes to this many floats, uninitialised
     void resize(const std::shared_ptr<clip_mbq_row_pool> & from, size_t n_floats) {
         if (!buffer || ggml_backend_buffer_get_size(buffer) < n_floats*sizeof(float)) {
             give_back();
@@ -124,7 +124,7 @@ private:
     }
 };
 
-// an mtmd_context's own, the last that it encoded without a batch, and the memory for all
+// an mtmd_context's output for pictures encoded without a batch, and the memory pool for all
 struct clip_mbq_kept_rows : clip_mbq_rows {
     std::shared_ptr<clip_mbq_row_pool> memory; // once there is a tower
 
@@ -137,5 +137,5 @@ struct clip_mbq_kept_rows : clip_mbq_rows {
 
 struct clip_ctx;
 
-// memory of the host that the tower's backend copies to
+// host memory that the tower's backend copies to
 ggml_backend_buffer_type_t clip_mbq_host_buft(const clip_ctx * ctx);

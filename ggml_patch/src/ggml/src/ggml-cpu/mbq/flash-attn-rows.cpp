@@ -1,9 +1,9 @@
-// Flash attention for few rows of queries, which is generation and the ends of prompts
+// Flash attention for few rows of queries: generation, and the ends of prompts
 //
-// ops.cpp computes many rows a sequence in tiles and in fp32, few rows one by one in fp16, and a single one in as many pieces of the cache as
-// there are threads, so that a row's bits depend on how a batch is cut and on who else is in it. Here few rows are summed as the tiles
-// are: tiles of KV cells of the cache from its beginning, a score as the sum over the head's dimensions in ascending order, a new maximum
-// and a new sum a tile, values added in the order of the cells. All query heads that share a head of the cache share its tile.
+// ops.cpp computes many rows per sequence in tiles in fp32, few rows one by one in fp16, and a single row with the cache split among threads,
+// so that a row's bits depend on how a batch is split and on its other rows. Here few rows are summed in the same order as tiles: tiles of KV
+// cells from the start of the cache, a score as the sum over the head's dimensions in ascending order, one new maximum and sum per tile, and
+// values added in the order of cells. All query heads that share a head of the cache share its tiles.
 
 #include "mbq.h"
 
@@ -24,10 +24,10 @@
 
 namespace {
 
-constexpr int64_t ROWS = ggml_fa_tile_config::Q;  // of queries in a tile, at most; upstream's tiles start with as many
-constexpr int64_t KV   = ggml_fa_tile_config::KV; // cells of the cache in a tile
+constexpr int64_t ROWS = ggml_fa_tile_config::Q;  // maximum rows of queries per tile; upstream uses tiles from this many rows on
+constexpr int64_t KV   = ggml_fa_tile_config::KV; // cells of the cache per tile
 
-// where upstream would take its tiles if there were more rows
+// whether upstream would use tiles if there were more rows
 bool supported(const ggml_compute_params * params, const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
@@ -46,7 +46,7 @@ bool supported(const ggml_compute_params * params, const ggml_tensor * dst) {
         (k->type == GGML_TYPE_F16 || k->type == GGML_TYPE_F32) && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3];
 }
 
-// a thread's memory, no more than ggml_graph_plan() gives it for a tile
+// a thread's work memory, no more than ggml_graph_plan() reserves for a tile
 struct scratch {
     float * q;    // [ROWS][DK]
     float * kq;   // [ROWS][KV]
@@ -65,7 +65,7 @@ struct scratch {
     }
 };
 
-// cells of the cache, transposed, so that a score is a lane: y[d][i] = x[i][d]
+// transposes cells of the cache, so that each score is a lane: y[d][i] = x[i][d]
 void transpose_f16(const char * x, size_t stride, int64_t n, int64_t width, float * y) {
     int64_t d = 0;
 #if defined(__AVX2__) && defined(__F16C__)
@@ -87,7 +87,7 @@ void transpose_f16(const char * x, size_t stride, int64_t n, int64_t width, floa
     }
 }
 
-// the products of a few rows with a tile of the cache as it lies, for as many rows; null where there are none
+// the products of a few rows with a stored tile of the cache, for each number of rows; null if there are none
 struct few_rows {
     void (*scores)(const float * q, int64_t width, const char * k, size_t stride, const char * v, size_t v_stride, int64_t v_width,
                    int64_t n, float * kq);
@@ -122,7 +122,7 @@ void attend(const ggml_compute_params * params, ggml_tensor * dst, int64_t head,
     const int64_t DV = v->ne[0];
     const int64_t n_q     = q->ne[1];
     const int64_t n_heads = q->ne[2];
-    const int64_t shared  = n_heads/k->ne[2]; // query heads a head of the cache
+    const int64_t shared  = n_heads/k->ne[2]; // query heads per head of the cache
     const int64_t k3      = i3/(q->ne[3]/k->ne[3]);
     const int64_t n       = row_1 - row_0;
     const bool    is_f16  = k->type == GGML_TYPE_F16;
@@ -183,7 +183,7 @@ void attend(const ggml_compute_params * params, ggml_tensor * dst, int64_t head,
         if (is_f16 && !few) {
             transpose_f16(k_data, k->nb[1], cells, DK, buf.k);
         }
-        if (cells < KV && !few) { // what lies there from the tile before must not be a NaN
+        if (cells < KV && !few) { // clear data of the previous tile, which must not be NaN
             for (int64_t d = 0; d < DK; ++d) {
                 std::fill(buf.k + d*KV + cells, buf.k + (d + 1)*KV, 0.0f);
             }
@@ -262,7 +262,7 @@ bool ggml_compute_forward_flash_attn_rows(const struct ggml_compute_params * par
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
 
-    // a head of the cache is taken in as few pieces as give every thread work
+    // splits a head of the cache into as few pieces as keep all threads busy
     const int64_t heads  = k->ne[2]*q->ne[3];
     const int64_t rows   = q->ne[1]*(q->ne[2]/k->ne[2]);
     const int64_t pieces = std::max((rows + ROWS - 1)/ROWS, std::min(rows, (params->nth + heads - 1)/heads));

@@ -1,7 +1,7 @@
 #pragma once
 
-// Parts of flash-attn-rows.cpp for AVX2: cells of the cache transposed in registers, eight at a time, and products of a few rows of queries
-// with them. Each result is one chain of fused multiply-adds in the order of simd_gemm(), so it is the same to the bit.
+// Parts of flash-attn-rows.cpp for AVX2: transposes cells of the cache in registers, eight at a time, and multiplies them with a few rows of
+// queries. Each result is one chain of fused multiply-adds in the order of simd_gemm(), so the bits are the same.
 
 #include "ggml-impl.h"
 
@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-// dimensions 0 to 7 of n <= 8 cells that lie stride bytes apart: t[d] has one lane a cell
+// dimensions 0 to 7 of n <= 8 cells, stride bytes apart: t[d] has one lane per cell
 static inline void load_transposed(const char * x, size_t stride, int64_t n, __m256 t[8]) {
     __m256 r[8], s[8];
     for (int j = 0; j < 8; ++j) {
@@ -32,9 +32,9 @@ static inline void load_transposed(const char * x, size_t stride, int64_t n, __m
 }
 
 #if defined(__FMA__)
-#define FLASH_ATTN_FEW 4 // rows, up to which a tile of the cache is not written down in fp32
+#define FLASH_ATTN_FEW 4 // up to this many rows, a tile of the cache is not stored in fp32
 
-// ask for 8 cells: they are read across, which the processor's own prefetching does not foresee
+// prefetch 8 cells: they are read across, a pattern that the hardware prefetcher does not detect
 static inline void prefetch_cells(const char * x, size_t stride, int64_t width) {
     for (int j = 0; j < 8; ++j) {
         for (size_t b = 0; b < width*sizeof(ggml_fp16_t); b += 64) {

@@ -1,16 +1,16 @@
 #pragma once
 
-// What tells the block types apart. The codes of a type lie as its number of weights says (128 or 64); its weights lie on one grid, or
-// those of each half of a block (planes 0 and 1, planes 2 and 3) on one of their own.
+// Traits of the block types. The layout of the codes depends on the number of weights (128 or 64). A block has one grid for all weights, or
+// one for each half (planes 0 and 1, planes 2 and 3).
 
 #include "ggml-quants.h"
 #include "simd-mappings.h"
 
-template <typename B> constexpr int mbq_weights = 4*sizeof(B::ql); // of a block
+template <typename B> constexpr int mbq_weights = 4*sizeof(B::ql); // per block
 template <typename B> constexpr int mbq_grids   = 1;
 template <> inline constexpr int mbq_grids<block_mbq3s>    = 2;
 template <> inline constexpr int mbq_grids<block_mbq3s_64> = 2;
-template <typename B> constexpr int mbq_group = mbq_weights<B>/mbq_grids<B>; // weights on one grid
+template <typename B> constexpr int mbq_group = mbq_weights<B>/mbq_grids<B>; // weights per grid
 
 // a weight is d*code + m
 struct mbq_grid {
@@ -29,14 +29,14 @@ static inline mbq_grid mbq_grid_of(const B & x, int group) {
     }
 }
 
-// of both halves
+// for both halves
 template <typename B>
 static inline void mbq_load_grids(const B & x, mbq_grid grid[2]) {
     grid[0] = mbq_grid_of(x, 0);
     grid[1] = mbq_grids<B> == 1 ? grid[0] : mbq_grid_of(x, 1);
 }
 
-// Vectors take both scale words from 32 bits at once: d as fp16 has the bits (words >> 1) & MBQ_SCALE_WORD_D, and
+// Vector code decodes both scale words from 32 bits at once: d as fp16 has the bits (words >> 1) & MBQ_SCALE_WORD_D, and
 // words & MBQ_SCALE_WORD_Z is z/2^24 as (denormal) fp16, so that m = d * (z/2^24) * MBQ_SCALE_WORD_M.
 #define MBQ_SCALE_WORD_D 0x7FE07FE0
 #define MBQ_SCALE_WORD_Z 0x003F003F

@@ -1,7 +1,7 @@
 #pragma once
 
-// Parts of the matrix product of MBQ weights with several rows of activations: the layouts that both are brought into, and the kernel.
-// Included by mbq.cpp alone, where mbq-simd.h has vectors.
+// Parts of the matrix product of MBQ weights with several rows of activations: the layouts that both are converted to, and the kernel.
+// Included only by mbq.cpp, if mbq-simd.h has vectors.
 
 #include "mbq-panel.h"
 
@@ -29,10 +29,10 @@ slab slab_at(uint8_t * base, int64_t k, int64_t group) {
     return { base, d, d + ROWS*(k/group) };
 }
 
-// Codes of one plane of the 4*ROWS weights whose low bits are in low, high bits in high: half 1 takes the neighbouring bit.
+// Codes of one plane of 4*ROWS weights, from their low bits and high bits; half 1 uses the adjacent high bit.
 template <int plane, int half>
 mbq_simd::ivec codes_of(mbq_simd::ivec low, mbq_simd::ivec high) {
-    constexpr int right = (2*plane + 2)%8 + half - 2; // the high bit goes to bit 2
+    constexpr int right = (2*plane + 2)%8 + half - 2; // moves the high bit to bit 2
     if constexpr (right >= 0) {
         high = mbq_simd::srl<right>(high);
     } else {
@@ -49,7 +49,7 @@ void unpack_word(mbq_simd::ivec low, mbq_simd::ivec high, uint8_t * out, size_t 
     mbq_simd::store(out + 3*plane_stride, codes_of<3, half>(low, high));
 }
 
-// ROWS rows of weights, row r at x + offset[r], to a slab.
+// Unpacks ROWS rows of weights, row r at x + offset[r], to a slab.
 template <typename B>
 void unpack_slab(const uint8_t * x, const int32_t * offset, int64_t k, const slab & to) {
     constexpr int words = sizeof(B::ql)/4; // of a plane
@@ -72,7 +72,7 @@ void unpack_slab(const uint8_t * x, const int32_t * offset, int64_t k, const sla
 
 // ---- kernel
 
-// One slab times one panel of cols rows; nrows of the slab's rows are stored, column c of the result at dst + c*stride.
+// Multiplies one slab with one panel of cols rows; stores nrows of the slab's rows, column c of the result at dst + c*stride.
 template <int group, int cols>
 void multiply(const slab & x, const panel & y, int64_t k, float * dst, size_t stride, int nrows) {
     mbq_simd::fvec sum[cols];

@@ -1,9 +1,9 @@
 #pragma once
 
-// Products of ROWS rows of MBQ weights with one row of activations (token generation). The integer products run along the rows as they
-// lie, without unpacking a slab; their sums are then brought into one vector, a lane a row, and from there on the order is that of
-// mbq-panel.h. The next rows are fetched ahead: short rows end before the hardware has learnt where they go (Xeon with AMX, 2 cores: 1.5
-// times the tokens a second). MBQ_GEMV stays undefined where there is no such kernel.
+// Products of ROWS rows of MBQ weights with one row of activations (token generation). The integer products run along the stored rows, without
+// unpacking a slab; their sums are then collected in one vector with one lane per row, and from there the order is that of mbq-panel.h. The
+// next rows are prefetched, because short rows end before the hardware prefetcher adapts (Xeon with AMX, 2 cores: 1.5 times the tokens per
+// second). MBQ_GEMV is undefined if there is no such kernel.
 
 #include "mbq-panel.h"
 #include "mbq-x86.h"
@@ -20,7 +20,7 @@ namespace {
 
 using mbq_ivec = mbq_simd::ivec;
 
-// vectors of codes that a block makes; each meets VECTOR_BLOCKS blocks of activations
+// vectors of codes per block; each covers VECTOR_BLOCKS blocks of activations
 template <typename B> constexpr int mbq_vectors = mbq_weights<B>/(int) sizeof(mbq_ivec);
 constexpr int VECTOR_BLOCKS = sizeof(mbq_ivec)/QK8_1;
 
@@ -28,11 +28,11 @@ constexpr int VECTOR_BLOCKS = sizeof(mbq_ivec)/QK8_1;
 
 inline mbq_ivec mbq_load(const int8_t * q) { return _mm512_loadu_si512(q); }
 
-// Sums of two neighbours, of a and b in turn; then of the 4 numbers of each 16 bytes, of a, b, c and d
+// Sums of pairs, alternating a and b; then of the 4 numbers in each 16 bytes, of a, b, c and d
 inline mbq_ivec mbq_sum_pairs(mbq_ivec a, mbq_ivec b)   { return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)); }
 inline mbq_ivec mbq_sum_fours(mbq_ivec ab, mbq_ivec cd) { return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd)); }
 
-// all vectors of codes of a block, and how many bits too high each 16 bytes of vector i are
+// all vectors of codes of a block, and the left shift of each 16 bytes of vector i
 template <typename B> void mbq_codes(const B * x, mbq_ivec w[mbq_vectors<B>]) {
     if constexpr (mbq_weights<B> == 64) {
         w[0] = mbq3_64_codes(x);
@@ -50,7 +50,7 @@ template <typename B> mbq_ivec mbq_excess(int i) {
 }
 inline mbq_ivec mbq_shift(mbq_ivec v, mbq_ivec n) { return _mm512_srav_epi32(v, n); }
 
-// The sums of 16 bytes of 4 times 4 rows to those of 32 bytes, so of one block of activations, of 16 rows.
+// Combines the sums of 16 bytes of 4 times 4 rows to sums of 32 bytes, i.e. of one block of activations, of 16 rows.
 inline void mbq_join(const mbq_ivec part[4], mbq_ivec dot[2]) {
     const mbq_ivec ab = _mm512_add_epi32(_mm512_shuffle_i32x4(part[0], part[1], 0x88), _mm512_shuffle_i32x4(part[0], part[1], 0xDD));
     const mbq_ivec cd = _mm512_add_epi32(_mm512_shuffle_i32x4(part[2], part[3], 0x88), _mm512_shuffle_i32x4(part[2], part[3], 0xDD));
@@ -97,7 +97,7 @@ inline void mbq_row_dots(const uint8_t * x, const int8_t * q, mbq_ivec v[mbq_vec
     }
 }
 
-// The same of two rows with each two neighbours summed, a's and b's in turn
+// The same for two rows with pairs summed, alternating a and b
 template <typename B>
 inline void mbq_two_rows(const uint8_t * a, const uint8_t * b, const int8_t * q, mbq_ivec ab[mbq_vectors<B>]) {
     mbq_ivec va[mbq_vectors<B>], vb[mbq_vectors<B>];
@@ -125,7 +125,7 @@ void mbq_lane_dots(const uint8_t * x, const int32_t * offset, const int8_t * q, 
     }
 }
 
-// the first 4 bytes of each block: AVX2's gather takes longer
+// loads the first 4 bytes of each block; faster than AVX2's gather
 inline mbq_ivec mbq_load_words(const uint8_t * x, const int32_t * offset) {
     alignas(sizeof(mbq_ivec)) uint8_t words[4*ROWS];
     for (int r = 0; r < ROWS; ++r) {
@@ -134,7 +134,7 @@ inline mbq_ivec mbq_load_words(const uint8_t * x, const int32_t * offset) {
     return mbq_simd::load(words);
 }
 
-// ROWS rows of k weights, row r at x + offset[r], times a panel of one row; nrows of them are stored. ahead: bytes to rows that come soon
+// Multiplies ROWS rows of k weights, row r at x + offset[r], with a panel of one row; stores nrows of them. ahead: offset in bytes of rows to prefetch
 template <typename B>
 void mbq_gemv(const uint8_t * x, const int32_t * offset, size_t ahead, int64_t k, const panel & y, float * dst, int nrows) {
     constexpr int blocks = mbq_group<B>/QK8_1;

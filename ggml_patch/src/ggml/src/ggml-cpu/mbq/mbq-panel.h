@@ -1,9 +1,9 @@
 #pragma once
 
-// What both products of mbq.cpp share, so that a result does not depend on how many rows of activations there are: the layout that
-// activations are brought into, and the order of the float additions. Included where mbq-simd.h has vectors.
+// Shared by both products of mbq.cpp, so that a result does not depend on the number of rows of activations: the layout of activations and
+// the order of float additions. Included if mbq-simd.h has vectors.
 //
-// The product of a row of weights with a row of activations, which become Q8_1; every operation is rounded by itself, to nearest:
+// The product of a row of weights with a row of activations, which become Q8_1; every operation is rounded to nearest separately:
 //
 //   sum = 0
 //   for each group of weights on one grid { d, m }:
@@ -28,7 +28,7 @@ constexpr int COLS = mbq_simd::cols;
 
 constexpr size_t ALIGNMENT = 64;
 
-// ---- the order, one lane a row of weights
+// ---- the order of sums, one lane per row of weights
 
 mbq_simd::fvec add_block(mbq_simd::fvec sum, mbq_simd::fvec dot, mbq_simd::fvec d, float d8) {
     return mbq_simd::fma(mbq_simd::mul(dot, d), d8, sum);
@@ -71,7 +71,7 @@ template <typename B> struct lane_grids {
     }
 };
 
-// ---- panels of activations: the codes block by block and in a block row by row, so that the kernel reads one stream; then scales and sums
+// ---- panels of activations: codes block by block, and within a block row by row, so that the kernel reads one stream; then scales and sums
 
 struct panel {
     const int8_t * q; // [k/QK8_1][cols][QK8_1]
@@ -91,7 +91,7 @@ panel panel_at(const uint8_t * base, int64_t k, int cols) {
 
 constexpr int CHUNK = 16; // blocks of activations that a thread quantises at a time
 
-// Blocks first to first + n (at most CHUNK, first a multiple of it) of a row of activations to row col of a panel of cols.
+// Quantises blocks first to first + n (at most CHUNK, first a multiple of it) of a row of activations to row col of a panel of cols.
 template <int group>
 void quantize_to_panel(const float * x, int64_t k, int64_t first, int64_t n, uint8_t * base, int col, int cols) {
     block_q8_1 tmp[CHUNK];

@@ -1,10 +1,10 @@
 #pragma once
 
-// The vectors that the matrix product of mbq.cpp is written with: one lane a row of weights. Each instruction set gives
+// The vector types for the matrix products of mbq.cpp, with one lane per row of weights. Each instruction set defines
 //
 //   rows            lanes of a vector
 //   cols            rows of activations that one pass of the kernel keeps in registers
-//   ivec            rows x 32 bits: of each row 4 neighbouring bytes
+//   ivec            rows x 32 bits: 4 adjacent bytes of each row
 //   fvec            rows x float
 //   acc             sums of the products over QK8_1 columns
 //   gather(p, o)    the 32 bits at p + o[row], for each row
@@ -13,7 +13,7 @@
 //   dot(a, w, q)    a + products of the 4 codes (0 to 7) of each row in w with the 4 signed bytes at q
 //   to_float(a)     acc to fvec
 //
-// MBQ_SIMD_ROWS stays undefined where there is none of them.
+// MBQ_SIMD_ROWS is undefined without any of them.
 
 #include <stdint.h>
 #include <string.h>
@@ -124,7 +124,7 @@ struct mbq_simd {
 #define MBQ_SIMD_ROWS 8
 
 struct mbq_simd {
-    static constexpr int rows = MBQ_SIMD_ROWS; // two registers: each broadcast of activations serves both
+    static constexpr int rows = MBQ_SIMD_ROWS; // two registers, which share each broadcast of activations
     static constexpr int cols = 6;
 
     struct ivec { uint32x4_t v[2]; };

@@ -13,7 +13,7 @@
 
 // ---- scalar
 
-// Sum of d8 * code * q over 32 weights, plane and byte those of the first, and their block of activations.
+// Sum of d8 * code * q over 32 weights and their block of activations; plane and byte are those of the first weight.
 template <typename B>
 static float mbq_dot32_scalar(const B & x, int first, const block_q8_1 & y) {
     constexpr int n = mbq_weights<B>;
@@ -51,7 +51,7 @@ static float mbq_dot_scalar(const B * GGML_RESTRICT x, const block_q8_1 * GGML_R
 #if defined(MBQ_AVX512)
 #define MBQ_SIMD
 
-// d m of the grid of each block of activations, so of both where there are two (over again for blocks of 64 weights)
+// d and m of the grid for each block of activations (repeated for blocks of 64 weights)
 template <typename B>
 static inline __m256 mbq_load_dm(const B * x) {
     int32_t words;
@@ -60,7 +60,7 @@ static inline __m256 mbq_load_dm(const B * x) {
     if constexpr (mbq_grids<B> == 1) {
         return _mm256_cvtph_ps(h);
     } else {
-        // each scale word twice, for d and for m = d * factor
+        // duplicates each scale word, for d and for m = d * factor
         const __m128i twice = mbq_weights<B> == 128 ? _mm_unpacklo_epi32(_mm_unpacklo_epi16(h, h), _mm_unpacklo_epi16(h, h)) : _mm_unpacklo_epi16(h, h);
         const __m128i d = _mm_and_si128(_mm_srli_epi32(twice, 1), _mm_set1_epi32(MBQ_SCALE_WORD_D));
         const __m128i z = _mm_or_si128(_mm_and_si128(twice, _mm_set1_epi32(MBQ_SCALE_WORD_Z & 0xFFFF0000)), _mm_set1_epi32(0x3C00));
@@ -180,16 +180,16 @@ static float mbq3_64_dot(const B * GGML_RESTRICT x, const block_q8_1 * GGML_REST
 #elif defined(__ARM_NEON)
 #define MBQ_SIMD
 
-// These are the products of one row of activations for mbq.cpp too, so their float additions are in the order of mbq-panel.h.
+// mbq.cpp also uses these for one row of activations, so their float additions are in the order of mbq-panel.h.
 
-// sum, and to it d * d8 * the products of one block of activations with 32 codes that are `excess` bits too high
+// sum + d * d8 * the products of one block of activations with 32 codes that are shifted left by `excess` bits
 static inline float mbq_add_block(float sum, uint8x16_t w0, uint8x16_t w1, int excess, float d, const block_q8_1 * y) {
     int32x4_t dot = ggml_vdotq_s32(vdupq_n_s32(0), vreinterpretq_s8_u8(w0), vld1q_s8(y->qs));
     dot = ggml_vdotq_s32(dot, vreinterpretq_s8_u8(w1), vld1q_s8(y->qs + 16));
     return fmaf((float) (vaddvq_s32(dot) >> excess)*d, GGML_CPU_FP16_TO_FP32(y->d), sum);
 }
 
-// sum, and to it m times the sum of n blocks of activations
+// sum + m * the sum of n blocks of activations
 static inline float mbq_add_minimum(float sum, float m, const block_q8_1 * y, int n) {
     float s8 = 0.0f;
     for (int i = 0; i < n; ++i) {
@@ -231,7 +231,7 @@ static float mbq3_64_dot(const B * GGML_RESTRICT x, const block_q8_1 * GGML_REST
         const uint8x8_t  l = vld1_u8(x[ib].qh);
         const uint8x16_t h = vcombine_u8(l, vshr_n_u8(l, 1));
 
-        // plane 1 back to one times the code, to share a block of activations with plane 0; likewise planes 2 and 3
+        // shift plane 1 back to the plain code, since it shares a block of activations with plane 0; likewise planes 2 and 3
         mbq_grid grid[2];
         mbq_load_grids(x[ib], grid);
         sum = mbq_add_block(sum, mbq_merge(a, h, 0x03, 0x04), vshrq_n_u8(mbq_merge(a, h, 0x0C, 0x10), 2), 0, grid[0].d, &y[0]);

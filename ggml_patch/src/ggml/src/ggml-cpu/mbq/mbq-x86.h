@@ -1,9 +1,9 @@
 #pragma once
 
-// Codes of one block in vector registers, for x86: mbq3_* for blocks of 128 weights, mbq3_64_* for blocks of 64. Plane 0 to 2 come out
-// times 1, 4 and 16 (two masks, no shift; see ggml-mbq-common.h), which mbq*_undo* divides out exactly.
+// Codes of one block in vector registers, for x86: mbq3_* for blocks of 128 weights, mbq3_64_* for blocks of 64. Planes 0 to 2 are multiplied
+// by 1, 4 and 16 (two masks, no shift; see ggml-mbq-common.h), which mbq*_undo* divides out exactly.
 //
-// MBQ_AVX512 or MBQ_AVX2 says which functions there are.
+// MBQ_AVX512 or MBQ_AVX2 is defined if the functions exist.
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 

@@ -1,9 +1,8 @@
 // Matrix products of MBQ weights with float activations: mbq-gemv.h for one row of them, mbq-gemm.h for several
 //
-// The activations become Q8_1 as in the plain path (same codes, same scales), laid out in panels of up to mbq_simd::cols rows. A slab of
-// mbq_simd::rows rows of weights is unpacked once, transposed so that each lane is a row of weights, and then multiplied with every
-// panel. A result does not depend on how many rows of activations there are (mbq-panel.h); from the plain path's it differs only in the
-// order in which its terms are added.
+// Activations are quantised to Q8_1 as in the plain path (same codes, same scales), in panels of up to mbq_simd::cols rows. A slab of
+// mbq_simd::rows rows of weights is unpacked once, transposed so that each lane is a row of weights, and then multiplied with every panel. A
+// result does not depend on the number of rows of activations (mbq-panel.h). It differs from the plain path only in the order of additions.
 
 #include "mbq.h"
 #include "mbq-simd.h"
@@ -23,15 +22,15 @@
 
 namespace {
 
-constexpr size_t  SLABS_BYTES = 512*1024; // unpacked weights that a thread keeps: within its L2 cache
+constexpr size_t  SLABS_BYTES = 512*1024; // unpacked weights per thread: fits its L2 cache
 constexpr int64_t SLABS_MAX   = 8;
 #ifdef MBQ_GEMV
 constexpr int64_t MIN_COLUMNS = 1;
 #else
-constexpr int64_t MIN_COLUMNS = 2; // one row of activations does not pay for unpacking the weights; vec_dot adds in the same order
+constexpr int64_t MIN_COLUMNS = 2; // unpacking weights does not pay off for one row of activations; vec_dot adds in the same order
 #endif
 
-// weights on one grid; 0 for a type that is not one of ours
+// weights per grid; 0 for other types
 int64_t group_of(enum ggml_type type) {
     switch (type) {
         case GGML_TYPE_MBQ3:     return mbq_group<block_mbq3>;
@@ -61,7 +60,7 @@ size_t panels_bytes(const struct ggml_tensor * src0, const struct ggml_tensor * 
     return GGML_PAD(panel_row_bytes(src0->ne[0], group_of(src0->type))*ggml_nrows(src1), ALIGNMENT);
 }
 
-// Where ROWS rows begin of which left are there: the last one stands for those behind it.
+// The offsets of ROWS rows, of which `left` exist; the last one is repeated.
 void row_offsets(int32_t offset[ROWS], int64_t left, size_t nb01) {
     for (int r = 0; r < ROWS; ++r) {
         offset[r] = (int32_t) (std::min<int64_t>(r, left - 1)*nb01);
@@ -81,12 +80,12 @@ void mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst
     const size_t  row_bytes = panel_row_bytes(k, group);
 
     uint8_t * panels = (uint8_t *) GGML_PAD((uintptr_t) params->wdata, ALIGNMENT);
-    // with fewer threads than planned for, a thread's share may come out larger than the work memory allows
+    // with fewer threads than planned for, a thread's share may exceed the work memory
     const size_t  left    = params->wsize - ALIGNMENT - panels_bytes(src0, src1);
     const int64_t n_slabs = std::min<int64_t>(chunk_slabs(src0, params->nth), left/(params->nth*slab_bytes(k, group)));
     uint8_t * slabs = panels + panels_bytes(src0, src1) + params->ith*n_slabs*slab_bytes(k, group);
 
-    // rows of activations: a panel of cols rows starts at its first row's place
+    // quantise the activations: a panel of cols rows starts at the place of its first row
     const int64_t blocks = k/QK8_1;
     const int64_t parts  = (blocks + CHUNK - 1)/CHUNK;
     for (int64_t part = params->ith; part < parts*ne11*ne12*ne13; part += params->nth) {
@@ -102,11 +101,11 @@ void mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst
     }
 
     if (params->ith == 0) {
-        ggml_threadpool_chunk_set(params->threadpool, params->nth); // the first chunk of a thread is its own number
+        ggml_threadpool_chunk_set(params->threadpool, params->nth); // the first chunk of a thread is its index
     }
     ggml_barrier(params->threadpool);
 
-    // One row of activations needs no slabs, and fetches rows ahead, which at the end of a chunk are another thread's: fewer chunks.
+    // One row of activations needs no slabs, and prefetches rows; at the end of a chunk those belong to another thread, so use fewer chunks.
     const int64_t chunk_rows = ne11 == 1 ? GGML_PAD((ne01 + 4*params->nth - 1)/(4*params->nth), ROWS) : n_slabs*ROWS;
     const int64_t per_matrix = (ne01 + chunk_rows - 1)/chunk_rows;
     for (int64_t chunk = params->ith; chunk < per_matrix*ne12*ne13; chunk = ggml_threadpool_chunk_add(params->threadpool, 1)) {

@@ -2,7 +2,7 @@
 
 #include "ggml.h"
 
-// CPU side of the MBQ types
+// The MBQ types on the CPU
 
 #ifdef __cplusplus
 extern "C" {
@@ -18,13 +18,14 @@ GGML_MBQ_DECLARE(mbq3_64)
 GGML_MBQ_DECLARE(mbq3s)
 GGML_MBQ_DECLARE(mbq3s_64)
 
-// Matrix product, of weights with one scale a row too (row-scale.h); false where the plain path (vec_dot) is to do it: a reference run,
-// another type, no kernel for this instruction set or for so few rows of activations.
+// Matrix product, also for weights with one scale per row (row-scale.h). Returns false if the plain path (vec_dot) must compute it: a reference
+// run, another type, or no kernel for this instruction set or number of rows of activations.
 struct ggml_compute_params;
 bool   ggml_compute_forward_mul_mat_mbq(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 size_t ggml_mbq_work_size(int n_tasks, const struct ggml_tensor * dst);
 
-// Flash attention of few rows, summed as many rows are; false where ops.cpp is to do it: many rows, a reference run, another type of cache.
+// Flash attention for few rows, with the order of sums of many rows. Returns false if ops.cpp must compute it: many rows, a reference run, or
+// another type of cache.
 bool   ggml_compute_forward_flash_attn_rows(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
 #ifdef __cplusplus

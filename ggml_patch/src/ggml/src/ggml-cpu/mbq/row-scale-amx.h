@@ -1,7 +1,7 @@
 #pragma once
 
 // Products of row-scale.cpp with AMX: tiles of 16 rows of activations times slabs of 16 rows of weights, whose layout ([k/4][16][4],
-// unsigned codes) is that of a tile already. Integer sums, so the bits are those of every other way.
+// unsigned codes) is already that of a tile. Sums are integers, so the bits equal those of the other kernels.
 
 #include <stddef.h>
 #include <stdint.h>
@@ -16,18 +16,18 @@
 
 namespace row_scale_amx {
 
-constexpr int    TILE = 16;        // rows of activations, and of weights, of a tile of sums
-constexpr int    STEP = 64;        // columns of a tile of codes
-constexpr size_t SIZE = TILE*STEP; // bytes of any tile
+constexpr int    TILE = 16;        // rows of activations, and of weights, per tile of sums
+constexpr int    STEP = 64;        // columns per tile of codes
+constexpr size_t SIZE = TILE*STEP; // bytes per tile
 
-// The kernel gives a process the tiles' registers when it asks for them.
+// A process must request the tile registers from the kernel.
 inline bool ready() {
     constexpr int request = 0x1023, tile_data = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     static const bool granted = syscall(SYS_arch_prctl, request, tile_data) == 0;
     return granted;
 }
 
-// All eight tiles at their full size; afterwards what the thread had, since upstream's kernels load theirs once a thread.
+// Configures all eight tiles at full size, and afterwards restores the thread's configuration, which upstream's kernels load once per thread.
 class tiles {
     struct config {
         uint8_t  palette, start_row, reserved[14];
@@ -38,7 +38,7 @@ class tiles {
 
     alignas(64) config before = {};
 
-    // an empty statement that takes all of c: GCC 12 says that these instructions touch 8 of its bytes
+    // an empty statement that uses all of c: GCC 12 declares that these instructions access only 8 of its bytes
     static void load (const config & c) { __asm__ volatile("" : : "m"(c)); _tile_loadconfig(&c); }
     static void store(config & c)       { _tile_storeconfig(&c); __asm__ volatile("" : "+m"(c)); }
 
@@ -59,8 +59,8 @@ public:
     tiles & operator=(const tiles &) = delete;
 };
 
-// Sums of nq (1 or 2) tiles of activations at q times nw (1 or 2) slabs at w and w + stride: sums[i][j] is tile i times slab j, a row
-// of activations a line. A step of q is nq tiles, q_step bytes from the next.
+// Sums of nq (1 or 2) tiles of activations at q times nw (1 or 2) slabs at w and w + stride: sums[i][j] is tile i times slab j, one row of
+// activations per line. A step of q is nq tiles; steps are q_step bytes apart.
 template <int nq, int nw>
 void multiply(const uint8_t * w, size_t stride, const int8_t * q, size_t q_step, int64_t steps, int32_t sums[2][2][TILE][TILE]) {
     _tile_zero(0);

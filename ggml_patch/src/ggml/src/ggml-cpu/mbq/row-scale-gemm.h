@@ -1,6 +1,6 @@
 #pragma once
 
-// Products of row-scale.cpp with several rows of activations: weights are unpacked once, in slabs, and multiplied with every panel.
+// Products of row-scale.cpp with several rows of activations: weights are unpacked once, to slabs, and multiplied with every panel.
 
 #include "row-scale-amx.h"
 #include "row-scale-panel.h"
@@ -25,11 +25,11 @@ constexpr size_t SLABS_BYTES = 1024*1024; // unpacked weights that a thread keep
 constexpr size_t SLABS_BYTES = 512*1024;
 #endif
 
-// ---- slabs of weights: codes [k/4][ROWS][4], then a scale a row
+// ---- slabs of weights: codes [k/4][ROWS][4], then one scale per row
 
 size_t slab_bytes(int64_t k) { return GGML_PAD(ROWS*(k + sizeof(float)), ALIGNMENT); }
 
-// filled: the columns of a slab, k or, with tiles, somewhat more, whose activations are 0
+// filled: the columns of a slab; k, or more with tiles, whose extra activations are 0
 template <typename B>
 void unpack_slab(const uint8_t * x, const int32_t * offset, int64_t k, int64_t filled, uint8_t * out) {
     for (int r = 0; r < ROWS; ++r) {
@@ -51,7 +51,7 @@ void unpack_slab(const uint8_t * x, const int32_t * offset, int64_t k, int64_t f
     }
 }
 
-// the results of nrows rows of a slab for one row of activations
+// stores the results of nrows rows of a slab for one row of activations
 template <bool wide>
 void finish(float * dst, simd::acc sum, int32_t sum_q, const float * d, float s, int nrows) {
     if (nrows == ROWS) {
@@ -63,7 +63,7 @@ void finish(float * dst, simd::acc sum, int32_t sum_q, const float * d, float s,
     }
 }
 
-// One slab times one panel of cols rows; nrows of the slab's rows are stored, column c of the result at dst + c*stride.
+// Multiplies one slab with one panel of cols rows; stores nrows of the slab's rows, column c of the result at dst + c*stride.
 template <bool wide, int cols>
 void multiply(const uint8_t * w, const panel & y, int64_t k, float * dst, size_t stride, int nrows) {
     simd::acc sum[cols];
@@ -118,7 +118,7 @@ constexpr panel_shape TILES = { 2*row_scale_amx::TILE, row_scale_amx::STEP, row_
 
 static_assert(ROWS == row_scale_amx::TILE, "a slab is a tile of weights");
 
-// nrows rows of weights, in one slab or two, times n rows of activations, in a panel of one tile or two
+// multiplies nrows rows of weights, in one or two slabs, with n rows of activations, in a panel of one or two tiles
 template <bool wide>
 void multiply_tiles(int n, const uint8_t * w, const panel & y, int64_t k, float * dst, size_t stride, int nrows) {
     using namespace row_scale_amx;

@@ -1,14 +1,14 @@
 #pragma once
 
-// Products of row-scale.cpp with one row of activations: n rows of weights as they lie. The next ones are fetched ahead: short rows end
-// before the hardware has learnt where they go.
+// Products of row-scale.cpp with one row of activations, along n stored rows of weights. The next rows are prefetched, because short rows end
+// before the hardware prefetcher adapts.
 
 #include "row-scale-panel.h"
 #include "row-scale-simd.h"
 
 namespace {
 
-constexpr int LINES = 4; // rows of weights that one row of activations meets at once
+constexpr int LINES = 4; // rows of weights that are multiplied at once
 
 template <typename B, int n>
 void multiply_lines(const uint8_t * w, size_t stride, const panel & y, int64_t k, float * dst) {

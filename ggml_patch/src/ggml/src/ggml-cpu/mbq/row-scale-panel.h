@@ -1,6 +1,6 @@
 #pragma once
 
-// Rows of activations, quantised for the products of row-scale.cpp as ggml-row-scale.h says.
+// Quantises rows of activations for the products of row-scale.cpp, as specified in ggml-row-scale.h.
 
 #include "row-scale.h"
 
@@ -17,20 +17,20 @@
 
 namespace {
 
-constexpr int    QK        = 32; // weights of a block of either type
+constexpr int    QK        = 32; // weights per block of either type
 constexpr size_t ALIGNMENT = 64;
 
 template <typename B> constexpr bool is_wide = std::is_same_v<B, block_q8_0>;
 
 template <typename B> float scale_of(const B * row) { return GGML_CPU_FP16_TO_FP32(row->d); }
 
-// ---- panels of activations: steps of columns, in a step row by row, so that the kernel reads one stream; then of each row its scale,
-// and the sum of its quantised activations
+// ---- panels of activations: steps of columns, within a step row by row, so that the kernel reads one stream; then for each row its scale and
+// the sum of its quantised activations
 
 struct panel_shape {
-    int     cols;    // rows of activations of a panel, but for the last of a matrix
-    int     step;    // columns of a step; with tiles the last one is filled up with zeros,
-    int     multiple; // and the last panel with rows that nobody reads
+    int     cols;    // rows of activations per panel, except the last of a matrix
+    int     step;    // columns per step; with tiles the last step is padded with zeros,
+    int     multiple; // and the last panel with unused rows
 
     int64_t rows(int64_t n) const { return GGML_PAD(n, multiple); }
     int64_t k(int64_t k)    const { return GGML_PAD(k, step); }
@@ -53,7 +53,7 @@ panel panel_at(uint8_t * base, int64_t k, int cols, const panel_shape & shape) {
 }
 
 float largest(const float * x, int64_t k) {
-    uint32_t most = 0; // floats without their sign order as integers do
+    uint32_t most = 0; // floats without sign are ordered like integers
     for (int64_t i = 0; i < k; ++i) {
         uint32_t bits;
         memcpy(&bits, x + i, sizeof(bits));
@@ -64,7 +64,7 @@ float largest(const float * x, int64_t k) {
     return amax;
 }
 
-// QK activations times inverse, within 127, rounded half to even; no addition follows a product, or compilers would fuse them
+// QK activations times inverse, clamped to 127, rounded half to even; no addition follows a product, which compilers would fuse
 void quantize_block(const float * x, float inverse, int8_t * q) {
 #if defined(__AVX2__)
     __m256i v[4];
@@ -85,7 +85,7 @@ void quantize_block(const float * x, float inverse, int8_t * q) {
     }
 #else
     for (int i = 0; i < QK; ++i) {
-        q[i] = (int8_t) (int) fmaxf(-127.0f, fminf(127.0f, rintf(x[i]*inverse))); // in bounds even if x is not finite
+        q[i] = (int8_t) (int) fmaxf(-127.0f, fminf(127.0f, rintf(x[i]*inverse))); // in range even if x is not finite
     }
 #endif
 }

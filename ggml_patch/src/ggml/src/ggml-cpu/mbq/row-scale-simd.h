@@ -1,11 +1,11 @@
 #pragma once
 
-// What the products of row-scale.cpp add to the vectors of mbq-simd.h. Codes are 4 bits (0 to 15) or, wide, 8 bits; offset is what a
-// stored code is above its value, which the sum of the activations takes off again.
+// Extends the vectors of mbq-simd.h for the products of row-scale.cpp. Codes have 4 bits (0 to 15) or, wide, 8 bits. The offset is the
+// difference between a stored code and its value, which is subtracted with the sum of the activations.
 //
 //   words(p, o, v)        the 4 words of 4 bytes at p + o[row], for each row: v[i] has word i of all rows
 //   zero_point(wide)      that offset
-//   stored(v)             wide codes as dot takes them
+//   stored(v)             wide codes as needed by dot
 //   dot<wide>(a, w, q)    a + products of the 4 codes of each row in w with the 4 signed bytes at q, at most 8 times before fold
 //   fold<wide>(sum, a)    sum + a, 32 bits
 //   epilogue(sum, o, d, s) ((float) (sum - o) * d) * s
@@ -78,7 +78,7 @@ struct row_scale_simd : mbq_simd {
         if constexpr (wide) {
             int32_t q4;
             memcpy(&q4, q, 4);
-            // 2 * 128 * 127 = 32512 fits 16 bits once
+            // 2 * 128 * 127 = 32512: 16 bits hold one step
             const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(_mm256_set1_epi32(q4), w));
             return _mm256_add_epi32(a, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
         }

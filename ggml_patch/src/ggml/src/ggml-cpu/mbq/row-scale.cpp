@@ -1,8 +1,8 @@
-// Products of weights that have one scale a row: int32 over all of K, one epilogue (the contract: ggml-row-scale.h)
+// Products of weights with one scale per row: int32 over all of K, one epilogue (specified in ggml-row-scale.h)
 //
-// As in mbq.cpp, activations are quantised once a product into panels of up to COLS rows, and slabs of ROWS rows of weights are unpacked
-// once and multiplied with every panel; with AMX in tiles (row-scale-amx.h), whose panels are larger. A single row of activations is
-// multiplied along the rows of weights as they lie. Integer sums do not depend on their order, so all ways give the same bits.
+// As in mbq.cpp, activations are quantised once per product to panels of up to COLS rows, and slabs of ROWS rows of weights are unpacked once
+// and multiplied with every panel; with AMX in tiles (row-scale-amx.h), whose panels are larger. A single row of activations is multiplied
+// along the stored rows of weights. Integer sums do not depend on their order, so all kernels give the same bits.
 
 #include "row-scale.h"
 #include "row-scale-panel.h"
@@ -15,7 +15,7 @@
 
 namespace {
 
-// ---- plain: no vectors, or a reference run
+// ---- plain C: no vectors, or a reference run
 
 template <typename B>
 void multiply_plain(const B * w, const panel & y, int64_t k, float * out) {
@@ -63,7 +63,7 @@ size_t panels_bytes(const struct ggml_tensor * src1, const panel_shape & shape) 
     return GGML_PAD(shape.row_bytes(src1->ne[0])*shape.rows(src1->ne[1])*src1->ne[2]*src1->ne[3], ALIGNMENT);
 }
 
-// Rows row0 to row1 of one matrix at x, times the ne11 rows of activations whose panels begin at base.
+// Multiplies rows row0 to row1 of one matrix at x with the ne11 rows of activations whose panels start at base.
 template <typename B>
 void multiply_chunk(const struct ggml_tensor * dst, const panel_shape & shape, bool plain, const uint8_t * x, int64_t row0, int64_t row1,
         uint8_t * base, uint8_t * slabs, float * out) {
@@ -150,7 +150,7 @@ void mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst
     uint8_t * slabs  = panels + panels_bytes(src1, shape);
     int64_t n_slabs  = chunk_slabs(ne01, shape.k(k), params->nth);
     if (!plain) {
-        // with fewer threads than planned for, a thread's share may come out larger than the work memory allows
+        // with fewer threads than planned for, a thread's share may exceed the work memory
         const size_t left = params->wsize - ALIGNMENT - panels_bytes(src1, shape);
         n_slabs = std::min<int64_t>(n_slabs, left/(params->nth*slab));
         slabs  += params->ith*n_slabs*slab;
@@ -168,7 +168,7 @@ void mul_mat(const struct ggml_compute_params * params, struct ggml_tensor * dst
     }
 
     if (params->ith == 0) {
-        ggml_threadpool_chunk_set(params->threadpool, params->nth); // the first chunk of a thread is its own number
+        ggml_threadpool_chunk_set(params->threadpool, params->nth); // the first chunk of a thread is its index
     }
     ggml_barrier(params->threadpool);
 
