@@ -145,7 +145,7 @@ def test_a_rotated_file_reads_pictures_through_its_own_part(files: Files, tiny_d
     _, turned = evaluate(files.options(chosen.out), Console(quiet=True)).files
     assert turned.divergence.mean < 0.01  # what Q8_0 does to this model; measured 0
     chosen.mmproj.unlink()
-    with pytest.raises(UsageError, match=r"rotated .*mmproj-turned.gguf, which is not there"):
+    with pytest.raises(UsageError, match=r"rotated .*mmproj-turned.gguf, which is missing"):
         evaluate(files.options(chosen.out), Console(quiet=True))
 
 
@@ -240,7 +240,7 @@ def test_files_of_two_tokenisers(tmp_path: Path) -> None:
     assert ledger.compare("a", [1, 2], logits).divergence == [0, 0]
     assert ledger.compare("a", [1, 2], logits + 1).agrees == [True, True]
     for tokens, other in (([1, 3], logits), ([1, 2], np.zeros((2, 11), np.float32))):
-        with pytest.raises(UserError, match="one tokeniser"):
+        with pytest.raises(UserError, match="different tokenisers"):
             ledger.compare("a", tokens, other)
 
 
