@@ -386,5 +386,5 @@ def test_inspect_of_another_file() -> None:
 
 def test_demo_model_into_a_folder_with_other_things(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    assert "holds other things" in refused("demo-model", tmp_path)
+    assert "has other contents" in refused("demo-model", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]

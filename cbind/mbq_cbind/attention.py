@@ -31,7 +31,7 @@ def flash_attention(
 
     Queries [streams, heads, rows, width], keys and values [streams, key heads, cells, width] of type ``kind``, ``mask`` [streams, rows,
     cells] of 0 and -inf. ``softcap``, ``bias`` (ALiBi's largest) and ``sinks`` [heads] as in ggml_flash_attn_ext; ``threads`` and
-    ``reference`` matter on the CPU only. Raises CallError for shapes that do not belong together, BindingError if the device fails.
+    ``reference`` apply only to the CPU. Raises CallError for inconsistent shapes, BindingError if the device fails.
     """
     if q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1] or k.shape[:3] != v.shape[:3] or mask.shape != (*q.shape[::2], k.shape[2]):
         raise CallError(

@@ -1,4 +1,4 @@
-"""A question as the chat prompt that llama-server would send: the model's own template, images first, each as one media marker."""
+"""Renders a question as the chat prompt of llama-server: the model's own template, with images first, each as one media marker."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ChatTemplate:
         return self._render([("user", marker * images + question)], opened=True).removeprefix(self.bos)  # the tokeniser adds BOS again
 
     def end_of_answer(self) -> str:
-        """What the template writes after an assistant's words."""
+        """The text that the template writes after an assistant's message."""
         return self._render([("user", QUESTION), ("assistant", ANSWER)], opened=False).rpartition(ANSWER)[2]
 
     def _render(self, turns: list[tuple[str, str]], *, opened: bool) -> str:
@@ -54,7 +54,7 @@ class ChatTemplate:
 
 
 def _environment() -> jinja2.Environment:
-    """Jinja as chat templates expect it: transformers' and llama.cpp's settings and extra names."""
+    """A Jinja environment with the settings and extra names of transformers and llama.cpp."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = _raise

@@ -1,4 +1,4 @@
-"""What a file's static ranges of activations cut (``mbq.act.*``), counted while a model runs: values beyond the range of their row."""
+"""Counts activations beyond a file's static ranges (``mbq.act.*``) while a model runs."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ import numpy.typing as npt
 from mbq_cbind.library import Binding
 from mbq_cbind.mul_mat import ROW_SCALE
 
-CLASSES = ("dynamic", "text", "vision")  # by their numbers in llama.cpp's graph (llama-mbq-act.cpp)
-RANGES, RANGES_OUT = "mbq_act_ranges", "mbq_act_ranges_out"  # of all rows, and of those behind the last attention
+CLASSES = ("dynamic", "text", "vision")  # in the order of their numbers in llama.cpp's graph (llama-mbq-act.cpp)
+RANGES, RANGES_OUT = "mbq_act_ranges", "mbq_act_ranges_out"  # for all rows, and for those after the last attention
 
 
 class Clipping:
-    """Counts for :class:`mbq_cbind.model.Model`, which asks of every node of its graph whether it is wanted, and hands over what is.
+    """The counters; :class:`mbq_cbind.model.Model` asks for every node of its graph whether it is wanted, and passes those that are.
 
-    An activation that several matrices read is counted once. Only rows with a static range count: none of a micro-batch of 64 or fewer.
+    An activation that several matrices read is counted once. Only rows with a static range are counted, so none in micro-batches of at most
+    64 rows.
     """
 
     def __init__(self) -> None:
         self._values = np.zeros(len(CLASSES), np.int64)
         self._beyond = np.zeros(len(CLASSES), np.int64)
-        self._classes: dict[int, npt.NDArray[np.int32]] = {}  # of the rows of this micro-batch, by how many they are
+        self._classes: dict[int, npt.NDArray[np.int32]] = {}  # classes of the rows of this micro-batch, by their number
         self._all = np.zeros(0, np.int32)
         self._last: Any = None  # the activation that was counted last
 
     def shares(self) -> dict[str, float]:
-        """The share of values beyond their range since the last call, for each class that had any; counts begin anew."""
+        """The share of values beyond their range since the last call, for each class with values; resets the counters."""
         found = {name: float(b / n) for name, n, b in zip(CLASSES, self._values, self._beyond, strict=True) if n}
         self._values[:] = self._beyond[:] = 0
         return found
 
     def wants(self, binding: Binding, tensor: Any) -> bool:
-        """Whether the node says something: the rows' classes, or the product of an activation that has ranges."""
+        """Whether the node is relevant: the rows' classes, or the product of an activation with ranges."""
         null = binding.ffi.NULL
         if tensor.op == binding.c.GGML_OP_GET_ROWS:
             return binding.text(tensor.name) in (RANGES, RANGES_OUT)
@@ -42,7 +43,7 @@ class Clipping:
         return bool(product) and tensor.src[1] != self._last
 
     def take(self, binding: Binding, tensor: Any) -> None:
-        """Count what the node, which is there now, tells."""
+        """Process a computed node."""
         if tensor.op == binding.c.GGML_OP_GET_ROWS:
             self._last = None
             rows = _read(binding, tensor.src[1], np.dtype(np.int32))[0]
@@ -61,7 +62,7 @@ class Clipping:
 
 
 def _read(binding: Binding, tensor: Any, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """A matrix [rows, columns] of 4-byte values, whose rows may lie apart."""
+    """Read a matrix [rows, columns] of 4-byte values, whose rows may be strided."""
     rows, columns, stride = tensor.ne[1], tensor.ne[0], tensor.nb[1]
     data = np.zeros(((rows - 1) * stride + columns * 4) // 4, dtype)
     binding.c.ggml_backend_tensor_get(tensor, binding.ffi.from_buffer(data), 0, data.nbytes)

@@ -1,9 +1,9 @@
 """C declarations for cffi, taken from the headers of the llama.cpp tree that the libraries were built from.
 
-Struct layouts of ggml, llama and mtmd move from week to week, so nothing is written down here but the names of the functions in use. The
-system compiler preprocesses the headers, pycparser reads them, and what those functions need (structs, enums, typedefs) is printed back as
-cdef text. A small C program compiled from the same headers then prints every size, offset and enum constant, and cffi's own layout must
-agree with it. Both are cached by a hash of the headers.
+Struct layouts of ggml, llama and mtmd change every week, so this file lists only the names of the functions in use. The system compiler
+preprocesses the headers, pycparser parses them, and the declarations that those functions need (structs, enums, typedefs) are printed as
+cdef text. A small C program compiled from the same headers then prints all sizes, offsets and enum constants, and cffi's own layout must
+agree. Both are cached under a hash of the headers.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Declarations:
 
 
 def declarations(tree: Path, cache: Path) -> Declarations:
-    """The declarations of the llama.cpp in ``tree``, from the folder ``cache`` where its headers were read before.
+    """The declarations of the llama.cpp in ``tree``, from the folder ``cache`` if its headers have been parsed before.
 
     Raises BindingError if the headers are missing, cannot be read, lack a function, or no C compiler is found.
     """
@@ -86,7 +86,7 @@ def declarations(tree: Path, cache: Path) -> Declarations:
 
 
 def new_ffi(cdef: str) -> Any:
-    """A cffi.FFI that knows the declarations."""
+    """A cffi.FFI with the declarations."""
     ffi = cffi.FFI()
     ffi.cdef(cdef)
     return ffi
@@ -144,7 +144,7 @@ def _command(tree: Path, *options: str) -> list[str]:
 
 
 def _preprocess(tree: Path) -> str:
-    """The headers after the preprocessor, without the C library's part of them."""
+    """The preprocessed headers, without those of the C library."""
     source = "".join(f'#include "{name}"\n' for name in HEADERS)
     text = _run(_command(tree, "-E", "-xc", "-D__attribute__(x)=", "-"), input=source)
     kept: list[str] = []
@@ -168,7 +168,7 @@ def _parse(text: str, tree: Path) -> list[Any]:
 
 
 def _cdef(items: list[Any], tree: Path) -> str:
-    """The declarations of FUNCTIONS and of everything that they mention, in the headers' order."""
+    """The declarations of FUNCTIONS and of everything that they use, in the headers' order."""
     home: dict[str, int] = {}
     for index, item in enumerate(items):
         for name in _provided(item):
@@ -219,7 +219,7 @@ def _walk(node: Any) -> list[Any]:
 
 
 def _without_sizeof(size: Any) -> Any:
-    """An array size with each sizeof(type) as a number, since cffi's parser takes arithmetic but no sizeof."""
+    """An array size with each sizeof(type) replaced by a number, since cffi's parser supports arithmetic but not sizeof."""
     if isinstance(size, c_ast.UnaryOp) and size.op == "sizeof":
         return c_ast.Constant("int", str(cffi.FFI().sizeof(c_generator.CGenerator().visit(size.expr))))
     if isinstance(size, c_ast.BinaryOp):
@@ -228,7 +228,7 @@ def _without_sizeof(size: Any) -> Any:
 
 
 def _compiled_layout(keys: list[str], tree: Path) -> dict[str, int]:
-    """What the C compiler makes of the keys of :func:`layout`."""
+    """The C compiler's values for the keys of :func:`layout`."""
     lines = [f'    printf("%lld\\n", (long long) {_c_expression(key)});' for key in keys]
     includes = "".join(f'#include "{name}"\n' for name in HEADERS)
     source = "#include <stddef.h>\n#include <stdio.h>\n" + includes + "int main(void) {\n" + "\n".join(lines) + "\n    return 0;\n}\n"

@@ -1,4 +1,4 @@
-"""One operation of a model's graph on one named backend device."""
+"""Runs one operation of a model's graph on one named backend device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def devices() -> list[str]:
 
 
 def open_graph(device: str, threads: int | None, reference: bool, stack: ExitStack) -> tuple[Any, Any, Any]:
-    """ggml's functions, a backend, and a context with room for a graph but not for data."""
+    """Open a backend; returns ggml's functions, the backend, and a context with room for a graph but not for data."""
     binding = load_whole()
     ffi, c = binding.ffi, binding.c
     backend = _backend(device, threads, stack)
@@ -36,7 +36,7 @@ def open_graph(device: str, threads: int | None, reference: bool, stack: ExitSta
 
 
 def compute(product: Any, inputs: list[tuple[Any, Any]], kind: str, device: str, backend: Any, context: Any, stack: ExitStack) -> Floats:
-    """The numbers of ``product`` once ``inputs``, tensors and their arrays, are set; ``kind`` is what the device may lack a kernel for."""
+    """Compute ``product`` with ``inputs`` (tensors and their arrays); ``kind`` is the type to name if the device does not support it."""
     binding = load_whole()
     ffi, c = binding.ffi, binding.c
     if not c.ggml_backend_supports_op(backend, product):

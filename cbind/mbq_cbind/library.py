@@ -28,20 +28,20 @@ _build: Build | None = None
 
 
 class Build(NamedTuple):
-    """A built llama.cpp tree (libraries in ``tree/build/bin``), and the folder where what is read from its headers is kept."""
+    """A built llama.cpp tree (libraries in ``tree/build/bin``), and the cache folder for declarations from its headers."""
 
     tree: Path
     cache: Path
 
 
 def use(tree: Path, cache: Path) -> None:
-    """Name the build. Libraries stay open until the process ends, so the build that was named when the first one was opened counts."""
+    """Set the build to use. Libraries stay open until the process ends, so it cannot be changed after the first one was opened."""
     global _build
     _build = Build(tree, cache)
 
 
 class Functions:
-    """Every declared C function as an attribute, whichever library holds it."""
+    """Every declared C function as an attribute, from whichever library has it."""
 
     def __init__(self, handles: list[Any]) -> None:
         self.handles = handles
@@ -59,7 +59,7 @@ class Functions:
 
 @dataclass(frozen=True)
 class Binding:
-    """The opened libraries: ``ffi`` makes and reads C data, ``c`` holds the functions and enum constants."""
+    """The opened libraries: ``ffi`` creates and reads C data, ``c`` has the functions and enum constants."""
 
     ffi: Any
     c: Functions
@@ -104,7 +104,7 @@ def load_whole() -> Binding:
 
 
 def check_layout(seen: dict[str, int], compiled: dict[str, int]) -> None:
-    """Raises BindingError unless cffi's sizes, offsets and constants are the C compiler's."""
+    """Raise BindingError unless cffi's sizes, offsets and constants equal the C compiler's."""
     for key in seen.keys() | compiled.keys():
         if seen.get(key) != compiled.get(key):
             raise BindingError(
@@ -114,7 +114,7 @@ def check_layout(seen: dict[str, int], compiled: dict[str, int]) -> None:
 
 
 def check_libraries(binding: Binding) -> None:
-    """Raises BindingError if ggml's libraries were not made from these headers: its version and the size of a tensor."""
+    """Raise BindingError if ggml's libraries were not built from these headers; compares its version and the size of a tensor."""
     ffi, c = binding.ffi, binding.c
     _agree(
         binding,
@@ -124,7 +124,7 @@ def check_libraries(binding: Binding) -> None:
 
 
 def check_whole(binding: Binding) -> None:
-    """Raises BindingError if libllama and libmtmd were not made from these headers: version, and default parameters as probes."""
+    """Raise BindingError if libllama and libmtmd were not built from these headers; compares the version and default parameters."""
     c = binding.c
     model, media = c.llama_context_default_params(), c.mtmd_context_params_default()
     _agree(
@@ -136,7 +136,7 @@ def check_whole(binding: Binding) -> None:
 
 
 def take_error(default: str) -> str:
-    """The last error lines that C logged, joined, and forgotten; ``default`` if there are none."""
+    """Return and clear the last error lines that C logged, joined; ``default`` if there are none."""
     lines = list(_last_errors)
     _last_errors.clear()
     return "; ".join(lines) or default
@@ -153,7 +153,7 @@ def _log_line(level: int, text: bytes) -> None:
 
 
 def _open(ffi: Any, tree: Path, names: Sequence[str]) -> list[Any]:
-    """Handles of the libraries, each of which needs only those before it. Their names stay their own: nothing else may bind to them."""
+    """Open the libraries, each of which needs only those before it, without exposing their symbols to others."""
     handles = []
     for name in names:
         path = tree / "build" / "bin" / f"lib{name}{SUFFIX}"

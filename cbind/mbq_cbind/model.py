@@ -1,4 +1,4 @@
-"""A whole GGUF model through libllama: logits of given answers, and greedy answers, to questions about pictures."""
+"""Runs a whole GGUF model with libllama: logits for given answers, and greedy answers, to questions about pictures."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mbq_cbind.vision import Chunk, EncodedImage, Vision, require_gguf
 
 
 class Model:
-    """A language model and, with ``mmproj``, its vision part; a context manager.
+    """A language model and, with ``mmproj``, its vision part; a context manager. Not thread-safe.
 
-    ``context`` is the number of tokens that a prompt with its answer may take, ``batch`` how many of them run at once. ``gpu_layers`` is 0
-    for the CPU, -1 for all layers on the GPU. What a prompt shares with the one before it (the same opening and the very same encoded
-    image) is not computed again. ``aifs``: what is left of a prompt goes through in one call, text and pictures together, where the model
-    allows it (``apart`` says why not; with ``reorder`` rows of pictures come first in each micro-batch); without it, each picture in calls
-    of its own. ``decode_calls`` counts. ``observe`` maps names in llama.cpp's graph to functions, which are given every float32 matrix
-    [rows, columns] computed under the name; ``clipping`` counts what static ranges cut. Not safe for several threads.
+    ``context`` is the maximum number of tokens of a prompt with its answer, ``batch`` the size of a micro-batch. ``gpu_layers`` is 0 for
+    the CPU, -1 for all layers on the GPU. The part that a prompt shares with the previous one (the same beginning and the same encoded
+    image) is not computed again. ``aifs``: decode the rest of a prompt, text and pictures, in one call if the model allows it (``apart``
+    says why not; with ``reorder``, rows of pictures come first in each micro-batch); otherwise each picture has separate calls.
+    ``decode_calls`` counts calls. ``observe`` maps names of llama.cpp's graph to functions, which receive every float32 matrix [rows,
+    columns] of that name; ``clipping`` counts values beyond static ranges.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class Model:
         self.path, self._batch = gguf, batch
         self._model = self._context = ffi.NULL
         self._vision: Vision | None = None
-        self._done: list[Chunk] = []  # what the context holds, chunk by chunk ...
+        self._done: list[Chunk] = []  # the chunks that the context holds ...
         self.decode_calls = 0
         self.reorder = False
-        self.apart: str | None = "it is off"  # why text and pictures are decoded in turns
-        self._cells = 0  # ... and how many of its cells are taken, the text after the last chunk included
+        self.apart: str | None = "it is off"  # why text and pictures are decoded separately
+        self._cells = 0  # ... and its used cells, including those of text after the last chunk
         require_gguf(gguf)
         threads = threads or os.cpu_count() or 1
         try:
@@ -77,7 +77,7 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Free model and context; a second call does nothing."""
+        """Free model and context; may be called again."""
         c, null = self._binding.c, self._binding.ffi.NULL
         if self._vision is not None:
             self._vision.close()
@@ -106,7 +106,7 @@ class Model:
 
     @cached_property
     def end_of_answer(self) -> int:
-        """The token that ends an assistant's turn: the chat template's, the vocabulary's EOS where that does not end generation."""
+        """The token that ends an assistant's turn: that of the chat template, or EOS if the template's does not end generation."""
         after = self.tokenize(self._template.end_of_answer(), special=True)[len(self.tokenize("", special=True)) :]
         return after[0] if after and self.is_end(after[0]) else int(self._binding.c.llama_vocab_eos(self._vocabulary))
 
@@ -124,7 +124,7 @@ class Model:
         return ChatTemplate(source, bos if c.llama_vocab_get_add_bos(self._vocabulary) else "", eos)
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
-        """Tokens of ``text`` alone; with ``special``, names of special tokens count as these, and a BOS comes first where wanted."""
+        """Tokenise ``text``; with ``special``, names of special tokens are parsed as such, and BOS is added if the model uses it."""
         ffi, c = self._binding.ffi, self._binding.c
         data = text.encode()
         tokens = ffi.new("llama_token[]", len(data) + 2)
@@ -132,7 +132,7 @@ class Model:
         return list(ffi.unpack(tokens, count))
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Text of ``tokens``, special ones left out."""
+        """The text of ``tokens``, without special tokens."""
         ffi, c = self._binding.ffi, self._binding.c
         size = 64 + 64 * len(tokens)
         while True:
@@ -147,7 +147,7 @@ class Model:
         return bool(self._binding.c.llama_vocab_is_eog(self._vocabulary, token))
 
     def prompt_tokens(self, prompt: str, images: Sequence[EncodedImage] = ()) -> list[int | None]:
-        """What the model is given for ``prompt``: text tokens, and None for each image token."""
+        """The tokens of ``prompt``: text tokens, and None for each image token."""
         with self._chunks(prompt, images) as chunks:
             return [token for chunk in chunks for token in (chunk.tokens or [None] * chunk.length)]
 
@@ -157,7 +157,7 @@ class Model:
             return self._evaluate(chunks[:-1], [*chunks[-1].tokens, *answer[:-1]], outputs=len(answer))[0]
 
     def generate(self, prompt: str, images: Sequence[EncodedImage], *, limit: int, opening: Sequence[int] = ()) -> list[int]:
-        """The greedy answer after ``opening``, at most ``limit`` tokens with it; the token that ends the turn is left out."""
+        """The greedy answer, starting with ``opening``, of at most ``limit`` tokens, without the token that ends the turn."""
         answer = list(opening)
         with self._chunks(prompt, images) as chunks:
             logits, position = self._evaluate(chunks[:-1], [*chunks[-1].tokens, *answer], outputs=1)
@@ -172,14 +172,14 @@ class Model:
         return answer
 
     def text_logits(self, tokens: Sequence[int], *, outputs: int) -> Floats:
-        """Logits after each of the last ``outputs`` of ``tokens``, which are all that the model sees: float32 [outputs, vocabulary]."""
+        """Logits after each of the last ``outputs`` of ``tokens``, without any other context: float32 [outputs, vocabulary]."""
         return self._evaluate([], tokens, outputs=outputs)[0]
 
     def _open_model(self, gpu_layers: int) -> Any:
         ffi, c = self._binding.ffi, self._binding.c
         parameters = c.llama_model_default_params()
         parameters.n_gpu_layers = gpu_layers
-        no_devices = ffi.new("ggml_backend_dev_t[1]")  # an empty list keeps a CUDA build off the GPU altogether
+        no_devices = ffi.new("ggml_backend_dev_t[1]")  # an empty list keeps a CUDA build off the GPU
         if gpu_layers == 0:
             parameters.devices = no_devices
         model = c.llama_model_load_from_file(os.fsencode(self.path), parameters)
@@ -193,7 +193,7 @@ class Model:
         parameters.n_ctx = parameters.n_batch = context
         parameters.n_ubatch = self._batch
         parameters.n_threads = parameters.n_threads_batch = threads
-        if not flash_attention:  # else where the backend has it
+        if not flash_attention:  # otherwise if the backend supports it
             parameters.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.cb_eval = self._observer if self._observing or self._clipping else ffi.NULL
         opened = c.llama_init_from_model(self._model, parameters)
@@ -202,7 +202,7 @@ class Model:
         return opened
 
     def _observed(self, tensor: Any, asking: bool, _: object) -> bool:
-        """Called by libllama: whether the tensor is wanted, then that it is there."""
+        """Called by libllama, first to ask whether a tensor is wanted, then with its data."""
         found = self._observing.get(self._binding.text(tensor.name)) if self._observing else None
         counted = self._clipping is not None and self._clipping.wants(self._binding, tensor)
         if found and not asking:
@@ -228,15 +228,15 @@ class Model:
             yield chunks
 
     def _evaluate(self, chunks: list[Chunk], tokens: Sequence[int], *, outputs: int) -> tuple[Floats, int]:
-        """Run what the context does not hold of ``chunks``, and text ``tokens`` behind them: logits of the last ``outputs`` of these, and
-        the next position."""
+        """Run ``chunks``, except those that the context holds, then text ``tokens``. Returns logits of the last ``outputs`` tokens and the
+        next position."""
         shared, position = self._reuse(chunks)
         rest = chunks[shared:]
         if self.apart is None and any(chunk.embedding is not None for chunk in rest):
             mixed = [*rest, Chunk(tokens=tuple(tokens), positions=len(tokens))]
             count = sum(chunk.length for chunk in mixed)
             self._take_cells(count)
-            self._done = []  # should it fail
+            self._done = []  # in case it fails
             self.vision.decode_mixed(self._context, mixed, position, outputs, reorder=self.reorder)
             self.decode_calls += 1
             self._done = [Chunk(chunk.tokens, chunk.embedding, chunk.positions) for chunk in chunks]
@@ -253,13 +253,13 @@ class Model:
         return self._decode(tokens, position, outputs=outputs), position + len(tokens)
 
     def _reuse(self, chunks: list[Chunk]) -> tuple[int, int]:
-        """Make the context hold no more than ``chunks``; returns how many of them it holds, and the next position."""
+        """Truncate the context to the common prefix with ``chunks``; returns its number of chunks, and the next position."""
         shared = 0
         while shared < min(len(chunks), len(self._done)) and chunks[shared].same_as(self._done[shared]):
             shared += 1
         position = sum(chunk.positions for chunk in chunks[:shared])
         memory = self._binding.c.llama_get_memory(self._context)
-        # Models with a recurrent state cannot go back to a position: they start again.
+        # Models with a recurrent state cannot be truncated: start again.
         if not self._binding.c.llama_memory_seq_rm(memory, 0, position, -1):
             self._binding.c.llama_memory_clear(memory, True)
             shared = position = 0
@@ -268,7 +268,7 @@ class Model:
         return shared, position
 
     def _take_cells(self, count: int) -> None:
-        """Count what comes in; libllama aborts the process where it does not fit."""
+        """Count tokens that are added, because libllama aborts the process if they do not fit."""
         size = self._binding.c.llama_n_ctx(self._context)
         self._cells += count
         if self._cells > size:
@@ -298,7 +298,7 @@ class Model:
         return self._read_logits(count, outputs)
 
     def _read_logits(self, count: int, outputs: int) -> Floats:
-        """Logits of the last ``outputs`` of the ``count`` tokens that were decoded last."""
+        """Logits of the last ``outputs`` of the ``count`` most recently decoded tokens."""
         ffi, c = self._binding.ffi, self._binding.c
         logits = np.empty((outputs, c.llama_vocab_n_tokens(self._vocabulary)), np.float32)
         for row, i in enumerate(range(count - outputs, count)):

@@ -29,11 +29,11 @@ def mul_mat(
 ) -> Floats:
     """Weights, blocks [..., rows, row_bytes] of type ``kind``, times activations ``x`` [..., n, columns]: float32 [..., n, rows].
 
-    Both may have up to two dimensions more; those of ``x`` are whole multiples of the weights', which are repeated. ``threads`` matters on
-    the CPU only (all cores where None), and so does ``reference``, the plain path. ``row_scale`` flags the weights as having one scale a
-    row; such a product takes static ``ranges`` [n], one per row of ``x``, 0 for none, or one number for all rows, which must not be 0.
-    ``spacing`` floats lie between the rows of ``x``.
-    Raises CallError for shapes or a device that do not exist, BindingError if the device cannot multiply this type or has no memory.
+    Both may have up to two more dimensions; those of ``x`` are multiples of the weights', which are broadcast. ``threads`` (None: all
+    cores) and ``reference``, the plain path, apply only to the CPU. ``row_scale`` flags the weights as having one scale per row; such a
+    product accepts static ``ranges`` [n], one per row of ``x`` with 0 for none, or one number other than 0 for all rows. ``spacing`` is the
+    number of floats between the rows of ``x``. Raises CallError for invalid shapes or devices, BindingError if the device does not support
+    the type or has no memory.
     """
     x = np.ascontiguousarray(x, np.float32)
     data = np.ascontiguousarray(data, np.uint8)
@@ -79,7 +79,7 @@ def mul_mat_id(
     device: str = "CPU",
     threads: int | None = None,
 ) -> Floats:
-    """The products of each token with the experts chosen for it: float32 [n, used, rows].
+    """The products of each token with its selected experts: float32 [n, used, rows].
 
     Weights are blocks [all, rows, row_bytes] of type ``kind``, activations ``x`` [n, 1 or used, columns], ``experts`` [n, used].
     ``threads`` and errors as in :func:`mul_mat`.

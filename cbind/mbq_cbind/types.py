@@ -1,4 +1,4 @@
-"""ggml's own quantisers: weights to blocks and back, and the dot product of a block type as the CPU computes it."""
+"""ggml's own quantisers and dequantisers, and the CPU's dot product of a block type."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS_AT_ONCE = 64  # rows that one thread quantises before it takes more
 
 
 class TypeInfo(NamedTuple):
-    """What ggml says about a type: its name ("q4_0"), weights per block, bytes per block, and whether it is quantised."""
+    """ggml's information about a type: its name ("q4_0"), weights per block, bytes per block, and whether it is quantised."""
 
     name: str
     block_size: int
@@ -42,7 +42,7 @@ def type_names() -> list[str]:
 
 
 def type_id(kind: str | int) -> int:
-    """The ggml_type of a name in any case, or of an id. Raises CallError for one that the built ggml does not know."""
+    """The ggml_type for a name, case-insensitive, or an id. Raises CallError if the built ggml does not know it."""
     ids = _type_ids()
     if isinstance(kind, str) and kind.casefold() in ids:
         return ids[kind.casefold()]
@@ -52,7 +52,7 @@ def type_id(kind: str | int) -> int:
 
 
 def type_info(kind: str | int) -> TypeInfo:
-    """Name, block size, block bytes and whether it is quantised, as ggml's type traits have them."""
+    """The information about a type from ggml's type traits."""
     binding = load()
     traits = binding.c.ggml_get_type_traits(type_id(kind))
     return TypeInfo(binding.text(traits.type_name), traits.blck_size, traits.type_size, bool(traits.is_quantized))
@@ -67,7 +67,7 @@ def row_bytes(kind: str | int, columns: int) -> int:
 
 
 def quantize(kind: str | int, weights: Floats, imatrix: Floats | None = None) -> Bytes:
-    """Weights [rows, columns] to blocks [rows, row_bytes] by ``ggml_quantize_chunk``, as llama-quantize does.
+    """Quantise weights [rows, columns] to blocks [rows, row_bytes] with ``ggml_quantize_chunk``, like llama-quantize.
 
     ``imatrix`` [columns] is the importance of each input channel (mean squared activation). Rows are shared out to all cores; the bytes do
     not depend on how. Raises CallError if rows do not fit the type, BindingError if the type needs an importance matrix.
@@ -97,7 +97,7 @@ def quantize(kind: str | int, weights: Floats, imatrix: Floats | None = None) ->
 
 
 def dequantize(kind: str | int, data: Bytes, columns: int) -> Floats:
-    """Blocks [rows, row_bytes] back to weights [rows, columns] by the type's ``to_float``."""
+    """Dequantise blocks [rows, row_bytes] to weights [rows, columns] with the type's ``to_float``."""
     binding, info = load(), type_info(kind)
     data = _checked_rows(kind, data, columns)
     weights = np.empty((len(data), columns), np.float32)
@@ -117,7 +117,7 @@ def is_valid(kind: str | int, data: Bytes) -> bool:
 
 
 def activation_type(kind: str | int) -> str:
-    """The type that the CPU rounds activations to before it multiplies them with weights of this type ("q8_1" for MBQ3)."""
+    """The type that the CPU quantises activations to for products with weights of this type ("q8_1" for MBQ3)."""
     return type_info(_cpu_traits(kind).vec_dot_type).name
 
 

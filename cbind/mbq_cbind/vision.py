@@ -1,4 +1,4 @@
-"""Images through libmtmd: the vision tower's embeddings, and prompts cut into text and image chunks."""
+"""Encodes images with libmtmd, and splits prompts into text and image chunks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mbq_cbind.types import Floats
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """What the language model sees of a picture: for each chunk that the picture makes (one, or several slices) the projector's output,
-    float32 [tokens, width]. It belongs to the mmproj file, so models that share that file share it."""
+    """An encoded picture: the projector's output, float32 [tokens, width], for each of the picture's chunks (one, or several slices). It
+    can be used with all models that share the mmproj file."""
 
     width: int  # pixels
     height: int
@@ -29,25 +29,25 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of a prompt: text tokens, or an image's embeddings with the position count that it takes."""
+    """A part of a prompt: text tokens, or an image's embeddings with the number of positions that they take."""
 
     tokens: tuple[int, ...] = ()
     embedding: Floats | None = None
     positions: int = 0
-    handle: Any = field(default=None, compare=False)  # mtmd_input_chunk, alive as long as the list it came from
+    handle: Any = field(default=None, compare=False)  # mtmd_input_chunk, valid as long as its list
 
     @property
     def length(self) -> int:
-        """Tokens, which are cells of the context; M-RoPE gives an image fewer positions than that."""
+        """The number of tokens, i.e. cells of the context; with M-RoPE, an image has fewer positions."""
         return len(self.tokens) if self.embedding is None else len(self.embedding)
 
     def same_as(self, other: Chunk) -> bool:
-        """Whether both put the same into the model: equal tokens, or the very same embeddings."""
+        """Whether both are the same input: equal tokens, or the identical embeddings object."""
         return self.tokens == other.tokens and self.embedding is other.embedding
 
 
 class Vision:
-    """An mmproj file opened beside a language model; a context manager."""
+    """An opened mmproj file, for use with a language model; a context manager."""
 
     def __init__(self, mmproj: Path, model: Any, *, threads: int, use_gpu: bool) -> None:
         self._binding = load_whole()
@@ -56,7 +56,7 @@ class Vision:
         parameters = c.mtmd_context_params_default()
         parameters.n_threads, parameters.use_gpu = threads, use_gpu
         parameters.print_timings = parameters.warmup = False
-        # As llama-server does: one that nobody foresees, so that mtmd's default marker in a question is text.
+        # A random marker, as in llama-server, so that mtmd's default marker in a question is plain text.
         self.marker = f"<__media_{secrets.token_hex(16)}__>"
         marker = ffi.new("char[]", self.marker.encode())
         parameters.media_marker = marker
@@ -72,14 +72,14 @@ class Vision:
         self.passes = 0  # of the tower, until now
 
     def close(self) -> None:
-        """Free the vision tower; a second call does nothing."""
+        """Free the vision tower; may be called again."""
         if self._context != self._binding.ffi.NULL:
             self._binding.c.mtmd_free(self._context)
             self._context = self._binding.ffi.NULL
 
     def encode(self, path: Path, among: int = 1) -> EncodedImage:
-        """The picture through vision tower and projector, as one of ``among`` in a prompt: some families cut it into tiles only where it
-        is alone. Raises CallError if there is no such picture."""
+        """Encode a picture that is one of ``among`` in a prompt: some families tile only single pictures. Raises CallError if there is no
+        such picture."""
         c = self._binding.c
         bitmap, embeddings = self._bitmap(path), []
         with self._cut(bitmap, among) as handles:
@@ -91,8 +91,8 @@ class Vision:
         return EncodedImage(c.mtmd_bitmap_get_nx(bitmap), c.mtmd_bitmap_get_ny(bitmap), tuple(embeddings))
 
     def encode_together(self, paths: Sequence[Path]) -> list[EncodedImage]:
-        """Pictures of one prompt: neighbours of one size in one pass of the tower where it has such a graph, as many as libmtmd allows
-        (1024 tokens), as llama-server encodes them; ``passes`` counts. Raises CallError if there is no such picture."""
+        """Encode the pictures of one prompt as llama-server does: adjacent pictures of the same size in one pass of the tower, if it
+        supports that, up to libmtmd's limit (1024 tokens). ``passes`` counts passes. Raises CallError if there is no such picture."""
         c = self._binding.c
         bitmaps = [self._bitmap(path) for path in paths]
         with ExitStack() as stack:
@@ -150,9 +150,9 @@ class Vision:
 
     @contextmanager
     def chunks(self, prompt: str, images: Sequence[EncodedImage]) -> Iterator[list[Chunk]]:
-        """``prompt`` cut at its markers, one for each of ``images``; the chunks live within the ``with`` block."""
+        """Split ``prompt`` at its markers, one for each of ``images``; the chunks are valid within the ``with`` block."""
         ffi, c = self._binding.ffi, self._binding.c
-        # Bitmaps without pixels stand for the pictures: their size alone decides chunks and positions.
+        # Bitmaps without pixels are enough: only the size determines chunks and positions.
         bitmaps = [ffi.gc(c.mtmd_bitmap_init(image.width, image.height, ffi.NULL), c.mtmd_bitmap_free) for image in images]
         embeddings = iter([embedding for image in images for embedding in image.embeddings])
         with self._tokenized(prompt, bitmaps) as handles:
@@ -171,7 +171,7 @@ class Vision:
             yield cut
 
     def decode(self, context: Any, chunk: Chunk, position: int, batch: int) -> None:
-        """Put an image chunk into the language model ``context`` (llama_context) at ``position``."""
+        """Decode an image chunk in the language model's ``context`` (llama_context) at ``position``."""
         ffi, c = self._binding.ffi, self._binding.c
         data = ffi.from_buffer("float[]", np.ascontiguousarray(chunk.embedding))
         end = ffi.new("llama_pos *", position)
@@ -179,12 +179,12 @@ class Vision:
             raise BindingError(f"an image did not go into the model ({take_error('unknown reason')}): try a larger context")
 
     def refusal(self, context: Any) -> str | None:
-        """Why the language model ``context`` takes text and pictures in turns only; None if one pass does (:meth:`decode_mixed`)."""
+        """Why the language model ``context`` does not support text and pictures in one pass; None if it does (:meth:`decode_mixed`)."""
         reason = self._binding.c.mtmd_aifs_refusal(self._context, context)
         return None if reason == self._binding.ffi.NULL else self._binding.text(reason)
 
     def decode_mixed(self, context: Any, chunks: Sequence[Chunk], position: int, outputs: int, *, reorder: bool = False) -> None:
-        """Put ``chunks``, text and pictures, into the language model in one call; the last ``outputs`` tokens get logits.
+        """Decode ``chunks``, text and pictures, in one call; the last ``outputs`` tokens get logits.
 
         With ``reorder``, rows of pictures are computed first in each micro-batch.
         """
@@ -198,7 +198,7 @@ class Vision:
                     index = c.llama_batch_ext_add_token(batch, 0, token)
                     fits = fits and index >= 0 and c.llama_batch_ext_set_pos(batch, index, place)
             else:
-                kept.append(data := ffi.from_buffer("float[]", np.ascontiguousarray(chunk.embedding)))  # which the batch does not copy
+                kept.append(data := ffi.from_buffer("float[]", np.ascontiguousarray(chunk.embedding)))  # the batch does not copy it
                 rows = (chunk.handle, data, position, 0, 0, chunk.length)
                 fits = fits and c.mtmd_aifs_add_rows(self._context, context, batch, *rows, 2 if reorder else 1)
             position += chunk.positions
@@ -226,7 +226,7 @@ class Vision:
 
 
 def require_gguf(path: Path) -> None:
-    """Raises CallError unless ``path`` is a file that starts as GGUF does."""
+    """Raise CallError unless ``path`` is a file with GGUF's magic."""
     try:
         with path.open("rb") as file:
             magic = file.read(4)

@@ -62,7 +62,7 @@ def test_other_directories_are_not_taken_for_it(tmp_path: Path) -> None:
     for name in COPIED:
         shutil.copyfile(DATA / name, tmp_path / name)
     assert not is_assembled(tmp_path)
-    with pytest.raises(UsageError, match="holds other things"):
+    with pytest.raises(UsageError, match="has other contents"):
         assemble(tmp_path)
 
 

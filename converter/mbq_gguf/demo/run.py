@@ -29,14 +29,14 @@ TASKS = ("digits", "leftmost", "chart_sum")  # the first question of each in the
 
 @dataclass(frozen=True)
 class Converted:
-    """A language model and its vision tower as llama.cpp takes them."""
+    """The GGUF files of a language model and its vision tower."""
 
     text: Path
     mmproj: Path
 
 
 def run_demo(console: Console, directory: Path) -> None:
-    """The whole path once; ``directory`` keeps the model and the GGUF files (700 MB). Raises UserError if a step fails."""
+    """Run the whole demo; ``directory`` keeps the model and the GGUF files (700 MB). Raises UserError if a step fails."""
     console.rule("1 of 4: the patched llama.cpp")
     if os.environ.get("MBQ_GGUF_LLAMA_CPP"):
         console.print(f"MBQ_GGUF_LLAMA_CPP names {source_dir()}", highlight=False, soft_wrap=True)
@@ -57,7 +57,7 @@ def run_demo(console: Console, directory: Path) -> None:
 
 
 def converted(model: Path, out: Path, type_name: str, console: Console) -> Converted:
-    """``model`` as ``out`` of type ``type_name`` with its vision tower; files that an equal call made before are kept."""
+    """Convert ``model`` to ``out`` with type ``type_name``, and its vision tower; reuses files from an earlier identical call."""
     options = ConvertOptions(model, out, type=type_name)
     files = Converted(options.out, options.mmproj)
     stamp, wanted = out.with_suffix(".made-by"), fingerprint(model, type_name)
@@ -71,7 +71,7 @@ def converted(model: Path, out: Path, type_name: str, console: Console) -> Conve
 
 
 def fingerprint(model: Path, type_name: str) -> str:
-    """A hash of everything a converted file comes from: the model, the type, the calibration set, the converter's own code."""
+    """A hash of everything that a converted file depends on: model, type, calibration set, and the converter's code."""
     digest = hashlib.sha256(f"{mbq_gguf.__version__} {type_name} {code_hash('convert')}".encode())
     folder = CALIBRATION.parent
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -87,13 +87,13 @@ def file_hash(path: Path) -> str:
 
 
 def demo_questions() -> list[Question]:
-    """The questions that are asked, one of each of TASKS."""
+    """The questions to ask, one for each of TASKS."""
     shipped = load_questions(SHIPPED)
     return [next(question for question in shipped if question.task == task) for task in TASKS]
 
 
 def answers(files: Converted, questions: list[Question], console: Console) -> list[str]:
-    """What `files` answer to `questions`; the server is stopped again."""
+    """The answers of `files` to `questions`."""
     given = []
     starting = f"starting llama-server with {files.text.name}"
     with console.status(starting) as status, LlamaServer(files.text, files.mmproj, ctx=CONTEXT) as server:
@@ -104,7 +104,7 @@ def answers(files: Converted, questions: list[Question], console: Console) -> li
 
 
 def comparison(questions: list[Question], given: dict[str, list[str]]) -> Table:
-    """A table of each question, what is right, and what each file says, by its name; what is wrong is marked."""
+    """A table of the questions with the expected answers and each file's answers; wrong ones are marked."""
     table = Table("picture", "question", "expected", *given, title="what the model sees, before and after")
     for number, question in enumerate(questions):
         said = [answers[number] for answers in given.values()]
