@@ -1,7 +1,7 @@
-"""What quantising activations costs in whole prompts: W4A8 with dynamic scales, with static ones, and with the pass skipped.
+"""Measures what quantising activations costs in whole prompts: W4A8 with dynamic scales, with static ones, and with quantising skipped.
 
-Skipped means that the products run on whatever lies in memory: wrong answers, and a time that no quantiser can beat. Modes take turns, and
-ratios are of one round.
+When it is skipped, products run on whatever is in memory: the answers are wrong, but no quantiser can be faster. Modes alternate, and
+ratios are taken within one round.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ SITES = ("qkv", "o", "gate_up", "down")
 
 
 def static_keys(layers: int) -> Json:
-    """Static ranges for the whole of a random model, as a converted file has them; their values do not matter for speed."""
+    """Metadata with static ranges for a whole random model, as in a converted file; the values do not matter for speed."""
     return {"mbq.act.version": 1, "mbq.act.sink.positions": [0]} | {f"mbq.act.range.{site}.text": layers * [4.0] for site in SITES}
 
 
 def prompts(
     bench: Path, models: Mapping[str, Path], environments: Mapping[str, Mapping[str, str]], options: Sequence[str], rounds: int, warm: int
 ) -> list[Json]:
-    """Tokens a second of llama-bench by mode and length; ``environments`` are the program's by mode, ``options`` its own.
+    """Tokens per second of llama-bench by mode and prompt length. ``environments`` are environment variables by mode, ``options`` are for
+    llama-bench.
 
-    Of each run's repetitions the first ``warm`` are left out. Medians over ``rounds``; ratios are to dynamic in the same round.
+    The first ``warm`` repetitions of each run are dropped. Values are medians over ``rounds``; ratios are to dynamic in the same round.
     """
     found: dict[tuple[str, int], list[float]] = {}
     for number in range(rounds):
@@ -54,7 +55,7 @@ def prompts(
 
 
 def run(command: Sequence[str | Path], environment: Mapping[str, str], *, text: str | None = None, errors: bool = False) -> str:
-    """What a program that is given ``text`` prints, or what it says on stderr. Raises UserError with its last words if it fails."""
+    """The output of a program with ``text`` on stdin, or its stderr. Raises UserError with the last line if it fails."""
     done = subprocess.run([str(part) for part in command], env=environment, input=text, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UserError(f"{Path(command[0]).name} failed ({done.stderr.strip()[-400:]}): run it by hand to see more")
@@ -62,7 +63,7 @@ def run(command: Sequence[str | Path], environment: Mapping[str, str], *, text: 
 
 
 def print_prompts(console: Console, rows: Sequence[Json], title: str) -> None:
-    """One line a mode, length and, where rows tell of it, with fusion or without."""
+    """One line for each mode and length, with and without fusion if measured."""
     table = Table("prompt", "activations", "fusion", "tokens/s", "spread", "of dynamic (lowest to highest)", "launches", title=title)
     for row in rows:
         ratio = f"{row['ratio']:.4f} ({min(row['ratios']):.4f} to {max(row['ratios']):.4f})"
@@ -72,7 +73,7 @@ def print_prompts(console: Console, rows: Sequence[Json], title: str) -> None:
 
 
 def on_cpu(work: Path, shape: LanguageShape, prompt: int, threads: int, rounds: int) -> list[Json]:
-    """Prompts on this CPU: a random model of ``shape``, and the build's library once more without quantising (skipped/row-scale.cpp)."""
+    """Measure prompts on this CPU: a random model of ``shape``, also with a library relinked to skip quantising (skipped/row-scale.cpp)."""
     bench = paths.find_program("llama-bench")
     models = {"dynamic": work / "dynamic.gguf", "static": work / "static.gguf", "skipped": work / "dynamic.gguf"}
     write_random_gguf(models["dynamic"], shape, "W4A8")

@@ -1,7 +1,6 @@
-"""bench_activations.py --gpu: W4A8's products and prompts, activations dynamic, static or skipped, with fusion and without.
+"""bench_activations.py --gpu: W4A8's products and prompts with dynamic, static or skipped quantisation, with and without fusion.
 
-Skipped is another build of one file (skipped/mbq-w4a8.cu), and launches are counted by a library linked once more (relinked.py): about two
-minutes of compiling for them.
+The build without quantising (skipped/mbq-w4a8.cu) and the library that counts launches (relinked.py) take about two minutes to compile.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ FUSION = {"with": {}, "without": {"GGML_CUDA_DISABLE_FUSION": "1"}}
 
 
 def on_gpu(folder: Path, work: Path, record: Json, output: Path, console: Console) -> None:
-    """Time everything with the programs in ``folder``; ``record`` is stored in ``output`` after each part."""
+    """Run all measurements with the programs in ``folder``; ``record`` is written to ``output`` after each part."""
 
     def store() -> None:
         output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -63,7 +62,7 @@ def on_gpu(folder: Path, work: Path, record: Json, output: Path, console: Consol
 
 
 def linears(program: Path, mode: str, environment: Mapping[str, str]) -> list[Json]:
-    """Microseconds of single products, each of which quantises its activations."""
+    """Microseconds for single products, each of which quantises its activations."""
     lines = "\n".join(f"W4A8 {m} {k} {' '.join(map(str, COLUMNS))}" for m, k in SHAPES)
     said = run([program, *(["static"] if mode == "static" else [])], environment, text=lines)
     found = [line.split() for line in said.splitlines() if not line.startswith("read")]
@@ -71,7 +70,7 @@ def linears(program: Path, mode: str, environment: Mapping[str, str]) -> list[Js
 
 
 def launches(command: list[str | Path], environment: Mapping[str, str]) -> int:
-    """Kernels of ggml that one prompt launches: what a second repetition adds, without CUDA graphs."""
+    """The number of ggml kernels that one prompt launches: the difference that a second repetition makes, without CUDA graphs."""
     counts = []
     for repetitions in (1, 2):
         more = ["--no-warmup", "-r", str(repetitions), "-o", "json"]
@@ -85,7 +84,7 @@ def launches(command: list[str | Path], environment: Mapping[str, str]) -> int:
 
 
 def print_linears(console: Console, rows: list[Json]) -> None:
-    """One line a product."""
+    """One line for each product."""
     table = Table("rows x columns", "n", *MODES, "static saves", "the pass", title="W4A8, microseconds a product, unfused")
     for m, k, n in dict.fromkeys((row["m"], row["k"], row["n"]) for row in rows):
         us = {row["activations"]: row["us"] for row in rows if (row["m"], row["k"], row["n"]) == (m, k, n)}

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Write SmolLM2-135M-Instruct as a model directory that this project takes: a real text model, for what is said of text.
+"""Writes SmolLM2-135M-Instruct as a model directory that the converter accepts: a real text model, for results on text.
 
     python tools/base_model.py smollm2
     python tools/trial_rows.py smollm2 rows.jsonl --list w4a8 --device cuda --text tools/text.md
 
-Its weights are those that the reference VLM was made from, in that model's architecture and order of channels, which change no function.
-The vision tower is the reference VLM's: the language model has never seen what it gives, so answers about pictures mean nothing.
+The weights are those from which the reference VLM was made, in that model's architecture and order of channels; both compute the same. The
+vision tower is the reference VLM's, which the language model has never seen, so answers about pictures are meaningless.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What quantising the activations of W4A8's products costs in prompts: dynamic, static, and skipped (wrong answers: a bound), in turns.
+"""Measures what quantising the activations of W4A8's products costs in prompts: dynamic, static, and skipped (a bound with wrong answers).
 
-    python tools/bench_activations.py                                      this CPU: a few seconds a round
+    python tools/bench_activations.py                                      this CPU: a few seconds per round
     MBQ_GGUF_BACKEND=cuda python tools/bench_activations.py --gpu          single products, launches and 7B prompts too: 7 minutes
 
-Random weights; a library of the build is linked once more with one file replaced, beside the build (relinked.py).
+Weights are random. A library of the build is relinked with one file replaced; the build itself is unchanged (relinked.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from rich.console import Console
 )
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write everything that was measured to this JSON file.")
 def main(gpu: bool, layers: int, rounds: int, prompt: int, threads: int, work: Path | None, out: Path | None) -> None:
-    """Time prompts, and with --gpu products, and print the tables."""
+    """Measure prompts, and products with --gpu, and print the tables."""
     console = Console(width=150)
     record = {"date": datetime.now(UTC).date().isoformat(), "command": shlex.join(["python", *sys.argv])}
     with tempfile.TemporaryDirectory(dir=work) as temporary:

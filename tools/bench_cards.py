@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""How much faster a conversion is on several cards, and whether the files are the same bytes.
+"""Measures how much faster a conversion is with several GPUs, and checks that the files are the same.
 
     python tools/random_model.py qwen2-vl-7b big --layers 3
     python tools/bench_cards.py big --cards 4,2,1 --layers 28 --json cards.json -- --samples 96
 
-The time of a layer is that between the first finished one and the last (the first sets up what all use). MODEL_DIR may have fewer decoder
-layers than the model that it stands for: --layers says how many that has, and the whole is reckoned by adding layers. What stands behind
-`--` goes to `convert`.
+The time of a layer is measured between the first finished layer and the last, because the first one includes setup. MODEL_DIR may have
+fewer decoder layers than the real model, whose number is --layers; the total is extrapolated. Arguments after `--` are passed to `convert`.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ STAGE = re.compile(r"([a-z][a-z ]*?) (?:(\d+) min )?(\d+(?:\.\d)?) s")
 
 @dataclass(frozen=True)
 class Run:
-    """One conversion on so many ``cards``: ``seconds`` from start to end, of a ``layer``, and by stage; a digest of both files."""
+    """One conversion with ``cards`` GPUs: ``seconds`` in total, for a ``layer``, and by stage; a digest of both files."""
 
     cards: int
     seconds: float
@@ -41,7 +40,7 @@ class Run:
 
 
 def run(model: Path, cards: int, options: list[str]) -> Run:
-    """Convert ``model`` in a folder of its own; SystemExit with what was said where that fails."""
+    """Convert ``model`` into a new folder. Raises SystemExit with the output if it fails."""
     with tempfile.TemporaryDirectory(dir=model.parent) as folder:
         out, work = Path(folder) / "out.gguf", Path(folder) / "work"
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(cards)] if cards > 1 else []
@@ -60,7 +59,7 @@ def run(model: Path, cards: int, options: list[str]) -> Run:
 
 
 def shown(runs: list[Run], more: int) -> Table:
-    """The runs beside the one with the fewest cards; ``more`` layers are added to each."""
+    """A table of the runs compared with the one with the fewest GPUs; ``more`` layers are added to each."""
     fewest = min(runs, key=lambda each: each.cards)
     table = Table("cards", "seconds", "a layer", "times", "reckoned", "times", "same bytes")
     for each in runs:
@@ -79,7 +78,7 @@ def shown(runs: list[Run], more: int) -> Table:
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the figures there, after each run.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def main(model: Path, cards: str, layers: int | None, device: str, json_file: Path | None, options: tuple[str, ...]) -> None:
-    """Convert MODEL on so many cards, one number after the other."""
+    """Convert MODEL with each number of GPUs."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     had: int = config.get("text_config", config)["num_hidden_layers"]
     more = (layers or had) - had

@@ -1,4 +1,4 @@
-"""Token generation and prompt processing of quantised types on this CPU, in one run of llama-bench on random weights."""
+"""Measures token generation and prompt processing of quant types on this CPU, with llama-bench and random weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BASELINE = "Q3_K"
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one type. Tokens a second are medians over the rounds; so are the ratios, each taken within one round."""
+    """Results for one type. Tokens per second are medians over the rounds; so are the ratios, each taken within one round."""
 
     name: str
     bits_per_weight: float  # of the layers' matrices
@@ -44,7 +44,7 @@ class Row:
 
 
 def memory_bandwidth(threads: int, megabytes: int = 512, passes: int = 15) -> float:
-    """Bytes a second that ``threads`` threads together read from arrays far larger than the caches (the best of ``passes``)."""
+    """Bytes per second that ``threads`` threads together read from arrays far larger than the caches (the best of ``passes``)."""
     arrays = [np.ones(megabytes * 2**20 // threads // 8, np.int64) for _ in range(threads)]
     start = threading.Barrier(threads)
     times = np.empty((threads, passes, 2))
@@ -66,7 +66,7 @@ def memory_bandwidth(threads: int, megabytes: int = 512, passes: int = 15) -> fl
 
 
 def measure(models: dict[str, Path], prompt: int, generate: int, rounds: int, threads: int, console: Console) -> list[dict[str, Any]]:
-    """Every result of ``rounds`` runs of llama-bench, each of which goes through all models in turn."""
+    """The results of ``rounds`` runs of llama-bench, each of which measures all models in turn."""
     command: list[str | Path] = [paths.find_program("llama-bench"), "-o", "json", "-t", str(threads), "-r", "1", "-ngl", "0"]
     command += ["-p", str(prompt), "-n", str(generate)]
     for model in models.values():
@@ -81,7 +81,7 @@ def measure(models: dict[str, Path], prompt: int, generate: int, rounds: int, th
 
 
 def tabulate(models: dict[str, Path], results: Sequence[dict[str, Any]], bandwidth: float) -> list[Row]:
-    """One row a type from the results of :func:`measure`."""
+    """One row for each type, from the results of :func:`measure`."""
 
     def speeds(name: str, count: str) -> list[float]:
         return [result["avg_ts"] for result in results if result["name"] == name and result[count]]
@@ -112,7 +112,7 @@ def tabulate(models: dict[str, Path], results: Sequence[dict[str, Any]], bandwid
 
 
 def print_table(rows: Sequence[Row], title: str, console: Console) -> None:
-    """The rows; a spread far above the difference of two types says that the machine was not quiet."""
+    """Print the rows. A spread far above the difference between two types means that the machine was not quiet."""
     table = Table(title=title)
     for heading in ("type", "bits/weight", "tg t/s", f"/ {BASELINE}", "spread", "pp t/s", f"/ {BASELINE}", "spread", "bandwidth"):
         table.add_column(heading, justify="left" if heading == "type" else "right")
@@ -163,12 +163,12 @@ def _chosen(types: str) -> list[str]:
 def main(types: str, layers: int, rounds: int, prompt: int, generate: int, threads: int, work: Path | None, out: Path | None) -> None:
     """Compare the speed of quantised types on this CPU.
 
-    Writes a decoder with Qwen2-VL-2B's layer shapes and random weights, quantises it to each type with llama-quantize and times them with
-    llama-bench: tg is one token after the other (each reads all weights once), pp a prompt processed in one batch. "bandwidth" is the
-    share of the memory bandwidth, measured first, that reading the weights takes in tg: near 100 % no kernel can be faster.
+    Writes a decoder with Qwen2-VL-2B's layer shapes and random weights, quantises it to each type with llama-quantize and measures it with
+    llama-bench. tg generates one token after the other (each reads all weights once), pp processes a prompt in one batch. "bandwidth" is
+    the share of the measured memory bandwidth that reading the weights takes in tg: near 100 %, no kernel can be faster.
 
-    Compare the ratios, not the tokens per second of different days: other work on the machine slows all types alike, and a large spread
-    says that there was some.
+    Compare ratios, not tokens per second of different days: other work on the machine slows all types alike, and a large spread shows that
+    there was some.
 
     \b
     Example: python tools/bench_cpu.py --types Q3_K,MBQ3,MBQ3_64 --rounds 9 --work /tmp/bench --out bench.json

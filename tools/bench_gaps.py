@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The longest gap between the tokens of clients that are being answered while others ask about pictures: --aifs on against off.
+"""Measures the longest gap between the tokens that clients receive while others ask about pictures: --aifs on against off.
 
     python tools/bench_gaps.py --model FILE.gguf --mmproj MMPROJ.gguf
 
-Two servers with eight slots. In each round half of the clients have a long answer streamed by one of them, the others ask it about one and
-three pictures until those are done; then the same with the other server, which goes first in every other round. Gaps are counted by the
-clock and by the server's own processor time, which other work on the machine disturbs less (Linux, and without a card). The longest of a
-few hundred gaps is one event, so the 99th percentile stands beside it, and each ratio has the interval that holds its median with 95 %.
+Starts two servers with eight slots. In each round, half of the clients stream a long answer from one of them, and the others ask it about
+one and three pictures until the streams end; then the same with the other server. The order alternates between rounds. Gaps are measured in
+wall time and in the server's own processor time, which other work on the machine disturbs less (Linux, without a GPU). The longest of a few
+hundred gaps is a single event, so the 99th percentile is printed too, and each ratio has a 95 % interval of its median.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ TEXT = "Tell me a long story about a red circle."
 
 @dataclass(frozen=True)
 class Round:
-    """What one server did in one round: seconds of each client, as in `COUNTED`; how many pictures' questions were answered meanwhile."""
+    """What one server did in one round: seconds of each client, as in `COUNTED`, and the number of picture questions answered meanwhile."""
 
     gaps: tuple[tuple[float, ...], ...]
     asked: int
 
     def middle(self, by: int) -> float:
-        """That of the middle one of the clients."""
+        """The median over the clients."""
         return statistics.median(gap[by] for gap in self.gaps)
 
 
 def processor_seconds(pid: int) -> float:
-    """What all threads of a process, ended ones too, have had of the processors so far: its clock on Linux (clock_getcpuclockid)."""
+    """Processor time of all threads of a process, including ended ones: its clock on Linux (clock_getcpuclockid)."""
     return time.clock_gettime(~pid << 3 | 2)
 
 
 def gaps_of(server: Server, tokens: int) -> tuple[float, ...]:
-    """Have an answer of so many tokens streamed; seconds between two of them, as in `COUNTED`."""
+    """Stream an answer of that many tokens; the seconds between tokens, as in `COUNTED`."""
     body = {"messages": [{"role": "user", "content": TEXT}], "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "stream": True}
     body["cache_prompt"] = False
     with requests.Session() as session:
@@ -73,7 +73,7 @@ def gaps_of(server: Server, tokens: int) -> tuple[float, ...]:
 
 
 def one_round(server: Server, clients: int, tokens: int, prompts: list[tuple[list[Path], str]]) -> Round:
-    """Half of the clients listen, half ask until those are done."""
+    """Half of the clients stream an answer, half ask questions until the streams end."""
     done, asked = threading.Event(), []
 
     def ask(number: int) -> None:
@@ -95,7 +95,7 @@ def one_round(server: Server, clients: int, tokens: int, prompts: list[tuple[lis
 
 
 def interleaved(rounds: int, run: Callable[[str], Round]) -> list[dict[str, Round]]:
-    """What each mode did in each round; a first one warms up and is not counted."""
+    """Results of each mode in each round; the first round warms up and is dropped."""
     found = []
     for number in track(range(rounds + 1), "rounds", console=Console(stderr=True), transient=True):
         found.append({mode: run(mode) for mode in (MODES if number % 2 else MODES[::-1])})
@@ -103,7 +103,7 @@ def interleaved(rounds: int, run: Callable[[str], Round]) -> list[dict[str, Roun
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Where the median of what they are drawn from lies with 95 % at least (order statistics); all of them where they are few."""
+    """The 95 % interval of the median (order statistics); the whole range if there are few values."""
     ordered, cut, outside = sorted(values), 0, 0.0
     while 2 * (outside + math.comb(len(values), cut) / 2 ** len(values)) <= 0.05:
         outside += math.comb(len(values), cut) / 2 ** len(values)
@@ -113,7 +113,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def summary(rounds: list[dict[str, Round]]) -> str:
-    """The figures in words."""
+    """The figures as text."""
     lines = []
     for by, name in enumerate(COUNTED):
         for mode in MODES:

@@ -1,10 +1,10 @@
-"""How fast the MBQ types, or W4A8 and W8A8, are on this GPU beside llama.cpp's own, in one run: single products and whole models.
+"""Measures the MBQ types, or W4A8 and W8A8, beside llama.cpp's own types on this GPU: single products and whole models.
 
     MBQ_GGUF_BACKEND=cuda python tools/bench_gpu.py
     MBQ_GGUF_BACKEND=cuda python tools/bench_gpu.py --row-scale
 
-Products are timed by bench_mul_mat.cu (cold and warm in L2) and, as what they are held against, cuBLASLt's by bench_cublas.cu, both built
-here with nvcc; whole models by llama-bench on random weights (random_gguf.py), with flash attention. What is measured is stored at once.
+Products are measured by bench_mul_mat.cu (cold and warm in L2), and as a reference cuBLASLt's by bench_cublas.cu; both are built here with
+nvcc. Whole models are measured by llama-bench with random weights (random_gguf.py) and flash attention. Each result is stored at once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Plan:
-    """What is timed: products of types, shapes (rows and columns of a weight) and columns; cuBLASLt's types; whole models."""
+    """What to measure: products by type, shape (rows and columns of a weight) and number of columns; cuBLASLt's types; whole models."""
 
     types: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
@@ -83,7 +83,7 @@ ROW_SCALE = Plan(
 
 
 def run(command: Sequence[str | Path], text: str | None = None) -> str:
-    """Output of a command. Raises UserError with its last words if it fails."""
+    """The output of a command. Raises UserError with the last line if it fails."""
     done = subprocess.run([str(part) for part in command], input=text, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UserError(f"{Path(command[0]).name} failed ({done.stderr.strip()[-400:]}): run it by hand to see more")
@@ -91,7 +91,7 @@ def run(command: Sequence[str | Path], text: str | None = None) -> str:
 
 
 def lines_of(program: Path, text: str) -> Iterator[list[str]]:
-    """The words of each line that a program prints, as they come. Raises UserError if it fails."""
+    """Yields each line of a program's output, split into words. Raises UserError if it fails."""
     with subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
         assert process.stdout
@@ -105,20 +105,20 @@ def lines_of(program: Path, text: str) -> Iterator[list[str]]:
 
 
 def block_size(name: str) -> tuple[int, int]:
-    """Weights and bytes of a block of a type."""
+    """Weights and bytes per block of a type."""
     gguf = import_gguf()
     weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[stored_as(name)]]
     return int(weights), int(size)
 
 
 def compile_program(name: str, work: Path, *options: str | Path) -> Path:
-    """A program of this folder."""
+    """Compile a program of this folder."""
     run(["nvcc", "-std=c++17", "-O2", "-arch=native", HERE / f"{name}.cu", *options, "-o", work / name])
     return work / name
 
 
 def compile_products(folder: Path, work: Path) -> Path:
-    """The program that times ggml's products."""
+    """Compile the program that measures ggml's products."""
     libraries = [f"-l{name}" for name in ("ggml", "ggml-base", "ggml-cuda")]
     include = paths.source_dir() / "ggml" / "include"
     runpath = ["-Xlinker", "--enable-new-dtags", "-Xlinker", f"-rpath={folder}"]  # LD_LIBRARY_PATH goes first
@@ -126,7 +126,7 @@ def compile_products(folder: Path, work: Path) -> Path:
 
 
 def time_products(folder: Path, work: Path, plan: Plan) -> tuple[float, list[Json]]:
-    """Read bandwidth in TB/s, and for each product the time in microseconds."""
+    """The read bandwidth in TB/s, and for each product the time in microseconds."""
     program = compile_products(folder, work)
     fitting = [(name, m, k) for m, k in plan.shapes for name in plan.types if k % block_size(name)[0] == 0]  # not 29568 and 256
     (_, read), *rest = lines_of(program, "\n".join(f"{name} {m} {k} {' '.join(map(str, plan.columns))}" for name, m, k in fitting))
@@ -137,7 +137,7 @@ def time_products(folder: Path, work: Path, plan: Plan) -> tuple[float, list[Jso
 
 
 def time_anchors(work: Path, plan: Plan) -> list[Json]:
-    """CuBLASLt's products of many columns, without quantising: microseconds, and 10^12 operations a second."""
+    """cuBLASLt's products of many columns, without quantising: microseconds, and 10^12 operations per second."""
     if not plan.anchors:
         return []
     try:
@@ -154,7 +154,7 @@ def time_anchors(work: Path, plan: Plan) -> list[Json]:
 
 
 def time_model(folder: Path, work: Path, mixture: str, plan: Plan) -> list[Json]:
-    """Tokens a second of prompts and of generated tokens for a mixture, and their spread, over the later half of the repetitions."""
+    """Tokens per second for prompts and for generated tokens of a mixture, and their spread, over the later half of the repetitions."""
     model = work / f"{mixture}.gguf"
     write_random_gguf(model, QWEN2_VL_7B, mixture)
     size = model.stat().st_size
@@ -174,7 +174,7 @@ def time_model(folder: Path, work: Path, mixture: str, plan: Plan) -> list[Json]
 
 
 def print_products(console: Console, read: float, products: list[Json], anchors: list[Json], plan: Plan) -> None:
-    """One table a shape: microseconds for each n, bandwidth and its share with one column, and the time beside MBQ3's."""
+    """One table for each shape: microseconds for each n, bandwidth and its share with one column, and the time relative to MBQ3's."""
     few, many = [n for n in plan.columns if n <= 8], [n for n in plan.columns if n > 8]
     for m, k in plan.shapes:
         table = Table("type", *(f"n={n}, {'cold' if cold else 'warm'}" for n in few for cold in (True, False)), *(f"n={n}" for n in many),
@@ -196,7 +196,7 @@ def print_products(console: Console, read: float, products: list[Json], anchors:
 
 
 def print_models(console: Console, models: list[Json]) -> None:
-    """Tokens a second of whole models."""
+    """Print the tokens per second of whole models."""
     table = Table("type", "GiB", "test", "tokens/s", "deviation", title="Qwen2-VL-7B, random weights")
     for row in models:
         table.add_row(row["type"], f"{row['bytes'] / 2**30:.2f}", row["test"], f"{row['tokens_s']:.1f}", f"{row['stddev']:.1f}")
@@ -217,7 +217,7 @@ def print_models(console: Console, models: list[Json]) -> None:
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Else docs/results/gpu.json, with --row-scale gpu_row_scale.json."
 )
 def main(folder: Path | None, row_scale: bool, types: str | None, models: bool, work: Path | None, output: Path | None) -> None:
-    """Time products and models, print the tables and store the figures."""
+    """Measure products and models, print the tables and store the figures."""
     console = Console(width=200)
     plan = ROW_SCALE if row_scale else MBQ
     plan = replace(plan, types=tuple(types.split(","))) if types else plan

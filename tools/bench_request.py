@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Where the time of a request about pictures goes: reading them, vision tower, language model, and what is none of these.
+"""Measures where the time of a request about pictures goes: reading, vision tower, language model, and the rest.
 
     python tools/bench_request.py --gpu-layers 99
 
-Random weights of Qwen2-VL's shapes, pictures of random pixels. In this process: the picture read (PNG and SHA-256), preprocessed, and
-through towers of 1, 16 and 32 blocks, so that a block's time and what a picture costs besides them can be told. Over HTTP: the whole
-request, the slot's own time (tower and language model), and the rest (transfer, JSON, base64, reading, preprocessing).
+Uses random weights in Qwen2-VL's shapes and pictures of random pixels. In this process, a picture is read (PNG and SHA-256), preprocessed,
+and passed through towers of 1, 16 and 32 blocks, which separates the time of a block from that of the rest. Over HTTP, it measures the
+whole request, the slot's own time (tower and language model), and the rest (transfer, JSON, base64, reading, preprocessing).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BLOCKS = (1, 16, 32)
 
 
 def middle(run: Callable[[], object], rounds: int) -> str:
-    """Milliseconds of a run: median, least and greatest; one more before warms up."""
+    """Milliseconds of a run: median, minimum and maximum, after one run to warm up."""
     times = []
     for _ in range(rounds + 1):
         begin = time.perf_counter()
@@ -51,7 +51,7 @@ def preprocess(vision: Vision, bitmap: Any) -> None:
 
 
 def picture_parts(vision: Vision, picture: Path, rounds: int) -> dict[str, str]:
-    """What reading, preprocessing and the tower take of one picture."""
+    """The times of reading, preprocessing and encoding one picture."""
     bitmap = vision._bitmap(picture)
     with prepared(vision, picture) as run:
         tower = middle(run, rounds)
@@ -60,7 +60,7 @@ def picture_parts(vision: Vision, picture: Path, rounds: int) -> dict[str, str]:
 
 
 def parts(text: Path, towers: dict[int, Path], folder: Path, rounds: int, gpu_layers: int) -> None:
-    """Print what a picture costs in this process, with each of the towers."""
+    """Print the times of a picture in this process, with each of the towers."""
     for blocks, mmproj in towers.items():
         with Model(text, mmproj, context=CONTEXT, gpu_layers=gpu_layers) as model:
             for tokens in SIDES:
@@ -69,7 +69,7 @@ def parts(text: Path, towers: dict[int, Path], folder: Path, rounds: int, gpu_la
 
 
 def requests(text: Path, mmproj: Path, folder: Path, rounds: int, options: list[str]) -> None:
-    """Print what a request costs over HTTP; its first rounds warm up."""
+    """Print the times of a request over HTTP; the first rounds warm up."""
     with Server(text, mmproj, ["--no-ui", "--ctx-size", str(CONTEXT), "--parallel", "1", *options]) as server:
         for count, tokens in RANDOM_CASES:
             content: list[dict[str, Any]] = [

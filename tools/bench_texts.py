@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Writing the calibration's own texts alone and beside a process that computes: seconds on the clock and their ratio.
+"""Measures the generation of calibration texts, alone and beside a busy process: wall time and ratio.
 
     python tools/bench_texts.py MODEL
     python tools/bench_texts.py MODEL --beside 2 --wait active
 
-In each round the model in the directory MODEL writes the first tokens of its texts twice, alone and beside a process that multiplies
-matrices in so many threads; which comes first changes from round to round. Of two cores one busy thread leaves one and a half, so 1.33 is
-a fair share, and two threads leave one: 2. Threads wait as `convert` has them wait, passively, or spin (--wait active). Nothing else
-should run.
+In each round, the model in the directory MODEL generates the first tokens of its texts twice: alone, and beside a process that multiplies
+matrices with that many threads. The order alternates. On two cores, one busy thread leaves one and a half cores, so 1.33 is a fair ratio;
+two busy threads leave one core, which makes it 2. Threads wait passively, as in `convert`, or spin (--wait active). Nothing else should
+run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FORCED = "BENCH_TEXTS_WAITS"  # set in the process whose threads wait as asked f
 
 @contextmanager
 def busy(threads: int) -> Iterator[None]:
-    """While open, another process multiplies matrices in so many threads."""
+    """While open, another process multiplies matrices with that many threads."""
     command = [sys.executable, "-c", COMPUTES, str(threads)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -46,7 +46,7 @@ def busy(threads: int) -> Iterator[None]:
 
 
 def seconds(loaded: LoadedModel, texts: int, tokens: int) -> float:
-    """On the clock, for so many tokens of each text."""
+    """Wall time for that many tokens of each text."""
     from mbq_gguf.calibration.generate import written_texts
     from mbq_gguf.calibration.precision import coarse_products
     from mbq_gguf.calibration.synthetic import SEED, TEMPERATURE

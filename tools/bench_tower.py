@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""The time of a vision tower by its type, and of the first token behind one picture: tower and language model apart, random weights.
+"""Measures a vision tower by its type, and the first token after one picture: tower and language model separately, with random weights.
 
     python tools/bench_tower.py --gpu-layers 99                                     Qwen2-VL's tower, 256 and 1024 tokens per picture
-    python tools/bench_tower.py --tokens 1024 --gpu-layers 99                       one size: a picture has the last one's graph
-    python tools/bench_tower.py --language 7B:F16,7B:Q4_K_M,7B:W4A8 --gpu-layers 99    and prompts with one picture of a 7B
+    python tools/bench_tower.py --tokens 1024 --gpu-layers 99                       one size, so that every picture reuses the graph
+    python tools/bench_tower.py --language 7B:F16,7B:Q4_K_M,7B:W4A8 --gpu-layers 99    and prompts with one picture for a 7B
 
-Interleaved rounds: every type once in each, the order turned from round to round. Flash attention is on. A tower's time
-begins with the preprocessed picture. With --language each is timed with the picture's embeddings in its prompt, in one pass, and the last
-table adds every tower to every language model.
+Rounds are interleaved: each measures every type once, in alternating order. Flash attention is on. The tower's time starts with the
+preprocessed picture. With --language, each model is measured with the picture's embeddings in its prompt, in one pass, and the last table
+adds every tower to every language model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Timed = dict[tuple[str, int], list[float]]  # seconds of every round by name and
 
 
 def rounds_of(runs: dict[tuple[str, int], Callable[[], float]], rounds: int, title: str) -> Timed:
-    """The seconds that each of ``runs`` tells, in every round; one more round before warms up."""
+    """The seconds that each of ``runs`` returns, in every round, after one round to warm up."""
     found: Timed = {key: [] for key in runs}
     keys = list(runs)
     for number in track(range(rounds + 1), title, console=Console(stderr=True), transient=True):
@@ -56,7 +56,7 @@ def rounds_of(runs: dict[tuple[str, int], Callable[[], float]], rounds: int, tit
 
 @contextmanager
 def prepared(vision: Vision, picture: Path) -> Iterator[Callable[[], float]]:
-    """What sends the picture through the tower once it is read and preprocessed, and tells the seconds."""
+    """Reads and preprocesses the picture; the result is a function that encodes it and returns the seconds."""
     c = vision._binding.c
     with vision._cut(vision._bitmap(picture), among=1) as (handle,):
 
@@ -88,7 +88,7 @@ def towers(folder: Path, kinds: list[str], sizes: list[int], width: int, rounds:
 
 
 def forget(model: Model) -> None:
-    """Nothing of the last prompt is found again."""
+    """Clear everything that could be reused from the last prompt."""
     model.text_logits([1], outputs=1)
 
 
@@ -126,7 +126,7 @@ def languages(folder: Path, names: list[str], sizes: list[int], rounds: int, opt
 
 
 def table_of(title: str, times: Timed, against: str) -> Table:
-    """Medians in ms, least and greatest, and how much faster than ``against`` (median of the ratios within a round)."""
+    """Median, minimum and maximum in ms, and the speed relative to ``against`` (median of the ratios within a round)."""
     table = Table("", "tokens", "ms", "least to greatest", f"times {against}'s speed", title=title)
     for (name, tokens), seconds in sorted(times.items(), key=lambda item: item[0][1]):
         ratios = [base / mine for base, mine in zip(times[against, tokens], seconds, strict=True)]
@@ -136,7 +136,7 @@ def table_of(title: str, times: Timed, against: str) -> Table:
 
 
 def together(of_towers: Timed, of_languages: Timed) -> Table:
-    """The sum of the medians of every tower and language model, and how much faster than the first pair."""
+    """The sum of the medians of every tower and language model, and the speed relative to the first pair."""
     table = Table(
         "language model", "tower", "tokens", "tower, ms", "language, ms", "first token, ms", "times the first", title="first token"
     )
@@ -152,7 +152,7 @@ def together(of_towers: Timed, of_languages: Timed) -> Table:
 
 
 def listed(_: click.Context, parameter: click.Parameter, value: str) -> list[str]:
-    """The names in ``value``; one that there is no random model for is refused before minutes are spent on the others."""
+    """The names in ``value``; a name without a random model is refused before any time is spent on the others."""
     of_towers = parameter.name == "kinds"
     names = value.split(",") if value or of_towers else []
     known = TOWERS if of_towers else [f"{size}:{mixture}" for size in SHAPES for mixture in MIXTURES]

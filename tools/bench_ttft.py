@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Time to the first token of prompts with pictures, one pass (--aifs on) against the decode in turns (off) and pictures first
+"""Measures the time to first token of prompts with pictures: one pass (--aifs on) against separate decodes (off), and pictures first
 (reorder) against one pass, in interleaved rounds.
 
     python tools/bench_ttft.py --model FILE.gguf --mmproj MMPROJ.gguf          questions of the demo's set about one picture each
-    python tools/bench_ttft.py --random 2B:MBQ3S,7B:F16 --gpu-layers 99        random weights of Qwen2-VL's shapes, tower too
+    python tools/bench_ttft.py --random 2B:MBQ3S,7B:F16 --gpu-layers 99        random weights in Qwen2-VL's shapes, tower too
 
-"tower included" is the whole request to llama-server over HTTP, two servers side by side; "apart" is the language model's part alone: the
-prompt with its encoded pictures, in this process. Flash attention is on.
+"tower included" is the whole HTTP request to llama-server, with two servers side by side; "apart" is the language model alone: the prompt
+with its encoded pictures, in this process. Flash attention is on.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MODES = ("off", "on", "reorder")
 
 @dataclass(frozen=True)
 class Prompt:
-    """Pictures and the question behind them."""
+    """Pictures and the question after them."""
 
     pictures: tuple[Path, ...]
     question: str
@@ -61,7 +61,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over the rounds in ms, and the ratio of the mode before it to a mode: its median, least and greatest over the rounds."""
+    """Medians over the rounds in ms, and the ratio of the previous mode to this one: median, minimum and maximum over the rounds."""
 
     model: str
     case: str
@@ -77,7 +77,7 @@ class Row:
 
 
 def demo_tokenizer() -> tuple[dict[str, Any], int]:
-    """The demo's tokenizer and chat template as GGUF metadata, and how many tokens it has."""
+    """The demo's tokenizer and chat template as GGUF metadata, and the number of its tokens."""
     file = json.loads((DEMO / "tokenizer.json").read_text())
     names = {number: token for token, number in file["model"]["vocab"].items()} | {t["id"]: t["content"] for t in file["added_tokens"]}
     special = {token["id"] for token in file["added_tokens"]}
@@ -97,7 +97,7 @@ def demo_tokenizer() -> tuple[dict[str, Any], int]:
 
 @contextmanager
 def random_model(name: str, folder: Path) -> Iterator[tuple[Path, Path]]:
-    """The files of a shape and type such as 2B:MBQ3S; they are gone afterwards."""
+    """The files for a shape and type such as 2B:MBQ3S, deleted afterwards."""
     size, _, mixture = name.partition(":")
     tokenizer, count = demo_tokenizer()
     shape = replace(SHAPES[size], vocabulary=count)
@@ -112,7 +112,7 @@ def random_model(name: str, folder: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def noise(folder: Path, count: int, tokens: int) -> tuple[Path, ...]:
-    """Pictures of random pixels that take so many tokens each."""
+    """Pictures of random pixels that have that many tokens each."""
     paths = [folder / f"noise-{tokens}-{i}.png" for i in range(count)]
     for seed, path in enumerate(paths):
         pixels = np.random.default_rng(seed).integers(0, 256, (SIDES[tokens], SIDES[tokens], 3), dtype=np.uint8)
@@ -121,7 +121,7 @@ def noise(folder: Path, count: int, tokens: int) -> tuple[Path, ...]:
 
 
 def summary(model: str, case: str, tower: str, times: list[dict[str, float]]) -> list[Row]:
-    """A row for each mode but the first, against the one before it, from the seconds of every round by mode."""
+    """A row for each mode but the first, relative to the one before it, from the seconds of every round by mode."""
     rows = []
     for before, mode in pairwise(times[0]):
         ratios = [each[before] / each[mode] for each in times]
@@ -134,7 +134,7 @@ def summary(model: str, case: str, tower: str, times: list[dict[str, float]]) ->
 def interleaved(
     prompts: Sequence[Prompt], modes: Sequence[str], rounds: int, run: Callable[[str, Prompt], float], title: str
 ) -> list[dict[str, float]]:
-    """Seconds by mode, ``rounds`` times for each prompt; every other round goes backwards. What warms up is not counted."""
+    """Seconds by mode, ``rounds`` times for each prompt; every other round is in reverse order. Warm-up runs are dropped."""
     for mode in modes:
         run(mode, prompts[0])
     tasks = [(prompt, number) for number in range(rounds) for prompt in prompts]
@@ -148,7 +148,7 @@ def interleaved(
 def over_http(
     files: tuple[Path, Path], options: list[str], modes: Sequence[str], cases: dict[str, list[Prompt]], rounds: int, name: str
 ) -> Iterator[Row]:
-    """Whole requests to a server of each mode, tower included."""
+    """Whole requests to a server for each mode, tower included."""
     with ExitStack() as stack:
         servers = {mode: stack.enter_context(Server(*files, ["--no-ui", *options, "--aifs", mode])) for mode in modes}
 
@@ -168,7 +168,7 @@ def in_process(
     rounds: int,
     name: str,
 ) -> Iterator[Row]:
-    """The language model's part alone: the prompt with encoded pictures, to the logits of its last token."""
+    """The language model alone: the prompt with encoded pictures, to the logits of its last token."""
     with Model(*files, threads=threads, gpu_layers=gpu_layers, context=CONTEXT, aifs=True) as model:
         paths = {path for prompts in cases.values() for prompt in prompts for path in prompt.pictures}
         encoded = {path: model.vision.encode(path) for path in sorted(paths)}
@@ -228,7 +228,7 @@ def main(
     work: Path | None,
     output: Path | None,
 ) -> None:
-    """Print the table, and store each row as soon as it is there."""
+    """Print the table, and store each row as soon as it is measured."""
     if (model is None) != (mmproj is None) or not (model or shapes):
         raise click.UsageError("give --model with its --mmproj, or --random")
     chosen = modes.split(",")
@@ -266,7 +266,7 @@ def main(
 
 
 def store(output: Path, rows: list[Row], where: str) -> None:
-    """Add ``rows`` to the file, in place of those of the same model, prompt, modes and device."""
+    """Write ``rows`` to the file, replacing those of the same model, prompt, modes and device."""
     command = shlex.join(["python", *sys.argv])
     new = [{**asdict(row), "device": where, "date": datetime.now(UTC).date().isoformat(), "command": command} for row in rows]
     key = ("device", "model", "case", "tower", "before", "mode")

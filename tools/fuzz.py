@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Give spoilt files to the project's readers and to the patched libllama and libmtmd, and keep what breaks them.
+"""Feeds corrupted files to the project's readers and to the patched libllama and libmtmd, and keeps inputs that break them.
 
     python tools/fuzz.py header --count 100000           the header reader; the kinds are in tests/fuzz/targets/table.py
-    python tools/fuzz.py text mmproj --count 10000       loads, each in a child that may die
+    python tools/fuzz.py text mmproj --count 10000       loads, each in a child process that may crash
     python tools/fuzz.py header jsonl --count 400000 --jobs 16 --minutes 5
     python tools/fuzz.py text --seed 3 --show 4711       one input again: kept in a folder, and read
-    python tools/fuzz.py mmproj --read FOLDER            what lies in such a folder, read again
+    python tools/fuzz.py mmproj --read FOLDER            read the input in such a folder again
 
-A run goes on where the last one of its kind and seed stopped. Faults are kept under --out, three files a signature; those that
-tests/fuzz/upstream.py lists are counted and do not fail. Exit code 1: there are others. With --jobs the count is shared by as many
-processes, whose seeds follow --seed, and their sums are said at the end.
+A run continues where the last one of its kind and seed stopped. Faults are kept under --out, at most three files for each signature. Those
+listed in tests/fuzz/upstream.py are counted but do not fail; others give exit code 1. With --jobs, that many processes share the count,
+with seeds that follow --seed, and the totals are printed at the end.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SAY_SECONDS = 60.0
 
 @dataclass
 class State:
-    """How far a run of one kind and seed is."""
+    """The progress of a run of one kind and seed."""
 
     done: int = 0
     seconds: float = 0.0
@@ -54,12 +54,12 @@ class State:
     counts: Counter[str] = field(default_factory=Counter)  # faults by signature
 
     def unknown(self, known: list[str]) -> list[str]:
-        """Signatures that are nobody's yet."""
+        """Signatures of unknown faults."""
         return [signature for signature in self.counts if not any(re.search(part, signature) for part in known)]
 
 
 def load(kind: str, seed: int, out: Path) -> State:
-    """How far the run of ``kind`` and ``seed`` is."""
+    """The progress of the run of ``kind`` and ``seed``."""
     file = state_file(kind, seed, out)
     if not file.is_file():
         return State()
@@ -68,12 +68,12 @@ def load(kind: str, seed: int, out: Path) -> State:
 
 
 def state_file(kind: str, seed: int, out: Path) -> Path:
-    """Where a run keeps how far it is."""
+    """The file for a run's progress."""
     return out / f"{kind}-{seed}.json"
 
 
 def known_faults() -> list[str]:
-    """Regular expressions of the signatures that are upstream's."""
+    """Regular expressions for the signatures of known upstream faults."""
     return [part for fault in upstream.FAULTS for part in fault.signatures]
 
 
@@ -109,7 +109,7 @@ def fuzz(kind: str, count: int, seed: int, minutes: float, out: Path) -> State:
 
 
 def tell(kind: str, state: State) -> None:
-    """How far it is, and the faults that are nobody's yet."""
+    """Print the progress and the unknown faults."""
     known = known_faults()
     say(kind, state, known)
     for signature in state.unknown(known):
@@ -138,7 +138,7 @@ def spread(kinds: tuple[str, ...], count: int, seed: int, minutes: float, jobs: 
 
 
 def added(states: list[State]) -> State:
-    """The states of several seeds as one; numbers of inputs, which mean nothing without their seed, stay behind."""
+    """The sum of the states of several seeds, without the numbers of inputs, which mean nothing without their seed."""
     whole = State()
     for state in states:
         whole.done += state.done
@@ -149,14 +149,14 @@ def added(states: list[State]) -> State:
 
 
 def save(state: State, file: Path) -> None:
-    """Keep ``state``, whole at every moment."""
+    """Write ``state`` atomically."""
     draft = file.with_suffix(".draft")
     draft.write_text(json.dumps(vars(state), indent=1))
     draft.replace(file)
 
 
 def say(kind: str, state: State, known: list[str]) -> None:
-    """One line on how far it is."""
+    """One line about the progress."""
     new = sum(state.counts[signature] for signature in state.unknown(known))
     faults = f"{state.outcomes['fault'] - new} faults of upstream's, {new} others"
     rate = state.done / max(state.seconds, 1e-9)
@@ -166,7 +166,7 @@ def say(kind: str, state: State, known: list[str]) -> None:
 
 
 def keep(kind: str, seed: int, outcome: harness.Outcome, out: Path) -> None:
-    """The input again, with what was said, in a folder of its own."""
+    """Write the input again, with the messages, to a folder of its own."""
     folder = out / "faults" / f"{kind}-{seed}-{outcome.index}"
     folder.mkdir(parents=True, exist_ok=True)
     done = TARGETS[kind]().make(harness.draw_for(kind, seed, outcome.index), harness.clean(folder))
@@ -174,7 +174,7 @@ def keep(kind: str, seed: int, outcome: harness.Outcome, out: Path) -> None:
 
 
 def one(kind: str, seed: int, index: int, out: Path, folder: Path | None) -> int:
-    """Say what comes of one input, made here or lying in ``folder``; the exit code."""
+    """Print the outcome of one input, generated here or read from ``folder``; returns the exit code."""
     target = Lying(TARGETS[kind](), folder) if folder else TARGETS[kind]()
     (outcome,) = harness.run(target, kind, seed, index, index + 1)
     if not folder:
@@ -185,7 +185,7 @@ def one(kind: str, seed: int, index: int, out: Path, folder: Path | None) -> int
 
 @dataclass
 class Lying:
-    """A target whose input is there already."""
+    """A target whose input already exists."""
 
     target: Target
     folder: Path

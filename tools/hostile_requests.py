@@ -1,4 +1,4 @@
-"""Requests that no client in its right mind sends, and what a server may answer to each."""
+"""Requests that no sane client sends, and the responses that a server may give to each."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LATER = ("200", *REFUSED)  # nonsense that a server may as well overlook
 
 @dataclass(frozen=True)
 class Hostile:
-    """One request; ``send`` gives the status, "closed" where the server hangs up, or "no answer" after :data:`SECONDS`.
+    """One request; ``send`` returns the status, "closed" if the server hangs up, or "no answer" after :data:`SECONDS`.
 
-    ``alone``: its answer takes so much memory that how many of them meet is all that the server's memory would show.
+    ``alone``: the response takes so much memory that several at a time would dominate the measurement of the server's memory.
     """
 
     name: str
@@ -51,7 +51,7 @@ def _post(data: bytes | Any, key: str | None = None, path: str = CHAT, **headers
 
 
 def _raw(data: bytes) -> Callable[[str, str], str]:
-    """Bytes that are no HTTP, or only its beginning; then the client hangs up."""
+    """Send bytes that are not HTTP, or only its beginning, then hang up."""
 
     def send(url: str, own: str) -> str:
         place = urlsplit(url)
@@ -79,7 +79,7 @@ def _says(text: Any, **more: Any) -> dict[str, Any]:
 
 
 def _png(width: int, height: int, packed: bytes) -> str:
-    """A PNG that says it has so many pixels, as a data: URL."""
+    """A PNG that claims that many pixels, as a data: URL."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

@@ -1,12 +1,12 @@
-"""Remake the divergence tables of docs/results.md: how far each file moves from BF16 on drawn scenes, photographs and plain text.
+"""Updates the divergence tables of docs/results.md: how far each file is from BF16 on generated scenes, photographs and plain text.
 
     python tools/make_results.py                        # makes BF16.gguf and ours, asks them through llama-server
-    python tools/make_divergence.py                     # compares every file that is there and has no row yet, or an older one
+    python tools/make_divergence.py                     # compares every existing file without an up-to-date row
     python tools/make_divergence.py MBQ3 Q4_0+imatrix   # compares these
 
-A name is one of variants.py, or a type that llama-quantize makes of BF16.gguf, with ``+imatrix`` by the importance matrix that
-``mbq-gguf imatrix`` computes. Runs ``mbq-gguf eval`` on the demo's questions with text.md as text (the README as it once was: a text
-that does not change), and on the photographs of photographs.py.
+A name is one of variants.py, or a type that llama-quantize makes from BF16.gguf, with ``+imatrix`` by the importance matrix that ``mbq-gguf
+imatrix`` computes. Runs ``mbq-gguf eval`` on the demo's questions, with text.md as text (an old version of the README, so that it does not
+change), and on the photographs of photographs.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Pair = dict[str, Any]  # the summaries of one file on "scenes" and "photographs"
 
 
 def measure(files: list[Path], mmproj: Path, draft: Path, *more: str) -> list[Summary]:
-    """One summary a file of what ``mbq-gguf eval`` finds. Raises UserError if it fails."""
+    """One summary for each file, from ``mbq-gguf eval``. Raises UserError if it fails."""
     command = [sys.executable, "-m", "mbq_gguf", "eval", *map(str, files), "--mmproj", str(mmproj), "--out", str(draft), *more]
     if subprocess.run(command, check=False).returncode:
         raise UserError("`mbq-gguf eval` failed: do what its own words above say")
@@ -50,7 +50,7 @@ def measure(files: list[Path], mmproj: Path, draft: Path, *more: str) -> list[Su
 
 
 def stock(name: str, folder: Path, model: Path, *options: str) -> Path:
-    """The file ``TYPE`` or ``TYPE+imatrix`` that llama-quantize makes of BF16.gguf, made where it is missing."""
+    """The file ``TYPE`` or ``TYPE+imatrix``, made by llama-quantize from BF16.gguf if it is missing."""
     path = folder / f"{name}.gguf"
     if not path.is_file():
         kind, _, with_imatrix = name.partition("+")
@@ -72,7 +72,7 @@ def made(name: str, folder: Path) -> Path:
 
 
 def stale(folder: Path, rows: dict[str, Pair]) -> list[str]:
-    """The files of variants.py whose size or commit is not that of their row, and the stock types without one."""
+    """The files of variants.py whose size or commit differs from their row, and the stock types without one."""
     finished = load_rows(TABLE)
     there = [v.name for v in VARIANTS if v.name in finished and v.name != REFERENCE and (folder / v.file_name).is_file()]
     fresh = {name for name in there if name in rows and rows[name]["made"] == made_at(finished[name])}
@@ -80,12 +80,12 @@ def stale(folder: Path, rows: dict[str, Pair]) -> list[str]:
 
 
 def made_at(row: Row) -> list[str]:
-    """What tells one making of a file from another."""
+    """Identifies when a file was made."""
     return [row.commit, row.date, f"{row.seconds:.2f}"]
 
 
 def figures(pair: Pair) -> list[str]:
-    """The columns that both tables share."""
+    """The columns that both tables have."""
     divergence, photographs = pair["scenes"]["divergence"], pair["photographs"]["divergence"]
     return [
         f"{pair['scenes']['layer_bits_per_weight']:.2f}",
@@ -150,7 +150,7 @@ def write_page(which: str, text: str, tool: str = "make_divergence") -> None:
 
 
 def compare(files: dict[str, Path], folder: Path, questions: int) -> dict[str, Pair]:
-    """What ``mbq-gguf eval`` finds of ``files`` by name, and of BF16.gguf in ``folder``, which they are compared with."""
+    """The results of ``mbq-gguf eval`` for ``files`` by name, and for BF16.gguf in ``folder``, the reference."""
     mmproj, draft, pictures = folder / f"mmproj-{REFERENCE}.gguf", folder / "divergence.tmp", folder / "photographs"
     names, paths = [REFERENCE, *files], [folder / f"{REFERENCE}.gguf", *files.values()]
     subprocess.run([sys.executable, str(Path(__file__).with_name("photographs.py")), str(pictures)], check=True)
@@ -164,7 +164,7 @@ def compare(files: dict[str, Path], folder: Path, questions: int) -> dict[str, P
 @click.option("--questions", type=click.IntRange(min=1), default=204, show_default=True, help="Questions about scenes, all tasks alike.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the GGUF files (default: the user cache).")
 def main(names: tuple[str, ...], questions: int, out: Path | None) -> None:
-    """Compare the files NAMES (default: all whose row is missing or older) with BF16.gguf, in the folder that make_results.py fills."""
+    """Compare the files NAMES (default: all whose row is missing or outdated) with BF16.gguf, in the folder that make_results.py fills."""
     folder = (out or cache_root() / "results").resolve()
     try:
         before = json.loads(STORE.read_text(encoding="utf-8")) if STORE.is_file() else {}

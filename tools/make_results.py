@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Remake the quality table of docs/results.md: convert the reference VLM every way, ask the patched llama-server, count right answers.
+"""Updates the quality table of docs/results.md: converts the reference VLM every way, asks the patched llama-server, counts right answers.
 
-    python tools/make_results.py                       every row that docs/results/quality.json does not hold yet
+    python tools/make_results.py                       every row that docs/results/quality.json does not have yet
     python tools/make_results.py --only BF16 --again   one row, once more
     python tools/make_results.py --questions 306       half of the questions, in half of the time
 
-A finished row is saved at once, so a stopped run goes on where it was; a row that was asked fewer questions than now is made again.
-The rows are those of variants.py. The files of its STEPS are made and measured, but not asked: make_divergence.py compares them.
+Each row is saved when it is finished, so an interrupted run continues; a row with fewer questions than now is measured again. The rows are
+those of variants.py. The files of its STEPS are made and measured, but not asked: make_divergence.py compares them.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Made:
-    """What it took to make a file."""
+    """The cost of making a file."""
 
     seconds: float  # processor time, user and system
     peak_bytes: int
 
 
 def run_measured(command: list[str], log: Path) -> Made:
-    """Run ``command`` with its output in ``log``; raises UserError with the log's last line if it fails."""
+    """Run ``command`` with its output in ``log``. Raises UserError with the log's last line if it fails."""
     program = [sys.executable, "-m", "mbq_gguf"] if command[0] == "mbq-gguf" else [str(find_program(command[0]))]
     with log.open("wb") as output, termination_as_exit():
         process = subprocess.Popen([*program, *command[1:]], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=ENVIRONMENT)
@@ -91,14 +91,14 @@ def run_measured(command: list[str], log: Path) -> Made:
 
 
 def bits_per_weight(path: Path) -> tuple[float, float]:
-    """Bits stored a weight in the matrices of the decoder layers, and in all tensors of the file."""
+    """Bits per weight in the matrices of the decoder layers, and in all tensors of the file."""
     tensors = import_gguf().GGUFReader(path).tensors
     layers = [t for t in tensors if t.name.startswith("blk.") and len(t.shape) == 2]
     return tuple(8 * sum(int(t.n_bytes) for t in some) / sum(int(t.n_elements) for t in some) for some in (layers, tensors))  # type: ignore[return-value]
 
 
 def make_row(variant: Variant, folder: Path, model: Path, questions: list[Question], console: Console) -> Row:
-    """Make the file, ask the questions unless it is a step. The file and the answers stay in ``folder``."""
+    """Make the file, and ask the questions unless it is a step. File and answers stay in ``folder``."""
     command, path = variant.command(folder, model), folder / variant.file_name
     console.print(f"[bold]{variant.name}[/]: {shlex.join(command)}", highlight=False, soft_wrap=True)
     shutil.rmtree(folder / f"{path.name}.work", ignore_errors=True)  # a run that was stopped must not shorten this one
@@ -118,7 +118,7 @@ def make_row(variant: Variant, folder: Path, model: Path, questions: list[Questi
 
 
 def ask(path: Path, folder: Path, questions: list[Question], console: Console) -> ExactMatch:
-    """The answers of ``path`` behind the patched llama-server, also kept beside it."""
+    """The answers of ``path``, served by the patched llama-server; also saved beside it."""
     # Waiting threads that spin take the cores from each other when anything else runs: 10.4 s instead of 13.3 s for 17 questions.
     os.environ["OMP_WAIT_POLICY"] = "passive"
     own = folder / f"mmproj-{path.name}"  # a rotated language model reads image features in its own basis
@@ -129,7 +129,7 @@ def ask(path: Path, folder: Path, questions: list[Question], console: Console) -
 
 
 def commit() -> str:
-    """The commit of the code in use, with a plus where MAKERS have changes that are not committed."""
+    """The commit of the code in use, with a plus if MAKERS have uncommitted changes."""
     head, changes = (
         subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", *MAKERS])
@@ -146,7 +146,7 @@ def load_rows(path: Path) -> dict[str, Row]:
 
 
 def save_rows(path: Path, rows: dict[str, Row]) -> None:
-    """One row per line, in the order of VARIANTS; the file appears whole or not at all."""
+    """Write one row per line, in the order of VARIANTS, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in ordered(rows))
     draft = path.with_suffix(".tmp")
@@ -155,13 +155,13 @@ def save_rows(path: Path, rows: dict[str, Row]) -> None:
 
 
 def ordered(rows: dict[str, Row]) -> list[Row]:
-    """Rows in the order of VARIANTS; rows of variants that are gone come last."""
+    """Rows in the order of VARIANTS; rows of removed variants come last."""
     names = [variant.name for variant in VARIANTS]
     return sorted(rows.values(), key=lambda row: names.index(row.name) if row.name in names else len(names))
 
 
 def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """A Markdown table whose first column is text and whose others are figures."""
+    """A Markdown table whose first column is text; the others are figures."""
     titles = list(head)
     rule = ["---", *["---:"] * (len(titles) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [titles, rule, *lines])
@@ -208,7 +208,7 @@ def render(rows: dict[str, Row]) -> str:
 
 
 def machine() -> str:
-    """The machine in words: processor, cores, memory, system."""
+    """A description of the machine: processor, cores, memory, system."""
     cpuinfo, meminfo = Path("/proc/cpuinfo").read_text(), Path("/proc/meminfo").read_text()
     model = re.search(r"model name\s*: (.*)", cpuinfo)
     memory = re.search(r"MemTotal:\s*(\d+)", meminfo)
@@ -219,7 +219,7 @@ def machine() -> str:
 
 
 def write_page(rows: dict[str, Row]) -> None:
-    """Put the rendered rows between the markers of docs/results.md; raises UserError if the markers are missing."""
+    """Put the rendered rows between the markers of docs/results.md. Raises UserError if the markers are missing."""
     before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -233,7 +233,7 @@ def write_page(rows: dict[str, Row]) -> None:
 @click.option("--again", is_flag=True, help="Make rows that are finished once more.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the GGUF files (default: the user cache).")
 def main(count: int | None, only: tuple[str, ...], again: bool, out: Path | None) -> None:
-    """Remake the quality table of docs/results.md."""
+    """Update the quality table of docs/results.md."""
     console = Console()
     folder = (out or cache_root() / "results").resolve()
     folder.mkdir(parents=True, exist_ok=True)

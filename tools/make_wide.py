@@ -1,9 +1,9 @@
-"""Remake the table of docs/results.md on a model whose every row all types can take: the reference VLM widened by widen.py.
+"""Updates the table of docs/results.md on a model whose every row suits all types: the reference VLM widened by widen.py.
 
     python tools/make_results.py --only BF16   # assembles the reference VLM
     python tools/make_wide.py
 
-A file that is there is not made again, a row that is finished not measured again.
+Existing files are not made again, and finished rows are not measured again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Making:
 
 
 def make(variant: Variant, folder: Path, model: Path) -> None:
-    """Make the file of ``variant`` where it is missing, and write down how."""
+    """Make the file of ``variant`` if it is missing, and record how."""
     path = folder / variant.file_name
     if path.is_file():
         return

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""What a conversion takes: seconds by stage, memory of the host and of the card, as JSON.
+"""Measures a conversion: seconds by stage, and memory of the host and of the GPU, as JSON.
 
     python tools/random_model.py qwen2-vl-7b big --layers 4
     python tools/measure_scale.py big out.gguf --device cuda --json 7b-4.json
     python tools/measure_scale.py huge out.gguf --device cuda --stop-after 2 --json 72b.json
     python tools/measure_scale.py one-layer-of-huge out.gguf --device cuda --texts-of 80 --card-gib 80 --json 72b-texts.json
 
-The host's memory is told twice: what the process holds itself (anonymous pages, which must fit), and all of its resident pages, mapped
-files included, which the system takes back where it needs them. With --stop-after the run ends behind so many decoder layers; what the
-others would take is then added at the same time a layer. With --texts-of the model only writes its texts, with so many layers that all
-are the first one's files again. Further options go to `mbq-gguf convert`'s options by name (--set samples=8).
+Host memory is reported twice: the process's own (anonymous pages, which must fit), and all of its resident pages, including mapped files,
+which the system can reclaim. With --stop-after the run ends after that many decoder layers, and the time of the others is extrapolated.
+With --texts-of, the model only generates its texts, with that many layers that all use the first one's files. Other options of `mbq-gguf
+convert` are set by name (--set samples=8).
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ EVERY = 0.1  # seconds between two looks at the memory
 
 
 class StoppedError(Exception):
-    """Ends a run behind the layers that were asked for."""
+    """Ends a run after the requested layers."""
 
 
 class Memory:
-    """Watches this process's memory in bytes while it is open: ``peak`` by kind, ``by_stage`` the anonymous peak of each stage."""
+    """While open, watches this process's memory in bytes: ``peak`` by kind, ``by_stage`` the anonymous peak of each stage."""
 
     def __init__(self) -> None:
         self.peak = {"anonymous": 0, "resident": 0}
@@ -76,7 +76,7 @@ class Memory:
 
 
 class Times:
-    """When each stage's progress was told: seconds from the first to the last call, and each layer's."""
+    """When each stage reported progress: seconds from the first to the last report, and of each layer."""
 
     def __init__(self, memory: Memory, stop_after: int | None) -> None:
         self.memory, self.stop_after = memory, stop_after
@@ -117,7 +117,7 @@ def told_of(memory: Memory, times: Times) -> dict[str, Any]:
 
 
 def texts(model: Path, layers: int, device: str, count: int) -> dict[str, Any]:
-    """Let a model of so many layers write its texts; each layer is the first one's files again."""
+    """Let a model of that many layers generate its texts; each layer uses the first one's files."""
     loading = importlib.import_module("mbq_gguf.models.load")
     first, known = re.compile(r"language_model\.layers\.0\."), loading.lazy_tensors
 
@@ -145,14 +145,14 @@ def texts(model: Path, layers: int, device: str, count: int) -> dict[str, Any]:
 
 
 def limit_card(gib: float) -> None:
-    """Use no more of the card than a smaller one has."""
+    """Use no more GPU memory than a smaller GPU has."""
     if torch.cuda.is_available():
         total = torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
 
 
 def measured(options: ConvertOptions, stop_after: int | None, store: Path | None) -> dict[str, Any]:
-    """Convert, and tell what it took; ``store`` has what is known so far."""
+    """Convert, and return the measurements; ``store`` receives those known so far."""
     with Memory() as memory:
         times = Times(memory, stop_after)
 
@@ -201,7 +201,7 @@ def main(
     chosen: tuple[str, ...],
     store: Path | None,
 ) -> None:
-    """Convert MODEL to OUT and tell what it took."""
+    """Convert MODEL to OUT and report the measurements."""
     options = ConvertOptions(model, out, type=type_, device=device)
     for pair in chosen:
         name, _, value = pair.partition("=")

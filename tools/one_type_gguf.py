@@ -1,4 +1,4 @@
-"""Language models of random weights in one type each, as GGUF files: for speed alone."""
+"""Writes language models with random weights of one type as GGUF files, to measure speed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def random_layer(seed: int) -> Tensors:
 
 
 def with_row_scales(tensors: Tensors) -> Tensors:
-    """The same with each block of the layer's matrices at the scale of its row's first block: other weights, and as fast as any."""
+    """The same, but each block of the layer's matrices has the scale of its row's first block: other weights, the same speed."""
     gguf = import_gguf()
     changed: Tensors = {}
     for name, (values, kind) in tensors.items():
@@ -71,7 +71,7 @@ def with_row_scales(tensors: Tensors) -> Tensors:
 
 
 def write_model(path: Path, tensors: Tensors, layers: int, row_scales: bool = False) -> None:
-    """Write a GGUF without a tokenizer in which each of ``layers`` layers is a copy of ``blk.0``; `path` appears when it is whole."""
+    """Write a GGUF without a tokenizer in which each of ``layers`` layers is a copy of ``blk.0``; `path` appears when it is complete."""
     gguf = import_gguf()
     partial = path.with_suffix(".part")
     writer = gguf.GGUFWriter(partial, "qwen2vl")
@@ -105,7 +105,7 @@ def write_model(path: Path, tensors: Tensors, layers: int, row_scales: bool = Fa
 
 
 def prepare_models(folder: Path, names: Sequence[str], layers: int, threads: int, console: Console) -> dict[str, Path]:
-    """The GGUF files of ``names`` in ``folder``; those that are missing are made. Only one layer is quantised, then copied."""
+    """The GGUF files of ``names`` in ``folder``, made if missing. Only one layer is quantised, then copied."""
     gguf = import_gguf()
     models = {name: folder / f"random-{layers}-{name}.gguf" for name in names}
     missing = {name: model for name, model in models.items() if not model.exists()}
@@ -127,7 +127,7 @@ def prepare_models(folder: Path, names: Sequence[str], layers: int, threads: int
 
 
 def bits_per_weight(model: Path) -> float:
-    """Bits of one weight of the layers' matrices, scales included."""
+    """Bits per weight of the layers' matrices, scales included."""
     gguf = import_gguf()
     tensors = [tensor for tensor in gguf.GGUFReader(model).tensors if tensor.name.startswith("blk.") and len(tensor.shape) == 2]
     return float(8 * sum(tensor.n_bytes for tensor in tensors) / sum(tensor.n_elements for tensor in tensors))

@@ -1,10 +1,10 @@
-"""Photographs that the reference VLM never saw the like of, with free questions: a set for ``mbq-gguf eval --data``.
+"""Writes photographs unlike anything that the reference VLM has seen, with free questions: a set for ``mbq-gguf eval --data``.
 
     python tools/photographs.py FOLDER
     mbq-gguf eval bf16.gguf out.gguf --mmproj M --data FOLDER/photographs.jsonl --text README.md
 
-The pictures are those that scikit-image ships. There are no expected answers: each file is forced along the reference's own, so what is
-measured is how far a file moves from the model it was made from, on ground that no calibration set covers.
+The pictures come with scikit-image. There are no expected answers: each file is forced along the reference's own answers, which measures
+how far a file is from its original on data that no calibration set covers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def shipped() -> Path:
 @click.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def main(folder: Path) -> None:
-    """Write the pictures, made small, and photographs.jsonl to FOLDER."""
+    """Write the pictures, scaled down, and photographs.jsonl to FOLDER."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for name in PICTURES:

@@ -1,8 +1,8 @@
-"""Draw docs/divergence.svg, the README's picture, from docs/results/wide.json: what each file loses over its bits per weight.
+"""Draws docs/divergence.svg, the README's figure, from docs/results/wide.json: each file's loss over its bits per weight.
 
     python tools/plot_divergence.py
 
-The model is the widened twin of the reference VLM, in which every type has its own size in every matrix.
+The model is the widened reference VLM, in which every matrix suits every type.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def points(rows: dict[str, Any]) -> list[Point]:
 
 
 def draw(found: list[Point], path: Path) -> None:
-    """Write the picture to ``path`` as SVG with text as text."""
+    """Write the figure to ``path`` as SVG, with text as text."""
     settings = {"svg.fonttype": "none", "svg.hashsalt": "mbq-gguf", "font.size": 9, "font.family": "sans-serif"}
     with mpl.rc_context(settings):
         figure = Figure(figsize=(10, 3.9), layout="constrained", facecolor="white")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What a pass of a vision tower (Qwen2-VL's, random weights) spends on a card: from its first kernel to its last, and by kernel.
+"""Profiles a pass of a vision tower (Qwen2-VL's, random weights) on a GPU: from its first kernel to its last, and by kernel.
 
     python tools/profile_tower.py --towers F16,W8A8,W4A8 --output tower.json
     python tools/profile_tower.py --towers F16 --language 7B:W4A8,7B:MBQ3S      and a prompt with one encoded picture, in one pass
 
-torch's profiler counts the kernels of the whole process, so it needs torch with CUDA beside the CUDA build. Some kernels begin before the
-one in front of them has ended and wait for it, so times by kernel add up to more than the pass. The profiler delays the launch of a CUDA
-graph by 0.4 to 1 ms of that (docs/log.md, 2026-11-29): to hold one tower against another, take bench_tower.py.
+torch's profiler records the kernels of the whole process, so torch with CUDA is needed beside the CUDA build. Some kernels start before the
+previous one has ended and wait for it, so times by kernel add up to more than the pass. The profiler delays the launch of a CUDA graph by
+0.4 to 1 ms (docs/log.md, 2026-11-29), so use bench_tower.py to compare towers.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def seconds(model: Model, picture: Path) -> float:
 
 
 def profiled(run: Callable[[], float], trace: Path, before: Callable[[], object] = lambda: None) -> dict[str, Any]:
-    """What ``run``, which tells its seconds, takes: milliseconds of the whole call (median of 7, unprofiled), on the card from the first
-    kernel to the last, of these idle, and by kernel. ``before`` runs before each, outside of all that."""
+    """Profile ``run``, which returns its seconds. Milliseconds of the whole call (median of 7, without profiler), on the GPU from the first
+    kernel to the last, idle time in between, and by kernel. ``before`` runs before each and is not measured.
+    """
     times = []
     for _ in range(10):
         before()
@@ -61,7 +62,7 @@ def profiled(run: Callable[[], float], trace: Path, before: Callable[[], object]
 
 
 def of_events(trace: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Milliseconds on the card of a trace's events, which have times in us."""
+    """Milliseconds on the GPU of a trace's events, whose times are in us."""
     events = sorted((event for event in trace if event.get("cat") in KINDS), key=lambda event: event["ts"])
     times, counts = Counter[str](), Counter[str]()
     end, idle = events[0]["ts"], 0.0

@@ -1,4 +1,4 @@
-"""Models with random weights, for speed alone: the right shapes and types, sane scales, no tokenizer unless one is given."""
+"""Writes models with random weights, to measure speed: the right shapes and types, sane scales, and no tokenizer unless one is given."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ RANGES = {"qkv": 5.0, "o": 100.0, "gate_up": 5.0, "down": 150.0}  # of its sites
 
 
 def more_bits(layer: int, layers: int) -> bool:
-    """The layers that llama-quantize's _M mixtures give more bits: the first and last eighth and every third between."""
+    """The layers to which llama-quantize's _M mixtures give more bits: the first and last eighth and every third between."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
 def tensor_type(mixture: str, kind: str, layer: int, layers: int) -> str:
-    """The type that llama-quantize gives a matrix (``attn_v``, ``ffn_down``, ...) of a dense model with many query heads a key head."""
+    """The type that llama-quantize gives a matrix (``attn_v``, ``ffn_down``, ...) of a dense model with many query heads per key head."""
     if kind == "output":
         return "Q6_K"
     if kind == "token_embd":
@@ -77,7 +77,7 @@ def tensor_type(mixture: str, kind: str, layer: int, layers: int) -> str:
 
 
 def random_matrix(gguf: Any, type_name: str, rows: int, columns: int) -> NDArray[Any]:
-    """Random blocks [rows, bytes of a row] (F16: values [rows, columns]) whose scales are 0.01."""
+    """Random blocks [rows, bytes per row] (F16: values [rows, columns]) with scales of 0.01."""
     rng = np.random.default_rng(0)
     if type_name == "F16":
         return np.resize(rng.standard_normal(PATTERN_BLOCKS).astype(np.float16), (rows, columns))
@@ -89,7 +89,7 @@ def random_matrix(gguf: Any, type_name: str, rows: int, columns: int) -> NDArray
 
 
 def add_shape(writer: Any, shape: LanguageShape) -> None:
-    """What a file says of its language model's sizes."""
+    """Write the metadata for the language model's sizes."""
     writer.add_block_count(shape.layers)
     writer.add_context_length(32768)
     writer.add_embedding_length(shape.embedding)
@@ -105,9 +105,9 @@ def add_shape(writer: Any, shape: LanguageShape) -> None:
 def write_random_gguf(
     path: Path, shape: LanguageShape, mixture: str, tokenizer: Mapping[str, Any] | None = None, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a Qwen2-VL language model of this shape. mixture: Q4_K_M, Q3_K_M, or one type for all matrices of the layers.
+    """Write a Qwen2-VL language model of this shape. ``mixture``: Q4_K_M, Q3_K_M, or one type for all matrices of the layers.
 
-    ``tokenizer``: its metadata, for as many tokens as the shape's vocabulary has; ``metadata``: more of the file's.
+    ``tokenizer`` is its metadata, for as many tokens as the shape's vocabulary has; ``metadata`` is additional metadata.
     """
     gguf = import_gguf()
     writer = gguf.GGUFWriter(path, "qwen2vl")
@@ -156,7 +156,7 @@ def write_random_gguf(
 
 
 def write_random_tower(path: Path, width: int, kind: str = "F16") -> None:
-    """Write Qwen2-VL's vision tower for a language model of this width; ``kind`` is the type of its matrices, the patches' stay F16.
+    """Write Qwen2-VL's vision tower for a language model of this width. ``kind`` is the type of its matrices; the patch embedding is F16.
 
     W8A8 and W4A8 have static ranges of activations; ``W8A8:dynamic`` has none.
     """
@@ -202,7 +202,7 @@ def write_random_tower(path: Path, width: int, kind: str = "F16") -> None:
 
 
 def finish(writer: Any) -> None:
-    """Write out what a GGUFWriter has been given."""
+    """Write the contents of a GGUFWriter to its file."""
     write: list[Callable[[], None]] = [
         writer.write_header_to_file,
         writer.write_kv_data_to_file,

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Write a model directory with random weights in the shapes of a published model, in shards of one decoder layer each: for time and memory.
+"""Writes a model directory with random weights in the shapes of a published model, one shard per decoder layer, to measure time and memory.
 
     python tools/random_model.py qwen2-vl-7b big --layers 4
     python tools/random_model.py qwen2-vl-72b huge          (145 GB)
 
-The tokenizer, the image processor and the chat template are the reference VLM's, whose vocabulary is smaller: the rows behind it are
-padding. Every layer has the same matrices, so that making them takes no longer than writing them.
+Tokenizer, image processor and chat template are the reference VLM's. Its vocabulary is smaller, so the remaining rows are padding. All
+layers have the same matrices, so that making them takes no longer than writing them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LAYER = re.compile(r"language_model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Qwen2-VL: decoder layers, channels, feed-forward width, heads, key/value heads; blocks and channels of the tower."""
+    """Sizes of a Qwen2-VL: decoder layers, channels, feed-forward width, heads, key/value heads; blocks and channels of the tower."""
 
     layers: int
     width: int
@@ -51,7 +51,7 @@ SHAPES = {
 
 
 def outlined(shape: Shape, layers: int) -> Any:
-    """The model of ``shape`` with so many ``layers``, without weights."""
+    """The model of ``shape`` with that many ``layers``, without weights."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     config = AutoConfig.from_pretrained(str(DATA))
@@ -68,7 +68,7 @@ def outlined(shape: Shape, layers: int) -> Any:
 
 
 def random_tensor(name: str, like: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """Values for the parameter ``name`` of the shape of ``like``, bfloat16."""
+    """Values for the parameter ``name`` with the shape of ``like``, bfloat16."""
     if like.ndim == 1:
         return torch.full(like.shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
     made = torch.empty(like.shape, dtype=torch.bfloat16, device=draw.device)
@@ -76,7 +76,7 @@ def random_tensor(name: str, like: torch.Tensor, draw: torch.Generator) -> torch
 
 
 def shards(model: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of each file: everything but the layers first, then a layer each."""
+    """The tensors of each file: first everything but the layers, then one layer per file."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     draw = torch.Generator(device).manual_seed(0)
     by_layer: dict[int, dict[str, torch.Tensor]] = {}
@@ -90,7 +90,7 @@ def shards(model: Any) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def write(shape: Shape, layers: int, out: Path) -> None:
-    """The whole directory."""
+    """Write the whole directory."""
     out.mkdir(parents=True, exist_ok=True)
     model = outlined(shape, layers)
     model.config.dtype = torch.bfloat16

@@ -1,6 +1,6 @@
-"""A library of the build once more, with one of its files replaced: for experiments that are no option of the product.
+"""Relinks a library of the build with one of its files replaced, for experiments that are not options of the product.
 
-The build itself stays as it is; programs take the other library by LD_LIBRARY_PATH. Needs a build by ninja, which knows its own commands.
+The build itself is unchanged; programs use the other library through LD_LIBRARY_PATH. Needs a build by ninja, which can list its commands.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ LAUNCHES = ("cudaLaunchKernel", "__cudaLaunchKernel", "cudaLaunchKernelExC")
 
 
 def relink(build: Path, library: str, folder: Path, replaced: Path | None = None, more: Sequence[str | Path] = ()) -> dict[str, str]:
-    """``library`` (``ggml-cpu``) of the tree in ``build``, linked into ``folder``: the environment in which programs use it.
+    """Link ``library`` (``ggml-cpu``) of the tree in ``build`` into ``folder``; returns the environment in which programs use it.
 
-    ``replaced`` is compiled in the place of the file of its name, which it may include as MBQ_REPLACED; ``more`` objects and options are
-    linked with the rest. Raises UserError if the build is another than expected, or a compiler fails.
+    ``replaced`` is compiled in place of the file with its name, which it may include as MBQ_REPLACED; ``more`` objects and options are
+    passed to the linker. Raises UserError if the build is not as expected, or a compiler fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     command = _link_command(build, library)
@@ -43,7 +43,7 @@ def relink(build: Path, library: str, folder: Path, replaced: Path | None = None
 
 
 def counting(build: Path, folder: Path, replaced: Path | None = None) -> dict[str, str]:
-    """The CUDA library that says at its end how many kernels it has launched: ``launches N`` on stderr."""
+    """A CUDA library that prints the number of launched kernels on stderr when it ends: ``launches N``."""
     folder.mkdir(parents=True, exist_ok=True)
     counter = folder / "count_launches.o"
     _run(f"cc -O2 -fPIC -c {HERE / 'count_launches.c'} -o {counter}", build)
@@ -51,7 +51,7 @@ def counting(build: Path, folder: Path, replaced: Path | None = None) -> dict[st
 
 
 def _compile(build: Path, replaced: Path, to: Path) -> str:
-    """Compile ``replaced`` as the build compiles the file of that name; the build's object file."""
+    """Compile ``replaced`` with the command for the file of that name; also the build's own object file."""
     known = json.loads((build / "compile_commands.json").read_text(encoding="utf-8"))
     (entry,) = [entry for entry in known if Path(entry["file"]).name == replaced.name]
     output = re.search(r"-o (\S+)", entry["command"])

@@ -1,4 +1,4 @@
-"""What a server holds of the machine's memory and of the card's."""
+"""Reads how much memory a server uses, of the machine and of the GPU."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that the process holds."""
+    """Resident memory of the process in bytes."""
     line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
 
 
 def on_card() -> int:
-    """Bytes in use on the cards that this process may use, whoever holds them; half a second of nvidia-smi."""
+    """Bytes in use on the GPUs that are visible to this process, by any process; nvidia-smi takes half a second."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     if cards := os.environ.get("CUDA_VISIBLE_DEVICES"):
         command.append(f"--id={cards}")
@@ -25,6 +25,6 @@ def on_card() -> int:
 
 
 def growth(memory: Sequence[int]) -> tuple[float, float]:
-    """Bytes at the beginning and at the end, each the median over a tenth of what was seen."""
+    """Bytes at the beginning and at the end, each the median over a tenth of the samples."""
     span = max(1, len(memory) // 10)
     return statistics.median(memory[:span]), statistics.median(memory[-span:])

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Kill a conversion of the tests' tiny VLM at random moments, go on, kill again: the files are those of an undisturbed run.
+"""Kills a conversion of the tests' tiny VLM at random moments and continues it; the files must equal those of an undisturbed run.
 
-    python tools/soak_kills.py                100 kills; exit code 1 where one byte differs or anything is left behind
+    python tools/soak_kills.py                100 kills; exit code 1 if one byte differs or anything is left behind
     python tools/soak_kills.py --kills 10 --seed 3
 
-Two of three kills are SIGKILL, one SIGTERM. The moments are spread over the time that the undisturbed run took; a run that ends before its
-moment, or was killed five times, is let end, compared, and begun anew from nothing.
+Two of three kills are SIGKILL, one is SIGTERM. The moments are spread over the time of the undisturbed run. A run that ends before its
+moment, or was killed five times, is allowed to end, compared, and started again from nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KILLS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
 
 
 def start(model: Path, out: Path) -> int:
-    """The conversion in a child of its own, forked from here so that a kill costs no second import; its process number."""
+    """Run the conversion in a child process, forked so that a kill does not cost another import; returns its process id."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -60,7 +60,7 @@ def _convert(model: Path, out: Path) -> None:
 
 
 def ended(pid: int, seconds: float) -> int | None:
-    """Exit code of the child once it has ended, None if it still runs after ``seconds``."""
+    """The exit code of the child once it has ended, None if it still runs after ``seconds``."""
     deadline = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -72,7 +72,7 @@ def ended(pid: int, seconds: float) -> int | None:
 
 
 def content(folder: Path) -> list[bytes]:
-    """Both files, which must be all that lies there."""
+    """The contents of both files, which must be the only ones there."""
     names = sorted(path.name for path in folder.iterdir())
     if names != sorted(NAMES):
         raise click.ClickException(f"{folder} holds {', '.join(names)}: the conversion left something behind, or wrote too little")
@@ -80,7 +80,7 @@ def content(folder: Path) -> list[bytes]:
 
 
 def soak(model: Path, folder: Path, kills: int, draw: random.Random) -> Counter[str]:
-    """Kill ``kills`` times; what happened, by name. Raises ClickException for the first thing that is not as it should be."""
+    """Kill ``kills`` times; returns what happened, by name. Raises ClickException for the first deviation."""
     calm, out = folder / "calm", folder / "killed"
     for path in (calm, out):
         path.mkdir()
@@ -120,7 +120,7 @@ def soak(model: Path, folder: Path, kills: int, draw: random.Random) -> Counter[
 
 
 def compare(found: list[bytes], whole: list[bytes]) -> None:
-    """Raise ClickException where a byte differs."""
+    """Raise ClickException if a byte differs."""
     for name, one, other in zip(NAMES, found, whole, strict=True):
         if one != other:
             raise click.ClickException(f"{name} is not that of the undisturbed run: {len(one)} and {len(other)} bytes")
@@ -130,7 +130,7 @@ def compare(found: list[bytes], whole: list[bytes]) -> None:
 @click.option("--kills", default=100, show_default=True, type=click.IntRange(min=1))
 @click.option("--seed", default=0, show_default=True, help="Other moments.")
 def main(kills: int, seed: int) -> None:
-    """Kill a conversion again and again."""
+    """Kill a conversion repeatedly."""
     sys.path.insert(0, str(ROOT / "tests"))
     from tiny_vlm import write_tiny_vlm
 

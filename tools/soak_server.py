@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""Eight clients on one llama-server, with pictures, cancels and hostile input: are answers those of a server that is asked one at a time?
+"""Runs eight clients against one llama-server, with pictures, cancels and hostile input, and compares with one client at a time.
 
     python tools/soak_server.py FILE.gguf                 500 requests; the table goes to the terminal
     python tools/soak_server.py FILE.gguf --write         and into docs/results.md
-    python tools/soak_server.py FILE.gguf --gpu-layers 99     on a card; its memory is watched too
+    python tools/soak_server.py FILE.gguf --gpu-layers 99     on a GPU; its memory is watched too
 
-Warms up with every hostile request, one at a time, and with as many requests by all clients as it then counts, in another order. Fails
-(exit code 1) where an answer differs, hostile input is not refused, the server dies, or its memory or what is in use on the card grows by
-1 % or more after that.
+Warms up with every hostile request, one at a time, and then with as many requests by all clients as are counted later, in another order.
+Fails (exit code 1) if an answer differs, hostile input is not refused, the server dies, or its memory or the GPU's grows by 1 % or more.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ Ask = tuple[str, tuple[Path, ...], str]  # kind, pictures, question
 
 @dataclass
 class Tally:
-    """What has been seen so far; threads add to it under the lock."""
+    """The results so far; threads update it under the lock."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -62,7 +61,7 @@ class Tally:
 
 
 def plan(questions: list[Question], requests_count: int, draw: random.Random) -> tuple[list[Ask], list[Ask | Hostile | str]]:
-    """The distinct asks, and every request in its order: an ask, the same to be cancelled, or something hostile."""
+    """The distinct questions, and all requests in order: a question, a question to be cancelled, or hostile input."""
     distinct: list[Ask] = []
     for kind, pictures in PICTURES.items():
         for index in range(DISTINCT):
@@ -83,14 +82,14 @@ def plan(questions: list[Question], requests_count: int, draw: random.Random) ->
 
 
 def body(ask: Ask) -> dict[str, Any]:
-    """The request of an ask, as `LlamaServer.ask` sends it."""
+    """The request for a question, as `LlamaServer.ask` sends it."""
     content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in ask[1]]
     content.append({"type": "text", "text": ask[2]})
     return {"messages": [{"role": "user", "content": content}], "max_tokens": TOKENS, "temperature": 0.0, "cache_prompt": False}
 
 
 def cancel(server: LlamaServer, ask: Ask, seconds: float) -> None:
-    """Ask with a stream and hang up after ``seconds``, wherever the server is by then."""
+    """Start a stream and hang up after ``seconds``."""
     with requests.Session() as session, suppress(requests.RequestException):
         session.trust_env = False
         headers = {"Authorization": f"Bearer {server.key}"}
@@ -102,7 +101,7 @@ def cancel(server: LlamaServer, ask: Ask, seconds: float) -> None:
 def serve_one(
     server: LlamaServer, task: Ask | Hostile | str, distinct: list[Ask], expected: dict[Ask, str], seed: int, tally: Tally
 ) -> None:
-    """One request of one client."""
+    """Send one request of one client."""
     draw, began = random.Random(seed), time.monotonic()
     kind, wrong, differing, status = "cancelled", "", "", ""
     if isinstance(task, Hostile):
@@ -134,7 +133,7 @@ def serve_one(
 def soak(
     server: LlamaServer, clients: int, distinct: list[Ask], tasks: list[Any], expected: dict[Ask, str], *, card: bool = False
 ) -> Tally:
-    """All of ``tasks``, by ``clients`` at a time; with ``card`` its memory is watched."""
+    """Send all of ``tasks``, ``clients`` at a time; with ``card``, GPU memory is watched."""
     tally, waiting = Tally(card=[] if card else None), queue.SimpleQueue[tuple[int, Any]]()
     for item in enumerate(tasks):
         waiting.put(item)
@@ -151,7 +150,7 @@ def soak(
 
 
 def table(tally: Tally, file: Path, asked_by: str) -> str:
-    """The result as it stands in docs/results.md."""
+    """The result as a table for docs/results.md."""
     early, late = growth(tally.memory)
     asked = sum(len(tally.seconds[kind]) for kind in PICTURES)
     lines = [
@@ -181,13 +180,13 @@ def table(tally: Tally, file: Path, asked_by: str) -> str:
 
 
 def machine() -> str:
-    """The processor."""
+    """The processor's name."""
     found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return f"{len(found)} cores of {found[0].partition(':')[2].strip() if found else platform.processor()}"
 
 
 def write(text: str) -> None:
-    """Put the table between its marks in docs/results.md."""
+    """Put the table between its markers in docs/results.md."""
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")

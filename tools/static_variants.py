@@ -1,4 +1,4 @@
-"""What trial_static.py compares: which tokens share a static range of activations, and how a range follows from what was counted."""
+"""The variants that trial_static.py compares: which tokens share a static range, and how a range is estimated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Counted = dict[tuple[int, str, int], Magnitudes]  # by layer, site and class
 
 @dataclass(frozen=True)
 class Variant:
-    """``estimator`` None: dynamic."""
+    """``estimator`` None means dynamic."""
 
     estimator: Estimator | None = None
     two: bool = False
@@ -27,7 +27,7 @@ class Variant:
         return ", ".join(filter(None, said))
 
     def range(self, counted: Counted, layer: int, site: str, kind: int) -> float:
-        """Of a token of class ``kind``; 0 is dynamic."""
+        """The range for a token of class ``kind``; 0 means dynamic."""
         if self.estimator is None or (self.apart and kind == SINK):
             return 0.0
         kinds = [VISION if kind == VISION else TEXT] if self.two else [TEXT, VISION]

@@ -1,11 +1,11 @@
-"""What settings do to a VLM's answers, in PyTorch, before any file is written: the ablation of docs/results.md.
+"""Measures how settings change a VLM's answers, in PyTorch, before any file is written: the ablation of docs/results.md.
 
     python tools/photographs.py photographs
     python tools/trial_quality.py MODEL_DIR "" seed=1 samples=32,synthetic=0 type_name=Q4_0 rotate=full --photographs photographs
 
-Each argument is one variant: ``samples``, ``seed``, ``turns`` and fields of QuantiseSettings, "" the default. Quantises the language
-model's linears, puts the rounded values into the Hugging Face model, and compares it with the original, forced along
-the expected answers of the demo's eval set, along the original's own words about photographs, and along a text. KL divergence in nats.
+Each argument is one variant: ``samples``, ``seed``, ``turns`` and fields of QuantiseSettings; "" is the default. Quantises the language
+model's linears, puts the rounded values into the Hugging Face model, and compares it with the original, forced along the expected answers
+of the demo's eval set, along the original's own answers about photographs, and along a text. KL divergence is in nats.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Streams = list[Streamed]
 
 @dataclass(frozen=True)
 class Variant:
-    """What the calibration set is, and the settings."""
+    """Calibration set and settings."""
 
     name: str
     samples: int
@@ -61,7 +61,7 @@ class Variant:
 
 
 def parsed(name: str) -> Variant:
-    """``key=value,key=value``; values are Python's where they can be, else text."""
+    """Parse ``key=value,key=value``; values are Python literals if possible, else text."""
     found: dict[str, Any] = dict(item.split("=", 1) for item in name.split(",") if item)
     for key, value in found.items():
         try:
@@ -84,7 +84,7 @@ def answer_logits(
 ) -> list[torch.Tensor]:
     """Log-probabilities [answer tokens, vocabulary] of each stream, with the weights of ``result``, in the basis of ``rotate``.
 
-    With ``int8`` its W4A8 and W8A8 linears take int8 activations, as their product does.
+    With ``int8``, its W4A8 and W8A8 linears use int8 activations, as their product does.
     """
     rotation = draw(loaded.decoder, rotate, ROTATION_SEED) if result and rotate != "none" else None
     running = [replace(stream, hidden=turned(stream.hidden, rotation)) for stream in streams]
@@ -104,20 +104,21 @@ def answer_logits(
 
 
 def turned(hidden: torch.Tensor, rotation: Rotation | None, back: bool = False) -> torch.Tensor:
-    """``hidden`` in the rotated basis, or out of it."""
+    """``hidden`` in the rotated basis, or back."""
     if rotation is None:
         return hidden
     return (hidden.double() @ (rotation.residual.t() if back else rotation.residual)).to(hidden)
 
 
 def row_scaled(layer: Layer, index: int, result: QuantiseResult) -> list[nn.Linear]:
-    """The linears of ``layer`` that ``result`` holds with one scale per row."""
+    """The linears of ``layer`` that have one scale per row in ``result``."""
     found = [name for name, quantised in result.layer(index).quantised.items() if quantised.type_name in QUANT_TYPES]
     return [layer.holder(name.removesuffix(".weight")) for name in found]
 
 
 def score(reference: list[torch.Tensor], candidate: list[torch.Tensor], streams: Sequence[Streamed]) -> tuple[str, str]:
-    """Mean KLD with its standard error over answer tokens, and the share of questions whose every answer token is the most likely one."""
+    """Mean KLD with its standard error over answer tokens, and the share of questions for which every answer token is the most likely
+    one."""
     kld = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(reference, candidate, strict=True)])
     exact = [bool((q.argmax(-1) == s.ids[s.labels]).all()) for q, s in zip(candidate, streams, strict=True)]
     return f"{float(kld.mean()):.4f} ± {float(kld.std()) / len(kld) ** 0.5:.4f}", f"{sum(exact) / len(exact):.3f}"
@@ -130,7 +131,7 @@ def bits(result: QuantiseResult) -> float:
 
 
 def scenes(loaded: LoadedModel, count: int) -> Streams:
-    """``count`` questions of the demo's eval set as they enter the first layer."""
+    """``count`` questions of the demo's eval set, as inputs of the first layer."""
     samples = read_jsonl(SHIPPED)
     return list(capture(loaded, [Sample(s.image, s.turns[:1]) for s in random.Random(0).sample(samples, min(count, len(samples)))]))
 
@@ -147,7 +148,7 @@ def photographs(loaded: LoadedModel, folder: Path) -> Streams:
 
 
 def text(loaded: LoadedModel, file: Path) -> Streams:
-    """Chunks of ``file`` whose second halves are scored."""
+    """Chunks of ``file``; their second halves are scored."""
     ids = loaded.prompts.tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     streams = []
     for start in range(0, min(len(ids), TEXT_CHUNK * TEXT_CHUNKS) - TEXT_CHUNK + 1, TEXT_CHUNK):
@@ -167,7 +168,7 @@ def text(loaded: LoadedModel, file: Path) -> Streams:
 def main(
     model_dir: Path, variants: tuple[str, ...], questions: int, folder: Path | None, file: Path | None, calib: Path | None, device: str
 ) -> None:
-    """Quantise MODEL_DIR in PyTorch in each of VARIANTS and score the answers."""
+    """Quantise MODEL_DIR in PyTorch with each of VARIANTS and score the answers."""
     loaded = load(model_dir, device)
     sets = {"scenes": scenes(loaded, questions)}
     if folder:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Many trials of trial_quality.py at once, for a machine with a GPU: MBQ and AWQ beside plain rounding, token weights under the default.
+"""Runs many trials of trial_quality.py in parallel on a GPU: MBQ and AWQ beside plain rounding, token weights with the default.
 
     python tools/trial_rows.py MODEL_DIR rows.jsonl --device cuda --jobs 12 --seconds 420 --photographs photographs --text README.md
 
-Each row is a line of the output as soon as it is done, in the order of its list; those that OUT holds are left out, and what is under
-way when the time is up is dropped. Exact match is forced: every answer token is the most likely one after the expected ones before it.
-Small kernels of several processes share the card under CUDA's MPS alone: start nvidia-cuda-mps-control -d before.
+Each row is written as soon as it is done, in the order of its list. Rows that OUT already has are skipped, and unfinished ones are dropped
+when the time is up. Exact match is forced: every answer token is the most likely one after the expected ones before it. Small kernels of
+several processes share the GPU only with CUDA's MPS: run nvidia-cuda-mps-control -d first.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ LISTS = {"balance": ROWS, "w4a8": trial_w4a8.ROWS}
 
 
 def captions(folder: Path) -> Path:
-    """The shipped calibration set's descriptions alone, one per picture, as a set of its own in ``folder``."""
+    """Only the descriptions of the shipped calibration set, one per picture, as a set of its own in ``folder``."""
     lines = []
     for line in CALIBRATION.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
@@ -84,24 +84,24 @@ def captions(folder: Path) -> Path:
 
 
 def described(loaded: LoadedModel, count: int) -> trial.Streams:
-    """``count`` descriptions of the eval set as they enter the first layer."""
+    """``count`` descriptions of the eval set, as inputs of the first layer."""
     samples = [sample for sample in read_jsonl(SHIPPED) if "from left to right" in sample.turns[0][0]]
     return list(capture(loaded, [Sample(s.image, s.turns[:1]) for s in random.Random(0).sample(samples, min(count, len(samples)))]))
 
 
 def asked(loaded: LoadedModel, count: int) -> trial.Streams:
-    """``count`` questions of the eval set, the same number of every task, as make_results.py asks them."""
+    """``count`` questions of the eval set, the same number for every task, as make_results.py asks them."""
     questions = stratified(load_questions(SHIPPED), count)
     return list(capture(loaded, [Sample(q.image, ((q.question, q.expected),)) for q in questions]))
 
 
 def divergences(reference: list[torch.Tensor], candidate: list[torch.Tensor]) -> list[torch.Tensor]:
-    """KLD of every answer token, one [tokens] a stream."""
+    """KLD of every answer token, one tensor [tokens] per stream."""
     return [(p.exp() * (p - q)).sum(-1) for p, q in zip(reference, candidate, strict=True)]
 
 
 def figures(reference: list[torch.Tensor], candidate: list[torch.Tensor], streams: trial.Streams) -> dict[str, float]:
-    """KLD with its standard error, exact match, and how many were asked."""
+    """KLD with its standard error, exact match, and the number of questions."""
     kld = torch.cat(divergences(reference, candidate))
     exact = [bool((q.argmax(-1) == s.ids[s.labels]).all()) for q, s in zip(candidate, streams, strict=True)]
     return {
@@ -116,7 +116,7 @@ def figures(reference: list[torch.Tensor], candidate: list[torch.Tensor], stream
 def scored(
     loaded: LoadedModel, reference: list[torch.Tensor], streams: trial.Streams, result: QuantiseResult, rotate: Rotate
 ) -> dict[str, Any]:
-    """Figures with 16-bit activations and, where the type has one scale per row, with int8 ones and what those add."""
+    """Figures with 16-bit activations and, if the type has one scale per row, with int8 ones and the difference."""
     plain = trial.answer_logits(loaded, streams, result, rotate)
     found: dict[str, Any] = figures(reference, plain, streams)
     if any(quantised.type_name in QUANT_TYPES for quantised in result.quantised.values()):
@@ -130,7 +130,7 @@ def medians(ratios: dict[str, list[float]]) -> dict[str, float]:
 
 
 def work(options: dict[str, Any], rows: list[str], number: Synchronized[int]) -> None:
-    """Make one row after another until none is left; a row that fails says so in its line."""
+    """Measure one row after another until none is left; a row that fails says so in its line."""
     torch.set_num_threads(1)
     trial_w4a8.register()
     loaded = load(options["model_dir"], options["device"])
@@ -171,7 +171,7 @@ def short(found: dict[str, Any]) -> list[float]:
 
 
 def keep_texts() -> None:
-    """Let the model write its texts once: they are the same for every row."""
+    """Let the model generate its texts once: they are the same for every row."""
     texts: dict[int, torch.Tensor] = {}
     write = walk.written  # type: ignore[attr-defined]
 
@@ -184,7 +184,7 @@ def keep_texts() -> None:
 
 
 def shown(row: str) -> str:
-    """A row's name in the table: what all rows to the nearest, or all of plain GPTQ, have in common is left out."""
+    """A row's name in the table, without what all rounded-to-nearest rows, or all plain GPTQ rows, have in common."""
     row = row.replace("turns=all", "turns=last,turns=all") if row.startswith("type_name=MBQ3,rounding=nearest") else row
     for base, name in ((NEAREST, "nearest"), (PLAIN, "plain GPTQ"), ("", "the default of MBQ3S")):
         if row.startswith(base):
@@ -207,7 +207,7 @@ def device_name(device: str) -> str:
 
 
 def finished(out: Path) -> set[str]:
-    """The rows that ``out`` holds already."""
+    """The rows that ``out`` already has."""
     lines = out.read_text(encoding="utf-8").splitlines() if out.is_file() else []
     return {row["row"] for row in map(json.loads, lines) if "failed" not in row}
 
@@ -224,7 +224,7 @@ def finished(out: Path) -> set[str]:
 @click.option("--list", "list_", type=click.Choice(list(LISTS)), default="balance", show_default=True, help="Which rows.")
 @click.option("--only", multiple=True, help="These rows instead, in trial_quality.py's words.")
 def main(out: Path, jobs: int, seconds: int, list_: str, only: tuple[str, ...], **options: Any) -> None:
-    """Quantise MODEL_DIR in PyTorch in every row, score the answers, and write OUT line by line."""
+    """Quantise MODEL_DIR in PyTorch for every row, score the answers, and write OUT line by line."""
     end = time.monotonic() + seconds
     done = finished(out)
     rows = [row for row in (only or LISTS[list_]) if row not in done]

@@ -37,7 +37,7 @@ SHRINKS = torch.linspace(1.0, 0.4, 25)
 
 @dataclass(frozen=True)
 class Bits:
-    """``searched``: a row's range of weights is that of the least squared error; else its largest weight."""
+    """``searched``: a row's weight range minimises the squared error; otherwise it is the largest weight."""
 
     weights: int
     activations: int
@@ -51,14 +51,14 @@ BITS = (Bits(4, 8, searched=False), Bits(4, 8, searched=True), Bits(4, 4, search
 
 
 def rounded(x: torch.Tensor, bits: int, shrink: float = 1.0) -> torch.Tensor:
-    """Rows of ``x`` in ``bits``, symmetric; a row's range is its largest value times ``shrink``."""
+    """Rows of ``x`` rounded to ``bits``, symmetric; a row's range is its largest value times ``shrink``."""
     limit = float(2 ** (bits - 1) - 1)
     scale = (x.abs().amax(-1, keepdim=True) * shrink / limit).clamp(min=1e-30)
     return scale * (x / scale).round().clamp(-limit, limit)
 
 
 def rounded_weights(weight: torch.Tensor, bits: Bits) -> torch.Tensor:
-    """``weight`` [rows, columns], each row by the best of ``SHRINKS`` where they are searched."""
+    """``weight`` [rows, columns] rounded, each row with the best of ``SHRINKS`` if they are searched."""
     best = rounded(weight, bits.weights)
     least = (best - weight).square().sum(-1, keepdim=True)
     for shrink in SHRINKS[1:] if bits.searched else ():
@@ -70,7 +70,7 @@ def rounded_weights(weight: torch.Tensor, bits: Bits) -> torch.Tensor:
 
 @dataclass
 class Product:
-    """Stands in for a linear's product, and sums its squared error beside what it should be."""
+    """Replaces a linear's product, and sums its squared error."""
 
     weight: torch.Tensor  # turned and rounded [rows, columns], float32
     apart: torch.Tensor  # the columns that are split off, as floats [rows, channels]
@@ -95,12 +95,12 @@ class Product:
 
     @property
     def error(self) -> float:
-        """Relative, of all products so far."""
+        """The relative error of all products so far."""
         return float((self.sums[0] / self.sums[1]) ** 0.5)
 
 
 def product_of(module: nn.Linear, variant: str, bits: Bits, block: int) -> Product:
-    """The product of ``module`` behind a transform of each ``block`` of its inputs."""
+    """The product of ``module`` after a transform of each ``block`` of its inputs."""
     columns = module.in_features
     signs = torch.ones(columns)
     if variant.endswith("signs"):
@@ -120,7 +120,7 @@ def product_of(module: nn.Linear, variant: str, bits: Bits, block: int) -> Produ
 
 @contextmanager
 def products(modules: Sequence[nn.Linear], variant: str, bits: Bits, block: int) -> Iterator[list[Product]]:
-    """While open, ``modules`` multiply so; copies of them too."""
+    """While open, ``modules`` and copies of them multiply this way."""
     found = [product_of(module, variant, bits, block) for module in modules]
     handles = [module.register_forward_hook(product) for module, product in zip(modules, found, strict=True)]
     try:

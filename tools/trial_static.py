@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What static ranges of activations do to a VLM's answers, in PyTorch: int8 at every linear of the language model.
+"""Measures how static ranges of activations change a VLM's answers, in PyTorch: int8 at every linear of the language model.
 
     python tools/trial_static.py MODEL_DIR --questions 24 --samples 24 --synthetic 0 --text README.md
     python tools/trial_static.py MODEL_DIR --weights W4A8 --questions 612 --device cuda --photographs photographs --output static.jsonl
 
-One range for all tokens or one per class (vision, text), with or without the sinks apart (dynamic, and out of the ranges) and outliers that
-no rule names left out of the ranges, each by several estimators, with full rotation and without; dynamic beside them. Weights are the
-original's, so that only activations differ, or rounded as `convert --type W4A8` rounds them, with ranges of the rounded model as a file has
-them. Divergence is from the original with 16-bit activations. Also prints sinks, ratios of ranges by site, and what lies beyond a range.
+Compares one range for all tokens with one per class (vision, text); with and without treating sinks separately (dynamic, and excluded from
+the ranges) and excluding outliers that no rule names; several estimators; with and without full rotation; and dynamic ranges. Weights are
+the original's, so that only activations differ, or rounded as `convert --type W4A8` does, with ranges of the rounded model as in a file.
+Divergence is from the original with 16-bit activations. Also prints sinks, ratios of ranges by site, and the share beyond a range.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def classes(stream: Streamed, sinks: Sinks, outlier: torch.Tensor | None = None)
 
 @dataclass(frozen=True)
 class Run:
-    """A model's layers as they are tried, in the basis of ``rotation``."""
+    """The model's layers for a trial, in the basis of ``rotation``."""
 
     loaded: LoadedModel
     rotation: Rotation | None
@@ -66,7 +66,7 @@ class Run:
 
 @torch.no_grad()
 def run_of(loaded: LoadedModel, rotation: Rotation | None = None, result: QuantiseResult | None = None) -> Run:
-    """The original's layers, rotated, with the weights of ``result`` if there is one."""
+    """The original's layers, rotated, with the weights of ``result`` if given."""
     layers = []
     for index in range(len(loaded.decoder.layers)):
         layer = working_layer(loaded, index)
@@ -80,7 +80,7 @@ def run_of(loaded: LoadedModel, rotation: Rotation | None = None, result: Quanti
 
 @torch.no_grad()
 def count(run: Run, streams: Sequence[Streamed], sinks: Sinks, outliers: Sequence[torch.Tensor] = ()) -> Counted:
-    """How large the inputs of every site are, by class; ``outliers`` are known of the calibration set."""
+    """Count magnitudes of the inputs of every site, by class; ``outliers`` come from the calibration set."""
     of_all = torch.cat([classes(*each) for each in zip(streams, [sinks] * len(streams), outliers or [None] * len(streams), strict=True)])
     running = [replace(stream, hidden=trial.turned(stream.hidden, run.rotation)) for stream in streams]
     counted: Counted = {}
@@ -123,8 +123,9 @@ def answers(run: Run, streams: Sequence[Streamed], sinks: Sinks, counted: Counte
 
 
 def described(counted: Counted, asked: Counted) -> Table:
-    """By site, medians over layers: vision over text range, sinks over text, text's largest value over its 99.99th percentile, and what
-    lies beyond the calibrated min-max range."""
+    """By site, medians over layers: vision range over text range, sinks over text, text's largest value over its 99.99th percentile, and
+    the share beyond the calibrated min-max range.
+    """
     table = Table("site", "vision / text", "text, lowest to highest", "sinks / text", "largest / 99.99 %", "beyond: text", "vision")
     for site in dict.fromkeys(site for _, site, _ in counted):
         of = {kind: [m for (_, name, k), m in sorted(counted.items()) if (name, k) == (site, kind)] for kind in (TEXT, VISION, SINK)}
@@ -140,7 +141,7 @@ def described(counted: Counted, asked: Counted) -> Table:
 
 
 def clipped(variant: Variant | None, counted: Counted, asked: Counted) -> dict[str, float]:
-    """The share of values beyond their static range, by class, of all that are ``asked`` of it in the layers."""
+    """The share of values beyond their static range, by class."""
     if variant is None or variant.estimator is None:
         return {}
     found = {}
@@ -159,7 +160,7 @@ def shown(found: dict[str, float], beyond: dict[str, float]) -> list[str]:
 
 
 def calibration_streams(loaded: LoadedModel, samples: int, synthetic: int, seed: int) -> list[Streamed]:
-    """The shipped set, and what the model writes itself, as a conversion has them."""
+    """The shipped set and the texts that the model generates, as in a conversion."""
     loaded_samples = load_samples(None, loaded, samples, seed)
     streams = list(capture(loaded, loaded_samples))
     if synthetic:
@@ -177,7 +178,7 @@ def scored(
     found: Mapping[str, Counted],
     variants: Iterable[Variant | None],
 ) -> Iterator[tuple[str, dict[str, object], list[str]]]:
-    """Of each variant its name, its figures by set, and the cells of a table; ``found`` is what each set asks of the ranges."""
+    """The name of each variant, its figures by set, and the cells of a table; ``found`` has the magnitudes of each set."""
     dynamic: dict[str, list[torch.Tensor]] = {}  # whose divergences the others are compared with, token by token
     for variant in variants:
         row: dict[str, object] = {}

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What a vision tower in 8 and 4 bits does to a VLM's answers: one language model, a vision file a row, held against F16's.
+"""Measures how a vision tower in 8 and 4 bits changes a VLM's answers: one language model, one vision file per row, compared with F16.
 
     python tools/trial_tower.py MODEL_DIR FOLDER --questions 51 --side 224 --side 308
     python tools/trial_tower.py MODEL_DIR FOLDER --data photographs.jsonl
 
-Vision files are made in FOLDER where they are not there yet. Every row answers through libllama and libmtmd; divergence is from the BF16
-language model with the F16 tower, in nats a token of the answers.
+Missing vision files are made in FOLDER. Every row answers through libllama and libmtmd; divergence is from the BF16 language model with the
+F16 tower, in nats per token of the answers.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def made(model_dir: Path, folder: Path, row: Row, samples: int) -> Path:
 
 
 def limited(mmproj: Path, side: int | None, folder: Path) -> Path:
-    """The vision file, or a copy of it by which every picture is made ``side`` pixels square, or as many in another shape."""
+    """The vision file, or a copy with which every picture is resized to about ``side`` by ``side`` pixels, keeping its shape."""
     if side is None:
         return mmproj
     data = bytearray(mmproj.read_bytes())
@@ -111,7 +111,7 @@ def main(
     threads: int,
     out: Path | None,
 ) -> None:
-    """Make the vision files of MODEL_DIR in FOLDER and ask them."""
+    """Make the vision files of MODEL_DIR in FOLDER and evaluate them."""
     folder.mkdir(parents=True, exist_ok=True)
     bind()
     rows = [row for row in ROWS if row == ROWS[0] or not only or any(part in str(row) for part in only)]

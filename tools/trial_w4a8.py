@@ -38,7 +38,7 @@ ROWS = [f"type_name={kind},{NEAREST},method=rtn" for kind in ("W4A8", "W8A8")] +
 
 
 def register() -> None:
-    """Let the converter know the two trial codes, in this process."""
+    """Register the two trial types with the converter, in this process."""
     for name in ("W4A8_ZERO", "W4A8_TWO"):
         row_scale.QUANT_TYPES[name] = QuantType(name, -1, GROUP, 4 * GROUP, partial(_quantize, name), _dequantize, "F16")
     for module in (sequence, candidate, nearest):
@@ -46,7 +46,7 @@ def register() -> None:
 
 
 def trial_grid(quant_type: QuantType) -> Grid | None:
-    """The grid of a trial code, whose block is a row, or of any other type."""
+    """The grid of a trial type, whose block is a row, or of any other type."""
     columns = quant_type.block_size
     if quant_type.name == "W4A8_ZERO":
         return Grid(columns, columns, 0, 15, partial(_pack, 0))
@@ -72,9 +72,10 @@ def _dequantize(data: Bytes) -> Floats:
 
 
 def added(plain: list[torch.Tensor], int8: list[torch.Tensor]) -> dict[str, Any]:
-    """What int8 activations add to the divergence of the same weights, as a share of it; 95 % interval from questions drawn in pairs.
+    """How much int8 activations add to the divergence of the same weights, as a share of it; the 95 % interval is from a paired bootstrap
+    over questions.
 
-    ``plain`` and ``int8`` hold each question's divergences, one per token, with 16-bit and with int8 activations.
+    ``plain`` and ``int8`` have each question's divergences, one per token, with 16-bit and with int8 activations.
     """
     both = torch.stack([torch.stack([p.sum(), q.sum()]) for p, q in zip(plain, int8, strict=True)]).double()
     drawn = torch.randint(len(both), (RESAMPLES, len(both)), generator=torch.Generator().manual_seed(0))
@@ -99,7 +100,7 @@ def _pair(found: dict[str, Any], figure: str, places: str) -> str:
 
 
 def _share(found: dict[str, Any]) -> str:
-    """What int8 adds, with its interval; a multiple where the weights themselves lose next to nothing."""
+    """What int8 adds, with its interval; as a multiple if the weights alone lose almost nothing."""
     int8 = found.get("int8")
     if not int8:
         return ""

@@ -1,4 +1,4 @@
-"""The rows of docs/results.md: how each file is made from the reference VLM. A new row is a new line here."""
+"""The rows of docs/results.md: how each file is made from the reference VLM. To add a row, add a line here."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PLAIN = ("--samples", "64", "--synthetic", "0", "--no-clip", "--no-propagate-err
 
 
 def plain(method: str, rounding: str) -> Variant:
-    """A row of the papers' methods, in MBQ3."""
+    """A row for one of the papers' methods, in MBQ3."""
     return Variant(f"MBQ3 {method} {rounding}", "convert", ("--type", "MBQ3", "--method", method, "--rounding", rounding, *PLAIN))
 
 

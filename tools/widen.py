@@ -1,11 +1,11 @@
-"""Widen the reference VLM from 576 to 768 channels without changing what it computes: a model whose every row a K-quant can take.
+"""Widens the reference VLM from 576 to 768 channels without changing what it computes, so that K-quants can store every row.
 
     python tools/widen.py reference-vlm wide-vlm
 
 Three channels and a zero become four by a 4 x 4 Hadamard matrix, x' = E x with E^T E = 1: every weight is used, and outliers keep their
-place. Norm weights are folded into the matrices behind them, hence the output head is one of its own. The mean of squares falls to three
-quarters: so does epsilon, and the matrices behind a norm take the root. Attention gets a fourth key and value head and its three query
-heads, all zero.
+place. Norm weights are folded into the matrices after them, so the output head is a separate matrix. The mean of squares falls to three
+quarters; epsilon is scaled in the same way, and the matrices after a norm by the square root. Attention gets a fourth key and value head
+and its three query heads, all zero.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def read_wide(weight: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """(rows, 576) behind a norm -> (rows, 768) behind one without weights."""
+    """(rows, 576) after a norm -> (rows, 768) after one without weights."""
     scaled = weight.double() * norm.double() * SHARE**0.5
     return (scaled.unflatten(1, (-1, 3)) @ THREE_TO_FOUR.T).flatten(1)
 
@@ -37,12 +37,12 @@ def write_wide(weight: torch.Tensor) -> torch.Tensor:
 
 
 def with_zeros(tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """A third more along ``dim``, zero: the heads that are new."""
+    """Append zeros along ``dim``, a third of its length: the new heads."""
     return torch.cat([tensor.double(), torch.zeros_like(tensor.narrow(dim, 0, tensor.shape[dim] // 3)).double()], dim)
 
 
 def widen_layer(old: Tensors, prefix: str) -> Tensors:
-    """The tensors of the decoder layer whose names begin with ``prefix``."""
+    """The tensors of the decoder layer whose names start with ``prefix``."""
     attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
     before_attention, before_mlp = f"{prefix}input_layernorm.weight", f"{prefix}post_attention_layernorm.weight"
     new = {name: torch.ones(len(old[name]) * 4 // 3) for name in (before_attention, before_mlp)}

@@ -1,4 +1,4 @@
-"""How much memory there is and how much is taken, of the host and of a card."""
+"""Free and used memory, of the host and of GPUs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # progress bars come with --help, which loads no torch
+if TYPE_CHECKING:  # progress bars are imported for --help too, which must not import torch
     import torch
 
 STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
@@ -15,30 +15,30 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available(device: torch.device) -> int:
-    """Bytes that are free on ``device``: what the driver and torch's own pool have left, as far as torch may take it, or what the
-    system can give without swapping, within the limit of a container. Where the system does not say, all that one can address."""
+    """Free bytes on ``device``. On a GPU: what the driver and torch's pool have left, within torch's memory fraction. On the host: what is
+    available without swapping, within a container's limit; unlimited if the system does not tell."""
     if device.type == "cuda":
         import torch
 
         card = torch.cuda.current_device() if device.index is None else device.index
         free, total = torch.cuda.mem_get_info(card)
         allowed = int(total * torch.cuda.get_per_process_memory_fraction(card))
-        pool = torch.cuda.memory.memory_stats_as_nested_dict(card)  # flattened, as memory_allocated does it twice, takes 0.5 ms
+        pool = torch.cuda.memory.memory_stats_as_nested_dict(card)  # memory_allocated flattens this twice, which takes 0.5 ms
         taken, reserved = (int(pool[f"{kind}_bytes"]["all"]["current"]) for kind in ("allocated", "reserved"))
         return max(0, min(free + reserved - taken, allowed - taken))
     return min(_kilobytes(MEMINFO, "MemAvailable"), _left_in_container())
 
 
 def to_host(x: torch.Tensor) -> torch.Tensor:
-    """``x`` in the host's memory. From a card it is on its way to page-locked memory, which the card writes itself (55 MB into other pages
-    take 40 ms): who reads it waits for an :func:`arrival` first."""
+    """``x`` in host memory. From a GPU, this starts an asynchronous copy to page-locked memory (55 MB to pageable memory take 40 ms): wait
+    for an :func:`arrival` before reading it."""
     import torch
 
     return x if x.device.type == "cpu" else torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=x.is_cuda)
 
 
 def arrival(device: torch.device) -> Callable[[], None]:
-    """What waits until ``device`` has done all that it has been told before this call."""
+    """A function that waits until ``device`` has completed all work launched before this call."""
     if device.type != "cuda":
         return lambda: None
     import torch
@@ -49,12 +49,12 @@ def arrival(device: torch.device) -> Callable[[], None]:
 
 
 def process_bytes() -> int:
-    """Bytes of the host that this process holds itself; pages of mapped files, which the system takes back at need, are none of them."""
+    """Host memory of this process in bytes, without the pages of mapped files, which the system can reclaim."""
     return _kilobytes(STATUS, "RssAnon")
 
 
 def gpu_bytes() -> int:
-    """Bytes that torch has taken on all cards; 0 without one."""
+    """Bytes that torch has allocated on all GPUs; 0 without one."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return 0
@@ -66,7 +66,7 @@ def _left_in_container() -> int:
         limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
         cache = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines()).get("inactive_file", "0")
         return int(limit) - int(used) + int(cache)
-    except (OSError, ValueError):  # none, or one without a limit ("max")
+    except (OSError, ValueError):  # no container, or no limit ("max")
         return 1 << 62
 
 

@@ -71,5 +71,5 @@ def test_tree_goes_before_what_is_loaded(built_llama: Path) -> None:
 
 
 def test_missing_package_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no package conversion"):
+    with pytest.raises(UserError, match="has no package conversion"):
         import_from_tree("conversion", tmp_path)

@@ -122,7 +122,7 @@ def test_ranges_that_no_program_reads_are_told(architecture: str, keys: dict[str
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    sentence = "ranges that no program reads, so that those activations are dynamic: "
+    sentence = "ranges that no program reads, so these activations are quantised dynamically: "
     assert (f"{sentence}{said}\n" in shown(tmp_path / "out.gguf").replace(" \n", "\n")) == bool(said)
     assert (sentence in shown(tmp_path / "out.gguf")) == bool(said)
 

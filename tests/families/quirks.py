@@ -108,8 +108,8 @@ QUIRKS: dict[str, list[Quirk]] = {
     ],
     "MiniCPM-V 2.6": [
         QKV_BIASES,
-        Patched("nearest", lambda _: resampler, zeros),
-        Patched("places", lambda _: resampler, zeros),
+        Patched("nearest_positions", lambda _: resampler, zeros),
+        Patched("position_embeddings", lambda _: resampler, zeros),
         Held("resampler.query", 0.0),
         Module(r"resampler\.ln_kv", passed_by),
         Module(r"resampler\.ln_post", passed_by),

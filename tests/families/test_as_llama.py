@@ -36,7 +36,7 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @torch.inference_mode()
 def test_it_is_the_model_that_was_published(small: Small) -> None:
-    """Of transformers' own class: Phi-3's with its merged matrices, and for InternLM2, which has none, the Llama that was respelled."""
+    """Of transformers' own class: Phi-3's with its merged matrices, and for InternLM2, which has none, the renamed Llama."""
     from transformers import AutoModelForImageTextToText
 
     folder = write(replace(small.recipe, publish=None), small.folder / "unpublished")

@@ -14,7 +14,7 @@ import torch
 from mbq_gguf.errors import UserError
 from mbq_gguf.models.load import load_meta
 from mbq_gguf.models.minicpmv import TEXTS
-from mbq_gguf.models.resampler import nearest
+from mbq_gguf.models.resampler import nearest_positions
 from recipe import write
 from recipes import RECIPES
 
@@ -50,7 +50,7 @@ def nameless(tokenizer: Any) -> None:
     [
         (CONFIG, lambda config: config.update(version=2.5), f"only versions {' and '.join(TEXTS)} are supported"),
         (CONFIG, lambda config: config.pop("version"), f"only versions {' and '.join(TEXTS)} are supported"),
-        (CONFIG, lambda config: config.update(drop_vision_last_layer=True), "leaves out the last layer of its tower"),
+        (CONFIG, lambda config: config.update(drop_vision_last_layer=True), "omits the last layer of its vision tower"),
         (PICTURES, lambda settings: settings.update(slice_mode=False), "does not slice pictures"),
         (TOKENS, nameless, "has no token <unk>"),
     ],
@@ -67,5 +67,5 @@ def test_another_kind_is_refused(published: Path, tmp_path: Path, file: str, cha
 
 
 def test_positions_are_the_nearest_of_the_table() -> None:
-    assert torch.equal(nearest(70, 70, 70), torch.arange(70 * 70))
-    assert nearest(2, 3, 70).tolist() == [0, 23, 46, 35 * 70, 35 * 70 + 23, 35 * 70 + 46]
+    assert torch.equal(nearest_positions(70, 70, 70), torch.arange(70 * 70))
+    assert nearest_positions(2, 3, 70).tolist() == [0, 23, 46, 35 * 70, 35 * 70 + 23, 35 * 70 + 46]

@@ -116,7 +116,7 @@ def test_a_tokenizer_that_is_none_is_named(pieces: Path, content: bytes | None) 
     file.unlink()
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(UserError, match=r"tokenizer.model is not a tokenizer of SentencePiece's \(.*download it again"):
+    with pytest.raises(UserError, match=r"tokenizer.model is not a SentencePiece tokenizer \(.*download it again"):
         Pieces.of(pieces)
 
 
@@ -125,10 +125,10 @@ def test_a_tokenizer_that_is_none_is_named(pieces: Path, content: bytes | None) 
     [
         ({"unk_token": None}, "names a bos_token, eos_token or unk_token that"),
         ({"bos_token": "<never>"}, "names a bos_token, eos_token or unk_token that"),
-        ({"bos_token": {}}, "lacks what a tokenizer needs"),
-        ({"added_tokens_decoder": {"x": {"content": "a"}}}, "lacks what a tokenizer needs"),
-        ({"added_tokens_decoder": {"3": {}}}, "lacks what a tokenizer needs"),
-        ({"added_tokens_decoder": [1]}, "lacks what a tokenizer needs"),
+        ({"bos_token": {}}, "lacks settings of a tokenizer"),
+        ({"added_tokens_decoder": {"x": {"content": "a"}}}, "lacks settings of a tokenizer"),
+        ({"added_tokens_decoder": {"3": {}}}, "lacks settings of a tokenizer"),
+        ({"added_tokens_decoder": [1]}, "lacks settings of a tokenizer"),
     ],
 )
 def test_settings_that_do_not_fit_the_tokenizer_are_named(pieces: Path, change: dict[str, Any], why: str) -> None:

@@ -252,7 +252,7 @@ def test_wrong_calls(workshop: Workshop) -> None:
         (("cc", "c++", "git", "ninja"), "cpu", "cmake was not found"),
         (("cc", "c++", "git", "cmake"), "cpu", "neither ninja nor make was found"),
         (("cc", "c++", "git", "cmake", "make"), "cuda", "nvcc was not found"),
-        (("cc", "c++", "git", "cmake", "make", "nvcc"), "cuda", "no NVIDIA GPU is visible here"),
+        (("cc", "c++", "git", "cmake", "make", "nvcc"), "cuda", "no NVIDIA GPU is visible"),
     ],
 )
 def test_a_missing_tool_is_one_sentence(

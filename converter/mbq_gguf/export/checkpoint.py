@@ -1,4 +1,4 @@
-"""Looks into a checkpoint's safetensors files without building the model."""
+"""Reads the headers of a checkpoint's safetensors files."""
 
 from __future__ import annotations
 

@@ -16,16 +16,16 @@ from mbq_gguf.formats.gguf_types import import_gguf
 
 
 def write_imatrix(model_dir: Path, out: Path, found: Importance, dataset: str) -> list[str]:
-    """Write ``found`` for the GGUF files of ``model_dir`` to ``out``, whole or not at all; returns the names of the tensors in it.
+    """Write ``found`` for the GGUF files of ``model_dir`` to ``out``, completely or not at all; returns the names of the tensors in it.
 
-    ``dataset`` says in the file what was calibrated on. Raises UserError if llama.cpp's conversion leaves out a tensor, or ``out``
-    cannot be written.
+    ``dataset`` is the name of the calibration set, for the file's metadata. Raises UserError if llama.cpp's conversion leaves out a tensor,
+    or ``out`` cannot be written.
     """
     names = gguf_names(model_dir)
     entries: dict[str, torch.Tensor] = {}
     for key, sums in found.sums.items():
         if key not in names:
-            raise UserError(f"llama.cpp's conversion leaves out {key}: this model needs an adapter of its own")
+            raise UserError(f"llama.cpp's conversion leaves out {key}: this model is not supported")
         entries |= dict.fromkeys(names[key], sums)
     gguf = import_gguf()
     with staged(out) as (part,), quiet():
@@ -47,7 +47,7 @@ def write_imatrix(model_dir: Path, out: Path, found: Importance, dataset: str) -
 
 
 def gguf_names(model_dir: Path) -> dict[str, list[str]]:
-    """Which tensors of the GGUF file are made of each decoder tensor (``layers.0.mlp.up_proj.weight``); no weight is read."""
+    """For each decoder tensor (``layers.0.mlp.up_proj.weight``), the GGUF tensors made from it. No weights are read."""
     model = open_model(model_dir, model_dir / "names.gguf", file_type="BF16", mmproj=False)
     keys = {name: key for key, name in decoder_names(model.model_tensors).items()}
     made: dict[str, list[str]] = {}

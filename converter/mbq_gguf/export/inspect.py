@@ -1,4 +1,4 @@
-"""What a GGUF file holds and how it was made, as tables for a terminal."""
+"""Shows what a GGUF file contains and how it was made, as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from mbq_gguf.formats.static_ranges import RANGE, unread
 from mbq_gguf.terminal import BARS
 
 LAYER = re.compile(r"\bblk\.(\d{1,6})\.")
-LONGEST_TEXT = 60  # characters of a value that are shown; chat templates run to pages
+LONGEST_TEXT = 60  # characters shown of a value; chat templates are pages long
 LONGEST_LIST = 8
-LAYERED = {  # keys with a number a layer, by their beginning: the table's title, and what the rest of a key names
+LAYERED = {  # prefixes of keys with one number per layer: the table's title, and what the rest of the key names
     RATIO: ("vision over language sensitivity", "output of"),
     RANGE: ("static ranges of activations", "site and class"),
 }
 
 
 def inspect(path: Path) -> RenderableType:
-    """Why it will not load, or what will not be read of it, if so, metadata, ratios per layer, and tensors of the GGUF file ``path``.
+    """Metadata, values per layer, and tensors of the GGUF file ``path``, and first why it will not load or which keys are ignored, if so.
 
-    Raises UserError if it is none, or is damaged.
+    Raises UserError if it is not a GGUF file, or is damaged.
     """
     header = read_header(path)
     sentences = version_sentences(header.metadata)
     if ignored := unread(header.metadata, header.metadata.get("general.architecture") == "clip"):
-        sentences.append(f"ranges that no program reads, so that those activations are dynamic: {', '.join(ignored)}")
+        sentences.append(f"ranges that no program reads, so these activations are quantised dynamically: {', '.join(ignored)}")
     tables: list[RenderableType] = [printable(sentence) for sentence in sentences]
     tables.append(metadata_table(header))
     for prefix, (title, column) in LAYERED.items():
@@ -45,16 +45,16 @@ def inspect(path: Path) -> RenderableType:
 
 
 def metadata_table(header: Header) -> Table:
-    """Keys and values, the file's own making (mbq.*) first."""
+    """Keys and values; those that mbq-gguf wrote (mbq.*) come first."""
     table = _table("metadata", "key", "value")
     keys = [key for key in header.metadata if not key.startswith(tuple(LAYERED))]
     for key in sorted(keys, key=lambda key: not key.startswith(PREFIX)):
-        table.add_row(printable(key), Text(shown(header.metadata[key], header.lengths.get(key))))
+        table.add_row(printable(key), Text(format_value(header.metadata[key], header.lengths.get(key))))
     return table
 
 
 def layered_table(header: Header, prefix: str, title: str, column: str) -> Table:
-    """The keys that begin with ``prefix`` and have a number a layer."""
+    """The keys that begin with ``prefix`` and have one number per layer."""
     table = _table(f"{title}, first layer to last", column, "per layer", "lowest", "median", "highest")
     for key in sorted(key for key in header.metadata if key.startswith(prefix)):
         value = header.metadata[key]
@@ -67,7 +67,7 @@ def layered_table(header: Header, prefix: str, title: str, column: str) -> Table
 
 
 def tensor_table(tensors: Sequence[TensorEntry]) -> Table:
-    """One line per kind of tensor: those of the layers that differ in nothing but the layer's number share one."""
+    """One line for each kind of tensor: those that differ only in the layer's number share a line."""
     kinds: dict[tuple[str, str, tuple[int, ...]], list[TensorEntry]] = defaultdict(list)
     for tensor in tensors:
         kinds[LAYER.sub("blk.*.", tensor.name, count=1), tensor.type_name, tensor.shape].append(tensor)
@@ -80,7 +80,7 @@ def tensor_table(tensors: Sequence[TensorEntry]) -> Table:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Sorted numbers in short: 0-3, 5."""
+    """Numbers as ranges: "0-3, 5"."""
     spans: list[list[int]] = []
     for number in sorted(numbers):
         if spans and number == spans[-1][1] + 1:
@@ -91,7 +91,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def totals_table(tensors: Sequence[TensorEntry], file_size: int) -> Table:
-    """One line a type, and the sum."""
+    """One line for each type, and the total."""
     by_type: dict[str, list[TensorEntry]] = defaultdict(list)
     for tensor in tensors:
         by_type[tensor.type_name].append(tensor)
@@ -104,17 +104,17 @@ def totals_table(tensors: Sequence[TensorEntry], file_size: int) -> Table:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """One bar a value, from zero to the greatest; values that are no finite number show as a dot."""
+    """One bar for each value, from zero to the greatest; negative and non-finite values show as a dot."""
     finite = [value for value in values if 0 <= value < float("inf")]
     top = max(finite, default=0.0)
     heights = {value: BARS[max(0, ceil(value / top * len(BARS)) - 1)] if top > 0 else BARS[0] for value in finite}
     return "".join(heights.get(value, "·") for value in values)
 
 
-def shown(value: Value, length: int | None) -> str:
-    """``value`` on one line of limited length; ``length`` is an array's own, of which ``value`` may be the beginning."""
+def format_value(value: Value, length: int | None) -> str:
+    """``value`` on one line of limited length. ``length`` is the length of the whole array if ``value`` is only its beginning."""
     if isinstance(value, list):
-        text = ", ".join(shown(item, None) for item in value[:LONGEST_LIST])
+        text = ", ".join(format_value(item, None) for item in value[:LONGEST_LIST])
         count = len(value) if length is None else length
         return f"[{text}]" if count <= LONGEST_LIST else f"[{text}, … {count} in all]"
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -123,7 +123,7 @@ def shown(value: Value, length: int | None) -> str:
 
 
 def printable(text: str) -> Text:
-    """``text`` without what would command the terminal, and not read as markup."""
+    """``text`` without control characters, and not interpreted as markup."""
     return Text("".join(character if character.isprintable() else " " for character in text))
 
 

@@ -65,9 +65,9 @@ def vision_class(package: Any, version: str) -> Any:
         return found
 
     def generate_extra_tensors(self: Any) -> Iterable[tuple[str, torch.Tensor]]:
-        from mbq_gguf.models.resampler import places
+        from mbq_gguf.models.resampler import position_embeddings
 
-        yield PLACES, places(1, 1, self.n_embd_text)  # the runtime requires the tensor but computes the values itself
+        yield PLACES, position_embeddings(1, 1, self.n_embd_text)  # the runtime requires the tensor but computes the values itself
 
     def modify_tensors(self: Any, tensor: Any, name: str, layer: int | None) -> Iterable[tuple[str, Any]]:
         found: Iterable[tuple[str, Any]] = [(name, tensor)] if name == PLACES else base.modify_tensors(self, tensor, name, layer)

@@ -1,7 +1,7 @@
-"""The one way to the ``gguf`` package: the right copy of it, with the MBQ types registered.
+"""Imports the ``gguf`` package: the right copy of it, with the MBQ types registered.
 
-PyPI's gguf and the gguf-py inside the pinned llama.cpp carry the same version number and differ (the conversion package needs the latter),
-so a tree that is present goes before whatever is installed.
+PyPI's gguf and gguf-py in the pinned llama.cpp differ but have the same version number, and the conversion package needs the latter. So the
+llama.cpp tree, if there is one, takes precedence over what is installed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILE_TYPES = {f"MOSTLY_{name}": quant_type.type_id for name, quant_type in OWN.i
 
 
 def import_gguf() -> ModuleType:
-    """The ``gguf`` module of the llama.cpp tree in use, or the installed one where nothing is built; knows the MBQ types."""
+    """The ``gguf`` module of the llama.cpp tree in use, or the installed one if nothing is built, with the MBQ types registered."""
     try:
         folder = paths.source_dir() / "gguf-py"
     except UserError:
@@ -38,12 +38,12 @@ def import_gguf() -> ModuleType:
 
 
 def import_from_tree(name: str, folder: Path) -> ModuleType:
-    """Import the package ``name`` that lies in ``folder``, even where another copy of it is installed or already loaded.
+    """Import the package ``name`` from ``folder``, even if another copy of it is installed or already loaded.
 
-    Raises UserError if ``folder`` holds no such package.
+    Raises UserError if ``folder`` has no such package.
     """
     if not (folder / name / "__init__.py").is_file():
-        raise UserError(f"{folder} holds no package {name}: run `mbq-gguf build` again")
+        raise UserError(f"{folder} has no package {name}: run `mbq-gguf build` again")
     loaded = sys.modules.get(name)
     if loaded is not None and Path(loaded.__file__ or "").resolve().parent != (folder / name).resolve():
         for module in [key for key in sys.modules if key == name or key.startswith(name + ".")]:
@@ -55,7 +55,7 @@ def import_from_tree(name: str, folder: Path) -> ModuleType:
 
 
 def register(gguf: Any) -> None:
-    """Teach ``gguf`` the MBQ types (type enumeration, block sizes, numpy quantiser, file types); what it knows already is left alone."""
+    """Register the MBQ types with ``gguf``: type enumeration, block sizes, numpy quantiser, file types. Existing entries are kept."""
     for quant_type in OWN.values():
         kind = _member(gguf.GGMLQuantizationType, quant_type.name, quant_type.type_id)
         gguf.GGML_QUANT_SIZES.setdefault(kind, (quant_type.block_size, quant_type.type_size))
@@ -66,7 +66,7 @@ def register(gguf: Any) -> None:
 
 
 def _member(enumeration: type[IntEnum], name: str, value: int) -> IntEnum:
-    """The member ``name`` of ``enumeration``, added where it is missing. Enumerations are closed, so this writes where Enum itself does."""
+    """The member ``name`` of ``enumeration``, added if missing. Enum has no public way to add one, so this sets its internal fields."""
     if name in enumeration.__members__:
         return enumeration[name]
     member = int.__new__(enumeration, value)
@@ -80,7 +80,7 @@ def _member(enumeration: type[IntEnum], name: str, value: int) -> IntEnum:
 
 
 def _quantiser(quants: Any, kind: IntEnum, quant_type: QuantType) -> None:
-    """Give ``gguf.quants`` a class for ``kind``; its base class enters it into the table of types when it is made."""
+    """Define a class for ``kind`` in ``gguf.quants``; the base class registers it."""
 
     def per_block(convert: Callable[[Any], Any]) -> classmethod[Any, ..., Any]:
         return classmethod(lambda _, blocks: convert(blocks))

@@ -1,8 +1,8 @@
-"""The K-quants' super-blocks of 256 weights: fp16 steps, integer multiples of them as the groups' scales and minima, codes (ggml-common.h).
+"""Packs the K-quants' super-blocks of 256 weights: fp16 steps, integer group scales and minima, and codes (ggml-common.h).
 
-Each function takes codes [n, 256] uint8 counted from the type's lowest, the groups' multiples [n, groups] int64, and the steps [n, 1]
-float32 with fp16 values; it gives the packed super-blocks [n, type_size]. A weight is (step * multiple) * code, and less
-(minimum step * minimum multiple) in Q2_K, Q4_K and Q5_K. All these products are exact in float32: at most 11 + 8 + 5 bits.
+Each function takes codes [n, 256] uint8 (0 is the type's lowest), integer scales and minima of the groups [n, groups] int64, and steps [n,
+1] float32 that are exact in fp16, and returns packed super-blocks [n, type_size]. A weight is (step * scale) * code, in Q2_K, Q4_K and Q5_K
+minus (minimum step * minimum). All these products are exact in float32: at most 11 + 8 + 5 bits.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def pack_q6_k(codes: Bytes, scale: Multiples, minimum: Multiples, step: Floats, 
 
 
 def _gathered(parts: Any, bits: int, axis: int) -> Any:
-    """The parts along ``axis``, ``bits`` wide each, side by side in one number, the first one lowest."""
+    """Combine the parts along ``axis``, ``bits`` wide each, in one number; the first has the lowest bits."""
     shifts = np.arange(parts.shape[axis]) * bits
     return (parts.astype(np.int64) << np.expand_dims(shifts, tuple(range(1, parts.ndim - axis)))).sum(axis)
 
@@ -65,18 +65,18 @@ def _bytes(values: Multiples) -> Bytes:
 
 
 def _low_pairs(codes: Bytes) -> Bytes:
-    """Two low bits of four weights a byte, 32 weights apart, in both halves of the super-block."""
+    """The two low bits of four weights per byte, which are 32 weights apart, for each half of the super-block."""
     return _bytes(_gathered(codes.reshape(-1, 2, 4, 32) & 3, 2, axis=2)).reshape(-1, 64)
 
 
 def _nibbles(codes: Bytes) -> Bytes:
-    """Two weights a byte, 32 weights apart."""
+    """Two weights per byte, which are 32 weights apart."""
     pairs = (codes & np.uint8(15)).reshape(-1, 4, 2, 32)
     return (pairs[:, :, 0] | pairs[:, :, 1] << np.uint8(4)).reshape(-1, 128)
 
 
 def _six_bits(scale: Multiples, minimum: Multiples) -> Bytes:
-    """Eight scales and eight minima: the first four of each in six bits of a byte, whose two top bits belong to the last four."""
+    """Eight scales and eight minima of six bits. The first four of each have a byte, whose top two bits are those of the last four."""
     first = scale[:, :4] | scale[:, 4:] >> 4 << 6
     second = minimum[:, :4] | minimum[:, 4:] >> 4 << 6
     third = scale[:, 4:] & 15 | (minimum[:, 4:] & 15) << 4

@@ -1,7 +1,7 @@
-"""The blocks of 32 weights, Q4_0 to Q8_0: one fp16 scale, in the _1 types one fp16 minimum, and the codes (ggml-common.h).
+"""Packs the blocks of 32 weights of Q4_0 to Q8_0: one fp16 scale, in the _1 types one fp16 minimum, and codes (ggml-common.h).
 
-Each function takes codes [n, 32] uint8 counted from the type's lowest, and scale and minimum [n, 1] float32 with fp16 values; it gives
-the packed blocks [n, type_size]. Weight i and weight i + 16 share a byte.
+Each function takes codes [n, 32] uint8 (0 is the type's lowest), and scale and minimum [n, 1] float32 that are exact in fp16, and returns
+packed blocks [n, type_size]. Weights i and i + 16 share a byte.
 """
 
 from __future__ import annotations

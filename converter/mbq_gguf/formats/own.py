@@ -1,4 +1,4 @@
-"""The quant types of this project, by name."""
+"""The quant types that this project adds, by name."""
 
 from __future__ import annotations
 

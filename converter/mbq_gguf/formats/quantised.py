@@ -1,4 +1,4 @@
-"""A quantised weight matrix: the one record of it, from rounding to the file."""
+"""A quantised weight matrix, between rounding and the file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from mbq_gguf.formats.quant_type import Bytes
 
 @dataclass(frozen=True)
 class QuantisedTensor:
-    """``data`` uint8 [rows, row_bytes] in the quant type ``type_name``, rows of ``columns`` weights, in Hugging Face's order of rows."""
+    """``data`` uint8 [rows, row_bytes] in the quant type ``type_name``; each row has ``columns`` weights. Rows are in Hugging Face's
+    order."""
 
     type_name: str
     data: Bytes

@@ -1,4 +1,4 @@
-"""What the build depends on outside the source: this machine's instruction sets, its memory, and the programs that compile."""
+"""What a build depends on besides the source: the CPU's instruction sets, the machine's memory, and the compilers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pathlib import Path
 
 from mbq_gguf.errors import UserError
 
-CUDA_HOME = "/usr/local/cuda"  # where the toolkit's installer puts it
-BYTES_PER_JOB = 2 << 30  # the largest llama.cpp C++ units and nvcc need between 1 and 2 GiB each
+CUDA_HOME = "/usr/local/cuda"  # the default of the toolkit's installer
+BYTES_PER_JOB = 2 << 30  # the largest C++ files of llama.cpp, and nvcc, need between 1 and 2 GiB each
 
 
 @cache
 def cpu_flags() -> tuple[str, ...]:
-    """Instruction sets of this CPU as the kernel lists them, sorted; the CPU's name where there is no /proc/cpuinfo."""
+    """This CPU's architecture and instruction sets from /proc/cpuinfo, sorted; its name if there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -35,19 +35,19 @@ def cpu_flags() -> tuple[str, ...]:
 
 @cache
 def machine_hash() -> str:
-    """Short hash of `cpu_flags`: a build made for another instruction set must not be run here."""
+    """Short hash of `cpu_flags`: a build for other instruction sets must not run here."""
     return hashlib.sha256(" ".join(cpu_flags()).encode()).hexdigest()[:16]
 
 
 def default_jobs() -> int:
-    """Compilers to run at once: the CPUs given to this process, fewer where the memory would not do."""
+    """Number of compilers to run at once: the CPUs available to this process, fewer if memory is short."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(cpus, memory // BYTES_PER_JOB))
 
 
 def find_tool(*names: str) -> Path | None:
-    """The first of `names` found beside this Python (a virtual environment need not be activated) or on PATH."""
+    """The first of `names` found beside this Python (so a virtual environment need not be activated) or on PATH."""
     search = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     for name in names:
         found = shutil.which(name, path=search)
@@ -58,7 +58,7 @@ def find_tool(*names: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Toolchain:
-    """The programs of a build. ``ninja`` is None if CMake has to fall back to make, ``nvcc`` for a CPU build."""
+    """The programs needed for a build. ``ninja`` is None if CMake has to fall back to make, ``nvcc`` is None for a CPU build."""
 
     cmake: Path
     ninja: Path | None
@@ -68,20 +68,20 @@ class Toolchain:
     nvcc: Path | None
 
     def versions(self) -> list[str]:
-        """First line of ``--version`` of every compiler: a new compiler means a new build."""
+        """The version of every compiler: a new compiler means a new build."""
         return [_version(path) for path in (self.c_compiler, self.cxx_compiler, self.nvcc) if path]
 
 
 def find_toolchain(backend: str) -> Toolchain:
-    """Look for everything that a build needs, before anything is fetched. Raises UserError naming the first that is missing."""
+    """Find every program that a build needs, before anything is downloaded. Raises UserError if one is missing."""
     cmake, git = find_tool("cmake"), find_tool("git")
     c_found, cxx_compiler = c_compiler(), _compiler("CXX", "c++", "g++", "clang++")
     if cxx_compiler is None or c_found is None:
         raise UserError("no C and C++ compiler was found: install one, for example with `apt install g++`, or set CC and CXX")
     if not _shares_runtime(cxx_compiler):
         raise UserError(
-            f"{cxx_compiler} has no shared C++ library, and programs that load several libraries with a copy each die: set CC and CXX "
-            "to another compiler, for example CC=/usr/bin/gcc CXX=/usr/bin/g++"
+            f"{cxx_compiler} has no shared C++ library, so programs that load several libraries, each with its own copy, crash: set "
+            "CC and CXX to another compiler, for example CC=/usr/bin/gcc CXX=/usr/bin/g++"
         )
     if git is None:
         raise UserError("git was not found and is needed to apply the patch: install it, for example with `apt install git`")
@@ -94,16 +94,17 @@ def find_toolchain(backend: str) -> Toolchain:
 
 
 def _shares_runtime(compiler: Path) -> bool:
-    """Whether libraries made by ``compiler`` can share one C++ library; seen without: std::regex dies in the locale of another copy."""
+    """Whether libraries built with ``compiler`` can share one C++ library. Without it, std::regex was seen to crash in another copy's
+    locale."""
     if sys.platform != "linux":
         return True
     asked = [[str(compiler), f"-print-file-name={name}"] for name in ("libstdc++.so", "libc++.so")]
     answers = [subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() for command in asked]
-    return answers != ["libstdc++.so", "libc++.so"]  # a path where there is such a file, else the bare name
+    return answers != ["libstdc++.so", "libc++.so"]  # a path if the file exists, else only the name
 
 
 def gpu_architectures() -> str:
-    """CMake's architecture list for the GPUs of this machine, for example ``90-real``. Raises UserError if no GPU is visible."""
+    """CMake's list of architectures for this machine's GPUs, for example ``90-real``. Raises UserError if no GPU is visible."""
     smi = find_tool("nvidia-smi")
     listed = ""
     if smi is not None:
@@ -111,7 +112,7 @@ def gpu_architectures() -> str:
         listed = subprocess.run(query, capture_output=True, text=True, check=False).stdout
     found = sorted({line.strip().replace(".", "") for line in listed.splitlines() if line.strip().replace(".", "").isdigit()})
     if not found:
-        raise UserError("no NVIDIA GPU is visible here: name the ones to build for, for example with `--cuda-architectures 90`")
+        raise UserError("no NVIDIA GPU is visible: name the architectures to build for, for example with `--cuda-architectures 90`")
     return ";".join(f"{number}-real" for number in found)
 
 
@@ -121,7 +122,7 @@ def c_compiler() -> Path | None:
 
 
 def _compiler(variable: str, *names: str) -> Path | None:
-    """The compiler of the environment variable if set (its first word, as in ``ccache g++``, has to exist), else the usual names."""
+    """The compiler in the environment variable, if set (its first word, as in ``ccache g++``, must exist), else one of ``names``."""
     wanted = os.environ.get(variable, "").split()
     return find_tool(wanted[0]) if wanted else find_tool(*names)
 

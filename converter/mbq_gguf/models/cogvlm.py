@@ -1,6 +1,6 @@
-"""The language model of CogVLM and CogVLM2 as published (CogVLMForCausalLM, code of its directory), read as transformers' Llama.
+"""Reads the language model of CogVLM and CogVLM2 as published (CogVLMForCausalLM, code in the model directory) as transformers' Llama.
 
-Tokens of a picture pass matrices of their own (``vision_expert_*``, ``vision_mlp``), texts the ones here alone.
+Picture tokens pass through other matrices (``vision_expert_*``, ``vision_mlp``), which are left out here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mbq_gguf.models.checks import check_heads, positive_integers, positive_number
-from mbq_gguf.models.text_model import QKV, TextModel, check_granted
+from mbq_gguf.models.text_model import QKV, TextModel, check_assumed
 
 PUBLISHED = "CogVLMForCausalLM"
 OUTSIDE = {name: name for name in ("model.embed_tokens", "model.norm", "lm_head")}
@@ -22,12 +22,12 @@ INSIDE = {
 }
 GROUPS = "num_multi_query_heads"  # of CogVLM2
 WHOLE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-BASE, OTHER_BASE = 500000.0, 10000.0  # of rotation, which CogVLM2's code has and CogVLM's, and neither's settings
+BASE, OTHER_BASE = 500000.0, 10000.0  # of the rotary embedding in the code of CogVLM2 and of CogVLM; config.json has neither
 
 
 def text_model(published: Mapping[str, Any]) -> TextModel:
-    """The language model of a checkpoint whose config.json is ``published``. Raises UserError for settings that Llama does not know."""
-    check_granted(published, {"hidden_act": "silu", "tie_word_embeddings": False})
+    """The language model of a checkpoint whose config.json is ``published``. Raises UserError if Llama does not support its settings."""
+    check_assumed(published, {"hidden_act": "silu", "tie_word_embeddings": False})
     width, heads = positive_integers(published, ("hidden_size", "num_attention_heads"))
     groups = positive_number(published, GROUPS) if GROUPS in published else heads
     check_heads(width, heads, groups)

@@ -1,6 +1,6 @@
-"""dots.ocr as its authors publish it (DotsOCRForCausalLM, code of its directory): settings and pictures. None of that code runs.
+"""Reads dots.ocr as published (DotsOCRForCausalLM, which is code in the model directory) without running that code.
 
-Tensors have the same names in the model here (dots_tower.py).
+The model itself is in dots_tower.py; its tensors have the published names.
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ from mbq_gguf.errors import UserError
 from mbq_gguf.models.checks import read_json_object
 
 PUBLISHED = "DotsOCRForCausalLM"
-# Settings of the tower that llama.cpp takes for granted, with what the published configuration has where it is silent.
-GRANTED = {"post_norm": True, "temporal_patch_size": 1, "is_causal": False}
+# Settings of the tower that llama.cpp assumes; they are also the defaults of the published configuration.
+ASSUMED = {"post_norm": True, "temporal_patch_size": 1, "is_causal": False}
 
 
-def respelled(tensors: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
-    """A published checkpoint's tensors: their names are those of the model here."""
+def rename_tensors(tensors: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """A published checkpoint's tensors; names are already those of the model here."""
     return dict(tensors)
 
 
 def configuration(model_dir: Path) -> Any:
     """transformers' configuration of the language model, with the tower's settings as ``vision_config``.
 
-    Raises UserError for a tower that llama.cpp does not compute.
+    Raises UserError if llama.cpp does not support the tower's settings.
     """
     from transformers import AutoConfig
 
     published = read_json_object(model_dir / "config.json")
     vision = published["vision_config"]
-    other = [name for name, value in GRANTED.items() if vision.get(name, value) != value]
+    other = [name for name, value in ASSUMED.items() if vision.get(name, value) != value]
     if other:
-        raise UserError(f"{model_dir} has a tower with another {other[0]} than dots.ocr's: use dots.ocr itself")
+        raise UserError(f"{model_dir} has a vision tower with another {other[0]} than dots.ocr: only dots.ocr itself is supported")
     left = ("model_type", "architectures", "auto_map")
     return AutoConfig.for_model("qwen2", **{name: value for name, value in published.items() if name not in left})
 
 
-def bare(model_dir: Path) -> Any:
-    """The model, without weights where the default device is torch's meta device."""
+def empty_model(model_dir: Path) -> Any:
+    """The model; without weights if the default device is torch's meta device."""
     from mbq_gguf.models.dots_tower import DotsOCR
 
     return DotsOCR(configuration(model_dir))
 
 
 def image_processor(model_dir: Path) -> Any:
-    """transformers' image processor for it: Qwen2-VL's, of one picture a patch."""
+    """transformers' image processor of Qwen2-VL, with patches of a single frame."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     settings = read_json_object(model_dir / "preprocessor_config.json")

@@ -1,4 +1,4 @@
-"""dots.ocr's vision tower before Qwen2's language model, in PyTorch: transformers has no class of it."""
+"""dots.ocr in PyTorch: its vision tower and Qwen2's language model. transformers has no class for it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ROPE_BASE = 10000.0
 MERGER_EPS = 1e-6
 
 
-def angles(rows: int, columns: int, merge: int, head: int) -> torch.Tensor:
-    """Of each patch [rows * columns, head / 2]: a quarter of a head turns by its row, a quarter by its column.
+def rope_angles(rows: int, columns: int, merge: int, head: int) -> torch.Tensor:
+    """Rotary angles of each patch [rows * columns, head / 2]: the first half depends on its row, the second on its column.
 
-    Patches come square by square, ``merge`` a side, as the merger takes them.
+    Patches are in the merger's order: one square of ``merge`` by ``merge`` patches after the other.
     """
     squares = (rows // merge, merge, columns // merge, merge)
     places = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
@@ -26,15 +26,15 @@ def angles(rows: int, columns: int, merge: int, head: int) -> torch.Tensor:
     return torch.cat(of_axis, dim=-1)
 
 
-def turned(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-    """``x`` [heads, patches, head] with its halves turned as pairs by ``angle`` [patches, head / 2], in float32."""
+def apply_rope(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """``x`` [heads, patches, head] after rotary embedding by ``angle`` [patches, head / 2], computed in float32."""
     first, second = x.float().chunk(2, dim=-1)
     cosine, sine = angle.cos(), angle.sin()
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(x.dtype)
 
 
 class Patchifier(nn.Module):
-    """The embedding of patches, behind a norm."""
+    """Patch embedding, followed by a norm."""
 
     def __init__(self, vision: Mapping[str, Any], width: int, eps: float) -> None:
         super().__init__()
@@ -43,24 +43,24 @@ class Patchifier(nn.Module):
         self.norm = nn.RMSNorm(width, eps)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels [patches, channels * side * side] to [patches, width]."""
+        """Embed pixels [patches, channels * side * side] as [patches, width]."""
         return self.norm(self.proj(pixels.view(-1, *self.shape).to(self.proj.weight.dtype)).flatten(1))  # type: ignore[no-any-return]
 
 
 class PatchEmbed(nn.Module):
-    """What holds the patchifier in the checkpoint."""
+    """Wraps the patchifier, as tensor names in the checkpoint require."""
 
     def __init__(self, patchifier: Patchifier) -> None:
         super().__init__()
         self.patchifier = patchifier
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """As :meth:`Patchifier.forward`."""
+        """See :meth:`Patchifier.forward`."""
         return self.patchifier(pixels)  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):
-    """All patches of a picture see each other."""
+    """Full attention between the patches of a picture."""
 
     def __init__(self, width: int, heads: int, bias: bool) -> None:
         super().__init__()
@@ -69,16 +69,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-        """Patches of one picture [patches, width], turned by ``angle`` [patches, head / 2], to as many."""
+        """``x`` are patches of one picture [patches, width], as is the result; ``angle`` is [patches, head / 2]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)
-        q, k = turned(q, angle), turned(k, angle)
-        # a batch of one, without which torch takes a path that needs more memory
+        q, k = apply_rope(q, angle), apply_rope(k, angle)
+        # without the batch dimension, torch chooses an implementation that needs more memory
         mixed = functional.scaled_dot_product_attention(q[None], k[None], v[None])
         return self.proj(mixed[0].transpose(0, 1).flatten(1))  # type: ignore[no-any-return]
 
 
-class Gated(nn.Module):
-    """An MLP with a gate."""
+class GatedMLP(nn.Module):
+    """A gated MLP."""
 
     def __init__(self, width: int, inner: int, bias: bool) -> None:
         super().__init__()
@@ -90,23 +90,23 @@ class Gated(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, a norm before each."""
+    """Attention and MLP, with a norm before each."""
 
     def __init__(self, vision: Mapping[str, Any], width: int, eps: float) -> None:
         super().__init__()
         bias = bool(vision.get("use_bias", False))
         self.norm1, self.norm2 = nn.RMSNorm(width, eps), nn.RMSNorm(width, eps)
         self.attn = Attention(width, vision["num_attention_heads"], bias)
-        self.mlp = Gated(width, vision["intermediate_size"], bias)
+        self.mlp = GatedMLP(width, vision["intermediate_size"], bias)
 
     def forward(self, x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-        """Patches of one picture [patches, width] and their ``angle`` [patches, head / 2] to as many."""
+        """``x`` are patches of one picture [patches, width], as is the result; ``angle`` is [patches, head / 2]."""
         x = x + self.attn(self.norm1(x), angle)
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
 
 class Merger(nn.Module):
-    """Squares of patches to tokens."""
+    """Merges squares of patches into tokens."""
 
     def __init__(self, width: int, merge: int, out: int) -> None:
         super().__init__()
@@ -115,12 +115,12 @@ class Merger(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.joined, self.joined), nn.GELU(), nn.Linear(self.joined, out))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Patches [patches, width], square by square, to tokens [patches / merge ** 2, out]."""
+        """Merge patches [patches, width], ordered by square, into tokens [patches / merge ** 2, out]."""
         return self.mlp(self.ln_q(x).view(-1, self.joined))  # type: ignore[no-any-return]
 
 
 class Tower(nn.Module):
-    """Pictures to tokens. ``vision`` is vision_config as published, ``out`` the width of the language model."""
+    """The vision tower. ``vision`` is the published vision_config, ``out`` the width of the language model."""
 
     def __init__(self, vision: Mapping[str, Any], out: int) -> None:
         super().__init__()
@@ -132,21 +132,21 @@ class Tower(nn.Module):
         self.merger = Merger(width, self.merge, out)
 
     def forward(self, pixels: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
-        """``grids`` [pictures, 3] are frames (one), rows and columns of each picture's patches."""
+        """Tokens of all pictures; ``grids`` [pictures, 3] has the frames (one), rows and columns of each picture's patches."""
         sizes = [(rows, columns) for _, rows, columns in grids.tolist()]
         parts = self.patch_embed(pixels).split([rows * columns for rows, columns in sizes])
         return torch.cat([self.picture(part, *size) for part, size in zip(parts, sizes, strict=True)])
 
     def picture(self, x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """The tokens of one picture of patches [rows * columns, width]."""
-        angle = angles(rows, columns, self.merge, self.head).to(x.device)
+        """The tokens of one picture, given its patches [rows * columns, width]."""
+        angle = rope_angles(rows, columns, self.merge, self.head).to(x.device)
         for block in self.blocks:
             x = block(x, angle)
         return self.merger(self.post_trunk_norm(x))  # type: ignore[no-any-return]
 
 
 class DotsOCR(Qwen2ForCausalLM):  # type: ignore[misc]
-    """Qwen2 that sees: tokens of the tower stand where ``image_token_id`` is in a prompt."""
+    """Qwen2 with the tower's tokens in place of ``image_token_id`` in the prompt."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -161,7 +161,7 @@ class DotsOCR(Qwen2ForCausalLM):  # type: ignore[misc]
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """``pixel_values`` [patches, channels * side * side] are of all pictures in ``input_ids`` [1, tokens], ``image_grid_thw``
+        """``pixel_values`` [patches, channels * side * side] has all pictures of ``input_ids`` [1, tokens], ``image_grid_thw``
         [pictures, 3] their frames, rows and columns."""
         if pixel_values is None or input_ids is None:
             return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
@@ -171,6 +171,6 @@ class DotsOCR(Qwen2ForCausalLM):  # type: ignore[misc]
         return super().forward(inputs_embeds=embeds.masked_scatter(seen, tokens), **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
-        """The picture goes with the prompt alone."""
+        """Pass the picture with the prompt only, not with each generated token."""
         inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
         return inputs if is_first_iteration else inputs | {"pixel_values": None}

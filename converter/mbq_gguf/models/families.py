@@ -1,4 +1,4 @@
-"""The families that are proved here, each in one line: tests/families converts a small model of every one and runs it in llama.cpp."""
+"""The supported families. tests/families converts a small model of each and runs it in llama.cpp."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mbq_gguf.models.pictures import Picture
 
 @dataclass(frozen=True)
 class Family:
-    """VLMs of one kind: ``architectures`` are the class names in config.json, ``gguf`` what llama.cpp calls the language model.
+    """A family of VLMs. ``architectures`` are class names in config.json; ``gguf`` is llama.cpp's name for the language model.
 
-    Where one class has several kinds, what tells them stands behind it and a slash: the tower's model type, the language model's,
-    a setting of that which is on, or the version.
-    ``limits`` says of something why it cannot be done, or not reliably, beyond what the layout tells.
+    If a class has several variants, a slash and what tells them apart follow its name: the model type of tower or language model, a setting
+    of the language model that is on, or the version. ``limits`` has features that do not work, or not reliably, with the reason, beyond
+    those that the layout excludes.
     """
 
     name: str
@@ -60,7 +60,7 @@ FAMILIES = (
     Family("PaddleOCR-VL", ("PaddleOCRVLForConditionalGeneration",), "paddleocr", pictures.PADDLE),
 )
 
-# Language models whose text and pictures cannot go in one pass, and why: what the runtime says (mtmd_aifs_refusal).
+# Language models that cannot process text and pictures in one pass, with the runtime's reason (mtmd_aifs_refusal).
 WINDOW = "the model's attention has a sliding window"
 RECURRENT = "the model has a recurrent state"
 IN_TURNS = {
@@ -71,7 +71,7 @@ IN_TURNS = {
     "qwen35moe": RECURRENT,
 }
 
-# Families that people will ask for, by architecture, and why they are refused.
+# Architectures that are refused, with the reason.
 NEEDS_CODE = "its checkpoints need Python code from the model directory"
 CODE_TOWER = "its vision tower is Python code in the model directory"
 NO_RUNTIME = "llama.cpp does not support it"
@@ -91,7 +91,7 @@ REFUSED = {
     "PaliGemmaForConditionalGeneration": NO_RUNTIME,
 }
 
-# Of these the ones whose language model converts alone, without a vision file.
+# Those of them whose language model can be converted alone, without a vision file.
 LANGUAGE_ALONE = (
     "VipLlavaForConditionalGeneration",
     "QWenLMHeadModel",
@@ -102,7 +102,7 @@ LANGUAGE_ALONE = (
 
 
 def kind(architecture: str, config: Mapping[str, Any]) -> str:
-    """The name by which the tables know models of an architecture whose config.json is ``config``."""
+    """The name in these tables of a model with this architecture and config.json."""
     parts = (config.get("text_config") or config.get("llm_config"), config.get("vision_config"))
     text, vision = (part if isinstance(part, dict) else {} for part in parts)
     suffixes = (vision.get("model_type"), text.get("model_type"), *(name for name, value in text.items() if value), config.get("version"))

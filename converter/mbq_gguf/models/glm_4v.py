@@ -1,4 +1,4 @@
-"""The language model of GLM-4V-9B as its authors publish it (ChatGLMModel, code of its directory), read as transformers' Glm."""
+"""Reads the language model of GLM-4V-9B as published (ChatGLMModel, which is code in the model directory) as transformers' Glm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from mbq_gguf.errors import UserError
 from mbq_gguf.models import tiktoken
 from mbq_gguf.models.checks import check_heads, positive_integers, positive_number, read_json_object
-from mbq_gguf.models.text_model import QKV, TextModel, check_granted
+from mbq_gguf.models.text_model import QKV, TextModel, check_assumed
 
 PUBLISHED = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
 OUTSIDE = {
@@ -25,7 +25,7 @@ INSIDE = {
     "mlp.dense_h_to_4h": "mlp.gate_up_proj",
     "mlp.dense_4h_to_h": "mlp.down_proj",
 }
-GRANTED = {
+ASSUMED = {
     "rmsnorm": True,
     "post_layer_norm": True,
     "apply_residual_connection_post_layernorm": False,
@@ -37,14 +37,14 @@ GRANTED = {
 }
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ASKED = ("layernorm_epsilon", "seq_length", "rope_ratio")
-BEGIN = ("[gMASK]", "<sop>")  # of each text; llama.cpp has them in the chat template
+BEGIN = ("[gMASK]", "<sop>")  # start each text; in llama.cpp they are part of the chat template
 SETTINGS = ("eos_token", "pad_token", "chat_template")  # of tokenizer_config.json
 
 
 def text_model(published: Mapping[str, Any]) -> TextModel:
-    """The language model of a checkpoint whose config.json is ``published``. Raises UserError for settings that Glm does not know."""
+    """The language model of a checkpoint whose config.json is ``published``. Raises UserError if Glm does not support its settings."""
     width, heads, groups = positive_integers(published, ("hidden_size", "num_attention_heads", "multi_query_group_num"))
-    check_granted(published, GRANTED | {"kv_channels": width // heads})
+    check_assumed(published, ASSUMED | {"kv_channels": width // heads})
     check_heads(width, heads, groups)
     asked = {name: positive_number(published, name, whole=name == "seq_length") for name in ASKED}
     rope = {"rope_type": "default", "rope_theta": 10000.0 * asked["rope_ratio"], "partial_rotary_factor": 0.5}
@@ -67,12 +67,12 @@ def text_model(published: Mapping[str, Any]) -> TextModel:
 
 
 def tokenizer(model_dir: Path) -> Any:
-    """transformers' tokenizer of ``model_dir``, without what its authors' code puts before each text (BEGIN)."""
+    """transformers' tokenizer for ``model_dir``, without the tokens that the authors' code puts before each text (BEGIN)."""
     settings, file = read_json_object(model_dir / "tokenizer_config.json"), model_dir / "tokenizer.model"
     added = {int(number): token["content"] for number, token in settings["added_tokens_decoder"].items()}
     specials = [added[number] for number in sorted(added)]
     kept = {name: settings[name] for name in SETTINGS if settings.get(name)}
     made = tiktoken.tokenizer(file, WORDS, specials, whole=True, **kept)
     if made.convert_tokens_to_ids(specials) != sorted(added):
-        raise UserError(f"{file} has not as many tokens as tokenizer_config.json beside it tells of: download the tokenizer again")
+        raise UserError(f"{file} does not have as many tokens as tokenizer_config.json beside it expects: download the tokenizer again")
     return made

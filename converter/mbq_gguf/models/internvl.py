@@ -1,7 +1,7 @@
-"""InternVL as OpenGVLab publishes it (InternVLChatModel, code of its directory) as transformers' own class: settings, tensors, pictures.
+"""Reads InternVL as OpenGVLab publishes it (InternVLChatModel, code in the model directory) as transformers' class, without that code.
 
-The same models are published once more for transformers, with -hf in their name; what differs is spelling. No code of the directory runs.
-The settings are those of OpenGVLab's configuration_intern_vit.py and configuration_internvl_chat.py.
+The same models are also published for transformers, with -hf in their name; only the names of tensors and settings differ. Settings are
+from OpenGVLab's configuration_intern_vit.py and configuration_internvl_chat.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ARCHITECTURE = "InternVLChatModel"
 PUBLISHED = (ARCHITECTURE, *(f"{ARCHITECTURE}/{kind}" for kind in as_llama.MODEL_TYPES))
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 LANGUAGE_MODEL = "language_model."
-# A tensor's name, from its beginning, and transformers'; of "qkv" there are three.
+# Published prefixes of tensor names, and transformers'.
 SPELLED = (
     ("vision_model.embeddings.class_embedding", "vision_tower.embeddings.cls_token"),
     ("vision_model.embeddings.position_embedding", "vision_tower.embeddings.position_embeddings"),
@@ -59,7 +59,7 @@ VISION = {
 
 
 def names_of(name: str) -> list[str]:
-    """What transformers calls the tensor that is published as ``name``: three of them where q, k and v are one."""
+    """transformers' names of the tensor published as ``name``: three for a fused qkv."""
     for beginning, ours in SPELLED:
         if name.startswith(beginning):
             name = ours + name.removeprefix(beginning)
@@ -73,8 +73,8 @@ def names_of(name: str) -> list[str]:
     return [name.replace(MERGED, part) for part in PARTS] if MERGED in name else [name]
 
 
-def respelled(tensors: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
-    """A published checkpoint's tensors under the names of transformers' model of ``config``."""
+def rename_tensors(tensors: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """A published checkpoint's tensors, renamed to transformers' names."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         found |= zip(names_of(name), parts_of(name, tensor, config), strict=True)
@@ -82,19 +82,19 @@ def respelled(tensors: Mapping[str, torch.Tensor], config: Any) -> dict[str, tor
 
 
 def parts_of(name: str, tensor: torch.Tensor, config: Any) -> list[torch.Tensor]:
-    """The tensors of :func:`names_of`."""
+    """The tensors of :func:`names_of`, split from the published one."""
     if name.startswith(LANGUAGE_MODEL):
         return as_llama.parts_of(name, tensor, config.text_config.num_attention_heads, config.text_config.num_key_value_heads)
     return list(tensor.chunk(3)) if MERGED in name else [tensor]
 
 
 def configuration(model_dir: Path) -> Any:
-    """transformers' configuration of the published model in ``model_dir``. Raises UserError if it is of an older kind."""
+    """transformers' configuration of the published model in ``model_dir``. Raises UserError for InternVL before version 2."""
     from transformers import AutoConfig
 
     published = read_json_object(model_dir / "config.json")
     if published.get("ps_version", "v2") != "v2" or published.get("select_layer", -1) != -1:
-        raise UserError(f"{model_dir} is of an InternVL older than 2 (ps_version, select_layer): use a newer one")
+        raise UserError(f"{model_dir} is an InternVL older than version 2 (ps_version, select_layer): use a newer one")
     vision = {ours: published["vision_config"][name] for name, ours in VISION.items() if name in published["vision_config"]}
     ratio, side = published.get("downsample_ratio", 0.5), vision["image_size"] // vision["patch_size"]
     text = published["llm_config"]
@@ -113,22 +113,22 @@ def configuration(model_dir: Path) -> Any:
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Raise UserError if a published config.json lacks what its reader asks for."""
+    """Raise UserError if a published config.json lacks required settings."""
     if (config.get("architectures") or [None])[0] == ARCHITECTURE:
         positive_integers(config.get("vision_config") or {}, SIZES)
         if not config.get("llm_config"):
             raise UserError("llm_config is missing in the model's config.json: download the model again")
 
 
-def bare(model_dir: Path) -> Any:
-    """transformers' model of it, without weights where the default device is torch's meta device."""
+def empty_model(model_dir: Path) -> Any:
+    """The transformers model; without weights if the default device is torch's meta device."""
     from transformers import AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_config(configuration(model_dir))
 
 
 def image_processor(model_dir: Path) -> Any:
-    """transformers' image processor for it, which cuts pictures into tiles as the configuration says."""
+    """transformers' image processor, which cuts pictures into tiles with the settings of ``model_dir``."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
     published, settings = (read_json_object(model_dir / name) for name in ("config.json", "preprocessor_config.json"))

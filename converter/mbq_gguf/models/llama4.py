@@ -1,7 +1,6 @@
-"""Llama 4's pictures: tiles of a canvas into which the picture fits, and behind them the whole one where there are several.
+"""Llama 4's image processor: the tiles of a canvas that the picture fits into, then, if there are several, the whole picture.
 
-transformers' image processor does the same (Llama4ImageProcessor), but wants torchvision; the patched llama.cpp does it too
-(mtmd-mbq-llama4-impl.h).
+It computes the same as transformers' Llama4ImageProcessor, which needs torchvision, and the patched llama.cpp (mtmd-mbq-llama4-impl.h).
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from mbq_gguf.errors import UserError
 from mbq_gguf.models.checks import PREPROCESSORS, read_json_object
 
 ARCHITECTURE = "Llama4ForConditionalGeneration"
-TILES = 16  # of a canvas at most, as llama.cpp has it
+TILES = 16  # maximum per canvas, as in llama.cpp
 
 
 @dataclass
 class ImageProcessor:
-    """Tiles of ``side`` pixels; channels minus ``mean``, over ``std``."""
+    """Makes tiles of ``side`` by ``side`` pixels, normalised with ``mean`` and ``std`` per channel."""
 
     side: int
     mean: Sequence[float] = field(default=(0.5, 0.5, 0.5))
     std: Sequence[float] = field(default=(0.5, 0.5, 0.5))
 
     def __call__(self, images: Sequence[Image.Image], **_: object) -> dict[str, Any]:
-        """``pixel_values`` [tiles and the whole, 3, side, side] of one picture, and ``grid``, its tiles' rows and columns."""
+        """``pixel_values`` [tiles and whole picture, 3, side, side] of one picture, and ``grid``, the rows and columns of tiles."""
         picture = images[0].convert("RGB")
         rows, columns = canvas(picture.height, picture.width, self.side)
         padded = Image.new("RGB", (columns * self.side, rows * self.side))
@@ -46,8 +45,8 @@ class ImageProcessor:
         return {"pixel_values": (pixels - mean) / std, "grid": (rows, columns)}
 
 
-def mend(model: Any) -> None:
-    """Give the outputs of its language model what the whole one asks them for in transformers 5.24, which raises without."""
+def add_image_outputs(model: Any) -> None:
+    """Work around transformers 5.24, whose whole model raises because its language model's output has no ``image_outputs``."""
 
     def hook(_module: object, _args: object, out: Any) -> None:
         if not hasattr(out, "image_outputs"):
@@ -57,9 +56,9 @@ def mend(model: Any) -> None:
 
 
 def canvas(height: int, width: int, side: int) -> tuple[int, int]:
-    """Rows and columns of tiles: of those that the picture fits into the ones that leave least room, or else that shrink it least.
+    """Rows and columns of tiles: the canvas that enlarges the picture least, or if none is large enough, that shrinks it least.
 
-    Scales are compared in float32, as in transformers; no two canvases of one scale and one area are different.
+    Ties go to the smallest area. Scales are compared in float32, as in transformers; canvases of the same scale and area are the same.
     """
     grids = [(rows, columns) for rows in range(1, TILES + 1) for columns in range(1, TILES // rows + 1)]
     by_scale: dict[float, list[tuple[int, int]]] = {}
@@ -71,7 +70,7 @@ def canvas(height: int, width: int, side: int) -> tuple[int, int]:
 
 
 def inner_size(size: tuple[int, int], most: tuple[int, int], side: int) -> tuple[int, int]:
-    """Width and height that a picture of ``size`` takes of a canvas of ``most``: it is enlarged to one tile at most."""
+    """Width and height of a picture of ``size`` on a canvas of size ``most``; it is not enlarged beyond one tile."""
     width, height = (min(max(edge, side), limit) for edge, limit in zip(size, most, strict=True))
     across, down = width / size[0], height / size[1]
     if across < down:
@@ -80,7 +79,7 @@ def inner_size(size: tuple[int, int], most: tuple[int, int], side: int) -> tuple
 
 
 def image_processor(model_dir: Path) -> ImageProcessor:
-    """The processor by the settings of the model in ``model_dir``. Raises UserError for what llama.cpp does not do."""
+    """The processor with the settings of ``model_dir``. Raises UserError if llama.cpp does not support them."""
     settings = next(read_json_object(model_dir / name) for name in PREPROCESSORS if (model_dir / name).is_file())
     settings = settings.get("image_processor", settings)
     side = settings.get("size", {}).get("height", 336)

@@ -63,7 +63,7 @@ def load(
     files = weight_files(model_dir)
     model = _load_weights(model_dir, architecture, files)
     if architecture == llama4.ARCHITECTURE:
-        llama4.mend(model)
+        llama4.add_image_outputs(model)
     check_finite(files, progress)
     decoder = find_decoder(model, architecture)
     if decoder is None:
@@ -85,7 +85,7 @@ def load_meta(model_dir: Path) -> LoadedModel:
     Raises UserError or UsageError like :func:`load`, for everything but the weights.
     """
     architecture = check_source(model_dir)
-    model = _bare(model_dir, architecture)
+    model = _empty_model(model_dir, architecture)
     _read_generation(model, model_dir, architecture)
     decoder = find_decoder(model, architecture)
     if decoder is None:
@@ -179,15 +179,15 @@ def configuration(model_dir: Path) -> Any:
     return AutoConfig.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=runs_remote_code())
 
 
-def _bare(model_dir: Path, architecture: str) -> Any:
+def _empty_model(model_dir: Path, architecture: str) -> Any:
     """The model on the meta device, without weights."""
     from transformers import AutoModelForImageTextToText
 
     with model_errors(model_dir, architecture), torch.device("meta"):
         if architecture in PUBLISHED:
-            return PUBLISHED[architecture].bare(model_dir)
+            return PUBLISHED[architecture].empty_model(model_dir)
         if text := text_model(model_dir, architecture):
-            return text.bare()
+            return text.empty_model()
         config = configuration(model_dir)
         if getattr(config, "audio_config", None):
             config.audio_config = None
@@ -210,16 +210,16 @@ def _read_generation(model: Any, model_dir: Path, architecture: str) -> None:
 
 def _load_weights(model_dir: Path, architecture: str, files: Sequence[Path]) -> Any:
     """The model with all weights as lazy tensors of ``files``."""
-    bare = _bare(model_dir, architecture)
+    empty = _empty_model(model_dir, architecture)
     tensors = {name: tensor for name, tensor in lazy_tensors(files).items() if not AUDIO.match(name)}
     with model_errors(model_dir, architecture):
         if architecture in PUBLISHED:
-            tensors = PUBLISHED[architecture].respelled(tensors, bare.config)
+            tensors = PUBLISHED[architecture].rename_tensors(tensors, empty.config)
         elif text := text_model(model_dir, architecture):
-            tensors = text.respelled(tensors)
-        model, info = type(bare).from_pretrained(
+            tensors = text.rename_tensors(tensors)
+        model, info = type(empty).from_pretrained(
             None,
-            config=bare.config,
+            config=empty.config,
             state_dict=tensors,
             dtype="auto",
             output_loading_info=True,

@@ -1,6 +1,6 @@
-"""MiniCPM-V 2.6 and 4.5 as OpenBMB publishes them (MiniCPMV, code of its directory): settings, tensors, pictures. None of that code runs.
+"""Reads MiniCPM-V 2.6 and 4.5 as OpenBMB publishes them (MiniCPMV, which is code in the model directory) without running that code.
 
-Versions differ in their language model; 4.5's resampler knows the time of a video's frames besides, which no picture has.
+The versions differ in their language model. The resampler of 4.5 also embeds the time of video frames, which pictures do not have.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from mbq_gguf.errors import UserError
 from mbq_gguf.models.checks import read_json_object
 
-IMAGE_TOKEN = "<unk>"  # what the published processor puts where a picture's tokens come
+IMAGE_TOKEN = "<unk>"  # the placeholder for a picture's tokens in the published processor
 PREFIXES = {
     "llm.lm_head.": "lm_head.",
     "llm.model.": "model.language_model.",
@@ -22,8 +22,8 @@ PREFIXES = {
     "resampler.": "model.resampler.",
 }
 MERGED = ".attn.in_proj_"
-PROJECTOR = "resampler.proj"  # a parameter that multiplies from the right
-# Of each version the language model: its type in transformers, its class, and the version's number in llama.cpp.
+PROJECTOR = "resampler.proj"  # a parameter, not a linear: stored transposed
+# The language model of each version: its type and class in transformers, and the version's number in llama.cpp.
 TEXTS = {"2.6": ("qwen2", "Qwen2ForCausalLM", 3), "4.5": ("qwen3", "Qwen3ForCausalLM", 6)}
 ARCHITECTURE = "MiniCPMV"
 PUBLISHED = tuple(f"{ARCHITECTURE}/{version}" for version in TEXTS)
@@ -36,13 +36,13 @@ VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 
 
 def version_of(config: Mapping[str, Any]) -> str | None:
-    """The version of a model whose config.json is ``config``, where it is one of :data:`TEXTS`."""
+    """The version of a model whose config.json is ``config``; None if it is not one of :data:`TEXTS`."""
     version = str(config.get("version"))
     return version if version in TEXTS and ARCHITECTURE in (config.get("architectures") or ()) else None
 
 
 def names_of(name: str) -> list[str]:
-    """What the model here calls the tensor that is published as ``name``: three where queries, keys and values are one."""
+    """The names here of the tensor published as ``name``: three for a fused qkv."""
     prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
     ours = PREFIXES.get(prefix, "") + name.removeprefix(prefix)
     if name == PROJECTOR:
@@ -51,26 +51,26 @@ def names_of(name: str) -> list[str]:
 
 
 def parts_of(name: str, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors of :func:`names_of`."""
+    """The tensors of :func:`names_of`, split from the published one."""
     if name == PROJECTOR:
         return [tensor.t()]
     return list(tensor.chunk(3)) if MERGED in name else [tensor]
 
 
-def respelled(tensors: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
-    """A published checkpoint's tensors under the names that they have here."""
+def rename_tensors(tensors: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """A published checkpoint's tensors, renamed to the names here."""
     return {ours: part for name, tensor in tensors.items() for ours, part in zip(names_of(name), parts_of(name, tensor), strict=True)}
 
 
 def configuration(model_dir: Path) -> Any:
-    """The configuration for :class:`~mbq_gguf.models.resampler.MiniCPMV`. Raises UserError for what the model here is not."""
+    """The configuration for :class:`~mbq_gguf.models.resampler.MiniCPMV`. Raises UserError for settings that are not supported."""
     from transformers import AutoConfig, AutoTokenizer
 
     published = read_json_object(model_dir / "config.json")
     version = version_of(published)
     assert version is not None
     if published.get("drop_vision_last_layer"):
-        raise UserError(f"{model_dir} leaves out the last layer of its tower (drop_vision_last_layer): use a model that has all")
+        raise UserError(f"{model_dir} omits the last layer of its vision tower (drop_vision_last_layer): use a model that keeps it")
     tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         raise UserError(f"the tokenizer of {model_dir} has no token {IMAGE_TOKEN}: download it again")
@@ -86,24 +86,24 @@ def configuration(model_dir: Path) -> Any:
     )
 
 
-def bare(model_dir: Path) -> Any:
-    """The model, without weights where the default device is torch's meta device."""
+def empty_model(model_dir: Path) -> Any:
+    """The model; without weights if the default device is torch's meta device."""
     from mbq_gguf.models.resampler import MiniCPMV
 
     return MiniCPMV(configuration(model_dir))
 
 
 def image_processor(model_dir: Path) -> Any:
-    """The image processor: transformers' of MiniCPM-V 4.6, whose patches are merged and these are not."""
+    """transformers' image processor of MiniCPM-V 4.6, changed for towers that do not merge patches."""
     from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
     class Unmerged(MiniCPMV4_6ImageProcessorPil):  # type: ignore[misc]
-        """Sides of a picture are multiples of one patch."""
+        """Sides of a picture are multiples of one patch, not of a merged one."""
 
         def find_best_resize(
             self, image_size: tuple[int, int], scale_resolution: int, patch_size: int, downsample_mode: str, allow_upscale: bool = False
         ) -> tuple[int, int]:
-            """Height and width: of the picture's shape and a slice's area, where it is larger or may become so."""
+            """Height and width. The picture keeps its shape and gets a slice's area, if it is larger or may be enlarged."""
             height, width = image_size
             if height * width > scale_resolution**2 or allow_upscale:
                 ratio = width / height
@@ -114,12 +114,12 @@ def image_processor(model_dir: Path) -> Any:
 
     settings = picture_settings(read_json_object(model_dir / "preprocessor_config.json"))
     if not settings["slice_mode"]:
-        raise UserError(f"{model_dir} does not slice pictures (slice_mode), which llama.cpp does: use a model that does")
+        raise UserError(f"{model_dir} does not slice pictures (slice_mode), and llama.cpp always does: use a model that slices them")
     return Unmerged(**settings)
 
 
 def picture_settings(published: Mapping[str, Any]) -> dict[str, Any]:
-    """The image processor's settings of a published preprocessor_config.json."""
+    """The image processor's settings from a published preprocessor_config.json."""
     mean, std = (published.get(f"norm_{name}") or published.get(f"image_{name}") or [0.5] * 3 for name in ("mean", "std"))
     defaults = {"max_slice_nums": 9, "scale_resolution": 448, "patch_size": 14, "slice_mode": True}
     return {"image_mean": mean, "image_std": std, **{name: published.get(name, value) for name, value in defaults.items()}}

@@ -1,7 +1,7 @@
 """Models that are published with their own modelling code, which are read here without running it: one module for each.
 
-Such a module has ``bare`` (the model without weights) and ``image_processor``, both of which take the model's directory, and
-``respelled``, which renames a checkpoint's tensors to that model's names.
+Such a module has ``empty_model`` (the model without weights) and ``image_processor``, both of which take the model's directory, and
+``rename_tensors``, which renames a checkpoint's tensors to that model's names.
 """
 
 from __future__ import annotations

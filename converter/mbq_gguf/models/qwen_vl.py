@@ -1,7 +1,7 @@
-"""The language model of Qwen-VL as its authors publish it (QWenLMHeadModel, code of its directory), read as transformers' Qwen2.
+"""Reads the language model of Qwen-VL as published (QWenLMHeadModel, which is code in the model directory) as transformers' Qwen2.
 
-Qwen2 is the same function up to ``seq_length`` tokens: beyond it Qwen-VL stretches its rotation and scales queries by log n (dynamic NTK,
-log n attention), which neither Qwen2 nor llama.cpp does. So ``seq_length`` is the context that the file names.
+Qwen2 computes the same up to ``seq_length`` tokens. Beyond them Qwen-VL scales its rotary embedding (dynamic NTK) and its queries (log n
+attention), which neither Qwen2 nor llama.cpp does. The file's context length is therefore ``seq_length``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from mbq_gguf.models import tiktoken
 from mbq_gguf.models.checks import check_heads, positive_integers, positive_number
-from mbq_gguf.models.text_model import QKV, TextModel, check_granted
+from mbq_gguf.models.text_model import QKV, TextModel, check_assumed
 
 PUBLISHED = "QWenLMHeadModel"
 OUTSIDE = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head"}
@@ -26,22 +26,22 @@ INSIDE = {
     "mlp.c_proj": "mlp.down_proj",
 }
 END = "<|endoftext|>"
-# Behind the vocabulary's tokens, in this order.
+# They follow the vocabulary's tokens, in this order.
 SPECIALS = (
     *(END, "<|im_start|>", "<|im_end|>"),
     *(f"<|extra_{number}|>" for number in range(205)),
     *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"),
 )
 WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as Qwen2 cuts them
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # the same as Qwen2's
 )
 
 
 def text_model(published: Mapping[str, Any]) -> TextModel:
-    """The language model of a checkpoint whose config.json is ``published``. Raises UserError for settings that Qwen2 does not know."""
+    """The language model of a checkpoint whose config.json is ``published``. Raises UserError if Qwen2 does not support its settings."""
     width, heads, ffn = positive_integers(published, ("hidden_size", "num_attention_heads", "intermediate_size"))
-    granted = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True, "tie_word_embeddings": False, "kv_channels": width // heads}
-    check_granted(published, granted)
+    assumed = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True, "tie_word_embeddings": False, "kv_channels": width // heads}
+    check_assumed(published, assumed)
     check_heads(width, heads, heads)
     base = positive_number({"rotary_emb_base": 10000, **published}, "rotary_emb_base", whole=False)
     settings = {
@@ -60,5 +60,5 @@ def text_model(published: Mapping[str, Any]) -> TextModel:
 
 
 def tokenizer(model_dir: Path) -> Any:
-    """transformers' tokenizer of ``model_dir``."""
+    """transformers' tokenizer for ``model_dir``."""
     return tiktoken.tokenizer(model_dir / "qwen.tiktoken", WORDS, SPECIALS, whole=False, eos_token=END, pad_token=END)

@@ -1,8 +1,8 @@
 """MiniCPM-V 2.6 and 4.5 in PyTorch: SigLIP, a resampler, and a language model of transformers.
 
-transformers has no class of them, and the published ones are code of each model's directory. This is written from that architecture
-(modeling_navit_siglip.py, resampler.py): each picture and slice goes through the tower by itself, with the positions of a table of 70 by 70
-that are nearest to its patches'; then learned queries attend to its patches, whose keys know their places by sines and cosines.
+transformers has no class for them, and the published one is code in the model directory. This is written from that architecture
+(modeling_navit_siglip.py, resampler.py). Each picture and slice goes through the tower by itself; its patches use the nearest positions of
+a table of 70 by 70. Then learned queries attend to its patches, whose keys have sine and cosine position embeddings.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from transformers import AutoModel, GenerationMixin, LlavaConfig, SiglipVisionMo
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
-HEAD = 128  # channels of a head of the resampler's attention
+HEAD = 128  # channels per head of the resampler's attention
 BASE = 10000.0
 
 
 class Tower(SiglipVisionModel):  # type: ignore[misc]
-    """SigLIP for pictures of any shape."""
+    """SigLIP for pictures of any aspect ratio."""
 
     def forward(self, pixel_values: torch.Tensor, target_sizes: torch.Tensor) -> list[torch.Tensor]:
-        """Patches of each picture [its rows * columns, width]; ``pixel_values`` [1, 3, patch, all patches * patch] has them in a row, and
-        ``target_sizes`` [pictures, 2] how many rows and columns of patches each picture has."""
+        """The patches of each picture [rows * columns, width]. ``pixel_values`` [1, 3, patch, all patches * patch] has all patches in a
+        row, ``target_sizes`` [pictures, 2] the rows and columns of patches of each picture."""
         embeddings = self.embeddings
         patches = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)[0]
         side = round(embeddings.num_positions**0.5)
         found, start = [], 0
         for rows, columns in target_sizes.tolist():
             placed = patches[start : start + rows * columns] + embeddings.position_embedding(
-                nearest(rows, columns, side).to(patches.device)
+                nearest_positions(rows, columns, side).to(patches.device)
             )
             hidden = self.encoder(inputs_embeds=placed[None]).last_hidden_state
             found.append(self.post_layernorm(hidden)[0])
@@ -39,24 +39,24 @@ class Tower(SiglipVisionModel):  # type: ignore[misc]
         return found
 
 
-def nearest(rows: int, columns: int, side: int) -> torch.Tensor:
-    """Which of ``side`` by ``side`` positions each of ``rows`` by ``columns`` patches has [rows * columns], as llama.cpp has it.
+def nearest_positions(rows: int, columns: int, side: int) -> torch.Tensor:
+    """The position, in a table of ``side`` by ``side``, of each of ``rows`` by ``columns`` patches [rows * columns], as in llama.cpp.
 
-    The published code computes them in float32 and is one off in rows or columns of 25, 49, 50 or 55 patches.
+    The published code computes positions in float32; with 25, 49, 50 or 55 patches per row or column they are off by one.
     """
     down, across = (torch.arange(count) * side // count for count in (rows, columns))
     return (down[:, None] * side + across).flatten()
 
 
 class Attention(nn.Module):
-    """PyTorch's MultiheadAttention, its queries', keys' and values' matrices apart."""
+    """PyTorch's MultiheadAttention with separate matrices for queries, keys and values."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.in_proj_q, self.in_proj_k, self.in_proj_v, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """[queries, width] of queries [queries, width], keys and values [patches, width]."""
+        """Attend from queries [queries, width] to keys and values [patches, width]; the result is [queries, width]."""
         parts = (self.in_proj_q(queries), self.in_proj_k(keys), self.in_proj_v(values))
         heads = (part.unflatten(-1, (-1, HEAD)).transpose(0, 1)[None] for part in parts)
         mixed = nn.functional.scaled_dot_product_attention(*heads)[0].transpose(0, 1).flatten(1)
@@ -65,7 +65,7 @@ class Attention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """``query_num`` tokens of a picture's patches."""
+    """Turns the patches of a picture into ``query_num`` tokens."""
 
     def __init__(self, query_num: int, width: int, patch_width: int) -> None:
         super().__init__()
@@ -76,15 +76,15 @@ class Resampler(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
 
     def forward(self, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """[queries, width] of the patches [rows * columns, patch width] of one picture."""
+        """Turn the patches [rows * columns, patch width] of one picture into tokens [query_num, width]."""
         values = self.ln_kv(self.kv_proj(patches))
-        keys = values + places(rows, columns, values.shape[-1]).to(values)
+        keys = values + position_embeddings(rows, columns, values.shape[-1]).to(values)
         out: torch.Tensor = self.proj(self.ln_post(self.attn(self.ln_q(self.query), keys, values)))
         return out
 
 
-def places(rows: int, columns: int, width: int) -> torch.Tensor:
-    """Sines and cosines of each patch's column, then of its row [rows * columns, width]."""
+def position_embeddings(rows: int, columns: int, width: int) -> torch.Tensor:
+    """Position embeddings [rows * columns, width]: sines and cosines of each patch's column, then of its row."""
     omega = BASE ** (-torch.arange(width // 4) / (width // 4))
     down, across = (torch.arange(count)[:, None] * omega for count in (rows, columns))
     by_row, by_column = (torch.cat([angles.sin(), angles.cos()], dim=-1) for angles in (down, across))
@@ -93,7 +93,7 @@ def places(rows: int, columns: int, width: int) -> torch.Tensor:
 
 
 class Body(LlavaPreTrainedModel):  # type: ignore[misc]
-    """Tower, resampler and language model without its head."""
+    """Tower, resampler, and language model without its head."""
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)
@@ -106,7 +106,7 @@ class Body(LlavaPreTrainedModel):  # type: ignore[misc]
     def forward(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None, target_sizes: torch.Tensor | None = None, **inputs: Any
     ) -> Any:
-        """The language model's output for token ids [1, tokens], picture tokens replaced by what :class:`Tower` and resampler make."""
+        """The language model's output for token ids [1, tokens], with picture tokens replaced by the resampler's output."""
         hidden = self.language_model.get_input_embeddings()(input_ids)
         if pixel_values is not None and target_sizes is not None:
             seen = zip(self.vision_tower(pixel_values, target_sizes), target_sizes.tolist(), strict=True)
@@ -117,9 +117,9 @@ class Body(LlavaPreTrainedModel):  # type: ignore[misc]
 
 
 class MiniCPMV(LlavaPreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """The model with its head. Its configuration is LLaVA's, which has the same parts, with ``query_num``."""
+    """The whole model. Its configuration is LLaVA's, which has the same parts, plus ``query_num``."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012  (as transformers has it)
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012  (transformers requires it)
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)
@@ -130,7 +130,7 @@ class MiniCPMV(LlavaPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, logits_to_keep: int = 0, **inputs: Any
     ) -> CausalLMOutputWithPast:
-        """Logits [1, tokens, vocabulary] of the last ``logits_to_keep`` tokens (0: of all)."""
+        """Logits [1, tokens, vocabulary] of the last ``logits_to_keep`` tokens (0: all)."""
         out = self.model(input_ids, attention_mask=attention_mask, **inputs)
         rest = {name: value for name, value in out.items() if name != "last_hidden_state"}
         return CausalLMOutputWithPast(logits=self.lm_head(out.last_hidden_state[:, -logits_to_keep:]), **rest)

@@ -1,4 +1,4 @@
-"""What works with which family, told from the tables of families and layouts: for a terminal, as JSON, and for docs/families.md."""
+"""Which features work with which family, from the tables of families and layouts: for a terminal, as JSON, and for docs/families.md."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALONE_TITLE = "alone: whether the language model converts by itself (--language-
 
 @dataclass(frozen=True)
 class Support:
-    """A family, and for each thing that can be done with it why it cannot be, or None."""
+    """A family, and for each feature the reason why it does not work, or None."""
 
     family: str
     architectures: tuple[str, ...]
@@ -26,17 +26,17 @@ class Support:
     limits: dict[str, str | None]
 
     def cell(self, column: str) -> str:
-        """A word for a table."""
+        """The table's entry: yes or no."""
         return "no" if self.limits[column] else WORKS
 
 
 def support() -> list[Support]:
-    """Every family that works, in the order of the table."""
+    """All supported families, in the order of the table."""
     return [Support(family.name, family.architectures, family.gguf, limits(family)) for family in FAMILIES]
 
 
 def limits(family: Family) -> dict[str, str | None]:
-    """What can be done with ``family``: GPTQ needs no more than its sites, other methods ask the layout, one pass the runtime."""
+    """For each feature, why it does not work with ``family``, or None. The layout decides, and for one pass the runtime."""
     layout = layout_of(family.architectures[0])
     return {
         "calibration": None,
@@ -51,18 +51,18 @@ def limits(family: Family) -> dict[str, str | None]:
 
 
 def as_json() -> dict[str, Any]:
-    """The same for programs; what is refused is under "refused", with its reasons, and what converts without its tower
-    under "language_alone"."""
+    """The same for programs. "refused" has the refused architectures with reasons, "language_alone" those of which only the language
+    model converts."""
     return {"families": [asdict(found) for found in support()], "refused": REFUSED, "language_alone": LANGUAGE_ALONE}
 
 
 def reasons() -> list[str]:
-    """One sentence for each "no"."""
+    """One sentence for each "no" in the table."""
     return [f"{found.family}, {name}: {why}." for found in support() for name, why in found.limits.items() if why]
 
 
 def table() -> RenderableType:
-    """Families and refusals for a terminal, of 80 columns as well."""
+    """Families and refusals, for terminals of 80 columns or more."""
     found = support()
     columns = list(found[0].limits)
     headers = [Column(name, overflow="fold") for name in ("family", "llama.cpp", *columns)]
@@ -76,7 +76,7 @@ def table() -> RenderableType:
 
 
 def markdown() -> str:
-    """The table of docs/families.md, with a sentence for each "no" below it."""
+    """The table of docs/families.md, followed by a sentence for each "no"."""
     found = support()
     columns = list(found[0].limits)
     lines = [f"| family | llama.cpp | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]

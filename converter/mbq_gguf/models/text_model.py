@@ -53,7 +53,7 @@ class TextModel:
 
         return AutoConfig.for_model(self.model_type, architectures=[self.architecture], **self.settings)
 
-    def bare(self) -> Any:
+    def empty_model(self) -> Any:
         """The transformers model; without weights if the default device is torch's meta device."""
         from transformers import AutoModelForCausalLM
 
@@ -83,7 +83,7 @@ class TextModel:
         width, heads, groups = (int(self.settings[key]) for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
         return [width, width // heads * groups, width // heads * groups]
 
-    def respelled(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def rename_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A published checkpoint's tensors, renamed to transformers' names."""
         found: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
@@ -91,9 +91,9 @@ class TextModel:
         return found
 
 
-def check_granted(published: Mapping[str, Any], granted: Mapping[str, Any]) -> None:
-    """Raise UserError if a checkpoint's settings differ from the ``granted`` ones, which transformers' class has built in."""
-    for name, value in granted.items():
+def check_assumed(published: Mapping[str, Any], assumed: Mapping[str, Any]) -> None:
+    """Raise UserError if a checkpoint's settings differ from the ``assumed`` ones, which transformers' class has built in."""
+    for name, value in assumed.items():
         if published.get(name, value) != value:
             raise UserError(
                 f"the model's config.json has {name} {published[name]!r} and only {value!r} is supported: use the published model"

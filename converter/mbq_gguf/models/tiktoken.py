@@ -1,7 +1,7 @@
-"""A vocabulary as tiktoken keeps it (lines of a token in base64 and its rank) as a tokenizer of transformers.
+"""Converts tiktoken's vocabularies (one line for each token: base64 and rank) to tokenizers of transformers.
 
-tiktoken joins the pair of neighbours whose whole has the lowest rank. So a token's last join, of what the tokens of lower rank make of its
-bytes, is a merge of byte pair encoding, and the ranks are the merges' order.
+tiktoken repeatedly joins the neighbours whose concatenation has the lowest rank. Encoding the bytes of a token with only the tokens of
+lower rank therefore gives the two halves that byte pair encoding merges into it, and the order of ranks is the order of merges.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from mbq_gguf.errors import UserError
 
 
 def tokenizer(file: Path, pattern: str, specials: Sequence[str], *, whole: bool, **settings: Any) -> Any:
-    """transformers' tokenizer of the ranks in ``file`` for words that the regular expression ``pattern`` cuts; ``specials`` are
-    tokens behind the vocabulary's, in this order.
+    """transformers' tokenizer with the vocabulary of ``file``. The regular expression ``pattern`` splits texts into words, and ``specials``
+    are added after the vocabulary's tokens, in this order.
 
-    ``whole``: a word that is a token stays one even where no merges lead to it, as in tiktoken; llama.cpp does this for some models only.
-    ``settings`` are the tokenizer's. Raises UserError if ``file`` is no such vocabulary.
+    ``whole``: a word that is a token is never split, even if no merges lead to it, as in tiktoken; llama.cpp does this for some models
+    only. ``settings`` are those of the transformers tokenizer. Raises UserError if ``file`` is not such a vocabulary.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -29,7 +29,7 @@ def tokenizer(file: Path, pattern: str, specials: Sequence[str], *, whole: bool,
     try:
         vocabulary, merges = _vocabulary(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is no vocabulary of tiktoken's ({error}): download it again") from error
+        raise UserError(f"{file} is not a tiktoken vocabulary ({error}): download it again") from error
     made = Tokenizer(models.BPE(vocab=dict(vocabulary), merges=list(merges), ignore_merges=whole))
     words = pre_tokenizers.Split(Regex(pattern), "isolated")
     made.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -40,13 +40,14 @@ def tokenizer(file: Path, pattern: str, specials: Sequence[str], *, whole: bool,
 
 @lru_cache(maxsize=1)
 def _vocabulary(data: bytes) -> tuple[Mapping[str, int], tuple[tuple[str, str], ...]]:
-    """Tokens and merges in letters that stand for bytes; kept, since a conversion asks several times and 49 156 tokens take 0.8 s."""
+    """Tokens and merges, spelled in the letters that stand for bytes. Cached: a conversion asks several times, and 49 156 tokens take 0.8
+    s."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = bytes_to_unicode()
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in (line.split() for line in data.splitlines() if line)}
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise ValueError("its ranks have gaps, or a byte has none")
+        raise ValueError("ranks have gaps, or a byte has no rank")
 
     def spelled(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
@@ -57,7 +58,7 @@ def _vocabulary(data: bytes) -> tuple[Mapping[str, int], tuple[tuple[str, str], 
 
 
 def _halves(ranks: Mapping[bytes, int], token: bytes) -> list[bytes]:
-    """What the tokens of lower rank make of the bytes of ``token``: two, where it can be reached."""
+    """Encode ``token`` with only the tokens of lower rank. The result has two parts if merges can produce the token."""
     parts, limit = [bytes([byte]) for byte in token], ranks[token]
     while len(parts) > 2:
         found = [(ranks.get(left + right, limit), place) for place, (left, right) in enumerate(pairwise(parts))]

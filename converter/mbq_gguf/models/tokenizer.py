@@ -1,4 +1,4 @@
-"""The tokenizer of a model directory: transformers', or of tokenizer.model where that wants code of the directory or protobuf."""
+"""Loads the tokenizer of a model directory: with transformers, or from tokenizer.model if transformers would need code or protobuf."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mbq_gguf.models.checks import read_json_object
 from mbq_gguf.models.remote_code import runs_remote_code
 
 SPACE = "▁"
-ENDS = ("<|im_end|>", "<|end|>")  # of a turn, where the settings name the end of a document
+ENDS = ("<|im_end|>", "<|end|>")  # end a turn; the settings may name the end of a document instead
 
 
 def load_tokenizer(model_dir: Path) -> Any:
-    """The tokenizer of ``model_dir``. Raises whatever transformers, tokenizers and sentencepiece raise of its files."""
+    """The tokenizer of ``model_dir``. Raises whatever transformers, tokenizers and sentencepiece raise for its files."""
     from transformers import AutoTokenizer
 
     if language_model(read_json_object(model_dir / "config.json")):
@@ -28,35 +28,33 @@ def load_tokenizer(model_dir: Path) -> Any:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A tokenizer.model (SentencePiece, of kind BPE), opened, and the ``settings`` beside it, whose added tokens replace pieces."""
+    """An open tokenizer.model (SentencePiece, BPE) and the ``settings`` of tokenizer_config.json, whose added tokens replace pieces."""
 
     model: Any
     settings: Mapping[str, Any]
 
     @classmethod
     def of(cls, model_dir: Path) -> Pieces:
-        """Those of ``model_dir``. Raises UserError if a file is missing or no such one, or the settings lack a token."""
+        """Open those of ``model_dir``. Raises UserError if a file is missing or of another kind, or the settings lack a token."""
         from sentencepiece import SentencePieceProcessor
 
         file, beside = model_dir / "tokenizer.model", model_dir / "tokenizer_config.json"
         try:
             model = SentencePieceProcessor(model_file=str(file))
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{file} is not a tokenizer of SentencePiece's ({describe(error)}): download it again") from error
+            raise UserError(f"{file} is not a SentencePiece tokenizer ({describe(error)}): download it again") from error
         found = cls(model, read_json_object(beside))
         try:
             known = [token in found.ids for token in (found.named("bos"), found.named("unk"), found.eos)]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{beside} lacks what a tokenizer needs, or has another thing there ({describe(error)}): download it again"
-            ) from error
+            raise UserError(f"{beside} lacks settings of a tokenizer, or has wrong ones ({describe(error)}): download it again") from error
         if not all(known):
             raise UserError(f"{beside} names a bos_token, eos_token or unk_token that {file} does not have: download both again")
         return found
 
     @cached_property
     def added(self) -> dict[int, Mapping[str, Any]]:
-        """Added tokens by their id, in its order."""
+        """Added tokens by id, in ascending order."""
         return dict(sorted((int(number), token) for number, token in self.settings.get("added_tokens_decoder", {}).items()))
 
     @cached_property
@@ -67,24 +65,24 @@ class Pieces:
 
     @property
     def eos(self) -> str:
-        """What ends an answer."""
+        """The token that ends an answer."""
         return next((end for end in ENDS if end in self.ids), None) or self.named("eos")
 
     @property
     def begin_with_space(self) -> bool:
-        """Whether words get a space in front of them, of which (add_dummy_prefix) the library tells by its results alone.
+        """Whether a text gets a space in front of it (add_dummy_prefix), which the library shows only by its results.
 
-        Where the tokenizer is not ``legacy``, only those do with which a whole text begins, as no conversation does.
+        Without ``legacy`` this holds only for the start of a whole text, and a conversation never starts with plain text.
         """
         return bool(self.settings.get("legacy", True) and self.model.encode("a", out_type=str)[0].startswith(SPACE))
 
     @property
     def strip(self) -> bool:
-        """Whether white space behind added tokens is left out."""
+        """Whether white space after added tokens is removed."""
         return any(token.get("rstrip") for token in self.added.values())
 
     def merges(self) -> list[tuple[str, str]]:
-        """Every pair of pieces whose whole is one, the best first, of equal ones the first id."""
+        """All pairs of pieces whose concatenation is a piece, by descending score, then by id."""
         kinds = (self.model.is_unknown, self.model.is_control, self.model.is_byte, self.model.is_unused)
         normal = {
             self.model.id_to_piece(number): (-self.model.get_score(number), number)
@@ -95,15 +93,15 @@ class Pieces:
         return [pair for pair in halves if pair[0] in normal and pair[1] in normal]
 
     def named(self, which: str) -> str:
-        """The token that the settings name as ``which``: a text, or an object with one."""
+        """The special token ``which``, which the settings have as a string or an object."""
         token = self.settings[f"{which}_token"]
         return str(token["content"] if isinstance(token, dict) else token)
 
 
 def of_pieces(pieces: Pieces) -> Any:
-    """The tokenizer of ``pieces``, with the chat template of their settings.
+    """A transformers tokenizer with the vocabulary of ``pieces`` and the chat template of their settings.
 
-    It cuts texts as llama.cpp does: the pair of neighbours whose whole has the best score is joined first, and added tokens stand whole.
+    It splits texts as llama.cpp does: neighbours whose concatenation has the best score are joined first, and added tokens are never split.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
