@@ -1,6 +1,7 @@
-"""``mbq-gguf`` in a process of its own that need not import torch and transformers again: forked from one that has, by multiprocessing's
-fork server. A start costs 0.1 s of processor time instead of 7; exit codes, signals and output are those of the command,
-variables those that the environment had at the first start."""
+"""Runs ``mbq-gguf`` in a process that need not import torch and transformers again: multiprocessing's fork server forks it from one that
+has. A start costs 0.1 s of processor time instead of 7. Exit codes, signals and output are those of the command; environment variables are
+those of the first start.
+"""
 
 from __future__ import annotations
 

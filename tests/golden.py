@@ -1,4 +1,4 @@
-"""Digests of converted files, kept in golden.json: a change of the code that is to change no file is held against them.
+"""Digests of converted files, stored in golden.json, to check code changes that should not change files.
 
     python tests/golden.py            # enter this machine's digests, on a commit whose files are known to be right
 

@@ -1,4 +1,4 @@
-"""A hub on this machine: as much of the hub's HTTP interface as huggingface_hub's own client asks for, over a folder of files."""
+"""A local hub: the part of the Hub's HTTP interface that huggingface_hub's client uses, for a folder of files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of a model whose layers are rounded to the nearest, in seconds and without calibration."""
+"""Files of a model whose layers are rounded to nearest, in seconds and without calibration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""W4A8 files of the tiny VLM with static ranges of any size, and what a running model does with them."""
+"""W4A8 files of the tiny VLM with arbitrary static ranges, and their effect in a running model."""
 
 from __future__ import annotations
 

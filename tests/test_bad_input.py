@@ -1,4 +1,4 @@
-"""Whatever is wrong with the input: one sentence, exit code 1 or 2, and nothing under the final names."""
+"""Every invalid input gives one sentence, exit code 1 or 2, and no files under the final names."""
 
 from __future__ import annotations
 

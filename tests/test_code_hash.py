@@ -1,4 +1,4 @@
-"""The hash covers what decides a file's bytes, and nothing that does not."""
+"""The hash covers the code that determines a file's bytes, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One reader of sets: three shapes, line ends, byte order marks, and errors with file and line."""
+"""The common reader of sets: three shapes, line ends, byte order marks, and errors with file and line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole conversion of a tiny VLM."""
+"""A whole conversion of a tiny VLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mbq-gguf convert --help``: every option under a heading, every choice known to the code, former names taken and not shown."""
+"""``mbq-gguf convert --help``: every option has a heading, every choice is known to the code, former names work and are not shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every page is reached from the README, every link between pages leads somewhere, and every key of a file is explained."""
+"""Every page can be reached from the README, every link between pages has a target, and every metadata key is explained."""
 
 from __future__ import annotations
 

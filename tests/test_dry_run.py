@@ -1,4 +1,4 @@
-"""``convert --dry-run``: the sizes of the very files, what fails early, and nothing written."""
+"""``convert --dry-run``: exact file sizes, early failures, and nothing written."""
 
 from __future__ import annotations
 

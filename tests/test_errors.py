@@ -1,4 +1,4 @@
-"""Every sentence that a user may see has one style: "what is wrong: what to do", lower case, no full stop."""
+"""Every message to the user has one style: "what is wrong: what to do", lower case, no full stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Converted files are, tensor for tensor, what they were when golden.json was made (see golden.py)."""
+"""Converted files have the same tensors as when golden.json was made (see golden.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `mbq-gguf --help` says of each command fits a terminal of 80 columns, whole."""
+"""`mbq-gguf --help` describes each command completely within 80 columns."""
 
 from __future__ import annotations
 

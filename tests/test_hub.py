@@ -1,4 +1,4 @@
-"""Models by name: fetched from a hub on this machine by huggingface_hub's own client, every refusal in a sentence of its own."""
+"""Models by name: downloaded from a local hub by huggingface_hub's own client; every refusal has its own message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command killed at random moments and started again: it goes on, and the files are those of an undisturbed run."""
+"""A conversion killed at random moments and started again continues, and its files equal those of an undisturbed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/log.md: each entry's heading is a date, what was tried, and the verdict."""
+"""docs/log.md: the heading of each entry is a date, what was tried, and the verdict."""
 
 from __future__ import annotations
 

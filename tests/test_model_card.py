@@ -1,4 +1,4 @@
-"""README.md beside the files: what it says, what it picks up after an evaluation, and what it leaves alone."""
+"""README.md beside the files: its content, updates after an evaluation, and cards that are left alone."""
 
 from __future__ import annotations
 

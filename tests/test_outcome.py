@@ -1,4 +1,4 @@
-"""Outcomes by name: what a stage enters is kept, taken back, collected and written without code of its own."""
+"""Outcomes by name: what a stage records is kept, restored, collected and written without code of its own."""
 
 from __future__ import annotations
 

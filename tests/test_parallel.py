@@ -1,4 +1,4 @@
-"""Several processes that share a conversion: the same bytes for any number of them (2 and 3 here, on the CPU, through gloo)."""
+"""Several processes share a conversion and write the same bytes for any number of them (2 and 3 here, on the CPU, through gloo)."""
 
 from __future__ import annotations
 

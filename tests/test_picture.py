@@ -1,4 +1,4 @@
-"""One picture in every format and mode: what calibration, the server and eval are given is what a viewer shows."""
+"""One picture in every format and mode: calibration, the server and eval see what a viewer shows."""
 
 from __future__ import annotations
 

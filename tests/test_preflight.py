@@ -1,4 +1,4 @@
-"""What a look ahead refuses: settings, sets and pictures, before a weight is read."""
+"""What preflight checks refuse before a weight is read: settings, sets and pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The walk through the decoder: names and shapes, what folding keeps, equal bytes on every run, and going on where it stopped."""
+"""The walk through the decoder: names and shapes, folding that changes nothing, equal bytes on every run, and resuming."""
 
 from __future__ import annotations
 

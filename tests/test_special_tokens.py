@@ -1,4 +1,4 @@
-"""Special tokens and what is no text, in a question or a set: one sentence with its place, before a model is loaded."""
+"""Special tokens and invalid text in a question or a set: one message with its place, before a model is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file with static ranges of activations: what it says of them, and what `inspect` and the report show."""
+"""A file with static ranges of activations: its metadata, and the output of `inspect` and the report."""
 
 from __future__ import annotations
 

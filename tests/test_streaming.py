@@ -1,4 +1,4 @@
-"""No more of a checkpoint is in memory than one decoder layer: every weight that is read is counted until it is gone."""
+"""No more of a checkpoint is in memory than one decoder layer: every weight that is read is tracked until it is freed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any locale, any file name: the commands say what they have to say, and never a traceback."""
+"""The commands print their messages in any locale and for any file name, never a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches side by side: in order, each with a tool of its own, and every thread with its share of the cores."""
+"""Batches in parallel: in order, each with a worker of its own, and every thread with its share of the cores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages within stages: each second counts once."""
+"""Nested stages: each second counts once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A wheel built from the tree and installed elsewhere: everything is in it, and it works without the tree."""
+"""A wheel built from the repository and installed elsewhere is complete, and works without the repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work directory: whole items only, and only for one fingerprint."""
+"""The work directory: only complete items, and only for one fingerprint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The knapsack against trying everything."""
+"""The knapsack solver against exhaustive search."""
 
 from __future__ import annotations
 

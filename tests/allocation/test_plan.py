@@ -1,4 +1,4 @@
-"""Predicted costs against what they stand for, and the plan made of them."""
+"""Predicted costs against the quantities that they estimate, and the plan based on them."""
 
 from __future__ import annotations
 

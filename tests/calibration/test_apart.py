@@ -1,4 +1,4 @@
-"""Attention of samples that stand one behind another is that of each alone, however they are put together."""
+"""Attention over concatenated samples equals that of each sample alone, for every way of grouping them."""
 
 from __future__ import annotations
 

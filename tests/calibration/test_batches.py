@@ -1,4 +1,4 @@
-"""Samples that pass a layer together come out as they do alone."""
+"""Samples that pass a layer in one batch give the same results as alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search compares on, against the layer run sample by sample."""
+"""The calls on which a search compares candidates, against running the layer sample by sample."""
 
 from __future__ import annotations
 

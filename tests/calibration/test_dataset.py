@@ -1,4 +1,4 @@
-"""Calibration sets: JSONL, folders, the shipped one, and faulty ones."""
+"""Calibration sets: JSONL, folders, the shipped set, and invalid ones."""
 
 from __future__ import annotations
 

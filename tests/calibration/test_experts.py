@@ -1,4 +1,4 @@
-"""Experts: opened, they compute what transformers' stack does; one that few tokens reach is not ruined by GPTQ.
+"""Unstacked experts compute the same as transformers' stacked ones, and GPTQ does not ruin an expert that few tokens reach.
 
 Costs two seconds.
 """

@@ -1,4 +1,5 @@
-"""MBQ's ratios and exponents against a plain PyTorch program: one backward pass through the whole model, whole forwards of each module."""
+"""MBQ's ratios and exponents against a plain PyTorch program: one backward pass through the whole model, full forward passes of each
+module."""
 
 from __future__ import annotations
 

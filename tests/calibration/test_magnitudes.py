@@ -1,4 +1,4 @@
-"""Histograms of magnitudes: quantiles within a bin's width, and the ranges that estimators make of them."""
+"""Histograms of magnitudes: quantiles within a bin's width, and the ranges that estimators derive from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A replay through a layer that is being rounded gives what whole runs of the layer would, and runs each part once."""
+"""Replaying a layer during rounding gives the same as whole runs of the layer, and runs each part once."""
 
 from __future__ import annotations
 

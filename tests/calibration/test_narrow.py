@@ -1,4 +1,4 @@
-"""A decoder in few bits for the texts: near the stored one, chosen by what the device has free, and gone afterwards."""
+"""The decoder in few bits while it generates texts: close to the stored one, chosen by the device's free memory, and removed afterwards."""
 
 from __future__ import annotations
 

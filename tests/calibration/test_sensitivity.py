@@ -1,4 +1,4 @@
-"""Layer-by-layer gradients against one backward pass through the whole model, and what is made of them."""
+"""Layer-by-layer gradients against one backward pass through the whole model, and the statistics derived from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention sinks: found where they were planted, and named by position or id."""
+"""Attention sinks are found where they were planted, by position or id."""
 
 from __future__ import annotations
 

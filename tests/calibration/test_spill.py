@@ -1,4 +1,4 @@
-"""Activations beyond the memory that is allowed lie in files; what is computed from them is the same."""
+"""Activations that exceed the memory limit are kept in files, and results do not change."""
 
 from __future__ import annotations
 

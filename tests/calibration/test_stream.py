@@ -1,4 +1,4 @@
-"""Layer by layer equals the whole model, and the statistics are what they say."""
+"""Running layer by layer equals running the whole model, and statistics are correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Synthetic samples: what the model writes, pictures of nothing, and their way into the calibration."""
+"""Synthetic samples: generated texts, procedural pictures, and their use in calibration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Static ranges of a tower's activations: chosen by an estimator, and none where outliers would cost other rows their codes."""
+"""Static ranges of a tower's activations: chosen by an estimator, and none if outliers would cost other rows too much precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fixtures hand to the tests: a pair of GGUF files, and the same model in Hugging Face."""
+"""Types of the fixtures: a pair of GGUF files, and the same model in Hugging Face."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flash attention on the CPU does not depend on how rows are cut, on who else is in the batch, or on threads: the same bits."""
+"""Flash attention on the CPU has the same bits for any split of the rows, any batch, and any number of threads."""
 
 from __future__ import annotations
 

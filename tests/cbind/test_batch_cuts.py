@@ -1,4 +1,4 @@
-"""A product does not depend on who else is in the batch: its columns cut anyhow, on any number of threads, give the same bits."""
+"""Products have the same bits for any split of the columns, any batch, and any number of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts from chat templates: strings where templates take them, typed parts where they do not."""
+"""Prompts from chat templates: strings for templates that accept them, typed parts for others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What static ranges cut, counted in the running graph, against the activations themselves."""
+"""The count of values that static ranges clip, taken in the running graph, against the activations themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Declarations come from headers, and disagreement between headers, compiler, cffi and libraries is noticed."""
+"""Declarations are read from headers, and disagreement between headers, compiler, cffi and libraries is detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pixels of a large picture alone are brought to the tower's input by several threads, of several pictures by one thread each."""
+"""Several threads convert the pixels of a single large picture; each of several pictures has one thread."""
 
 from __future__ import annotations
 

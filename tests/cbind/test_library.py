@@ -1,4 +1,4 @@
-"""Which libraries come into the process, and when."""
+"""Which libraries are loaded into the process, and when."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The MBQ types: numpy and C agree byte for byte, and the CPU's dot product keeps to its arithmetic."""
+"""The MBQ types: numpy and C agree byte for byte, and the CPU's dot product follows the documented arithmetic."""
 
 from __future__ import annotations
 

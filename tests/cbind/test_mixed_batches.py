@@ -1,4 +1,4 @@
-"""Text and pictures in one pass: as few decode calls as batches, and the logits of the decode in turns. Other families: tests/families.
+"""Text and pictures in one pass: the minimum number of decode calls, and the logits of separate decodes. Other families: tests/families.
 
 Some runs have pictures first in each micro-batch (``--aifs reorder``), which tests/cbind/test_static_routing.py shows row by row.
 """

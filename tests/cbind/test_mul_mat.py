@@ -1,4 +1,4 @@
-"""One product on a backend against float64, within the error that rounding the activations can make."""
+"""One product on a backend against float64, within the error of rounding the activations."""
 
 from __future__ import annotations
 

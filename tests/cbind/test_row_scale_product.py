@@ -1,4 +1,4 @@
-"""Products of weights that have one scale per row: bit for bit those of the contract in ggml-row-scale.h, here once more in numpy."""
+"""Products of weights with one scale per row: the same bits as the definition in ggml-row-scale.h, which is repeated here in numpy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""W4A8 on the CPU against CUDA, dynamic and with static ranges: products bit for bit, answers of a whole model within 1e-4 nats."""
+"""W4A8 on the CPU against CUDA, dynamic and with static ranges: products with equal bits, answers of a whole model within 1e-4 nats."""
 
 from __future__ import annotations
 

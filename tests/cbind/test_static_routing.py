@@ -1,4 +1,4 @@
-"""Static ranges in a whole model: every row has the range of its class, and the class of every single row matters.
+"""Static ranges in a whole model: every row uses the range of its class, and the class of every single row matters.
 
 The ranges that llama.cpp's graph picks are observed as it computes them. The file's differ by a factor of 1000 from class to class.
 """

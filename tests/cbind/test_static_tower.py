@@ -1,4 +1,4 @@
-"""Static ranges in a vision tower: every product of a block takes its own site's, and files that spoil the keys are refused.
+"""Static ranges in a vision tower: every product of a block uses those of its site, and files with corrupted keys are refused.
 
 A range of 1e30 makes each of a product's activations 0, so a tower with one such range is, bit for bit, a tower whose matrices there are 0.
 """

@@ -1,4 +1,4 @@
-"""Static ranges beside what else a context may have: a quantised cache, several sequences, an adapter; and experts."""
+"""Static ranges combined with other features of a context: a quantised cache, several sequences, an adapter; and experts."""
 
 from __future__ import annotations
 

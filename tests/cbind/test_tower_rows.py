@@ -1,4 +1,5 @@
-"""A tower's output in memory that is kept from picture to picture: what a caller still reads stays, and what he gave back is used again."""
+"""A tower's output memory, which is reused from picture to picture: what a caller still reads is kept, and what it has returned is
+reused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ggml's stock quantisers through the bindings: shapes, round trips, and what is refused."""
+"""ggml's stock quantisers through the bindings: shapes, round trips, and refused inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference VLM is the same everywhere, bit for bit."""
+"""The reference VLM is bit-identical everywhere."""
 
 from __future__ import annotations
 

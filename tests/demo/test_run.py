@@ -1,4 +1,4 @@
-"""The demonstration's own parts; the whole of it runs in ``make demo``."""
+"""The demo's own parts; ``make demo`` runs all of it."""
 
 from __future__ import annotations
 

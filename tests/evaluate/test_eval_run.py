@@ -1,4 +1,4 @@
-"""The whole comparison on a small random VLM in real GGUF files."""
+"""A whole comparison of small random VLMs in real GGUF files."""
 
 from __future__ import annotations
 

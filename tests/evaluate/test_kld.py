@@ -1,4 +1,4 @@
-"""KL divergence against its definition, and what float16 storage does to it."""
+"""KL divergence against its definition, and the effect of float16 storage."""
 
 from __future__ import annotations
 

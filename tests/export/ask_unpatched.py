@@ -1,4 +1,4 @@
-"""Ask an unpatched llama.cpp questions about pictures: a process of its own, for a library that aborts where it cannot read a file.
+"""Asks an unpatched llama.cpp questions about pictures, in a separate process, because the library aborts on files that it cannot read.
 
     python ask_unpatched.py MODEL.gguf MMPROJ.gguf < questions.json > answers.json
 

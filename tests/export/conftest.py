@@ -1,4 +1,4 @@
-"""Checkpoints of which the export tests make GGUF files."""
+"""Checkpoints from which the export tests make GGUF files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Take the loaded gguf modules out and put them back, so that a test can load another copy."""
+"""Removes the loaded gguf modules and restores them, so that a test can load another copy."""
 
 from __future__ import annotations
 

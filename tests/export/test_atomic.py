@@ -1,4 +1,4 @@
-"""Output files are whole or not there."""
+"""Output files are complete or absent."""
 
 from __future__ import annotations
 

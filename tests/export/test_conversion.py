@@ -1,4 +1,4 @@
-"""Decoder keys and the names that checkpoints give the same tensors."""
+"""Decoder keys, and the names of the same tensors in checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gguf package with the MBQ types in it, from a built tree or as installed."""
+"""The gguf package with the MBQ types registered, from a built tree or as installed."""
 
 from __future__ import annotations
 

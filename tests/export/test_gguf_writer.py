@@ -1,4 +1,4 @@
-"""Text and mmproj files against what llama.cpp's own converter makes of the same checkpoint."""
+"""Text and mmproj files against those that llama.cpp's own converter makes from the same checkpoint."""
 
 from __future__ import annotations
 

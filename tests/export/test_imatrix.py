@@ -1,4 +1,4 @@
-"""The importance matrix's file, and llama-quantize's use of it."""
+"""The importance matrix's file, and its use by llama-quantize."""
 
 from __future__ import annotations
 

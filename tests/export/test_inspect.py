@@ -1,4 +1,4 @@
-"""inspect on good files, on files that are none, and on damaged ones."""
+"""inspect on valid files, on files of other kinds, and on damaged ones."""
 
 from __future__ import annotations
 

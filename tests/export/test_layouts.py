@@ -1,4 +1,4 @@
-"""Checkpoints under all the names that transformers has saved them with give the same files, and what has no place is told."""
+"""Checkpoints with any of the names that transformers has used give the same files, and unknown tensors are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many tokens a picture takes: what the vision file says, and that llama.cpp counts as transformers does at any size."""
+"""The number of tokens of a picture: the vision file's settings, and llama.cpp agrees with transformers at any size."""
 
 from __future__ import annotations
 

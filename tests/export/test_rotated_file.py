@@ -1,4 +1,4 @@
-"""A rotated model as files: libllama with the online transform gives what the plain model gives."""
+"""A rotated model as files: libllama with the online transform gives the same results as with the plain model."""
 
 from __future__ import annotations
 

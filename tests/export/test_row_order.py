@@ -1,4 +1,4 @@
-"""The order of rows found by sending row numbers through a conversion."""
+"""The order of rows, found by sending row numbers through a conversion."""
 
 from __future__ import annotations
 

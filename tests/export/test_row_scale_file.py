@@ -1,4 +1,4 @@
-"""A file whose tensors have one scale per row: what it says of them, how llama.cpp runs it, and what llama.cpp refuses."""
+"""A file with one scale per row: its metadata, how llama.cpp runs it, and what llama.cpp refuses."""
 
 from __future__ import annotations
 

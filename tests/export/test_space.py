@@ -1,4 +1,4 @@
-"""Room is asked for before the work, for every part and on each file system once."""
+"""Disk space is checked before the work, for every part and once for each file system."""
 
 from __future__ import annotations
 

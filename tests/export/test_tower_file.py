@@ -1,4 +1,4 @@
-"""Vision files whose matrices have one scale per row: what they say, how libmtmd runs them, what it refuses; and rotated ones."""
+"""Vision files with one scale per row: their metadata, how libmtmd runs them, and what it refuses; and rotated ones."""
 
 from __future__ import annotations
 

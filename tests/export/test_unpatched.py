@@ -1,4 +1,4 @@
-"""Files of stock types alone are read, and answer, in a llama.cpp that is not ours: upstream's, as the wheel of xllamacpp builds it."""
+"""Files with stock types run in an unpatched llama.cpp: upstream's, from the wheel of xllamacpp."""
 
 from __future__ import annotations
 

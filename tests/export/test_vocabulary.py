@@ -1,4 +1,4 @@
-"""Tokens and merges are read once and packed as a whole: the bytes are llama.cpp's own, and other files are read anew."""
+"""Tokens and merges are read once and packed as a whole: bytes are the same as llama.cpp's, and other files are read again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Language models as their authors publish them, which no class of transformers reads: small random checkpoints and their graph in PyTorch.
+"""Language models that no class of transformers reads, as their authors publish them: small random checkpoints and their graph in PyTorch.
 
 Written from their code (modeling_qwen.py, modeling_chatglm.py, modeling_cogvlm.py), by which a test holds the class that stands for them.
 """

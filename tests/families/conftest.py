@@ -1,4 +1,4 @@
-"""One small model a family, made once for all of its tests."""
+"""One small model per family, made once for all of its tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names and forms of tensors that other checkpoints of a family have than those that transformers saves today."""
+"""Tensor names and layouts of checkpoints that differ from what transformers saves today."""
 
 from __future__ import annotations
 

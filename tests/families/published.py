@@ -1,4 +1,4 @@
-"""Checkpoints that transformers has saved, in the layout in which their authors publish them with code of their own."""
+"""Rewrites checkpoints saved by transformers in the layout in which authors publish them with their own code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is particular to a family, as a change of the model, its settings or its inputs that ignores it: the kinds of change."""
+"""Family-specific features, each as a change to the model, its settings or its inputs that ignores the feature: the kinds of change."""
 
 from __future__ import annotations
 

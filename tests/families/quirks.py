@@ -1,4 +1,4 @@
-"""What is particular to each family (quirk.py says how it is ignored)."""
+"""The specific features of each family (quirk.py explains how they are ignored)."""
 
 from __future__ import annotations
 

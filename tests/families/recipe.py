@@ -1,4 +1,4 @@
-"""What a family's small random checkpoint is made of, and how it is made: from the classes and configurations of transformers."""
+"""How a family's small random checkpoint is made from the classes and configurations of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small checkpoint of each family, by its name in models/families.py; what a recipe is, recipe.py says."""
+"""The small checkpoint of each family, by its name in models/families.py; recipe.py explains recipes."""
 
 from __future__ import annotations
 

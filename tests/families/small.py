@@ -1,4 +1,4 @@
-"""A family's small checkpoint, the model of it in Hugging Face, and its files in llama.cpp."""
+"""A family's small checkpoint, its model in Hugging Face, and its files in llama.cpp."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures cut at the best of a model's resolutions (LLaVA-NeXT, LLaVA-OneVision), where they are several, and of many sizes.
+"""Pictures tiled at the best of a model's resolutions (LLaVA-NeXT, LLaVA-OneVision), several pictures, and many sizes.
 
 Costs about four seconds of processor time.
 """

@@ -1,5 +1,6 @@
-"""InternLM2 and Phi-3 as a Llama beside what their own forms are held against: the rows that llama.cpp's class for InternLM2 writes,
-transformers' Phi-3, and SentencePiece's tokens."""
+"""InternLM2 and Phi-3 read as Llama, against their original forms: the rows that llama.cpp's class for InternLM2 writes, transformers'
+Phi-3, and SentencePiece's tokens.
+"""
 
 from __future__ import annotations
 

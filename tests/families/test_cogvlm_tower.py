@@ -1,4 +1,4 @@
-"""CogVLM's tower in the patched llama.cpp against EVA2-CLIP as published (visual.py): the class token comes first, and is left out.
+"""CogVLM's tower in the patched llama.cpp against EVA2-CLIP as published (visual.py): the class token comes first and is dropped.
 
 The converter refuses CogVLM, for its decoder; upstream's conversion writes the vision file here. That says nothing of the tower's GELU, so
 the reference has the runtime's quick one. Costs a second.

@@ -1,4 +1,4 @@
-"""Keys and values that layers hand on to later ones (Gemma 4's E2B and E4B), and what layers are given of each token, layer by layer.
+"""Keys and values that layers pass to later ones (Gemma 4's E2B and E4B), and per-token inputs of layers, layer by layer.
 
 No llama.cpp runs, but for the last test; about nine seconds of processor time.
 """

@@ -1,4 +1,4 @@
-"""A language model whose tower llama.cpp does not know, converted alone. Costs about five seconds of processor time."""
+"""A language model whose tower llama.cpp does not support, converted alone. Takes about five seconds of processor time."""
 
 from __future__ import annotations
 

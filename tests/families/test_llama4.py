@@ -1,4 +1,4 @@
-"""Llama 4's tiles, and what of a model's settings llama.cpp does not do. Costs two seconds."""
+"""Llama 4's tiles, and settings of the model that llama.cpp does not support. Takes two seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a published MiniCPM-V may be that is not known here, each refused with its sentence. Costs a second."""
+"""Variants of a published MiniCPM-V that are not supported, each refused with its own message. Takes a second."""
 
 from __future__ import annotations
 

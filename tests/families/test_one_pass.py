@@ -1,5 +1,6 @@
-"""Each family's text and pictures in one pass give the logits of the decode in turns, or the table of families says that there are none;
-and pictures of one size that go through the tower together, or one after the other, give what each alone does."""
+"""Each family's text and pictures in one pass give the logits of separate decodes, or the table of families says that one pass is not
+supported. Pictures of one size that share a pass of the tower, or follow one another, give the same results as alone.
+"""
 
 from __future__ import annotations
 

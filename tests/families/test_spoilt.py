@@ -1,4 +1,4 @@
-"""Spoilt files of families that are read as another: each fault is told with its place, before weights are read.
+"""Corrupted files of families that are read as another: each fault is reported with its place, before weights are read.
 
 Settings and tokenizers that every family shares are in tests/test_bad_input.py. Costs about four seconds of processor time.
 """

@@ -1,4 +1,4 @@
-"""Static ranges of a decoder whose layers differ, as llama.cpp reads them: one per layer."""
+"""Static ranges of a decoder with different kinds of layers, as llama.cpp reads them: one per layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Static ranges in every family's tower: the converter finds one for each activation of a block, each product of the graph takes its own.
+"""Static ranges in every family's tower: the converter finds one for each activation of a block, and each product of the graph uses its
+own.
 
 A range of 1e30 makes a product's activations 0, so a tower with such ranges at one site gives, bit for bit, what matrices of 0 there give.
 """

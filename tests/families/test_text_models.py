@@ -1,4 +1,4 @@
-"""Language models that are read as others, converted alone, against their authors' graphs. Costs about twenty seconds of processor time.
+"""Language models that are read as others and converted alone, against their authors' graphs. Takes about twenty seconds of processor time.
 
 The checkpoints and graphs are in text_models.py; test_language_alone.py has what holds for every language model that is converted so.
 """

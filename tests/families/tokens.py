@@ -1,4 +1,4 @@
-"""Small tokenizers, from a part of the demo's: a whole vocabulary takes seconds to convert."""
+"""Small tokenizers with a part of the demo's vocabulary, since a whole one takes seconds to convert."""
 
 from __future__ import annotations
 

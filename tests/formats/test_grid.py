@@ -1,4 +1,4 @@
-"""The torch grid against the quant types' own numpy code: equal, not close."""
+"""The torch grid against the quant types' own numpy code: equal, not just close."""
 
 from __future__ import annotations
 

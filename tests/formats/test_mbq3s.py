@@ -1,4 +1,4 @@
-"""Scale words of MBQ3S: golden bytes, and what they can hold."""
+"""Scale words of MBQ3S: golden bytes, and the values that they can represent."""
 
 from __future__ import annotations
 

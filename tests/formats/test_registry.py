@@ -1,4 +1,4 @@
-"""Names, fallbacks and the stock types' bytes."""
+"""Names and fallbacks of types, and the stock types' bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""W4A8 and W8A8: Q4_0 and Q8_0 blocks that any ggml reads, each row with one scale."""
+"""W4A8 and W8A8: Q4_0 and Q8_0 blocks that any ggml reads, with one scale per row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a grid of a stock type packs is what ggml reads: equal, not close."""
+"""What a stock type's grid packs is what ggml reads: equal, not just close."""
 
 from __future__ import annotations
 

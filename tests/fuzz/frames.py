@@ -1,4 +1,4 @@
-"""What a dead process said last, as one short line that is the same for the same fault."""
+"""The last message of a crashed process, as one short line that is the same for the same fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a target on inputs FIRST to LAST in a child that is forked anew wherever it dies, hangs, or has served long.
+"""Runs a target on inputs FIRST to LAST in a child process, which is forked again if it crashes, hangs, or has run for long.
 
 An input is made from the target's name, the seed and its number alone, so each can be made again.
 """

@@ -1,4 +1,4 @@
-"""Make seeds/: files of a few kilobytes that are whole, from which every spoilt one is made.
+"""Makes seeds/: valid files of a few kilobytes, from which every corrupted one is made.
 
     python tests/fuzz/make_seeds.py
 

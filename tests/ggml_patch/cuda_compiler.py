@@ -1,4 +1,4 @@
-"""The CUDA compiler, for tests of kernels with a card and without."""
+"""The CUDA compiler, for tests of kernels with and without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A host's work in several threads goes on where the system gives none."""
+"""Multi-threaded work on the host continues if the system refuses to start threads."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The CUDA kernels without a card: they compile within their bounds of registers and spills (slow: 12 to 50 seconds per file and card), and
-share out their work as planned."""
+"""The CUDA kernels without a GPU: they compile within their limits of registers and spills (slow: 12 to 50 seconds per file and GPU), and
+divide their work as planned.
+"""
 
 from __future__ import annotations
 

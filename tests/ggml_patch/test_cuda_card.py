@@ -1,4 +1,4 @@
-"""The CUDA kernels on a card: ggml's own tests, programs that compare kernels with graphs run node by node or with sums in double, the
+"""The CUDA kernels on a GPU: ggml's own tests, programs that compare kernels with graphs run node by node or with sums in double, the
 sanitizer."""
 
 from __future__ import annotations

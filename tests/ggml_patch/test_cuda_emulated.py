@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source, run on the CPU: which lane's sums meet which scale, and what the tensor cores of Hopper are given."""
+"""The CUDA kernels' own source, run on the CPU: which lane's sums meet which scale, and the inputs of Hopper's tensor cores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantising with an importance matrix (``llama-quantize --imatrix``): never worse by its own measure, better on odd weights."""
+"""Quantising with an importance matrix (``llama-quantize --imatrix``): never worse by its own measure, better on unusual weights."""
 
 from __future__ import annotations
 

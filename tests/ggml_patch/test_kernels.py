@@ -1,4 +1,4 @@
-"""The CPU kernels of each instruction set that this processor has: any number of rows, columns, threads and batches."""
+"""The CPU kernels of each instruction set that this processor supports: any number of rows, columns, threads and batches."""
 
 from __future__ import annotations
 

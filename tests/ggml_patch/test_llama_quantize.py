@@ -1,4 +1,4 @@
-"""llama-quantize knows the MBQ targets: which type each tensor gets, and the number in the file."""
+"""llama-quantize supports the MBQ targets: the type of each tensor, and the number in the file."""
 
 from __future__ import annotations
 

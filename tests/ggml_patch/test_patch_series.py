@@ -1,4 +1,4 @@
-"""The project's patch on the pinned llama.cpp: it applies, it applies once, it stays small, and its table tells the truth."""
+"""The patch on the pinned llama.cpp: it applies, it applies once, it stays small, and its table is correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tower keeps from picture to picture and what it is given, by programs with AddressSanitizer."""
+"""Memory that a tower keeps between pictures, and its inputs, in programs with AddressSanitizer."""
 
 from __future__ import annotations
 

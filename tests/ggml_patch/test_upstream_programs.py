@@ -1,4 +1,4 @@
-"""llama.cpp's own test programs, from the built tree, over the MBQ types."""
+"""llama.cpp's own test programs, from the built tree, on the MBQ types."""
 
 from __future__ import annotations
 

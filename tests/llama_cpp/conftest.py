@@ -1,4 +1,4 @@
-"""Fixtures: a tiny workshop of one's own, and the real build."""
+"""Fixtures: a tiny workshop of the test's own, and the real build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes of a test that own a llama-server, or are one: they end with the test, and with pytest, also where that is killed."""
+"""Processes of a test that own a llama-server, or are one. They end with the test, and with pytest even if that is killed."""
 
 from __future__ import annotations
 

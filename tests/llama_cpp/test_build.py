@@ -1,4 +1,4 @@
-"""The whole way from a source package to a finished build, with a tiny tree; and every way in which it may fail."""
+"""The whole way from a source package to a finished build, with a tiny tree, and every way in which it can fail."""
 
 from __future__ import annotations
 

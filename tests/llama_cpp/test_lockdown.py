@@ -1,4 +1,4 @@
-"""A server of ours answers nobody else, asks nobody else, and does not outlive its owner."""
+"""A server started by mbq-gguf answers nobody else, contacts nobody else, and does not outlive its owner."""
 
 from __future__ import annotations
 

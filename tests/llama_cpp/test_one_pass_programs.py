@@ -1,4 +1,4 @@
-"""Text and pictures in one pass, in llama-server and llama-mtmd-cli: decode calls counted, answers those of the decode in turns."""
+"""Text and pictures in one pass, in llama-server and llama-mtmd-cli: the number of decode calls, and the answers of separate decodes."""
 
 from __future__ import annotations
 

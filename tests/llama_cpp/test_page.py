@@ -1,4 +1,4 @@
-"""llama-server's web page: built by the real npm, and used in a real browser: a picture dropped, a question asked, the answer read."""
+"""llama-server's web page, built by the real npm and used in a real browser: drop a picture, ask a question, read the answer."""
 
 from __future__ import annotations
 

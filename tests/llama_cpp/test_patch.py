@@ -1,4 +1,4 @@
-"""Patching a tree: order, repetition, a repository around it, and a patch that does not apply."""
+"""Patching a tree: order, repetition, inside another repository, and a patch that does not apply."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the built llama.cpp is looked for, and what is said if there is none."""
+"""Where the built llama.cpp is searched, and the message if there is none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request's pictures go through before the model sees them gives what it gave: JSON, base64, SHA-256, files in threads."""
+"""The faster handling of a request's pictures gives the same results as before: JSON, base64, SHA-256, files in threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Over llama.cpp's RPC: two servers on the loopback hold all layers, and answer about a picture what one process answers."""
+"""llama.cpp's RPC: two servers on the loopback hold all layers, and the answer about a picture is that of a single process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real llama-server: start, questions about pictures, every way to stop, and what is said where it cannot start or answer."""
+"""The real llama-server: start, questions about pictures, every way to stop, and the messages if it cannot start or answer."""
 
 from __future__ import annotations
 

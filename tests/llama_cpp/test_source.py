@@ -1,4 +1,4 @@
-"""The stand-in for the pinned package's build backend, as pip releases read it."""
+"""The replacement for the pinned package's build backend, as pip releases read it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama-server with several slots on a file with static ranges: prompts that go through in one batch are answered as each one alone."""
+"""llama-server with several slots on a file with static ranges: prompts in one batch are answered as each one alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress and the first error, from output as ninja, make, compilers and CMake write it; the end of a group of processes."""
+"""Progress and the first error, parsed from output of ninja, make, compilers and CMake; ending a process group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proof of the built kernels, run on the real build, and what it says of kernels that fail."""
+"""The verification of built kernels, run on the real build, and its message for kernels that fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small VLM of random weights as GGUF files: it says nonsense, but takes the same path as any model."""
+"""A small VLM with random weights as GGUF files: its answers are nonsense, but it takes the same path as any model."""
 
 from __future__ import annotations
 

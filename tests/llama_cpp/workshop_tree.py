@@ -1,4 +1,4 @@
-"""A tiny llama.cpp stand-in tree and a tiny source package: real CMake, compiler, git and pip, in a cache below tmp_path."""
+"""A tiny replacement for the llama.cpp tree and a tiny source package: real CMake, compiler, git and pip, in a cache below tmp_path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The look through a checkpoint's weights."""
+"""The check of a checkpoint's weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of another kind than their name says: each is named, with its value, and what models are published with passes."""
+"""Settings of the wrong type: each is named, with its value, and those of published models pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generic adapter on small random models of other families: where their decoders are, and that their layers are the standard kind."""
+"""The generic adapter on small random models of other families: it finds their decoders, and their layers have the standard structure."""
 
 from __future__ import annotations
 

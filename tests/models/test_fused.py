@@ -1,4 +1,5 @@
-"""Readers that are rows of a fused linear: Phi-3, whose attention and MLP have one each, is Llama with the same weights, bit for bit."""
+"""Readers that are rows of a fused linear: Phi-3, whose attention and MLP have one each, equals Llama with the same weights, bit for
+bit."""
 
 from __future__ import annotations
 

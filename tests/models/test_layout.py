@@ -1,4 +1,4 @@
-"""What a family can be asked for follows from its layout: Gemma 3, whose branches end in norms, against its own layers."""
+"""A family's features follow from its layout: Gemma 3, whose branches end in norms, against its own layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights stay in their files until they are read, whatever transformers does to them on the way, and no more than asked for is read."""
+"""Weights stay in their files until they are needed, whatever transformers does with them, and no more than needed is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Good and bad model directories: each fault has its own sentence."""
+"""Valid and invalid model directories: each fault has its own message."""
 
 from __future__ import annotations
 

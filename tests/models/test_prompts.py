@@ -1,4 +1,4 @@
-"""What the model is asked: the chat template's own text, the image first, and which tokens are the answer's."""
+"""Prompts: the chat template's own text, the image first, and which tokens belong to the answer."""
 
 from __future__ import annotations
 

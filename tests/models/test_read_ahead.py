@@ -1,4 +1,4 @@
-"""A layer's weights are read while the one before is quantised; a card copies them out of page-locked memory."""
+"""A layer's weights are read while the previous one is quantised; a GPU copies them from page-locked memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code of a model directory runs where --trust-remote-code is given and nowhere else, whatever answer a pipe has for transformers."""
+"""Code of a model directory runs only with --trust-remote-code, whatever a pipe answers to transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said to work with a family follows from its tables, and docs/families.md says the same."""
+"""The supported features of a family follow from its tables, and docs/families.md agrees with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A vocabulary of tiktoken's as a tokenizer of transformers: the merges that its ranks were made of."""
+"""A tiktoken vocabulary as a tokenizer of transformers: it recovers the merges from which the ranks were made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPTQ against what it must equal, and against round to nearest on the objective that it minimises."""
+"""GPTQ against known results, and against rounding to nearest on the objective that it minimises."""
 
 from __future__ import annotations
 

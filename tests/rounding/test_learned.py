@@ -1,4 +1,4 @@
-"""Learned scales: they undo a known error, are what the file can store, and are refused where nothing follows the prefix."""
+"""Learned scales: they correct a known error, can be stored in the file, and are refused if nothing follows the prefix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loops recorded on a card: what is replayed is what would have run."""
+"""Loops recorded as CUDA graphs: replaying gives what running would."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Range search, refitted parameters and the corrected weight, each against what it must improve."""
+"""Range search, refitted parameters and the corrected weight, each against what it should improve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels against PyTorch's operations that they stand for: Triton's on a card if there is one, else interpreted, and compiled ones."""
+"""Kernels against the PyTorch operations that they replace: Triton's on a GPU if there is one, else interpreted, and compiled C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPTQ in the block types that every llama.cpp reads, against ggml's own quantiser on the objective that it minimises."""
+"""GPTQ for the block types that every llama.cpp reads, against ggml's own quantiser on the objective that it minimises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/base_model.py: the model says of a text what the GGUF's own tensors say in transformers' Llama, channels in their own order."""
+"""tools/base_model.py: on a text, the model equals the GGUF's own tensors in transformers' Llama, with channels in their original order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/bench_activations.py: a real round on one layer, with a library in which a file of the build is another."""
+"""tools/bench_activations.py: a real round on one layer, with a library in which one file of the build is replaced."""
 
 from __future__ import annotations
 

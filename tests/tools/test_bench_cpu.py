@@ -1,4 +1,4 @@
-"""tools/bench_cpu.py: one real round on one layer, and how it makes its table of the results."""
+"""tools/bench_cpu.py: one real round on one layer, and the table made from its results."""
 
 from __future__ import annotations
 

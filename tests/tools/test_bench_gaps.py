@@ -1,4 +1,4 @@
-"""Gaps between tokens: the middle client of a round counts, and modes are compared within rounds."""
+"""Gaps between tokens: the median client of a round counts, and modes are compared within rounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of the texts' stage: both ways in each round, beside a process that has ended afterwards."""
+"""tools/bench_texts.py: both variants in each round, beside a process that has ended afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The time to first token's random models are real to llama.cpp, and its ratios are taken within a round."""
+"""tools/bench_ttft.py: llama.cpp loads its random models, and its ratios are taken within a round."""
 
 from __future__ import annotations
 

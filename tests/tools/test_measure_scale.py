@@ -1,4 +1,4 @@
-"""tools/random_model.py and tools/measure_scale.py: a model of given shapes in shards, and what it takes to let it write."""
+"""tools/random_model.py and tools/measure_scale.py: a model with given shapes in shards, and the cost of generating texts with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/plot_divergence.py: the picture shows the stored rows, and the one in docs/ is of today's."""
+"""tools/plot_divergence.py: the figure shows the stored rows, and the one in docs/ is up to date."""
 
 from __future__ import annotations
 

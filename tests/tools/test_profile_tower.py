@@ -1,4 +1,4 @@
-"""What is read of a profile, and that the passes which are profiled run; a card's own times need one."""
+"""tools/profile_tower.py: how a profile is read, and that the profiled passes run; times on a GPU need one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/results.md shows what the stored rows say: a table edited by hand, or a row that was measured and not written, fails here."""
+"""docs/results.md matches the stored rows: a table edited by hand, or a measured row that was not written, fails here."""
 
 from __future__ import annotations
 

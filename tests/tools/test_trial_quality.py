@@ -1,4 +1,4 @@
-"""tools/trial_quality.py: a trial of the tiny VLM, and what it says of a result that changes nothing."""
+"""tools/trial_quality.py: a trial of the tiny VLM, and its output for a result that changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/trial_rows.py: every row can be made, and a run makes those that its file lacks."""
+"""tools/trial_rows.py: every row can be made, and a run makes those that are missing."""
 
 from __future__ import annotations
 

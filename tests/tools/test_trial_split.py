@@ -1,4 +1,4 @@
-"""tools/trial_split.py: its transforms leave a product as it is but for rounding, and the split and signs do what they are for."""
+"""tools/trial_split.py: its transforms preserve a product except for rounding, and the split and the signs work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/widen.py: the wide model computes what the narrow one does."""
+"""tools/widen.py: the wide model computes the same as the narrow one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How candidates are rounded: GPTQ with the Hessian of the scaled inputs, worked out by hand."""
+"""How candidates are rounded: GPTQ with the Hessian of the scaled inputs, computed by hand."""
 
 from __future__ import annotations
 

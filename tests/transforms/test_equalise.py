@@ -1,4 +1,4 @@
-"""The search against a loss worked out by hand, and its choice on a layer made for it."""
+"""The search against a loss computed by hand, and its choice on a layer made for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folding channel factors leaves the function as it is."""
+"""Folding channel factors does not change the function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MBQ's search for W4A8 against a plain program of its own: Q4(W s) applied to Q8(x / s) in linears that the test puts into a float64 copy.
+"""MBQ's search for W4A8 against an independent program: Q4(W s) applied to Q8(x / s), in linears that the test puts into a float64 copy.
 
 Nothing of the search is shared with it but the layer, its streams and the statistic mean|x|, which is computed anew.
 """

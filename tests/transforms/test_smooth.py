@@ -1,4 +1,4 @@
-"""SmoothQuant's factors by hand, and that a folded layer computes what it did."""
+"""SmoothQuant's factors computed by hand, and a folded layer computes the same as before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The original's next layer in a thread beside the rounding: the same bytes, and no thread that outlives the walk."""
+"""The original's next layer in a thread beside the rounding: the same bytes, and no thread outlives the walk."""
 
 from __future__ import annotations
 

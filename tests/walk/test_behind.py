@@ -1,4 +1,4 @@
-"""What is done behind a layer, beside the next one: all of it, in its order, and its errors are heard."""
+"""Work on a finished layer while the next one runs: all of it is done, in order, and its errors are raised."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Ways to spoil a file that keep most of it right, one module a format: ``mutate(seed, draw)`` gives bytes and says what was done."""
+"""Ways to corrupt a file that leave most of it valid, one module per format: ``mutate(seed, draw)`` returns bytes and a description."""

@@ -1,4 +1,4 @@
-"""A set of conversations, JSONL or an array in its three shapes, with one or two of them spoilt."""
+"""A set of conversations, JSONL or an array in its three shapes, with one or two of them corrupted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data of a GGUF file, spoilt: blocks of noise, scales that are no numbers, too few bytes."""
+"""Corrupts the data of a GGUF file: blocks of noise, NaN scales, too few bytes."""
 
 from __future__ import annotations
 

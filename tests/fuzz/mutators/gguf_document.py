@@ -1,4 +1,4 @@
-"""A GGUF file in parts that can be changed one by one and written again, right or wrong.
+"""A GGUF file as parts that can be changed one by one and written again, valid or not.
 
 Layout after https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version 3. Values stay as the bytes that encode them: what is not
 touched is written as it was.

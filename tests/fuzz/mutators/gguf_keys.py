@@ -1,4 +1,4 @@
-"""Metadata of a GGUF file, spoilt: keys that are missing, twice, of another type, length or value; the keys of this project."""
+"""Corrupts the metadata of a GGUF file: keys that are missing, duplicated, or have another type, length or value; this project's keys."""
 
 from __future__ import annotations
 

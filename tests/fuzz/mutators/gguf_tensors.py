@@ -1,4 +1,4 @@
-"""The table of tensors of a GGUF file, spoilt: names, shapes, types and places."""
+"""Corrupts the tensor table of a GGUF file: names, shapes, types and offsets."""
 
 from __future__ import annotations
 
