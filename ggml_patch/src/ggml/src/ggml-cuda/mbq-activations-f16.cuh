@@ -1,17 +1,17 @@
 #pragma once
 
-// Activations as fp16 for mbq_gemm (mbq-gemm.cuh): tiles of 128 columns and 64 of K, one bulk copy each, which lie in shared memory as they lie here:
+// Converts activations to fp16 for mbq_gemm (mbq-gemm.cuh): tiles of 128 columns and 64 of K, each one bulk copy, with the layout of shared memory:
 // even weights before odd ones in each 16, and the 16-byte words of a column in wgmma's 128-byte swizzle.
 
 #include "mbq-stream-k.cuh"
 #include "mbq-wgmma.cuh"
 
 static constexpr int MBQ_GEMM_THREADS = 384;
-static constexpr int MBQ_GEMM_TILE_N  = 128; // columns of a tile of activations: a CTA of mbq_gemm takes one or two
-static constexpr int MBQ_GEMM_TILE_K  = 64;  // activations of a column in it: 128 bytes, the span of the swizzle
-static constexpr int MBQ_CONVERT_N    = 32;  // columns of a tile that a warp of mbq_convert_late takes at a time
+static constexpr int MBQ_GEMM_TILE_N  = 128; // columns per tile of activations: a CTA of mbq_gemm uses one or two
+static constexpr int MBQ_GEMM_TILE_K  = 64;  // activations per column in a tile: 128 bytes, the span of the swizzle
+static constexpr int MBQ_CONVERT_N    = 32;  // columns of a tile that a warp of mbq_convert_late converts at a time
 
-// Tiles are [n tile][k tile][column][16-byte words, swizzled]. A warp takes n columns of a tile at a time. Activations are read once (.cs), so that
+// Tiles are [n tile][k tile][column][16-byte words, swizzled]. A warp converts n columns of a tile at a time. Activations are read once (.cs), so that
 // the tiles stay in the L2 cache.
 template <int n>
 static __device__ __forceinline__ void mbq_load_f32(const mbq_gemm_args & args, const int k_tile, const int first, float4 (&v)[n/2]) {
@@ -26,7 +26,7 @@ static __device__ __forceinline__ void mbq_load_f32(const mbq_gemm_args & args, 
     }
 }
 
-// Lanes of a pair swap, so that each has two runs of 4 even or odd ones.
+// The lanes of a pair exchange values, so that each has two runs of 4 even or odd ones.
 template <int n>
 static __device__ __forceinline__ void mbq_store_f16(const mbq_gemm_args & args, const int k_tile, const int first, const float4 (&v)[n/2]) {
     const int lane = threadIdx.x % 32;
@@ -60,11 +60,11 @@ static __global__ void __launch_bounds__(256) mbq_convert_early(const mbq_gemm_a
 
 #ifdef MBQ_WGMMA
 
-// The other k tiles, by CTAs of mbq_gemm without an output tile, while the others multiply. Their warps take chunks, 32 columns of a tile, in turns.
+// Converts the other k tiles, in CTAs of mbq_gemm that have no output tile, while the others multiply. Warps process chunks of 32 columns of a tile round-robin.
 static __device__ __forceinline__ void mbq_convert_late(const mbq_gemm_args & args) {
     constexpr int warps = MBQ_GEMM_THREADS/32;
     constexpr int n = MBQ_CONVERT_N;
-    const int chunks  = (args.N + MBQ_GEMM_TILE_N - 1)/MBQ_GEMM_TILE_N*(MBQ_GEMM_TILE_N/n); // of a k tile
+    const int chunks  = (args.N + MBQ_GEMM_TILE_N - 1)/MBQ_GEMM_TILE_N*(MBQ_GEMM_TILE_N/n); // per k tile
     const int k_tiles = args.K/MBQ_GEMM_TILE_K;
     const int step    = args.converters*warps;
     int chunk = args.early*chunks + blockIdx.x*warps + threadIdx.x/32;

@@ -1,37 +1,37 @@
 #pragma once
 
-// Columns of activations as the int8 tensor cores want them: int8 with one scale every 32, as Q8_1, in the order of mma.m16n8k32's B operand.
+// Quantises columns of activations for the int8 tensor cores: int8 with one scale per 32, as in Q8_1, in the order of mma.m16n8k32's B operand.
 //
-// One column lies in shared memory, where the kernel quantises it itself. 256 activations are 8 groups of 32, the 8 columns of the B
-// operand, so that one group of weights meets all of them and lane 4g + t keeps what groups 2t and 2t + 1 of weights gave with their own:
+// A single column is quantised by the multiplying kernel itself, in shared memory. 256 activations are 8 groups of 32, which become the 8 columns of the B
+// operand. Each group of weights is multiplied by all of them, and lane 4g + t keeps the products of groups 2t and 2t + 1 with their own activations:
 //
 //   [256 activations][lane 4*group + t][words t, t + 4 of the group], then [256 activations][t][scales of groups 2t, 2t + 1, their sum, -],
-//   or their two sums where each group of weights has its own minimum (MBQ3S_64)
+//   or their two sums if each group of weights has its own minimum (MBQ3S_64)
 //
-// More columns are quantised by a kernel of its own, 8 columns and 128 activations a record:
+// More columns are quantised by a separate kernel, in records of 8 columns and 128 activations:
 //
 //   1024 bytes: [group pair][lane 4*column + t][words t, t + 4 of the first group, then of the second]
 //    128 bytes: [t][group][columns 2t, 2t + 1] scales;  64 bytes: [t][64][columns 2t, 2t + 1] sums, or 128: [t][group][...] (MBQ3S_64)
 //
-// A scale includes the power of four that takes back the codes' (mbq_layout::unscale). A group's minimum m is multiplied by a sum of activations: over
-// 64 of them, also where the group is of 128, or over 32 (MBQ3S_64). They are summed as rounded, not as given, so that the error that rounding makes in an
-// activation is multiplied by the whole weight, d*code + m. With the exact sum it would be multiplied by d*code alone, which is larger.
+// A scale includes the inverse of the codes' power of four (mbq_layout::unscale). A group's minimum m is multiplied by a sum of 64 activations, even in groups
+// of 128, or of 32 (MBQ3S_64). The sum is over rounded activations, so that the rounding error of an activation is multiplied by the whole weight, d*code + m.
+// With the exact sum it would be multiplied by d*code alone, which is larger.
 
 #include "mbq-block.cuh"
 
 // Records of 8 columns
 template <typename L> struct mbq_record {
-    static constexpr int span  = L::QK/L::scales == 32 ? 32 : 64; // activations that are summed: one minimum for all of them
-    static constexpr int sums  = span == 32 ? 4 : 2;         // of a column
+    static constexpr int span  = L::QK/L::scales == 32 ? 32 : 64; // activations per sum, which share a minimum
+    static constexpr int sums  = span == 32 ? 4 : 2;         // per column
     static constexpr int bytes = 1024 + 128 + 8*4*sums;
 };
 
-static constexpr int MBQ_ONE_BYTES = 256 + 64; // of 256 activations of one column
+static constexpr int MBQ_ONE_BYTES = 256 + 64; // per 256 activations of a single column
 
 #ifdef TURING_MMA_AVAILABLE
 
 // Lane 4q + t of a warp loads 4t..4t+3 and 16+4t..16+4t+3 of group q of 256 activations: x points at the first of them, and `left`
-// (a multiple of 32) tells how many there are from this group's begin; zeros behind the end.
+// (a multiple of 32) is their number from the start of this group; zeros after the end.
 static __device__ __forceinline__ void mbq_load_8(float (&v)[8], const float * x, const int left, const bool aligned) {
     if (left <= 0) {
 #pragma unroll
@@ -59,7 +59,7 @@ static __device__ __forceinline__ int mbq_pack_4(const float * v, const float in
     return __byte_perm(__byte_perm(q0, q1, 0x0040), __byte_perm(q2, q3, 0x0040), 0x5410);
 }
 
-// Quantises what mbq_load_8 loaded: the lane's two words; in all four lanes of a group its scale (without the power of four); in the
+// Quantises the values of mbq_load_8. Returns the lane's two words; in all four lanes of a group its scale (without the power of four); and in the
 // lanes of N activations their sum.
 template <int N>
 static __device__ __forceinline__ int2 mbq_quantize_8(const float (&v)[8], float & scale, float & sum) {
@@ -71,7 +71,7 @@ static __device__ __forceinline__ int2 mbq_quantize_8(const float (&v)[8], float
     amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFF, amax, 1));
     amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFF, amax, 2));
     scale = amax*(1.0f/127.0f);
-    const float inverse = __fdividef(127.0f, fmaxf(amax, 1e-30f)); // smaller ones would overflow, and are nothing
+    const float inverse = __fdividef(127.0f, fmaxf(amax, 1e-30f)); // smaller ones would overflow, and are negligible
     const int2 words = make_int2(mbq_pack_4(v, inverse), mbq_pack_4(v + 4, inverse));
     sum = scale*(float) ggml_cuda_dp4a(words.x, 0x01010101, ggml_cuda_dp4a(words.y, 0x01010101, 0));
 #pragma unroll
@@ -84,7 +84,7 @@ static __device__ __forceinline__ int2 mbq_quantize_8(const float (&v)[8], float
 // One column of k activations, by all warps of the block.
 template <typename L>
 static __device__ __forceinline__ void mbq_quantize_one(const float * x, const int k, const bool aligned, char * xs, const int warp, const int warps) {
-    constexpr int ahead = 4; // loads of so many rounds are started together: a round's latency is most of its time
+    constexpr int ahead = 4; // rounds whose loads start together, because latency is most of a round's time
     constexpr int span  = mbq_record<L>::span;
     const int lane  = threadIdx.x % 32;
     const int n     = (k + 255)/256;
@@ -160,7 +160,7 @@ static __global__ void mbq_quantize_records(const float * x, char * records, con
 #ifdef TURING_MMA_AVAILABLE
 
 // sum[r] += row g + 8r of 256 weights, from block `first` of the row pieces at p[r], times one column: this lane's groups 2t and 2t + 1.
-// Blocks behind `last` repeat it: their activations are zeros.
+// Blocks after `last` repeat it: their activations are zeros.
 template <typename L>
 static __device__ __forceinline__ void mbq_dot_one(const uint32_t * const (&p)[2], const int first, const int last,
         const char * words, const char * sums, float (&sum)[2]) {
@@ -203,7 +203,7 @@ static __device__ __forceinline__ void mbq_dot_one(const uint32_t * const (&p)[2
     }
 }
 
-// What a lane needs of 8 columns for one block of weights: B operands, scales and sums of the columns of its C operand.
+// A lane's share of 8 columns for one block of weights: B operands, and scales and sums of the columns of its C operand.
 template <typename L> struct mbq_b_operand {
     int    b[L::QK/32][2];
     float2 s[L::QK/32];
@@ -230,8 +230,8 @@ static __device__ __forceinline__ mbq_b_operand<L> mbq_load_record(const char * 
     return c;
 }
 
-// sum += rows g, g + 8 of one block times 8 columns. sum[][r*2 + c]: row g + 8r, column 2t + c. Each 64 weights have sums of their own, from `first` on
-// (apart), or all of the block the same.
+// sum += rows g, g + 8 of one block times 8 columns. sum[][r*2 + c]: row g + 8r, column 2t + c. Each 64 weights have separate sums, starting at `first`
+// (apart), or the whole block shares them.
 template <typename L, bool apart, int n>
 static __device__ __forceinline__ void mbq_dot(const int (&a)[L::QK/32][4], const float2 (&scale)[2][L::scales], const mbq_b_operand<L> & x,
         float (&sum)[n][4], const int first) {

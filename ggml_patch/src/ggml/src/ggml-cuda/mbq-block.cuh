@@ -1,6 +1,6 @@
 #pragma once
 
-// One block of MBQ weights on its way into the int8 tensor cores.
+// How a block of MBQ weights gets into the int8 tensor cores.
 //
 // A block of QK weights, as ggml-mbq-common.h stores it (32-bit words; QK = 128 | 64):
 //
@@ -9,7 +9,7 @@
 //         | or     | bits 2j, the low bits   | (2j + 2) % 8 + i / (QK/8), the high
 //         | s0  s1 | of weight QK/4 * j + i  | bit of weight QK/4 * j + i            (j = 0..3: the plane)
 //
-//   so (ql & 3 << 2j) | (qh & 4 << 2j) is 4^j times the code for planes 0 to 2, in bytes that fit int8.
+//   so for planes 0 to 2, (ql & 3 << 2j) | (qh & 4 << 2j) is 4^j times the code, and each byte fits int8.
 //
 //   MBQ3, MBQ3_64:   fp16 d and m for all planes, weight = d*code + m
 //   MBQ3S, MBQ3S_64: a scale word for planes 0 and 1, one for planes 2 and 3, weight = d*(code - z/8)
@@ -17,13 +17,13 @@
 //   bit     15 ............ 6 | 5 ... 0
 //         | fp16 d: bits 14-5 |    z   |    (its sign and lowest five bits are zeros)
 //
-// mma.m16n8k32 wants, in lane 4g + t, bytes 4t..4t+3 and 16+4t..16+4t+3 of rows g and g + 8 of a 32-weight group: for QK = 128 these are
-// words t and t + 4 of ql in one plane and word t of qh; for QK = 64 word t of ql in two planes. Every lane loads each word once and
-// uses all of it: no bit is read twice, and the only shifts are those of plane 3.
+// mma.m16n8k32 expects, in lane 4g + t, bytes 4t..4t+3 and 16+4t..16+4t+3 of rows g and g + 8 of a 32-weight group. For QK = 128 these are words t and
+// t + 4 of ql in one plane and word t of qh; for QK = 64, word t of ql in two planes. Each lane loads each word once and uses all of it: no bit is read
+// twice, and only plane 3 needs shifts.
 
 #include <cstdint>
 
-// The tensor memory accelerator copies boxes of a map, which the driver library makes: ggml links it for virtual memory.
+// The tensor memory accelerator copies boxes of a tensor map, which the driver library creates; ggml links that library for virtual memory.
 #if defined(GGML_USE_VMM) && !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA) && CUDART_VERSION >= 12000
 #define MBQ_USE_TMA
 #if __CUDA_ARCH__ >= GGML_CUDA_CC_HOPPER
@@ -31,7 +31,7 @@
 #endif
 #endif
 
-static constexpr int MBQ_PIECE = 512;        // weights of a row that are copied together: 208 bytes (QK = 128) or 224 (QK = 64), multiples of 16
+static constexpr int MBQ_PIECE = 512;        // weights of a row per copy: 208 bytes (QK = 128) or 224 (QK = 64), multiples of 16
 static constexpr int MBQ_MAGIC = 0x4B400000; // 1.5 * 2^23 as float: integers below 2^22 added to its bits are added to its value
 
 // Blocks of QK weights with one d and m, or with two scale words
@@ -42,7 +42,7 @@ template <int weights, int scale_words> struct mbq_layout {
     static constexpr int piece_blocks = MBQ_PIECE/QK;
     static constexpr int piece_bytes  = 4*block_words*piece_blocks;
     static constexpr int groups       = QK/32;
-    // The power of four that the codes of a group carry through the tensor core, undone by the activation scale.
+    // The inverse of the power of four in the codes of a group; the activation scale includes it.
     static __device__ __forceinline__ float unscale(const int group) {
         if constexpr (QK == 128) {
             return group == 1 ? 0.25f : group == 2 ? 0.0625f : 1.0f; // plane 3 does not fit in place and is shifted down
@@ -52,7 +52,7 @@ template <int weights, int scale_words> struct mbq_layout {
     }
 };
 
-// (a & mask) | b in one instruction; the compiler makes two where both constants are its own, and more of three of them
+// (a & mask) | b in one instruction; with constants that it knows, the compiler generates two or more
 template <uint32_t mask>
 static __host__ __device__ __forceinline__ uint32_t mbq_and_or(const uint32_t a, const uint32_t b) {
 #if defined(__CUDA_ARCH__) && !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
@@ -64,8 +64,8 @@ static __host__ __device__ __forceinline__ uint32_t mbq_and_or(const uint32_t a,
 #endif
 }
 
-// d and m, or d and -z/8 of one of two scale words, from a block's first 32 bits. z goes under the exponents of 2^20 and, where it lies, of 16, so that its
-// lowest bit is an eighth: no shift, no conversion, and taking the power of two off is exact.
+// d and m, or d and -z/8 of one of two scale words, from a block's first 32 bits. z is combined with the exponent of 2^20 or 16, depending on its position,
+// such that its lowest bit is worth an eighth: no shift, no conversion, and subtracting the power of two is exact.
 template <typename L>
 static __host__ __device__ __forceinline__ float2 mbq_scale(const uint32_t word, const int which) {
     if constexpr (L::scales == 1) {
@@ -78,8 +78,8 @@ static __host__ __device__ __forceinline__ float2 mbq_scale(const uint32_t word,
     }
 }
 
-// sum += the products of weights and activations, from those of their codes, `part`, and the activations' sum. What is fused is written down: the
-// compiler's choice could differ between kernels, whose sums are the same bits.
+// sum += the products of weights and activations, from the products of their codes, `part`, and the activations' sum. Fused operations are explicit, because
+// the compiler's choice could differ between kernels, whose sums must have the same bits.
 template <typename L>
 static __device__ __forceinline__ void mbq_add(float & sum, const float2 scale, const float part, const float x) {
     if constexpr (L::scales == 1) {
@@ -130,7 +130,7 @@ static __device__ __forceinline__ uint32_t mbq_load_shared(const uint32_t addres
 
 #ifdef TURING_MMA_AVAILABLE
 
-// 16 bytes from global to shared memory, asynchronously where the hardware can.
+// Copies 16 bytes from global to shared memory, asynchronously if the hardware supports it.
 static __device__ __forceinline__ void mbq_copy_16(void * dst, const void * src) {
 #ifdef CP_ASYNC_AVAILABLE
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" : : "r"((uint32_t) __cvta_generic_to_shared(dst)), "l"(src) : "memory");
@@ -145,7 +145,7 @@ static __device__ __forceinline__ void mbq_copy_commit() {
 #endif
 }
 
-// Waits until at most N commits of this thread are on their way.
+// Waits until at most N commits of this thread are pending.
 template <int N>
 static __device__ __forceinline__ void mbq_copy_wait() {
 #ifdef CP_ASYNC_AVAILABLE

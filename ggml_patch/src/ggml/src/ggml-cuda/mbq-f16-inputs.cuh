@@ -1,7 +1,7 @@
 #pragma once
 
-// Activations that lie as F16 in the place of their floats, for products of F16 weights by cuBLAS (mbq-f16.cuh). Node by node each of these products makes F16 of
-// what it reads; here whoever writes x does, once, where nobody else looks at x:
+// Activations stored as F16 in place of floats, for products of F16 weights by cuBLAS (mbq-f16.cuh). Node by node, each of these products converts its input to
+// F16. Here the node that writes x does so once, if nothing else reads x:
 //
 //   graph     norm   q          k          v
 //   x         F16    reads it   reads it   reads it
@@ -31,13 +31,13 @@ static bool mbq_f16_aligned(const ggml_tensor * t) { // t may be none
     return !t || ((uintptr_t) t->data | t->nb[1]) % 16 == 0;
 }
 
-// What mbq_f16_end adds to the product at node i
+// The node that mbq_f16_end adds to the product at node i
 static mbq_w4a8_added mbq_f16_added_to(const ggml_cgraph * graph, const int i) {
     const mbq_w4a8_added a = mbq_w4a8_added_to(graph, i);
     return mbq_f16_aligned(a.bias) && mbq_f16_aligned(a.more) && mbq_f16_aligned(a.out) ? a : mbq_w4a8_added { nullptr, nullptr, graph->nodes[i], 0 };
 }
 
-// Whether mbq_f16_fuse makes the node, with what is added to it: something behind it runs with it
+// Whether mbq_f16_fuse runs the node together with following nodes
 static bool mbq_f16_runs(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, mbq_w4a8_added & a) {
     if (i + 1 >= graph->n_nodes || !mbq_f16_takes(ctx, graph->nodes[i])) {
         return false;
@@ -46,7 +46,7 @@ static bool mbq_f16_runs(const ggml_backend_cuda_context & ctx, const ggml_cgrap
     return a.nodes > 0 || ggml_op_is_empty(graph->nodes[i + 1]->op);
 }
 
-// The last reader of the result of node i, if all who read it are such products; -1: others may look at it, see mbq_w4a8_fusion
+// The last reader of the result of node i, if all its readers are such products; -1: others may read it, see mbq_w4a8_fusion
 static int mbq_f16_last_reader(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
     const ggml_tensor * x = graph->nodes[i];
     const mbq_span lies = mbq_span_of(x);
@@ -66,7 +66,7 @@ static int mbq_f16_last_reader(const ggml_backend_cuda_context & ctx, const ggml
     return count == ggml_node_get_use_count(graph, i) && !(x->flags & GGML_TENSOR_FLAG_OUTPUT) && last < graph->n_nodes - 1 ? last : -1;
 }
 
-// Where the result of node i, which runs with the node at which the graph is, is to lie as F16; nullptr: in floats
+// Where to store the result of node i, which runs with the current node, as F16; nullptr: as floats
 static half * mbq_f16_hold(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
     ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(ctx);
     const int last = mbq_f16_last_reader(ctx, graph, i);

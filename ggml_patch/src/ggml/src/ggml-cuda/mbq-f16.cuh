@@ -1,13 +1,13 @@
 #pragma once
 
-// Products of F16 weights of many columns, as towers and models in F16 have them, with what is behind them. cuBLAS gives F16; then one pass:
+// Products of F16 weights with many columns, in F16 towers and models, and the nodes after them. cuBLAS writes F16, then there is one pass:
 //
-//   MUL_MAT, ADD of a bias, ADD of the residual stream      either, both in this order or none: floats
-//   MUL_MAT, ADD of a bias, a GELU                          F16, where such products alone read it (mbq-f16-inputs.cuh)
+//   MUL_MAT, ADD of a bias, ADD of the residual stream      one, both in this order, or none: floats
+//   MUL_MAT, ADD of a bias, a GELU                          F16, if only such products read it (mbq-f16-inputs.cuh)
 //   MUL_MAT, ADD of a bias or none, RESHAPE, ROPE           a tower's rotary embedding (mbq-rope.cuh): floats
 //
-// Node by node these are a cast to floats and a pass over floats each, and a cast back before the next product. The same bits: cuBLAS is called as
-// ggml_cuda_mul_mat_cublas_impl calls it, the expressions are upstream's.
+// Node by node, there is a cast to floats, a pass over floats for each, and a cast back before the next product. The bits are the same: cuBLAS is called as in
+// ggml_cuda_mul_mat_cublas_impl, and the expressions are upstream's.
 
 #include "convert.cuh"
 #include "mbq-f16-inputs.cuh"
@@ -95,7 +95,7 @@ static void mbq_f16_cublas(ggml_backend_cuda_context & ctx, const ggml_tensor * 
         &one, w->data, CUDA_R_16F, w->nb[1]/sizeof(half), x, CUDA_R_16F, w->ne[0], &zero, y, CUDA_R_16F, node->ne[0], CUBLAS_COMPUTE_16F, CUBLAS_GEMM_DEFAULT_TENSOR_OP));
 }
 
-// What is behind a product whose F16 is y
+// The pass after a product, whose F16 result is y
 static void mbq_f16_launch_end(ggml_backend_cuda_context & ctx, const ggml_tensor * node, const half * y, mbq_f16_end_args args, const int gelu) {
     args.y      = y;
     args.units  = ggml_nelements(node)/8;
@@ -105,7 +105,7 @@ static void mbq_f16_launch_end(ggml_backend_cuda_context & ctx, const ggml_tenso
     ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(dim3((args.units + 255)/256), dim3(256), 0, ctx.stream()), args);
 }
 
-// The GELU behind node i whose result can be F16; -1: none
+// The GELU after node i whose result can be F16; -1: none
 static int mbq_f16_gelu_behind(const ggml_cgraph * graph, const int i, const mbq_w4a8_added & a) {
     if (a.more || !ggml_can_fuse(graph, i, { graph->nodes[i]->op, GGML_OP_UNARY })) {
         return -1;
@@ -115,7 +115,7 @@ static int mbq_f16_gelu_behind(const ggml_cgraph * graph, const int i, const mbq
     return gelu->type == GGML_TYPE_F32 && ggml_is_contiguous(gelu) && mbq_f16_aligned(gelu) && !(a.bias && mbq_overlap(a.bias, gelu)) ? function : -1;
 }
 
-// The rotary embedding behind node i, the product with its bias, and a RESHAPE; nullptr: none
+// The rotary embedding after node i (the product with its bias) and a RESHAPE; nullptr: none
 static const ggml_tensor * mbq_f16_rope_behind(const ggml_cgraph * graph, const int i, const mbq_w4a8_added & a) {
     if (a.more || !ggml_can_fuse_subgraph(graph, i, { graph->nodes[i]->op, GGML_OP_RESHAPE, GGML_OP_ROPE }, { i + 2 })) {
         return nullptr;
@@ -125,7 +125,7 @@ static const ggml_tensor * mbq_f16_rope_behind(const ggml_cgraph * graph, const 
     return chain && mbq_rope_takes(rope) && !(a.bias && mbq_overlap(a.bias, rope)) ? rope : nullptr;
 }
 
-// How many nodes behind i have run with it
+// Runs node i if possible, and returns how many of the following nodes have run with it
 static int mbq_f16_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
     ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(ctx);
     mbq_w4a8_added a;

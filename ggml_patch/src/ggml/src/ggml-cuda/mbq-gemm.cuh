@@ -1,28 +1,28 @@
 #pragma once
 
-// Many columns on Hopper: weights are dequantised to fp16 in the registers that wgmma takes its A operand from, and never stored.
+// Products with many columns on Hopper: weights are dequantised to fp16 in the registers of wgmma's A operand, and never stored.
 //
-//   CTA: an output tile of 128 rows (M) and BN = 128 or 256 columns (N): twice the columns take half the dequantising, but leave half as many
-//   tiles. With 256, two CTAs with the same columns are a cluster, of which each copies one half of the columns for both: else reading L2 would
-//   be the limit. A worker is such a CTA or cluster.
+//   A CTA computes an output tile of 128 rows (M) and BN = 128 or 256 columns (N). Twice the columns need half the dequantising, but there are half as
+//   many tiles. With 256, two CTAs with the same columns form a cluster, and each copies one half of the columns for both; otherwise L2 reads would
+//   be the bottleneck. A worker is such a CTA or cluster.
 //
-//     warps  0 to 3   consumers of rows  0 to 63  \ each dequantises 64 weights of its rows while the tensor cores
-//     warps  4 to 7   consumers of rows 64 to 127 / multiply the 64 before
+//     warps  0 to 3   consumers of rows  0 to 63  \ each dequantises 64 weights per row while the tensor cores
+//     warps  4 to 7   consumers of rows 64 to 127 / multiply the previous 64
 //     warps  8 to 10  producers of weights, ring of 2 stages, 128 rows times 512 of K. Two are enough for 256 columns.
-//     warp  11        producer of activations, ring of 10 or 5 stages, BN columns times 64 of K. A warp of its own: where it copied weights too,
-//                     the ring ran dry now and then (29568 x 8192 by 512: 413 us, 376 since).
+//     warp  11        producer of activations, ring of 10 or 5 stages, BN columns times 64 of K. It does nothing else: when it also copied weights,
+//                     the ring ran dry occasionally (29568 x 8192 by 512 took 413 us instead of 376).
 //
-// mbq-stream-k.cuh draws how output tiles are shared out. CTAs without one, where some are left, make fp16 of the activations while the others
-// multiply: 133 and 120 us at 3584 x 18944 by 512.
+// mbq-stream-k.cuh shows how output tiles are distributed. CTAs without a tile, if any, convert activations to fp16 while the others multiply: 120 us
+// instead of 133 for 3584 x 18944 by 512.
 //
-// The order of the products in a sum is free. In a group of 16 weights lane t of the A operand wants slots 2t, 2t + 1 and 2t + 8, 2t + 9;
-// it gets bytes 0, 2 and 1, 3 of a word: even weights first, odd ones behind. mbq-activations-f16.cuh writes activations in that order.
+// The products in a sum may be in any order. In a group of 16 weights, lane t of the A operand needs slots 2t, 2t + 1 and 2t + 8, 2t + 9; it gets bytes 0, 2
+// and 1, 3 of a word: even weights first, then odd ones. mbq-activations-f16.cuh stores activations in that order.
 
 #include "mbq-activations-f16.cuh"
 
 static constexpr int MBQ_GEMM_TILE_M    = 128;
-static constexpr int MBQ_GEMM_STAGES    = 10;  // of 128 columns; 8 are equal with BN = 128, 4 % slower with 256
-static constexpr int MBQ_GEMM_ROW_BYTES = 240; // of a row of weights in a stage: see mbq_stage_row
+static constexpr int MBQ_GEMM_STAGES    = 10;  // of 128 columns; 8 are as fast with BN = 128, and 4 % slower with 256
+static constexpr int MBQ_GEMM_ROW_BYTES = 240; // per row of weights in a stage: see mbq_stage_row
 
 static constexpr int MBQ_GEMM_TILE_BYTES = MBQ_GEMM_TILE_N*MBQ_GEMM_TILE_K*2;
 static constexpr int MBQ_GEMM_SMEM       = 1024 + MBQ_GEMM_STAGES*MBQ_GEMM_TILE_BYTES + 2*MBQ_GEMM_TILE_M*MBQ_GEMM_ROW_BYTES;
@@ -50,14 +50,14 @@ template <int stages> struct mbq_ring {
 
 #ifdef MBQ_WGMMA
 
-// Who a thread works with
+// A thread's place in the hierarchy
 struct mbq_gemm_thread {
     int rank;            // of its CTA in the cluster
-    int worker, workers; // its own, and how many there are
+    int worker, workers; // its index, and the number of workers
     int warp, lane;
 };
 
-// Shared memory of a CTA: rings of activations (x) and weights (w), a full and an empty barrier for each stage
+// Shared memory of a CTA: rings of activations (x) and weights (w), with a full and an empty barrier per stage
 template <int BN> struct mbq_gemm_smem {
     static constexpr int CLUSTER     = BN/MBQ_GEMM_TILE_N;
     static constexpr int STAGES      = MBQ_GEMM_STAGES/CLUSTER;
@@ -67,7 +67,7 @@ template <int BN> struct mbq_gemm_smem {
     char *   w;
 
     __device__ __forceinline__ mbq_gemm_smem(char * dynamic, uint64_t * barriers) {
-        // volatile: kept, not computed again and again
+        // volatile: keeps the compiler from computing it repeatedly
         asm volatile("add.u32 %0, %1, 1023;\nand.b32 %0, %0, 0xFFFFFC00;" : "=r"(x) : "r"((uint32_t) __cvta_generic_to_shared(dynamic)));
         w       = dynamic + (x - (uint32_t) __cvta_generic_to_shared(dynamic)) + STAGES*STAGE_BYTES;
         full_x  = __cvta_generic_to_shared(barriers);
@@ -87,12 +87,12 @@ static __device__ __forceinline__ void mbq_gemm_init_barriers(const mbq_gemm_sme
     }
     for (int i = 0; i < 2; ++i) {
         mbq_barrier_init(smem.full_w  + 8*i, 32*mbq_weight_producers<BN>);
-        mbq_barrier_init(smem.empty_w + 8*i, 256); // all lanes arrive: as fast as one a warp, and racecheck can follow it
+        mbq_barrier_init(smem.empty_w + 8*i, 256); // all lanes arrive: as fast as one per warp, and racecheck understands it
     }
     asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
 }
 
-// Activations of a worker's parts into its CTAs' rings, by one warp
+// One warp copies the activations of a worker's parts into its CTAs' rings
 template <int BN>
 static __device__ __forceinline__ void mbq_produce_activations(const mbq_gemm_args & args, const mbq_gemm_thread & at, const mbq_gemm_smem<BN> & smem) {
     constexpr int CLUSTER = mbq_gemm_smem<BN>::CLUSTER;
@@ -102,7 +102,7 @@ static __device__ __forceinline__ void mbq_produce_activations(const mbq_gemm_ar
     for (mbq_stream_k work(args, at.worker, at.workers); work.next(args, at.workers);) {
         const int n_tile = work.tile % args.n_tiles*CLUSTER;
         const int tiles  = min((args.N + MBQ_GEMM_TILE_N - 1)/MBQ_GEMM_TILE_N - n_tile, CLUSTER);
-        int known = args.early; // k tiles before it are there
+        int known = args.early; // k tiles before this one are converted
         for (int k_tile = 2*work.first; k_tile < 2*(int) work.last; ++k_tile, ring.next()) {
             if (k_tile >= known && at.rank < tiles) {
                 const int * count = args.ready + (n_tile + at.rank)*k_tiles + k_tile;
@@ -124,7 +124,7 @@ static __device__ __forceinline__ void mbq_produce_activations(const mbq_gemm_ar
     }
 }
 
-// Weights of a worker's parts into a CTA's ring, by warps from 8 on: 16 rows in turn
+// Warps from 8 on copy the weights of a worker's parts into a CTA's ring, 16 rows at a time
 template <typename L, int BN>
 static __device__ __forceinline__ void mbq_produce_weights(const mbq_gemm_args & args, const mbq_gemm_thread & at, const mbq_gemm_smem<BN> & smem) {
     constexpr int producers = mbq_weight_producers<BN>;
@@ -137,13 +137,13 @@ static __device__ __forceinline__ void mbq_produce_weights(const mbq_gemm_args &
             const int n = min(args.K - piece*MBQ_PIECE, MBQ_PIECE);
             mbq_barrier_wait(smem.empty_w + ring.stage*8, ring.phase ^ 1);
             char * stage = smem.w + (ring.stage*MBQ_GEMM_TILE_M + (at.warp - 8)*16 + at.lane/16*8)*MBQ_GEMM_ROW_BYTES + at.lane%16*16;
-#pragma unroll (BN == 128 ? 24 : 4) // more would take more registers than the producers have
+#pragma unroll (BN == 128 ? 24 : 4) // more would need more registers than the producers have
             for (int i = 0; i < 8*turns; ++i) {
                 const int skip = i/8*producers*16;
                 if (at.warp - 8 + skip/16 >= MBQ_GEMM_TILE_M/16) {
                     break;
                 }
-                // rows 2i and 2i + 1 become rows i and i + 8 of the A operand: results are stored two by two
+                // rows 2i and 2i + 1 become rows i and i + 8 of the A operand, so that results are stored in pairs
                 const char * row  = args.w + (int64_t) min(row_first + skip + i%8*2, args.M - 1)*args.row_bytes;
                 const int   shift = (int) (uintptr_t) row & 15;
                 if (at.lane%16*16 < n/L::QK*(4*L::block_words) + shift) {
@@ -155,11 +155,11 @@ static __device__ __forceinline__ void mbq_produce_weights(const mbq_gemm_args &
     }
 }
 
-// A consumer's side of the ring of activations: at most one product of 64 of K is on its way, and the stage of the one before is given back.
+// A consumer's side of the ring of activations: at most one product of 64 of K is in flight, and the stage of the previous one is released.
 template <int BN> struct mbq_gemm_products {
     static constexpr int CLUSTER = BN/MBQ_GEMM_TILE_N;
     mbq_ring<mbq_gemm_smem<BN>::STAGES> ring;
-    uint32_t empty_there; // this lane's: the empty barriers of one CTA of the cluster
+    uint32_t empty_there; // for this lane: the empty barriers of one CTA of the cluster
     uint32_t before = 0;  // barrier of the stage before the ring's
 
     __device__ __forceinline__ void release_before(const int lane) const {
@@ -168,7 +168,7 @@ template <int BN> struct mbq_gemm_products {
         }
     }
 
-    // d += 64 of K; begin: of a part, so that no product is on its way
+    // d += 64 of K; begin: the start of a part, when no product is in flight
     __device__ __forceinline__ void multiply(const mbq_gemm_smem<BN> & smem, const int lane, const half2 (&a)[4][4], const bool begin, float (&d)[BN/2]) {
         mbq_barrier_wait(smem.full_x + ring.stage*8, ring.phase);
         // start address, 1024 bytes from 8 columns to the next 8, 128-byte swizzle
@@ -188,7 +188,7 @@ template <int BN> struct mbq_gemm_products {
     }
 };
 
-// The sums of a CTA's part of a tile: 4*N/8 floats a consumer, N/8 times its own place among 256 lanes
+// The sums of a CTA's part of a tile: 4*N/8 floats per consumer, at N/8 positions among 256 lanes
 template <int BN>
 static __device__ __forceinline__ float4 * mbq_gemm_part(const mbq_gemm_args & args, const mbq_gemm_thread & at, const int worker) {
     return (float4 *) args.parts + (int64_t) (worker*(BN/MBQ_GEMM_TILE_N) + at.rank)*(BN/8*256) + threadIdx.x;
@@ -199,7 +199,7 @@ static __device__ __forceinline__ int * mbq_gemm_done(const mbq_gemm_args & args
     return args.done + (worker*(BN/MBQ_GEMM_TILE_N) + at.rank)*8 + at.warp;
 }
 
-// Leaves the sums of a part that is not the beginning of its tile for the worker that has it.
+// Stores the sums of a part that is not the start of its tile, for the worker that has the start.
 template <int BN>
 static __device__ __forceinline__ void mbq_leave_part(const mbq_gemm_args & args, const mbq_gemm_thread & at, const float (&d)[BN/2]) {
 #pragma unroll
@@ -330,19 +330,19 @@ static __global__ void MBQ_CLUSTER(BN/MBQ_GEMM_TILE_N) __launch_bounds__(MBQ_GEM
 #ifdef MBQ_WGMMA
     constexpr int CLUSTER = BN/MBQ_GEMM_TILE_N;
     extern __shared__ char mbq_gemm_dynamic[];
-    __shared__ uint64_t mbq_barriers[2*(MBQ_GEMM_STAGES/CLUSTER) + 4]; // its size tells the host that this is the code for sm_90a
+    __shared__ uint64_t mbq_barriers[2*(MBQ_GEMM_STAGES/CLUSTER) + 4]; // the host recognises the code for sm_90a by its size
     ggml_cuda_pdl_lc();
-    if (blockIdx.x < args.converters) { // the first CTAs: others wait for them
+    if (blockIdx.x < args.converters) { // the first CTAs, because others wait for them
         mbq_convert_late(args);
         return;
     }
 
     mbq_gemm_thread at;
     at.rank    = CLUSTER == 1 ? 0 : blockIdx.x % CLUSTER;
-    at.warp    = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0); // so that the compiler knows what all lanes have in common
+    at.warp    = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0); // tells the compiler that all lanes have the same value
     at.lane    = threadIdx.x % 32;
     at.workers = (gridDim.x - args.converters)/CLUSTER;
-    at.worker  = gridDim.x/CLUSTER - 1 - blockIdx.x/CLUSTER; // waits for higher workers only, which are lower CTAs and so run already
+    at.worker  = gridDim.x/CLUSTER - 1 - blockIdx.x/CLUSTER; // a worker only waits for higher ones, which are lower CTAs and therefore already running
 
     const mbq_gemm_smem<BN> smem(mbq_gemm_dynamic, mbq_barriers);
     if (threadIdx.x == 0) {

@@ -1,25 +1,25 @@
 #pragma once
 
-// Matrix times up to 32 columns for the MBQ types: codes stay codes until the int8 tensor cores have multiplied them.
+// Matrix times up to 32 columns for the MBQ types: the int8 tensor cores multiply codes, which are only scaled afterwards.
 //
 //   output rows   tile 0 (16 rows)   tile 1   tile 2   ...        CTA c, group of warps g: tiles c + g*gridDim.x, then every gridDim.x*groups
 //
 //   K of a tile   | piece 0 | piece 1 | piece 2 | piece 3 | ...   warp kw of the group's KW: pieces kw, kw + KW, ...
-//                   512 weights of each of the 16 rows; with up to 8 columns kw may stand for a slot of sums (mbq_slots): slots kw, kw + KW, ...
+//                   a piece has 512 weights of each of the 16 rows; with up to 8 columns a warp has slots of sums instead (mbq_slots): kw, kw + KW, ...
 //
-// One CTA a multiprocessor. Each warp streams its pieces through its own ring of shared-memory stages, with the tensor memory accelerator (one
-// lane names a box of 8 rows) or cp.async: no barrier but __syncwarp in the main loop, and about 100 KB are on their way to each multiprocessor,
-// first of all while the kernel before still runs (programmatic dependent launch): weights do not depend on it. Then the CTA quantises the
+// One CTA per multiprocessor. Each warp streams its pieces through its own ring of shared-memory stages, with the tensor memory accelerator (one lane
+// requests a box of 8 rows) or cp.async. The main loop has no barrier but __syncwarp, and about 100 KB are in flight to each multiprocessor. The first
+// copies start while the previous kernel still runs (programmatic dependent launch), since weights do not depend on it. Then the CTA quantises the
 // activations, and at the end of each tile the warps of a group add their sums in shared memory.
 
 #include "mbq-tile.cuh"
 
 #ifdef TURING_MMA_AVAILABLE
 
-// Who a thread works with, and its group's tiles
+// A thread's place in the hierarchy, and its group's tiles
 struct mbq_mmv_thread {
     int lane;
-    int kw, KW;         // warp of the KW that share a tile
+    int kw, KW;         // index among the KW warps that share a tile
     int group;          // of these
     int warp, warps;    // of the CTA
     int tile_rows, tiles, tile_first, tile_step;
@@ -38,13 +38,13 @@ struct mbq_mmv_thread {
     }
 };
 
-// Where the matrices of blockIdx.y and .z begin: w in bytes and in rows of a map, x in elements or records, the bias in elements
+// Offsets of the matrices of blockIdx.y and .z: w in bytes and in rows of a map, x in elements or records, the bias in elements
 struct mbq_mmv_offsets {
     int64_t w = 0, x, bias;
     int w_row = 0;
 
     __device__ __forceinline__ mbq_mmv_offsets(const mbq_mmv_args & args) {
-        if (args.ids) { // y is the slot and z the token; the ids may come from the kernel before
+        if (args.ids) { // y is the slot and z the token; the ids may come from the previous kernel
             ggml_cuda_pdl_sync();
             const int expert = args.ids[blockIdx.y + blockIdx.z*args.ids_stride];
             w     = expert*args.w_channel;
@@ -64,7 +64,7 @@ struct mbq_mmv_offsets {
     }
 };
 
-// What a warp copies next into its ring: rows of weights and, for up to 8 columns, the records of their activations. Filled a stage at a time.
+// The next copy of a warp into its ring: rows of weights and, for up to 8 columns, the records of their activations. One stage at a time.
 template <typename L, int NT, bool tma> struct mbq_mmv_producer {
     const mbq_mmv_args   & args;
     const mbq_mmv_maps   & maps;
@@ -123,8 +123,8 @@ template <typename L, int NT, bool tma> struct mbq_mmv_producer {
             return;
         }
 #endif
-        // Half of the warp's lanes copy a row. Copies start at multiples of 16 bytes and may reach up to 12 bytes behind the row, never behind the
-        // tensor: rows of a multiple of 512 weights are multiples of 16 bytes, and after others the CUDA backend pads.
+        // Half of the warp's lanes copy a row. Copies start at multiples of 16 bytes and may extend up to 12 bytes past the row, but never past the
+        // tensor: rows of a multiple of 512 weights are multiples of 16 bytes, and the CUDA backend pads others.
         if (tile < at.tiles) {
             const int bytes = min(args.blocks - piece*L::piece_blocks, L::piece_blocks)*L::block_words*4;
 #pragma unroll
@@ -147,9 +147,9 @@ template <typename L, int NT, bool tma> struct mbq_mmv_producer {
 
 #endif // TURING_MMA_AVAILABLE
 
-// dst = w * x. NT = 0: one column of floats, quantised here, with bias and gate; else up to 8*NT columns of mbq_quantize_records.
+// dst = w * x. NT = 0: one column of floats, quantised here, with bias and gate; otherwise up to 8*NT columns from mbq_quantize_records.
 // CTA: (32*KW, groups). Grid: (CTAs that share the tiles, channels or slots, samples or tokens).
-// tma: rows are multiples of 16 bytes and one behind the other, and the maps stand for them; pieces behind a row's end are zeros.
+// tma: rows are contiguous multiples of 16 bytes, described by the maps; pieces past the end of a row are zeros.
 template <typename L, int NT, bool tma>
 static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_mmv_args args, MBQ_MAPS maps) {
 #ifdef TURING_MMA_AVAILABLE
@@ -181,7 +181,7 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
     char  * one  = mbq_shared + at.warps*(MBQ_STAGES*stage_bytes); // quantised column
     float * sums = (float *) (one + (NT == 0 ? length*MBQ_ONE_BYTES : 0)) + at.group*slots*mbq_sum_sets(NT)*mbq_sum_floats(NT);
 
-    // Weights never depend on the kernel before, so the first copies start while it still runs.
+    // Weights never depend on the previous kernel, so the first copies start while it still runs.
 #ifdef MBQ_TMA_AVAILABLE
     uint64_t * ready = mbq_ready[at.warp];
     if constexpr (tma) {
@@ -245,7 +245,7 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
             {
                 mbq_copy_wait<MBQ_STAGES - 1>();
             }
-            __syncwarp(); // all lanes' copies are there
+            __syncwarp(); // all lanes' copies have arrived
             if constexpr (NT == 0) {
                 mbq_piece_one<L>(here, base, x, length, first, blocks, sum[0]);
             } else {
@@ -280,7 +280,7 @@ static __global__ void __launch_bounds__(32*MBQ_MAX_WARPS, 1) mbq_mmv(const mbq_
             mbq_store_one(args, all, tile, dst, offsets.bias);
         }
         if constexpr (mbq_sum_sets(NT) == 2) {
-            parity ^= 1; // a warp that is ahead writes the next tile's sums while this tile's are read
+            parity ^= 1; // a faster warp writes the next tile's sums while this tile's are read
         } else {
             mbq_group_sync(at.group, at.KW);
         }

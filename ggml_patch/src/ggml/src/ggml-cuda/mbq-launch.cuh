@@ -1,6 +1,6 @@
 #pragma once
 
-// Launches of the products: which kernel, in which shape.
+// Launches the products: chooses the kernel and its shape.
 
 #include "mbq-gemm.cuh"
 #include "mbq-gemv.cuh"
@@ -22,7 +22,7 @@ static CUtensorMap mbq_map(const char * w, const int64_t row_bytes, const int64_
 }
 #endif
 
-// False: the activations that a CTA needs do not fit into its shared memory.
+// Returns false if the activations that a CTA needs do not fit into its shared memory.
 template <typename L, int NT>
 static bool mbq_launch_mmv(ggml_backend_cuda_context & ctx, mbq_mmv_args args, const int64_t channels, const int64_t samples) {
     const auto & device = ggml_cuda_info().devices[ctx.device];
@@ -52,7 +52,7 @@ static bool mbq_launch_mmv(ggml_backend_cuda_context & ctx, mbq_mmv_args args, c
     return true;
 }
 
-// Up to 8*NT columns: quantise them into records, then multiply.
+// Quantises up to 8*NT columns into records, then multiplies.
 template <typename L, int NT>
 static bool mbq_mul_mat_records(ggml_backend_cuda_context & ctx, mbq_mmv_args args, const int64_t channels, const int64_t samples) {
     const int64_t k       = (int64_t) args.blocks*L::QK;
@@ -84,7 +84,7 @@ static bool mbq_mul_mat_mmv(ggml_backend_cuda_context & ctx, const mbq_mmv_args 
     return mbq_mul_mat_records<L, 4>(ctx, args, channels, samples);
 }
 
-// Whether this device runs mbq_gemm: its code exists for sm_90a only, and elsewhere has no barriers in shared memory.
+// Whether this device runs mbq_gemm, whose code exists only for sm_90a. Other code has no barriers in shared memory.
 static bool mbq_gemm_available(const int id) {
 #ifdef MBQ_USE_TMA
     static int available[GGML_CUDA_MAX_DEVICES] = {}; // 1: no, 2: yes
@@ -107,7 +107,7 @@ static void mbq_launch_gemm(ggml_backend_cuda_context & ctx, const mbq_gemm_args
     ggml_cuda_kernel_launch(mbq_gemm<L, BN>, params, args);
 }
 
-// False: not for this kernel. One matrix only, and rows of whole 128s.
+// Returns false if the product does not suit this kernel, which takes a single matrix whose rows are multiples of 128.
 template <typename L>
 static bool mbq_mul_mat_gemm(ggml_backend_cuda_context & ctx, const mbq_mmv_args & mmv) {
     const int K = mmv.blocks*L::QK;

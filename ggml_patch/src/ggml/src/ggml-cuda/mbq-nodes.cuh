@@ -1,7 +1,7 @@
 #pragma once
 
-// What looking ahead in a graph asks of every node, found once for a graph instead of each time: a product or a norm looks at up to 64 nodes behind it, and what
-// one of them writes takes some 180 instructions to tell. Of graphs that a scheduler has numbered; those of others may change without being told apart, so they are looked at anew.
+// Properties of nodes for looking ahead in a graph, computed once per graph: a product or a norm inspects up to 64 following nodes, and finding out what one of
+// them writes takes about 180 instructions. Only graphs numbered by a scheduler are cached; others may change unnoticed, so they are inspected each time.
 
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
@@ -12,7 +12,7 @@ struct mbq_span { // of memory; empty: none
     const char * begin = nullptr, * end = nullptr;
 };
 
-// Where t lies, which may be none. As ggml_nbytes, which takes 110 instructions
+// The memory of t, which may be nullptr. Like ggml_nbytes, which takes 110 instructions
 static mbq_span mbq_span_of(const ggml_tensor * t) {
     if (!t) {
         return {};
@@ -25,7 +25,7 @@ static mbq_span mbq_span_of(const ggml_tensor * t) {
     return { begin, begin + last + (t->type == GGML_TYPE_F32 ? sizeof(float) : sizeof(ggml_fp16_t)) };
 }
 
-// What a node writes: more than its tensor where its kernels keep something behind it, as attention does
+// The memory that a node writes: more than its tensor if its kernels store something after it, as attention does
 static mbq_span mbq_written_by(const ggml_tensor * node) {
     const char * begin = (const char *) node->data;
     return node->buffer ? mbq_span { begin, begin + ggml_backend_buft_get_alloc_size(node->buffer->buft, node) } : mbq_span_of(node);

@@ -1,17 +1,17 @@
 #pragma once
 
-// What mbq_mmv (mbq-gemv.cuh) is launched with: its arguments, and how warps, tiles and shared memory are shared out.
+// The launch of mbq_mmv (mbq-gemv.cuh): its arguments, and the distribution of warps, tiles and shared memory.
 
 #include "mbq-activations-q8.cuh"
 
 #include <algorithm>
 
 struct mbq_mmv_args {
-    const char    * w;         // weights, and the gate's for a gated unit (else nullptr)
+    const char    * w;         // weights, and those of the gate for a gated unit (otherwise nullptr)
     const char    * gate;
     const void    * x;         // a column of floats (NT = 0) or records of mbq_quantize_records
     float         * dst;
-    const float   * bias;      // one value a row, shaped like dst, or nullptr
+    const float   * bias;      // one value per row, shaped like dst, or nullptr
     const float   * gate_bias;
     const int32_t * ids;       // expert of (slot, token), or nullptr
     int64_t w_channel, w_sample;              // bytes
@@ -28,7 +28,7 @@ struct mbq_mmv_args {
     float glu_limit;
 };
 
-// All rows of the weights and of the gate as maps of bytes, in boxes of 8 rows of a stage
+// Tensor maps of all rows of the weights and of the gate, in bytes, with boxes of 8 rows of a stage
 struct mbq_mmv_maps {
 #ifdef MBQ_USE_TMA
     CUtensorMap w, gate;
@@ -41,14 +41,14 @@ struct mbq_mmv_maps {
 #define MBQ_MAPS const mbq_mmv_maps
 #endif
 
-static constexpr int MBQ_MAX_WARPS  = 16; // of a CTA; more, with fewer registers each, were slower at every shape
+static constexpr int MBQ_MAX_WARPS  = 16; // per CTA; more, with fewer registers each, were slower for every shape
 static constexpr int MBQ_MAX_GROUPS = 15; // barriers 1 to 15
-static constexpr int MBQ_STAGES     = 2;  // of a warp's ring: one is computed while the next arrives
+static constexpr int MBQ_STAGES     = 2;  // of a warp's ring: one is being multiplied while the next arrives
 
 // Row stride of a stage. With 52 or 60 words the 32 lanes' loads (g, t) fall into different banks (20g or 28g mod 32: multiples of 4).
 template <typename L>
 static constexpr int mbq_stage_row(const bool aligned) {
-    return L::QK == 128 && aligned ? 208 : 240; // 240: up to 12 bytes of misalignment, and 224 would not be free of conflicts
+    return L::QK == 128 && aligned ? 208 : 240; // 240: up to 12 bytes of misalignment; 224 would have bank conflicts
 }
 
 // Weights of 16 rows and, for up to 8 columns, the records of their activations: more would leave too few warps.
@@ -57,14 +57,14 @@ static constexpr __host__ __device__ int mbq_stage_bytes(const int NT, const int
     return 16*stage_row + (NT == 1 ? MBQ_PIECE/128*mbq_record<L>::bytes : 0);
 }
 
-// Sums of a tile that are added at its end: slot s has pieces s, s + slots, ... of up to 8 columns, in as many as a function of their length tells, so that no
-// sum depends on the number of columns, of warps or of multiprocessors. As many as there are warps at most, since one column is fastest where a warp has one
-// slot of a tile. Of more columns a slot is a warp.
+// The number of partial sums of a tile, which are added at its end: slot s has pieces s, s + slots, ... For up to 8 columns it depends only on the rows' length,
+// so that no sum depends on the number of columns, warps or multiprocessors. There are at most as many slots as warps, because one column is fastest if each warp
+// has one slot of a tile. With more columns, each warp has one slot.
 static constexpr __host__ __device__ int64_t mbq_slots(const int NT, const int64_t pieces, const int64_t kw) {
     return NT > 1 ? kw : pieces < MBQ_MAX_WARPS ? pieces : MBQ_MAX_WARPS;
 }
 
-// Sets of them: while one tile's are read, the next one's are written, unless all warps read (and 8 columns need the room for warps).
+// Sets of partial sums: one tile's are read while the next one's are written, unless all warps read (and 8 columns need the memory for warps).
 static constexpr __host__ __device__ int mbq_sum_sets(const int NT) {
     return NT == 1 ? 1 : 2;
 }
@@ -75,12 +75,12 @@ static constexpr __host__ __device__ int mbq_sum_floats(const int NT) {
 }
 
 struct mbq_mmv_plan {
-    int     kw, groups, ctas, slots; // warps that share a tile, such groups in a CTA, CTAs that share the tiles; kw = 0: does not fit
+    int     kw, groups, ctas, slots; // warps that share a tile, groups of them per CTA, CTAs that share the tiles; kw = 0: does not fit
     int64_t smem;                    // bytes of shared memory: activations, rings, partial sums
 };
 
-// The fewest pieces one after the other; for up to 1 % more of them a warp more in a group (both fitted to all splits of nine shapes on
-// an H100); and half a piece more where a warp has one piece of a tile, so that nothing hides the tile's end.
+// Minimises the number of consecutive pieces. One more warp per group is preferred up to 1 % more pieces (both fitted to all splits of nine shapes on an
+// H100), and half a piece is added if a warp has only one piece of a tile, since nothing then hides the end of the tile.
 template <typename L>
 static mbq_mmv_plan mbq_plan_mmv(const int NT, const bool gate, const bool aligned, const int64_t M, const int64_t blocks,
         const int multiprocessors, const int64_t smem_limit) {
@@ -99,7 +99,7 @@ static mbq_mmv_plan mbq_plan_mmv(const int NT, const bool gate, const bool align
             break;
         }
         const int64_t rounds = (tiles + multiprocessors*groups - 1)/(multiprocessors*groups);
-        int64_t turns = 0; // of the first warp, which has the most
+        int64_t turns = 0; // pieces of the first warp, which has the most
         for (int64_t slot = 0; slot < slots; slot += kw) {
             turns += (pieces - slot + slots - 1)/slots;
         }

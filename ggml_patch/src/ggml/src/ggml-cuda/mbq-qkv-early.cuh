@@ -1,11 +1,11 @@
 #pragma once
 
-// What of q, k and v their product makes ready for attention, ahead of the nodes that would (mbq-qkv.cuh): values as F16, and q and k turned (mbq-w4a8-heads.cuh)
+// Decides what the product of q, k and v prepares for attention instead of later nodes (mbq-qkv.cuh): values as F16, and rotary embeddings of q and k (mbq-w4a8-heads.cuh)
 
 #include "mbq-qkv.cuh"
 
-// The attention behind node i, a product of q, k and v, for which mbq_qkv_runs; its node, or -1, and the node of its queries' rotary embedding. made: nodes that
-// are made with node i
+// The attention after node i, a product of q, k and v, if mbq_qkv_runs holds for it; its node or -1, and the node of its queries' rotary embedding. made: nodes that
+// run with node i
 static int mbq_qkv_ahead(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const std::vector<int> & made, mbq_qkv_nodes & n, int & rope) {
     rope = i + 1;
     while (rope < std::min(graph->n_nodes, i + 1 + MBQ_W4A8_AHEAD) && graph->nodes[rope]->op != GGML_OP_ROPE) {
@@ -15,7 +15,7 @@ static int mbq_qkv_ahead(const ggml_backend_cuda_context & ctx, const ggml_cgrap
     return attention >= 0 && mbq_qkv_runs(ctx, graph, rope, attention, made, n) ? attention : -1;
 }
 
-// Whether attention can read its values where their product, with node i, stores them as F16: nobody else reads them, and nothing lies there before attention is done
+// Whether attention can read its values where their product, at node i, stores them as F16: nothing else reads them, and the memory is not used before attention is done
 static bool mbq_qkv_keeps_values(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const int attention, const mbq_qkv_nodes & n) {
     const ggml_tensor * values = n.x(2);
     for (int j = i; j <= attention; ++j) {
@@ -31,8 +31,8 @@ static bool mbq_qkv_keeps_values(const ggml_backend_cuda_context & ctx, const gg
     return values->op == GGML_OP_RESHAPE && values->src[0]->data == values->data;
 }
 
-// Whether the product at node i, which makes q, k and v, can turn q and k: nobody else reads their floats, nothing but the product runs until their rotary embeddings,
-// at node `rope`, and what it then writes early is not what it reads. That is int8 in the pool's memory: the floats of which it was made may go.
+// Whether the product at node i, which computes q, k and v, can apply the rotary embeddings of q and k: nothing else reads their floats, nothing else runs until their
+// rotary embeddings, at node `rope`, and what the product then writes early does not overlap its input. That is int8 in pool memory, so the original floats may be overwritten.
 static bool mbq_qkv_turns(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const int rope, const std::vector<int> & made, const mbq_qkv_nodes & n) {
     const ggml_tensor * x = graph->nodes[i]->src[1];
     const bool placed = mbq_w4a8_inputs(ctx).has_placed({ x, graph->nodes[i]->src[2], MBQ_W4A8_TILES });
@@ -59,7 +59,7 @@ struct mbq_qkv_ready {
     const ggml_tensor * values, * turned; // see ggml_cuda_w4a8_inputs
 };
 
-// What of q, k and v their product, at node i, makes ready for attention: how it stores m, the three of them
+// What the product of q, k and v, at node i, prepares for attention: how it stores m, the three of them
 static mbq_qkv_ready mbq_qkv_make_ready(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const std::vector<int> & made, mbq_w4a8_matrix * m) {
     mbq_qkv_nodes n;
     int rope = 0;
@@ -85,7 +85,7 @@ static mbq_qkv_ready mbq_qkv_make_ready(ggml_backend_cuda_context & ctx, const g
         to.dst_head   = dst_head;
         to.turn       = turn;
     };
-    heads(*of[0], n.q->data, 2*column, 2*head, mbq_qkv_scale(n)); // each head from where its floats would begin
+    heads(*of[0], n.q->data, 2*column, 2*head, mbq_qkv_scale(n)); // each head starts where its floats would start
     heads(*of[1], n.k16->data, head, head*n.q->ne[2], 1.0f);
     heads(*of[2], of[2]->dst, 2*column, head, 0.0f);
     return { n.x(2), n.q };

@@ -1,13 +1,13 @@
 #pragma once
 
-// What is between a vision tower's products and its attention (mbq-attention.cu), in one kernel where q, k and v come from one product:
+// The steps between a vision tower's products and its attention (mbq-attention.cu), in one kernel if q, k and v come from one product:
 //
-//   q   ROPE            scaled for attention, F16 in the place of the floats
-//   k   ROPE, CPY       F16, heads before positions; or their product has turned and stored both (mbq-w4a8-heads.cuh)
-//   v   CPY             F16, heads before positions; or the product has stored it as F16, and attention reads it where it is
+//   q   ROPE            scaled for attention, F16 in place of the floats
+//   k   ROPE, CPY       F16, heads before positions; or the product has already done this for q and k (mbq-w4a8-heads.cuh)
+//   v   CPY             F16, heads before positions; or the product has stored it as F16, and attention reads it there
 //
-// Node by node these are four kernels which write floats that the next one reads: of 4096 positions of 1280 numbers 168 MB, here 94. A CTA takes one position
-// (see mbq-rope.cuh). The same bits: attention itself would scale and round q like this.
+// Node by node these are four kernels that write floats for the next one: 168 MB for 4096 positions of 1280 numbers, 94 here. A CTA processes one position (see
+// mbq-rope.cuh). The bits are the same: attention itself would scale and round q like this.
 
 #include "mbq-cast.cuh"
 #include "mbq-rope.cuh"
@@ -17,7 +17,7 @@
 struct mbq_qkv_args {
     const float * x[3]; // q, k, v: [head][n_dims pairs] of a position
     int64_t x_column;   // elements
-    half * q;           // a position of which has the room of its floats
+    half * q;           // each position has the space of its floats
     half * k, * v;      // [head][position][n_dims pairs]; v == nullptr: left alone
     int threads;        // heads times quads
     float scale;        // of q
@@ -33,7 +33,7 @@ static __device__ __forceinline__ float4 mbq_times(const float4 v, const float b
     return make_float4(v.x*by, v.y*by, v.z*by, v.w*by);
 }
 
-// Each CTA has read its position before it writes it, so q may lie where its floats do
+// Each CTA reads its position before it writes it, so q may overwrite its floats
 static __global__ void __launch_bounds__(1024) mbq_qkv(const mbq_qkv_args args) {
     extern __shared__ __align__(16) float mbq_angles[];
     const int n_dims = args.angles.n_dims;
@@ -73,7 +73,7 @@ static __global__ void __launch_bounds__(1024) mbq_qkv(const mbq_qkv_args args) 
     }
 }
 
-// The nodes of a tower's attention from its first rotary embedding on
+// The nodes of a tower's attention, starting with its first rotary embedding
 struct mbq_qkv_nodes {
     const ggml_tensor * q, * k; // rotary embeddings
     const ggml_tensor * k16, * v16;
@@ -88,7 +88,7 @@ static float mbq_qkv_scale(const mbq_qkv_nodes & n) {
     return ggml_get_op_params_f32(n.attention, 0)*MBQ_ATTENTION_LOG2E;
 }
 
-// Whether t, a permuted view of what `made` gives, puts heads before positions
+// Whether t, a permuted view of the result of `made`, has heads before positions
 static bool mbq_qkv_permuted(const ggml_tensor * t, const ggml_tensor * made) {
     return t->op == GGML_OP_PERMUTE && t->src[0] == made && t->data == made->data && t->ne[0] == made->ne[0] && t->ne[1] == made->ne[2] && t->ne[2] == made->ne[1] &&
         t->ne[3] == 1 && t->nb[0] == made->nb[0] && t->nb[1] == made->nb[2] && t->nb[2] == made->nb[1];
@@ -99,7 +99,7 @@ static bool mbq_qkv_is_cast(const ggml_tensor * t) {
         ggml_are_same_shape(t, t->src[0]);
 }
 
-// The attention whose queries node i turns, and that reads nothing but what is made from there on; its node, or -1
+// The attention whose queries get their rotary embedding at node i, and whose inputs are all computed from there on; its node, or -1
 static int mbq_qkv_find(const ggml_cgraph * graph, const int i, mbq_qkv_nodes & n) {
     n = {};
     n.q = graph->nodes[i];
@@ -115,7 +115,7 @@ static int mbq_qkv_find(const ggml_cgraph * graph, const int i, mbq_qkv_nodes & 
     }
     n.attention = graph->nodes[found];
     if (n.attention->src[3]) {
-        return -1; // kernels with a mask have no registers left for another kind of queries
+        return -1; // kernels with a mask have no registers left for a second kind of queries
     }
     n.k16 = n.attention->src[1];
     n.v16 = n.attention->src[2];
@@ -133,7 +133,7 @@ static bool mbq_qkv_alone(const ggml_cgraph * graph, const int i) {
     return ggml_node_get_use_count(graph, i) - (node->src[1] == node) == 1 && !(node->flags & GGML_TENSOR_FLAG_OUTPUT); // ggml_cast names itself as a source
 }
 
-// Whether all from node i to v16 can run at once: only what the kernel makes is left to do, nobody else reads it, and nothing is overwritten before it is read
+// Whether all nodes from i to v16 can run at once: the kernel computes all that remains, nothing else reads it, and nothing is overwritten before it is read
 static bool mbq_qkv_may_run(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const int attention, const std::vector<int> & made, mbq_qkv_nodes & n) {
     n.last = 0;
     for (int j = i; j < attention; ++j) {
@@ -170,12 +170,12 @@ static bool mbq_qkv_takes(const mbq_qkv_nodes & n) {
     return mbq_rope_takes(n.q) && mbq_rope_takes(n.k) && ggml_is_contiguous(n.q) && ((uintptr_t) n.k16->data | (uintptr_t) n.v16->data) % 8 == 0;
 }
 
-// Whether the kernel makes q and k for the attention whose queries node i turns
+// Whether the kernel computes q and k for the attention whose queries get their rotary embedding at node i
 static bool mbq_qkv_runs(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const int attention, const std::vector<int> & made, mbq_qkv_nodes & n) {
     return mbq_qkv_may_run(ctx, graph, i, attention, made, n) && mbq_qkv_takes(n) && ggml_cuda_mbq_attention_takes(ctx, n.attention);
 }
 
-// How many nodes behind i have run with it
+// Runs node i if possible, and returns how many of the following nodes have run with it
 static int mbq_qkv_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
     ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(ctx);
     mbq_qkv_nodes n;
@@ -205,8 +205,8 @@ static int mbq_qkv_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
     return n.last - i;
 }
 
-// Before a graph has memory: keys whose floats must stay until values are cast, which would take their place, and values which must stay until attention has read
-// them. The node of the attention; i: no such keys
+// Before memory is assigned to a graph: finds keys whose floats must be kept until values are cast, which would reuse their memory, and values that must be kept until
+// attention has read them. Returns the node of the attention; i: no such keys
 static int mbq_qkv_until(const ggml_cgraph * graph, const int i) {
     const ggml_tensor * k16 = graph->nodes[i];
     if (i + 2 >= graph->n_nodes || !mbq_qkv_is_cast(k16) || k16->src[0]->src[0]->op != GGML_OP_ROPE || !mbq_qkv_is_cast(graph->nodes[i + 2])) {

@@ -1,9 +1,9 @@
 #pragma once
 
-// ROPE of vision towers (GGML_ROPE_TYPE_VISION): a CTA takes one position, all heads of which turn by the same angles, four numbers a thread. Upstream's
-// (rope_vision) has a CTA of 256 threads for each head, most of them behind the head's end, and takes sine and cosine anew for each. The same bits.
+// ROPE for vision towers (GGML_ROPE_TYPE_VISION). A CTA processes one position, where all heads have the same angles, with four numbers per thread. Upstream's kernel
+// (rope_vision) has a CTA of 256 threads for each head, most of them past the end of the head, and computes sine and cosine again for each. The same bits.
 //
-// Right behind a product of F16 weights (mbq-f16.cuh) it takes F16, and adds the bias.
+// Directly after a product of F16 weights (mbq-f16.cuh), its input is F16, and it adds the bias.
 
 #include "common.cuh"
 #include "ggml-impl.h"
@@ -13,12 +13,12 @@ struct mbq_rope_angles {
     int n_dims, first, both; // angles, of the first section, of both
     float freq_scale, attn_factor, theta_scale;
 
-    // Where the positions are that turn pair i, the first of `positions`
+    // The offset in `positions` of the positions for pair i
     __device__ __forceinline__ const int32_t * positions_of(const int i, const int positions) const {
         return pos + (i % both < first ? 0 : positions);
     }
 
-    // What a position is multiplied by for pair i
+    // The frequency of pair i, by which a position is multiplied
     __device__ __forceinline__ float power(const int i) const {
         const int sector = i % both;
         return powf(theta_scale, sector < first ? sector : sector - first);
@@ -41,7 +41,7 @@ struct mbq_rope_angles {
     }
 };
 
-// A pair of numbers turns, by the fused operations that nvcc makes of upstream's
+// Rotates a pair of numbers, with the fused operations that nvcc generates for upstream's expression
 static __device__ __forceinline__ void mbq_rope_turn(float & a, float & b, const float c, const float s) {
     const float first = fmaf(a, c, -__fmul_rn(b, s));
     b = fmaf(a, s, __fmul_rn(b, c));
@@ -80,7 +80,7 @@ static __device__ __forceinline__ float4 mbq_rope_load(const mbq_rope_args & arg
     return make_float4(__fadd_rn(v.x, w.x), __fadd_rn(v.y, w.y), __fadd_rn(v.z, w.z), __fadd_rn(v.w, w.w));
 }
 
-// Each thread has read what it writes, so y may be x
+// Each thread reads its elements before it writes them, so y may be x
 static __global__ void __launch_bounds__(1024) mbq_rope_vision(const mbq_rope_args args) {
     extern __shared__ __align__(16) float mbq_angles[];
     float * cosine = mbq_angles, * sine = mbq_angles + args.angles.n_dims;

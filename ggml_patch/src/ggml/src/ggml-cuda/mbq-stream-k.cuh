@@ -1,17 +1,17 @@
 #pragma once
 
-// Which part of mbq_gemm's product (mbq-gemm.cuh) goes to which worker: a CTA, or a cluster of two.
+// Distributes mbq_gemm's product (mbq-gemm.cuh) over workers, each of which is a CTA or a cluster of two.
 //
-// dst[N][M] = w[M][K] * x[K][N] in output tiles of 128 x 128 (256 x 256 for a cluster), which seldom fill all multiprocessors evenly. So the K steps
-// of the first tiles, laid end to end, are cut into equal shares (stream-K), and whole tiles follow, the same number for each worker. Four tiles of 6
-// steps, the first three as stream-K, and 4 workers:
+// dst[N][M] = w[M][K] * x[K][N] has output tiles of 128 x 128 (256 x 256 for a cluster), which rarely fill all multiprocessors evenly. So the K steps of the first
+// tiles, concatenated, are divided into equal shares (stream-K); whole tiles follow, the same number for each worker. For example, four tiles of 6 steps, of which the
+// first three use stream-K, and 4 workers:
 //
 //   step     0           6           12          18          24
 //   tile     |     0     |     1     |     2     |     3     |
-//   worker   |   0   .   1   .   2   .   3   |                  the fourth tile is whole: for one worker, or for a later round
-//                    ^ worker 1's first part is the end of tile 0: its sums go to memory, and worker 0, which has the beginning, adds them
+//   worker   |   0   .   1   .   2   .   3   |                  the fourth tile is whole: one worker computes it in a later round
+//                    ^ worker 1's first part is the end of tile 0: it stores its sums, and worker 0, which has the start, adds them
 //
-// A worker does the end of a tile first and the beginning of one last, so that sums of others are there when it needs them; they are added in order.
+// A worker computes the end of a tile first and the start of one last, so that others' sums are available when it needs them; they are added in order.
 
 #include "mbq-plan.cuh"
 
@@ -21,24 +21,24 @@ struct mbq_gemm_args {
     half        * x_tiles;  // x as fp16: see mbq_store_f16
     int         * ready;    // [n tile][k tile]: chunks that mbq_convert_late has written
     float       * dst;
-    float       * parts;    // [CTA][BN/8][256 lanes][4]: sums of a part of a tile that is not its beginning
-    int         * done;     // [CTA][warp]: whether they are there
+    float       * parts;    // [CTA][BN/8][256 lanes][4]: sums of a part of a tile that is not its start
+    int         * done;     // [CTA][warp]: whether they are stored
     int64_t x_column, dst_column;    // elements
     int x_aligned;                   // columns may be read 16 bytes at a time
     int M, row_bytes, N, K;          // rows of w and their bytes; columns of x; weights of a row, a multiple of 128
     int converters, early;           // CTAs that convert activations, all but the k tiles before `early`
-    int m_tiles, n_tiles;            // of a worker's output tiles
-    int streamk_tiles;               // the first output tiles, n first, whose steps all workers share
+    int m_tiles, n_tiles;            // number of output tiles of a worker's size
+    int streamk_tiles;               // the first output tiles, in order of n, whose steps all workers share
 };
 
 struct mbq_gemm_plan {
-    int cluster, workers, streamk_tiles; // CTAs of a worker, workers, and output tiles that they share (see mbq_gemm_args)
+    int cluster, workers, streamk_tiles; // CTAs per worker, number of workers, and output tiles that they share (see mbq_gemm_args)
     int converters, early;               // see mbq_gemm_args
 };
 
-// CTAs that convert activations while the others multiply, and the k tiles that must be there before. Workers with whole tiles want k tiles in
-// order, one in 0.41 us (0.72 us for 256 columns), as do those with the last of some equal parts of tiles, from its first k tile on; a
-// converter writes 128 columns of a k tile in 0.91 us.
+// The number of CTAs that convert activations while the others multiply, and of k tiles that must be converted before. Workers with whole tiles need k tiles in order,
+// one every 0.41 us (0.72 us for 256 columns), and so do those with the last of several equal parts of a tile, from its first k tile on. A converter writes 128
+// columns of a k tile in 0.91 us.
 static void mbq_plan_converters(mbq_gemm_plan & plan, const int64_t n_tiles, const int64_t first, const int64_t k_tiles,
         const int64_t multiprocessors) {
     const int64_t spare   = std::min<int64_t>(multiprocessors - plan.cluster*plan.workers, 20); // more were not measured
@@ -52,10 +52,9 @@ static void mbq_plan_converters(mbq_gemm_plan & plan, const int64_t n_tiles, con
     }
 }
 
-// The least time, in 10 ns. On an H100 a step of 128 weights takes 0.8 to 0.9 us with 128 columns and 1.45 us with a cluster's 256, where workers are
-// at the same weights of their rows, and 0.92 and 1.6 us in other shares, where they find each other's activations in the L2 cache less
-// often. The ends of a part of a tile take about two steps, as leaving sums and adding those of another worker do, and converting 0.03 us a step
-// and 128 columns.
+// Minimises the estimated time, in units of 10 ns. On an H100, a step of 128 weights takes 0.8 to 0.9 us with 128 columns and 1.45 us with a cluster's 256 if workers
+// are at the same weights of their rows, and 0.92 and 1.6 us otherwise, because they find each other's activations in the L2 cache less often. Starting and
+// ending a part of a tile takes about two steps, as does storing sums or adding those of another worker; converting takes 0.03 us per step and 128 columns.
 static mbq_gemm_plan mbq_plan_gemm(const int64_t m_tiles, const int64_t n_tiles, const int64_t steps, const int64_t multiprocessors) {
     mbq_gemm_plan best = {};
     int64_t best_cost = INT64_MAX;
@@ -64,7 +63,7 @@ static mbq_gemm_plan mbq_plan_gemm(const int64_t m_tiles, const int64_t n_tiles,
         const int64_t tiles = (m_tiles + cluster - 1)/cluster*((n_tiles + cluster - 1)/cluster);
         for (int64_t workers = std::min(tiles*steps, multiprocessors/cluster); workers >= 1; --workers) {
             if (best.workers > 0 && tiles*steps*least >= best_cost*workers) {
-                break; // so do fewer
+                break; // fewer do not fit either
             }
             const int64_t rounds = tiles/workers; // of whole tiles
             const bool    whole  = tiles % workers == 0;
@@ -85,9 +84,9 @@ static mbq_gemm_plan mbq_plan_gemm(const int64_t m_tiles, const int64_t n_tiles,
     return best;
 }
 
-// The work of one worker, part after part: steps of 128 weights, first to last - 1, of an output tile
+// The work of one worker, one part at a time: steps of 128 weights, first to last - 1, of an output tile
 struct mbq_stream_k {
-    int step, end, whole; // still to do, all tiles' steps laid end to end; the next whole tile
+    int step, end, whole; // remaining range of the concatenated steps of all tiles; the next whole tile
     int tile;
     uint32_t first, last;
 

@@ -1,12 +1,12 @@
 #pragma once
 
-// One tile of 16 rows of mbq_mmv (mbq-gemv.cuh): its pieces times the columns, and its end.
+// One tile of 16 rows of mbq_mmv (mbq-gemv.cuh): multiplies its pieces by the columns, then combines and stores the sums.
 
 #include "mbq-plan.cuh"
 
 #ifdef TURING_MMA_AVAILABLE
 
-// Row i of the 16 of a tile. A gated unit's tile is 8 rows of the weights above the same 8 rows of the gate. Rows behind the end repeat the last.
+// Row i of the 16 of a tile. A gated unit's tile has 8 rows of the weights, then the same 8 rows of the gate. Rows past the end repeat the last one.
 static __device__ __forceinline__ const char * mbq_row(const mbq_mmv_args & args, const char * w, const char * gate, const int tile, const int i) {
     const int row = min(gate ? tile*8 + i%8 : tile*16 + i, args.M - 1);
     return (gate && i >= 8 ? gate : w) + (int64_t) row*args.row_bytes;
@@ -39,8 +39,8 @@ static __device__ __forceinline__ void mbq_piece_one(const char * stage, const i
     }
 }
 
-// 8*NT columns. NT = 1: their records are in the stage, and sums are four, as lane t of one column has them: of each 256 weights its groups 2t and 2t + 1.
-// Else x points at all records.
+// 8*NT columns. NT = 1: their records are in the stage, and there are four sums, like those of lane t with one column: groups 2t and 2t + 1 of each 256 weights.
+// Otherwise x points at all records.
 template <typename L, int NT>
 static __device__ __forceinline__ void mbq_piece_many(const char * stage, const int (&base)[2], const char * x, const char * records,
         const int first, const int n, float (&sum)[mbq_sums(NT)][4]) {
@@ -81,7 +81,7 @@ static __device__ __forceinline__ void mbq_piece_many(const char * stage, const 
     }
 }
 
-// A slot's sums of a tile, for the warps of the group: of up to 8 columns (s0 + s1) + (s2 + s3) of the four
+// Stores a slot's sums of a tile, for the warps of the group; with up to 8 columns (s0 + s1) + (s2 + s3) of the four
 template <int NT>
 static __device__ __forceinline__ void mbq_leave_sums(const float (&sum)[mbq_sums(NT)][NT == 0 ? 2 : 4], float * slot, const int lane) {
     if constexpr (NT == 0) {
@@ -118,7 +118,7 @@ static __device__ __forceinline__ float mbq_glu(const mbq_mmv_args & args, const
     }
 }
 
-// Synchronises the warps that share a tile. Barrier 0 belongs to __syncthreads.
+// Synchronises the warps that share a tile. Barrier 0 is used by __syncthreads.
 static __device__ __forceinline__ void mbq_group_sync(const int group, const int KW) {
     if (KW == 1) {
         __syncwarp();

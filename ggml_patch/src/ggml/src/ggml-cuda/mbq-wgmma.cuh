@@ -1,6 +1,6 @@
 #pragma once
 
-// What mbq_gemm (mbq-gemm.cuh) is made of on Hopper: wgmma, and weights as wgmma's A operand.
+// Building blocks of mbq_gemm (mbq-gemm.cuh) on Hopper: wgmma, and weights as wgmma's A operand.
 
 #include "mbq-block.cuh"
 
@@ -10,7 +10,7 @@
 
 #ifdef MBQ_WGMMA
 
-// Without a wider scope: a release to a cluster costs as much as the products of 64 weights.
+// CTA scope only: a release at cluster scope costs as much as the products of 64 weights.
 template <int cluster>
 static __device__ __forceinline__ void mbq_barrier_arrive(const uint32_t barrier) {
     if constexpr (cluster == 1) {
@@ -39,13 +39,13 @@ static __device__ __forceinline__ void mbq_cluster_sync() {
     }
 }
 
-// To the same place in all CTAs of the mask, with word to the barrier in the same place
+// Copies to the same address in all CTAs of the mask, and signals the barrier at the same address
 static __device__ __forceinline__ void mbq_multicast(const uint32_t dst, const void * src, const int bytes, const uint32_t barrier, const uint16_t mask) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
         : : "r"(dst), "l"(src), "r"(bytes), "r"(barrier), "h"(mask) : "memory");
 }
 
-// What the warp wrote before __syncwarp can be read by whom mbq_await returns to.
+// What the warp wrote before __syncwarp is visible to threads for which mbq_await has returned.
 static __device__ __forceinline__ void mbq_signal(int * flag) {
     asm volatile("st.release.gpu.global.s32 [%0], 1;" : : "l"(flag) : "memory");
 }
@@ -57,7 +57,7 @@ static __device__ __forceinline__ void mbq_await(const int * flag) {
     } while (v == 0);
 }
 
-// One more, for who reads it with copies such as mbq_multicast
+// The same for readers that use copies such as mbq_multicast
 static __device__ __forceinline__ void mbq_signal_copies(int * count) {
     asm volatile("fence.proxy.async.global;" : : : "memory");
     __syncwarp();
@@ -66,7 +66,7 @@ static __device__ __forceinline__ void mbq_signal_copies(int * count) {
     }
 }
 
-// Waits until the first of n counts is full; returns how many of them, and of 32, are, one behind the other.
+// Waits until the first of n counts is full; returns how many consecutive ones are, of these and of 32.
 static __device__ __forceinline__ int mbq_await_counts(const int * counts, const int n, const int full) {
     const int lane = threadIdx.x % 32;
     uint32_t there;
@@ -124,7 +124,7 @@ static __device__ __forceinline__ mbq_word mbq_split_word(const uint32_t ql, con
     return { { ql, ql >> 8 }, { qh, qh >> 8 }, { qh << 8, qh } };
 }
 
-// Weights of plane j. A code in the low bits of a half's fraction under the exponent of 1024 is 1024 + 4^j times it; taking that off is exact.
+// Weights of plane j. A code in the low bits of a half's fraction, with the exponent of 1024, is 1024 + 4^j * code; subtracting 1024 is exact.
 template <int j>
 static __device__ __forceinline__ half2 mbq_plane(const mbq_word & w, const int odd, const half2 d, const half2 m) {
     constexpr uint32_t magic = 0x64006400u;
@@ -159,9 +159,9 @@ static __device__ __forceinline__ mbq_words<QK> mbq_load_words(const uint32_t p,
     return w;
 }
 
-// d and m of all weights of a block, or of those of one scale word: one of a pair, which HFMA2 takes twice by itself. With two scale words m = -d*z/8 has up to 12 bits and
-// is rounded to 11: 1.7e-4 of the weights in the mean, where fp16 activations are off by 2.8e-4. d*(code - z/8) would be exact, and an
-// instruction more for two weights.
+// d and m of all weights of a block, or of those of one scale word, as one half of a pair, which HFMA2 can duplicate itself. With two scale words m = -d*z/8 has up to 12
+// bits and is rounded to 11: a mean error of 1.7e-4 of the weights, where that of fp16 activations is 2.8e-4. d*(code - z/8) would be exact, but take one more
+// instruction per two weights.
 template <typename L>
 static __device__ __forceinline__ void mbq_scale_f16(const uint32_t word, const int which, half2 & d, half2 & m) {
     if constexpr (L::scales == 1) {

@@ -6,10 +6,10 @@
 
 #include <climits>
 
-// More columns than this: mbq_gemm, or dequantise to fp16 and cuBLAS.
+// With more columns: mbq_gemm, or dequantise to fp16 and cuBLAS.
 static constexpr int64_t MBQ_MMV_MAX_COLUMNS = 64;
 
-// What `with` makes of the layout of a type
+// Calls `with` with the layout of a type
 template <typename F> static auto mbq_with_layout(const ggml_type type, const F & with) {
     switch (type) {
         case GGML_TYPE_MBQ3:     return with(mbq_layout<QKMBQ3, 1>());
@@ -130,13 +130,13 @@ bool ggml_cuda_mbq_supports(const ggml_tensor * op, const int cc) {
 
 bool ggml_cuda_mbq_can_fuse(const ggml_tensor * mul_mat, const int cc) {
     if (ggml_is_row_scale_mul_mat(mul_mat)) {
-        return false; // its product is not that of mul_mat_vec_q
+        return false; // not a product for mul_mat_vec_q
     }
     // One column of 32768 activations and the rings of two warps fit into every card's shared memory (Turing: 64 KiB).
     return turing_mma_available(cc) && mul_mat->src[0]->ne[0] <= 32768 && std::max({ mul_mat->ne[1], mul_mat->ne[2], mul_mat->ne[3] }) <= UINT16_MAX;
 }
 
-// Arguments that MUL_MAT and MUL_MAT_ID share. Strides of x in elements.
+// Arguments common to MUL_MAT and MUL_MAT_ID. Strides of x in elements.
 static mbq_mmv_args mbq_args(const ggml_tensor * src0, const ggml_tensor * src1, const ggml_tensor * dst) {
     GGML_ASSERT(src1->type == GGML_TYPE_F32 && dst->type == GGML_TYPE_F32);
     GGML_ASSERT(src0->nb[0] == ggml_type_size(src0->type) && src1->nb[0] == sizeof(float) && dst->nb[0] == sizeof(float));
@@ -164,8 +164,8 @@ bool ggml_cuda_mbq_mul_mat(ggml_backend_cuda_context & ctx, const ggml_tensor * 
         return ggml_cuda_w4a8_mul_mat(ctx, src0, src1, dst);
     }
     GGML_TENSOR_BINARY_OP_LOCALS
-    constexpr int64_t step = 32; // columns of one pass over the weights
-    const bool many = ne11 > MBQ_MMV_MAX_COLUMNS && ggml_is_contiguously_allocated(src0); // the conversion knows no strides
+    constexpr int64_t step = 32; // columns per pass over the weights
+    const bool many = ne11 > MBQ_MMV_MAX_COLUMNS && ggml_is_contiguously_allocated(src0); // the conversion does not support strides
     if (!turing_mma_available(ggml_cuda_info().devices[ctx.device].cc)) {
         return false;
     }
