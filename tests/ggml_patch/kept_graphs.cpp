@@ -17,7 +17,9 @@ struct picture {
     bool add_viewsep = false, add_newline = false;
     int lead_pad = 0;
     struct grid { bool tiled = false; bool is_tiled() const { return tiled; } } anyres = {};
+    struct colours { uint8_t byte; const uint8_t * bytes() const { return byte ? &byte : nullptr; } } colour = { 1 };
 
+    const colours & pixels() const { return colour; }
     int nx() const { return width; }
     int ny() const { return height; }
 };
@@ -31,10 +33,10 @@ struct context {
     std::vector<uint8_t> buf_compute_meta = std::vector<uint8_t>(16*ggml_tensor_overhead() + ggml_graph_overhead());
     clip_mbq_kept_graph kept;
     ggml_backend_ptr cpu{ ggml_backend_cpu_init() };
+    ggml_backend_t backend = cpu.get(), backend_cpu = cpu.get();
     ggml_backend_sched_ptr sched;
 
     context() {
-        ggml_backend_t backend = cpu.get();
         sched.reset(ggml_backend_sched_new(&backend, nullptr, 1, 64, false, true));
     }
 };
@@ -85,7 +87,9 @@ int main() {
     const batch two{ { { 4, 4 }, { 4, 4 } } };
     batch joined = two;
     joined.pictures = true;
-    for (const batch & other : { large, batch{ { { 4, 8 } } }, two, joined }) {
+    batch floats = small;
+    floats.entries[0].colour.byte = 0;
+    for (const batch & other : { large, batch{ { { 4, 8 } } }, two, joined, floats }) {
         expect(built(ctx, other) == 1 && built(ctx, other) == 0, "another shape has another graph");
     }
 

@@ -118,8 +118,31 @@ static void pixels() {
     expect(of_bytes.empty(), "nothing is left of what is cleared");
 }
 
+// bytes where a card would copy them from, which the CPU's memory stands for
+static void memory() {
+    const float mean[3] = { 0, 0, 0 }, std[3] = { 1, 1, 1 };
+    const auto bytes = noise(3000);
+    const clip_mbq_pixels before(bytes, mean, std);
+    expect(!before.is_page_locked(), "without a card bytes lie in ordinary memory");
+    clip_mbq_byte_memory::use(ggml_backend_cpu_buffer_type());
+    const uint8_t * first = nullptr;
+    {
+        const clip_mbq_pixels one(bytes, mean, std), other(bytes, mean, std);
+        expect(one.is_page_locked() && other.is_page_locked() && one.bytes() != other.bytes(), "each picture has its own");
+        expect(std::equal(bytes.begin(), bytes.end(), one.bytes()) && std::equal(bytes.begin(), bytes.end(), other.bytes()), "and its bytes in it");
+        first = one.bytes();
+    }
+    const clip_mbq_pixels a(bytes, mean, std), b(bytes, mean, std);
+    expect(a.bytes() == first || b.bytes() == first, "what a picture gave back is taken again");
+    const auto many = noise(clip_mbq_byte_memory::MOST);
+    const clip_mbq_pixels large(many, mean, std);
+    expect(!large.is_page_locked() && std::equal(many.begin(), many.end(), large.bytes()), "more than so much is not locked");
+    expect(clip_mbq_byte_memory::get()->n_all() < clip_mbq_byte_memory::MOST, "nor counted");
+}
+
 int main() {
     sizes();
     pixels();
+    memory();
     return failures ? 1 : 0;
 }

@@ -166,3 +166,15 @@ def test_heads_turn_behind_their_product_on_the_cpu(tmp_path: Path) -> None:
         between(heads, "// `columns` of a tile", "#endif // MBQ_WGMMA"),
     ]
     run_emulated("heads", {"heads.cuh": "".join(parts)}, tmp_path)
+
+
+def test_patches_of_a_picture_on_the_cpu(tmp_path: Path) -> None:
+    """Bytes and floats, raster order and groups of 2 x 2, several patches per block: every number in its place, with the CPU's bits."""
+    header = (SOURCE.parents[1] / "include" / "ggml-patches.h").read_text(encoding="utf-8")
+    kernel = replaced("__shared__ T table", "static T table", read("mbq-patches.cu"))
+    parts = [
+        between(header, "struct ggml_patches_params", "static constexpr uint32_t"),
+        between(header, "struct ggml_patch_place", "template <typename T, typename F>"),
+        between(kernel, "struct mbq_patches_args", "void ggml_cuda_mbq_patches"),
+    ]
+    run_emulated("patches", {"patches.cuh": "".join(parts)}, tmp_path)

@@ -10,7 +10,7 @@ from mbq_gguf.llama_cpp import paths
 from test_kernels import compiler
 
 
-@pytest.mark.parametrize("name", ["tower_rows", "kept_graphs", "picture_pixels"])
+@pytest.mark.parametrize("name", ["tower_rows", "kept_graphs", "picture_pixels", "picture_patches"])
 def test_memory_of_towers(name: str, built_llama: Path, tmp_path: Path) -> None:
     libraries, program = paths.find_library("ggml-base").parent, tmp_path / name
     command = [compiler("c++"), "-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

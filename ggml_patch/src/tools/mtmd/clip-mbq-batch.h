@@ -2,7 +2,7 @@
 
 // Several pictures of one size in one pass of the tower, for towers whose upstream graph takes one: Qwen2-VL's and Qwen2.5-VL's (where its batch is the two
 // frames of a video) and Idefics3's and SmolVLM's. The same operations as there; pictures stand behind one another as columns of each product, and
-// apart in attention (a dimension of their own, as clip_graph::build_vit has it).
+// apart in attention (a dimension of their own, as clip_graph::build_vit has it). Qwen's begins with bytes (ggml-patches.h) and so is one picture's graph, too.
 //
 // Included by clip.cpp (clip-mbq.h) in front of clip_get_graph_builder(). Which pictures may go together: clip-mbq-join.h.
 
@@ -32,15 +32,15 @@ struct clip_graph_mbq_qwen : clip_graph_qwen2vl {
 
     // four patches that are merged stand behind one another
     ggml_tensor * patches() {
-        ggml_tensor * raw = build_inp_raw();
-        ggml_tensor * cur = ggml_add(ctx0,
-            ggml_conv_2d(ctx0, model.patch_embeddings_0, raw, patch_size, patch_size, 0, 0, 1, 1),
-            ggml_conv_2d(ctx0, model.patch_embeddings_1, raw, patch_size, patch_size, 0, 0, 1, 1));
-        cur = ggml_permute(ctx0, cur, 1, 2, 0, 3); // [w, h, c, b] -> [c, w, h, b]
-        cur = ggml_cont_4d(ctx0, cur, 2*n_embd, n_patches_x/2, n_patches_y, n_batch);
-        cur = ggml_reshape_4d(ctx0, cur, 2*n_embd, n_patches_x/2, 2, n_batch*(n_patches_y/2));
-        cur = ggml_permute(ctx0, cur, 0, 2, 1, 3);
-        return ggml_cont_3d(ctx0, cur, n_embd, n_patches, n_batch);
+        ggml_tensor * pixels = ggml_new_tensor_4d(ctx0, clip_mbq_all_bytes(*img_batch) ? GGML_TYPE_I8 : GGML_TYPE_F32, 3, img.nx(), img.ny(), n_batch);
+        ggml_set_name(pixels, "inp_pixels");
+        ggml_set_input(pixels);
+        const ggml_type type = model.patch_embeddings_0->type == GGML_TYPE_F16 ? GGML_TYPE_F16 : GGML_TYPE_F32;
+        ggml_tensor * rows = ggml_patches(ctx0, pixels, type, patch_size, 2, hparams.image_mean, hparams.image_std);
+        ggml_set_name(rows, "patches");
+        rows = ggml_reshape_2d(ctx0, rows, rows->ne[0], n_patches*n_batch);
+        const auto product = [&](ggml_tensor * w) { return ggml_mul_mat(ctx0, ggml_reshape_2d(ctx0, w, rows->ne[0], n_embd), rows); };
+        return ggml_reshape_3d(ctx0, ggml_add(ctx0, product(model.patch_embeddings_0), product(model.patch_embeddings_1)), n_embd, n_patches, n_batch);
     }
 
     ggml_cgraph * build() override {
@@ -109,8 +109,40 @@ static void clip_mbq_planes(const clip_image_f32_batch & imgs, float * to) {
     });
 }
 
-// writes the pixels where the graph's input lies, in the host's memory; otherwise, and of sounds, upstream does it, through a vector
-static bool clip_mbq_set_pixels(const clip_image_f32_batch & imgs, ggml_cgraph * gf) {
+// page-locked memory for n bytes; one block is enough, because a pass ends before the next picture's pixels arrive
+static char * clip_mbq_staging(clip_ctx & ctx, const size_t n) {
+    auto & staging = ctx.kept.staging;
+    if (!staging || ggml_backend_buffer_get_size(staging.get()) < n) {
+        staging.reset(ggml_backend_buft_alloc_buffer(ctx.backend_buft.back(), n));
+        GGML_ASSERT(staging);
+    }
+    return (char *) ggml_backend_buffer_get_base(staging.get());
+}
+
+// Writes the pixels of all entries to the input of ggml_patches. Transfers to a GPU are asynchronous: the graph is queued behind them.
+static void clip_mbq_set_patches(clip_ctx & ctx, const clip_image_f32_batch & imgs, ggml_tensor * to) {
+    const size_t n = ggml_nbytes(to)/imgs.entries.size();
+    for (size_t b = 0; b < imgs.entries.size(); b++) {
+        const auto & img = imgs.entries[b];
+        const bool bytes  = to->type == GGML_TYPE_I8;
+        const char * from = bytes ? (const char *) img.pixels().bytes() : (const char *) img.get_ro_buf().data();
+        if (ggml_backend_buffer_is_host(to->buffer)) {
+            memcpy((char *) to->data + b*n, from, n);
+            continue;
+        }
+        if (!bytes || !img.pixels().is_page_locked()) {
+            from = (const char *) memcpy(clip_mbq_staging(ctx, ggml_nbytes(to)) + b*n, from, n);
+        }
+        ggml_backend_tensor_set_async(ctx.backend, to, from, b*n, n);
+    }
+}
+
+// writes the pixels where the graph's input lies; otherwise, and of sounds, upstream does it, through a vector
+static bool clip_mbq_set_pixels(clip_ctx & ctx, const clip_image_f32_batch & imgs, ggml_cgraph * gf) {
+    if (ggml_tensor * pixels = imgs.is_audio ? nullptr : ggml_graph_get_tensor(gf, "inp_pixels")) {
+        clip_mbq_set_patches(ctx, imgs, pixels);
+        return true;
+    }
     ggml_tensor * input = imgs.is_audio ? nullptr : ggml_graph_get_tensor(gf, "inp_raw");
     if (!input || input->type != GGML_TYPE_F32 || !input->buffer || !ggml_backend_buffer_is_host(input->buffer)) {
         return false;

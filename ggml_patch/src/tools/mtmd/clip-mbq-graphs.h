@@ -5,6 +5,8 @@
 // Included by clip-impl.h (clip-mbq-pixels.h).
 
 #include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "ggml-patches.h"
 
 #include <algorithm>
 #include <cstddef>
@@ -16,9 +18,10 @@ struct clip_mbq_shape {
     int nx = 0, ny = 0; // pixels of each entry
     size_t n_entries = 0;
     bool pictures = false; // as in clip_image_f32_batch
+    bool bytes    = false; // whether all entries have them, see clip_mbq_pixels
 
     bool operator==(const clip_mbq_shape & other) const {
-        return nx == other.nx && ny == other.ny && n_entries == other.n_entries && pictures == other.pictures;
+        return nx == other.nx && ny == other.ny && n_entries == other.n_entries && pictures == other.pictures && bytes == other.bytes;
     }
 };
 
@@ -33,6 +36,7 @@ struct clip_mbq_kept_graph {
     ggml_cgraph *  gf = nullptr; // in its buf_compute_meta; nullptr if the next picture needs another one
     clip_mbq_shape shape;        // the shape that this memory belongs to
     std::vector<clip_mbq_nodes> others; // of other shapes, most recently used first
+    ggml_backend_buffer_ptr staging;    // page-locked memory for pixels that lie elsewhere
 
     static constexpr size_t most = 3; // others, of 3 MB each
 
@@ -54,11 +58,38 @@ struct clip_mbq_kept_graph {
     }
 };
 
+template <typename B>
+static bool clip_mbq_all_bytes(const B & imgs) {
+    return std::all_of(imgs.entries.begin(), imgs.entries.end(), [](const auto & img) { return img.pixels().bytes() != nullptr; });
+}
+
+// Assigns the inputs of a graph with ggml_patches to a backend. If the GPU supports the operation, inputs are written straight to its memory (clip_mbq_set_pixels):
+// the scheduler would copy each from the host and wait for it. The RPC backend claims to support every operation; this one holds a pointer, so it stays on the CPU.
+template <typename C>
+static void clip_mbq_place_inputs(C & ctx, ggml_cgraph * gf) {
+    ggml_tensor * patches = ggml_graph_get_tensor(gf, "patches");
+    if (!patches || ctx.backend == ctx.backend_cpu) {
+        return;
+    }
+    const bool remote = strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(ggml_backend_get_device(ctx.backend))), "RPC") == 0;
+    if (remote || !ggml_backend_supports_op(ctx.backend, patches)) {
+        ggml_backend_sched_set_tensor_backend(ctx.sched.get(), patches, ctx.backend_cpu);
+        return;
+    }
+    for (int i = 0; i < ggml_graph_n_nodes(gf); i++) {
+        for (ggml_tensor * src : ggml_graph_node(gf, i)->src) {
+            if (src && src->flags & GGML_TENSOR_FLAG_INPUT) {
+                ggml_backend_sched_set_tensor_backend(ctx.sched.get(), src, ctx.backend);
+            }
+        }
+    }
+}
+
 // the graph for these entries, split and allocated; nullptr on failure. `build` builds one in ctx.buf_compute_meta. C is clip_ctx, B clip_image_f32_batch.
 template <typename C, typename B, typename F>
 static ggml_cgraph * clip_mbq_graph(C & ctx, const B & imgs, const F & build) {
     const auto & first = imgs.entries[0];
-    const clip_mbq_shape shape = { first.nx(), first.ny(), imgs.entries.size(), imgs.pictures };
+    const clip_mbq_shape shape = { first.nx(), first.ny(), imgs.entries.size(), imgs.pictures, clip_mbq_all_bytes(imgs) };
     const bool plain = !imgs.is_audio && std::all_of(imgs.entries.begin(), imgs.entries.end(), [&](const auto & img) {
         return img.nx() == shape.nx && img.ny() == shape.ny && !img.add_viewsep && !img.add_newline && img.lead_pad == 0 && !img.anyres.is_tiled();
     });
@@ -69,6 +100,7 @@ static ggml_cgraph * clip_mbq_graph(C & ctx, const B & imgs, const F & build) {
     ctx.kept.move_to(plain ? shape : clip_mbq_shape(), ctx.buf_compute_meta);
     ggml_backend_sched_reset(ctx.sched.get());
     ggml_cgraph * gf = build();
+    clip_mbq_place_inputs(ctx, gf);
     if (!ggml_backend_sched_alloc_graph(ctx.sched.get(), gf)) {
         return nullptr;
     }

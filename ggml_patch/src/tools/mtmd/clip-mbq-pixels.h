@@ -4,6 +4,7 @@
 // with a lookup table of their float values, until floats are requested; the tower's input is written directly from the bytes.
 // Included by clip-impl.h.
 
+#include "clip-mbq-bytes.h"
 #include "clip-mbq-graphs.h"
 #include "clip-mbq-resample.h"
 #include "clip-mbq-rows.h"
@@ -21,7 +22,7 @@ struct clip_mbq_pixels {
 
     // the results of clip_image_f32::from_u8() and normalize() for RGB, bit for bit: 256 values per channel
     clip_mbq_pixels(const std::vector<uint8_t> & bytes, const float * mean, const float * std) : shared(std::make_shared<picture>()) {
-        shared->bytes = bytes;
+        shared->bytes.copy(bytes);
         for (int c = 0; c < 3; c++) {
             for (int i = 0; i < 256; i++) {
                 const float value = (float) i / 255.0f;
@@ -39,6 +40,16 @@ struct clip_mbq_pixels {
     operator const std::vector<float> & () const {
         static const std::vector<float> none;
         return shared ? shared->floats() : none;
+    }
+
+    // whether the bytes are in page-locked memory, which a GPU copies from without staging
+    bool is_page_locked() const {
+        return shared && shared->bytes.is_page_locked();
+    }
+
+    // interleaved RGB; nullptr if there are only float values, or nothing
+    const uint8_t * bytes() const {
+        return shared && !shared->bytes.empty() ? shared->bytes.data() : nullptr;
     }
 
     bool empty() const {
@@ -79,7 +90,7 @@ struct clip_mbq_pixels {
 
 private:
     struct picture {
-        std::vector<uint8_t> bytes; // empty if there are only float values
+        clip_mbq_bytes       bytes; // empty if there are only float values
         float                table[3][256];
         std::vector<float>   values;
         std::once_flag       made;
@@ -89,8 +100,9 @@ private:
             if (!bytes.empty()) {
                 std::call_once(made, [&] {
                     values.resize(bytes.size());
+                    const uint8_t * from = bytes.data();
                     for (size_t i = 0; i < bytes.size(); i++) {
-                        values[i] = table[i%3][bytes[i]];
+                        values[i] = table[i%3][from[i]];
                     }
                 });
             }

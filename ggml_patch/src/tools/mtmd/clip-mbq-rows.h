@@ -12,7 +12,7 @@
 #include <new>
 #include <vector>
 
-// the memory pool of one mtmd_context
+// the memory pool of one mtmd_context's rows, or of all pictures' bytes (clip-mbq-bytes.h)
 struct clip_mbq_row_pool {
     static constexpr size_t MAX_SPARE = 64u << 20; // bytes that are kept for later pictures: four pictures of 1024 tokens for a 7B
 
@@ -58,6 +58,16 @@ struct clip_mbq_row_pool {
         size_t n = 0;
         for (ggml_backend_buffer_t buffer : spare) {
             n += ggml_backend_buffer_get_size(buffer);
+        }
+        return n;
+    }
+
+    // the size of all blocks, used or spare
+    size_t n_all() {
+        std::lock_guard<std::mutex> lock(mutex);
+        size_t n = 0;
+        for (const auto & buffer : all) {
+            n += ggml_backend_buffer_get_size(buffer.get());
         }
         return n;
     }

@@ -51,14 +51,17 @@ static void clip_mbq_image_limits(const T & loader, clip_hparams & hparams) {
 }
 
 // a graph that takes the place of upstream's, of one picture or of several; nullptr: upstream's does
-static std::unique_ptr<clip_graph> clip_mbq_builder(clip_ctx * ctx, const clip_image_f32 & img, const bool several) {
+static std::unique_ptr<clip_graph> clip_mbq_builder(clip_ctx * ctx, const clip_image_f32_batch & imgs) {
+    const clip_image_f32 & img = imgs.entries[0];
+    const bool qwen = ctx->proj_type() == PROJECTOR_TYPE_QWEN2VL || ctx->proj_type() == PROJECTOR_TYPE_QWEN25VL;
     if (ctx->proj_type() == PROJECTOR_TYPE_LLAMA4) {
         return std::make_unique<clip_graph_mbq_llama4>(ctx, img);
     }
     if (ctx->proj_type() == PROJECTOR_TYPE_GEMMA4V) {
         return std::make_unique<clip_graph_mbq_gemma4>(ctx, img);
     }
-    return several ? clip_mbq_batch_builder(ctx, img) : nullptr;
+    const bool from_bytes = qwen && imgs.entries.size() == 1 && clip_mbq_all_bytes(imgs);
+    return imgs.pictures || from_bytes ? clip_mbq_batch_builder(ctx, img) : nullptr;
 }
 
 // once everything of a vision file's metadata has been read, and nothing of its tensors

@@ -2,6 +2,7 @@
 
 #include "common.cuh"
 #include "convert.cuh"
+#include "ggml-patches.h"
 #include "ggml-row-scale.h"
 #include "mbq-w4a8.cuh"
 
@@ -33,6 +34,9 @@ void ggml_cuda_mbq_get_rows(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // ROPE of a vision tower. False: the caller goes on with upstream's.
 bool ggml_cuda_mbq_rope(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+
+// The operation of ggml-patches.h
+void ggml_cuda_mbq_patches(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // FLASH_ATTN_EXT as vision towers have it, on Hopper. False: the caller goes on with its own kernels.
 bool ggml_cuda_mbq_attention(ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
