@@ -55,24 +55,29 @@ ROWS = (
 )
 
 
-def made(model_dir: Path, folder: Path, row: Row, samples: int) -> Path:
-    """The vision file of ``row``; the language model beside it is BF16."""
+def options_of(model_dir: Path, folder: Path, row: Row, samples: int) -> ConvertOptions:
+    """How the vision file of ``row`` is made; the language model beside it is BF16."""
+    int8 = row.type in ("W8A8", "W4A8")
     out = folder / f"{row.type}-{row.rounding}{'-rotated' if row.rotate else ''}{'-static' if row.static else ''}.gguf"
-    chosen = ConvertOptions(
+    return ConvertOptions(
         model_dir,
         out,
         type="BF16",
         mmproj_type=row.type,
         rounding=row.rounding,
         rotate_tower=row.rotate,
-        mmproj_activations="static" if row.static else "dynamic",
+        mmproj_activations=("static" if row.static else "dynamic") if int8 else None,
         samples=samples,
     )
-    if not chosen.mmproj.is_file():
-        convert(chosen, Console(stderr=True))
-        if out.name != "F16-gptq.gguf":
-            out.unlink()
-    return chosen.mmproj
+
+
+def made(options: ConvertOptions) -> Path:
+    """The vision file of these options, if need be converted."""
+    if not options.mmproj.is_file():
+        convert(options, Console(stderr=True))
+        if options.out.name != "F16-gptq.gguf":
+            options.out.unlink()
+    return options.mmproj
 
 
 def limited(mmproj: Path, side: int | None, folder: Path) -> Path:
@@ -115,7 +120,7 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     bind()
     rows = [row for row in ROWS if row == ROWS[0] or not only or any(part in str(row) for part in only)]
-    files = {row: made(model_dir, folder, row, samples) for row in rows}
+    files = {row: made(options_of(model_dir, folder, row, samples)) for row in rows}
     text = folder / "F16-gptq.gguf"
     table = Table("row", "side", "exact match", "divergence", "+-", "top-1", "MB", "change of the embeddings")
     for side in sides or (None,):
