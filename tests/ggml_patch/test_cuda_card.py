@@ -68,6 +68,12 @@ def tower_graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def tower_patches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that compares a picture's patches with the rule, bit for bit."""
+    return gpu_program("tower_patches", tmp_path_factory.mktemp("tower_patches"))
+
+
+@pytest.fixture(scope="module")
 def tower_attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program that compares attention with sums in double, and with upstream's kernel."""
     return gpu_program("tower_attention", tmp_path_factory.mktemp("tower_attention"))
@@ -174,8 +180,15 @@ def test_attention_of_a_tower_is_as_exact_as_upstreams(tower_attention: Path) ->
     assert len(set(re.findall(r"ours (\d)", done.stdout))) == 1, "on Hopper our kernel takes all, elsewhere none"
 
 
+def test_patches_of_a_picture(tower_patches: Path) -> None:
+    done = subprocess.run([tower_patches], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-@pytest.mark.parametrize("program", ["mbq_columns", "row_scale_products", "row_scale_graphs", "tower_graphs", "tower_attention"])
+@pytest.mark.parametrize(
+    "program", ["mbq_columns", "row_scale_products", "row_scale_graphs", "tower_graphs", "tower_attention", "tower_patches"]
+)
 def test_programs_under_the_sanitizer(program: str, tool: str, request: pytest.FixtureRequest) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
