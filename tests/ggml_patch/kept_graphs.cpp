@@ -79,7 +79,37 @@ static int built(context & ctx, const batch & imgs) {
     return n_built - before;
 }
 
+// where inputs and the operation of ggml-patches.h run beside a backend that supports every custom operation, as RPC's claims to: another one of the CPU
+static void places() {
+    ggml_backend_ptr other(ggml_backend_cpu_init()), cpu(ggml_backend_cpu_init());
+    ggml_backend_t backends[2] = { other.get(), cpu.get() };
+    alignas(64) uint8_t bytes[64];
+    ggml_backend_buffer_ptr mapped(ggml_backend_cpu_buffer_from_ptr(bytes, sizeof(bytes))); // for a type of memory that is not the CPU's usual one
+    ggml_backend_buffer_type_t bufts[2] = { ggml_backend_buffer_get_type(mapped.get()), ggml_backend_cpu_buffer_type() };
+    context ctx;
+    ctx.backend = other.get();
+    ctx.backend_cpu = cpu.get();
+    ctx.sched.reset(ggml_backend_sched_new(backends, bufts, 2, 64, false, true));
+    const float mean[3] = { 0, 0, 0 }, std[3] = { 1, 1, 1 };
+    for (const bool ours : { true, false }) {
+        ggml_context_ptr ggml(ggml_init({ ctx.buf_compute_meta.size(), ctx.buf_compute_meta.data(), true }));
+        ggml_tensor * in = ggml_new_tensor_3d(ggml.get(), GGML_TYPE_F32, 3, 4, 4);
+        ggml_set_input(in);
+        ggml_tensor * out = ours ? ggml_patches(ggml.get(), in, GGML_TYPE_F32, 2, 1, mean, std) : ggml_scale(ggml.get(), in, 2.0f);
+        ggml_set_name(ours ? out : in, "patches");
+        ggml_cgraph * gf = ggml_new_graph(ggml.get());
+        ggml_build_forward_expand(gf, out);
+        ggml_backend_sched_reset(ctx.sched.get());
+        clip_mbq_place_inputs(ctx, gf);
+        expect(ggml_backend_sched_alloc_graph(ctx.sched.get(), gf), "it is allocated");
+        expect(ggml_backend_sched_get_tensor_backend(ctx.sched.get(), in) == ctx.backend_cpu, "inputs stay on the CPU");
+        expect(!ours || ggml_backend_sched_get_tensor_backend(ctx.sched.get(), out) == ctx.backend_cpu, "and the operation with its pointer");
+        expect(ggml_backend_sched_graph_compute(ctx.sched.get(), gf) == GGML_STATUS_SUCCESS, "it computes");
+    }
+}
+
 int main() {
+    places();
     context ctx;
     const batch small{ { { 4, 4 } } }, large{ { { 8, 8 } } };
 

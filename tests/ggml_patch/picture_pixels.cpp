@@ -140,9 +140,31 @@ static void memory() {
     expect(clip_mbq_byte_memory::get()->n_all() < clip_mbq_byte_memory::MOST, "nor counted");
 }
 
+// pictures of several threads for as much memory as there may be twice: the rest lies elsewhere, and no block is freed or left unused afterwards
+static void full_memory() {
+    const float mean[3] = { 0, 0, 0 }, std[3] = { 1, 1, 1 };
+    const auto bytes = noise(clip_mbq_byte_memory::MOST/16);
+    const auto pool = clip_mbq_byte_memory::get();
+    size_t most = 0;
+    for (int round = 0; round < 2; round++) {
+        std::vector<clip_mbq_pixels> pictures(32);
+        ggml_at_once(4, [&](size_t thread) {
+            for (size_t i = thread; i < pictures.size(); i += 4) {
+                pictures[i] = clip_mbq_pixels(bytes, mean, std);
+            }
+        });
+        const size_t locked = std::count_if(pictures.begin(), pictures.end(), [](const auto & p) { return p.is_page_locked(); });
+        expect(locked == 15, "as many as there is room for");
+        expect(std::all_of(pictures.begin(), pictures.end(), [&](const auto & p) { return std::equal(bytes.begin(), bytes.end(), p.bytes()); }), "each has its bytes");
+        most = std::max(most, pool->n_all());
+    }
+    expect(most <= clip_mbq_byte_memory::MOST && pool->n_all() == most && pool->n_spare() == most, "what is locked stays, for other pictures");
+}
+
 int main() {
     sizes();
     pixels();
     memory();
+    full_memory();
     return failures ? 1 : 0;
 }

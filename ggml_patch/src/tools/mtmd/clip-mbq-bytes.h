@@ -9,12 +9,12 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <vector>
 
-// One pool per process, because pictures may outlive every context. It is never destroyed, because the GPU driver may shut down first.
+// One pool per process, because pictures may outlive every context. It is never destroyed, because the GPU driver may shut down first, and frees no block before:
+// freeing page-locked memory waits for the GPU.
 struct clip_mbq_byte_memory {
-    static constexpr size_t MOST = 256u << 20; // beyond this, pictures use ordinary memory
+    static constexpr size_t MOST = clip_mbq_row_pool::MAX_SPARE; // beyond this, pictures use ordinary memory
 
     // makes the pool, once; returns buft
     static ggml_backend_buffer_type_t use(ggml_backend_buffer_type_t buft) {
@@ -59,12 +59,8 @@ struct clip_mbq_bytes {
     void copy(const std::vector<uint8_t> & from) {
         n    = from.size();
         pool = clip_mbq_byte_memory::get();
-        if (pool && n > 0 && pool->n_all() + n <= clip_mbq_byte_memory::MOST) {
-            try {
-                buffer = pool->take(n);
-            } catch (const std::bad_alloc &) {
-                // no more memory can be page-locked
-            }
+        if (pool && n > 0) {
+            buffer = pool->take(n, clip_mbq_byte_memory::MOST);
         }
         if (buffer) {
             memcpy(ggml_backend_buffer_get_base(buffer), from.data(), n);

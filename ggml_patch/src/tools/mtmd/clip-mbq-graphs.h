@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 // what determines the graph; without entries it matches no graph
@@ -63,16 +64,22 @@ static bool clip_mbq_all_bytes(const B & imgs) {
     return std::all_of(imgs.entries.begin(), imgs.entries.end(), [](const auto & img) { return img.pixels().bytes() != nullptr; });
 }
 
-// Assigns the inputs of a graph with ggml_patches to a backend. If the GPU supports the operation, inputs are written straight to its memory (clip_mbq_set_pixels):
-// the scheduler would copy each from the host and wait for it. The RPC backend claims to support every operation; this one holds a pointer, so it stays on the CPU.
+// whether a backend has a kernel for ggml_patches: it supports this custom operation and no other. The RPC and virtgpu backends claim to support every operation.
+static bool clip_mbq_has_patches(ggml_backend_t backend, const ggml_tensor * patches) {
+    ggml_tensor other = *patches;
+    memset(other.op_params, 0, sizeof(other.op_params));
+    return ggml_backend_supports_op(backend, patches) && !ggml_backend_supports_op(backend, &other);
+}
+
+// Assigns the inputs of a graph with ggml_patches to a backend. If the GPU has a kernel for it, inputs are written straight to its memory (clip_mbq_set_pixels):
+// the scheduler would copy each from the host and wait for it. Otherwise the operation stays on the CPU, because it holds a pointer.
 template <typename C>
 static void clip_mbq_place_inputs(C & ctx, ggml_cgraph * gf) {
-    ggml_tensor * patches = ggml_graph_get_tensor(gf, "patches");
-    if (!patches || ctx.backend == ctx.backend_cpu) {
+    ggml_tensor * patches = ggml_graph_get_tensor(gf, "patches"); // LLaVA's graph has an input of this name
+    if (!patches || !ggml_is_patches(patches) || ctx.backend == ctx.backend_cpu) {
         return;
     }
-    const bool remote = strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(ggml_backend_get_device(ctx.backend))), "RPC") == 0;
-    if (remote || !ggml_backend_supports_op(ctx.backend, patches)) {
+    if (!clip_mbq_has_patches(ctx.backend, patches)) {
         ggml_backend_sched_set_tensor_backend(ctx.sched.get(), patches, ctx.backend_cpu);
         return;
     }

@@ -7,6 +7,8 @@
 #include "ggml-cpp.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -18,8 +20,8 @@ struct clip_mbq_row_pool {
 
     explicit clip_mbq_row_pool(ggml_backend_buffer_type_t buft) : buft(buft) {}
 
-    // a block of at least this many bytes: the smallest spare one
-    ggml_backend_buffer_t take(size_t n_bytes) {
+    // a block of at least this many bytes: the smallest spare one, or a new one; nullptr if there is no memory, or if all blocks would be more than `most` bytes
+    ggml_backend_buffer_t take(size_t n_bytes, size_t most = SIZE_MAX) {
         std::lock_guard<std::mutex> lock(mutex);
         auto best = spare.end();
         for (auto it = spare.begin(); it != spare.end(); ++it) {
@@ -33,9 +35,9 @@ struct clip_mbq_row_pool {
             spare.erase(best);
             return buffer;
         }
-        ggml_backend_buffer_ptr buffer(ggml_backend_buft_alloc_buffer(buft, n_bytes));
+        ggml_backend_buffer_ptr buffer(n_bytes <= most && n_all() <= most - n_bytes ? ggml_backend_buft_alloc_buffer(buft, n_bytes) : nullptr);
         if (!buffer) {
-            throw std::bad_alloc();
+            return nullptr;
         }
         all.push_back(std::move(buffer));
         return all.back().get();
@@ -62,9 +64,8 @@ struct clip_mbq_row_pool {
         return n;
     }
 
-    // the size of all blocks, used or spare
-    size_t n_all() {
-        std::lock_guard<std::mutex> lock(mutex);
+    // bytes of all blocks, used or spare
+    size_t n_all() const {
         size_t n = 0;
         for (const auto & buffer : all) {
             n += ggml_backend_buffer_get_size(buffer.get());
@@ -104,6 +105,9 @@ struct clip_mbq_rows {
             give_back();
             pool   = from;
             buffer = pool->take(n_floats*sizeof(float));
+            if (!buffer) {
+                throw std::bad_alloc();
+            }
         }
         n = n_floats;
     }
