@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import make_divergence
 import make_results
@@ -104,3 +105,31 @@ def test_the_first_table_of_the_page_shows_stored_speeds() -> None:
         old, new = before.get(kind, {}), since.get(kind, {})
         expected = [old.get("tg128"), old.get("pp512"), new.get("tg128"), new.get("pp512"), new.get("pp2048")]
         assert cells == [figure or "-" for figure in expected], kind
+
+
+def test_the_pages_ratios_of_towers_and_first_tokens_are_those_of_the_rows() -> None:
+    """docs/results/tower.json: the tower alone in runs of one size, and the sum with the language model where sizes alternate."""
+    towers: dict[int, float] = {}  # median of the rounds' ratios, as bench_tower.py prints it
+    both: dict[tuple[str, int], float] = {}
+    for run in json.loads((SPEEDS / "tower.json").read_text(encoding="utf-8")):
+        seconds = {(row["name"], row["tokens"]): row["seconds"] for row in run["rows"]}
+        if "--language" in run["command"]:
+            both = {key: statistics.median(times) for key, times in seconds.items()}
+        else:
+            tokens = run["rows"][0]["tokens"]
+            rounds = zip(seconds["F16", tokens], seconds["W8A8", tokens], strict=True)
+            towers[tokens] = statistics.median(base / mine for base, mine in rounds)
+    page = " ".join(make_results.PAGE.read_text(encoding="utf-8").split())
+    assert towers.keys() == {256, 1024}
+    for ratio in towers.values():
+        assert f"| {ratio:.3f} |" in page
+    first = {}
+    for tower in ("F16", "W8A8"):
+        for tokens in (256, 1024):
+            best = min(both[name, tokens] for name in ("7B:F16", "7B:MBQ3S")) + both["F16", tokens]
+            first[tower, tokens] = best / (both["7B:W4A8", tokens] + both[tower, tokens])
+    assert f"W4A8 is {first['F16', 256]:.2f} times as fast as the best of the others with 256 tokens" in page
+    assert f"and {first['F16', 1024]:.2f} times with 1024" in page
+    assert f"it is {first['W8A8', 256]:.2f} and {first['W8A8', 1024]:.2f} times as fast" in page
+    assert min(towers.values()) >= 1.4, "the README says 1.4 of towers"
+    assert 1.45 <= min(first["W8A8", tokens] for tokens in (256, 1024)) <= 1.55, "and 1.5 of the first token"
