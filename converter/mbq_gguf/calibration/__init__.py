@@ -1,4 +1,4 @@
-"""Samples in, statistics out: data sets, modality masks, sensitivities and activation statistics."""
+"""Data sets, modality masks, sensitivities and activation statistics."""
 
 from mbq_gguf.calibration.dataset import Sample, load_samples
 

@@ -1,4 +1,4 @@
-"""Attention over a batch of samples that stand one behind another: over each of them by itself."""
+"""Attention over a batch of concatenated samples, each of which attends only to itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 
 class Apart(TorchFunctionMode):
-    """While open, causal attention over a batch [1, heads, tokens, channels] is that of each sample alone; ``lengths`` are their tokens."""
+    """While open, causal attention over a batch [1, heads, tokens, channels] stays within each sample; ``lengths`` are their numbers of
+    tokens."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         super().__init__()
@@ -29,7 +30,7 @@ class Apart(TorchFunctionMode):
 
 
 def by_neighbours(lengths: tuple[int, ...], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """What :class:`Apart` computes, neighbours of one length in a call: nothing is moved."""
+    """Compute what :class:`Apart` describes with one call for each run of neighbours of equal length. Nothing is copied."""
     parts, start = [], 0
     for length, count in ((length, len(list(run))) for length, run in groupby(lengths)):
         end = start + length * count
@@ -42,11 +43,12 @@ def by_neighbours(lengths: tuple[int, ...], query: torch.Tensor, key: torch.Tens
 def padded(
     lengths: tuple[int, ...], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_gqa: bool = False, **kwargs: Any
 ) -> torch.Tensor:
-    """What :class:`Apart` computes, samples of like lengths in a call, each padded to the longest of them: no causal query sees what lies
-    behind it.
+    """Compute what :class:`Apart` describes with one call for samples of similar lengths, each padded to the longest. Causal queries do not
+    see the padding, which comes last.
 
-    For cards, which wait for the host: PyTorch's fused kernel for float32 takes no grouped queries, so keys and values are repeated here;
-    without it a call is 18 kernels and takes the host 0.4 ms, and a batch of 2048 tokens had seven.
+    For GPUs, which would wait for the host. PyTorch's fused float32 kernel does not support grouped queries, so keys and values are
+    repeated here; without the fused kernel a call launches 18 kernels and takes the host 0.4 ms, and a batch of 2048 tokens had seven
+    calls.
     """
 
     def taken(x: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
@@ -59,19 +61,19 @@ def padded(
 
 
 def _attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """Attention [heads, samples * tokens, channels] of samples side by side [samples, heads, tokens, channels]."""
+    """Attention [heads, samples * tokens, channels] for samples as a batch [samples, heads, tokens, channels]."""
     return scaled_dot_product_attention(query, key, value, **kwargs).transpose(0, 1).flatten(1, 2)
 
 
 def _by_length(lengths: tuple[int, ...]) -> list[list[int]]:
-    """Numbers of samples by lengths between two powers of two, so that padding at most doubles what they are."""
+    """Group the samples' numbers by length, between two powers of two, so that padding at most doubles the work."""
     kind = [(length - 1).bit_length() for length in lengths]
     return [[number for number, own in enumerate(kind) if own == each] for each in sorted(set(kind))]
 
 
 @lru_cache(maxsize=1024)
 def _places(lengths: tuple[int, ...], device: torch.device) -> list[tuple[torch.Tensor, int]]:
-    """For each call, which token of the batch stands at each of its places, a sample's last one behind its end; and how many samples."""
+    """For each call: which token of the batch is at each position (the sample's last one in the padding), and the number of samples."""
     ends = torch.tensor(lengths).cumsum(0)
     starts = ends - torch.tensor(lengths)
     found = []
@@ -84,7 +86,7 @@ def _places(lengths: tuple[int, ...], device: torch.device) -> list[tuple[torch.
 
 @lru_cache(maxsize=1024)
 def _way_back(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """The place of each token of the batch in the results of all calls, one behind another."""
+    """For each token of the batch, its position in the concatenated results of all calls."""
     found: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
     start = 0
     for some in _by_length(lengths):

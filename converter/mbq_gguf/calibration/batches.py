@@ -1,6 +1,6 @@
-"""Samples concatenated into batches: norms and matrix products run over the whole batch at once, attention over each sample by itself.
+"""Concatenates samples into batches: norms and matrix products run over the whole batch, attention within each sample.
 
-A sample has about 150 tokens; a matrix product is at its best from 1000 on, and every operation has a cost a call.
+A sample has about 150 tokens. Matrix products are most efficient from 1000 tokens on, and every operation has a fixed cost.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ import torch
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
 
-TOKENS = 2048  # of a batch at most, unless one sample has more
-# The same on a card, which a batch of 2048 tokens keeps busy for half as long as the host takes to begin its operations.
+TOKENS = 2048  # maximum per batch, unless a single sample has more
+# The same on a GPU, for which a batch of 2048 tokens is half as much work as launching its operations is for the host.
 TOKENS_ON_CARD = 5120
-# Batches of a card are as many as this, or twice as many ..., and as even as samples allow: so that two, four or eight cards have equal
-# shares of them. The number of cards that there are has no say in it.
+# On a GPU there are this many batches, or twice as many, and so on, as even as samples allow, so that two, four or eight GPUs have equal
+# shares. The number of GPUs does not influence it.
 SHARES = 8
-# Where a layer's tensor arguments have their tokens, by the beginning of their names. Masks are not here: with one, a sample goes alone.
+# The token axis of a layer's tensor arguments, by prefix of their names. Masks are not listed: a sample with a mask is a batch of its own.
 TOKEN_AXES = {"position_embeddings": -2, "per_layer_input": -2, "position_ids": -1, "cache_position": -1}
-SHARED = "shared_kv_states"  # the argument in which layers hand on keys and values to later ones (Gemma 4), by their kind
+SHARED = "shared_kv_states"  # the argument that passes keys and values to later layers (Gemma 4), by kind
 
 
 def batches(streams: Sequence[Streamed], layer: Layer) -> Iterator[list[Streamed]]:
-    """``streams`` in their order, in lists that :func:`joined` takes for ``layer``, where it computes."""
+    """Split ``streams``, in order, into lists that :func:`joined` accepts for ``layer``, on the layer's device."""
     cut = _filled if layer.device.type == "cpu" else _even
     for run in _runs(streams, layer.index):
         yield from cut(run)
 
 
 def _runs(streams: Sequence[Streamed], index: int) -> Iterator[list[Streamed]]:
-    """Neighbours that may stand beside one another in layer ``index``."""
+    """Runs of neighbours that can be in one batch in layer ``index``."""
     run: list[Streamed] = []
     for stream in streams:
         if run and (index in stream.alone or not _alike(run[0].kwargs[index], stream.kwargs[index])):
@@ -46,7 +46,7 @@ def _runs(streams: Sequence[Streamed], index: int) -> Iterator[list[Streamed]]:
 
 
 def _filled(run: Sequence[Streamed]) -> Iterator[list[Streamed]]:
-    """Batches that take one stream more as long as there is room."""
+    """Batches that are filled one after the other."""
     batch: list[Streamed] = []
     tokens = 0
     for stream in run:
@@ -59,7 +59,7 @@ def _filled(run: Sequence[Streamed]) -> Iterator[list[Streamed]]:
 
 
 def _even(run: Sequence[Streamed]) -> Iterator[list[Streamed]]:
-    """Batches of nearly one size: a stream is in the one in which its middle lies."""
+    """Batches of nearly equal size; the middle of a stream decides which batch it belongs to."""
     ends = list(accumulate(len(stream.ids) for stream in run))
     total = max(1, ends[-1])
     count = min(math.ceil(total / TOKENS), SHARES * math.ceil(total / (SHARES * TOKENS_ON_CARD)))
@@ -69,7 +69,7 @@ def _even(run: Sequence[Streamed]) -> Iterator[list[Streamed]]:
 
 
 def joined(batch: Sequence[Streamed], index: int) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Hidden states [1, tokens, width] and keyword arguments with which layer ``index`` takes all of ``batch``, inside :class:`Apart`."""
+    """The hidden states [1, tokens, width] and keyword arguments for running layer ``index`` on all of ``batch``, inside :class:`Apart`."""
     kwargs, handed = batch[0].kwargs[index], batch[0].handed
     if len(batch) > 1:
         kwargs = {name: _joined([stream.kwargs[index][name] for stream in batch], _axis(name)) for name in kwargs}
@@ -80,7 +80,7 @@ def joined(batch: Sequence[Streamed], index: int) -> tuple[torch.Tensor, dict[st
 
 
 def _alike(kwargs: dict[str, Any], others: dict[str, Any]) -> bool:
-    """Whether these arguments can be joined: tensors have a known axis of tokens, everything else is the same."""
+    """Whether these arguments can be concatenated: tensors have a known token axis, everything else is equal."""
     return kwargs.keys() == others.keys() and all(_joinable(kwargs[name], others[name], _axis(name)) for name in kwargs)
 
 
@@ -95,7 +95,7 @@ def _joinable(value: Any, other: Any, axis: int | None) -> bool:
 def _joined(values: list[Any], axis: int | None) -> Any:
     if isinstance(values[0], torch.Tensor):
         assert axis is not None
-        if len({value.device for value in values}) > 1:  # a card's room has ended within the batch
+        if len({value.device for value in values}) > 1:  # the GPU's memory ended within the batch
             values = [value.cpu() for value in values]
         return _side_by_side(values, axis) if _lie_side_by_side(values, axis) else torch.cat(values, dim=axis)
     if isinstance(values[0], list | tuple):
@@ -104,8 +104,9 @@ def _joined(values: list[Any], axis: int | None) -> Any:
 
 
 def _lie_side_by_side(values: Sequence[torch.Tensor], axis: int) -> bool:
-    """Whether ``values`` are parts of one tensor along ``axis``, as a layer leaves samples to the next one: six copies of them are 1 to 3 %
-    of a layer's time."""
+    """Whether ``values`` are adjacent parts of one tensor along ``axis``, as a layer leaves them for the next one. Copying all six of them
+    takes 1 to 3 % of a layer's time.
+    """
     first, start = values[0], values[0].storage_offset()
     for value in values:
         same = value.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and value.stride() == first.stride()
@@ -116,7 +117,7 @@ def _lie_side_by_side(values: Sequence[torch.Tensor], axis: int) -> bool:
 
 
 def _side_by_side(values: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
-    """The tensor that :func:`_lie_side_by_side` has found ``values`` to be parts of."""
+    """The tensor of which ``values`` are parts, see :func:`_lie_side_by_side`."""
     shape = list(values[0].shape)
     shape[axis] = sum(value.shape[axis] for value in values)
     return values[0].as_strided(shape, values[0].stride())

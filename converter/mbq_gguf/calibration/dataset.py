@@ -21,11 +21,11 @@ from mbq_gguf.picture import open_picture, suffixes
 from mbq_gguf.special_tokens import check_text, tokenizer_special_tokens
 
 SHIPPED = Path(__file__).parent.parent / "demo" / "data" / "calib" / "calib.jsonl"
-NAMED = 5  # of what is left out, by name
+NAMED = 5  # skipped files that are named
 FREE_QUESTION = "Describe this image."
 FREE_ANSWER_TOKENS = 128
 Say = Callable[[str], None]
-Turns = Literal["all", "last"]  # of each conversation; the picture's gradient grows with every further turn
+Turns = Literal["all", "last"]  # which turns of a conversation; the picture's gradient grows with each turn
 
 
 @dataclass(frozen=True)
@@ -34,26 +34,26 @@ class Sample:
 
     image: Path
     turns: tuple[tuple[str, str], ...]
-    place: str = field(default="", compare=False)  # file and line, for sentences
+    place: str = field(default="", compare=False)  # file and line, for messages
 
 
 def load_samples(
     path: Path | None, loaded: LoadedModel, n: int, seed: int, turns: Turns = "all", say: Say = lambda sentence: None
 ) -> list[Sample]:
-    """``n`` samples drawn by ``seed`` from ``path`` (all of them, in drawn order, where there are fewer), with all of their turns or with
-    the last one alone.
+    """Load ``n`` samples from ``path``, chosen and ordered by ``seed`` (all if there are fewer), with all of their turns or only the last.
 
-    ``path`` is a JSONL file (:mod:`mbq_gguf.conversations`) or a folder of images, whose answers the model itself gives greedily to
-    "Describe this image."; None takes the set that ships with the demo. ``say`` is told what is left out, in sentences.
-    Raises UsageError for a path that is neither, an empty set and a bad line, UserError for an image that cannot be read.
+    ``path`` is a JSONL file (:mod:`mbq_gguf.conversations`) or a folder of images, for which the model generates answers to
+    "Describe this image." greedily; None means the set that ships with the demo. ``say`` receives sentences about what is skipped.
+    Raises UsageError if a path is neither, a set is empty or a line is invalid, UserError if an image cannot be read.
     """
     return draw_samples(path, loaded.prompts, n, seed, turns, say).answered(loaded, say)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What calibration will be on, as far as it is known without the model's weights: samples, or the pictures of ``folder``, which the
-    model has yet to say something about."""
+    """The calibration set, as far as it is known without the model's weights: samples, or the pictures of ``folder``, which the model has
+    yet to describe.
+    """
 
     samples: Sequence[Sample] = ()
     pictures: Sequence[Path] = ()
@@ -63,7 +63,7 @@ class Drawn:
         return len(self.samples) + len(self.pictures)
 
     def answered(self, loaded: LoadedModel, say: Say) -> list[Sample]:
-        """The samples, those of a folder with the model's answers; UserError where it has none."""
+        """The samples; for a folder, with the model's answers. Raises UserError if it gives none."""
         samples = list(self.samples)
 
         def answer_to(image: Path) -> str:
@@ -83,7 +83,7 @@ class Drawn:
 
 
 def draw_samples(path: Path | None, prompts: Prompts, n: int, seed: int, turns: Turns, say: Say) -> Drawn:
-    """What :func:`load_samples` loads, each picture opened and each conversation encoded once; raises what it raises."""
+    """Choose what :func:`load_samples` loads, opening each picture and encoding each conversation once; raises the same errors."""
     path = SHIPPED if path is None else Path(path)
     draw = random.Random(seed)
     if path.is_dir():
@@ -109,13 +109,13 @@ def draw_samples(path: Path | None, prompts: Prompts, n: int, seed: int, turns: 
 
 
 def read_jsonl(path: Path) -> list[Sample]:
-    """Every conversation of a JSONL file, in the file's order."""
+    """All conversations of a JSONL file, in order."""
     scenes = read_scenes(path)
     return [Sample(scene.image, tuple((turn.question, turn.answer or "") for turn in scene.turns), scene.place) for scene in scenes]
 
 
 def _draw_pictures(folder: Path, n: int, draw: random.Random, say: Say) -> list[Path]:
-    """``n`` pictures of ``folder``; raises UserError where it has none."""
+    """Choose ``n`` pictures of ``folder``. Raises UserError if it has none."""
     known = suffixes()
     files = sorted(folder.iterdir())
     images = [file for file in files if file.suffix.lower() in known and file.is_file() and not file.name.startswith(".")]
@@ -144,7 +144,7 @@ def _why_skipped(file: Path) -> str:
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:
-    """sha256 over the images' bytes and the turns, in order: the same data give the same calibration."""
+    """sha256 of the images' bytes and the turns, in order: identical data give identical calibration."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(hashlib.sha256(sample.image.read_bytes()).digest())

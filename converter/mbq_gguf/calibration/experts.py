@@ -1,7 +1,7 @@
-"""Tokens for experts that few tokens reach: with fewer than channels, a Hessian says nothing of most directions.
+"""Additional tokens for experts that few tokens reach. With fewer tokens than channels, a Hessian says nothing about most directions.
 
-GPTQ is free to move its errors there, and does: such an expert is worse for all tokens but the calibration set's. So it also sees tokens
-of others.
+GPTQ then moves its errors into these directions, and the expert becomes worse for all tokens outside the calibration set. It therefore also
+sees tokens of other experts.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.parallel import Parts, spread
 
-# Tokens that an expert is to see, for each channel of its input. In tests/calibration/test_experts.py an expert that 6 tokens reach has a
+# Tokens that an expert should see, per channel of its input. In tests/calibration/test_experts.py an expert that 6 tokens reach has a
 # relative error of 0.335 on others of its kind by these alone, 0.270 at 1, 0.187 at 4, 0.173 with all; those that many reach 0.194.
 TOKENS = 4
 
 
 @torch.no_grad()
 def shares_of(layer: Layer, streams: Sequence[Streamed]) -> list[float]:
-    """For each expert of ``layer`` the share of other tokens of ``streams``, which are left as they are, that it is to see."""
+    """For each expert of ``layer``, the share of other experts' tokens in ``streams`` that it sees. ``streams`` are not changed."""
     experts = layer.experts
     if experts is None:
         return []
@@ -42,7 +42,7 @@ def shares_of(layer: Layer, streams: Sequence[Streamed]) -> list[float]:
 
 @contextmanager
 def seeing_others(layer: Layer, shares: list[float]) -> Iterator[None]:
-    """While open, experts of ``layer`` see ``shares`` of others' tokens; nothing for a layer without experts."""
+    """While open, experts of ``layer`` see ``shares`` of other experts' tokens. Does nothing for a layer without experts."""
     experts = layer.experts
     if experts is None:
         yield

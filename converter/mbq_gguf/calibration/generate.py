@@ -1,4 +1,4 @@
-"""Text that the model generates: answers to questions about pictures that have none, and free texts for calibration (synthetic.py)."""
+"""Generates text with the model: answers for pictures that have none, and free texts for calibration (synthetic.py)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.parallel import from_first
 from mbq_gguf.threads import torch_threads
 
-# Of the texts, each written in a thread of its own on a CPU: 23 steps of 80 take 3.7 s on two cores; two threads in each product, which
-# wait for one another a thousand times a step, take 5.0.
+# Parts of the texts, each with a thread of its own on a CPU: 23 steps of 80 texts take 3.7 s on two cores. With two threads for each
+# product, which synchronise a thousand times per step, they take 5.0.
 HALVES = 2
-INPUTS = "per_layer_model_projection"  # what makes the inputs of single layers out of the embeddings (Gemma 4's small models)
+INPUTS = "per_layer_model_projection"  # computes per-layer inputs from the embeddings (Gemma 4's small models)
 
 
 def greedy_answer(loaded: LoadedModel, image: Image.Image, question: str, max_tokens: int) -> str:
-    """What the model writes greedily after ``question`` about ``image``, at most ``max_tokens`` tokens, inside :func:`whole_decoder`."""
+    """The model's greedy answer to ``question`` about ``image``, at most ``max_tokens`` tokens, inside :func:`whole_decoder`."""
     encoded = loaded.encode(image, [(question, "")])
     out = _generate(loaded.model, encoded.inputs, do_sample=False, max_new_tokens=max_tokens)
     new = out[0, encoded.ids.shape[0] :]
@@ -37,9 +37,10 @@ def greedy_answer(loaded: LoadedModel, image: Image.Image, question: str, max_to
 def written_texts(
     loaded: LoadedModel, count: int, length: int, temperature: float, seed: int, progress: Callable[[int, int], None]
 ) -> torch.Tensor:
-    """Token ids [count, length], on the host, of texts that the model samples after what begins a text and a random token, no special ones.
+    """Token ids [count, length], on the host, of texts that the model samples after the start of a text and a random token, without special
+    tokens.
 
-    ``progress`` is called with tokens done and ``length``. Raises UserError where the device cannot hold the decoder.
+    ``progress`` is called with the number of tokens so far and ``length``. Raises UserError if the decoder does not fit on the device.
     """
     plain = _plain_tokens(loaded)
     draw = torch.Generator().manual_seed(seed)
@@ -69,7 +70,7 @@ def written_texts(
 
 
 def _in_parts(loaded: LoadedModel, count: int, write: Callable[[nn.Module, slice], torch.Tensor], stop: Event) -> list[torch.Tensor]:
-    """What ``write`` makes of each part of ``count`` texts, in a thread of its own; ``stop`` is set where one of them ends early."""
+    """Run ``write`` for each part of ``count`` texts in a thread of its own; ``stop`` is set if one of them ends early."""
     parts = min(HALVES, count, torch.get_num_threads())
     texts = [slice(*bounds) for bounds in pairwise(count * part // parts for part in range(parts + 1))]
     with torch_threads(max(1, torch.get_num_threads() // parts)), ThreadPoolExecutor(parts) as pool:
@@ -81,23 +82,24 @@ def _in_parts(loaded: LoadedModel, count: int, write: Callable[[nn.Module, slice
 
 
 def _lay_by_columns(loaded: LoadedModel) -> None:
-    """Lay the decoder's matrices column by column, as the library's products read them: for 40 or 80 texts 150 to 190 GFLOPS a core
-    instead of 120 to 140."""
+    """Store the decoder's matrices column by column, as the library's products read them: with 40 or 80 texts 150 to 190 GFLOPS per core
+    instead of 120 to 140.
+    """
     for module in loaded.decoder.layers.modules():
         if isinstance(module, nn.Linear):
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
 def to_dtype(values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-    """``values`` with the floating point tensors among them in ``dtype``."""
+    """``values`` with floating-point tensors converted to ``dtype``."""
     return tuple(value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value for value in values)
 
 
 class _Sampler:
-    """A logits processor that leaves one token a text, none of the ``other`` ones; it works in the scores that it is given.
+    """A logits processor that leaves one token per text, and none of the ``other`` ones. It overwrites the scores that it is given.
 
-    It takes one uniform number a text, the next of ``numbers`` [texts, 1]. Transformers' own sampling draws an exponential number for every
-    token of the vocabulary, half of the time of a step here.
+    It uses one uniform number per text, the next of ``numbers`` [texts, 1]. The sampling in transformers draws an exponential number for
+    every token of the vocabulary, which takes half of the time of a step here.
     """
 
     def __init__(self, other: torch.Tensor, temperature: float, numbers: Iterator[torch.Tensor], progress: Callable[[int], None]) -> None:
@@ -105,7 +107,7 @@ class _Sampler:
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         sums = scores.div_(self.temperature).index_fill_(1, self.other, -torch.inf).softmax(dim=-1).cumsum(dim=-1)
-        reached = (1 - next(self.numbers)).to(sums) * sums[:, -1:]  # above 0, so no token of probability 0
+        reached = (1 - next(self.numbers)).to(sums) * sums[:, -1:]  # above 0, so that tokens with probability 0 are never chosen
         self.progress(ids.shape[1] + 1)
         return scores.fill_(-torch.inf).scatter_(1, torch.searchsorted(sums, reached), 0.0)
 
@@ -124,24 +126,24 @@ def _generate(model: nn.Module, inputs: dict[str, torch.Tensor], **options: Any)
 
 
 def writing_bits(loaded: LoadedModel) -> int:
-    """The bits of the decoder's weights while the model writes; UserError where the device has no room for the fewest."""
+    """The bits per weight of the decoder while it generates. Raises UserError if even the fewest do not fit on the device."""
     return bits_with_room(loaded, _writing_dtype(loaded))
 
 
 def _writing_dtype(loaded: LoadedModel) -> torch.dtype:
-    """The stored dtype, where the device multiplies faster in it."""
+    """The stored dtype, if the device multiplies faster in it."""
     stored = next(loaded.decoder.layers.parameters()).dtype
     return stored if loaded.device.type != "cpu" or fast_bfloat16() else loaded.dtype
 
 
 @contextmanager
 def whole_decoder(loaded: LoadedModel) -> Iterator[None]:
-    """The whole decoder on the device, for the time of the block. UserError where that has no room for it."""
+    """While open, the whole decoder is on the device. Raises UserError if it does not fit."""
     decoder, dtype = loaded.decoder, _writing_dtype(loaded)
-    bits = from_first(lambda: writing_bits(loaded))  # the same on all cards, whatever room each has
+    bits = from_first(lambda: writing_bits(loaded))  # the same on all GPUs, whatever memory each has
     handles = [
         decoder.embed_tokens.register_forward_hook(lambda _module, _args, out: out.to(dtype)),
-        # Of several tokens' states only the last are wanted; for such a slice torch copies the head's weight for every text (50 s of 80).
+        # Only the last token's state is needed; for a slice of several, torch would copy the head's weight for every text (50 s of 80).
         decoder.head.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype).contiguous(),)),
         *(layer.register_forward_pre_hook(lambda _module, args: to_dtype(args, dtype)) for layer in decoder.layers),
     ]

@@ -1,4 +1,4 @@
-"""What the gradients at the outputs of linears are reduced to, stream by stream: sums over tokens of a class and over samples."""
+"""Reduces the gradients at the outputs of linears, stream by stream: sums over the tokens of a class and over samples."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CLASSES = ("vision", "answer", "prompt")
 
 
 def rows_of(values: torch.Tensor) -> torch.Tensor:
-    """Ids or a mask of one sample [tokens] or several [samples, tokens] as [samples, tokens]."""
+    """Ids or a mask of one sample [tokens] or several [samples, tokens], always as [samples, tokens]."""
     return values.reshape(-1, values.shape[-1])
 
 
 class GradientSums:
-    """Sums over samples, and each stream's salience; ``fisher`` says whether the second pass counts too."""
+    """Sums over samples, and the salience of each stream; ``fisher`` tells whether the second pass is counted too."""
 
     def __init__(self, layout: Layout, layers: int, fisher: bool) -> None:
         self.layout, self.layers = layout, layers
@@ -29,7 +29,7 @@ class GradientSums:
         self.having = dict.fromkeys(CLASSES, 0)  # samples that have tokens of the class
 
     def open(self, stream: Streamed) -> StreamSums:
-        """What the gradients of ``stream`` are to be added to."""
+        """An empty contribution for ``stream``."""
         masks = {name: rows_of(getattr(stream, name)) for name in CLASSES}
         samples, tokens = masks["answer"].shape
         salience = torch.zeros(samples, self.layers, len(self.layout.sites), tokens)
@@ -38,7 +38,7 @@ class GradientSums:
         return StreamSums(self.layout, masks, mean, fisher, salience.view(*stream.ids.shape[:-1], *salience.shape[1:]))
 
     def add(self, found: StreamSums) -> None:
-        """Add one stream's; streams come in their order."""
+        """Add the contribution of one stream, in the order of streams."""
         for name, mask in found.masks.items():
             self.having[name] += int(mask.any(dim=1).sum())
         for block, classes in found.mean.items():
@@ -58,8 +58,9 @@ class GradientSums:
 
 @dataclass
 class StreamSums:
-    """One stream's share of :class:`GradientSums`: ``masks`` [samples, tokens], sums over its samples [layers] in ``mean`` and ``fisher``,
-    and ``salience`` [..., layers, sites, tokens]."""
+    """The contribution of one stream to :class:`GradientSums`: ``masks`` [samples, tokens], sums over its samples [layers] in ``mean`` and
+    ``fisher``, and ``salience`` [..., layers, sites, tokens].
+    """
 
     layout: Layout
     masks: dict[str, torch.Tensor]
@@ -70,7 +71,7 @@ class StreamSums:
     def count_loss(self, index: int, gradients: Mapping[str, torch.Tensor], _sites: Sequence[Site]) -> None:
         """Add the loss's gradients [samples, tokens, channels] at the outputs of layer ``index``'s linears, by name."""
         for branch in self.layout.branches:
-            if branch.writer not in gradients:  # of another kind of layer
+            if branch.writer not in gradients:  # not in this kind of layer
                 continue
             absolute = gradients[branch.writer].float().abs().mean(dim=2).double().cpu()
             for token_class, mask in self.masks.items():
@@ -82,7 +83,7 @@ class StreamSums:
         """Add u [samples, tokens, channels] at the outputs of layer ``index``'s linears, by name; ``sites`` are the layer's."""
         salience = self.salience.view(-1, *self.salience.shape[-3:])
         for place, site in enumerate(self.layout.sites):
-            if site not in sites:  # of another kind of layer
+            if site not in sites:  # not in this kind of layer
                 continue
             squares = {name: gradients[name].float().square().mean(dim=2).cpu() for name in site.readers}
             for name, square in squares.items():

@@ -1,4 +1,5 @@
-"""The importance matrix: how large each input channel of each decoder linear is on pictures and their questions, as llama.cpp keeps it."""
+"""Computes the importance matrix: the magnitude of each input channel of each decoder linear on pictures and questions, as llama.cpp
+defines it."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from mbq_gguf.models.loaded import LoadedModel
 
 @dataclass(frozen=True)
 class Importance:
-    """``sums`` holds, by decoder key (``layers.0.mlp.up_proj.weight``), the sum over ``tokens`` tokens of the squared input [columns],
-    float64 on the host."""
+    """``sums`` has, by decoder key (``layers.0.mlp.up_proj.weight``), the squared input summed over ``tokens`` tokens [columns], float64 on
+    the host.
+    """
 
     sums: dict[str, torch.Tensor]
     tokens: int
@@ -28,9 +30,9 @@ class Importance:
 def importance(
     loaded: LoadedModel, captured: Iterable[Streamed], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Importance:
-    """Sums of squared inputs of every decoder linear, all tokens alike, one layer on the device at a time.
+    """Sum the squared inputs of every decoder linear over all tokens, with one layer on the device at a time.
 
-    ``captured`` are samples before layer 0; ``progress`` is called with layers done and their number.
+    ``captured`` are samples before layer 0; ``progress`` is called with the number of finished layers and their total.
     """
     streams = list(captured)
     sums: dict[str, torch.Tensor] = {}
@@ -48,7 +50,7 @@ def importance(
 
 
 class _Squares:
-    """Hooks on ``layer`` that add up the squared inputs of each site."""
+    """Hooks on ``layer`` that sum the squared inputs of each site."""
 
     def __init__(self, layer: Layer) -> None:
         self.sums: dict[str, torch.Tensor] = {}
@@ -57,7 +59,7 @@ class _Squares:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def add(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            # A sample's sum in float32 is as good as llama.cpp's; thousands of samples are added in float64.
+            # Within a sample float32 is as exact as llama.cpp; sums over thousands of samples need float64.
             square = args[0][0].float().square().sum(dim=0).double()
             self.sums[name] = self.sums[name] + square if name in self.sums else square
 

@@ -1,4 +1,5 @@
-"""Second moments of a site's inputs in the model whose earlier layers and sites are rounded, and the original's inputs beside them."""
+"""Second moments of a site's inputs in the model whose earlier layers and sites are rounded, and of the original's inputs relative to
+them."""
 
 from __future__ import annotations
 
@@ -29,9 +30,10 @@ class Moments:
     """With x the input in the rounded model and y the original one: ``hessian`` = sum w x^T x, ``cross`` = sum w (y - x)^T x, both
     [columns, columns] float32 on the device.
 
-    Cross moments are there where somebody asks for them; of a site with a :meth:`Layer.narrow_writer` W what W makes of them alone, by
-    ``written`` = sum w (W y)^T x [rows, columns]: the original layer has computed W y anyway, and W cross = written - W hessian takes as
-    many products an entry of x as W has rows, not columns (576 instead of 1536 on the reference VLM, 3584 instead of 18944 in a 7B).
+    Cross moments exist only on request. For a site with a :meth:`Layer.narrow_writer` W, only their product with W is needed, and
+    ``written`` = sum w (W y)^T x [rows, columns] is stored instead: the original layer has computed W y anyway, and W cross = written - W
+    hessian takes as many products per entry of x as W has rows, not columns (576 instead of 1536 on the reference VLM, 3584 instead of
+    18944 in a 7B).
     """
 
     hessian: torch.Tensor
@@ -44,35 +46,35 @@ class Moments:
 
 
 class Replay:
-    """Streams on their way through one layer while it is rounded.
+    """Runs streams through one layer while it is being rounded.
 
-    Sites are asked for in the layer's order, each when all before it are rounded, and a run stops at the site's first linear. Once the last
-    site of a branch (attention, feed-forward) is reached, its input no longer changes: it is kept, and later runs enter the
-    branch there; the first of these leaves the branch's output in its place. So every linear runs once a batch, not up to four times. Where
-    the layer has changed all the same before what is kept, RuntimeError. Of several processes each keeps what its own batches give.
+    Sites must be requested in the layer's order, each after all earlier ones are rounded; a run stops at the site's first linear. When the
+    last site of a branch (attention, feed-forward) is reached, its input no longer changes. It is kept, and later runs enter the branch
+    there; the first of these replaces it by the branch's output. So every linear runs once per batch, not up to four times. If the layer
+    has changed before a kept input after all, RuntimeError is raised. With several processes, each keeps the results of its own batches.
 
-    So many ``workers`` run batches and add up tiles side by side, each with its share of the cores: moments of a layer of the reference VLM
-    take two cores 4.6 to 4.8 processor seconds so, 5.1 where both share every operation. Experts, which remember their latest run, are run
-    by one.
+    ``workers`` run batches and sum tiles in parallel, each with its share of the cores: the moments of a layer of the reference VLM then
+    take two cores 4.6 to 4.8 processor seconds, and 5.1 if both share every operation. Experts remember their latest run, so only one
+    worker runs them.
     """
 
     def __init__(self, layer: Layer, streams: Sequence[Streamed], workers: int = 1) -> None:
         self.layer, self.streams, self.count = layer, streams, workers if layer.experts is None else 1
         self.batches = list(batches(streams, layer))
         self.branches = {branch.writer: branch for branch in layer.layout.branches}
-        self.routed: dict[str, Moments] = {}  # of experts whose stage has been run, by site
-        self.summed = 0  # bytes of the sums at hand, which rounding takes over
-        self.kept: dict[str, dict[int, torch.Tensor]] = {}  # by the last linear's name, then the batch's number [1, tokens, columns]
-        self.outputs: dict[str, dict[int, torch.Tensor]] = {}  # the same behind that linear; then the input is kept no longer
-        self.handed: dict[int, Parts] = {}  # keys and values for later layers, by the batch's number, where a run has come past them
-        self.kept_with: dict[str, list[tuple[int, int]]] = {}  # the parameters that decided them, as _decisive tells
+        self.routed: dict[str, Moments] = {}  # moments of experts whose stage has been run, by site
+        self.summed = 0  # bytes of the current sums, which rounding takes over
+        self.kept: dict[str, dict[int, torch.Tensor]] = {}  # inputs by the last linear's name and batch number [1, tokens, columns]
+        self.outputs: dict[str, dict[int, torch.Tensor]] = {}  # that linear's outputs, which replace the inputs
+        self.handed: dict[int, Parts] = {}  # keys and values for later layers, by batch number, once a run has computed them
+        self.kept_with: dict[str, list[tuple[int, int]]] = {}  # the parameters that influenced them, see _decisive
 
     @torch.no_grad()
     def moments(self, site: Site, weights: TokenWeights, originals: Sequence[torch.Tensor] | None = None) -> Moments:
-        """Moments of ``site``'s input.
+        """The moments of ``site``'s input.
 
-        ``originals`` are of the original model, as :class:`Observed` has them, one [tokens, columns] a stream (of other processes' batches
-        it does not matter which); without them there are no cross moments.
+        ``originals`` are from the original model, as in :class:`Observed`, one [tokens, columns] per stream (those of other processes'
+        batches are ignored); without them there are no cross moments.
         """
         if site.expert is not None:
             if site.name not in self.routed:
@@ -99,13 +101,13 @@ class Replay:
                 cross = None if originals is None else Sum.like(parts["original"], parts["rooted"])
                 self.summed = sum(each.total.nbytes for each in (square, cross) if each is not None)
             large = [] if cross is None else cross.adding(parts["original"], parts["rooted"])
-            self._do(large + square.adding_square(parts["rooted"]))  # the largest first, so that workers end at the same time
+            self._do(large + square.adding_square(parts["rooted"]))  # the largest first, so that workers finish together
         assert square is not None
         hessian, crossed = square.whole_square(), None if cross is None else cross.whole()
         return Moments(hessian, written=crossed) if writes else Moments(hessian, crossed)
 
     def _of_experts(self, stage: str, weights: TokenWeights) -> dict[str, Moments]:
-        """Moments of all sites of a ``stage`` of the experts, by their names, in one run."""
+        """The moments of all sites of a ``stage`` of the experts, by name, from a single run."""
         sites = [site for site in self.layer.sites if site.expert is not None and site.stage == stage]
         found: dict[str, Sum] = {}
         self._check_kept()
@@ -125,7 +127,7 @@ class Replay:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Send the streams on to the next layer, in place, when the whole layer is rounded."""
+        """Run the streams to the next layer, in place, when the whole layer is rounded."""
         self._check_kept()
 
         def run(layer: Layer, number: int) -> Parts:
@@ -139,7 +141,7 @@ class Replay:
         self.handed.clear()
 
     def _of_inputs(self, site: Site, compute: Callable[[int, torch.Tensor], Parts]) -> Iterator[Parts]:
-        """What ``compute`` makes of each batch's number and what the linears of ``site`` are given [tokens, columns] float32."""
+        """Call ``compute`` for each batch with its number and the input of the linears of ``site`` [tokens, columns] float32."""
         name = site.readers[0]
         reached: dict[int, torch.Tensor] = {}
         self._check_kept()
@@ -149,7 +151,7 @@ class Replay:
             handed: Parts = {}
             with self._resumed(layer, number):
                 x = layer.input_of(name, partial(run_batch, layer, batch, handed))
-            if handed:  # anew by each run, until attention is entered behind them
+            if handed:  # computed again by each run, until attention is entered after them
                 self.handed[number] = {name: kept(pair) for name, pair in handed.items()}
             if name in self.branches:
                 reached[number] = kept(x, there=self.summed)
@@ -162,18 +164,18 @@ class Replay:
 
     @cached_property
     def workers(self) -> Workers[Layer] | None:
-        """Twins of the layer as it is when they are first asked for; rounding changes their weights too, which are the same tensors."""
+        """Copies of the layer, made when first requested. Rounding changes their weights too, because they share the tensors."""
         return Workers([self.layer.twin() for _ in range(self.count)]) if self.count > 1 else None
 
     def _of_batches(self, run: Callable[[Layer, int], Parts]) -> Iterator[tuple[int, Parts]]:
-        """Each batch's number, in order, and what ``run`` makes of it: as many at a time as there are workers or processes."""
+        """The number of each batch, in order, with the result of ``run``; as many at a time as there are workers or processes."""
         numbers = range(len(self.batches))
         if not self.workers:
             return spread(numbers, partial(run, self.layer))
         return zip(numbers, self.workers.each(numbers, run), strict=True)
 
     def _do(self, tasks: Sequence[Callable[[], object]]) -> None:
-        """All of ``tasks``, of which none waits for another."""
+        """Run all of ``tasks``, which are independent of one another."""
         if self.workers:
             list(self.workers.each(tasks, lambda _, task: task()))
             return
@@ -181,8 +183,9 @@ class Replay:
             task()
 
     def _decisive(self, writer: str) -> list[tuple[int, int]]:
-        """Identity and version (which PyTorch counts up with each write, but for those past it by ``data``) of every parameter that has a
-        say in what is kept of the last linear ``writer``. To compare their values the host would wait for a card, eight times a layer."""
+        """Identity and version (which PyTorch increments with each write, except through ``data``) of every parameter that influences what
+        is kept for the last linear ``writer``. Comparing values would make the host wait for the GPU eight times per layer.
+        """
         place = next(place for place, site in enumerate(self.layer.sites) if writer in site.readers)
         own = 1 if self.outputs.get(writer) else 0
         later = {self.layer.layout.linear_of(name) for site in self.layer.sites[place + own :] for name in site.readers}
@@ -195,15 +198,16 @@ class Replay:
                 raise RuntimeError(f"weights have changed since {name} was reached: make a new Replay")
 
     def _norms_before(self, branch: Branch) -> list[str]:
-        """The norm that ``branch`` alone reads, which can take factors therefore; none where there is no such."""
+        """The norm that only ``branch`` reads, which can therefore absorb factors; empty if there is none."""
         layout = self.layer.layout
         first = next(site for site in layout.sites if site.branch == branch.name)
         return [norm for norm in layout.norms if norm == first.absorber]
 
     @contextmanager
     def _resumed(self, layer: Layer, number: int) -> Iterator[None]:
-        """While open, branches of ``layer`` whose last linear batch ``number`` has reached begin there, or behind it; norms that nobody
-        else reads do nothing then (four of ten runs of a norm, 2 % of a layer)."""
+        """While open, branches of ``layer`` whose last linear batch ``number`` has reached start there, or after it. Norms that nobody else
+        reads are skipped then (four of ten norm calls, 2 % of a layer's time).
+        """
         replays: dict[str, _Replay] = {}
         stand_ins: dict[str, nn.Module] = {}
         for name, x in self.kept.items():
@@ -227,7 +231,7 @@ class Replay:
 
 
 class _Replay(nn.Module):
-    """Stands where a branch was: its last linear alone, past the hooks that ran before the input ``x`` was kept, or its output."""
+    """Replaces a branch: only its last linear, without the hooks that ran before the input ``x`` was kept, or its output."""
 
     def __init__(self, last: nn.Linear, x: torch.Tensor | None, out: torch.Tensor | None, pair: bool) -> None:
         super().__init__()

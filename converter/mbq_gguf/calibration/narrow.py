@@ -1,8 +1,8 @@
-"""The decoder in the bits that a device has room for, while the model writes: as stored, or its matrices in 8 or 4 bits.
+"""Holds the decoder on the device while the model generates: as stored if it fits, else with its matrices in 8 or 4 bits.
 
-A text takes 127 steps through all layers, so they must lie on the device: a 72B read from its files for each step would take hours. A copy
-in 4 bits, groups of 64 weights with a scale each, takes 38 GB. Texts that a model writes at temperature 1.6 are no reference for anything;
-where the stored weights fit, they are written with those.
+A text takes 127 steps through all layers, so they must stay on the device: reading a 72B from its files for each step would take hours. A
+copy in 4 bits, with a scale for each group of 64 weights, takes 38 GB. Texts sampled at temperature 1.6 need no exact weights; the stored
+ones are used if they fit.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from mbq_gguf.memory import available
 from mbq_gguf.models.lazy import materialise, set_tensor, tensors_of
 from mbq_gguf.models.loaded import LoadedModel
 
-GROUP = 64  # weights with one scale
-SHARE = 0.85  # of what is free may be weights; the rest is for keys, values and scores
+GROUP = 64  # weights per scale
+SHARE = 0.85  # of free memory may be used for weights; the rest is for keys, values and scores
 NARROW = (8, 4)
 
 
 class Narrow(nn.Module):
-    """A linear in 8 or 4 bits, symmetric; its matrix is made again at each call, in the dtype of the input."""
+    """A linear with a symmetric matrix in 8 or 4 bits, which each call converts to the input's dtype."""
 
     def __init__(self, module: nn.Linear, bits: int) -> None:
         super().__init__()
@@ -48,14 +48,14 @@ class Narrow(nn.Module):
         return made.view(self.shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As a linear."""
+        """Same as a linear's."""
         return linear(x, self.weight(x.dtype), self.bias)
 
 
 def bits_with_room(loaded: LoadedModel, dtype: torch.dtype) -> int:
-    """The most bits a weight, those of ``dtype`` or one of :data:`NARROW`, in which the decoder's matrices find room on the device.
+    """The most bits per weight, those of ``dtype`` or one of :data:`NARROW`, with which the decoder's matrices fit on the device.
 
-    Raises UserError where none does.
+    Raises UserError if none do.
     """
     matrices = sum(linear.weight.numel() for _, linear in loaded.decoder.linears())
     others = sum(parameter.numel() for parameter in loaded.decoder.layers.parameters()) - matrices
@@ -72,7 +72,8 @@ def bits_with_room(loaded: LoadedModel, dtype: torch.dtype) -> int:
 
 @contextmanager
 def in_bits(loaded: LoadedModel, bits: int, dtype: torch.dtype) -> Iterator[None]:
-    """While open, all decoder layers are on the device, in ``dtype``, their matrices in ``bits``; read from their files one by one."""
+    """While open, all decoder layers are on the device in ``dtype``, with matrices in ``bits``; they are read from their files one by
+    one."""
     if bits > max(NARROW):
         with loaded.whole(dtype):
             yield

@@ -1,4 +1,4 @@
-"""What one decoder layer sees on the calibration set: the inputs of its linears and their second moments."""
+"""Observes one decoder layer on the calibration set: the inputs of its linears and their second moments."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from mbq_gguf.models.layout import Site
 from mbq_gguf.parallel import Parts, spread
 from mbq_gguf.threads import Workers
 
-# Activations are kept only to be compared with those of the rounded model, which differ by far more than this type rounds off.
+# Activations are kept only for comparison with the rounded model's, which differ by far more than this type's rounding error.
 KEPT = torch.bfloat16
-NONE = torch.empty(0, 1, dtype=KEPT)  # stands for inputs that another process keeps
+NONE = torch.empty(0, 1, dtype=KEPT)  # placeholder for inputs that another process keeps
 
-TokenWeights = Callable[[Streamed, Site], torch.Tensor]  # one weight a token [tokens], float32
+TokenWeights = Callable[[Streamed, Site], torch.Tensor]  # one weight per token [tokens], float32
 
 
 @dataclass
 class Observed:
-    """By site name: the Hessian of its input x on the device [columns, columns], the sum over tokens of w_t x_t x_t^T, and the
-    ``originals`` where asked for, one [tokens, columns] a sample: the inputs, or what the site's :meth:`Layer.narrow_writer` makes of them
-    before its bias (none of experts, which see other tokens in another model; an empty one for a sample that another process has run)."""
+    """By site name: the Hessian of its input x on the device [columns, columns], which is the sum over tokens of w_t x_t x_t^T, and the
+    ``originals`` on request, one [tokens, columns] per sample: the inputs, or the output of the site's :meth:`Layer.narrow_writer` without
+    bias. There are none for experts, which see other tokens in the rounded model, and they are empty for samples of another process.
+    """
 
     hessians: dict[str, torch.Tensor] = field(default_factory=dict)
     originals: dict[str, list[torch.Tensor]] = field(default_factory=dict)
@@ -45,8 +46,9 @@ def observe(
     keep_originals: bool = False,
     workers: int = 1,
 ) -> Observed:
-    """Run ``streams`` through ``layer``, in place, and keep what calibration needs; ``hessian_weights`` None means no
-    Hessians. So many ``workers`` run batches side by side, where one process does it."""
+    """Run ``streams`` through ``layer``, in place, and collect what calibration needs; no Hessians if ``hessian_weights`` is None.
+    ``workers`` run batches in parallel if there is only one process.
+    """
     originals: dict[str, dict[int, torch.Tensor]] = {site.name: {} for site in layer.sites}
     sums: dict[str, Sum] = {}
 
@@ -54,7 +56,7 @@ def observe(
         with Watch(layer) as watch:
             parts = pass_batch(layer, batch)
         for site in layer.sites:
-            if site.name not in watch.inputs:  # of an expert that no token of the batch has reached
+            if site.name not in watch.inputs:  # no token of the batch has reached this expert
                 continue
             x = watch.inputs[site.name][0].float()
             if keep_originals and site.expert is None:
@@ -88,7 +90,8 @@ def _by_twins(
 
 class Watch:
     """While open, keeps the latest input [1, tokens, columns] of the first linear of each of ``sites`` (None: all), by the site's name, and
-    what its :meth:`Layer.narrow_writer` has ``written`` [1, tokens, rows], less its bias."""
+    in ``written`` the output of its :meth:`Layer.narrow_writer` [1, tokens, rows], without bias.
+    """
 
     def __init__(self, layer: Layer, sites: Sequence[Site] | None = None) -> None:
         self.inputs: dict[str, torch.Tensor] = {}

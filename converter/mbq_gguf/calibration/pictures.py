@@ -1,7 +1,7 @@
 """Procedural pictures with the statistics of photographs: noise with a 1/f spectrum, and dead leaves (shapes that cover one another).
 
-Natural images have spectra near 1/f (Field 1987) and sizes of objects near a power law, which dead leaves reproduce (Lee, Mumford and Huang
-2001); networks trained on such pictures alone learn to see photographs (Baradad et al., arXiv 2106.05963).
+Natural images have spectra close to 1/f (Field 1987) and object sizes close to a power law, which dead leaves reproduce (Lee, Mumford and
+Huang 2001). Networks trained only on such pictures learn to recognise photographs (Baradad et al., arXiv 2106.05963).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 SIDES = (224, 224, 280, 308)  # pixels
-NOISE_SHARE = 0.25  # the rest are leaves over noise
-LEAST_LEAF, LEAST_SHARE = 0.02, 0.004  # smallest radius over the side; it sets the largest too, 16 times that
+NOISE_SHARE = 0.25  # the others are leaves on noise
+LEAST_LEAF, LEAST_SHARE = 0.02, 0.004  # smallest radius relative to the side; the largest is 16 times as large
 Floats = npt.NDArray[np.float64]
 
 
 def picture(draw: np.random.Generator) -> Image.Image:
-    """One picture, another with every call."""
+    """A picture; each call returns another one."""
     side = int(draw.choice(SIDES))
     canvas = noise(draw, side)
     if draw.random() < NOISE_SHARE:
@@ -28,7 +28,7 @@ def picture(draw: np.random.Generator) -> Image.Image:
 
 
 def noise(draw: np.random.Generator, side: int) -> Floats:
-    """Colours [side, side, 3] around 0 to 255, amplitude over frequency 1/f^a; mostly grey, as nature is."""
+    """Colours [side, side, 3] around 0 to 255 with amplitude 1/f^a over frequency f; mostly grey, as in nature."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     frequency[0, 0] = 1 / side
     shape = (3, *frequency.shape)
@@ -43,12 +43,12 @@ def noise(draw: np.random.Generator, side: int) -> Floats:
 
 
 def _leaf(draw: np.random.Generator, canvas: Floats) -> None:
-    """A disc or box of one shaded, grainy colour, anywhere on ``canvas`` [side, side, 3]; areas follow a power law."""
+    """Draw a disc or box of one shaded, grainy colour anywhere on ``canvas`` [side, side, 3]; areas follow a power law."""
     side = len(canvas)
     radius = side * LEAST_LEAF / np.sqrt(draw.uniform(LEAST_SHARE, 1))
     centre = draw.uniform(0, side, 2)
     angle, flatness = draw.uniform(0, np.pi), draw.uniform(0.3, 1)
-    reach = radius * np.hypot(1, flatness)  # of a box's corner; beyond it nothing is drawn, so nothing is computed
+    reach = radius * np.hypot(1, flatness)  # to a box's corner; nothing is drawn beyond it, so nothing is computed there
     (top, left), (bottom, right) = (np.clip(centre + end, 0, side).astype(int) for end in (-reach, reach + 1))
     y, x = np.mgrid[top:bottom, left:right] - centre[:, None, None]
     u = (x * np.cos(angle) + y * np.sin(angle)) / radius

@@ -1,4 +1,4 @@
-"""Matrix products and attention of calibration runs in fewer bits than float32, as the checkpoint itself was trained and is run."""
+"""Runs matrix products and attention of calibration in fewer bits than float32, as in the model's own training and use."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def coarse_products() -> Iterator[None]:
-    """While open, float32 matrices are multiplied in fewer bits and summed in float32: on CPUs that are faster so in bfloat16, on cards as
-    TF32, which keeps 11 bits of a number (bfloat16 8).
+    """While open, float32 matrices are multiplied in fewer bits and summed in float32: in bfloat16 on CPUs that are faster with it, in TF32
+    on GPUs, which keeps 11 bits of a number (bfloat16 keeps 8).
 
-    Only for running the model and summing moments over tokens, never for rounding. A CPU does 330 to 400 instead of 115 to 130 GFLOPS at
-    the shapes of the reference VLM (2 cores with AMX).
+    Only for running the model and summing moments over tokens, never for rounding. A CPU reaches 330 to 400 GFLOPS instead of 115 to 130
+    with the shapes of the reference VLM (2 cores with AMX).
     """
     on_cpu, on_card = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]  # made at import
     before = on_cpu.fp32_precision, on_card.fp32_precision
@@ -30,8 +30,9 @@ def coarse_products() -> Iterator[None]:
 
 
 class _Attention(TorchFunctionMode):
-    """Gives attention bfloat16 where it would round inside: its many small products are converted one by one there, 54 ms instead of 8
-    (16 in float32) for 16 texts of 128 tokens."""
+    """Converts attention to bfloat16 as a whole. Otherwise each of its many small products would be converted separately, which takes 54 ms
+    instead of 8 (16 in float32) for 16 texts of 128 tokens.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -41,8 +42,9 @@ class _Attention(TorchFunctionMode):
 
 
 def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32: with AMX. A core with AVX512-BF16 alone does 89 to 105 GFLOPS in bfloat16
-    and 119 to 200 in float32."""
+    """Whether this CPU multiplies bfloat16 faster than float32: if it has AMX. A core with only AVX512-BF16 reaches 89 to 105 GFLOPS in
+    bfloat16 and 119 to 200 in float32.
+    """
     return torch.cpu._is_amx_tile_supported()
 
 

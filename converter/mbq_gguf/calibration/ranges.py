@@ -1,6 +1,6 @@
-"""Static ranges of activations: one a site and class of tokens, for products with one scale a row (MSQ, MQuant, arXiv 2502.00425).
+"""Static ranges of activations, one for each site and class of tokens, for products with one scale per row (MSQ, MQuant, arXiv 2502.00425).
 
-What the file holds of them is in docs/format.md: a range for each layer, site and class, and which tokens have none (sinks).
+docs/format.md describes how files store them: a range for each layer, site and class, and the tokens that have none (sinks).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mbq_gguf.models.layer import Layer
 
 
 def static_keys(estimator: Estimator, sinks: Sinks) -> dict[str, Any]:
-    """What a file says of its ranges beside themselves."""
+    """Metadata about static ranges, besides the ranges."""
     keys: dict[str, Any] = {VERSION_KEY: VERSION, "mbq.act.estimator": estimator}
     keys["mbq.act.sink.rule"] = f"|x| > {BEYOND:g} x the {100 * QUANTILE:g}th percentile of its class"
     return keys | {"mbq.act.sink.positions": list(sinks.positions), "mbq.act.sink.tokens": list(sinks.tokens)}
@@ -29,8 +29,9 @@ def static_keys(estimator: Estimator, sinks: Sinks) -> dict[str, Any]:
 
 @torch.no_grad()
 def count_magnitudes(layer: Layer, streams: Sequence[Streamed], sinks: Sinks) -> dict[tuple[str, str], Magnitudes]:
-    """Run ``streams`` through ``layer``, in place, and count how large the inputs of each of :data:`SITES` are, by (site, class); sinks are
-    left out. A site that the layer has not counts nothing."""
+    """Run ``streams`` through ``layer``, in place, and count the magnitudes of the inputs of each of :data:`SITES`, by (site, class),
+    without sinks. Sites that the layer does not have count nothing.
+    """
     counted = {(site, kind): Magnitudes() for site in SITES for kind in CLASSES}
     for batch in batches(streams, layer):
         with Watch(layer) as watch:

@@ -1,8 +1,8 @@
-"""How much the answer depends on each linear's output: the gradients dL/dY of one backward pass, reduced three ways.
+"""How much the answer depends on each linear's output: the gradients dL/dY of one backward pass, reduced in three ways.
 
-L is the mean cross entropy of a sample's answer tokens through the whole model in floating point. Layers are run one at a time: forward,
-each layer's input is kept; backward, each layer is run again with its graph and handed the gradient of its output. The result
-equals one backward pass through the whole model, at the memory of one layer.
+L is the mean cross entropy of a sample's answer tokens in the whole model in floating point. Layers run one at a time. The forward pass
+keeps the input of each layer; the backward pass runs each layer again with its graph and passes it the gradient of its output. The result
+equals one backward pass through the whole model, with the memory of one layer.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.parallel import Parts
 
-# Layer inputs kept at a time, on the host or the card; a larger calibration set goes through the layers in parts.
+# Layer inputs kept at a time, on the host or the GPU; a larger calibration set is processed in parts.
 HOST_BYTES = 4 << 30
 PROBE_SEED = 0
 
 
 @dataclass
 class Sensitivity:
-    """What the gradients at the linears' outputs say.
+    """What the gradients at the linears' outputs tell.
 
-    ``mean[branch][token class]`` [layers], float64: |dL/dY| at the outputs of the linears that end a branch (o_proj and down_proj), mean
-    over channels and tokens of the class, then over samples (MBQ, arXiv 2412.19509, section 3).
+    ``mean[branch][token class]`` [layers], float64: |dL/dY| at the outputs of the linears that end a branch (o_proj and down_proj),
+    averaged over channels and tokens of the class, then over samples (MBQ, arXiv 2412.19509, section 3).
 
-    ``fisher[linear]`` [layers], float64, nats: what a squared error of the linear's output, summed over channels and averaged over
-    tokens, adds to the mean KL divergence of the answers' distributions. To second order an error e costs E[(e . u) ** 2] / 2 where the
-    random gradient u has the Fisher information as covariance. Tokens and channels are taken as independent and channels as alike, so
-    fisher = sum over tokens of mean over channels of u ** 2 / 2, mean over samples: K-FAC's second factor (arXiv 1503.05671, section 3),
-    its diagonal averaged.
+    ``fisher[linear]`` [layers], float64, nats: how much a squared error of the linear's output, summed over channels and averaged over
+    tokens, adds to the mean KL divergence of the answers' distributions. To second order, an error e costs E[(e . u) ** 2] / 2, where the
+    random gradient u has the Fisher information as its covariance. Assuming that tokens and channels are independent and channels alike,
+    fisher = sum over tokens of mean over channels of u ** 2 / 2, averaged over samples: K-FAC's second factor (arXiv 1503.05671, section
+    3), with its diagonal averaged.
 
-    ``salience``, one tensor a stream [..., layers, sites, tokens], float32, leading dimensions as the stream's ``ids``: u ** 2, mean over
-    the output channels of the site's linears. ``fisher`` and ``salience`` are empty where :func:`measure` was not asked for them.
+    ``salience``, one tensor per stream [..., layers, sites, tokens], float32, leading dimensions as in the stream's ``ids``: u ** 2,
+    averaged over the output channels of the site's linears. ``fisher`` and ``salience`` are empty unless :func:`measure` was asked for
+    them.
     """
 
     mean: dict[str, dict[str, torch.Tensor]]
@@ -51,19 +52,19 @@ class Sensitivity:
     salience: list[torch.Tensor]
 
     def ratios(self, floor: bool) -> dict[str, list[float]]:
-        """Vision over answer sensitivity per layer for "attention" and "mlp"; with ``floor`` none below the median over layers.
+        """Vision over answer sensitivity per layer for "attention" and "mlp"; with ``floor``, none is below the median over layers.
 
-        The floor is what the paper's code does and its text leaves out. Layers without a vision or an answer gradient get ratio 1.
+        The paper's code has the floor, its text does not mention it. Layers without a vision or an answer gradient have ratio 1.
         """
         out = {}
         for block in self.mean:
             ratio = self._over_answer(block, "vision")
-            # quantile, since torch's median of an even number of layers is the lower of the two in the middle, 1 to 1.5 % less.
+            # not torch's median, which for an even number of layers is the lower of the middle two, 1 to 1.5 % less
             out[block] = (ratio.clamp(min=ratio.quantile(0.5)) if floor else ratio).tolist()
         return out
 
     def class_weights(self, block: str, layer: int) -> dict[str, float]:
-        """Sensitivity of each token class over the answer's in ``block`` of ``layer``; 1 where one of the two has no gradient."""
+        """The sensitivity of each token class relative to the answer's in ``block`` of ``layer``; 1 if one of the two has no gradient."""
         return {name: float(self._over_answer(block, name)[layer]) for name in CLASSES}
 
     def _over_answer(self, block: str, name: str) -> torch.Tensor:
@@ -71,14 +72,14 @@ class Sensitivity:
         return torch.where(torch.isfinite(ratio), ratio, torch.ones_like(ratio))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything by name, to be saved; the inverse of :meth:`restored`."""
+        """Everything as tensors by name, to be saved; the inverse of :meth:`restored`."""
         out = {f"mean.{block}.{name}": value for block, classes in self.mean.items() for name, value in classes.items()}
         out |= {f"fisher.{name}": value for name, value in self.fisher.items()}
         return out | {f"salience.{number}": value for number, value in enumerate(self.salience)}
 
     @staticmethod
     def restored(tensors: Mapping[str, torch.Tensor]) -> Sensitivity:
-        """What :meth:`tensors` was taken from."""
+        """The inverse of :meth:`tensors`."""
         names = [name.split(".", 1) for name in tensors]
         blocks = dict.fromkeys(rest.split(".")[0] for part, rest in names if part == "mean")
         mean = {block: {name: tensors[f"mean.{block}.{name}"] for name in CLASSES} for block in blocks}
@@ -94,9 +95,9 @@ def measure(
     *,
     fisher: bool = False,
 ) -> Sensitivity:
-    """Sensitivity of every layer from ``streams`` before layer 0, which are left as they are.
+    """The sensitivity of every layer, from ``streams`` before layer 0, which are not changed.
 
-    ``fisher`` asks for fisher and salience, which take a second backward pass. ``progress`` takes layer runs, done and total.
+    ``fisher`` requests fisher and salience, which need a second backward pass. ``progress`` is called with layer runs, finished and total.
     """
     layers = len(loaded.decoder.layers)
     sums = GradientSums(loaded.decoder.layout, layers, fisher)
@@ -107,7 +108,7 @@ def measure(
         inputs, part = _forward(loaded, part, partial(_report, progress, start, total))
         own, grads = parallel.own(len(part)), []
         for place, (stream, hidden) in enumerate(zip(part, inputs.pop(), strict=True)):
-            signs = _signs(loaded, stream, draw) if fisher else None  # drawn for all, in one order
+            signs = _signs(loaded, stream, draw) if fisher else None  # drawn for all streams, in order
             if place in own:
                 grads.append(_end_gradients(loaded, stream, hidden, signs))
         counted = {place: sums.open(part[place]) for place in own}
@@ -127,7 +128,7 @@ def _report(progress: Callable[[int, int], None], start: int, total: int, done: 
 
 
 def _parts(streams: Sequence[Streamed], layers: int) -> list[list[Streamed]]:
-    """``streams`` in parts whose layer inputs take at most HOST_BYTES together (one stream at least)."""
+    """Split ``streams`` into parts whose layer inputs take at most HOST_BYTES together (at least one stream each)."""
     parts: list[list[Streamed]] = [[]]
     held = 0
     for stream in streams:
@@ -141,7 +142,7 @@ def _parts(streams: Sequence[Streamed], layers: int) -> list[list[Streamed]]:
 
 
 def _forward(loaded: LoadedModel, part: list[Streamed], done: Callable[[int], None]) -> tuple[list[list[torch.Tensor]], list[Streamed]]:
-    """Inputs of every layer, and the last one's output: [layers + 1][streams]; and the streams behind it."""
+    """The inputs of every layer and the last one's output, [layers + 1][streams], and the streams after the last layer."""
     running = [replace(stream) for stream in part]
     inputs = []
     for index in range(len(loaded.decoder.layers)):
@@ -158,11 +159,11 @@ def _signs(loaded: LoadedModel, stream: Streamed, draw: torch.Generator) -> torc
 
 def _end_gradients(loaded: LoadedModel, stream: Streamed, hidden: torch.Tensor, signs: torch.Tensor | None) -> list[torch.Tensor]:
     """Gradients at the last layer's output [samples, tokens, width], on the host: of each sample's mean cross entropy of answer tokens,
-    and with ``signs`` u.
+    and with ``signs`` also u.
 
     With p an answer token's probabilities and r the signs, v = sqrt(p) r - p (sqrt(p) . r) has the covariance diag(p) - p p^T, the
     Fisher information of its logits, whatever the answer is; u is the gradient of sum(v . logits) / sqrt(answer tokens). Squared gradients
-    of the answers' own loss would come from the few samples that the model gets wrong.
+    of the answers' own loss would be dominated by the few samples that the model gets wrong.
     """
     hidden = hidden.to(loaded.device).requires_grad_()
     answered = rows_of(stream.labels)[:, 1:].to(loaded.device)  # position n predicts token n + 1
@@ -186,14 +187,14 @@ def _backward(
     owed: list[list[Parts]],
     counted: list[StreamSums],
 ) -> list[list[torch.Tensor]]:
-    """Take the gradients of layer ``index``'s output to its input, and count those of its linears' outputs.
+    """Propagate the gradients of layer ``index``'s output to its input, and count those of its linears' outputs.
 
-    ``owed`` are gradients of keys and values that layers behind have taken, by kind, for each stream and gradient; the layer adds its own.
+    ``owed`` are gradients of keys and values from later layers, by kind, for each stream and gradient; this layer adds its own.
     """
     layer = working_layer(loaded, index)
     seen: dict[str, torch.Tensor] = {}
     watched: dict[str, nn.Module] = {name: layer.holder(name) for name in layer.layout.readers}
-    for branch in layer.layout.branches:  # whose writer may be a module of many linears
+    for branch in layer.layout.branches:  # a branch's writer may be a module with many linears
         watched.setdefault(branch.writer, layer.part(branch.writer))
     handles = [module.register_full_backward_hook(_keep(seen, name, layer)) for name, module in watched.items()]
     out: list[list[torch.Tensor]] = []
@@ -204,7 +205,7 @@ def _backward(
         results |= {kind: pair for kind, pair in handed_on(kwargs).items() if kind in debts[0]}
         out.append([])
         for end, debt, count in zip(ends, debts, (counts.count_loss, counts.count_fisher), strict=False):
-            seen.clear()  # of an expert that this sample does not reach
+            seen.clear()  # an expert that this sample does not reach
             back = [end, *(debt.pop(kind) for kind in results if kind)]
             found = torch.autograd.grad(
                 list(results.values()),
@@ -219,7 +220,7 @@ def _backward(
                 if gradient is not None:
                     debt[kind] = kept(gradient + debt[kind].to(gradient) if kind in debt else gradient)
             count(index, seen, layer.layout.sites)
-    for handle in handles:  # which hold the layer, as it holds them: its memory would wait for Python's collector
+    for handle in handles:  # they refer to the layer and it to them, so its memory would wait for Python's garbage collector
         handle.remove()
     return out
 

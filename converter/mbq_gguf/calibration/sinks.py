@@ -1,7 +1,7 @@
-"""Tokens that act as attention sinks: a few of their activations are so large that a range which holds them leaves nothing for the others.
+"""Finds tokens that act as attention sinks: a few of their activations are so large that a range including them is useless for the others.
 
-They are found by measurement in the model as it is, before any rotation spreads what tells them apart over all channels, and named by
-what a runtime knows of a token before it computes: its position, or its id.
+They are found by measurement in the original model, before rotation spreads their large channels over all, and are described by what a
+runtime knows about a token before it computes: its position or its id.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from mbq_gguf.calibration.stream import pass_batch, split_back, working_layer
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.loaded import LoadedModel
 
-BEYOND = 20.0  # times its class's QUANTILE, in any layer and site, makes a token an outlier
+BEYOND = 20.0  # a token is an outlier if it exceeds this many times its class's QUANTILE in any layer and site
 QUANTILE = 0.999
-SHARE = 0.5  # of the tokens at a position, or with an id, that must be outliers for all of them to count as sinks
-POSITIONS = 8  # positions that are looked at: sinks stand at the beginning
-LEAST = 2  # outliers that make an id a sink
+SHARE = 0.5  # share of the tokens at a position, or with an id, that must be outliers for all of them to count as sinks
+POSITIONS = 8  # positions that are considered; sinks are at the start
+LEAST = 2  # minimum number of outliers for an id to be a sink
 
 
 @dataclass(frozen=True)
 class Sinks:
-    """Sinks by ``positions``, from the beginning of a sequence, and by ids of text ``tokens``."""
+    """Sinks by ``positions``, counted from the start of a sequence, and by ids of text ``tokens``."""
 
     positions: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()
@@ -40,7 +40,7 @@ class Sinks:
 
 
 def find_sinks(loaded: LoadedModel, streams: Sequence[Streamed], progress: Callable[[int, int], None] = lambda done, total: None) -> Sinks:
-    """Sinks among ``streams``, as they enter the first layer: what names most of their outliers."""
+    """The positions and ids that cover most of the outliers among ``streams``, which are inputs of the first layer."""
     return name_sinks(streams, find_outliers(loaded, streams, progress))
 
 
@@ -48,9 +48,9 @@ def find_sinks(loaded: LoadedModel, streams: Sequence[Streamed], progress: Calla
 def find_outliers(
     loaded: LoadedModel, streams: Sequence[Streamed], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[torch.Tensor]:
-    """Which tokens have an activation beyond all others of their class in any layer, bool [tokens] a stream.
+    """Which tokens have, in any layer, an activation far above all others of their class; bool [tokens] per stream.
 
-    Copies of ``streams``, as they enter the first layer, go through the model.
+    Copies of ``streams``, which are inputs of the first layer, run through the model.
     """
     running = [replace(stream) for stream in streams]
     vision = torch.cat([stream.vision for stream in streams])
@@ -79,9 +79,10 @@ def find_outliers(
 
 
 def name_sinks(streams: Sequence[Streamed], outliers: Sequence[torch.Tensor]) -> Sinks:
-    """Positions and ids whose tokens are ``outliers`` (bool [tokens], one a stream) for the most part.
+    """Positions and ids most of whose tokens are ``outliers`` (bool [tokens] per stream).
 
-    Behind a picture a token's position is not the number of tokens before it, so only the text before the first picture tells of positions.
+    After a picture, a token's position is not the number of tokens before it, so only the text before the first picture counts for
+    positions.
     """
     text = [int(stream.vision.int().argmax()) if stream.vision.any() else len(stream.ids) for stream in streams]
     positions = []

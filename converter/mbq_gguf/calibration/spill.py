@@ -1,8 +1,7 @@
-"""Where activations wait: on the card that made them and in the host's memory as long as there is room, then in files on disk, mapped,
-which no name leads to.
+"""Decides where activations are kept: on the GPU that computed them, on the host while there is memory, then in mapped, unlinked files.
 
-What lies in a mapped file is an ordinary tensor; the system writes it out and takes its pages back when others need them. Disk space is
-reserved before anything is written, so a full disk is a sentence and no signal.
+A tensor in a mapped file is an ordinary tensor; the system writes it out and reclaims its pages when memory is needed. Disk space is
+reserved before anything is written, so a full disk gives an error message, not a signal.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ import torch
 from mbq_gguf.errors import UserError, describe
 from mbq_gguf.memory import available, process_bytes
 
-SMALLEST = 1 << 20  # bytes that are worth a file
+SMALLEST = 1 << 20  # smaller tensors are not worth a file
 
 
 @dataclass
 class Room:
-    """``limit`` bytes are what the process may hold itself before activations go to files in ``folder``; ``spilled`` counts theirs. So many
-    bytes of a ``card`` are left free for whatever is computed there next (None: no activation stays there)."""
+    """``limit`` is the number of bytes that the process may hold before activations go to files in ``folder``; ``spilled`` counts the bytes
+    there. ``card`` bytes are left free on the GPU for what is computed next (None: no activations stay there).
+    """
 
     limit: int
     folder: Path
@@ -38,7 +38,7 @@ _rooms: list[Room] = []
 
 @contextmanager
 def spilling(limit: int, folder: Path, card: int | None = None) -> Iterator[Room]:
-    """While open, :func:`kept` has that much room."""
+    """While open, :func:`kept` uses that much memory."""
     _rooms.append(Room(limit, folder, card))
     try:
         yield _rooms[-1]
@@ -47,8 +47,9 @@ def spilling(limit: int, folder: Path, card: int | None = None) -> Iterator[Room
 
 
 def kept(x: torch.Tensor, dtype: torch.dtype | None = None, there: int = 0) -> torch.Tensor:
-    """``x`` where it can wait, in ``dtype`` (None: its own): where it is, or on the host where a card has no room, or in a file where
-    memory has ended; ``there`` are bytes on a card of what it is to have room for. UserError where the disk has ended, too."""
+    """``x`` at a place where it can stay, in ``dtype`` (None: unchanged): where it is, on the host if the GPU is full, or in a file if host
+    memory is used up. ``there`` are bytes that have to stay free on the GPU besides. Raises UserError if the disk is full too.
+    """
     size = x.numel() * (dtype or x.dtype).itemsize
     room = _rooms[-1] if _rooms else None
     if x.device.type == "cuda" and room and room.card is not None and room.card + size <= available(x.device) + there:
@@ -61,7 +62,7 @@ def kept(x: torch.Tensor, dtype: torch.dtype | None = None, there: int = 0) -> t
 
 
 def _in_file(shape: torch.Size, dtype: torch.dtype, size: int, folder: Path) -> torch.Tensor:
-    """An empty tensor over a file of ``size`` bytes in ``folder``, which is gone when the tensor is."""
+    """An empty tensor in a file of ``size`` bytes in ``folder``, which is deleted with the tensor."""
     try:
         with NamedTemporaryFile(prefix=".mbq-gguf-", dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, size)

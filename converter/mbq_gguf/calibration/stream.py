@@ -1,4 +1,4 @@
-"""Layer by layer with bounded memory: what enters decoder layer 0 is captured once a sample, then one layer at a time is on the device."""
+"""Runs the model layer by layer: captures the inputs of decoder layer 0 once per sample, then has one layer at a time on the device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mbq_gguf.threads import Workers
 
 Piece = TypeVar("Piece")
 
-HANDED = "handed "  # begins the names of keys and values among the parts of a batch
+HANDED = "handed "  # prefix of the names of keys and values among the parts of a batch
 
 
 def capture(loaded: LoadedModel, samples: Sequence[Sample], answer_mask: AnswerMask = "header", workers: int = 1) -> Iterator[Streamed]:
@@ -36,10 +36,10 @@ def capture(loaded: LoadedModel, samples: Sequence[Sample], answer_mask: AnswerM
 def capture_each(
     loaded: LoadedModel, pieces: Sequence[Piece], encode: Callable[[Piece], Encoded], answer_mask: AnswerMask = "header", workers: int = 1
 ) -> Iterator[Streamed]:
-    """The state before decoder layer 0 of what ``encode`` makes of each of ``pieces``, in order.
+    """The state before decoder layer 0 for each of ``pieces``, after ``encode``, in order.
 
-    So many ``workers`` run the model side by side while the caller encodes the next piece, where one process does it: a picture's products
-    are too small to share.
+    ``workers`` run the model in parallel while the caller encodes the next piece, if there is only one process: the products for one
+    picture are too small to share.
     """
     if workers == 1:
         yield from spread_values(pieces, lambda piece: capture_encoded(loaded, encode(piece), answer_mask))
@@ -56,7 +56,7 @@ def capture_encoded(loaded: LoadedModel, encoded: Encoded, answer_mask: AnswerMa
     catchers = nn.ModuleList([_Catcher(index == 0, index == last) for index in range(last + 1)])
     decoder.module.layers = catchers
     try:
-        # of one token, by its place: for a number Gemma 4 leaves the others out of its last layers
+        # for one token, given by its position: given a number, Gemma 4 drops the other tokens in its last layers
         with suppress(_CaughtError):
             loaded.model(**encoded.inputs, use_cache=False, logits_to_keep=torch.tensor([-1], device=loaded.device))
     finally:
@@ -78,19 +78,20 @@ def capture_encoded(loaded: LoadedModel, encoded: Encoded, answer_mask: AnswerMa
 
 
 def takes_others(layer: nn.Module) -> bool:
-    """Whether ``layer`` has no keys and values of its own, and takes those that an earlier one has handed on."""
+    """Whether ``layer`` has no keys and values of its own and uses those of an earlier layer."""
     return bool(getattr(getattr(layer, "self_attn", None), "is_kv_shared_layer", False))
 
 
 class _CaughtError(Exception):
-    """Ends the model's run behind its last layer: the head's product for one token reads a large vocabulary's weights, 7 of the 17 ms that
-    a text of the reference VLM takes."""
+    """Ends the model's run after its last layer. The head's product for one token reads the weights of a large vocabulary, 7 of the 17 ms
+    that a text of the reference VLM takes.
+    """
 
 
 class _Catcher(nn.Module):
-    """Stands where a decoder layer was and keeps what it is given; what it gives is zero, so that the next one sees what is added.
+    """Replaces a decoder layer and keeps its input. Its output is zero, so the next one sees only what is added in between.
 
-    ``hidden`` is None where nothing is. ``own`` is what the layer is given of each token (Gemma 4's small models), or None.
+    ``hidden`` is None if nothing is added. ``own`` is the layer's per-token input (Gemma 4's small models), or None.
     """
 
     def __init__(self, first: bool, last: bool) -> None:
@@ -108,21 +109,21 @@ class _Catcher(nn.Module):
 
 
 def _arguments(caught: Sequence[_Catcher]) -> list[dict[str, Any]]:
-    """What each layer is given beside the residual stream, where it can wait."""
+    """The arguments of each layer besides the residual stream, at a place where they can stay."""
     seen: dict[int, torch.Tensor] = {}
     kwargs = [_kept(catcher.kwargs, seen) for catcher in caught]
     own = [catcher.own for catcher in caught if catcher.own is not None]
-    if own:  # as one tensor, which is large enough for a file where memory ends
+    if own:  # as one tensor, which is large enough for a file if memory ends
         for given, part in zip(kwargs, kept(torch.stack(own)), strict=True):
             given["per_layer_input"] = part
     return kwargs
 
 
 def _kept(value: Any, seen: dict[int, torch.Tensor]) -> Any:
-    """``value`` with its tensors where they can wait; a tensor that many layers share is kept once (``seen`` by identity)."""
+    """``value`` with its tensors at a place where they can stay; a tensor shared by several layers is kept once (``seen`` by identity)."""
     if isinstance(value, torch.Tensor):
         return seen.setdefault(id(value), kept(value))
-    if isinstance(value, UserDict):  # what layers hand on to later ones (Gemma 4): nothing yet
+    if isinstance(value, UserDict):  # what layers pass to later ones (Gemma 4): empty here
         return {}
     if isinstance(value, dict):
         return {key: _kept(item, seen) for key, item in value.items()}
@@ -143,17 +144,18 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def working_layer(loaded: LoadedModel, index: int, made: ReadCache | None = None) -> Layer:
-    """A copy of decoder layer ``index`` on the device in the computing dtype, read from its files, or ``made`` of what was read of them
-    ahead; the stored layer stays as it is."""
-    module = copy.deepcopy(loaded.decoder.layers[index])  # of what is still in files, only that it is
+    """A copy of decoder layer ``index`` on the device in the computing dtype, read from its files, or from ``made`` if it was read ahead.
+    The stored layer does not change.
+    """
+    module = copy.deepcopy(loaded.decoder.layers[index])  # tensors that are still in files stay there
     materialise(module, loaded.device, loaded.dtype, made=made)
     return Layer(module, index, loaded.decoder.layout.of(module))
 
 
 def run_batch(layer: Layer, batch: Sequence[Streamed], handed: Parts | None = None) -> torch.Tensor:
-    """Output [1, tokens, width] of ``layer``, on its device, for one of :func:`batches`.
+    """The output [1, tokens, width] of ``layer``, on its device, for one of :func:`batches`.
 
-    Keys and values that the layer hands on go into ``handed``, also where a hook ends the run behind them.
+    Keys and values that the layer passes to later layers are put into ``handed``, even if a hook ends the run after them.
     """
     hidden, kwargs = joined(batch, layer.index)
     kwargs = to_device(kwargs, layer.device)
@@ -166,18 +168,18 @@ def run_batch(layer: Layer, batch: Sequence[Streamed], handed: Parts | None = No
 
 
 def handed_on(kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Keys and values [2, ...] by kind that a layer has put into its arguments; what it was given there is one tensor a kind already."""
+    """Keys and values [2, ...] by kind that a layer has put into its arguments; those that it was given are already one tensor per kind."""
     return {kind: torch.stack(pair) for kind, pair in kwargs.get(SHARED, {}).items() if isinstance(pair, tuple)}
 
 
 def pass_batch(layer: Layer, batch: Sequence[Streamed]) -> Parts:
-    """What ``layer`` makes of one of :func:`batches`, for :func:`split_back`."""
+    """The output of ``layer`` for one of :func:`batches`, for :func:`split_back`."""
     handed: Parts = {}
     return {"hidden": run_batch(layer, batch, handed), **handed}
 
 
 def split_back(batch: Sequence[Streamed], parts: Parts) -> None:
-    """Give each stream of ``batch`` its part of ``hidden`` [1, tokens, width], and of keys and values that are handed on."""
+    """Give each stream of ``batch`` its part of ``hidden`` [1, tokens, width], and of keys and values for later layers."""
     lengths = [stream.hidden.shape[1] for stream in batch]
     for stream, part in zip(batch, torch.split(kept(parts["hidden"]), lengths, dim=1), strict=True):
         stream.hidden = part
@@ -188,13 +190,13 @@ def split_back(batch: Sequence[Streamed], parts: Parts) -> None:
 
 @torch.no_grad()
 def advance(layer: Layer, streams: Sequence[Streamed]) -> None:
-    """Send every stream through ``layer``, in place: ``hidden`` becomes the input of the next layer."""
+    """Run every stream through ``layer``, in place: ``hidden`` becomes the input of the next layer."""
     for batch, parts in spread(list(batches(streams, layer)), lambda batch: pass_batch(layer, batch)):
         split_back(batch, parts)
 
 
 def logits(loaded: LoadedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [1, tokens, vocabulary] of the last layer's output, on the device."""
+    """Logits [1, tokens, vocabulary] for the last layer's output, on the device."""
     decoder = loaded.decoder
     out = decoder.head(decoder.norm(hidden.to(device=loaded.device)))
     assert isinstance(out, torch.Tensor)

@@ -1,4 +1,4 @@
-"""One sample between two decoder layers."""
+"""The state of one sample between two decoder layers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 
 @dataclass
 class Streamed:
-    """One sample between two decoder layers; its activations wait on the card, the host or the disk (spill.py), the rest on the host.
+    """The state of one sample between two decoder layers. Its activations are on the GPU, the host or the disk (spill.py), the rest on the
+    host.
 
-    ``hidden`` [1, tokens, width] is the output of the layer before, ``added`` what the model adds to it before a layer, by the layer's
-    number (DeepStack: features of a picture from further down in the vision tower), ``kwargs`` what the model hands to each layer
-    beside it (rotary embeddings, mask), ``ids`` [tokens]. Bool [tokens]: ``vision``; ``answer``, the tokens that stand for the answer
-    (Encoded.counted); ``labels``, the tokens that the loss is about: answers and their ends. ``salience`` [layers, sites, tokens] is there
-    once the sensitivity is measured (see Sensitivity). In layers ``alone`` no other sample may stand beside it. ``handed`` are the keys and
-    values that layers have handed on, by the layers' kind [2, 1, heads, tokens, channels]; None where none takes those of others.
+    ``hidden`` [1, tokens, width] is the output of the previous layer; ``added`` is what the model adds to it before a layer, by the layer's
+    number (DeepStack: picture features from earlier in the vision tower); ``kwargs`` are the other arguments of each layer (rotary
+    embeddings, mask); ``ids`` is [tokens]. Bool [tokens] are ``vision``; ``answer``, the tokens that count as the answer (Encoded.counted);
+    ``labels``, the tokens of the loss: answers and their ends. ``salience`` [layers, sites, tokens] is set once the sensitivity is measured
+    (see Sensitivity). In layers ``alone`` the sample cannot share a batch. ``handed`` are the keys and values that layers pass to later
+    ones, by the layers' kind [2, 1, heads, tokens, channels]; None if no layer uses those of another.
     """
 
     hidden: torch.Tensor
@@ -32,11 +33,11 @@ class Streamed:
     handed: dict[str, torch.Tensor] | None = None
 
     def entering(self, index: int) -> torch.Tensor:
-        """The input of layer ``index`` [1, tokens, width], where ``hidden`` is the output of the one before it."""
+        """The input of layer ``index`` [1, tokens, width], if ``hidden`` is the output of the layer before."""
         return self.hidden + self.added[index].to(self.hidden.device) if index in self.added else self.hidden
 
     def turned(self, basis: torch.Tensor) -> Streamed:
-        """The same with the residual stream in another ``basis`` [width, width], float64, on whose device this is computed."""
+        """The same with the residual stream in another ``basis`` [width, width], float64, computed on its device."""
         hidden, *added = ((x.to(basis.device).double() @ basis).to(x) for x in (self.hidden, *self.added.values()))
         return replace(self, hidden=hidden, added=dict(zip(self.added, added, strict=True)))
 

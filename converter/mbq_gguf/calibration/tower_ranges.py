@@ -1,4 +1,4 @@
-"""Static ranges of a vision tower's activations: one a block and site, which all rows of all pictures share."""
+"""Static ranges of a vision tower's activations, one for each block and site, for all rows of all pictures."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mbq_gguf.formats.static_ranges import SITES, VERSION, VERSION_KEY, range_ke
 from mbq_gguf.transforms.activations import SMALLEST_AMAX, int8_tokens
 
 ESTIMATOR: Estimator = "p99.99"
-COARSER = 4.0  # times the steps that rows would have by themselves, two bits of eight: a site beyond it stays dynamic
-MOST = 0.9  # of a site's rows; the others may be outliers, as class tokens and registers are
+COARSER = 4.0  # a site stays dynamic if steps are this many times those of the rows' own ranges: two of eight bits
+MOST = 0.9  # share of a site's rows; the others may be outliers, as class tokens and registers are
 
 
 @dataclass
 class SiteInputs:
-    """What a site was given: how large its values are, each row's own range, and the sum of squared errors of int8 by those."""
+    """Statistics of a site's inputs: magnitudes, each row's own range, and the sum of squared errors of int8 with those ranges."""
 
     magnitudes: Magnitudes = field(default_factory=Magnitudes)
     rows: list[torch.Tensor] = field(default_factory=list)
@@ -37,35 +37,37 @@ class SiteInputs:
         self.dynamic += float((int8_tokens(x) - x).double().square().sum())
 
     def hook(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        """Count what a module is given, once where the one before was given the very same."""
+        """Count the input of a module, once if the previous module had the very same."""
         if args[0] is not self.last:
             self.add(args[0])
         self.last = args[0]
 
     def range(self, estimator: Estimator) -> float:
-        """The range that ``estimator`` chooses, or 0, dynamic, where outliers spoil it: where most rows lose two bits to it, or where
-        it costs as much in squared errors, which cutting outliers does."""
+        """The range that ``estimator`` chooses, or 0 (dynamic) if outliers ruin it: if most rows lose two bits, or if it costs as much in
+        squared errors, as clipping outliers does.
+        """
         limit = self.magnitudes.range(estimator)
         return limit if limit >= SMALLEST_AMAX and self.coarser(limit) <= COARSER and self.worse(limit) <= COARSER**2 else 0.0
 
     def coarser(self, limit: float) -> float:
-        """How many times their own steps the steps of ``limit`` are for :data:`MOST` of the rows, at least."""
+        """The factor by which ``limit`` makes the steps of :data:`MOST` of the rows coarser than their own range, at least."""
         return limit / max(float(np.quantile(torch.cat(self.rows).numpy(), MOST)), SMALLEST_AMAX)
 
     def worse(self, limit: float) -> float:
-        """How many times the squared error of rows' own ranges that of ``limit`` for all of them is."""
+        """The squared error with ``limit`` for all rows, relative to that with each row's own range."""
         return float(self.magnitudes.squared_errors(torch.tensor([limit]))) / max(self.dynamic, 1e-300)
 
 
 def tower_range_keys(estimator: Estimator, ranges: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """What a vision file says of its ``ranges`` [blocks, :data:`SITES`, in a layout's order]."""
+    """The metadata of a vision file for its ``ranges`` [blocks, :data:`SITES`, in a layout's order]."""
     keys: dict[str, Any] = {VERSION_KEY: VERSION, "mbq.act.estimator": estimator}
     return keys | {range_key(site, "vision"): [block[index] for block in ranges] for index, site in enumerate(SITES)}
 
 
 @contextmanager
 def counting(sites: Sequence[Sequence[nn.Module]]) -> Iterator[list[SiteInputs]]:
-    """While open, what the readers of each of ``sites`` are given is counted; Gemma 4 gives each another, between limits of its own."""
+    """While open, counts the inputs of the readers of each of ``sites``. In Gemma 4 each has an input of its own, clamped to limits of its
+    own."""
     found = [SiteInputs() for _ in sites]
     handles = [module.register_forward_pre_hook(site.hook) for readers, site in zip(sites, found, strict=True) for module in readers]
     try:

@@ -1,8 +1,8 @@
-"""The original model one layer ahead: its next layer is run in threads while this one is rounded.
+"""Runs the original model one layer ahead: its next layer runs in threads while the current one is rounded.
 
-Rounding is many small operations one after the other, which leave the other cores of a CPU idle; the original's layers depend on none of
-them. Moments fill all cores by themselves, so the threads rest meanwhile: without that they would be done before the later matrices are
-rounded, and these alone. What comes out is the same bits as in turns.
+Rounding consists of many small operations in sequence, which leave the other cores of a CPU idle, and the original's layers do not depend
+on it. Summing moments uses all cores, so the threads pause meanwhile; otherwise they would finish before the later matrices are rounded,
+which would then run alone. The results have the same bits as without threads.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.threads import torch_threads
 
-WORKERS = 2  # run batches of a layer side by side, each on its share of the cores
+WORKERS = 2  # run batches of a layer in parallel, each on its share of the cores
 
 
 @dataclass(frozen=True)
 class Original:
-    """What layer ``index`` of the original model shows: the streams behind it, its inputs and moments, and what its experts see of others'
+    """Results of the original model for layer ``index``: the streams after it, its inputs and moments, and what its experts see of others'
     tokens."""
 
     index: int
@@ -37,29 +37,30 @@ class Original:
 
 
 def helps(device: torch.device) -> bool:
-    """Whether a thread beside the rounding has a core to itself and nothing in common with it: cards have queues of their own, processes
-    of a run speak in turns, and where calibration multiplies in bfloat16 PyTorch's switch for that is the whole process's."""
+    """Whether a thread beside the rounding has a core to itself and shares no state with it. GPUs have their own queues, the processes of a
+    run communicate in order, and where calibration multiplies in bfloat16, PyTorch's switch for that affects the whole process.
+    """
     return device.type == "cpu" and torch.get_num_threads() > 1 and parallel.count() == 1 and not fast_bfloat16()
 
 
 def workers(device: torch.device) -> int:
-    """How many batches are run side by side on ``device``."""
+    """The number of batches that run in parallel on ``device``."""
     return WORKERS if helps(device) else 1
 
 
 class Ahead:
-    """At most one layer on its way; behind the block its threads have ended, if need be before its layer's end.
+    """At most one layer runs ahead; when the block ends, so do its threads, if need be before the layer is finished.
 
-    A run of the layer takes a share of the cores, one of WORKERS: one may go on while the walk rounds on the other share, none while it
-    sums moments on all cores, and all of them once the walk waits for what they find. So no core is idle for long, and none is shared.
+    A run of a batch uses a share of the cores, one of WORKERS. While the walk rounds on the other share, one may run; while it sums moments
+    on all cores, none; and while it waits for the results, all of them. So no core is idle for long, and none is shared.
     """
 
     def __init__(self) -> None:
         self._found: Future[Original] | None = None
         self._thread: Thread | None = None
-        self._cores = 0  # of the walk's thread, where a layer is on its way
+        self._cores = 0  # cores of the walk's thread while a layer runs ahead
         self._turns = Condition()
-        self._most, self._running, self._ended = 1, 0, False  # runs at a time
+        self._most, self._running, self._ended = 1, 0, False  # maximum number of runs at a time
 
     def __enter__(self) -> Ahead:
         return self
@@ -72,7 +73,7 @@ class Ahead:
             self._thread.join()
 
     def start(self, layer: Layer, run: Callable[[Layer], Original]) -> None:
-        """Begin with ``run`` of ``layer``, which nobody else has."""
+        """Start ``run`` for ``layer``, which must not be in use elsewhere."""
         layer.module.register_forward_pre_hook(lambda *_: self._enter())
         layer.module.register_forward_hook(lambda *_: self._leave(), always_call=True)
         found: Future[Original] = Future()
@@ -82,7 +83,7 @@ class Ahead:
             try:
                 with torch_threads(self._cores):
                     found.set_result(run(layer))
-            except BaseException as error:  # told to whoever takes it
+            except BaseException as error:  # raised again by take()
                 found.set_exception(error)
 
         self._thread = Thread(target=work)
@@ -90,18 +91,18 @@ class Ahead:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """While open, the caller leaves a share of the cores to the layer on its way, if there is one."""
+        """While open, the caller leaves a share of the cores to the layer that runs ahead, if there is one."""
         with torch_threads(max(1, self._cores // WORKERS)) if self._cores else nullcontext():
             yield
 
     @contextmanager
     def resting(self) -> Iterator[None]:
-        """While open, no other run begins, and the caller has all cores."""
+        """While open, no other run starts, and the caller has all cores."""
         with self._at_most(0), torch_threads(self._cores) if self._cores else nullcontext():
             yield
 
     def take(self, index: int) -> Original | None:
-        """What was found of layer ``index``, once it is, or None where nobody has begun with it."""
+        """Wait for the results of layer ``index``; None if it was not started."""
         found, self._found, self._cores = self._found, None, 0
         with self._at_most(WORKERS):
             original = found.result() if found else None

@@ -1,4 +1,4 @@
-"""Steps before the first layer: samples, sensitivities, rotation, allocation; and what is done behind the last one."""
+"""Steps before the first layer (samples, sensitivities, rotation, allocation) and after the last one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def capture_samples(walk: Walk) -> None:
 
 
 def measure_sensitivity(walk: Walk) -> None:
-    """How much the answers depend on each linear, where something asks for it; samples without an answer say nothing of it."""
+    """Measure how much the answers depend on each linear, if a setting needs it; samples without an answer do not take part."""
     settings = walk.settings
     if settings.method != "mbq" and settings.token_weights == "uniform" and not settings.target_bpw:
         return
@@ -55,7 +55,7 @@ def measure_sensitivity(walk: Walk) -> None:
 
 
 def add_synthetic(walk: Walk) -> None:
-    """Add texts that the model writes, and procedural pictures; they have no answers."""
+    """Add texts that the model generates, and procedural pictures; they have no answers."""
     count, captured = walk.settings.synthetic, made(walk.captured)
     if not count or (walk.settings.pictures and not walk.samples):
         return
@@ -63,7 +63,7 @@ def add_synthetic(walk: Walk) -> None:
 
     def texts() -> tuple[dict[str, torch.Tensor], None]:
         with walk.timed("texts"), coarse_products():
-            # by one process: a step of all texts takes as long as a step of some
+            # in one process: a step takes as long for some texts as for all
             return {"ids": from_first(lambda: written(walk.loaded, count, walk.counted(_writing_stage(walk))))}, None
 
     ids = walk.work.cached("texts", texts)[0]["ids"]
@@ -79,7 +79,7 @@ def _writing_stage(walk: Walk) -> str:
 
 
 def measure_sinks(walk: Walk) -> None:
-    """The tokens that static ranges leave alone, where there are such ranges; and what the file says of both."""
+    """Find the tokens that static ranges exclude, if there are such ranges, and add the file's metadata for both."""
     if walk.settings.activations != "static":
         return
     captured = made(walk.captured)
@@ -94,7 +94,7 @@ def measure_sinks(walk: Walk) -> None:
 
 
 def draw_rotation(walk: Walk) -> None:
-    """The rotation, and how both files say which it is."""
+    """Choose the random rotation, and add the metadata that identifies it to both files."""
     rotate = walk.settings.rotate
     if rotate == "none":
         return
@@ -118,7 +118,7 @@ def enter_decoder(walk: Walk) -> None:
 
 
 def choose_types(walk: Walk) -> None:
-    """A type for each tensor, where a size is to be met."""
+    """Choose a type for each tensor, if there is a target size."""
     settings, target = walk.settings, walk.settings.target_bpw
     if not target:
         return
@@ -142,7 +142,7 @@ def choose_types(walk: Walk) -> None:
 
 
 def finish(walk: Walk) -> None:
-    """Check the logits, and add embeddings, head and projector where they are rotated."""
+    """Check the logits, and add embeddings, head and projector if they are rotated."""
     rotation, result = walk.rotation, walk.result
     embeddings = rotated_embeddings(walk.loaded.decoder, rotation) if rotation else {}
     if walk.check:

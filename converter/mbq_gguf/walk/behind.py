@@ -1,7 +1,7 @@
-"""A finished layer on its way into the work directory while the next one is quantised.
+"""Writes a finished layer to the work directory while the next one is quantised.
 
-Two checksums, writing and reading again take 0.3 s for a layer of a 7B (102 MB of MBQ3S), an eighth of what it takes on a card, which has
-nothing to do meanwhile.
+Two checksums, writing and reading again take 0.3 s for a layer of a 7B (102 MB of MBQ3S), an eighth of the time per layer on a GPU, which
+would be idle meanwhile.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class Behind:
-    """One piece of work at a time in a thread; behind the block the last one has ended. What it raises is raised where the next one is
-    given, or at the block's end."""
+    """Runs one task at a time in a thread; when the block ends, the last one has finished. Its error is raised by the next start, or at the
+    end."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
@@ -27,7 +27,7 @@ class Behind:
             self._settle()
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begin with ``work`` when the last one has ended."""
+        """Start ``work`` when the previous task has finished."""
         self._settle()
         self._last = self._thread.submit(work)
 

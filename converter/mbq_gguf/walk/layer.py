@@ -1,4 +1,4 @@
-"""Steps on one layer: observed, equalised, checked, rounded, learned, kept."""
+"""Steps for one layer: observe, equalise, check, round, learn, keep."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from mbq_gguf.walk.state import LayerWork, Walk, made
 
 
 def enter_layer(walk: Walk, index: int) -> LayerWork:
-    """Layer ``index`` before its first step."""
+    """Set up layer ``index``."""
     layer, plan = walk.rotated_layer(index), walk.result.plan
     layout = layer.layout
     type_names = {
@@ -49,7 +49,7 @@ def enter_layer(walk: Walk, index: int) -> LayerWork:
 
 
 def pass_original(work: LayerWork) -> None:
-    """Send the streams through the layer as it is, observe what the next steps will ask for, and begin with the layer after it."""
+    """Run the streams through the original layer, observe what the next steps need, and start the layer after it."""
     walk, index = work.walk, work.layer.index
     with walk.timed("observe"), coarse_products():
         found = walk.ahead.take(index) or run_original(walk, work.layer, made(walk.streams))
@@ -59,7 +59,7 @@ def pass_original(work: LayerWork) -> None:
 
 
 def run_original(walk: Walk, layer: Layer, streams: Sequence[Streamed]) -> Original:
-    """What ``layer``, as the original has it, makes of ``streams``, which stay as they are."""
+    """The results of the original ``layer`` for ``streams``, which are not changed."""
     passed, settings = [replace(stream) for stream in streams], walk.settings
     shares = shares_of(layer, passed) if settings.rounding == "gptq" else []
     weights = walk.token_weights(layer.index) if _of_originals(walk) else None
@@ -90,7 +90,7 @@ def equalise(work: LayerWork) -> None:
         original = Entering(layer, made(walk.streams))
         prefix = Entering(layer, walk.prefix) if settings.follows_prefix else None
         judge = Criterion(_search_weights(walk, layer.index), settings.power, settings.search_samples, gptq, made(work.observed).hessians)
-        # one process alone: each candidate depends on those before it
+        # in one process: each candidate depends on those before it
         choices = from_first(lambda: search_layer(original, prefix, work.type_names, judge, _foldable(walk, layer)))
     for site, choice in choices.items():
         work.outcome.put("factors", site, choice.factors)
@@ -99,13 +99,13 @@ def equalise(work: LayerWork) -> None:
 
 
 def check_function(work: LayerWork) -> None:
-    """UserError where rotation and factors have changed what the layer computes."""
+    """Raise UserError if rotation and factors have changed what the layer computes."""
     if work.walk.check:
         work.walk.check.layer(work.layer)
 
 
 def round_layer(work: LayerWork) -> None:
-    """Round every matrix, site after site."""
+    """Round every matrix, site by site."""
     layer = work.layer
     with work.walk.timed("rounding"), work.walk.ahead.beside(), seeing_others(layer, work.shares), faults_later() as work.faults:
         if work.walk.result.plan:
@@ -114,7 +114,7 @@ def round_layer(work: LayerWork) -> None:
 
 
 def learn_scales(work: LayerWork) -> None:
-    """Put in the parameters that learning finds better."""
+    """Replace parameters by learned ones where these are better."""
     walk, layer, matrices = work.walk, work.layer, made(work.matrices)
     if not walk.settings.learn_scales:
         return
@@ -126,12 +126,13 @@ def learn_scales(work: LayerWork) -> None:
         grid = coded[name][0]
         matrices[name] = Matrix(matrices[name].type_name, better.rounded(grid), grid, better)
         layer.linear(name).weight.detach().copy_(matrices[name].rounded.weight)
-    work.replay = _replay(walk, layer)  # what the old one has kept came from the weights before
+    work.replay = _replay(walk, layer)  # the old one kept results of the earlier weights
 
 
 def keep_parameters(work: LayerWork) -> None:
-    """Have the quantised weights, by linear, and every other parameter that has changed entered when they have arrived on the host, by who
-    saves the layer: a card goes on with the next one meanwhile."""
+    """Arrange that the quantised weights, by linear, and every other changed parameter are recorded when they have arrived on the host, by
+    whoever saves the layer. A GPU continues with the next layer meanwhile.
+    """
     layer, outcome, faults = work.layer, work.outcome, work.faults
     quantised = {
         name: (parts[0].type_name, [part.rounded.data for part in parts], parts[0].rounded.weight.shape[1])
@@ -153,7 +154,7 @@ def keep_parameters(work: LayerWork) -> None:
 
 
 def measure_ranges(work: LayerWork) -> None:
-    """The static ranges of the layer's activations, as the rounded model has them."""
+    """Measure the static ranges of the layer's activations in the rounded model."""
     walk, layer = work.walk, work.layer
     if walk.settings.activations != "static":
         return
@@ -165,7 +166,7 @@ def measure_ranges(work: LayerWork) -> None:
 
 
 def measure_losses(work: LayerWork) -> None:
-    """What rounding has cost by the measure that chose the types, where it did."""
+    """Measure the cost of rounding in the terms by which types were chosen, if they were."""
     walk, layer, factors = work.walk, work.layer, work.factors
     if not walk.result.plan:
         return
@@ -180,7 +181,7 @@ def measure_losses(work: LayerWork) -> None:
 
 
 def put_back(work: LayerWork, outcome: Outcome) -> None:
-    """Bring the layer to the ``outcome`` that an earlier run has kept, past the same checks."""
+    """Restore the layer from the ``outcome`` of an earlier run, with the same checks."""
     work.passed = [replace(stream) for stream in made(work.walk.streams)]
     with work.walk.timed("observe"), coarse_products():
         advance(work.layer, work.passed)
@@ -190,7 +191,7 @@ def put_back(work: LayerWork, outcome: Outcome) -> None:
 
 
 def leave_layer(work: LayerWork) -> None:
-    """Move the walk behind the finished layer."""
+    """Move the walk past the finished layer."""
     with work.walk.timed("moments"), coarse_products(), work.walk.ahead.resting():
         work.replay.advance()
     work.walk.streams = made(work.passed)
@@ -206,7 +207,7 @@ def _refinement(settings: QuantiseSettings) -> Refinement:
 
 
 def _corrects(settings: QuantiseSettings) -> bool:
-    """Whether rounding makes good what the prefix has lost, and so needs the original's activations."""
+    """Whether rounding corrects errors of the preceding layers, and so needs the original's activations."""
     return settings.rounding == "gptq" and _refinement(settings).error_correction > 0
 
 
@@ -218,7 +219,7 @@ def _of_originals(walk: Walk) -> bool:
 
 
 def _moments(work: LayerWork, site: Site) -> Moments | None:
-    """What GPTQ rounds ``site`` by; None for nearest rounding."""
+    """The moments by which GPTQ rounds ``site``; None for nearest rounding."""
     settings, layer, observed = work.walk.settings, work.layer, made(work.observed)
     if settings.rounding == "nearest":
         return None
@@ -227,16 +228,16 @@ def _moments(work: LayerWork, site: Site) -> Moments | None:
     originals = folded_originals(layer, site, observed, work.factors) if _corrects(settings) and site.expert is None else None
     with work.walk.timed("moments"), coarse_products(), work.walk.ahead.resting():
         found = work.replay.moments(site, work.weights, originals)
-    observed.originals.pop(site.name, None)  # a site is asked for once; a card has room for what comes next
+    observed.originals.pop(site.name, None)  # a site is requested once; this frees memory on the GPU
     return found
 
 
 def _search_weights(walk: Walk, index: int) -> TokenWeights:
-    """How much each token counts where candidates of layer ``index`` are compared."""
+    """The weight of each token when candidates for layer ``index`` are compared."""
     if walk.settings.method == "awq":
         return uniform
     ratios = walk.result.ratios
-    if walk.settings.power == 2:  # means over the tokens of each modality, where absolute errors are summed
+    if walk.settings.power == 2:  # squared errors: means over the tokens of each modality; absolute errors are summed
         asked = [stream for stream in made(walk.streams) if stream.labels.any()][: walk.settings.search_samples]
         answer, vision = (sum(int(getattr(stream, name).sum()) for stream in asked) for name in ("answer", "vision"))
         share = answer / max(1, vision)
@@ -245,8 +246,9 @@ def _search_weights(walk: Walk, index: int) -> TokenWeights:
 
 
 def _foldable(walk: Walk, layer: Layer) -> tuple[Site, ...]:
-    """Sites that take channel factors: not down_proj's where a Hadamard transform lies between it and up_proj, nor o_proj's under grouped
-    queries where the settings leave it alone."""
+    """Sites that accept channel factors: not down_proj's if a Hadamard transform is between it and up_proj, nor o_proj's with grouped
+    queries if the settings exclude it.
+    """
     left = {"down"} if walk.rotation and walk.rotation.block else set()
     if not walk.settings.grouped_o:
         left |= {site.name for site in layer.sites if repeats(layer, site) > 1}

@@ -1,6 +1,6 @@
-"""What the steps share: of the whole walk, and of the layer at hand.
+"""State that the steps share: for the whole walk, and for the current layer.
 
-A field that a step fills is None until then, so that a step in the wrong place fails at once instead of working on something else.
+A field that a step fills is None until then, so that a step in the wrong place fails at once instead of using something else.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ Value = TypeVar("Value")
 
 @dataclass
 class Walk:
-    """What moves from layer to layer.
+    """State that moves from layer to layer.
 
     ``captured``: the samples before layer 0 of the stored model, until the walk enters the decoder. From then on ``streams`` are the
-    inputs of the next layer in the original model (in the rotated basis), and ``prefix`` the same in the rounded model, empty where
-    nobody asks for them.
+    inputs of the next layer in the original model (in the rotated basis), and ``prefix`` the same in the rounded model, empty if
+    nobody needs them.
     """
 
     loaded: LoadedModel
@@ -63,14 +63,14 @@ class Walk:
     check: FunctionCheck | None = None
     ahead: Ahead = field(default_factory=Ahead)
     behind: Behind = field(default_factory=Behind)
-    coming: ReadAhead | None = None  # the layer after the one at hand
+    coming: ReadAhead | None = None  # the layer after the current one
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
         """Add the block's time to ``stage``."""
         return self.timer.timed(stage)
 
     def counted(self, stage: str) -> Callable[[int, int], None]:
-        """A progress of ``stage``: done and total."""
+        """A progress callback for ``stage``: done and total."""
         return partial(self.progress, stage)
 
     def token_weights(self, index: int) -> TokenWeights:
@@ -79,7 +79,7 @@ class Walk:
         return hessian_weights(settings.token_weights, layout, index, self.sensitivity, settings.prompt_weight, settings.floor)
 
     def rotated_layer(self, index: int) -> Layer:
-        """A copy of layer ``index`` on the device, rotated where the model is."""
+        """A copy of layer ``index`` on the device, rotated if the model is."""
         layer = working_layer(self.loaded, index, self.coming.taken() if self.coming else None)
         if self.rotation:
             rotate_layer(layer, self.rotation)
@@ -88,11 +88,11 @@ class Walk:
 
 @dataclass
 class LayerWork:
-    """The layer at hand: a copy on the device that the steps change, and what they have found.
+    """The current layer: a copy on the device that the steps change, and their results.
 
-    ``weights`` are of tokens in Hessians; ``type_names`` are by reader; ``passed`` are the walk's streams behind the original layer;
-    ``before`` are weights as they were rounded, ``shares`` what experts see of others' tokens. ``arriving`` waits for what is on its way to
-    the host and enters it into the outcome; ``faults`` are for check_factored, when they have arrived.
+    ``weights`` are those of tokens in Hessians; ``type_names`` are by reader; ``passed`` are the walk's streams after the original layer;
+    ``before`` are weights as they were rounded; ``shares`` is what experts see of others' tokens. ``arriving`` waits for copies to the host
+    and records them in the outcome; ``faults`` are for check_factored, when they have arrived.
     """
 
     walk: Walk
@@ -111,11 +111,11 @@ class LayerWork:
 
     @property
     def factors(self) -> dict[str, torch.Tensor]:
-        """The channel factors that are folded into the layer, by site, on its device."""
+        """The channel factors folded into the layer, by site, on its device."""
         return {site: factors.to(self.layer.device) for site, factors in self.outcome.tensors_of("factors").items()}
 
 
 def made(value: Value | None) -> Value:
-    """What an earlier step has made."""
+    """The result of an earlier step."""
     assert value is not None, "a step of the walk comes before the one that it needs"
     return value

@@ -1,6 +1,7 @@
-"""How much each token counts in a loss or a Hessian. A plug-in point: a function from samples and site to one weight a token.
+"""How much each token counts in a loss or a Hessian. Extension point: a weighting is a function of sample and site that returns one weight
+per token.
 
-Each weighting is a module of its own; :func:`hessian_weights` finds it by name for the Hessians of GPTQ.
+Each weighting is a module; :func:`hessian_weights` finds it by name for the Hessians of GPTQ.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 def hessian_weights(kind: Kind, layout: Layout, layer: int, sensitivity: Sensitivity | None, prompt: float, floor: bool) -> TokenWeights:
-    """The weighting called ``kind`` in layer number ``layer`` of a decoder of ``layout``, no token below :data:`FLOOR`.
+    """The weighting ``kind`` for layer number ``layer`` of a decoder with ``layout``; no token is below :data:`FLOOR`.
 
-    ``sensitivity`` is needed by all but uniform; ``prompt`` is modality's weight of a prompt token, ``floor`` raises its ratios to their
-    median.
+    All but uniform need ``sensitivity``; ``prompt`` is modality's weight of a prompt token, and ``floor`` raises its ratios to at least
+    their median.
     """
     if kind == "uniform":
         return uniform

@@ -1,4 +1,4 @@
-"""A weight for each class of tokens, measured: MBQ's balance of vision and answer, with the text of the prompt as a third class."""
+"""A measured weight for each class of tokens: MBQ's balance of vision and answer, with prompt text as a third class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from mbq_gguf.models.layout import Site
 
 
 def gradient(sensitivity: Sensitivity, layer: int) -> TokenWeights:
-    """In layer number ``layer`` each class's mean |dL/dY| in the site's block over the answer's, so answer tokens 1; bounded."""
+    """For layer number ``layer``: each class's mean |dL/dY| in the site's block relative to the answer's, so answer tokens have 1;
+    bounded."""
 
     def weights(stream: Streamed, site: Site) -> torch.Tensor:
         of_class = sensitivity.class_weights(site.branch, layer)

@@ -12,7 +12,8 @@ from mbq_gguf.models.layout import Site
 
 
 def modality(ratios: Mapping[str, Sequence[float]], layer: int, prompt: float = 0.0) -> TokenWeights:
-    """In layer number ``layer`` answer tokens 1, vision tokens the ratio of the site's block, prompt tokens ``prompt`` (the paper: 0)."""
+    """For layer number ``layer``: answer tokens have 1, vision tokens the ratio of the site's block, prompt tokens ``prompt`` (0 in the
+    paper)."""
 
     def weights(stream: Streamed, site: Site) -> torch.Tensor:
         return stream.answer.float() + ratios[site.branch][layer] * stream.vision.float() + prompt * stream.prompt.float()

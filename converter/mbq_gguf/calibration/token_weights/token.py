@@ -1,8 +1,8 @@
-"""A weight for each token from its own gradient, in the manner of VLMQ.
+"""Weighs each token by its own gradient, similar to VLMQ.
 
-VLMQ weighs a token by the mean |gradient| at the linear's output, of a loss of its own block; QIG (arXiv 2603.17809) clips such weights and
-gives every sample the same sum. Here the gradient is the answer loss's, which calibration has measured anyway, as root mean square over the
-output channels of the site's linears.
+VLMQ weighs a token by the mean |gradient| at the linear's output, for a loss of its own block; QIG (arXiv 2603.17809) clips such weights
+and gives every sample the same sum. Here the gradient is that of the answer loss, which calibration has measured anyway, as root mean
+square over the output channels of the site's linears.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from mbq_gguf.models.layout import Layout, Site
 
 
 def token(layout: Layout, layer: int) -> TokenWeights:
-    """In layer number ``layer`` each token's root mean square gradient over its sample's mean; bounded. Streams without salience
-    (synthetic ones) weigh their tokens alike."""
+    """For layer number ``layer``: each token's root mean square gradient relative to its sample's mean; bounded. In streams without
+    salience (synthetic ones) all tokens have the same weight.
+    """
 
     def weights(stream: Streamed, site: Site) -> torch.Tensor:
         if stream.salience is None:

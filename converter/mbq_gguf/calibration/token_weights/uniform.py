@@ -1,4 +1,4 @@
-"""All tokens alike."""
+"""Weighs all tokens equally."""
 
 from __future__ import annotations
 
