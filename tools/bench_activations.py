@@ -30,15 +30,15 @@ from rich.console import Console
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--gpu", is_flag=True, help="On the first GPU, 7B shapes; the options below are the CPU's.")
-@click.option("--layers", default=8, type=click.IntRange(1), help="Layers of the random model, of Qwen2-VL-2B's shapes.")
-@click.option("--rounds", default=31, type=click.IntRange(1), help="How often the three take turns; medians are shown.")
-@click.option("--prompt", default=512, type=click.IntRange(65), help="Tokens of the prompt; 64 and fewer are dynamic in any file.")
+@click.option("--gpu", is_flag=True, help="Measure on the first GPU with a 7B's shapes; the other options are for the CPU.")
+@click.option("--layers", default=8, type=click.IntRange(1), help="Layers of the random model with Qwen2-VL-2B's shapes.")
+@click.option("--rounds", default=31, type=click.IntRange(1), help="Rounds in which all three are measured; medians are shown.")
+@click.option("--prompt", default=512, type=click.IntRange(65), help="Tokens of the prompt; up to 64 are always dynamic.")
 @click.option("--threads", default=os.cpu_count() or 1, type=click.IntRange(1), help="Threads of llama-bench.")
 @click.option(
-    "--work", type=click.Path(file_okay=False, path_type=Path), help="Where the models go (9 GB with --gpu); else a temporary folder."
+    "--work", type=click.Path(file_okay=False, path_type=Path), help="Folder for the models (9 GB with --gpu). [default: a temporary one]"
 )
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write everything that was measured to this JSON file.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write all measurements to this JSON file.")
 def main(gpu: bool, layers: int, rounds: int, prompt: int, threads: int, work: Path | None, out: Path | None) -> None:
     """Measure prompts, and products with --gpu, and print the tables."""
     console = Console(width=150)

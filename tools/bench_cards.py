@@ -72,10 +72,12 @@ def shown(runs: list[Run], more: int) -> Table:
 
 @click.command()
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--cards", default="4,2,1", show_default=True, help="How many, one run each.")
-@click.option("--layers", type=click.IntRange(min=1), help="Decoder layers of the model that MODEL stands for (default: its own).")
-@click.option("--device", default="cuda", show_default=True, help="cuda, or cpu for a trial.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the figures there, after each run.")
+@click.option("--cards", default="4,2,1", show_default=True, help="Numbers of GPUs, one run each.")
+@click.option("--layers", type=click.IntRange(min=1), help="Decoder layers of the real model (default: MODEL's own).")
+@click.option("--device", default="cuda", show_default=True, help="cuda, or cpu to try it out.")
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this JSON file after each run."
+)
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def main(model: Path, cards: str, layers: int | None, device: str, json_file: Path | None, options: tuple[str, ...]) -> None:
     """Convert MODEL with each number of GPUs."""

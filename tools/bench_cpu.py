@@ -35,12 +35,12 @@ class Row:
     bits_per_weight: float  # of the layers' matrices
     model_bytes: int
     generation: float
-    generation_ratio: float | None  # to the baseline; None if that was not measured
+    generation_ratio: float | None  # relative to the baseline; None if that was not measured
     generation_spread: float  # (largest - smallest) / median over the rounds
     prompt: float
     prompt_ratio: float | None
     prompt_spread: float
-    bandwidth_share: float  # bytes of weights read a second in generation / measured bandwidth
+    bandwidth_share: float  # bytes of weights read per second in generation / measured bandwidth
 
 
 def memory_bandwidth(threads: int, megabytes: int = 512, passes: int = 15) -> float:
@@ -53,7 +53,7 @@ def memory_bandwidth(threads: int, megabytes: int = 512, passes: int = 15) -> fl
         for number in range(passes):
             start.wait()
             times[thread, number, 0] = time.perf_counter()
-            np.maximum.reduce(arrays[thread])  # numpy lets go of the interpreter lock here, and has vector code for it
+            np.maximum.reduce(arrays[thread])  # numpy releases the interpreter lock here, and uses vector instructions
             times[thread, number, 1] = time.perf_counter()
 
     workers = [threading.Thread(target=read, args=(thread,)) for thread in range(threads)]
@@ -152,14 +152,14 @@ def _chosen(types: str) -> list[str]:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--types", default=",".join(FILE_TYPES), help="Types to compare, with commas between them.")
+@click.option("--types", default=",".join(FILE_TYPES), help="Types to compare, separated by commas.")
 @click.option("--layers", default=8, type=click.IntRange(1), help="Layers of the random model. 8 take 750 MB as F16, 160 MB as MBQ3.")
-@click.option("--rounds", default=5, type=click.IntRange(1), help="How often all types are measured in turn; medians are shown.")
+@click.option("--rounds", default=5, type=click.IntRange(1), help="Rounds in which all types are measured; medians are shown.")
 @click.option("--prompt", default=512, type=click.IntRange(1), help="Tokens of the prompt (pp).")
 @click.option("--generate", default=64, type=click.IntRange(1), help="Tokens generated (tg).")
 @click.option("--threads", default=os.cpu_count() or 1, type=click.IntRange(1), help="Threads of llama-bench.")
-@click.option("--work", type=click.Path(path_type=Path), help="Folder that keeps the models between runs. [default: a temporary one]")
-@click.option("--out", type=click.Path(path_type=Path), help="Write everything that was measured to this JSON file.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder in which models are kept between runs. [default: a temporary one]")
+@click.option("--out", type=click.Path(path_type=Path), help="Write all measurements to this JSON file.")
 def main(types: str, layers: int, rounds: int, prompt: int, generate: int, threads: int, work: Path | None, out: Path | None) -> None:
     """Compare the speed of quantised types on this CPU.
 

@@ -135,7 +135,7 @@ def summary(rounds: list[dict[str, Round]]) -> str:
 @click.option("--model", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--mmproj", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--clients", default=8, show_default=True, type=click.IntRange(min=2))
-@click.option("--tokens", default=200, show_default=True, type=click.IntRange(min=10), help="Of an answer that is streamed.")
+@click.option("--tokens", default=200, show_default=True, type=click.IntRange(min=10), help="Tokens of a streamed answer.")
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=1))
 @click.option("--threads", type=click.IntRange(min=1))
 @click.option("--gpu-layers", type=click.IntRange(min=0), default=0, show_default=True)

@@ -48,7 +48,7 @@ class Plan:
     store: str
 
 
-# The yardstick of the other figures, then the feed-forward and attention matrices of Qwen2-VL-2B, 7B and 72B
+# The reference shape of other figures, then the feed-forward and attention matrices of Qwen2-VL-2B, 7B and 72B
 MBQ = Plan(
     types=("F16", "Q8_0", "Q4_0", "Q4_K", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "MBQ3", "MBQ3_64", "MBQ3S", "MBQ3S_64"),
     shapes=(
@@ -69,7 +69,7 @@ MBQ = Plan(
     repetitions=(60, 6),
     store="gpu.json",
 )
-# The yardstick, and all matrices of Qwen2-VL-7B
+# The reference shape, and all matrices of Qwen2-VL-7B
 ROW_SCALE = Plan(
     types=("F16", "Q4_0", "MBQ3", "W4A8", "W8A8"),
     shapes=((4096, 14336), (18944, 3584), (3584, 18944), (3584, 3584), (512, 3584)),
@@ -205,16 +205,20 @@ def print_models(console: Console, models: list[Json]) -> None:
 
 @click.command()
 @click.option("--bin", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of the built programs.")
-@click.option("--row-scale", is_flag=True, help="W4A8 and W8A8, with cuBLASLt's products beside them: about 5 minutes on an H100.")
-@click.option("--types", help="Types of the single products, if not the usual ones.")
-@click.option("--models/--no-models", default=True, show_default=True, help="Whole models too.")
+@click.option(
+    "--row-scale", is_flag=True, help="Measure W4A8 and W8A8, and cuBLASLt's products for comparison: about 5 minutes on an H100."
+)
+@click.option("--types", help="Types of the single products, instead of the default ones.")
+@click.option("--models/--no-models", default=True, show_default=True, help="Also measure whole models.")
 @click.option(
     "--work",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where the random models go (5 GB, F16 16 GB); else a temporary folder.",
+    help="Folder for the random models (5 GB, F16 16 GB). [default: a temporary one]",
 )
 @click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Else docs/results/gpu.json, with --row-scale gpu_row_scale.json."
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="JSON file. [default: docs/results/gpu.json, with --row-scale gpu_row_scale.json]",
 )
 def main(folder: Path | None, row_scale: bool, types: str | None, models: bool, work: Path | None, output: Path | None) -> None:
     """Measure products and models, print the tables and store the figures."""

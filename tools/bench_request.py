@@ -91,7 +91,7 @@ def requests(text: Path, mmproj: Path, folder: Path, rounds: int, options: list[
 
 @click.command()
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="2B", show_default=True)
-@click.option("--type", "kind", default="W4A8", show_default=True, help="Of the language model.")
+@click.option("--type", "kind", default="W4A8", show_default=True, help="Type of the language model.")
 @click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True)
 @click.option("--gpu-layers", type=click.IntRange(min=0), default=0, show_default=True)
 def main(shape: str, kind: str, rounds: int, gpu_layers: int) -> None:

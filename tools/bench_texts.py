@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mbq_gguf.models import LoadedModel
 
 COMPUTES = "import sys, torch; torch.set_num_threads(int(sys.argv[1])); a = torch.randn(1024, 1024); print(flush=True)\nwhile True: a @ a"
-FORCED = "BENCH_TEXTS_WAITS"  # set in the process whose threads wait as asked for: OpenMP looks once, when it is loaded
+FORCED = "BENCH_TEXTS_WAITS"  # set in the process whose threads wait as requested: OpenMP reads its variables once, when it is loaded
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def busy(threads: int) -> Iterator[None]:
     command = [sys.executable, "-c", COMPUTES, str(threads)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        process.stdout.readline()  # it has begun
+        process.stdout.readline()  # it has started
         try:
             yield
         finally:
@@ -60,10 +60,10 @@ def seconds(loaded: LoadedModel, texts: int, tokens: int) -> float:
 @click.command(help=__doc__, context_settings={"max_content_width": 140})
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--beside", default=1, show_default=True, help="Threads of the other process.")
-@click.option("--texts", default=80, show_default=True, help="Texts, convert's --synthetic.")
-@click.option("--tokens", default=24, show_default=True, help="Tokens of each; convert writes 128.")
+@click.option("--texts", default=80, show_default=True, help="Number of texts, as convert's --synthetic.")
+@click.option("--tokens", default=24, show_default=True, help="Tokens per text; convert generates 128.")
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--wait", type=click.Choice(["passive", "active"]), default="passive", show_default=True, help="How threads of OpenMP wait.")
+@click.option("--wait", type=click.Choice(["passive", "active"]), default="passive", show_default=True, help="How OpenMP's threads wait.")
 def main(model: Path, beside: int, texts: int, tokens: int, rounds: int, wait: str) -> None:
     if os.environ.get(FORCED) != wait:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"OMP_WAIT_POLICY": wait, FORCED: wait})

@@ -164,7 +164,12 @@ def listed(_: click.Context, parameter: click.Parameter, value: str) -> list[str
 
 @click.command()
 @click.option(
-    "--towers", "kinds", default="F16,Q8_0,W8A8,W4A8", show_default=True, callback=listed, help="Types, the first to compare with."
+    "--towers",
+    "kinds",
+    default="F16,Q8_0,W8A8,W4A8",
+    show_default=True,
+    callback=listed,
+    help="Types of the tower; the others are compared with the first.",
 )
 @click.option("--language", "models", default="", callback=listed, help="Random language models, for example 7B:F16,7B:W4A8.")
 @click.option(
@@ -173,13 +178,13 @@ def listed(_: click.Context, parameter: click.Parameter, value: str) -> list[str
     type=click.Choice(["256,1024", "256", "1024"]),
     default="256,1024",
     show_default=True,
-    help="Of a picture; two sizes take turns.",
+    help="Tokens per picture; two sizes alternate.",
 )
-@click.option("--width", type=int, default=3584, show_default=True, help="Of the language model, where none is given.")
+@click.option("--width", type=int, default=3584, show_default=True, help="Width of the language model, if none is given.")
 @click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1))
 @click.option("--gpu-layers", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write every time as JSON.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write all times to this JSON file.")
 def main(
     kinds: list[str], models: list[str], sizes: str, width: int, rounds: int, threads: int | None, gpu_layers: int, output: Path | None
 ) -> None:

@@ -202,19 +202,21 @@ def device(gpu_layers: int) -> str:
 
 
 @click.command()
-@click.option("--model", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A language model, asked about the demo's set.")
+@click.option(
+    "--model", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A language model, which is asked the demo's questions."
+)
 @click.option("--mmproj", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--random", "shapes", default="", help="Random models, for example 2B:MBQ3S,7B:F16.")
-@click.option("--modes", default="off,on", show_default=True, help="Each is compared with the one before it; also reorder.")
+@click.option("--modes", default="off,on", show_default=True, help="Modes (off, on, reorder); each is compared with the one before it.")
 @click.option("--tower", type=click.Choice(["both", "included", "apart"]), default="both", show_default=True)
-@click.option("--questions", type=click.IntRange(min=1), default=18, show_default=True, help="How many of the set, by task.")
+@click.option("--questions", type=click.IntRange(min=1), default=18, show_default=True, help="Number of questions, spread over the tasks.")
 @click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1))
 @click.option("--gpu-layers", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(
-    "--work", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Where random models go; else a temporary folder."
+    "--work", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder for random models. [default: a temporary one]"
 )
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="A JSON file; its other rows are kept.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file for the rows; other rows in it are kept.")
 def main(
     model: Path | None,
     mmproj: Path | None,

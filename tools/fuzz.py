@@ -38,7 +38,7 @@ from mbq_gguf.llama_cpp.cache import cache_root  # noqa: E402
 from targets import Target  # noqa: E402
 from targets.table import TARGETS  # noqa: E402
 
-KEPT = 3  # files of one signature
+KEPT = 3  # files per signature
 SAVE_SECONDS = 10.0
 SAY_SECONDS = 60.0
 
@@ -204,16 +204,14 @@ class Lying:
 @click.command()
 @click.argument("kinds", nargs=-1, required=True, type=click.Choice(list(TARGETS)))
 @click.option(
-    "--count", default=1000, show_default=True, type=click.IntRange(min=1), help="Inputs of each kind in all, earlier runs included."
+    "--count", default=1000, show_default=True, type=click.IntRange(min=1), help="Total inputs of each kind, including earlier runs."
 )
-@click.option("--seed", default=0, show_default=True, help="Another number, other inputs.")
-@click.option("--minutes", default=float("inf"), help="Stop a kind after so long (default: at its count).")
-@click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Processes at once, with seeds from --seed on.")
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Where state and faults are kept (default: fuzz in the cache)."
-)
-@click.option("--show", type=click.IntRange(min=0), help="Only this input: make it, read it, and say what comes of it.")
-@click.option("--read", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Only what lies in this folder.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the inputs.")
+@click.option("--minutes", default=float("inf"), help="Stop each kind after that many minutes (default: at its count).")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Number of processes, with seeds from --seed on.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for state and faults (default: fuzz in the cache).")
+@click.option("--show", type=click.IntRange(min=0), help="Only make and read this input, and print the outcome.")
+@click.option("--read", "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Only read the input in this folder.")
 def main(
     kinds: tuple[str, ...], count: int, seed: int, minutes: float, jobs: int, out: Path | None, show: int | None, folder: Path | None
 ) -> None:
@@ -222,7 +220,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as pictures:
         real = str(cache_root())
-        if not {"text", "mmproj", "decoder", "settings"} & set(kinds):  # these look for the build there
+        if not {"text", "mmproj", "decoder", "settings"} & set(kinds):  # these search the build there
             os.environ["MBQ_GGUF_CACHE"] = pictures  # pictures in data: URLs would fill the user's
         try:
             if show is not None or folder is not None:

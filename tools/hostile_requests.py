@@ -18,7 +18,7 @@ import requests
 CHAT = "/v1/chat/completions"
 SECONDS = 300.0
 REFUSED = ("400", "413", "415", "422", "500")
-LATER = ("200", *REFUSED)  # nonsense that a server may as well overlook
+LATER = ("200", *REFUSED)  # nonsense that a server may also ignore
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,9 @@ def compare(files: dict[str, Path], folder: Path, questions: int) -> dict[str, P
 
 @click.command()
 @click.argument("names", nargs=-1)
-@click.option("--questions", type=click.IntRange(min=1), default=204, show_default=True, help="Questions about scenes, all tasks alike.")
+@click.option(
+    "--questions", type=click.IntRange(min=1), default=204, show_default=True, help="Questions about scenes, the same number for each task."
+)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the GGUF files (default: the user cache).")
 def main(names: tuple[str, ...], questions: int, out: Path | None) -> None:
     """Compare the files NAMES (default: all whose row is missing or outdated) with BF16.gguf, in the folder that make_results.py fills."""

@@ -54,7 +54,7 @@ class Row:
     file_bytes: int
     bits_layers: float  # bits per weight over the decoder layers' matrices
     bits_all: float  # over all tensors of the file, embeddings and output head included
-    seconds: float  # of processor time to make the file, all threads: wall time says little where other work runs beside it
+    seconds: float  # processor time to make the file, all threads: wall time means little beside other work
     peak_bytes: int  # resident memory of the process that made it, at most
     ask_seconds: float
     scores: dict[str, tuple[int, int]]  # task: right, asked; none if the server was not asked
@@ -119,7 +119,7 @@ def make_row(variant: Variant, folder: Path, model: Path, questions: list[Questi
 
 def ask(path: Path, folder: Path, questions: list[Question], console: Console) -> ExactMatch:
     """The answers of ``path``, served by the patched llama-server; also saved beside it."""
-    # Waiting threads that spin take the cores from each other when anything else runs: 10.4 s instead of 13.3 s for 17 questions.
+    # Spinning threads take the cores from each other when anything else runs: without spinning 17 questions take 10.4 s instead of 13.3.
     os.environ["OMP_WAIT_POLICY"] = "passive"
     own = folder / f"mmproj-{path.name}"  # a rotated language model reads image features in its own basis
     mmproj = own if own.is_file() else folder / f"mmproj-{REFERENCE}.gguf"
@@ -228,9 +228,9 @@ def write_page(rows: dict[str, Row]) -> None:
 
 
 @click.command()
-@click.option("--questions", "count", type=click.IntRange(min=1), help="Ask only so many, equally from all tasks (default: all 612).")
+@click.option("--questions", "count", type=click.IntRange(min=1), help="Number of questions, the same for each task (default: all 612).")
 @click.option("--only", multiple=True, type=click.Choice([v.name for v in VARIANTS]), help="Only this row; may be given several times.")
-@click.option("--again", is_flag=True, help="Make rows that are finished once more.")
+@click.option("--again", is_flag=True, help="Make finished rows again.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the GGUF files (default: the user cache).")
 def main(count: int | None, only: tuple[str, ...], again: bool, out: Path | None) -> None:
     """Update the quality table of docs/results.md."""

@@ -78,8 +78,10 @@ def render(found: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--questions", type=click.IntRange(min=1), default=102, show_default=True, help="Questions about scenes, all tasks alike.")
-@click.option("--only", multiple=True, type=click.Choice([v.name for v in WIDE]), help="Make this file, compare nothing.")
+@click.option(
+    "--questions", type=click.IntRange(min=1), default=102, show_default=True, help="Questions about scenes, the same number for each task."
+)
+@click.option("--only", multiple=True, type=click.Choice([v.name for v in WIDE]), help="Only make this file, without comparing.")
 def main(questions: int, only: tuple[str, ...]) -> None:
     """Widen the reference VLM, convert it every way, compare the files with BF16."""
     folder = cache_root() / "wide"

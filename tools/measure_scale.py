@@ -38,7 +38,7 @@ from mbq_gguf.models.load import load
 from mbq_gguf.settings import QuantiseSettings
 from rich.console import Console
 
-EVERY = 0.1  # seconds between two looks at the memory
+EVERY = 0.1  # seconds between two readings of memory
 
 
 class StoppedError(Exception):
@@ -186,9 +186,9 @@ def measured(options: ConvertOptions, stop_after: int | None, store: Path | None
 @click.option("--device", default="cpu")
 @click.option("--type", "type_", default=ConvertOptions.type)
 @click.option("--stop-after", type=click.IntRange(min=1))
-@click.option("--texts-of", type=click.IntRange(min=1), help="Only write the texts, with so many layers.")
-@click.option("--card-gib", type=float, help="Use no more of the card.")
-@click.option("--set", "chosen", multiple=True, help="NAME=VALUE of a conversion's options, as Python has them.")
+@click.option("--texts-of", type=click.IntRange(min=1), help="Only generate the texts, with that many layers.")
+@click.option("--card-gib", type=float, help="Limit on GPU memory, in GiB.")
+@click.option("--set", "chosen", multiple=True, help="Option of the conversion as NAME=VALUE, with its Python name.")
 @click.option("--json", "store", type=click.Path(dir_okay=False, path_type=Path))
 def main(
     model: Path,

@@ -116,8 +116,8 @@ def prompts(folder: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any
 @click.command()
 @click.option("--towers", "kinds", default="F16,W8A8,W4A8", show_default=True)
 @click.option("--language", "names", default="", help="Random language models, for example 7B:F16,7B:W4A8.")
-@click.option("--width", type=int, default=3584, show_default=True, help="Of the language model beside a tower.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write everything as JSON.")
+@click.option("--width", type=int, default=3584, show_default=True, help="Width of the language model beside a tower.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures to this JSON file.")
 def main(kinds: str, names: str, width: int, output: Path | None) -> None:
     """Print a table for each type and size."""
     bind()

@@ -14,7 +14,7 @@ from mbq_gguf.formats.gguf_types import import_gguf
 from mbq_gguf.transforms import hadamard
 from numpy.typing import NDArray
 
-# Where a block keeps its fp16 scales (and minimums): random bits there could be infinite.
+# Offsets of a block's fp16 scales (and minimums): random bits there could be infinite.
 SCALES = {
     "Q8_0": [0],
     "Q4_0": [0],
@@ -33,7 +33,7 @@ SCALES = {
 MATRICES = ("F16", *SCALES, *row_scale.ROW_SCALES)  # types of random matrices
 TOWERS = (*MATRICES, *(f"{name}:dynamic" for name in row_scale.ROW_SCALES))  # what write_random_tower() takes
 MIXTURES = (*MATRICES, "Q4_K_M", "Q3_K_M")  # what write_random_gguf() takes
-PATTERN_BLOCKS = 1 << 16  # random blocks that fill a matrix again and again
+PATTERN_BLOCKS = 1 << 16  # random blocks, repeated to fill a matrix
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def write_random_tower(path: Path, width: int, kind: str = "F16") -> None:
     matrices = [name for name, dimensions in shapes.items() if len(dimensions) == 2]
     stored = row_scale.stored_as(kind)
     for name, dimensions in shapes.items():
-        if len(dimensions) == 1:  # a norm's weight must not be 0, or nothing behind it is anything else
+        if len(dimensions) == 1:  # a norm's weight must not be 0, or everything after it would be 0
             writer.add_tensor(name, np.full(dimensions, float(name.endswith(".weight")), np.float32))
         elif kind == "F16" or name not in matrices:
             writer.add_tensor(name, np.resize(pattern, dimensions))

@@ -110,7 +110,7 @@ def write(shape: Shape, layers: int, out: Path) -> None:
 @click.command()
 @click.argument("shape", type=click.Choice(list(SHAPES)))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--layers", type=click.IntRange(min=1), help="So many decoder layers instead of all.")
+@click.option("--layers", type=click.IntRange(min=1), help="Number of decoder layers (default: all).")
 def main(shape: str, out: Path, layers: int | None) -> None:
     """Write a model of SHAPE to the folder OUT."""
     write(SHAPES[shape], layers or SHAPES[shape].layers, out)

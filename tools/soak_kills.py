@@ -26,7 +26,7 @@ import click
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("out.gguf", "mmproj-out.gguf")
 OPTIONS = {"type": "MBQ3S", "samples": 2, "synthetic": 0}
-IN_A_ROW = 5  # kills of one conversion, which then is let end
+IN_A_ROW = 5  # kills of one conversion before it is allowed to end
 KILLS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
 
 
@@ -128,14 +128,14 @@ def compare(found: list[bytes], whole: list[bytes]) -> None:
 
 @click.command()
 @click.option("--kills", default=100, show_default=True, type=click.IntRange(min=1))
-@click.option("--seed", default=0, show_default=True, help="Other moments.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the moments.")
 def main(kills: int, seed: int) -> None:
     """Kill a conversion repeatedly."""
     sys.path.insert(0, str(ROOT / "tests"))
     from tiny_vlm import write_tiny_vlm
 
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        writer = os.fork()  # torch's threads stay in a process that nobody forks
+        writer = os.fork()  # torch's threads stay in a process that is never forked
         if writer == 0:
             write_tiny_vlm(Path(folder) / "model")
             os._exit(0)

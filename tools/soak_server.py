@@ -37,13 +37,13 @@ from server_memory import growth, on_card, resident
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 BEGIN, END = "<!-- soak table: tools/soak_server.py -->", "<!-- end of soak table -->"
-TOKENS = 16  # of an answer, at most
-CONTEXT = 1024  # of a slot: three pictures, question and answer
+TOKENS = 16  # per answer, at most
+CONTEXT = 1024  # per slot: three pictures, question and answer
 SHARES = {"text": 0.25, "one picture": 0.25, "three pictures": 0.15, "cancelled": 0.15, "hostile": 0.2}
 PICTURES = {"text": 0, "one picture": 1, "three pictures": 3}
 DISTINCT = 8  # questions of each kind
 GROWTH_LIMIT = 0.01
-EVERY = 10  # requests between two looks at the card
+EVERY = 10  # requests between two readings of GPU memory
 Ask = tuple[str, tuple[Path, ...], str]  # kind, pictures, question
 
 
@@ -55,7 +55,7 @@ class Tally:
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     statuses: Counter[str] = field(default_factory=Counter)
     memory: list[int] = field(default_factory=list)  # bytes after each request
-    card: list[int] | None = None  # bytes in use on the card, every few requests; None without one
+    card: list[int] | None = None  # bytes in use on the GPU, every few requests; None without one
     differing: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
@@ -198,8 +198,8 @@ def write(text: str) -> None:
 @click.option("--requests", "count", default=500, show_default=True, type=click.IntRange(min=20))
 @click.option("--clients", default=8, show_default=True, type=click.IntRange(min=1))
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1))
-@click.option("--gpu-layers", default=0, show_default=True, type=click.IntRange(min=0), help="On a card; a build for one is needed.")
-@click.option("--seed", default=0, show_default=True, help="Another order.")
+@click.option("--gpu-layers", default=0, show_default=True, type=click.IntRange(min=0), help="Layers on the GPU; needs a CUDA build.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the order.")
 @click.option("--write", "into_page", is_flag=True, help="Put the table into docs/results.md.")
 def main(file: Path, mmproj: Path | None, count: int, clients: int, threads: int, gpu_layers: int, seed: int, into_page: bool) -> None:
     """Soak a llama-server with FILE."""

@@ -160,10 +160,10 @@ def text(loaded: LoadedModel, file: Path) -> Streams:
 @click.command()
 @click.argument("model_dir", type=click.Path(exists=True, path_type=Path))
 @click.argument("variants", nargs=-1, required=True)
-@click.option("--questions", default=120, show_default=True, help="About scenes, of the demo's 612.")
-@click.option("--photographs", "folder", type=click.Path(exists=True, path_type=Path), help="What photographs.py wrote.")
-@click.option("--text", "file", type=click.Path(exists=True, path_type=Path), help="A plain text.")
-@click.option("--calib", type=click.Path(exists=True, path_type=Path), help="As convert's.")
+@click.option("--questions", default=120, show_default=True, help="Number of questions about scenes, of the demo's 612.")
+@click.option("--photographs", "folder", type=click.Path(exists=True, path_type=Path), help="Folder written by photographs.py.")
+@click.option("--text", "file", type=click.Path(exists=True, path_type=Path), help="Text file to score.")
+@click.option("--calib", type=click.Path(exists=True, path_type=Path), help="Calibration set, as for convert.")
 @click.option("--device", default="cpu", show_default=True)
 def main(
     model_dir: Path, variants: tuple[str, ...], questions: int, folder: Path | None, file: Path | None, calib: Path | None, device: str

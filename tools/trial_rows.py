@@ -216,13 +216,13 @@ def finished(out: Path) -> set[str]:
 @click.argument("model_dir", type=click.Path(exists=True, path_type=Path))
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
-@click.option("--seconds", type=click.IntRange(min=1), default=420, show_default=True, help="Stop then.")
-@click.option("--questions", default=204, show_default=True, help="About scenes, of the demo's 612.")
-@click.option("--photographs", type=click.Path(exists=True, path_type=Path), help="What photographs.py wrote.")
-@click.option("--text", type=click.Path(exists=True, path_type=Path), help="A plain text.")
-@click.option("--list", "list_", type=click.Choice(list(LISTS)), default="balance", show_default=True, help="Which rows.")
-@click.option("--only", multiple=True, help="These rows instead, in trial_quality.py's words.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Number of processes.")
+@click.option("--seconds", type=click.IntRange(min=1), default=420, show_default=True, help="Time limit.")
+@click.option("--questions", default=204, show_default=True, help="Number of questions about scenes, of the demo's 612.")
+@click.option("--photographs", type=click.Path(exists=True, path_type=Path), help="Folder written by photographs.py.")
+@click.option("--text", type=click.Path(exists=True, path_type=Path), help="Text file to score.")
+@click.option("--list", "list_", type=click.Choice(list(LISTS)), default="balance", show_default=True, help="List of rows to run.")
+@click.option("--only", multiple=True, help="Run these rows instead, written as for trial_quality.py.")
 def main(out: Path, jobs: int, seconds: int, list_: str, only: tuple[str, ...], **options: Any) -> None:
     """Quantise MODEL_DIR in PyTorch for every row, score the answers, and write OUT line by line."""
     end = time.monotonic() + seconds

@@ -147,7 +147,7 @@ def scored(loaded: LoadedModel, questions: int, part: str, reference: Any, varia
 
 @click.command()
 @click.argument("model_dir", type=click.Path(exists=True, path_type=Path))
-@click.option("--questions", default=12, show_default=True, help="About scenes.")
+@click.option("--questions", default=12, show_default=True, help="Number of questions about scenes.")
 def main(model_dir: Path, questions: int) -> None:
     """Compare the transforms on MODEL_DIR."""
     console = Console(width=160)

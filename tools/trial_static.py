@@ -47,7 +47,7 @@ from static_variants import OUTLIER, SINK, TEXT, VARIANTS, VISION, Counted, Vari
 from trial_rows import asked, device_name, divergences, figures, keep_texts
 from trial_w4a8 import added
 
-CARD_TOKENS = 16384  # of a batch on a card, where a launch costs more than the products of a layer
+CARD_TOKENS = 16384  # per batch on a GPU, where a launch costs more than the products of a layer
 
 
 def classes(stream: Streamed, sinks: Sinks, outlier: torch.Tensor | None = None) -> torch.Tensor:
@@ -179,7 +179,7 @@ def scored(
     variants: Iterable[Variant | None],
 ) -> Iterator[tuple[str, dict[str, object], list[str]]]:
     """The name of each variant, its figures by set, and the cells of a table; ``found`` has the magnitudes of each set."""
-    dynamic: dict[str, list[torch.Tensor]] = {}  # whose divergences the others are compared with, token by token
+    dynamic: dict[str, list[torch.Tensor]] = {}  # the divergences that the others are compared with, token by token
     for variant in variants:
         row: dict[str, object] = {}
         cells = []
@@ -198,15 +198,15 @@ def scored(
 
 @click.command()
 @click.argument("model_dir", type=click.Path(exists=True, path_type=Path))
-@click.option("--questions", default=24, show_default=True, help="About scenes.")
-@click.option("--samples", default=SAMPLES, show_default=True, help="Of the shipped calibration set.")
-@click.option("--synthetic", default=QuantiseSettings.synthetic, show_default=True, help="Texts that the model writes, beside them.")
-@click.option("--seed", default=0, show_default=True, help="Which samples are drawn.")
-@click.option("--weights", type=click.Choice(["W4A8", "W8A8"]), help="Rounded so; left out: the original's.")
-@click.option("--text", "file", type=click.Path(exists=True, path_type=Path), help="A plain text, scored too.")
-@click.option("--photographs", "folder", type=click.Path(exists=True, path_type=Path), help="What photographs.py wrote.")
+@click.option("--questions", default=24, show_default=True, help="Number of questions about scenes.")
+@click.option("--samples", default=SAMPLES, show_default=True, help="Samples of the shipped calibration set.")
+@click.option("--synthetic", default=QuantiseSettings.synthetic, show_default=True, help="Generated texts in addition.")
+@click.option("--seed", default=0, show_default=True, help="Seed for choosing samples.")
+@click.option("--weights", type=click.Choice(["W4A8", "W8A8"]), help="Type of the rounded weights (default: the original weights).")
+@click.option("--text", "file", type=click.Path(exists=True, path_type=Path), help="Text file to score too.")
+@click.option("--photographs", "folder", type=click.Path(exists=True, path_type=Path), help="Folder written by photographs.py.")
 @click.option("--rotate", "rotations", multiple=True, type=click.Choice(list(VARIANTS)), default=list(VARIANTS), show_default=True)
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Every row is added here as a line of JSON at once.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Append each row to this file as a line of JSON.")
 @click.option("--device", default="cpu", show_default=True)
 def main(
     model_dir: Path,

@@ -86,7 +86,7 @@ def limited(mmproj: Path, side: int | None, folder: Path) -> Path:
         return mmproj
     data = bytearray(mmproj.read_bytes())
     for key in (b"clip.vision.image_min_pixels", b"clip.vision.image_max_pixels"):
-        place = data.index(key) + len(key) + 4  # behind the key lie the value's type and then its four bytes
+        place = data.index(key) + len(key) + 4  # the key is followed by the value's type and its four bytes
         data[place : place + 4] = (side * side).to_bytes(4, "little")
     copy = folder / mmproj.name
     copy.write_bytes(data)
@@ -99,12 +99,16 @@ def limited(mmproj: Path, side: int | None, folder: Path) -> Path:
 @click.option("--questions", "count", type=int, default=51)
 @click.option("--data", type=click.Path(dir_okay=False, path_type=Path), default=SHIPPED)
 @click.option(
-    "--side", "sides", type=int, multiple=True, help="Of the square of as many pixels as each picture gets (default: the model's limits)."
+    "--side",
+    "sides",
+    type=int,
+    multiple=True,
+    help="Resize pictures to as many pixels as a square of this side (default: the model's limits).",
 )
 @click.option("--samples", type=int, default=48, help="Calibration pictures.")
-@click.option("--only", multiple=True, help="Rows whose name holds this (F16 always).")
+@click.option("--only", multiple=True, help="Only rows whose name contains this (F16 always).")
 @click.option("--threads", type=int, default=2)
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Add a line of JSON a row to this file.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Append each row to this file as a line of JSON.")
 def main(
     model_dir: Path,
     folder: Path,

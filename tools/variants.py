@@ -30,7 +30,7 @@ class Variant:
         return ["mbq-gguf", "convert", str(model), str(folder / self.file_name), *self.arguments, "--threads", str(THREADS)]
 
 
-# The papers' methods alone: what goes beyond them is on by default.
+# The papers' methods alone: steps beyond them are on by default.
 PLAIN = ("--samples", "64", "--synthetic", "0", "--no-clip", "--no-propagate-error", "--refits", "0")
 
 
@@ -63,7 +63,7 @@ STEPS = (
     step("--rotate", "full", type_name="MBQ3S"),
 )
 
-# Of the model that widen.py writes, whose rows of 768 and 1536 take every type.
+# For the model that widen.py writes, whose rows of 768 and 1536 suit every type.
 WIDE = tuple(Variant(name, "convert", ("--type", name), asked=False) for name in (REFERENCE, "MBQ3", "Q3_K"))
 
 VARIANTS = (
