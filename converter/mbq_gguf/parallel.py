@@ -1,11 +1,11 @@
-"""Work that several processes share (torchrun, one a card), with the same bytes for any number of them.
+"""Work that several processes share (torchrun, one process per GPU), with the same bytes for any number of processes.
 
-All processes walk the same steps and hold the same state. What is worth sharing is cut into pieces that do not depend on how many processes
-there are: batches of samples, rows of a matrix, tiles of a sum. Each piece is computed by one process, as it would be by a single one, and
-sent to all, which go on from the same values: nothing is ever added up in an order that depends on their number. Batches of activations
-are far smaller than the Hessians that come of them, so it is they that travel.
+All processes take the same steps and hold the same state. Expensive work is divided into pieces that do not depend on the number of
+processes: batches of samples, rows of a matrix, tiles of a sum. Each piece is computed by one process, in the same way as in a single
+process, and sent to all, which continue from the same values. The order of additions never depends on the number of processes. Batches of
+activations are exchanged rather than Hessians, because they are far smaller.
 
-Tensors go from card to card (NCCL), or through the loopback (gloo); in a single process nothing here does anything.
+Tensors go from GPU to GPU (NCCL), or through the loopback interface (gloo). In a single process this module does nothing.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ Value = TypeVar("Value")
 Piece = TypeVar("Piece")
 Parts = dict[str, torch.Tensor]
 
-LONGEST = timedelta(days=2)  # that a process waits for others: the first may write texts for an hour. torchrun ends all when one dies
+LONGEST = timedelta(days=2)  # how long a process waits for others: the first may generate texts for an hour. If one dies, torchrun ends all
 PAGE = 4096  # bytes
-_apart = False  # inside from_first, where the first process is alone
+_apart = False  # inside from_first, where the first process works alone
 
 
 @contextmanager
 def together(device: str) -> Iterator[None]:
-    """Join the other processes for the time of the block; nothing where there are none."""
+    """While open, this process is in a group with the others; does nothing for a single process."""
     if launch.count() == 1:
         yield
         return
-    if launch.neighbours() == launch.count():  # of one machine: no need to ask for its name, which not every container can resolve
+    if launch.neighbours() == launch.count():  # on one machine: avoids looking up its name, which not every container can resolve
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     card = torch.device(device)
     if card.type == "cuda":
@@ -51,21 +51,21 @@ def together(device: str) -> Iterator[None]:
 
 
 def count() -> int:
-    """How many processes share the work at hand."""
+    """The number of processes that share the current work."""
     return dist.get_world_size() if dist.is_initialized() and not _apart else 1
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """The number of this process."""
     return dist.get_rank() if count() > 1 else 0
 
 
 def spread(pieces: Sequence[Piece], compute: Callable[[Piece], Parts]) -> Iterator[tuple[Piece, Parts]]:
-    """Each of ``pieces``, in order, with what ``compute`` makes of it, on its device.
+    """Compute all ``pieces`` in parallel; yields each piece, in order, with the result of ``compute`` on this process's device.
 
-    Process r computes pieces r, r + count ...; those of one round at the same time. Two rounds are on their way while the next one is
-    computed: the one before is described to all by then, and sent, without waiting for whoever is late; the one before that has arrived.
-    So ``compute`` must not wait for what the caller does with the pieces before.
+    Process r computes pieces r, r + count, and so on; one such set of pieces is a round. While a round is being computed, the two before
+    are in transit: the last one has been described to all processes and is being sent, without waiting for late ones; the one before it has
+    arrived. So ``compute`` must not depend on what the caller does with earlier results.
     """
     if count() == 1:
         for piece in pieces:
@@ -79,7 +79,7 @@ def spread(pieces: Sequence[Piece], compute: Callable[[Piece], Parts]) -> Iterat
 
 
 def spread_values(pieces: Sequence[Piece], compute: Callable[[Piece], Value]) -> Iterator[Value]:
-    """What ``compute`` makes of each of ``pieces``, in order, as :func:`spread`; any value that can be pickled."""
+    """The results of ``compute`` for ``pieces``, in order, as in :func:`spread`, for any value that can be pickled."""
     if count() == 1:
         yield from map(compute, pieces)
         return
@@ -88,7 +88,7 @@ def spread_values(pieces: Sequence[Piece], compute: Callable[[Piece], Value]) ->
 
 
 def from_first(make: Callable[[], Value]) -> Value:
-    """What ``make`` gives in the first process, in all of them; there it works alone, and the others wait."""
+    """Call ``make`` in the first process only, while the others wait, and return its result in all of them."""
     global _apart
     if count() == 1:
         return make()
@@ -105,19 +105,21 @@ def from_first(make: Callable[[], Value]) -> Value:
 
 
 def own(pieces: int) -> range:
-    """Which of so many ``pieces`` this process computes in :func:`spread`."""
+    """The pieces, out of ``pieces``, that this process computes in :func:`spread`."""
     return range(rank(), pieces, count())
 
 
 def shares(pieces: int) -> list[range]:
-    """``pieces`` in a row, divided among the processes, in their order, as evenly as they can be."""
+    """``pieces`` divided into one contiguous range for each process, as evenly as possible."""
     size = count()
     return [range(pieces * each // size, pieces * (each + 1) // size) for each in range(size)]
 
 
 def dealt(costs: Sequence[float], compute: Callable[[int], torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each piece's number and what ``compute`` makes of it, in any order. Pieces take as long as ``costs`` say: the longest first, each is
-    for the process that has the least to do, and what they make is exchanged at once. A single piece every process computes itself."""
+    """Compute pieces whose times are proportional to ``costs``; yields number and result of each, in any order. The longest pieces are
+    assigned first, each to the process with the least work so far, and all results are exchanged at once. A single piece is computed by
+    every process.
+    """
     if count() == 1 or len(costs) == 1:
         for piece in range(len(costs)):
             yield piece, compute(piece)
@@ -130,9 +132,9 @@ def dealt(costs: Sequence[float], compute: Callable[[int], torch.Tensor]) -> Ite
 
 
 def complete(pieces: Sequence[torch.Tensor]) -> None:
-    """Give each of ``pieces``, of which all processes have the same shapes, the values that it has in the one whose :func:`own` it is.
+    """Fill each of ``pieces`` with the values of the process that :func:`own` assigns it to. All processes have the same shapes.
 
-    Each process sends its pieces as one: 60 messages take the host 5 ms.
+    Each process sends all of its pieces as one message: 60 messages would take the host 5 ms.
     """
     if count() == 1:
         return
@@ -157,12 +159,14 @@ def complete(pieces: Sequence[torch.Tensor]) -> None:
 
 
 def exchange(own: Parts) -> list[Parts]:
-    """What each process gives, in their order; tensors may differ in names, shapes and types, and arrive on the device of their kind."""
+    """The tensors of every process, in order of processes. They may differ in names, shapes and types, and arrive on a device of the same
+    kind as they were sent from.
+    """
     return list(Sent(own).send())
 
 
 class Sent:
-    """What each process gives, on its way to all: ``own`` is this one's."""
+    """An all-gather in progress; ``own`` are this process's tensors."""
 
     def __init__(self, own: Parts) -> None:
         self._own = own
@@ -171,7 +175,8 @@ class Sent:
         self._sending: list[dist.Work] = []
 
     def send(self) -> Iterator[Parts]:
-        """Begin, when all have said what there is; what comes of it is all of that, in the order of processes, once it is there."""
+        """Start sending once all processes have described their tensors; yields the tensors of each process, in order, when they have
+        arrived."""
         described = self._described()
         with _heard():
             for source, names in enumerate(described):
@@ -194,7 +199,7 @@ class Sent:
 
 
 def _one_later(values: Iterable[Value]) -> Iterator[Value]:
-    """Each of ``values`` when the next one is made."""
+    """Yields each of ``values`` only after the next one has been computed."""
     before: list[Value] = []
     for value in values:
         yield from before
@@ -203,13 +208,14 @@ def _one_later(values: Iterable[Value]) -> Iterator[Value]:
 
 
 def told(own: Any) -> list[Any]:
-    """What each process tells, in their order; anything that can be pickled."""
+    """The object of every process, in order of processes; it must be picklable."""
     return [own] if count() == 1 else _telling(own)()
 
 
 def _telling(own: Any) -> Callable[[], list[Any]]:
-    """:func:`told` on its way: what gives it. Where it fits into a PAGE, one message of known length does: 0.4 ms between two processes
-    instead of 1.2 with a message of lengths before it, for every batch that is exchanged."""
+    """Start :func:`told`, and return a function that waits for its result. Objects that fit into PAGE bytes need a single message of known
+    length: 0.4 ms between two processes, instead of 1.2 with a preceding message of lengths, for every batch that is exchanged.
+    """
     said = pickle.dumps(own)
     page = torch.frombuffer(bytearray(len(said).to_bytes(8, "little") + said).ljust(PAGE)[:PAGE], dtype=torch.uint8)
     pages = list(torch.empty(count(), PAGE, dtype=torch.uint8))
@@ -235,7 +241,7 @@ def _device(kind: str) -> torch.device:
 
 
 def _bytes(value: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous ``value``, of whatever type, as one that every backend sends."""
+    """The memory of a contiguous ``value`` of any type, as a type that every backend can send."""
     return value.reshape(-1).view(torch.uint8)
 
 
@@ -246,7 +252,7 @@ def _pickled(value: object) -> torch.Tensor:
 
 
 def _unpickled(data: torch.Tensor) -> Any:
-    """The value, with tensors of another's card on this process's."""
+    """The value; tensors from another process's GPU are placed on this process's."""
     return torch.load(io.BytesIO(data.numpy().data), map_location=_placed, weights_only=False)
 
 
@@ -256,10 +262,10 @@ def _placed(storage: Any, location: str) -> Any:
 
 @contextmanager
 def _heard() -> Iterator[None]:
-    """A process that does not answer, as one sentence."""
+    """Turns a lost connection to another process into one sentence."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # torch.distributed's errors are of this class, and gloo's have no other
+    except RuntimeError as error:  # torch.distributed's errors are subclasses; gloo raises this class itself
         raise UserError(launch.ENDED) from error

@@ -1,8 +1,8 @@
-"""Round one layer site by site, each from the inputs that everything rounded before it gives.
+"""Rounds one layer site by site, each with the inputs that result from everything rounded before it.
 
-So a site sees the errors of everything before it (the prefix) and makes part of them good: with x the rounded model's input and y the
-original one, the weight that is rounded is W + a W (sum (y - x)^T x) H^-1, which for a = 1 gives the original output from the
-rounded input as nearly as a linear map can (QEP, arXiv 2504.09629). A share a between 0 and 1 overfits the calibration set less.
+A site therefore sees the errors of everything before it (the prefix), and corrects part of them. With x the input in the rounded model and
+y the original one, the weight to be rounded is W + a W (sum (y - x)^T x) H^-1, which for a = 1 gives the original output from the rounded
+input as closely as a linear map can (QEP, arXiv 2504.09629). A share a between 0 and 1 overfits the calibration set less.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from mbq_gguf.rounding.nearest import Rounded, round_nearest
 from mbq_gguf.rounding.ranges import searched
 from mbq_gguf.rounding.refit import refit, refit_row_scale
 
-CODES = torch.int8  # which holds every grid's: a quarter of what float32 takes from card to card
+CODES = torch.int8  # sufficient for every grid, and a quarter of float32's bytes between GPUs
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """What is done beyond plain GPTQ. ``error_correction`` is a above, ``refits`` how often scales are fitted, with descent in between."""
+    """Steps beyond plain GPTQ. ``error_correction`` is a above; ``refits`` is how often scales are fitted, with descent in between."""
 
     damping: float
     clip: bool
@@ -42,8 +42,9 @@ class Refinement:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A rounded matrix: the type's name, bytes and values, and the ``grid`` and codes that GPTQ gave it (None where it did not). Bytes that
-    GPTQ has made on a card are on their way to the host."""
+    """A rounded matrix: the type's name, bytes and values, and the ``grid`` and codes from GPTQ (None without it). Bytes from GPTQ on a GPU
+    are still being copied to the host.
+    """
 
     type_name: str
     rounded: Rounded
@@ -54,10 +55,10 @@ class Matrix:
 def round_in_order(
     layer: Layer, type_names: Mapping[str, str], moments_of: Callable[[Site], Moments | None], refinement: Refinement
 ) -> dict[str, Matrix]:
-    """Round ``layer`` in place; every linear's matrix by its name in the layer, as are ``type_names``.
+    """Round ``layer`` in place; returns every linear's matrix by its name in the layer, which is also the key of ``type_names``.
 
-    ``moments_of`` is asked for a site's moments when every earlier site of the layer is rounded; None means nearest rounding, which a
-    type without a grid (F16 and other fallbacks) always gets.
+    ``moments_of`` is called for a site's moments when every earlier site of the layer is rounded. None means rounding to nearest, which
+    types without a grid (F16 and other fallbacks) always get.
     """
     out = {}
     for site in layer.sites:
@@ -73,12 +74,13 @@ def round_in_order(
 
 
 def _rounded(weights: Sequence[torch.Tensor], kept: QuantType, found: Moments | None, refinement: Refinement) -> list[Matrix]:
-    """Matrices with one input and one quant type. Rows are independent, so GPTQ takes all matrices as one, and each process some rows."""
+    """Round matrices with a common input and quant type. Rows are independent, so GPTQ treats all matrices as one, and each process has
+    some rows."""
     grid = grid_of(kept)
     if found is None or grid is None:
         return [Matrix(kept.name, round_nearest(weight.detach(), kept)) for weight in weights]
     whole = torch.cat([weight.detach().float() for weight in weights])
-    factor = inverse_factor(found.hessian, refinement.damping)  # by all processes, of which one may have no rows
+    factor = inverse_factor(found.hessian, refinement.damping)  # computed by all processes, even those without rows
     coded, data = _shared_rows(len(whole), lambda rows: refined_by(factor, whole[rows], found.of_rows(rows), grid, refinement), grid)
     lengths = [len(weight) for weight in weights]
     parts = zip(coded.split(lengths), torch.split(data, lengths), strict=True)
@@ -86,7 +88,7 @@ def _rounded(weights: Sequence[torch.Tensor], kept: QuantType, found: Moments | 
 
 
 def _shared_rows(count: int, code: Callable[[slice], Coded], grid: Grid) -> tuple[Coded, torch.Tensor]:
-    """What ``code`` makes of ``count`` rows, and their bytes [rows, row_bytes]; each process takes an equal share of blocks."""
+    """The results of ``code`` for ``count`` rows, and their bytes [rows, row_bytes]; each process computes an equal share of the blocks."""
     blocks = row_blocks(count)
     share = parallel.shares(len(blocks))[parallel.rank()]
     parts = {}
@@ -100,12 +102,12 @@ def _shared_rows(count: int, code: Callable[[slice], Coded], grid: Grid) -> tupl
 
 
 def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refinement) -> Coded:
-    """``weight`` [rows, columns] corrected, rounded by GPTQ, then parameters and codes in turn made better."""
+    """Correct ``weight`` [rows, columns], round it with GPTQ, then improve parameters and codes in turn."""
     return refined_by(inverse_factor(found.hessian, refinement.damping), weight, found, grid, refinement)
 
 
 def refined_by(factor: torch.Tensor, weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refinement) -> Coded:
-    """The same with the :func:`inverse_factor` of ``found``."""
+    """The same, with the :func:`inverse_factor` of ``found``."""
     if refinement.error_correction and (found.cross is not None or found.written is not None):
         weight = corrected(weight, found, factor, refinement.error_correction)
     fit = searched(grid) if refinement.clip else None
@@ -115,7 +117,7 @@ def refined_by(factor: torch.Tensor, weight: torch.Tensor, found: Moments, grid:
             coded = descend(grid, weight, coded, found.hessian, refinement.damping)
         if grid.free:
             coded = Coded(coded.codes, *refit(grid, weight, coded.codes, coded.scale, coded.offset, found.hessian), coded.steps)
-        elif grid.scale.free and grid.group == weight.shape[1]:  # one scale a row and no offset
+        elif grid.scale.free and grid.group == weight.shape[1]:  # one scale per row and no offset
             coded = replace(coded, scale=refit_row_scale(weight, coded.codes, coded.scale, found.hessian))
     return coded
 
@@ -123,8 +125,8 @@ def refined_by(factor: torch.Tensor, weight: torch.Tensor, found: Moments, grid:
 def corrected(weight: torch.Tensor, found: Moments, factor: torch.Tensor, share: float) -> torch.Tensor:
     """W + share W C H^-1 with C the cross moments and H^-1 = U^T U of the damped Hessian.
 
-    Products are float32: on the reference VLM they move a correction by 2e-6 to 3e-5 of itself, and 1e-10 of what it does to the objective,
-    in 0.10 instead of 0.25 s a layer. W C as a difference of what W makes is float64.
+    Products are float32: on the reference VLM this changes a correction by 2e-6 to 3e-5 of its size, and its effect on the objective by
+    1e-10, and takes 0.10 instead of 0.25 s per layer. W C, if computed as a difference of outputs of W, is float64.
     """
     crossed = _crossed(found)
     changes = [_through_inverse(crossed(weight, rows), factor) for rows in row_blocks(len(weight))]
@@ -132,7 +134,7 @@ def corrected(weight: torch.Tensor, found: Moments, factor: torch.Tensor, share:
 
 
 def _crossed(found: Moments) -> Callable[[torch.Tensor, slice], torch.Tensor]:
-    """What makes W C [rows, columns] of some rows of W."""
+    """A function that computes W C [rows, columns] for some rows of W."""
     if found.written is not None:
         written, hessian = found.written, found.hessian.double()
         return lambda weight, rows: (written[rows].double() - weight[rows].double() @ hessian).float()
@@ -142,8 +144,9 @@ def _crossed(found: Moments) -> Callable[[torch.Tensor, slice], torch.Tensor]:
 
 
 def _through_inverse(change: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
-    """``change`` [rows, columns] times U^T U, in its place. What lies below the diagonal of U is left out, some columns at a time: a
-    correction of 3584 x 18944 takes 0.11 s on a card instead of 0.14, of 256 x 1536 two thirds of the time on a core."""
+    """Multiply ``change`` [rows, columns] by U^T U, in place. The zeros below the diagonal of U are skipped, some columns at a time: a
+    correction of 3584 x 18944 takes 0.11 s on a GPU instead of 0.14, one of 256 x 1536 two thirds of the time on a core.
+    """
     at_once = columns_solved(upper.device)
     parts = [slice(start, start + at_once) for start in range(0, len(upper), at_once)]
     for part in parts:
