@@ -18,7 +18,18 @@ from mbq_gguf.cli import main
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.models import load
 from mbq_gguf.models.checks import check_finite
-from mbq_gguf.parallel import PAGE, complete, dealt, from_first, own, shares, spread, spread_values, together, told
+from mbq_gguf.parallel import (
+    PAGE,
+    balanced_map,
+    broadcast_from_first,
+    even_shares,
+    gather_objects,
+    gather_pieces,
+    own_pieces,
+    parallel_map,
+    parallel_map_values,
+    process_group,
+)
 from mbq_gguf.quantise import quantise
 from mbq_gguf.rounding import cholesky, gptq, inverse
 from mbq_gguf.settings import QuantiseSettings
@@ -36,7 +47,7 @@ def quantised(model: str, out: str, work: str) -> None:
     batches.TOKENS, sums.TILE, gptq.ROWS_AT_ONCE = 200, 48, 32
     inverse.COLUMNS_SOLVED["cpu"], cholesky.WIDTH["cpu"] = 24, 12
     samples = [Sample(s.image, s.turns[:1]) for s in read_jsonl(SHIPPED)[:3]]
-    with together("cpu"):
+    with process_group("cpu"):
         kept = open_workdir(Path(work), {"model": "tiny"}) if launch.first() else WorkDir(Path(work), "")
         result = quantise(load(Path(model)), samples, SETTINGS, kept)
     if launch.first():
@@ -58,15 +69,15 @@ def test_two_processes_give_the_same_bytes_and_three_go_on_from_their_first_laye
         for later in work.glob("layer-000[12].safetensors"):
             later.unlink()
         started = enumerate(of_several(count, free_port()))
-        run = [Command(tmp_path / f"{rank}.log", tiny_dir, out, work, variables=own, work=quantised) for rank, own in started]
+        run = [Command(tmp_path / f"{rank}.log", tiny_dir, out, work, variables=variables, work=quantised) for rank, variables in started]
         assert [process.wait(SECONDS) for process in run] == [0] * count
         assert out.read_bytes() == alone.read_bytes()
 
 
 def heard(folder: str) -> None:
     """Exchange what is short and what is long, then look at weights of which one is spoilt; what came of it is saved by each process."""
-    with together("cpu"):
-        both = [told(launch.rank()), told(launch.rank() * "long" * PAGE)]
+    with process_group("cpu"):
+        both = [gather_objects(launch.rank()), gather_objects(launch.rank() * "long" * PAGE)]
         try:
             check_finite([Path(folder, "weights.safetensors")])
         except UserError as error:
@@ -77,7 +88,7 @@ def heard(folder: str) -> None:
 def test_what_one_process_finds_all_hear(tmp_path: Path) -> None:
     save_file({"a": torch.ones(3), "b": torch.tensor([1.0, torch.inf]), "c": torch.ones(3)}, tmp_path / "weights.safetensors")
     started = enumerate(of_several(3, free_port()))
-    run = [Command(tmp_path / f"{rank}.log", tmp_path, variables=own, work=heard) for rank, own in started]
+    run = [Command(tmp_path / f"{rank}.log", tmp_path, variables=variables, work=heard) for rank, variables in started]
     assert [process.wait(SECONDS) for process in run] == [0, 0, 0]
     for rank in range(3):
         short, long, (sentence,) = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -94,8 +105,8 @@ def in_rounds(folder: str) -> None:
         events.append(10 + piece)
         return {"square": torch.full((piece,), piece**2)}
 
-    with together("cpu"):
-        for piece, parts in spread(range(7), compute):
+    with process_group("cpu"):
+        for piece, parts in parallel_map(range(7), compute):
             events.append(piece)
             assert parts["square"].tolist() == piece * [piece**2]
     Path(folder, f"{launch.rank()}.json").write_text(json.dumps(events))
@@ -103,7 +114,7 @@ def in_rounds(folder: str) -> None:
 
 def test_two_rounds_are_on_their_way_while_the_next_is_computed(tmp_path: Path) -> None:
     started = enumerate(of_several(2, free_port()))
-    run = [Command(tmp_path / f"{rank}.log", tmp_path, variables=own, work=in_rounds) for rank, own in started]
+    run = [Command(tmp_path / f"{rank}.log", tmp_path, variables=variables, work=in_rounds) for rank, variables in started]
     assert [process.wait(SECONDS) for process in run] == [0, 0]
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [
         [10, 12, 14, 0, 1, 16, 2, 3, 4, 5, 6],
@@ -114,17 +125,17 @@ def test_two_rounds_are_on_their_way_while_the_next_is_computed(tmp_path: Path) 
 def completed(folder: str) -> None:
     """Fill the own ones of seven columns, of which no two lie together, and of seven rows, with the number of the process."""
     columns, rows = torch.full((5, 7), -1.0), torch.full((7, 5), -1.0)
-    with together("cpu"):
-        for number in own(7):
+    with process_group("cpu"):
+        for number in own_pieces(7):
             columns[:, number] = rows[number] = launch.rank()
-        complete([columns[:, number] for number in range(7)])
-        complete(list(rows))
+        gather_pieces([columns[:, number] for number in range(7)])
+        gather_pieces(list(rows))
     save_file({"columns": columns, "rows": rows}, Path(folder, f"{launch.rank()}.safetensors"))
 
 
 def test_each_process_completes_what_the_others_have_computed(tmp_path: Path) -> None:
     started = enumerate(of_several(3, free_port()))
-    run = [Command(tmp_path / f"{rank}.log", tmp_path, variables=own, work=completed) for rank, own in started]
+    run = [Command(tmp_path / f"{rank}.log", tmp_path, variables=variables, work=completed) for rank, variables in started]
     assert [process.wait(SECONDS) for process in run] == [0, 0, 0]
     for rank in range(3):
         found = load_file(tmp_path / f"{rank}.safetensors")
@@ -133,18 +144,18 @@ def test_each_process_completes_what_the_others_have_computed(tmp_path: Path) ->
 
 
 def test_a_single_process_does_all_by_itself() -> None:
-    with together("cpu"):
-        assert [(piece, parts["x"].item()) for piece, parts in spread([2, 3], lambda piece: {"x": torch.tensor(piece**2)})] == [
+    with process_group("cpu"):
+        assert [(piece, parts["x"].item()) for piece, parts in parallel_map([2, 3], lambda piece: {"x": torch.tensor(piece**2)})] == [
             (2, 4),
             (3, 9),
         ]
-        assert list(spread_values("ab", str.upper)) == ["A", "B"]
-        assert from_first(lambda: 7) == 7
-        assert [(piece, part.item()) for piece, part in dealt([1, 9], torch.tensor)] == [(0, 0), (1, 1)]
-        assert told(3) == [3]
-        complete([torch.ones(2)])
-        assert list(own(3)) == [0, 1, 2]
-        assert shares(5) == [range(5)]
+        assert list(parallel_map_values("ab", str.upper)) == ["A", "B"]
+        assert broadcast_from_first(lambda: 7) == 7
+        assert [(piece, part.item()) for piece, part in balanced_map([1, 9], torch.tensor)] == [(0, 0), (1, 1)]
+        assert gather_objects(3) == [3]
+        gather_pieces([torch.ones(2)])
+        assert list(own_pieces(3)) == [0, 1, 2]
+        assert even_shares(5) == [range(5)]
 
 
 def test_other_commands_are_the_work_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ from mbq_gguf.models.language_only import language_only_mode
 from mbq_gguf.models.load import load_meta
 from mbq_gguf.models.remote_code import remote_code
 from mbq_gguf.outcome import QuantiseResult
-from mbq_gguf.parallel import together
+from mbq_gguf.parallel import process_group
 from mbq_gguf.preflight import check_inputs, check_tower, run_preflight
 from mbq_gguf.quantise import quantise
 from mbq_gguf.quantise_tower import quantise_tower
@@ -158,7 +158,7 @@ def run_quantisation(options: ConvertOptions, console: Console, stages: Stages, 
     with timer.timed("check"):
         ahead = run_preflight(options, say)
     options = ahead.options
-    with together(options.device):
+    with process_group(options.device):
         with timer.timed("load"):
             loaded = load(options.model_dir, options.device, prompts=ahead.model.prompts, progress=partial(stages, "check weights"))
         with timer.timed("samples"):

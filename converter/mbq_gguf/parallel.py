@@ -30,11 +30,11 @@ Parts = dict[str, torch.Tensor]
 
 LONGEST = timedelta(days=2)  # how long a process waits for others: the first may generate texts for an hour. If one dies, torchrun ends all
 PAGE = 4096  # bytes
-_apart = False  # inside from_first, where the first process works alone
+_first_alone = False  # inside broadcast_from_first, where the first process works alone
 
 
 @contextmanager
-def together(device: str) -> Iterator[None]:
+def process_group(device: str) -> Iterator[None]:
     """While open, this process is in a group with the others; does nothing for a single process."""
     if launch.count() == 1:
         yield
@@ -44,104 +44,104 @@ def together(device: str) -> Iterator[None]:
     card = torch.device(device)
     if card.type == "cuda":
         torch.cuda.set_device(card)
-    with _heard():
+    with _connection_errors():
         dist.init_process_group("cpu:gloo,cuda:nccl" if card.type == "cuda" else "gloo", timeout=LONGEST)
     yield
     dist.destroy_process_group()
 
 
-def count() -> int:
+def world_size() -> int:
     """The number of processes that share the current work."""
-    return dist.get_world_size() if dist.is_initialized() and not _apart else 1
+    return dist.get_world_size() if dist.is_initialized() and not _first_alone else 1
 
 
 def rank() -> int:
     """The number of this process."""
-    return dist.get_rank() if count() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def spread(pieces: Sequence[Piece], compute: Callable[[Piece], Parts]) -> Iterator[tuple[Piece, Parts]]:
+def parallel_map(pieces: Sequence[Piece], compute: Callable[[Piece], Parts]) -> Iterator[tuple[Piece, Parts]]:
     """Compute all ``pieces`` in parallel; yields each piece, in order, with the result of ``compute`` on this process's device.
 
     Process r computes pieces r, r + count, and so on; one such set of pieces is a round. While a round is being computed, the two before
     are in transit: the last one has been described to all processes and is being sent, without waiting for late ones; the one before it has
     arrived. So ``compute`` must not depend on what the caller does with earlier results.
     """
-    if count() == 1:
+    if world_size() == 1:
         for piece in pieces:
             yield piece, compute(piece)
         return
-    rounds = [pieces[start : start + count()] for start in range(0, len(pieces), count())]
-    described = ((here, Sent(compute(here[rank()]) if rank() < len(here) else {})) for here in rounds)
-    sent = ((here, each.send()) for here, each in _one_later(described))
-    for here, arriving in _one_later(sent):
+    rounds = [pieces[start : start + world_size()] for start in range(0, len(pieces), world_size())]
+    described = ((here, PendingGather(compute(here[rank()]) if rank() < len(here) else {})) for here in rounds)
+    sent = ((here, each.send()) for here, each in _delayed(described))
+    for here, arriving in _delayed(sent):
         yield from zip(here, arriving, strict=False)
 
 
-def spread_values(pieces: Sequence[Piece], compute: Callable[[Piece], Value]) -> Iterator[Value]:
-    """The results of ``compute`` for ``pieces``, in order, as in :func:`spread`, for any value that can be pickled."""
-    if count() == 1:
+def parallel_map_values(pieces: Sequence[Piece], compute: Callable[[Piece], Value]) -> Iterator[Value]:
+    """The results of ``compute`` for ``pieces``, in order, as in :func:`parallel_map`, for any value that can be pickled."""
+    if world_size() == 1:
         yield from map(compute, pieces)
         return
-    for _, parts in spread(pieces, lambda piece: {"value": _pickled(compute(piece))}):
+    for _, parts in parallel_map(pieces, lambda piece: {"value": _pickled(compute(piece))}):
         yield _unpickled(parts["value"])
 
 
-def from_first(make: Callable[[], Value]) -> Value:
+def broadcast_from_first(make: Callable[[], Value]) -> Value:
     """Call ``make`` in the first process only, while the others wait, and return its result in all of them."""
-    global _apart
-    if count() == 1:
+    global _first_alone
+    if world_size() == 1:
         return make()
     if rank() > 0:
-        value: Value = _unpickled(exchange({})[0]["value"])
+        value: Value = _unpickled(all_gather({})[0]["value"])
         return value
-    _apart = True
+    _first_alone = True
     try:
         made = make()
     finally:
-        _apart = False
-    exchange({"value": _pickled(made)})
+        _first_alone = False
+    all_gather({"value": _pickled(made)})
     return made
 
 
-def own(pieces: int) -> range:
-    """The pieces, out of ``pieces``, that this process computes in :func:`spread`."""
-    return range(rank(), pieces, count())
+def own_pieces(pieces: int) -> range:
+    """The pieces, out of ``pieces``, that this process computes in :func:`parallel_map`."""
+    return range(rank(), pieces, world_size())
 
 
-def shares(pieces: int) -> list[range]:
+def even_shares(pieces: int) -> list[range]:
     """``pieces`` divided into one contiguous range for each process, as evenly as possible."""
-    size = count()
+    size = world_size()
     return [range(pieces * each // size, pieces * (each + 1) // size) for each in range(size)]
 
 
-def dealt(costs: Sequence[float], compute: Callable[[int], torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+def balanced_map(costs: Sequence[float], compute: Callable[[int], torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
     """Compute pieces whose times are proportional to ``costs``; yields number and result of each, in any order. The longest pieces are
     assigned first, each to the process with the least work so far, and all results are exchanged at once. A single piece is computed by
     every process.
     """
-    if count() == 1 or len(costs) == 1:
+    if world_size() == 1 or len(costs) == 1:
         for piece in range(len(costs)):
             yield piece, compute(piece)
         return
-    hands: list[list[int]] = [[] for _ in range(count())]
+    hands: list[list[int]] = [[] for _ in range(world_size())]
     for piece in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
         min(hands, key=lambda hand: sum(costs[other] for other in hand)).append(piece)
-    for parts in exchange({str(piece): compute(piece) for piece in hands[rank()]}):
+    for parts in all_gather({str(piece): compute(piece) for piece in hands[rank()]}):
         yield from ((int(name), part) for name, part in parts.items())
 
 
-def complete(pieces: Sequence[torch.Tensor]) -> None:
-    """Fill each of ``pieces`` with the values of the process that :func:`own` assigns it to. All processes have the same shapes.
+def gather_pieces(pieces: Sequence[torch.Tensor]) -> None:
+    """Fill each of ``pieces`` with the values of the process that :func:`own_pieces` assigns it to. All processes have the same shapes.
 
     Each process sends all of its pieces as one message: 60 messages would take the host 5 ms.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     arriving = []
-    with _heard():
-        for process in range(count()):
-            theirs = pieces[process :: count()]
+    with _connection_errors():
+        for process in range(world_size()):
+            theirs = pieces[process :: world_size()]
             whole = pieces[0].new_empty(sum(piece.numel() for piece in theirs))
             spaces = torch.split(whole, [piece.numel() for piece in theirs])
             parts = [(piece, space.view(piece.shape)) for piece, space in zip(theirs, spaces, strict=True)]
@@ -158,19 +158,19 @@ def complete(pieces: Sequence[torch.Tensor]) -> None:
                     piece.copy_(part)
 
 
-def exchange(own: Parts) -> list[Parts]:
+def all_gather(mine: Parts) -> list[Parts]:
     """The tensors of every process, in order of processes. They may differ in names, shapes and types, and arrive on a device of the same
     kind as they were sent from.
     """
-    return list(Sent(own).send())
+    return list(PendingGather(mine).send())
 
 
-class Sent:
-    """An all-gather in progress; ``own`` are this process's tensors."""
+class PendingGather:
+    """An all-gather in progress; ``mine`` are this process's tensors."""
 
-    def __init__(self, own: Parts) -> None:
-        self._own = own
-        self._described = _telling({name: (value.shape, value.dtype, value.device.type) for name, value in own.items()})
+    def __init__(self, mine: Parts) -> None:
+        self._mine = mine
+        self._described = _start_gather_objects({name: (value.shape, value.dtype, value.device.type) for name, value in mine.items()})
         self._found: list[Parts] = []
         self._sending: list[dist.Work] = []
 
@@ -178,12 +178,12 @@ class Sent:
         """Start sending once all processes have described their tensors; yields the tensors of each process, in order, when they have
         arrived."""
         described = self._described()
-        with _heard():
+        with _connection_errors():
             for source, names in enumerate(described):
                 parts = {}
                 for name, (shape, dtype, kind) in names.items():
                     here = source == rank()
-                    parts[name] = self._own[name].detach().contiguous() if here else torch.empty(shape, dtype=dtype, device=_device(kind))
+                    parts[name] = self._mine[name].detach().contiguous() if here else torch.empty(shape, dtype=dtype, device=_device(kind))
                     if parts[name].numel():
                         sending = dist.broadcast(_bytes(parts[name]), source, async_op=True)
                         assert sending is not None
@@ -192,13 +192,13 @@ class Sent:
         return self._arrived()
 
     def _arrived(self) -> Iterator[Parts]:
-        with _heard():
+        with _connection_errors():
             for sending in self._sending:
                 sending.wait()
         yield from self._found
 
 
-def _one_later(values: Iterable[Value]) -> Iterator[Value]:
+def _delayed(values: Iterable[Value]) -> Iterator[Value]:
     """Yields each of ``values`` only after the next one has been computed."""
     before: list[Value] = []
     for value in values:
@@ -207,33 +207,33 @@ def _one_later(values: Iterable[Value]) -> Iterator[Value]:
     yield from before
 
 
-def told(own: Any) -> list[Any]:
+def gather_objects(mine: Any) -> list[Any]:
     """The object of every process, in order of processes; it must be picklable."""
-    return [own] if count() == 1 else _telling(own)()
+    return [mine] if world_size() == 1 else _start_gather_objects(mine)()
 
 
-def _telling(own: Any) -> Callable[[], list[Any]]:
-    """Start :func:`told`, and return a function that waits for its result. Objects that fit into PAGE bytes need a single message of known
-    length: 0.4 ms between two processes, instead of 1.2 with a preceding message of lengths, for every batch that is exchanged.
+def _start_gather_objects(mine: Any) -> Callable[[], list[Any]]:
+    """Start :func:`gather_objects`, and return a function that waits for its result. Objects that fit into PAGE bytes need a single message
+    of known length: 0.4 ms between two processes, instead of 1.2 with a preceding message of lengths, for every batch that is exchanged.
     """
-    said = pickle.dumps(own)
-    page = torch.frombuffer(bytearray(len(said).to_bytes(8, "little") + said).ljust(PAGE)[:PAGE], dtype=torch.uint8)
-    pages = list(torch.empty(count(), PAGE, dtype=torch.uint8))
-    with _heard():
+    pickled = pickle.dumps(mine)
+    page = torch.frombuffer(bytearray(len(pickled).to_bytes(8, "little") + pickled).ljust(PAGE)[:PAGE], dtype=torch.uint8)
+    pages = list(torch.empty(world_size(), PAGE, dtype=torch.uint8))
+    with _connection_errors():
         sending = dist.all_gather(pages, page, async_op=True)
     assert sending is not None
 
-    def heard() -> list[Any]:
-        with _heard():
+    def result() -> list[Any]:
+        with _connection_errors():
             sending.wait()
             messages = [each.numpy().tobytes() for each in pages]
             if any(int.from_bytes(each[:8], "little") > PAGE - 8 for each in messages):
-                found: list[Any] = [None] * count()
-                dist.all_gather_object(found, own)
+                found: list[Any] = [None] * world_size()
+                dist.all_gather_object(found, mine)
                 return found
         return [pickle.loads(each[8:]) for each in messages]
 
-    return heard
+    return result
 
 
 def _device(kind: str) -> torch.device:
@@ -261,7 +261,7 @@ def _placed(storage: Any, location: str) -> Any:
 
 
 @contextmanager
-def _heard() -> Iterator[None]:
+def _connection_errors() -> Iterator[None]:
     """Turns a lost connection to another process into one sentence."""
     try:
         yield

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from mbq_gguf import launch
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.export.atomic import new_file
-from mbq_gguf.parallel import from_first
+from mbq_gguf.parallel import broadcast_from_first
 
 FINGERPRINT = "fingerprint.json"
 TEMPORARY = ".mbq-gguf-"
@@ -53,7 +53,7 @@ class WorkDir:
 
     def found(self, name: str) -> Item | None:
         """Item ``name`` as the first process loads it, in all processes; None if there is none."""
-        return from_first(lambda: self.load(name))
+        return broadcast_from_first(lambda: self.load(name))
 
     def kept(self, name: str, tensors: dict[str, torch.Tensor], data: Any) -> Item:
         """Save item ``name`` and return it with its tensors in the mapped file, so that finished items take no memory."""

@@ -16,7 +16,7 @@ from mbq_gguf.conversations import read_scenes
 from mbq_gguf.errors import UsageError, UserError, error_context
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import Prompts
-from mbq_gguf.parallel import spread_values
+from mbq_gguf.parallel import parallel_map_values
 from mbq_gguf.picture import open_picture, suffixes
 from mbq_gguf.special_tokens import check_text, tokenizer_special_tokens
 
@@ -70,7 +70,7 @@ class Drawn:
             return greedy_answer(loaded, open_picture(image), FREE_QUESTION, FREE_ANSWER_TOKENS)
 
         with whole_decoder(loaded) if self.pictures else nullcontext():
-            for image, answer in zip(self.pictures, spread_values(self.pictures, answer_to), strict=True):
+            for image, answer in zip(self.pictures, parallel_map_values(self.pictures, answer_to), strict=True):
                 if answer:
                     samples.append(Sample(image, ((FREE_QUESTION, answer),)))
         if not samples:

@@ -15,7 +15,7 @@ from mbq_gguf.calibration.batches import batches
 from mbq_gguf.calibration.stream import run_batch
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.parallel import Parts, spread
+from mbq_gguf.parallel import Parts, parallel_map
 
 # Tokens that an expert should see, per channel of its input. In tests/calibration/test_experts.py an expert that 6 tokens reach has a
 # relative error of 0.335 on others of its kind by these alone, 0.270 at 1, 0.187 at 4, 0.173 with all; those that many reach 0.194.
@@ -34,7 +34,7 @@ def shares_of(layer: Layer, streams: Sequence[Streamed]) -> list[float]:
         run_batch(layer, batch)
         return {"rows": torch.tensor([len(experts.rows.get(number, ())) for number in range(len(experts))])}
 
-    reached = sum(parts["rows"] for _, parts in spread(list(batches(streams, layer)), reached_by))
+    reached = sum(parts["rows"] for _, parts in parallel_map(list(batches(streams, layer)), reached_by))
     assert isinstance(reached, torch.Tensor)
     wanted = min(TOKENS * width, total)
     return [(wanted - own) / (total - own) if own < wanted else 0.0 for own in reached.tolist()]

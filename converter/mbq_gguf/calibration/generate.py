@@ -17,7 +17,7 @@ from mbq_gguf.calibration.narrow import bits_with_room, in_bits
 from mbq_gguf.calibration.precision import fast_bfloat16
 from mbq_gguf.errors import UserError
 from mbq_gguf.models.loaded import LoadedModel
-from mbq_gguf.parallel import from_first
+from mbq_gguf.parallel import broadcast_from_first
 from mbq_gguf.threads import torch_threads
 
 # Parts of the texts, each with a thread of its own on a CPU: 23 steps of 80 texts take 3.7 s on two cores. With two threads for each
@@ -140,7 +140,7 @@ def _writing_dtype(loaded: LoadedModel) -> torch.dtype:
 def whole_decoder(loaded: LoadedModel) -> Iterator[None]:
     """While open, the whole decoder is on the device. Raises UserError if it does not fit."""
     decoder, dtype = loaded.decoder, _writing_dtype(loaded)
-    bits = from_first(lambda: writing_bits(loaded))  # the same on all GPUs, whatever memory each has
+    bits = broadcast_from_first(lambda: writing_bits(loaded))  # the same on all GPUs, whatever memory each has
     handles = [
         decoder.embed_tokens.register_forward_hook(lambda _module, _args, out: out.to(dtype)),
         # Only the last token's state is needed; for a slice of several, torch would copy the head's weight for every text (50 s of 80).

@@ -21,7 +21,7 @@ from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.sums import Sum, root_weighted
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Branch, Site
-from mbq_gguf.parallel import Parts, spread
+from mbq_gguf.parallel import Parts, parallel_map
 from mbq_gguf.threads import Workers
 
 
@@ -120,7 +120,7 @@ class Replay:
             seen = [(site, watch.inputs[site.name][0].float()) for site in sites if site.name in watch.inputs]
             return {site.name: root_weighted(x, self.layer.row_weights(site, of_tokens)) for site, x in seen}
 
-        for _, parts in spread(range(len(self.batches)), rooted_inputs):
+        for _, parts in parallel_map(range(len(self.batches)), rooted_inputs):
             for name, rooted in parts.items():
                 found.setdefault(name, Sum.square_of(rooted)).add_square(rooted)
         return {name: Moments(total.whole_square()) for name, total in found.items()}
@@ -171,7 +171,7 @@ class Replay:
         """The number of each batch, in order, with the result of ``run``; as many at a time as there are workers or processes."""
         numbers = range(len(self.batches))
         if not self.workers:
-            return spread(numbers, partial(run, self.layer))
+            return parallel_map(numbers, partial(run, self.layer))
         return zip(numbers, self.workers.each(numbers, run), strict=True)
 
     def _do(self, tasks: Sequence[Callable[[], object]]) -> None:

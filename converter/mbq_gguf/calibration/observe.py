@@ -16,7 +16,7 @@ from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.sums import Sum, root_weighted
 from mbq_gguf.models.layer import Layer, batched
 from mbq_gguf.models.layout import Site
-from mbq_gguf.parallel import Parts, spread
+from mbq_gguf.parallel import Parts, parallel_map
 from mbq_gguf.threads import Workers
 
 # Activations are kept only for comparison with the rounded model's, which differ by far more than this type's rounding error.
@@ -69,7 +69,7 @@ def observe(
         return parts
 
     pieces = list(batches(streams, layer))
-    for batch, parts in _by_twins(layer, workers, pieces, run) if workers > 1 else spread(pieces, partial(run, layer)):
+    for batch, parts in _by_twins(layer, workers, pieces, run) if workers > 1 else parallel_map(pieces, partial(run, layer)):
         for site in layer.sites:
             if f"site {site.name}" in parts:
                 rooted = parts[f"site {site.name}"]

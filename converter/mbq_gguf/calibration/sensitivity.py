@@ -106,7 +106,7 @@ def measure(
     for number, part in enumerate(parts):
         start, total = 2 * layers * number, 2 * layers * len(parts)
         inputs, part = _forward(loaded, part, partial(_report, progress, start, total))
-        own, grads = parallel.own(len(part)), []
+        own, grads = parallel.own_pieces(len(part)), []
         for place, (stream, hidden) in enumerate(zip(part, inputs.pop(), strict=True)):
             signs = _signs(loaded, stream, draw) if fisher else None  # drawn for all streams, in order
             if place in own:
@@ -118,7 +118,7 @@ def measure(
             streams_of = [replace(part[i], hidden=entered[i], added={}) for i in own]
             grads = _backward(loaded, index, streams_of, grads, owed, list(counted.values()))
             progress(start + 2 * layers - index, total)
-        for found in parallel.spread_values(range(len(part)), counted.__getitem__):
+        for found in parallel.parallel_map_values(range(len(part)), counted.__getitem__):
             sums.add(found)
     return Sensitivity(*sums.means(), sums.salience)
 

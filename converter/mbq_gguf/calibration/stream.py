@@ -20,7 +20,7 @@ from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.lazy import ReadCache, materialise
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import AnswerMask, Encoded
-from mbq_gguf.parallel import Parts, spread, spread_values
+from mbq_gguf.parallel import Parts, parallel_map, parallel_map_values
 from mbq_gguf.threads import Workers
 
 Piece = TypeVar("Piece")
@@ -42,7 +42,7 @@ def capture_each(
     picture are too small to share.
     """
     if workers == 1:
-        yield from spread_values(pieces, lambda piece: capture_encoded(loaded, encode(piece), answer_mask))
+        yield from parallel_map_values(pieces, lambda piece: capture_encoded(loaded, encode(piece), answer_mask))
         return
     with Workers([loaded.twin() for _ in range(workers)]) as twins:
         yield from twins.each(map(encode, pieces), lambda twin, encoded: capture_encoded(twin, encoded, answer_mask))
@@ -191,7 +191,7 @@ def split_back(batch: Sequence[Streamed], parts: Parts) -> None:
 @torch.no_grad()
 def advance(layer: Layer, streams: Sequence[Streamed]) -> None:
     """Run every stream through ``layer``, in place: ``hidden`` becomes the input of the next layer."""
-    for batch, parts in spread(list(batches(streams, layer)), lambda batch: pass_batch(layer, batch)):
+    for batch, parts in parallel_map(list(batches(streams, layer)), lambda batch: pass_batch(layer, batch)):
         split_back(batch, parts)
 
 

@@ -53,12 +53,12 @@ class Sum:
 
     def whole(self) -> torch.Tensor:
         """The complete sum."""
-        parallel.complete([self.total[tile] for tile in self._tiles()])
+        parallel.gather_pieces([self.total[tile] for tile in self._tiles()])
         return self.total
 
     def whole_square(self) -> torch.Tensor:
         """The complete symmetric sum of :meth:`add_square`."""
-        parallel.complete([self.total[tile, tile.start :] for tile in self._tiles()])
+        parallel.gather_pieces([self.total[tile, tile.start :] for tile in self._tiles()])
         return self.total.triu() + self.total.triu(1).t()
 
     def _tiles(self) -> list[slice]:
@@ -67,7 +67,7 @@ class Sum:
     def _own(self) -> list[slice]:
         """This process's tiles: every n-th, since the later ones of a triangle are smaller."""
         tiles = self._tiles()
-        return [tiles[number] for number in parallel.own(len(tiles))]
+        return [tiles[number] for number in parallel.own_pieces(len(tiles))]
 
 
 def root_weighted(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -171,7 +171,7 @@ def check_finite(files: Sequence[Path], progress: Callable[[int, int], None] = l
     Several processes share the tensors, and all raise the same error. ``progress`` gets megabytes, done and total.
     """
     named = [(file, name, size) for file in files for name, size in _sizes(file).items()]
-    own = parallel.own(len(named))
+    own = parallel.own_pieces(len(named))
     done, total = 0, sum(named[index][2] for index in own)
     spoilt = len(named)
     for index, tensor in zip(own, _read([named[index] for index in own]), strict=True):
@@ -180,7 +180,7 @@ def check_finite(files: Sequence[Path], progress: Callable[[int, int], None] = l
             break
         done += named[index][2]
         progress(done // MB, total // MB)
-    spoilt = min(parallel.told(spoilt))
+    spoilt = min(parallel.gather_objects(spoilt))
     if spoilt < len(named):
         file, name, _ = named[spoilt]
         raise UserError(f"the weight {name} in {file} has NaN or infinite values: download the model again, or repair it")

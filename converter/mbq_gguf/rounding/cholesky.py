@@ -29,7 +29,7 @@ def cholesky(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         lower, info = torch.linalg.cholesky_ex(matrix)
         return lower, info
     rows = [slice(start, min(start + width, len(matrix))) for start in range(0, len(matrix), width)]
-    own = set(parallel.own(len(rows)))
+    own = set(parallel.own_pieces(len(rows)))
     infos = []
     ahead = _ahead(matrix.device, partial(_block, matrix[rows[0], rows[0]]))
     for step, here in enumerate(rows):
@@ -72,7 +72,7 @@ def _update(matrix: torch.Tensor, row: slice, done: slice) -> None:
 
 def _complete(matrix: torch.Tensor, rows: list[slice], numbers: range, columns: slice) -> None:
     """Send ``columns`` of the blocks of rows with these ``numbers`` from the process that has them to all."""
-    parallel.complete([matrix[row if number in numbers else slice(0), columns] for number, row in enumerate(rows)])
+    parallel.gather_pieces([matrix[row if number in numbers else slice(0), columns] for number, row in enumerate(rows)])
 
 
 def _ahead(device: torch.device, make: Callable[[], Block]) -> Callable[[], Block]:

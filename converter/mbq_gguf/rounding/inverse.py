@@ -61,7 +61,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
         found: torch.Tensor = torch.linalg.solve_triangular(lower[-height:, -height:], unit, upper=False)
         return found.flip(0, 1).float()
 
-    for piece, part in parallel.dealt([height**2 * min(at_once, height) for height in heights], solved):
+    for piece, part in parallel.balanced_map([height**2 * min(at_once, height) for height in heights], solved):
         factor[: heights[piece], max(heights[piece] - at_once, 0) : heights[piece]] = part
     return factor
 

@@ -90,13 +90,13 @@ def _rounded(weights: Sequence[torch.Tensor], kept: QuantType, found: Moments | 
 def _shared_rows(count: int, code: Callable[[slice], Coded], grid: Grid) -> tuple[Coded, torch.Tensor]:
     """The results of ``code`` for ``count`` rows, and their bytes [rows, row_bytes]; each process computes an equal share of the blocks."""
     blocks = row_blocks(count)
-    share = parallel.shares(len(blocks))[parallel.rank()]
+    share = parallel.even_shares(len(blocks))[parallel.rank()]
     parts = {}
     if share:
         own = code(slice(blocks[share[0]].start, blocks[share[-1]].stop))
         data = grid.packed(own.codes, own.scale, own.offset, own.steps)
         parts = {"codes": own.codes.to(CODES), "scale": own.scale, "offset": own.offset, "steps": own.steps, "data": data}
-    found = [parts] if parallel.count() == 1 else [other for other in parallel.exchange(parts) if other]
+    found = [parts] if parallel.world_size() == 1 else [other for other in parallel.all_gather(parts) if other]
     rows = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     return Coded(rows["codes"].float(), rows["scale"], rows["offset"], rows["steps"]), rows["data"]
 

@@ -39,7 +39,7 @@ def spread(layer: Layer, site: Site, factors: torch.Tensor) -> torch.Tensor:
 
 
 def gather(layer: Layer, site: Site, values: torch.Tensor) -> torch.Tensor:
-    """The mean of ``values`` (one per input channel) over the channels that share a factor; the counterpart of :func:`spread`."""
+    """The mean of ``values`` (one per input channel) over the channels that share a factor; the counterpart of :func:`parallel_map`."""
     times = repeats(layer, site)
     if times == 1:
         return values

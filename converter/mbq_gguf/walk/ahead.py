@@ -40,7 +40,7 @@ def helps(device: torch.device) -> bool:
     """Whether a thread beside the rounding has a core to itself and shares no state with it. GPUs have their own queues, the processes of a
     run communicate in order, and where calibration multiplies in bfloat16, PyTorch's switch for that affects the whole process.
     """
-    return device.type == "cpu" and torch.get_num_threads() > 1 and parallel.count() == 1 and not fast_bfloat16()
+    return device.type == "cpu" and torch.get_num_threads() > 1 and parallel.world_size() == 1 and not fast_bfloat16()
 
 
 def workers(device: torch.device) -> int:

@@ -16,7 +16,7 @@ from mbq_gguf.calibration.sensitivity import Sensitivity, measure
 from mbq_gguf.calibration.sinks import Sinks, find_sinks
 from mbq_gguf.calibration.stream import capture
 from mbq_gguf.calibration.synthetic import synthetic_streams, written
-from mbq_gguf.parallel import from_first
+from mbq_gguf.parallel import broadcast_from_first
 from mbq_gguf.transforms.preserved import FunctionCheck
 from mbq_gguf.transforms.rotation import draw, file_keys, rotated_embeddings, rotated_projector
 from mbq_gguf.walk.ahead import workers
@@ -64,7 +64,7 @@ def add_synthetic(walk: Walk) -> None:
     def texts() -> tuple[dict[str, torch.Tensor], None]:
         with walk.timed("texts"), coarse_products():
             # in one process: a step takes as long for some texts as for all
-            return {"ids": from_first(lambda: written(walk.loaded, count, walk.counted(_writing_stage(walk))))}, None
+            return {"ids": broadcast_from_first(lambda: written(walk.loaded, count, walk.counted(_writing_stage(walk))))}, None
 
     ids = walk.work.cached("texts", texts)[0]["ids"]
     with walk.timed("capture"):
@@ -86,7 +86,7 @@ def measure_sinks(walk: Walk) -> None:
 
     def found() -> tuple[dict[str, torch.Tensor], object]:
         with walk.timed("sinks"), coarse_products():
-            return {}, asdict(from_first(lambda: find_sinks(walk.loaded, captured, walk.counted("sinks"))))
+            return {}, asdict(broadcast_from_first(lambda: find_sinks(walk.loaded, captured, walk.counted("sinks"))))
 
     walk.sinks = Sinks(**walk.work.cached("sinks", found)[1])
     for key, value in static_keys(walk.settings.range_estimator, walk.sinks).items():

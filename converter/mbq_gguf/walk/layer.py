@@ -24,7 +24,7 @@ from mbq_gguf.memory import arrival, to_host
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layout import Site
 from mbq_gguf.outcome import Outcome, apply_outcome
-from mbq_gguf.parallel import from_first
+from mbq_gguf.parallel import broadcast_from_first
 from mbq_gguf.rounding.inverse import check_factored, faults_later
 from mbq_gguf.rounding.learned import learn
 from mbq_gguf.rounding.sequence import Matrix, Refinement, round_in_order
@@ -74,7 +74,7 @@ def smooth(work: LayerWork) -> None:
     if walk.settings.method != "smoothquant":
         return
     with walk.timed("smooth"):
-        found = from_first(lambda: smooth_layer(Entering(layer, made(walk.streams)), _foldable(walk, layer)))
+        found = broadcast_from_first(lambda: smooth_layer(Entering(layer, made(walk.streams)), _foldable(walk, layer)))
     for site, factors in found.items():
         work.outcome.put("factors", site, factors)
     fold_layer(layer, work.factors)
@@ -91,7 +91,7 @@ def equalise(work: LayerWork) -> None:
         prefix = Entering(layer, walk.prefix) if settings.follows_prefix else None
         judge = Criterion(_search_weights(walk, layer.index), settings.power, settings.search_samples, gptq, made(work.observed).hessians)
         # in one process: each candidate depends on those before it
-        choices = from_first(lambda: search_layer(original, prefix, work.type_names, judge, _foldable(walk, layer)))
+        choices = broadcast_from_first(lambda: search_layer(original, prefix, work.type_names, judge, _foldable(walk, layer)))
     for site, choice in choices.items():
         work.outcome.put("factors", site, choice.factors)
         work.outcome.put("exponent", site, choice.exponent)
@@ -121,7 +121,7 @@ def learn_scales(work: LayerWork) -> None:
     coded = {name: (matrix.grid, matrix.coded) for name, matrix in matrices.items() if matrix.grid and matrix.coded}
     targets = [stream.hidden for stream in made(work.passed)]
     with walk.timed("learn scales"), coarse_products():
-        found = from_first(lambda: learn(layer, walk.prefix, targets, work.weights, coded, walk.settings.learn_scales))
+        found = broadcast_from_first(lambda: learn(layer, walk.prefix, targets, work.weights, coded, walk.settings.learn_scales))
     for name, better in found.items():
         grid = coded[name][0]
         matrices[name] = Matrix(matrices[name].type_name, better.rounded(grid), grid, better)
@@ -160,7 +160,7 @@ def measure_ranges(work: LayerWork) -> None:
         return
     streams = [replace(stream) for stream in walk.prefix or made(walk.streams)]
     with walk.timed("ranges"), coarse_products():
-        counted = from_first(lambda: count_magnitudes(layer, streams, made(walk.sinks)))
+        counted = broadcast_from_first(lambda: count_magnitudes(layer, streams, made(walk.sinks)))
     for (site, kind), magnitudes in counted.items():
         work.outcome.put("metadata", range_key(site, kind), magnitudes.range(walk.settings.range_estimator))
 
