@@ -34,7 +34,8 @@ class LazyTensor(torch.Tensor):
         return made
 
     def read(self, made: ReadCache | None = None) -> torch.Tensor:
-        """The values, on the host. They may be in a mapped file, so copy them before changing them. ``made`` caches what is shared."""
+        """The values, on the host, or where ``made``, which caches what is shared, has those that they are made from. They may be in a mapped
+        file, so copy them before changing them."""
         found = self.source({} if made is None else made)
         assert isinstance(found, torch.Tensor)
         return found
