@@ -34,7 +34,7 @@ class LazyTensor(torch.Tensor):
         return made
 
     def read(self, made: ReadCache | None = None) -> torch.Tensor:
-        """The values, on the host, or where ``made``, which caches what is shared, has those that they are made from. They may be in a mapped
+        """The values, on the host, or on the device of what ``made`` has of them, which also caches what is shared. They may be in a mapped
         file, so copy them before changing them."""
         found = self.source({} if made is None else made)
         assert isinstance(found, torch.Tensor)
