@@ -35,8 +35,8 @@ struct clip_graph_mbq_qwen : clip_graph_qwen2vl {
         ggml_tensor * pixels = ggml_new_tensor_4d(ctx0, clip_mbq_all_bytes(*img_batch) ? GGML_TYPE_I8 : GGML_TYPE_F32, 3, img.nx(), img.ny(), n_batch);
         ggml_set_name(pixels, "inp_pixels");
         ggml_set_input(pixels);
-        const ggml_type type = model.patch_embeddings_0->type == GGML_TYPE_F16 ? GGML_TYPE_F16 : GGML_TYPE_F32;
-        ggml_tensor * rows = ggml_patches(ctx0, pixels, type, patch_size, 2, hparams.image_mean, hparams.image_std);
+        const bool f16 = model.patch_embeddings_0->type == GGML_TYPE_F16 && model.patch_embeddings_1->type == GGML_TYPE_F16;
+        ggml_tensor * rows = ggml_patches(ctx0, pixels, f16 ? GGML_TYPE_F16 : GGML_TYPE_F32, patch_size, 2, hparams.image_mean, hparams.image_std);
         ggml_set_name(rows, "patches");
         rows = ggml_reshape_2d(ctx0, rows, rows->ne[0], n_patches*n_batch);
         const auto product = [&](ggml_tensor * w) { return ggml_mul_mat(ctx0, ggml_reshape_2d(ctx0, w, rows->ne[0], n_embd), rows); };
