@@ -114,9 +114,9 @@ def test_layer_norm_of_a_warp_on_the_cpu(tmp_path: Path) -> None:
     quantize = read("mbq-w4a8-quantize.cuh")
     norm = replaced(r"__shared__ __align__\(16\) int codes", "static int codes", read("mbq-w4a8-layer-norm.cuh"))
     parts = [
-        between(quantize, "template <bool tiled>", "// The largest of a CTA"),
-        between(quantize, "// 127 / amax", "// The rows of src[2]"),
-        between(read("mbq-w4a8-norm.cuh"), "struct mbq_w4a8_fused_args", "// A column of `padded` floats"),
+        between(quantize, "template <bool tiled>", "// The maximum over a CTA"),
+        between(quantize, "// 127 / amax", "// The rows of a product's src[2]"),
+        between(read("mbq-w4a8-norm.cuh"), "struct mbq_w4a8_fused_args", "// Quantises a column of `padded` floats"),
         between(norm, "static constexpr int MBQ_LAYER_NORM_WARPS", "template <int R>\nstatic void"),
     ]
     run_emulated("layer_norm", {"layer_norm.cuh": "".join(parts)}, tmp_path)
@@ -129,14 +129,14 @@ def test_sums_become_int8_on_the_cpu(tmp_path: Path) -> None:
     sums = replaced(r"__shared__ mbq_w4a8_meeting", "static mbq_w4a8_meeting", sums)
     gelu, tiles = read("mbq-w4a8-gelu.cuh"), read("mbq-w4a8-wgmma.cuh")
     parts = [
-        between(quantize, "template <bool tiled>", "// The largest of a CTA"),
-        between(quantize, "// 127 / amax", "// Static ranges, one a column"),
-        between(gelu, "enum mbq_w4a8_function", "// Which of them the node is"),
-        between(read("mbq-w4a8-codes.cuh"), "// Codes of columns", "// Of the node that runs"),
+        between(quantize, "template <bool tiled>", "// The maximum over a CTA"),
+        between(quantize, "// 127 / amax", "// Static ranges, one per column"),
+        between(gelu, "enum mbq_w4a8_function", "// The node's function"),
+        between(read("mbq-w4a8-codes.cuh"), "// Codes of columns", "// Where to store the result"),
         "struct mbq_w4a8_args { mbq_gemm_args gemm; const float * scale; mbq_w4a8_codes codes; };\n",
         between(tiles, "// Which rows of weights a thread multiplies", "#endif // MBQ_WGMMA"),
-        between(sums, "// How a sum becomes what is stored", "// Two rows of a column"),
-        between(sums, "// What f makes of the sums", "#endif // MBQ_WGMMA"),
+        between(sums, "// Converts a sum to the stored value", "// Stores two rows of a column"),
+        between(sums, "// The codes of f", "#endif // MBQ_WGMMA"),
     ]
     run_emulated("codes", {"codes.cuh": "".join(parts)}, tmp_path)
 
@@ -161,9 +161,9 @@ def test_heads_turn_behind_their_product_on_the_cpu(tmp_path: Path) -> None:
         between(read("mbq-rope.cuh"), "struct mbq_rope_angles", "static __device__ __forceinline__ void mbq_rope_turn(float4"),
         "struct mbq_w4a8_args { mbq_gemm_args gemm; const float * scale; mbq_rope_angles angles; };\n",
         between(read("mbq-w4a8-wgmma.cuh"), "// Which rows of weights a thread multiplies", "#endif // MBQ_WGMMA"),
-        between(sums, "// How a sum becomes what is stored", "// Two rows of a column"),
-        between(heads, "// What a group of four warps shares", "// Four matrices"),
-        between(heads, "// `columns` of a tile", "#endif // MBQ_WGMMA"),
+        between(sums, "// Converts a sum to the stored value", "// Stores two rows of a column"),
+        between(heads, "// Shared memory of a group of four warps", "// Stores four 8 x 8 matrices"),
+        between(heads, "// Copies `columns` of a tile", "#endif // MBQ_WGMMA"),
     ]
     run_emulated("heads", {"heads.cuh": "".join(parts)}, tmp_path)
 

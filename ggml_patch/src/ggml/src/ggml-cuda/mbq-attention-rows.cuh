@@ -1,13 +1,13 @@
 #pragma once
 
-// The consumer's half of mbq_attention (mbq-attention.cuh): scores, softmax and output of 64 queries in the registers of four warps.
+// The consumer part of mbq_attention (mbq-attention.cuh): scores, softmax and output of 64 queries, in the registers of four warps.
 
 #include "mbq-attention-wgmma.cuh"
 #include "mbq-w4a8-codes.cuh"
 
-static constexpr int MBQ_ATTENTION_Q     = 128; // queries of a CTA
-static constexpr int MBQ_ATTENTION_KEYS  = 128; // of a tile
-static constexpr int MBQ_ATTENTION_TILES = 512; // with a mask at most
+static constexpr int MBQ_ATTENTION_Q     = 128; // queries per CTA
+static constexpr int MBQ_ATTENTION_KEYS  = 128; // keys per tile
+static constexpr int MBQ_ATTENTION_TILES = 512; // the maximum with a mask
 static constexpr int MBQ_ATTENTION_THREADS = 384;
 
 template <int D> struct mbq_attention_shape {
@@ -20,21 +20,21 @@ template <int D> struct mbq_attention_shape {
 struct mbq_attention_args {
     const char * q;
     const char * mask;      // F16, or nullptr
-    const uint8_t * seen;   // of each tile of the mask: MBQ_MASK_*
+    const uint8_t * seen;   // for each tile of the mask: MBQ_MASK_*
     float * dst;            // [D, heads, queries, samples]
-    bool  f16;              // there as F16; never with a mask, whose kernels have no registers left
-    mbq_w4a8_codes codes;   // or as int8, there or elsewhere; never with a mask either
-    bool  q_f16;            // never with a mask either: queries are F16 and scaled (mbq-qkv.cuh), each number in the place of half a float from the head's first on
+    bool  f16;              // dst is F16; never with a mask, because the masked kernels have no registers left for it
+    mbq_w4a8_codes codes;   // store int8 codes instead, in dst or elsewhere; never with a mask either
+    bool  q_f16;            // queries are F16 and scaled (mbq-qkv.cuh), packed from the start of each head's floats; never with a mask either
     int queries, keys, heads;
     int mask_samples;
     int64_t q_row, q_head, q_sample, mask_row, mask_sample; // bytes
-    float scale;            // log2(e) included
+    float scale;            // includes log2(e)
 };
 
 #ifdef MBQ_WGMMA
 
-// 64 queries of four warps. A lane has rows g = lane/4 and g + 8 of its warp's 16: scores s[4*i + 2*r + c] of row g + 8*r and key 8*i + lane%4*2 + c, and
-// the same of the output.
+// 64 queries for four warps. A lane holds rows g = lane/4 and g + 8 of its warp's 16: s[4*i + 2*r + c] is the score of row g + 8*r and key
+// 8*i + lane%4*2 + c. The output has the same layout.
 template <int D, bool masked> struct mbq_attention_rows {
     using shape = mbq_attention_shape<D>;
     static constexpr int N = MBQ_ATTENTION_KEYS;
@@ -42,18 +42,19 @@ template <int D, bool masked> struct mbq_attention_rows {
     uint32_t q[shape::SLICES][4], p[N/16][4];
     float s[N/2], o[shape::SLICES*8];
     float top[2] = { -INFINITY, -INFINITY }, sum[2] = { 0.0f, 0.0f };
-    int row; // of all queries
+    int row; // index among all queries
 
     __device__ __forceinline__ void load(const mbq_attention_args & args) {
         row = blockIdx.x*MBQ_ATTENTION_Q + threadIdx.x/32*16 + threadIdx.x%32/4;
         const bool halves = !masked && args.q_f16;
-        const char * of[2]; // rows behind the last are read as the last, and not stored
+        const char * of[2]; // rows after the last one are clamped when they are read, and not stored
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             of[r] = args.q + min(row + 8*r, args.queries - 1)*args.q_row + blockIdx.y*args.q_head + blockIdx.z*args.q_sample +
                 threadIdx.x%4*2*(halves ? sizeof(half) : sizeof(float));
         }
-        // Numbers i/2*8 and the next of row i%2. All are asked for before the first is there: 182 us for 4096 queries and keys of 16 heads of 80, 206 one by one
+        // q[i/4][i%4]: two elements of row i%2 from i/2*8 on. All loads are issued before the first value is used: 182 us for 4096 queries and keys of
+        // 16 heads of 80, 206 us one by one.
         if (halves) {
 #pragma unroll
             for (int i = 0; i < shape::SLICES*4; ++i) {
@@ -76,7 +77,7 @@ template <int D, bool masked> struct mbq_attention_rows {
         }
     }
 
-    // S = Q K, on its way
+    // S = Q K, asynchronous
     __device__ __forceinline__ void scores(const uint32_t k) {
         mbq_settled(s);
         mbq_settled(o);
@@ -89,7 +90,7 @@ template <int D, bool masked> struct mbq_attention_rows {
         asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
     }
 
-    // O += P V, on its way
+    // O += P V, asynchronous
     __device__ __forceinline__ void values(const uint32_t v) {
         asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
 #pragma unroll
@@ -99,14 +100,14 @@ template <int D, bool masked> struct mbq_attention_rows {
         asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
     }
 
-    // Scores of keys from `key` on become exp2(score - the largest so far); `less` is what sums and output of before are to be multiplied by.
+    // Replaces the scores of keys from `key` on by exp2(score - maximum so far). less: the factor by which earlier sums and output must be multiplied.
     __device__ __forceinline__ void soften(const mbq_attention_args & args, const int key, const bool add, float (&less)[2]) {
         mbq_settled(s);
         const int first = key + threadIdx.x%4*2;
         if (masked && add) {
             const char * mask = args.mask + blockIdx.z%args.mask_samples*args.mask_sample;
 #pragma unroll
-            for (int i = 0; i < N/4; ++i) { // pairs; their number is even
+            for (int i = 0; i < N/4; ++i) { // pairs of scores; their number is even
                 const int at = first + i/2*8;
                 if (at < args.keys) {
                     const float2 m = __half22float2(*(const half2 *) (mask + min(row + i%2*8, args.queries - 1)*args.mask_row + at*2));
@@ -130,7 +131,7 @@ template <int D, bool masked> struct mbq_attention_rows {
             }
             m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFF, m, 1));
             m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFF, m, 2));
-            const float base = masked && m == -INFINITY ? 0.0f : m; // nothing seen yet
+            const float base = masked && m == -INFINITY ? 0.0f : m; // every key so far is masked
             less[r] = mbq_exp2(top[r] - base);
             top[r]  = m;
             float even = 0.0f, odd = 0.0f;
@@ -183,7 +184,7 @@ template <int D, bool masked> struct mbq_attention_rows {
         }
     }
 
-    // A lane has two numbers of each of its rows from 8: one of an even number takes its neighbour's of the first row, an odd one of the second
+    // A lane holds two of each 8 elements in both rows. Even lanes get the other two of the first row from their neighbour, odd lanes those of the second.
     __device__ __forceinline__ void store_codes(const mbq_attention_args & args, const float (&scale)[2], const float2 of_range) {
         const mbq_w4a8_codes & to = args.codes;
         const int t = threadIdx.x % 4, odd = t % 2, mine = row + 8*odd;

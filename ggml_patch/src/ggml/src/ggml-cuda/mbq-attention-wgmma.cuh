@@ -1,12 +1,13 @@
 #pragma once
 
-// What mbq_attention (mbq-attention.cuh) is made of on Hopper: tiles of keys and values as wgmma's B operand.
+// Hopper primitives of mbq_attention (mbq-attention.cuh): wgmma with tiles of keys and values as its B operand.
 
 #include "mbq-wgmma.cuh"
 
 #ifdef MBQ_WGMMA
 
-// d = A*B, or d += A*B with add: A is 64 rows times 16 of K in registers, B 16 of K times 64, 80 or 128 columns in shared memory; transposed: K from row to row
+// d = A*B, or d += A*B with add. A: 64 rows times 16 of K in registers; B: 16 of K times 64, 80 or 128 columns in shared memory, whose rows run along
+// K if transposed.
 #define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 template <int add, int transposed>
 static __device__ __forceinline__ void mbq_attention_wgmma(float (&d)[32], const uint32_t (&a)[4], const uint64_t b) {
@@ -42,20 +43,20 @@ static __device__ __forceinline__ void mbq_attention_wgmma(float (&d)[64], const
 }
 #undef D8
 
-// A tile is [slice of 16 numbers of a head][row][16 numbers], with the two halves of 16 bytes swapped in four rows of eight: the 32-byte swizzle, which the heads of
-// 72 and 80 can have. 256 bytes from 8 rows to the next 8; slice: bytes from slice to slice, which only transposed products ask for.
+// A tile is [slice of 16 elements of a head][row][16 elements] in the 32-byte swizzle (the 16-byte halves of four rows of eight are swapped), which
+// also fits heads of 72 and 80. Stride: 256 bytes between groups of 8 rows. slice: bytes between slices; only transposed products use it.
 static __device__ __forceinline__ uint64_t mbq_attention_operand(const uint32_t address, const int slice) {
     return (uint64_t) (address >> 4) | (uint64_t) (slice >> 4) << 16 | (uint64_t) (256 >> 4) << 32 | (uint64_t) 3 << 62;
 }
 
-// The box at (x, row, head, sample) of a map
+// Copies the box at (x, row, head, sample) of a tensor map
 static __device__ __forceinline__ void mbq_box_copy_4d(const uint32_t dst, const CUtensorMap & map, const int x, const int row, const int head, const int sample,
         const uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
         : : "r"(dst), "l"(&map), "r"(x), "r"(row), "r"(head), "r"(sample), "r"(barrier) : "memory");
 }
 
-// Keeps the compiler from moving what reads or writes the sums of a product on its way across this line.
+// A compiler barrier: accesses to the sums of an asynchronous product are not moved across it.
 template <int n>
 static __device__ __forceinline__ void mbq_settled(float (&d)[n]) {
 #pragma unroll

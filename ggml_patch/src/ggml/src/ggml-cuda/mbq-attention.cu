@@ -7,7 +7,7 @@
 
 #include <climits>
 
-// Whether this device runs mbq_attention: its code exists for sm_90a only, and elsewhere has no barriers in shared memory.
+// Whether this device runs mbq_attention. Its code exists only for sm_90a; on other GPUs the kernel is empty, without barriers in shared memory.
 static bool mbq_attention_available(const int id) {
     static int available[GGML_CUDA_MAX_DEVICES] = {}; // 1: no, 2: yes
     if (available[id] == 0) {
@@ -22,10 +22,10 @@ static bool mbq_attention_aligned(const ggml_tensor * t, const size_t bytes) {
     return ((uintptr_t) t->data | t->nb[1] | t->nb[2] | t->nb[3]) % bytes == 0;
 }
 
-// As towers have it: many queries, keys and values cast to F16 for this, no more heads than theirs; with a mask or none, and nothing else
+// Attention of vision towers: many queries, keys and values cast to F16, as many heads of keys as of queries, a mask or none, and no other feature
 static bool mbq_attention_takes(const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0], * k = dst->src[1], * v = dst->src[2], * mask = dst->src[3], * sinks = dst->src[4];
-    float params[3]; // scale, ALiBi's largest bias, soft cap
+    float params[3]; // scale, maximum ALiBi bias, soft cap
     memcpy(params, dst->op_params, sizeof(params));
     const int64_t tiles = (k->ne[1] + MBQ_ATTENTION_KEYS - 1)/MBQ_ATTENTION_KEYS;
     for (const ggml_tensor * t : { k, v }) {
@@ -42,8 +42,8 @@ static bool mbq_attention_takes(const ggml_tensor * dst) {
         q->ne[1] >= 64 && q->ne[1] <= INT_MAX/2 && k->ne[1] <= INT_MAX/2 && q->ne[2] <= UINT16_MAX && q->ne[3] <= UINT16_MAX;
 }
 
-// Keys or values as [sample][head][row][D], in boxes of 16 numbers of the rows of a tile. What lies behind a row or the last row is zero.
-// place: floats [D, heads, rows] in whose place they lie instead, or nullptr
+// The tensor map of keys or values as [sample][head][row][D]; a box is 16 elements of each row of a tile. Elements out of bounds are zero.
+// place: the float tensor [D, heads, rows] in whose memory they are stored in place; nullptr: in t
 static CUtensorMap mbq_attention_map(const ggml_tensor * t, const ggml_tensor * place = nullptr) {
     CUtensorMap map;
     const cuuint64_t size[4]   = { (cuuint64_t) t->ne[0], (cuuint64_t) t->ne[1], (cuuint64_t) t->ne[2], (cuuint64_t) t->ne[3] };

@@ -1,18 +1,18 @@
 #pragma once
 
-// Attention of vision towers on Hopper: all keys at once, softmax as it goes (the order of work is that of FlashAttention-3, arXiv 2407.08608).
+// Attention of vision towers on Hopper: one pass over all keys with an online softmax, scheduled as in FlashAttention-3 (arXiv 2407.08608).
 //
-//   CTA: 128 queries of one head of one picture, and the keys and values that they see in tiles of 128.
+//   CTA: 128 queries of one head of one picture; it loops over the keys and values that they attend to, in tiles of 128.
 //
-//     warps 0 to 3   queries  0 to  63 \ S = Q K of a tile, O += P V of the tile before, and the softmax of S while the tensor cores
-//     warps 4 to 7   queries 64 to 127 / work on that of the other four warps: these take turns (barriers 1 and 2).
-//     warp  8        copies keys and values, ring of 2 stages each (9 to 11: only so that it can give its registers to the others)
+//     warps 0 to 3   queries  0 to  63 \ S = Q K of a tile and O += P V of the previous tile, then the softmax of S while the tensor cores
+//     warps 4 to 7   queries 64 to 127 / work for the other four warps: the two groups alternate (named barriers 1 and 2).
+//     warp  8        producer: copies keys and values to ring buffers of 2 stages each (warps 9 to 11 only donate their registers)
 //
-// Queries are read as floats, scaled so that exp2 is the exponential, and stay in registers as F16; S, O and the softmax are F32, P is F16. Heads of 72 are
-// padded to 80 with zeros by the tensor memory accelerator. Sums have one order: the same bits each run, and for a picture alone or among others.
+// Queries are read as floats, scaled such that exp2 replaces exp, and stay in registers as F16. S, O and the softmax are F32, P is F16. The tensor memory
+// accelerator pads heads of 72 to 80 with zeros. The order of sums is fixed: a picture gets the same bits in each run, alone or in a batch.
 //
-// 4096 queries and keys of 16 heads of 80 take 0.18 ms on an H200, 474 TFLOP/s (upstream's kernel: 0.97). Copies by cp.async of one or two warps: 0.50 and 0.34;
-// three times 64 queries with tiles of 96 keys: 0.19 (and 0.022 instead of 0.016 at 1024); tiles of 176: 0.19.
+// 4096 queries and keys of 16 heads of 80 take 0.18 ms on an H200, 474 TFLOP/s (upstream's kernel: 0.97 ms). Alternatives: copies with cp.async by one or
+// two warps, 0.50 and 0.34 ms; three groups of 64 queries with tiles of 96 keys, 0.19 ms (and 0.022 instead of 0.016 ms at 1024); tiles of 176 keys, 0.19 ms.
 
 #include "mbq-attention-rows.cuh"
 
@@ -20,7 +20,7 @@ struct mbq_attention_maps {
     CUtensorMap k, v;
 };
 
-// A tile of a mask: nothing is seen, everything as it is, or neither
+// A tile of a mask: all keys masked, none masked and no bias, or anything else
 enum : uint8_t { MBQ_MASK_NONE, MBQ_MASK_ALL, MBQ_MASK_SOME };
 
 // Grid: (tiles of keys, tiles of queries, samples of the mask)
@@ -44,7 +44,7 @@ static __global__ void mbq_attention_seen(const mbq_attention_args args, uint8_t
 
 #ifdef MBQ_WGMMA
 
-// Which tiles a CTA works on: all, or with a mask those of a list, of which bit 15 says that numbers of the mask are to be added
+// The tiles that a CTA processes: all, or with a mask those in a list, where bit 15 means that the mask's values must be added
 template <bool masked> struct mbq_attention_tiles {
     const uint16_t * list;
     int n;
@@ -52,7 +52,7 @@ template <bool masked> struct mbq_attention_tiles {
     __device__ __forceinline__ bool add(const int i) const { return masked && list[i] & 0x8000; }
 };
 
-// The list, by one warp. Where no key is seen at all, one tile says so.
+// Builds the list, in one warp. If all keys are masked, it has one tile, whose mask is added.
 static __device__ __forceinline__ int mbq_attention_list(const mbq_attention_args & args, uint16_t * list) {
     const int tiles = (args.keys + MBQ_ATTENTION_KEYS - 1)/MBQ_ATTENTION_KEYS;
     const uint8_t * seen = args.seen + (int64_t) (blockIdx.z%args.mask_samples*gridDim.x + blockIdx.x)*tiles;
@@ -72,7 +72,7 @@ static __device__ __forceinline__ int mbq_attention_list(const mbq_attention_arg
     return max(n, 1);
 }
 
-// Shared memory of a CTA: stages of keys and values, a full and an empty barrier for each
+// Shared memory of a CTA: stages of keys and values, with a full and an empty barrier for each stage
 template <int D> struct mbq_attention_smem {
     uint32_t k, v, full_k, empty_k, full_v, empty_v; // addresses in shared memory
 
@@ -89,7 +89,7 @@ template <int D> struct mbq_attention_smem {
         for (int i = 0; i < 2; ++i) {
             mbq_barrier_init(full_k  + 8*i, 1);
             mbq_barrier_init(full_v  + 8*i, 1);
-            mbq_barrier_init(empty_k + 8*i, 256); // all lanes arrive: racecheck can follow it
+            mbq_barrier_init(empty_k + 8*i, 256); // all lanes arrive, so that racecheck can track it
             mbq_barrier_init(empty_v + 8*i, 256);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
@@ -119,12 +119,12 @@ template <int D, bool masked>
 static __device__ __forceinline__ void mbq_attention_consume(const mbq_attention_args & args, const mbq_attention_smem<D> & smem,
         const mbq_attention_tiles<masked> & tiles) {
     constexpr int bytes = mbq_attention_shape<D>::TILE_BYTES;
-    const int half = threadIdx.x/128; // of the CTA's queries
+    const int half = threadIdx.x/128; // which half of the CTA's queries
     const auto turn = [&] { asm volatile("bar.sync %0, 256;"   : : "r"(1 + half) : "memory"); };
     const auto pass = [&] { asm volatile("bar.arrive %0, 256;" : : "r"(2 - half) : "memory"); };
     mbq_attention_rows<D, masked> rows;
     float less[2];
-    const float range = !masked && args.codes.q ? *args.codes.range : 0.0f; // from the card's memory: asked for at the end it would take longer than storing
+    const float range = !masked && args.codes.q ? *args.codes.range : 0.0f; // loaded early: at the end, its latency would exceed the time of the stores
     rows.load(args);
     if (half == 1) {
         pass();

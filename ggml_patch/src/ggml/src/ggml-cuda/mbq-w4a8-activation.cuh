@@ -1,13 +1,13 @@
 #pragma once
 
-// Activation functions together with the quantising behind them (mbq-w4a8-fuse.cuh): SwiGLU, with a Hadamard transform behind it or none, and the three
+// Activation functions fused with the quantisation of their result (mbq-w4a8-fuse.cuh): SwiGLU, with or without a Hadamard transform after it, and the three
 // GELUs. The expressions are upstream's (unary.cu, fwht.cu).
 
 #include "fwht.cuh"
 #include "mbq-w4a8-fuse.cuh"
 #include "mbq-w4a8-gelu.cuh"
 
-// N floats of a warp's lanes, value i of lane t being element 32i + t: see fwht_cuda
+// Hadamard transform of N floats in a warp's lanes; value i of lane t is element 32i + t, see fwht_cuda
 template <int N>
 static __device__ __forceinline__ void mbq_w4a8_hadamard(float (&v)[N/32], const float scale) {
     const int lane = threadIdx.x % 32;
@@ -36,12 +36,12 @@ static __device__ __forceinline__ void mbq_w4a8_hadamard(float (&v)[N/32], const
     }
 }
 
-// Warps of a CTA at most, so that a multiprocessor has registers for two
+// Maximum number of warps per CTA, such that the registers of a multiprocessor suffice for two CTAs
 static constexpr int mbq_w4a8_warps(const int N) {
     return N < 512 ? 32 : 20;
 }
 
-// SwiGLU, see unary_gated_op_kernel. A warp takes `span` elements at a time: N, or 128 without a transform (N = 0).
+// SwiGLU, see unary_gated_op_kernel. A warp processes `span` elements at a time: N, or 128 without a transform (N = 0).
 template <bool tiled, int N>
 static __global__ void __launch_bounds__(32*mbq_w4a8_warps(N), MBQ_W4A8_CTAS(2)) mbq_w4a8_swiglu(const mbq_w4a8_fused_args args, const float hadamard) {
     extern __shared__ __align__(16) float mbq_column[];
@@ -72,7 +72,7 @@ static __global__ void __launch_bounds__(32*mbq_w4a8_warps(N), MBQ_W4A8_CTAS(2))
     mbq_w4a8_quantize_shared<tiled>(args, mbq_column, amax);
 }
 
-// As many warps as take their spans in equal turns: 18944 is 37 spans of 512, two for each of 19 warps
+// The number of warps that divides the spans evenly: 18944 is 37 spans of 512, two for each of 19 warps
 static int mbq_w4a8_swiglu_threads(const int K, const int N) {
     if (K <= 4096) {
         return 256;
@@ -92,9 +92,9 @@ static void mbq_w4a8_launch_swiglu(ggml_backend_cuda_context & ctx, const mbq_w4
     ggml_cuda_kernel_launch(mbq_w4a8_swiglu<tiled, N>, params, args, scale);
 }
 
-static constexpr int MBQ_W4A8_LONGEST_GELU = 1024*16; // a thread of mbq_w4a8_quantize has one unit
+static constexpr int MBQ_W4A8_LONGEST_GELU = 1024*16; // each thread of mbq_w4a8_quantize has one unit
 
-// In registers: 5120 by 4096 29 us, through shared memory 42
+// In registers: 29 us for 5120 by 4096, through shared memory 42 us
 template <bool tiled, mbq_w4a8_function f>
 static void mbq_w4a8_launch_gelu(ggml_backend_cuda_context & ctx, const mbq_w4a8_fused_args & args, const int columns) {
     const bool aligned = ((uintptr_t) args.x | args.x_column*sizeof(float)) % 16 == 0;
@@ -112,8 +112,8 @@ static void mbq_w4a8_launch_activation(ggml_backend_cuda_context & ctx, const mb
     launch(ctx, args, columns);
 }
 
-// Behind the function at node i: RESHAPE, MUL_MAT with a Hadamard matrix that ggml_cuda_op_fwht multiplies by, RESHAPE to what it was. The size of the
-// matrix; 0: another node
+// The size of the Hadamard transform after the function at node i: RESHAPE, MUL_MAT with a matrix for which ggml_cuda_op_fwht is used, RESHAPE to the original
+// shape. 0: other nodes
 static int mbq_w4a8_hadamard_after(const ggml_cgraph * graph, const int i) {
     if (i + 3 >= graph->n_nodes) {
         return 0;
@@ -129,7 +129,7 @@ static int mbq_w4a8_hadamard_after(const ggml_cgraph * graph, const int i) {
     return chain && read_once && n[1]->type == GGML_TYPE_F32 && (size == 64 || size == 128 || size == 256 || size == 512) ? size : 0;
 }
 
-// SWIGLU, with a transform or none, or a GELU: the node whose result it has made; -1: another node
+// Runs SWIGLU, with or without a transform, or a GELU. Returns the node whose result it has computed; -1: another node
 static int mbq_w4a8_fuse_activation(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const int n_flags) {
     const ggml_tensor * node = graph->nodes[i];
     const mbq_w4a8_function function = mbq_w4a8_function_of(node);

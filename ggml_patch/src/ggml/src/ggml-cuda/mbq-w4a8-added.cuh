@@ -1,11 +1,11 @@
 #pragma once
 
-// Products of many columns with what is added to them, and with others of the same activations, in one kernel (mbq_w4a8_gemm):
+// Products of many columns fused with additions, and with other products of the same activations, in one kernel (mbq_w4a8_gemm):
 //
-//   MUL_MAT, ADD of a bias, ADD of the residual stream      either, or both in this order
-//   up to three of them: q, k and v, the later ones before their turn, with a bias or nothing; gate and up
+//   MUL_MAT, ADD of a bias, ADD of the residual stream      either one, or both in this order
+//   up to three of them: q, k and v, the later ones ahead of their turn, with a bias or none; gate and up
 //
-// The same bits as the nodes apart. Of one column: mbq-w4a8-one.cuh.
+// The bits are those of the separate nodes. For one column: mbq-w4a8-one.cuh.
 
 #include "mbq-w4a8-column.cuh"
 #include "mbq-w4a8-launch.cuh"
@@ -13,10 +13,10 @@
 struct mbq_w4a8_added {
     const ggml_tensor * bias, * more; // nullptr: none
     ggml_tensor * out;
-    int nodes;                        // behind the product
+    int nodes;                        // how many nodes after the product
 };
 
-// Each element of t is read by the thread that writes it in `out`, or none of t lies there.
+// Whether the thread that writes an element of `out` also reads this element of t, or t does not overlap `out`.
 static bool mbq_w4a8_read_in_place(const ggml_tensor * t, const ggml_tensor * out) {
     return (t->data == out->data && ggml_are_same_stride(t, out)) || !mbq_overlap(t, out);
 }
@@ -42,7 +42,7 @@ static mbq_w4a8_added mbq_w4a8_added_to(const ggml_cgraph * graph, const int i) 
     return a;
 }
 
-// The product with what is added to it
+// The product and its additions
 static mbq_w4a8_matrix mbq_w4a8_matrix_of(const ggml_tensor * product, const mbq_w4a8_added & a) {
     mbq_w4a8_matrix m = mbq_w4a8_matrix_of(product, 0, 0);
     m.dst        = (float *) a.out->data;
@@ -55,12 +55,12 @@ static mbq_w4a8_matrix mbq_w4a8_matrix_of(const ggml_tensor * product, const mbq
     return m;
 }
 
-// Whether mbq_w4a8_gemm makes the node
+// Whether mbq_w4a8_gemm runs the node
 static bool mbq_w4a8_of_tiles(const ggml_backend_cuda_context & ctx, const ggml_tensor * node) {
     return node->op == GGML_OP_MUL_MAT && node->ne[1] > MBQ_W4A8_FEW_COLUMNS && mbq_w4a8_order_of(ctx, node) == MBQ_W4A8_TILES;
 }
 
-// The products behind node i that can be made with it, each the next node, or one with another behind it that does nothing, or adds its bias: see mbq_w4a8_sums_from
+// The products after node i that can run with it. Each is the next node, or is followed by a node that does nothing or adds its bias: see mbq_w4a8_sums_from
 static std::vector<std::pair<int, mbq_w4a8_added>> mbq_w4a8_others_of(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i,
         const std::vector<int> & made) {
     std::vector<std::pair<int, mbq_w4a8_added>> others;

@@ -1,31 +1,31 @@
 #pragma once
 
-// Blocks of 32 weights on their way into int8 products (see ggml-row-scale.h).
+// How blocks of 32 weights become operands of int8 products (see ggml-row-scale.h).
 //
 //   Q4_0   byte 0, 1: fp16 d   2 ... 17: byte 2 + i holds code i in its low and code 16 + i in its high nibble, code = weight/d + 8
 //   Q8_0   byte 0, 1: fp16 d   2 ... 33: byte 2 + i is weight/d of weight i
 //
-// 256 weights of a row are a group of 8 blocks, 144 or 272 bytes. The order of the products in a sum is free: lane t of 4 takes blocks 2t and
-// 2t + 1 of a group for mma and wgmma, 9 or 17 words in one piece, and so loads no word twice (word t of every block: each word twice, since every
-// second block lies at an odd multiple of 2 bytes). Step j of 8 (32 weights) takes from block 2t + j/4 its weights 4(j%4) ... as the A operand's k = 4t ...
-// and 16 + 4(j%4) ... as its k = 16 + 4t ...; activations lie in the same order (mbq-w4a8-quantize.cuh).
+// A group is 256 weights of a row, 8 blocks, 144 or 272 bytes. The products of a sum may be in any order, so for mma and wgmma lane t of 4 gets blocks 2t and
+// 2t + 1 of a group: 9 or 17 contiguous words, each loaded once. (With word t of every block, each word would be loaded twice, because every second block
+// is at an odd multiple of 2 bytes.) In step j of 8 (32 weights), weights 4(j%4) ... of block 2t + j/4 are the A operand's k = 4t ..., and
+// weights 16 + 4(j%4) ... are its k = 16 + 4t ...; activations have the same order (mbq-w4a8-quantize.cuh).
 //
-// A code of 4 bits meets the product as a signed byte, 16 times (code - 8): an and and an xor.
+// A 4-bit code enters the product as the signed byte 16 * (code - 8), which takes an AND and an XOR.
 
 #include "mbq-wgmma.cuh"
 
 template <int bits> struct mbq_w4a8_layout {
     static constexpr int block_bytes = 2 + 4*bits;
     static constexpr int group_bytes = 8*block_bytes;     // 256 weights
-    static constexpr int shift       = bits == 4 ? 4 : 0; // of sums: codes of 4 bits come times 16
+    static constexpr int shift       = bits == 4 ? 4 : 0; // shift of sums: 4-bit codes are multiplied by 16
 };
 
-// a & 0xF0F0F0F0 ^ 0x80808080: 16 times (code - 8) of the high nibbles
+// a & 0xF0F0F0F0 ^ 0x80808080: 16 * (code - 8) for the high nibbles
 static __device__ __forceinline__ uint32_t mbq_w4a8_nibbles(const uint32_t a) {
     return (a & 0xF0F0F0F0u) ^ 0x80808080u;
 }
 
-// The bytes of a block, with the aligned words around them. whole: the block begins so that its words are aligned.
+// The bytes of a block, with the aligned words around them. whole: the block's codes are word-aligned.
 template <int bits> struct mbq_w4a8_words {
     uint32_t w[bits + 1];
 
@@ -45,7 +45,7 @@ template <int bits> struct mbq_w4a8_words {
 
 #ifdef MBQ_TMA_AVAILABLE
 
-// Two blocks one behind the other in shared memory. dense: rows are multiples of 16 bytes, so the first block begins at a multiple of 4.
+// Two consecutive blocks in shared memory. dense: rows are multiples of 16 bytes, so the first block starts at a multiple of 4.
 template <int bits, bool dense> struct mbq_w4a8_pair {
     uint32_t at;                     // the aligned words around the first block
     uint32_t pick_first, pick_second;
@@ -76,14 +76,14 @@ template <int bits, bool dense> struct mbq_w4a8_pair {
 
 #endif // MBQ_TMA_AVAILABLE
 
-// Weights as a map of words, row upon row, in boxes of one group times some rows
+// A tensor map of weights as words, row by row; a box is one group times some rows
 #ifdef MBQ_USE_TMA
 using mbq_w4a8_map = CUtensorMap;
 #else
 struct mbq_w4a8_map {};
 #endif
 
-static constexpr int MBQ_W4A8_MATRICES = 3; // that a kernel takes: q, k and v
+static constexpr int MBQ_W4A8_MATRICES = 3; // maximum per kernel: q, k and v
 
 struct mbq_w4a8_maps {
     mbq_w4a8_map of[MBQ_W4A8_MATRICES];
@@ -95,7 +95,7 @@ struct mbq_w4a8_maps {
 #define MBQ_W4A8_MAPS const mbq_w4a8_maps
 #endif
 
-// ggml builds with -use_fast_math, which flushes denormals and divides roughly: these do neither.
+// Under ggml's -use_fast_math, denormals are flushed and division is approximate. These functions are exact.
 static __device__ __forceinline__ float mbq_mul_rn(const float a, const float b) {
     float v;
     asm("mul.rn.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
@@ -108,7 +108,7 @@ static __device__ __forceinline__ float mbq_div_rn(const float a, const float b)
     return v;
 }
 
-// One product from its exact sum, in the one order of multiplications
+// One product from its exact sum, with a fixed order of multiplications
 static __device__ __forceinline__ float mbq_w4a8_scale(const int sum, const float d, const float s) {
     return mbq_mul_rn(mbq_mul_rn((float) sum, d), s);
 }

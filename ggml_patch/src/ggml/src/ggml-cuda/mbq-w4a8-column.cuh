@@ -1,21 +1,21 @@
 #pragma once
 
-// Which products of one column one kernel can make, together with what is added to them (mbq-w4a8-one.cuh):
+// Finds the products of one column that one kernel can compute together, with the nodes added to them (mbq-w4a8-one.cuh):
 //
 //   graph     norm   q    bias   rope   v    bias   k    bias   rope ...
 //   kernels          q + bias, v + bias, k + bias
 //                                rope                           rope
 //
-// v and k are made before their turn. Tensors share memory, so that has to be seen from their addresses; the scheduler is asked to place them so that it works
-// (mbq_w4a8_early_until).
+// v and k are computed ahead of their turn. Tensors share memory, so their addresses show whether this is possible; the scheduler is asked to place them such
+// that it is (mbq_w4a8_early_until).
 
 #include "mbq-w4a8-inputs.cuh"
 
 #include <climits>
 
-static constexpr int W4A8_LONGEST = 2*1024*16; // activations of a column that a CTA of mbq_w4a8_quantize holds
+static constexpr int W4A8_LONGEST = 2*1024*16; // maximum activations of a column that a CTA of mbq_w4a8_quantize holds
 
-// Whether dst is a product for the kernels here
+// Whether the kernels here support the product dst
 static bool mbq_w4a8_takes(const ggml_tensor * dst) {
     if (!ggml_is_row_scale_mul_mat(dst) || dst->type != GGML_TYPE_F32) {
         return false;
@@ -23,36 +23,36 @@ static bool mbq_w4a8_takes(const ggml_tensor * dst) {
     return dst->src[0]->ne[0] <= W4A8_LONGEST && dst->src[0]->ne[1] <= INT_MAX/2 && dst->src[1]->ne[1] <= INT_MAX/2;
 }
 
-// Whether it is, of one matrix, and comes here (see ggml_cuda_mul_mat)
+// Whether they do, dst has one matrix, and ggml_cuda_mul_mat dispatches it to them
 static bool mbq_w4a8_takes_whole(const ggml_tensor * dst) {
     const ggml_tensor * src0 = dst->src[0];
     return mbq_w4a8_takes(dst) && dst->ne[2]*dst->ne[3] == 1 &&
         !(src0->view_src && src0->buffer && ggml_backend_buffer_get_usage(src0->buffer) == GGML_BACKEND_BUFFER_USAGE_COMPUTE);
 }
 
-// Whether mbq_w4a8_mmv makes a node, from floats
+// Whether mbq_w4a8_mmv runs the node, with activations as floats
 static bool mbq_w4a8_one_column(const ggml_backend_cuda_context & ctx, const ggml_tensor * node) {
     return node->op == GGML_OP_MUL_MAT && node->ne[1] == 1 && mbq_w4a8_takes_whole(node) && mbq_w4a8_order_of(ctx, node) == MBQ_W4A8_FLOATS;
 }
 
-// Every CTA reads the column and its range while others write: neither may lie where the result does.
+// Every CTA reads the column and its range while others write: neither may overlap the result.
 static bool mbq_w4a8_reads_apart(const ggml_tensor * product, const ggml_tensor * out) {
     return out->type == GGML_TYPE_F32 && ggml_is_contiguous(out) && !mbq_overlap(product->src[1], out) &&
         !(product->src[2] && mbq_overlap(product->src[2], out));
 }
 
-static bool mbq_w4a8_same_column(const ggml_tensor * a, const ggml_tensor * b) { // of products, and of weights the same rows
+static bool mbq_w4a8_same_column(const ggml_tensor * a, const ggml_tensor * b) { // products with the same activations, and weights of the same row size
     return a->src[0]->type == b->src[0]->type && a->src[0]->nb[1] == b->src[0]->nb[1] && mbq_w4a8_same(a->src[1], b->src[1]) && mbq_w4a8_same(a->src[2], b->src[2]);
 }
 
 struct mbq_w4a8_sum { // out = product + bias, or product
-    int node; // of the product
+    int node; // the product's node
     const ggml_tensor * product;
     const ggml_tensor * bias;
     ggml_tensor * out;
 };
 
-// The product at node i with what is added to it. Two nodes: without a sum the second is one that does nothing.
+// The product at node i with its addition. It has two nodes: without an addition, the second one is a node that does nothing.
 static bool mbq_w4a8_sum_at(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, mbq_w4a8_sum & s) {
     if (!mbq_w4a8_one_column(ctx, graph->nodes[i]) || i + 1 == graph->n_nodes) {
         return false;
@@ -67,7 +67,7 @@ static bool mbq_w4a8_sum_at(const ggml_backend_cuda_context & ctx, const ggml_cg
     return ggml_op_is_empty(graph->nodes[i + 1]->op) && mbq_w4a8_reads_apart(s.product, s.out);
 }
 
-// Whether a sum may be made at node i, before its turn: until then nobody reads or writes where it goes, nor writes its bias
+// Whether a sum can run early, at node i: no node in between reads or writes its output, or writes its bias
 static bool mbq_w4a8_may_be_early(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const mbq_w4a8_sum & s) {
     const mbq_span out = mbq_span_of(s.out), bias = mbq_span_of(s.bias);
     for (int k = i; k < s.node; ++k) {
@@ -91,7 +91,7 @@ static bool mbq_w4a8_is_in(const std::vector<int> & nodes, const int i) {
     return std::find(nodes.begin(), nodes.end(), i) != nodes.end();
 }
 
-// The sum at node i and later ones of the same column, `most` at most, which are not made yet; none where i is no such sum
+// The sum at node i and later ones of the same column that have not run yet, at most `most`; empty if node i is no such sum
 static std::vector<mbq_w4a8_sum> mbq_w4a8_sums_from(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const size_t most,
         const std::vector<int> & made) {
     std::vector<mbq_w4a8_sum> sums;
@@ -115,7 +115,7 @@ static std::vector<mbq_w4a8_sum> mbq_w4a8_sums_from(const ggml_backend_cuda_cont
     return sums;
 }
 
-// Before a graph has memory, the same whatever its number of columns: the last node of the sums that could be made with the one at node i; i: there are none.
+// Before a graph is allocated, and independent of its number of columns: the last node of the sums that could run with the one at node i; i if there are none.
 static int mbq_w4a8_early_until(const ggml_cgraph * graph, const int i) {
     const auto is_sum = [&](const int j) {
         const ggml_tensor * node = graph->nodes[j];

@@ -1,16 +1,16 @@
 #pragma once
 
-// What comes before a product and its quantising in one kernel: RMS norm times weight (mbq-w4a8-norm.cuh), LayerNorm times weight plus bias (mbq-w4a8-layer-norm.cuh),
-// and activation functions (mbq-w4a8-activation.cuh). Here: where a graph has them, and who reads them.
+// Nodes that are fused with the quantisation for the next product: RMS norm times weight (mbq-w4a8-norm.cuh), LayerNorm times weight plus bias
+// (mbq-w4a8-layer-norm.cuh), and activation functions (mbq-w4a8-activation.cuh). This file finds them in a graph, and the nodes that read their results.
 
 #include "mbq-f16-inputs.cuh"
 #include "mbq-w4a8-layer-norm.cuh"
 
-// Who reads x, the result of node i, as int8
+// The nodes that read x, the result of node i, as int8
 struct mbq_w4a8_fusion {
     mbq_w4a8_activations x;
     mbq_w4a8_readers readers;
-    bool floats; // somebody reads them too, or may look at them: an output, another reader, or a callback's, which asks for the last node of a graph
+    bool floats; // also read as floats, or possibly so: a graph output, another reader, or a callback, which asks for the last node of a graph
 };
 
 static mbq_w4a8_fusion mbq_w4a8_readers_of(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
@@ -40,7 +40,8 @@ static mbq_w4a8_fused_args mbq_w4a8_hold_fused(ggml_backend_cuda_context & ctx, 
     return args;
 }
 
-// Of a norm whose result no such product reads: in F16 where products of F16 weights do; LayerNorm with weight and bias also in floats, in one kernel instead of three
+// For a norm whose result no such product reads. If products of F16 weights read it, it is stored as F16. LayerNorm with weight and bias is also stored as
+// floats, by one kernel instead of three.
 static mbq_w4a8_fused_args mbq_w4a8_norm_alone(const ggml_tensor * out, half * halves) {
     mbq_w4a8_fused_args args = {};
     args.out        = halves ? nullptr : (float *) out->data;
@@ -56,7 +57,7 @@ static bool mbq_w4a8_can_be_alone(const ggml_backend_cuda_context & ctx, const g
         ((x->data == out->data && x->nb[1] == out->nb[1]) || !mbq_overlap(x, out)); // a CTA has read its column before it writes it
 }
 
-// NORM or RMS_NORM, MUL by a weight and, behind NORM, ADD of a bias: how many nodes behind i have run with it
+// Runs NORM or RMS_NORM, MUL by a weight and, after NORM, ADD of a bias. Returns how many nodes after i have run with it
 static int mbq_w4a8_fuse_norm(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const int n_flags) {
     const ggml_tensor * norm = graph->nodes[i];
     if ((norm->op != GGML_OP_NORM && norm->op != GGML_OP_RMS_NORM) || !ggml_can_fuse(graph, i, { norm->op, GGML_OP_MUL })) {

@@ -1,6 +1,6 @@
 #pragma once
 
-// The activation functions that can run together with the quantising behind them. The expressions are upstream's (unary.cu).
+// Activation functions that can be fused with the quantisation of their result. The expressions are upstream's (unary.cu).
 
 #include "unary.cuh"
 
@@ -19,7 +19,7 @@ template <mbq_w4a8_function f> struct mbq_w4a8_gelu {
     }
 };
 
-// Which of them the node is
+// The node's function, if it is one of them
 static mbq_w4a8_function mbq_w4a8_function_of(const ggml_tensor * node) {
     if (node->view_src) {
         return MBQ_W4A8_NONE;

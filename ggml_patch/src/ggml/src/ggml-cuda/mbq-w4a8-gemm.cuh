@@ -1,24 +1,25 @@
 #pragma once
 
-// W4A8 with many columns on Hopper: int8 wgmma, weights unpacked in the registers of its A operand.
+// W4A8 products of many columns on Hopper: int8 wgmma, with weights unpacked in registers as its A operand.
 //
-//   Up to three matrices of equal rows read the same activations: their tiles follow one another.
+//   Up to three matrices with equal row sizes can share the activations: their tiles are numbered consecutively.
 //
-//   CTA: an output tile of 128 rows and BN = 64, 128 or 160 columns, or tiles of 64 rows and 176 or 256. A cluster of CL = 1, 2 or 4 CTAs has the same columns and the next
-//   rows; each copies 1/CL of the activations for all. A worker is such a cluster; mbq-stream-k.cuh shares out its tiles, in steps of 256 of K. Which shape: mbq-w4a8-plan.cuh.
+//   CTA: an output tile of 128 rows and BN = 64, 128 or 160 columns, or tiles of 64 rows and 176 or 256 columns. A cluster of CL = 1, 2 or 4 CTAs has the
+//   same columns and consecutive rows; each CTA copies 1/CL of the activations for all. A worker is such a cluster; mbq-stream-k.cuh distributes its tiles,
+//   in steps of 256 of K. mbq-w4a8-plan.cuh chooses the shape.
 //
-//     warps  0 to 7   consumers, two groups; each unpacks 128 weights of its rows while the tensor cores multiply the 128 before. Of a tile of 128 rows each
-//                     has 64. Tiles of 64 rows they take in turns: while one multiplies, the other stores its tile. 1280 x 5120 by 4096: 58 us
-//                     instead of 70 with tiles of 128 rows and 256 columns, 1280 x 1280 27 instead of 31. Where K is 1280 and rows are many it is as fast:
-//                     smaller tiles read L2 half as often again.
-//     warps  8 to 10  producers of weights. dense: one lane names a box of the whole stage to the tensor memory accelerator. Else three warps copy
-//                     rows, each with the misalignment that it has in memory.
+//     warps  0 to 7   consumers, in two groups; each unpacks 128 weights of its rows while the tensor cores multiply the previous 128. In tiles of 128 rows,
+//                     each group has 64 rows. Tiles of 64 rows alternate between the groups: while one multiplies, the other stores its tile. This takes
+//                     58 us for 1280 x 5120 by 4096, instead of 70 with tiles of 128 rows and 256 columns, and 27 instead of 31 for 1280 x 1280. If K is
+//                     1280 and there are many rows, it is only as fast: smaller tiles read half as much again from L2.
+//     warps  8 to 10  producers of weights. dense: one lane copies a whole stage as one box, with the tensor memory accelerator. Otherwise, three warps copy
+//                     rows, each with its misalignment in memory.
 //     warp  11        producer of activations: a stage is BN columns times 128 of K
 //
-// 4096 x 14336 by 512: 45 us, 40 without copies and unpacking, 32 of which are wgmma alone at 1.8 GHz; 87 before, with two loads and a permutation for each word of
-// weights, rows copied by three warps, and a load of a scale before each store (6 us a tile).
+// 4096 x 14336 by 512: 45 us; 40 without copies and unpacking, 32 of which are wgmma alone at 1.8 GHz. An earlier version took 87 us, with two loads and a
+// permutation per word of weights, rows copied by three warps, and a load of a scale before each store (6 us per tile).
 //
-// 16 * code * q summed over K stays below 2^31 for K up to 132,000.
+// The sum of 16 * code * q over K stays below 2^31 for K up to 132,000.
 
 #include "mbq-w4a8-heads.cuh"
 
@@ -28,7 +29,7 @@ template <typename T>
 static __device__ __forceinline__ void mbq_w4a8_produce_activations(const mbq_w4a8_args & w4a8, const mbq_gemm_thread & at, const mbq_w4a8_smem<T> & smem) {
     ggml_cuda_pdl_sync();
     const mbq_gemm_args & args = w4a8.gemm;
-    constexpr int mine = T::BN/T::CL; // columns, at most 128
+    constexpr int mine = T::BN/T::CL; // columns that this CTA copies, at most 128
     const int k_tiles = args.K/MBQ_GEMM_TILE_K;
     mbq_ring<T::XS> ring;
     if constexpr (T::codes) {
@@ -39,8 +40,8 @@ static __device__ __forceinline__ void mbq_w4a8_produce_activations(const mbq_w4
     }
     for (mbq_stream_k work(args, at.worker, at.workers); work.next(args, at.workers);) {
         const int first = work.tile % args.n_tiles*T::BN + at.rank*mine;
-        const int now   = min(mine, 128 - first % 128); // of the 128 columns that lie together; the others are the first of the next 128
-        const auto at_first = [&](const int column) { // columns behind the last are multiplied too, and dropped: those of any column will do
+        const int now   = min(mine, 128 - first % 128); // columns in the current block of 128; the others are the first of the next block
+        const auto at_first = [&](const int column) { // columns after the last one are computed and dropped, so any valid column will do
             return (const char *) args.x_tiles + ((int64_t) (column < args.N ? column/128 : 0)*k_tiles*MBQ_GEMM_TILE_BYTES + column % 128*128);
         };
         const char * from[2] = { at_first(first), at_first(first + now) };
@@ -82,7 +83,7 @@ static __device__ __forceinline__ void mbq_w4a8_produce_weights(const mbq_w4a8_a
                 mbq_barrier_expect(full, T::W_BYTES, true);
                 if constexpr (T::heads) {
 #pragma unroll
-                    for (int i = 0; i < T::BM/8; ++i) { // a warp's first rows, and those that they turn with
+                    for (int i = 0; i < T::BM/8; ++i) { // a warp's first rows, and the rows that they are rotated with
                         mbq_box_copy(stage + i*8*T::ROW_BYTES, maps.of[k], step*(L::group_bytes/4), rows_of_warp[i/2] + i%2*w4a8.angles.n_dims, full);
                     }
                 } else if constexpr (T::codes) {
@@ -91,8 +92,8 @@ static __device__ __forceinline__ void mbq_w4a8_produce_weights(const mbq_w4a8_a
                     mbq_box_copy_3d(stage, maps.of[k], step*(L::group_bytes/4), row_first/2, full);
                 }
             } else {
-                constexpr int lanes = T::bits == 4 ? 16 : 32; // that copy a row
-                constexpr int rows  = 32/lanes;               // that a warp copies at a time
+                constexpr int lanes = T::bits == 4 ? 16 : 32; // lanes per row
+                constexpr int rows  = 32/lanes;               // rows per warp at a time
                 const int column = at.lane % lanes*16;
                 const int bytes  = min(w4a8.blocks - step*8, 8)*L::block_bytes;
 #pragma unroll 4
@@ -128,7 +129,7 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
         ggml_cuda_pdl_sync();
         range = *w4a8.codes.range;
     }
-    uint32_t before = 0; // empty barrier of the stage before x_ring's
+    uint32_t before = 0; // empty barrier of the previous stage of x_ring
     int part = -1;
     for (mbq_stream_k work(args, at.worker, at.workers); work.next(args, at.workers);) {
         if (T::turns) {
@@ -138,14 +139,14 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
                 x_ring.skip(2*(work.last - work.first));
                 continue;
             }
-            if (part > 0) { // else the stages waited for may be two rounds ahead, which a barrier's parity does not tell
+            if (part > 0) { // otherwise this group could wait for stages two rounds ahead, which a barrier's parity cannot distinguish
                 mbq_barrier_wait(smem.turn + group*8, (part - 1)/2 % 2);
             }
         }
         const int n_tile = work.tile % args.n_tiles;
         const mbq_w4a8_gemm_matrix & m = w4a8.of[w4a8.matrix(work.tile / args.n_tiles)];
         const int first_row = ((work.tile / args.n_tiles - m.tile)*T::CL + at.rank)*T::BM;
-        const int row    = R::row(first_row, at.warp, g, w4a8.angles.n_dims); // the first of two
+        const int row    = R::row(first_row, at.warp, g, w4a8.angles.n_dims); // the first of the thread's two rows
         const auto row_of = [&](const int r) { return min(row + r*R::apart(w4a8.angles.n_dims), m.M - 1); };
         const auto pair_of = [&](const int r) {
             const int shift = T::dense ? 0 : (int) ((uintptr_t) m.w + (uintptr_t) row_of(r)*args.row_bytes) & 15;
@@ -153,7 +154,7 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
         };
         const P pairs[2] = { pair_of(0), pair_of(1) };
         int   d[T::BN/2];
-        mbq_w4a8_end end = { m, {}, {} }; // the rows' scales and, with codes or of heads, biases
+        mbq_w4a8_end end = { m, {}, {} }; // the rows' scales and, for codes or heads, biases
 #pragma unroll
         for (int i = 0; i < T::BN/2; ++i) {
             d[i] = 0;
@@ -171,7 +172,7 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
             words[1] = pairs[1].load(stage, second);
         };
         uint32_t a[2][4][4];
-        constexpr bool ahead = T::bits == 4; // words are loaded while products run; with 8 bits the assembler would wait after each of those
+        constexpr bool ahead = T::bits == 4; // words are loaded while products run; with 8 bits, the assembler would wait after each product
         if (ahead) {
             mbq_barrier_wait(smem.full_w + w_ring.stage*8, w_ring.phase);
             load(w_ring.stage*T::W_BYTES, 0);
@@ -195,7 +196,7 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
                     }
                 }
                 mbq_barrier_wait(smem.full_x + x_ring.stage*8, x_ring.phase);
-                // start address, 1024 bytes from 8 columns to the next 8, 128-byte swizzle
+                // descriptor: start address, a stride of 1024 bytes between groups of 8 columns, 128-byte swizzle
                 const uint64_t b = (uint64_t) ((smem.x + x_ring.stage*T::X_BYTES) >> 4) | (uint64_t) 1 << 16 | (uint64_t) (1024 >> 4) << 32 | (uint64_t) 1 << 62;
                 asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
 #pragma unroll
@@ -206,7 +207,7 @@ static __device__ __forceinline__ void mbq_w4a8_consume(const mbq_w4a8_args & w4
                 if (ahead && h == 0) {
                     load(stage, 1);
                 }
-                if (h == 1) { // the products above have all words of the stage; just loaded, some may still be on their way, behind the other group's stores
+                if (h == 1) { // the products above have all words of the stage; some just loaded may still be in flight, behind the other group's stores
                     mbq_barrier_arrive<1>(smem.empty_w + w_ring.stage*8);
                     w_ring.next();
                 }
@@ -262,14 +263,14 @@ template <typename T>
 static __global__ void MBQ_CLUSTER(T::CL) __launch_bounds__(MBQ_GEMM_THREADS, 1) mbq_w4a8_gemm(const mbq_w4a8_args args, MBQ_W4A8_MAPS maps) {
 #ifdef MBQ_WGMMA
     extern __shared__ char mbq_gemm_dynamic[];
-    __shared__ uint64_t mbq_barriers[T::BARRIERS]; // its size tells the host that this is the code for sm_90a
+    __shared__ uint64_t mbq_barriers[T::BARRIERS]; // the host detects the sm_90a code by its size
     ggml_cuda_pdl_lc();
     mbq_gemm_thread at;
     at.rank    = T::CL == 1 ? 0 : blockIdx.x % T::CL;
-    at.warp    = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0); // so that the compiler knows what all lanes have in common
+    at.warp    = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0); // tells the compiler that it is uniform in the warp
     at.lane    = threadIdx.x % 32;
     at.workers = gridDim.x/T::CL;
-    at.worker  = gridDim.x/T::CL - 1 - blockIdx.x/T::CL; // waits for higher workers only, which are lower CTAs and so run already
+    at.worker  = gridDim.x/T::CL - 1 - blockIdx.x/T::CL; // waits only for higher workers, which are lower CTAs and so are already running
     const mbq_w4a8_smem<T> smem(mbq_gemm_dynamic, mbq_barriers);
     if (threadIdx.x == 0) {
         smem.init_barriers();
@@ -291,7 +292,7 @@ static __global__ void MBQ_CLUSTER(T::CL) __launch_bounds__(MBQ_GEMM_THREADS, 1)
         mbq_w4a8_consume<T>(args, at, smem);
     }
     if constexpr (T::CL > 1) {
-        mbq_cluster_sync<T::CL>(); // no CTA leaves while another copies into it or arrives at its barriers
+        mbq_cluster_sync<T::CL>(); // no CTA exits while another one copies into it or arrives at its barriers
     }
 #else
     GGML_UNUSED_VARS(args, maps);

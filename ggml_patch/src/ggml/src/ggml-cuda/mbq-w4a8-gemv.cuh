@@ -1,14 +1,15 @@
 #pragma once
 
-// W4A8 with up to 8 columns on Hopper, rows of whole groups of 256: one CTA a multiprocessor, each warp with a ring of its own of pieces, 16 rows times 256 of K,
-// that one lane names to the tensor memory accelerator. Copies begin while the kernel before still runs: weights do not depend on it.
+// W4A8 products of up to 8 columns on Hopper, for rows of whole groups of 256. There is one CTA per multiprocessor, and each warp has its own ring buffer of
+// pieces: 16 rows times 256 of K, which one lane copies with the tensor memory accelerator. Copies start while the previous kernel still runs, because
+// weights do not depend on it.
 //
 //   output rows   tile 0 (16 rows)   tile 1   ...   CTA c, group of warps g: tiles c + g*gridDim.x, then every gridDim.x*groups
 //   K of a tile   | piece 0 | piece 1 | piece 2 | ...   warp kw of the group's KW: pieces kw, kw + KW, ...
 //
-// One column: each CTA quantises it for itself while the weights arrive. More: mbq_w4a8_quantize has made records, which come with the weights.
-// One column of several matrices: their tiles one behind the other. Of gate and up: of each tile first the gate's pieces and sums, then the other's, and
-// silu(gate)*up is what is written.
+// One column: each CTA quantises it redundantly while the weights arrive. More columns: mbq_w4a8_quantize has written records, which are copied with the
+// weights. One column of several matrices: their tiles are numbered consecutively. Gate and up: for each tile, first the gate's pieces and sums, then up's,
+// and the result is silu(gate)*up.
 // 4096 x 14336, cold: 14.0 us with one column and 15.9 with 8; dp4a on words loaded two bytes at a time (mbq_w4a8_vec) took 19.6 and 29.9.
 
 #include "mbq-plan.cuh"
@@ -16,31 +17,31 @@
 #include "unary.cuh"
 
 static constexpr int MBQ_W4A8_MAX_STAGES = 8;
-static constexpr int MBQ_W4A8_UNITS      = 4; // of 16 activations, that a thread quantises
+static constexpr int MBQ_W4A8_UNITS      = 4; // units of 16 activations that a thread quantises
 
-static constexpr int MBQ_W4A8_STATIC_BYTES = MBQ_MAX_WARPS*MBQ_W4A8_MAX_STAGES*8 + 32*4; // of shared memory: barriers, and what a reduction takes
+static constexpr int MBQ_W4A8_STATIC_BYTES = MBQ_MAX_WARPS*MBQ_W4A8_MAX_STAGES*8 + 32*4; // shared memory for barriers and for a reduction
 
-enum mbq_w4a8_columns { MBQ_W4A8_SEVERAL, MBQ_W4A8_ONE, MBQ_W4A8_GATED }; // GATED: one, gate and up
+enum mbq_w4a8_columns { MBQ_W4A8_SEVERAL, MBQ_W4A8_ONE, MBQ_W4A8_GATED }; // GATED: one column, gate and up
 
 struct mbq_w4a8_mmv_matrix {
     const char  * w;
     float       * dst;
     const float * bias; // ONE: added to dst, or nullptr; may be dst
-    int M, tile;        // rows; the first of its tiles
+    int M, tile;        // number of rows; its first tile
 };
 
 struct mbq_w4a8_mmv_args {
-    mbq_w4a8_mmv_matrix of[MBQ_W4A8_MATRICES]; // ONE: all, those that are not there from tile INT_MAX on; GATED: up, and the gate's w; else the first
+    mbq_w4a8_mmv_matrix of[MBQ_W4A8_MATRICES]; // ONE: all, with tile = INT_MAX for missing ones; GATED: up, and the gate's w; otherwise only the first
     const float * x;        // one column
-    const char * records;   // more
-    const float * scale;    // of these
+    const char * records;   // several columns
+    const float * scale;    // of the records
     int64_t dst_column;
     int tiles, row_bytes, K, N; // K: a multiple of 256
     int x_aligned, stages;
-    mbq_w4a8_ranges ranges; // of one column
+    mbq_w4a8_ranges ranges; // for one column
 };
 
-// Weights of a piece and, for more than one column, the records of its activations
+// The weights of a piece and, for more than one column, the records of its activations
 template <int bits>
 static constexpr __host__ __device__ int mbq_w4a8_stage_bytes(const int N) {
     return 16*mbq_w4a8_layout<bits>::group_bytes + (N > 1 ? 256*N : 0);
@@ -81,8 +82,8 @@ static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv
     const uint32_t ring   = __cvta_generic_to_shared(mbq_shared) + warp*args.stages*stage_bytes;
     const uint32_t ready  = __cvta_generic_to_shared(mbq_ready[warp]);
     char * behind = mbq_shared + warps*args.stages*stage_bytes;
-    int4 * sums   = (int4 *) behind + group*KW*2*32; // two tiles', 16 bytes a lane
-    int4 * column = (int4 *) behind + warps*2*32;    // quantised, one column
+    int4 * sums   = (int4 *) behind + group*KW*2*32; // for two tiles, 16 bytes per lane
+    int4 * column = (int4 *) behind + warps*2*32;    // one column, quantised
 
     const auto matrix_of = [&](const int tile) {
         return columns == MBQ_W4A8_ONE ? (tile >= args.of[1].tile) + (tile >= args.of[2].tile) : 0;
@@ -164,7 +165,7 @@ static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv
         float gate = 0.0f; // GATED: the gate's product
 #pragma unroll 1
         for (int up = gated ? 0 : 1; up < 2; ++up) {
-            // One column: these threads end a row each. What they need for it is on its way while the pieces are multiplied.
+            // One column: each of these threads finishes one row. Its scale and bias are loaded while the pieces are multiplied.
             const mbq_w4a8_mmv_matrix & m = args.of[gated && up == 0 ? 1 : matrix_of(tile)];
             const int  row_one = (columns == MBQ_W4A8_ONE ? tile - m.tile : tile)*16 + threadIdx.x;
             const bool ends = one && threadIdx.x < 16 && row_one < m.M;
@@ -195,7 +196,7 @@ static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv
                         }
                     }
                 }
-                __syncwarp(); // all lanes are done with the stage
+                __syncwarp(); // all lanes have read the stage
                 fill(stage, true, true);
                 if (++stage == args.stages) {
                     stage  = 0;
@@ -203,7 +204,7 @@ static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv
                 }
             }
 
-            // Two buffers of sums: a warp that is ahead writes the next tile's while this tile's are read.
+            // Sums are double-buffered: a warp that is ahead writes the next tile's sums while this tile's are read.
             int4 * all = sums + parity*KW*32;
             if constexpr (one) {
                 if (t == 0) {
@@ -213,7 +214,7 @@ static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv
             } else {
                 all[kw*32 + lane] = make_int4(sum[0][0] + sum[1][0], sum[0][1] + sum[1][1], sum[0][2] + sum[1][2], sum[0][3] + sum[1][3]);
             }
-            asm volatile("bar.sync %0, %1;" : : "r"(group + 1), "r"(KW*32) : "memory"); // barrier 0 is __syncthreads'
+            asm volatile("bar.sync %0, %1;" : : "r"(group + 1), "r"(KW*32) : "memory"); // barrier 0 belongs to __syncthreads
             if (ends) {
                 int v = 0;
                 for (int k = 0; k < KW; ++k) {
@@ -223,13 +224,13 @@ static __global__ void __launch_bounds__(512, 1) mbq_w4a8_mmv(const mbq_w4a8_mmv
                 if (up == 0) {
                     gate = y;
                 } else if (gated) {
-                    m.dst[row_one] = ggml_cuda_op_silu_single(gate) * y; // as unary_gated_op_kernel
+                    m.dst[row_one] = ggml_cuda_op_silu_single(gate) * y; // as in unary_gated_op_kernel
                 } else {
                     m.dst[row_one] = m.bias ? y + bias : y;
                 }
             }
             for (int i = threadIdx.x; !one && i < 128; i += KW*32) {
-                const int of  = i/4;                    // lane that had it
+                const int of  = i/4;                    // the lane that wrote it
                 const int row = tile*16 + of/4 + i/2%2*8;
                 const int col = of%4*2 + i%2;
                 if (row < m.M && col < args.N) {

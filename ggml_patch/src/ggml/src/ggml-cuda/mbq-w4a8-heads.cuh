@@ -1,39 +1,40 @@
 #pragma once
 
-// The end of a tile of q, k or v, for attention (mbq-w4a8-gemm.cuh):
+// The epilogue of a tile of q, k or v, which prepares them for attention (mbq-w4a8-gemm.cuh):
 //
-//   q   bias, ROPE         scaled for attention, F16, each head from where its floats would begin
+//   q   bias, ROPE         scaled for attention, F16, each head at the start of its floats
 //   k   bias, ROPE, CPY    F16, heads before positions
-//   v   bias               F16, each position from where its floats would begin
+//   v   bias               F16, each position at the start of its floats
 //
-// ROPE turns numbers i and i + half of a head. Such a tile's thread has both, as rows g and g + 8 of its A operand (mbq_w4a8_tile_rows), and takes their sine and
-// cosine itself. 32 columns at a time meet in shared memory, so that a column's rows are stored 64 bytes in one piece: word by word, 3840 x 1280 by 4096 takes 60 us on an
-// H200. Node by node, and in mbq_qkv (mbq-qkv.cuh), floats of q and k are written and read: 84 MB of 4096 positions of 1280. The same bits.
+// ROPE rotates elements i and i + half of a head. In such a tile, a thread has both, as rows g and g + 8 of its A operand (mbq_w4a8_tile_rows), and computes
+// their sine and cosine itself. 32 columns at a time are collected in shared memory, so that a column's rows are stored as 64 contiguous bytes: word by word,
+// 3840 x 1280 by 4096 takes 60 us on an H200. Separate nodes, and mbq_qkv (mbq-qkv.cuh), write and read q and k as floats: 84 MB for 4096 positions of 1280.
+// The bits are the same.
 
 #include "mbq-w4a8-sums.cuh"
 
 #ifdef MBQ_WGMMA
 
-// What a group of four warps shares of a tile of 64 rows
+// Shared memory of a group of four warps, for a tile of 64 rows
 template <int BN> struct mbq_w4a8_heads {
     static constexpr int columns = 32;
-    int4  halves[columns*8];   // 64 rows of a column: of each warp 8 rows, then of each the 8 that they turn with; see slot
+    int4  halves[columns*8];   // 64 rows of a column: for each warp 8 rows, then for each warp the 8 rows that these are rotated with; see slot
     float scale[BN];
     float positions[2][BN];
 
-    // Eight rows of a column. Neighbouring columns begin at other banks.
+    // Index of eight rows of a column. Neighbouring columns start at different banks.
     static __device__ __forceinline__ int slot(const int column, const int eight) {
         return column*8 + (eight ^ column%8);
     }
 };
 
-// Four matrices of 8 x 8, as mma has them in registers, transposed: a lane has the place of one column of one of them
+// Stores four 8 x 8 matrices, transposed from mma's register layout; each lane has the address of one column of one of them
 static __device__ __forceinline__ void mbq_store_matrices(int4 * to, const uint32_t (&m)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
         : : "r"((uint32_t) __cvta_generic_to_shared(to)), "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3]) : "memory");
 }
 
-// `columns` of a tile from the first on, of which there are `left`, from shared memory to where they belong
+// Copies `columns` of a tile, starting at `first`, from shared memory to their destination. `left` columns are in range.
 template <typename T>
 static __device__ __forceinline__ void mbq_w4a8_store_met(const mbq_w4a8_args & w4a8, const mbq_w4a8_gemm_matrix & m, const int first_row, const int first, const int left,
         const mbq_w4a8_heads<T::BN> & shared) {
@@ -48,7 +49,7 @@ static __device__ __forceinline__ void mbq_w4a8_store_met(const mbq_w4a8_args & 
     }
 }
 
-// first_row: of the tile; row: the thread's first
+// first_row: the tile's; row: the thread's first
 template <typename T, bool turn>
 static __device__ __forceinline__ void mbq_w4a8_store_pairs(const mbq_w4a8_args & w4a8, const mbq_w4a8_end & end, const int n_tile, const int first_row, const int row,
         const mbq_gemm_thread & at, mbq_w4a8_heads<T::BN> & shared, const int (&d)[T::BN/2]) {
@@ -57,7 +58,7 @@ static __device__ __forceinline__ void mbq_w4a8_store_pairs(const mbq_w4a8_args 
     const int warp = at.warp % 4, t = at.lane % 4, i_pair = row % (2*angles.n_dims), section = angles.positions_of(i_pair, 1) - angles.pos, first = n_tile*T::BN, N = w4a8.gemm.N;
     const auto together = [&] { asm volatile("bar.sync %0, 128;" : : "r"(1 + at.warp/4) : "memory"); };
     for (int i = threadIdx.x % 128; i < T::BN; i += 128) {
-        const int column = min(first + i, N - 1); // what is behind the last column is dropped
+        const int column = min(first + i, N - 1); // columns after the last one are dropped
         shared.scale[i] = w4a8.scale[column];
         if constexpr (turn) {
             shared.positions[0][i] = angles.pos[column];
@@ -81,7 +82,7 @@ static __device__ __forceinline__ void mbq_w4a8_store_pairs(const mbq_w4a8_args 
 #pragma unroll
         for (int i = i0; i < i0 + shared.columns/8; i += 2) {
             if (i < T::BN/8) {
-                uint32_t words[4]; // of the first and the second 8 columns: the first rows and those that they turn with
+                uint32_t words[4]; // for the first and the second 8 columns: the first rows and those that they are rotated with
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     const int column = 8*(i + j) + 2*t;
@@ -106,7 +107,7 @@ static __device__ __forceinline__ void mbq_w4a8_store_pairs(const mbq_w4a8_args 
 template <typename T>
 static __device__ __forceinline__ void mbq_w4a8_store_heads(const mbq_w4a8_args & w4a8, const mbq_w4a8_end & end, const int n_tile, const int first_row, const int row,
         const mbq_gemm_thread & at, const int (&d)[T::BN/2]) {
-    __shared__ mbq_w4a8_heads<T::BN> shared[2]; // of each group
+    __shared__ mbq_w4a8_heads<T::BN> shared[2]; // one per group
     if (end.m.turn != 0.0f) {
         mbq_w4a8_store_pairs<T, true>(w4a8, end, n_tile, first_row, row, at, shared[at.warp/4], d);
     } else {

@@ -1,18 +1,18 @@
 #pragma once
 
-// One pass of quantising for all products of a graph that read the same activations (q, k and v; gate and up).
+// One quantisation pass for all products of a graph that read the same activations (q, k and v; gate and up).
 //
 //   graph     ... norm   q    bias  rope   k    bias   v ...
 //                        |                 |           |
-//   int8                 made, held        found       found, given back
+//   int8                 made, held        found       found, freed
 //
-// Whoever quantises looks ahead in the graph: a later product of the same addresses, shape, strides and static ranges, in the same order of int8,
-// takes what is there already, unless a node between them writes to these addresses (the allocator gives memory to a new tensor as soon as the old
-// one has been read). Where the last such product stands is known before the first one runs, so what is held needs no name that could go stale, and
-// nothing is held from one graph to the next: a CUDA graph captures the pass with all of its readers, or none of them.
+// The node that quantises looks ahead in the graph. A later product with the same addresses, shape, strides, static ranges and int8 order reuses the result,
+// unless a node in between writes to these addresses (the allocator reuses a tensor's memory as soon as the tensor has been read). The last such product is
+// known before the first one runs, so held activations need no key that could become stale. Nothing is held from one graph to the next: a CUDA graph
+// captures the pass with all of its readers, or none of them.
 //
-// Memory is the pool's, whose blocks go back in the reverse order: one input at a time is held, and is taken when no other block is. Streams have pools of
-// their own: with several at once (GGML_CUDA_GRAPH_OPT) nothing is shared.
+// Memory comes from the pool, whose blocks are freed in reverse order: one input is held at a time, and allocated while no other block is. Each stream has its
+// own pool: with several concurrent streams (GGML_CUDA_GRAPH_OPT) nothing is shared.
 
 #include "common.cuh"
 #include "ggml-row-scale.h"
@@ -23,26 +23,26 @@
 #include <optional>
 #include <vector>
 
-static constexpr int MBQ_W4A8_AHEAD       = 64; // nodes that are looked at: the readers of a layer stand closer
-static constexpr int MBQ_W4A8_FEW_COLUMNS = 8;  // more: mbq_w4a8_gemm, or so many at a time where the card has no wgmma
+static constexpr int MBQ_W4A8_AHEAD       = 64; // how many nodes are searched: the readers within a layer are closer together
+static constexpr int MBQ_W4A8_FEW_COLUMNS = 8;  // more: mbq_w4a8_gemm, or this many at a time on GPUs without wgmma
 
-// How a product takes its activations: see mbq-w4a8-quantize.cuh
+// The format of a product's activations: see mbq-w4a8-quantize.cuh
 enum mbq_w4a8_order {
-    MBQ_W4A8_FLOATS,  // quantises them itself, or in several passes
+    MBQ_W4A8_FLOATS,  // the product quantises them itself, or in several passes
     MBQ_W4A8_RECORDS,
     MBQ_W4A8_TILES,
 };
 
 static mbq_w4a8_order mbq_w4a8_order_of(const ggml_backend_cuda_context & ctx, const ggml_tensor * dst); // mbq-w4a8.cu
 
-// Activations as int8, with the scale of each column, and flags of mbq_w4a8_gemm, which are 0 before and after it
+// Activations as int8, with the scale of each column and flags for mbq_w4a8_gemm, which are 0 before and after it
 struct mbq_w4a8_int8 {
     int4  * q;
     float * scale;
     int   * flags;
     int   n_flags;
 
-    // In memory for K times N activations; its bytes are bytes(...)
+    // Places them in memory for K times N activations, of size bytes(...)
     static mbq_w4a8_int8 at(char * memory, const int64_t K, const int64_t N, const mbq_w4a8_order order, const int n_flags) {
         char * scale = memory + q_bytes(K, N, order);
         return { (int4 *) memory, (float *) scale, (int *) scale + N, n_flags };
@@ -53,14 +53,14 @@ struct mbq_w4a8_int8 {
     }
 
     static size_t q_bytes(const int64_t K, const int64_t N, const mbq_w4a8_order order) {
-        return GGML_PAD(K, 256)*(order == MBQ_W4A8_TILES ? GGML_PAD(N, 256) : N); // columns behind the last are multiplied too, and dropped
+        return GGML_PAD(K, 256)*(order == MBQ_W4A8_TILES ? GGML_PAD(N, 256) : N); // columns after the last one are computed too, and dropped
     }
 };
 
-// What a product reads
+// The activations that a product reads
 struct mbq_w4a8_activations {
     const ggml_tensor * x;
-    const ggml_tensor * ranges; // static ones, its src[2], or nullptr
+    const ggml_tensor * ranges; // static ranges, its src[2], or nullptr
     mbq_w4a8_order order;
 };
 
@@ -73,33 +73,33 @@ static bool mbq_w4a8_same(const mbq_w4a8_activations & a, const mbq_w4a8_activat
 }
 
 struct ggml_cuda_w4a8_inputs {
-    const ggml_cgraph * graph = nullptr; // that runs, and its node; nullptr: share nothing
+    const ggml_cgraph * graph = nullptr; // the current graph and node; nullptr: share nothing
     int node = 0;
 
-    std::optional<ggml_cuda_pool_alloc<char>> memory; // of what is held
+    std::optional<ggml_cuda_pool_alloc<char>> memory; // memory of the held activations
     mbq_w4a8_int8        held = {};
     mbq_w4a8_activations of   = {};
-    int  last   = 0;             // node that reads them last
-    bool floats = true;          // whether they are there as floats too
+    int  last   = 0;             // the last node that reads them
+    bool floats = true;          // whether they exist as floats too
 
-    const ggml_tensor * f16 = nullptr; // what lies as F16 in the place of its floats until node f16_last has read it (mbq-f16-inputs.cuh)
+    const ggml_tensor * f16 = nullptr; // stored in place as F16 until node f16_last has read it (mbq-f16-inputs.cuh)
     int f16_last = 0;
 
-    mbq_w4a8_int8        placed    = {}; // int8 in the place of floats until node placed_last has read it (mbq-w4a8-place.cuh)
+    mbq_w4a8_int8        placed    = {}; // int8 stored in place until node placed_last has read it (mbq-w4a8-place.cuh)
     mbq_w4a8_activations placed_of = {};
     int placed_last = -1;
 
-    const ggml_tensor * attention = nullptr; // whose queries lie as F16 (mbq-qkv.cuh)
-    const ggml_tensor * values    = nullptr; // which lie as F16 from where each column's floats would begin (mbq-qkv.cuh)
-    const ggml_tensor * turned    = nullptr; // queries that their product has turned, as it has keys (mbq-w4a8-heads.cuh)
+    const ggml_tensor * attention = nullptr; // the attention node whose queries are stored as F16 (mbq-qkv.cuh)
+    const ggml_tensor * values    = nullptr; // stored as F16, each column at the start of its floats (mbq-qkv.cuh)
+    const ggml_tensor * turned    = nullptr; // queries that their product has rotated, together with keys (mbq-w4a8-heads.cuh)
 
-    std::vector<int> early; // nodes, each with the one behind it, that have run before their turn (mbq-w4a8-one.cuh)
+    std::vector<int> early; // nodes that have run ahead of their turn, each with the node after it (mbq-w4a8-one.cuh)
     mbq_nodes nodes;        // of the graph
 
-    // Before node i of a graph
+    // To be called before node i of a graph
     void step(const ggml_backend_cuda_context & ctx, const ggml_cgraph * now, const int i) {
         if (memory && (now != graph || i <= node || i > last)) {
-            memory.reset(); // a reader that took another way: none does, but nothing held may outlive its graph
+            memory.reset(); // in case a reader did not use them: this does not happen, but nothing held may outlive its graph
         }
         if (now != graph || i <= node) {
             early.clear();
@@ -125,7 +125,7 @@ struct ggml_cuda_w4a8_inputs {
         return node <= placed_last && mbq_w4a8_same(a, placed_of);
     }
 
-    // Memory for activations, until node `to` has read them
+    // Allocates memory for activations until node `to` has read them
     const mbq_w4a8_int8 & hold(ggml_cuda_pool & pool, const mbq_w4a8_activations & a, const int n_flags, const int to, const bool in_floats) {
         GGML_ASSERT(!memory);
         const int64_t K = a.x->ne[0], N = a.x->ne[1];
@@ -136,7 +136,7 @@ struct ggml_cuda_w4a8_inputs {
         return held;
     }
 
-    // After the product at `node`
+    // To be called after the product at `node`
     void read() {
         if (node == last) {
             memory.reset();
@@ -155,7 +155,7 @@ static mbq_node mbq_w4a8_node(const ggml_backend_cuda_context & ctx, const ggml_
     return ctx.w4a8_inputs ? ctx.w4a8_inputs->nodes.at(graph, i) : mbq_node_of(graph->nodes[i]);
 }
 
-// The static ranges that the next product of x has
+// The static ranges of the next product of x
 static const ggml_tensor * mbq_w4a8_next_ranges(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const ggml_tensor * x) {
     for (int j = i + 1; j < std::min(graph->n_nodes, i + 1 + MBQ_W4A8_AHEAD); ++j) {
         if (mbq_w4a8_node(ctx, graph, j).x == x->data && mbq_w4a8_same(graph->nodes[j]->src[1], x)) {
@@ -171,7 +171,7 @@ struct mbq_w4a8_readers {
     int count = 0;
 };
 
-// The nodes after i that read the activations as they say, while they and their ranges are what they were
+// The nodes after i that read the activations in this order while these and their ranges are unchanged
 static mbq_w4a8_readers mbq_w4a8_readers_after(const ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const mbq_w4a8_activations & a) {
     mbq_w4a8_readers readers;
     const mbq_span x = mbq_span_of(a.x), ranges = mbq_span_of(a.ranges);
@@ -191,8 +191,8 @@ static mbq_w4a8_readers mbq_w4a8_readers_after(const ggml_backend_cuda_context &
     return readers;
 }
 
-// The activations of dst, at the node that runs, if they are held: found, or made by quantise(int8) because a later product reads them too; else nullptr. After the
-// product: read().
+// Returns the activations of dst, the current node, if they are held: found, or made by quantise(int8) because a later product reads them too. Otherwise
+// nullptr. Call read() after the product.
 template <typename Quantise>
 static const mbq_w4a8_int8 * mbq_w4a8_share(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const mbq_w4a8_order order, const int n_flags, const Quantise & quantise) {
     ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(ctx);

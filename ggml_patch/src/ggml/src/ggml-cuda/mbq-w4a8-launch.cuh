@@ -1,6 +1,6 @@
 #pragma once
 
-// Launches of products of weights with one scale a row: which kernel, in which shape.
+// Launches products of weights with one scale per row: chooses the kernel and its shape.
 
 #include "mbq-w4a8-gemm.cuh"
 #include "mbq-w4a8-gemv.cuh"
@@ -21,8 +21,8 @@ struct mbq_w4a8_matrix {
     const float * more = nullptr;
     int64_t more_column = 0;
     mbq_w4a8_codes codes = {};   // instead of floats in dst
-    bool halves = false;         // or F16 in dst
-    mbq_rope_angles angles = {}; // or heads, see mbq-w4a8-heads.cuh, of twice n_dims numbers; n_dims = 0: not these
+    bool halves = false;         // F16 in dst
+    mbq_rope_angles angles = {}; // heads of 2*n_dims elements, see mbq-w4a8-heads.cuh; n_dims = 0: no heads
     int64_t dst_head = 0;
     float turn = 0.0f;
 
@@ -62,7 +62,8 @@ static void mbq_w4a8_quantise(ggml_backend_cuda_context & ctx, const mbq_w4a8_ma
 }
 
 #ifdef MBQ_USE_TMA
-// M rows of weights as m's, as [parity of the row][half of the rows][words]: a box has the even rows and behind them the odd ones. halves = 1: as [row][words]
+// The tensor map of M rows of weights with the layout of m, as [parity of the row][half of the rows][words]: a box has the even rows, then the odd ones.
+// halves = 1: as [row][words]
 template <int bits>
 static mbq_w4a8_map mbq_w4a8_make_map(const mbq_w4a8_matrix & m, const char * w, const int64_t M, const int halves, const int rows) {
     mbq_w4a8_map map;
@@ -75,7 +76,7 @@ static mbq_w4a8_map mbq_w4a8_make_map(const mbq_w4a8_matrix & m, const char * w,
     return map;
 }
 
-// The same rows, 256 upon 256, as [64][16 of these][parity][half of them][words], for tiles with codes: see mbq_w4a8_tile_rows
+// The tensor map of the same rows, in units of 256, as [64][16 of these][parity][half of them][words], for tiles with codes: see mbq_w4a8_tile_rows
 template <int bits>
 static mbq_w4a8_map mbq_w4a8_make_codes_map(const mbq_w4a8_matrix & m) {
     mbq_w4a8_map map;
@@ -118,7 +119,7 @@ static void mbq_w4a8_launch_gemm(ggml_backend_cuda_context & ctx, const mbq_w4a8
     ggml_cuda_kernel_launch(mbq_w4a8_gemm<T>, params, args, maps);
 }
 
-// In the shape of a plan, which is this one or one behind it
+// Launches with the shape of a plan, which is `shape` or a later one
 template <int bits, mbq_w4a8_results results, int shape = 0>
 static void mbq_w4a8_launch_planned(ggml_backend_cuda_context & ctx, const mbq_w4a8_args & args, const mbq_w4a8_maps & maps, const mbq_w4a8_gemm_plan & plan) {
     if constexpr (shape < MBQ_W4A8_N_SHAPES) {
@@ -132,7 +133,7 @@ static void mbq_w4a8_launch_planned(ggml_backend_cuda_context & ctx, const mbq_w
 
 template <int bits>
 static mbq_w4a8_device mbq_w4a8_device_of(const ggml_backend_cuda_context & ctx) {
-    static int fours[GGML_CUDA_MAX_DEVICES] = {}; // and one more, so that 0 is not known yet
+    static int fours[GGML_CUDA_MAX_DEVICES] = {}; // the number plus one; 0: not known yet
     if (fours[ctx.device] == 0) {
         int n = 0;
 #ifdef MBQ_USE_TMA
@@ -157,8 +158,8 @@ static mbq_w4a8_device mbq_w4a8_device_of(const ggml_backend_cuda_context & ctx)
     return { ggml_cuda_info().devices[ctx.device].nsm, fours[ctx.device] - 1 };
 }
 
-// n matrices of equal rows by the activations of the first; more than one only where each is dense and has an even number of rows; with codes one dense one of
-// whole 256 rows; of heads of one size
+// n matrices of equal row sizes by the activations of the first. Several only if all are dense and have an even number of rows. With codes: one dense matrix
+// whose number of rows is a multiple of 256. With heads: all of one head size.
 template <int bits>
 static void mbq_w4a8_many(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix * matrices, const int n, const mbq_w4a8_int8 & x) {
     const mbq_w4a8_matrix & m = matrices[0];
@@ -218,7 +219,7 @@ static void mbq_w4a8_launch_vec(ggml_backend_cuda_context & ctx, const mbq_w4a8_
     ggml_cuda_kernel_launch(mbq_w4a8_vec<bits, N>, params, args);
 }
 
-// Matrices of the same row bytes by the columns of the first, n of them; see mbq_w4a8_mmv_args
+// n matrices with the same bytes per row by the columns of m; see mbq_w4a8_mmv_args
 template <int bits, mbq_w4a8_columns columns>
 static void mbq_w4a8_launch_mmv(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const mbq_w4a8_mmv_matrix * matrices, const int n,
         const mbq_w4a8_mmv_plan & plan, const mbq_w4a8_int8 & x) {
@@ -241,7 +242,7 @@ static void mbq_w4a8_launch_mmv(ggml_backend_cuda_context & ctx, const mbq_w4a8_
 #endif
 }
 
-// M: rows of whole tiles of all matrices; kw = 0: mbq_w4a8_mmv is not for this product
+// M: rows of all matrices, each padded to whole tiles; kw = 0: mbq_w4a8_mmv does not support this product
 template <int bits>
 static mbq_w4a8_mmv_plan mbq_w4a8_plan_few(const ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix & m, const int64_t M) {
 #ifdef MBQ_USE_TMA
@@ -279,7 +280,7 @@ static int mbq_w4a8_n_flags(const ggml_backend_cuda_context & ctx, const mbq_w4a
     return order == MBQ_W4A8_TILES ? 8*ggml_cuda_info().devices[ctx.device].nsm : 0;
 }
 
-// n matrices whose activations are there, as their order says; more than one only of tiles
+// n matrices whose activations are ready, in the given order; several only with tiles
 template <int bits>
 static void mbq_w4a8_product(ggml_backend_cuda_context & ctx, const mbq_w4a8_matrix * m, const int n, const mbq_w4a8_order order, const mbq_w4a8_int8 & x) {
     if (order == MBQ_W4A8_TILES) {

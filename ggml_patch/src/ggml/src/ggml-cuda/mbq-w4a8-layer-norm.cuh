@@ -1,14 +1,14 @@
 #pragma once
 
-// LayerNorm times weight plus bias with what its readers take instead of floats, or too: int8, or F16 (see mbq-w4a8-norm.cuh). Two kernels: one CTA a column; or, of
-// columns as long as towers have them and read as int8, one warp, which holds the column in registers and waits for no other:
+// LayerNorm times weight plus bias, stored as its readers need it: int8 or F16, instead of floats or in addition (see mbq-w4a8-norm.cuh). Two kernels:
+// one has a CTA per column; the other, for columns of vision towers that are read as int8, has a warp per column, in registers, without barriers:
 //
 //   x[32j + lane] -> sums over lanes, all j at once -> mean, deviation -> normed, largest |x| -> int8 through shared memory
 
 #include "mbq-w4a8-norm.cuh"
 
-// See norm_f32: sums of a column by 32 threads, or by 1024 (many) from K = 1024 on. Here 256 threads: the first in each warp alike, the other with
-// four of those threads' sums in each.
+// norm_f32 sums a column with 32 threads, or with 1024 (many) from K = 1024 on. This kernel has 256 threads: in the first case, each warp computes the same sum
+// as those 32; in the second, each thread computes the sums of four of those 1024.
 template <bool tiled, bool many>
 static __global__ void __launch_bounds__(256, MBQ_W4A8_CTAS(4)) mbq_w4a8_layer_norm(const mbq_w4a8_fused_args args) {
     extern __shared__ __align__(16) float mbq_column[];
@@ -30,7 +30,7 @@ static __global__ void __launch_bounds__(256, MBQ_W4A8_CTAS(4)) mbq_w4a8_layer_n
         for (int part = 0; part < 4; ++part) {
             float2 sum = make_float2(0.0f, 0.0f);
             for (int i = part*256 + threadIdx.x; i < args.K; i += 1024) {
-                add(sum, mbq_column[i]); // this thread's own
+                add(sum, mbq_column[i]); // written by this thread itself
             }
             sum = warp_reduce_sum(sum);
             if (lane == 0) {
@@ -65,9 +65,9 @@ static __global__ void __launch_bounds__(256, MBQ_W4A8_CTAS(4)) mbq_w4a8_layer_n
 
 static constexpr int MBQ_LAYER_NORM_WARPS = 4;
 
-// Of a warp's numbers, 128j + 4 lane of which lie in v[j]: what norm_f32 of 1024 threads sums of f(x). Thread 32w + p sums f(x[32w + p]) and f(x[1024 + 32w + p]), then
-// each warp its threads' sums, then one warp these. Here eight lanes have the numbers of warps 4j + lane/8, eight j at once; each step halves the j of a lane, so that
-// lane 8g + j ends with the sum of warp 4j + g.
+// The sum of f(x) over a column that a warp holds, v[j] being elements 128j + 4 lane and the next three, in the order of norm_f32 with 1024 threads. There,
+// thread 32w + p sums f(x[32w + p]) and f(x[1024 + 32w + p]), then each warp sums over its threads, then one warp over these sums. Here, eight lanes hold the
+// elements of warps 4j + lane/8, for eight j at once; each step halves a lane's number of j, so that lane 8g + j ends with the sum of warp 4j + g.
 template <int R, typename F>
 static __device__ __forceinline__ float mbq_w4a8_sum_as_1024(const float4 (&v)[R], const F & f) {
     const int lane = threadIdx.x % 32;
@@ -78,7 +78,7 @@ static __device__ __forceinline__ float mbq_w4a8_sum_as_1024(const float4 (&v)[R
         }
         return sum;
     };
-    const auto halve = [&](const float4 low, const float4 high, const int h) { // lanes with bit h go on with `high`
+    const auto halve = [&](const float4 low, const float4 high, const int h) { // lanes with bit h continue with `high`
         const bool up = lane & h;
         const auto one = [&](const float a, const float b) { return (up ? b : a) + __shfl_xor_sync(0xFFFFFFFF, up ? a : b, h); };
         return make_float4(one(low.x, high.x), one(low.y, high.y), one(low.z, high.z), one(low.w, high.w));
@@ -98,7 +98,7 @@ static __device__ __forceinline__ float mbq_w4a8_sum_as_1024(const float4 (&v)[R
     return sum;
 }
 
-// As mbq_w4a8_layer_norm of 1024 to 128*R numbers, a multiple of 128, int8 as tiles; all that it reads is 16-byte words
+// mbq_w4a8_layer_norm for 1024 to 128*R elements, a multiple of 128, with int8 as tiles; all its inputs are loaded as 16-byte words
 template <int R>
 static __global__ void __launch_bounds__(32*MBQ_LAYER_NORM_WARPS) mbq_w4a8_layer_norm_of_warp(const mbq_w4a8_fused_args args, const int columns) {
     __shared__ __align__(16) int codes[MBQ_LAYER_NORM_WARPS][GGML_PAD(32*R, 64)];
@@ -118,7 +118,7 @@ static __global__ void __launch_bounds__(32*MBQ_LAYER_NORM_WARPS) mbq_w4a8_layer
     float4 v[R];
 #pragma unroll
     for (int j = 0; j < R; ++j) {
-        v[j] = j < 8 || j < rows ? x[32*j] : make_float4(0.0f, 0.0f, 0.0f, 0.0f); // which changes no sum
+        v[j] = j < 8 || j < rows ? x[32*j] : make_float4(0.0f, 0.0f, 0.0f, 0.0f); // does not change any sum
     }
     const float mean_sum = mbq_w4a8_sum_as_1024(v, [](const float xi, const float sum) { return sum + xi; });
     const float var_sum  = mbq_w4a8_sum_as_1024(v, [](const float xi, const float sum) { return sum + xi * xi; });
@@ -149,7 +149,7 @@ static __global__ void __launch_bounds__(32*MBQ_LAYER_NORM_WARPS) mbq_w4a8_layer
     int * code = codes[threadIdx.x/32];
 #pragma unroll
     for (int j = 0; j < GGML_PAD(R, 2); ++j) {
-        code[32*j + lane] = j < R ? mbq_w4a8_four_codes(v[j], scale.x) : 0; // v behind K is 0
+        code[32*j + lane] = j < R ? mbq_w4a8_four_codes(v[j], scale.x) : 0; // elements of v after K are 0
     }
     __syncwarp();
     for (int unit = lane; unit < args.padded/16; unit += 32) {
@@ -176,7 +176,7 @@ static void mbq_w4a8_launch_layer_norm(ggml_backend_cuda_context & ctx, const mb
         of_warp(ctx, args, columns);
         return;
     }
-    const auto kernel = args.K < 1024 ? &mbq_w4a8_layer_norm<tiled, false> : &mbq_w4a8_layer_norm<tiled, true>; // as norm_f32_cuda
+    const auto kernel = args.K < 1024 ? &mbq_w4a8_layer_norm<tiled, false> : &mbq_w4a8_layer_norm<tiled, true>; // as in norm_f32_cuda
     if (args.K < 1024) {
         CUDA_SET_SHARED_MEMORY_LIMIT((mbq_w4a8_layer_norm<tiled, false>), mbq_w4a8_room(ctx));
     } else {

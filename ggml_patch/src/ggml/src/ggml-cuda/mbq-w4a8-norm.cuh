@@ -1,22 +1,22 @@
 #pragma once
 
-// RMS norm times weight with what its readers take instead of floats, or too: int8, or F16. One CTA a column, which it holds in shared memory:
+// RMS norm times weight, stored as its readers need it: int8 or F16, instead of floats or in addition. Each CTA holds one column in shared memory:
 //
 //   floats in -> the operation, as ggml's own kernel does it -> column in shared memory, largest |x| -> int8 in the order of mbq-w4a8-quantize.cuh
 //
-// The same bits as the kernels apart: the expressions are upstream's (norm.cu, binbcast.cu), with the same options, sums by as many threads in the same
-// order, or by fewer that each have the sums of several; the quantiser is mbq_w4a8_quantize's.
+// The bits are those of the separate kernels: the expressions are upstream's (norm.cu, binbcast.cu), with the same compiler options; as many threads sum in the
+// same order, or fewer threads that compute the sums of several each; the quantiser is that of mbq_w4a8_quantize.
 
 #include "mbq-w4a8-inputs.cuh"
 #include "mbq-w4a8-quantize.cuh"
 
 struct mbq_w4a8_fused_args {
     const float * x;
-    const float * y;   // weight of the norm; what is multiplied with silu(x)
-    const float * z;   // what is added behind it; nullptr: nothing
-    float * out;       // floats too; nullptr: nobody reads them
-    half  * halves;    // F16; nullptr: no
-    int64_t x_column, y_column, out_column; // elements
+    const float * y;   // the norm's weight; or the factor of silu(x)
+    const float * z;   // added after it; nullptr: nothing
+    float * out;       // floats, too; nullptr: they have no reader
+    half  * halves;    // F16; nullptr: none
+    int64_t x_column, y_column, out_column; // in elements
     float eps;
     int4  * q;         // nullptr: no int8
     float * scale;
@@ -29,7 +29,7 @@ static __device__ __forceinline__ int mbq_w4a8_bits(const float v) { // of |v|
     return __float_as_int(v) & INT_MAX;
 }
 
-// Number i of the column to whoever reads it; amax: the largest so far of this thread's
+// Writes element i of the column to all destinations; amax: this thread's maximum so far
 static __device__ __forceinline__ void mbq_w4a8_give(const mbq_w4a8_fused_args & args, float * column, const int i, const float v, int & amax) {
     column[i] = v;
     amax = max(amax, mbq_w4a8_bits(v));
@@ -41,7 +41,7 @@ static __device__ __forceinline__ void mbq_w4a8_give(const mbq_w4a8_fused_args &
     }
 }
 
-// A column of `padded` floats in shared memory; amax: this thread's part. All threads call it.
+// Quantises a column of `padded` floats in shared memory; amax: this thread's maximum. All threads call it.
 template <bool tiled>
 static __device__ __forceinline__ void mbq_w4a8_quantize_shared(const mbq_w4a8_fused_args & args, float * column, const int amax) {
     __shared__ int largest[32];
@@ -49,7 +49,7 @@ static __device__ __forceinline__ void mbq_w4a8_quantize_shared(const mbq_w4a8_f
     for (int i = args.K + threadIdx.x; i < args.padded; i += blockDim.x) {
         column[i] = 0.0f;
     }
-    const int all = mbq_w4a8_largest(amax, largest, threadIdx.x, blockDim.x); // its barrier: the column is whole
+    const int all = mbq_w4a8_largest(amax, largest, threadIdx.x, blockDim.x); // its barrier completes the column
     const float2 scale = mbq_w4a8_column_scale(mbq_w4a8_amax(range, all));
     if (threadIdx.x == 0) {
         args.scale[blockIdx.x] = scale.y;
@@ -64,7 +64,7 @@ static __device__ __forceinline__ void mbq_w4a8_quantize_shared(const mbq_w4a8_f
     }
 }
 
-// See rms_norm_f32: sums by `threads` times `parts` threads, of which each here is `parts`
+// The sums of rms_norm_f32 with `threads` times `parts` threads; each thread here computes those of `parts` threads
 template <bool tiled, int threads, int parts>
 static __global__ void __launch_bounds__(threads, MBQ_W4A8_CTAS(threads == 256 ? 4 : 2)) mbq_w4a8_norm(const mbq_w4a8_fused_args args) {
     extern __shared__ __align__(16) float mbq_column[];
@@ -80,7 +80,7 @@ static __global__ void __launch_bounds__(threads, MBQ_W4A8_CTAS(threads == 256 ?
     for (int part = 0; part < parts; ++part) {
         float sum = 0.0f;
         for (int i = part*threads + threadIdx.x; i < args.K; i += parts*threads) {
-            const float v = mbq_column[i]; // this thread's own
+            const float v = mbq_column[i]; // written by this thread itself
             sum += v * v;
         }
         sum = warp_reduce_sum(sum);
@@ -102,7 +102,7 @@ static __global__ void __launch_bounds__(threads, MBQ_W4A8_CTAS(threads == 256 ?
     }
 }
 
-static size_t mbq_w4a8_room(const ggml_backend_cuda_context & ctx) { // bytes of a column in shared memory
+static size_t mbq_w4a8_room(const ggml_backend_cuda_context & ctx) { // maximum bytes of a column in shared memory
     return ggml_cuda_info().devices[ctx.device].smpbo - 512;
 }
 
@@ -113,7 +113,8 @@ static void mbq_w4a8_launch_norm(ggml_backend_cuda_context & ctx, const mbq_w4a8
     ggml_cuda_kernel_launch(mbq_w4a8_norm<tiled, threads, parts>, params, args);
 }
 
-// As rms_norm_f32_cuda, which has 1024 threads from K = 1024 on: as many for few columns, for many a quarter, so that more columns are at work
+// rms_norm_f32_cuda has 1024 threads from K = 1024 on. Here, few columns have as many threads, and many columns a quarter, so that more columns are processed
+// at a time.
 template <bool tiled>
 static void mbq_w4a8_launch_norm(ggml_backend_cuda_context & ctx, const mbq_w4a8_fused_args & args, const int columns) {
     const auto launch = args.K < 1024 ? &mbq_w4a8_launch_norm<tiled, 256, 1> : &mbq_w4a8_launch_norm<tiled, tiled ? 256 : 1024, tiled ? 4 : 1>;

@@ -1,11 +1,12 @@
 #pragma once
 
-// One column's products with what reads them, and with others of the same column, in one kernel (mbq_w4a8_mmv):
+// Products of one column fused with the nodes that read them, and with other products of the same column, in one kernel (mbq_w4a8_mmv):
 //
-//   MUL_MAT, ADD             a bias, or the residual stream; or nothing. Up to three: q, k and v, the later ones before their turn
+//   MUL_MAT, ADD             a bias, or the residual stream; or nothing. Up to three: q, k and v, the later ones ahead of their turn
 //   MUL_MAT, MUL_MAT, GLU    gate and up, in either order, and SwiGLU
 //
-// The same bits as the nodes apart: products are exact, and the expressions behind them are upstream's (binbcast.cu, unary.cu) with the same options.
+// The bits are those of the separate nodes: products are exact, and the expressions after them are upstream's (binbcast.cu, unary.cu), with the same compiler
+// options.
 
 #include "mbq-w4a8-column.cuh"
 #include "mbq-w4a8-launch.cuh"
@@ -63,7 +64,7 @@ static bool mbq_w4a8_fuse_gate(ggml_backend_cuda_context & ctx, const ggml_cgrap
     return true;
 }
 
-// From node i on: how many nodes behind it have run with it
+// Runs node i if possible, and returns how many of the following nodes have run with it
 static int mbq_w4a8_fuse_one(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
     if (!mbq_w4a8_one_column(ctx, graph->nodes[i])) {
         return 0;

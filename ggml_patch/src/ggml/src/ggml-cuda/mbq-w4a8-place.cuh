@@ -1,16 +1,16 @@
 #pragma once
 
-// Where a graph has activations that can be made as int8 at once (mbq-w4a8-codes.cuh): one static range for all columns, and no reader but products of tiles. They lie
-// in the place of their floats, which the graph keeps for them until the last reader.
+// Finds activations that can be written as int8 directly (mbq-w4a8-codes.cuh): they have one static range for all columns, and only tiled products read them.
+// They are stored in place of their floats, whose memory the graph keeps until the last reader.
 
 #include "mbq-w4a8-added.cuh"
 
-// The least number of columns for a GELU's product, and of queries for attention. With 4096 columns a W8A8 tower's pass takes 14.9 ms of an H200 this way and 15.2 with
-// separate passes over floats. With 1024, GELU this way costs 0.1 ms of 4.5 (by the clock), attention saves 0.04 of 4.0. Nothing in between was measured. A likely reason:
-// next to a pass over floats the following product has room to load its weights, which it has not next to another product.
+// The minimum number of columns for a GELU's product, and of queries for attention. With 4096 columns, a pass of a W8A8 tower takes 14.9 ms on an H200 this way
+// and 15.2 with separate passes over floats. With 1024, it costs 0.1 ms of 4.5 for GELU (by the clock) and saves 0.04 of 4.0 for attention. Nothing in between
+// was measured. A likely reason: the following product can load its weights while a pass over floats runs, but not while another product does.
 static constexpr int64_t MBQ_W4A8_PLACED_COLUMNS = 2048, MBQ_W4A8_PLACED_QUERIES = 512;
 
-// Where the result of node i, which runs with the node at which the graph is, is to lie as codes; q == nullptr: in floats
+// Where to store the result of node i, which runs with the current node, as codes; q == nullptr: as floats
 static mbq_w4a8_codes mbq_w4a8_place(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const mbq_w4a8_function function) {
     ggml_cuda_w4a8_inputs & inputs = mbq_w4a8_inputs(ctx);
     const ggml_tensor * x = graph->nodes[i];
@@ -22,14 +22,14 @@ static mbq_w4a8_codes mbq_w4a8_place(ggml_backend_cuda_context & ctx, const ggml
         return {};
     }
     GGML_ASSERT(mbq_w4a8_int8::bytes(x->ne[0], x->ne[1], a.order, n_flags) <= ggml_nbytes(x));
-    for (int j = inputs.node; j <= i; ++j) { // behind that: mbq_w4a8_readers_after
+    for (int j = inputs.node; j <= i; ++j) { // mbq_w4a8_readers_after checks later nodes
         if (mbq_overlap(mbq_w4a8_node(ctx, graph, j).writes, a.ranges)) {
             return {};
         }
     }
     const mbq_w4a8_readers readers = mbq_w4a8_readers_after(ctx, graph, i, a);
     if (readers.count == 0 || readers.count != ggml_node_get_use_count(graph, i) || (x->flags & GGML_TENSOR_FLAG_OUTPUT) || readers.last == graph->n_nodes - 1) {
-        return {}; // others may look at it, see mbq_w4a8_fusion
+        return {}; // others may read it, see mbq_w4a8_fusion
     }
     inputs.placed      = mbq_w4a8_int8::at((char *) x->data, x->ne[0], x->ne[1], a.order, n_flags);
     inputs.placed_of   = a;
@@ -37,7 +37,7 @@ static mbq_w4a8_codes mbq_w4a8_place(ggml_backend_cuda_context & ctx, const ggml
     return { inputs.placed.q, inputs.placed.scale, inputs.placed.flags, n_flags, (const float *) a.ranges->data, (int) x->ne[0], function };
 }
 
-// Of a GELU behind the product at node i and what is added to it
+// For a GELU after the product at node i and its additions
 static mbq_w4a8_codes mbq_w4a8_place_gelu(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i, const mbq_w4a8_added & a) {
     const int gelu = i + a.nodes + 1;
     const mbq_w4a8_matrix m = mbq_w4a8_matrix_of(graph->nodes[i], a);
@@ -45,7 +45,7 @@ static mbq_w4a8_codes mbq_w4a8_place_gelu(ggml_backend_cuda_context & ctx, const
         return {};
     }
     const mbq_w4a8_function function = mbq_w4a8_function_of(graph->nodes[gelu]);
-    if (function == MBQ_W4A8_NONE || mbq_overlap(graph->nodes[gelu], graph->nodes[i]->src[1])) { // which may be codes there
+    if (function == MBQ_W4A8_NONE || mbq_overlap(graph->nodes[gelu], graph->nodes[i]->src[1])) { // which may be stored there as codes
         return {};
     }
     return mbq_w4a8_place(ctx, graph, gelu, function);

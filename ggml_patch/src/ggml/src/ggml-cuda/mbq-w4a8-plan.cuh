@@ -1,14 +1,14 @@
 #pragma once
 
-// How mbq_w4a8_gemm and mbq_w4a8_mmv share out their work.
+// How mbq_w4a8_gemm and mbq_w4a8_mmv distribute their work.
 
 #include <algorithm>
 #include <cstdint>
 
-// Tiles of mbq_w4a8_gemm: BM rows times BN columns a CTA, CL CTAs a worker, which copy XS and, of 4 and 8 bits, WS4 and WS8 stages of activations and weights ahead; and what
-// they take, in 10 ns: a step of 256 of K with 4 and with 8 bits, the end of a tile, a product's beginning and end, and a tile cut in two and each further part
-// (leaving sums and adding them). Fitted to products of the shapes of Qwen2-VL-7B and its tower by 16 to 4096 columns, on an H100 (4 bits, 64 and 128 columns) and an H200
-// (all others).
+// Tile shapes of mbq_w4a8_gemm: BM rows times BN columns per CTA, CL CTAs per worker; XS stages of activations and WS stages of weights, for 4 and 8 bits. Then
+// their costs in units of 10 ns: a step of 256 of K with 4 and with 8 bits, the end of a tile, the start and end of a product, a tile split in two, and each
+// further part (storing partial sums and adding them). Fitted to products with the shapes of Qwen2-VL-7B and its tower by 16 to 4096 columns, on an H100
+// (4 bits, 64 and 128 columns) and an H200 (all others).
 struct mbq_w4a8_shape {
     int BM, BN, CL, XS4, XS8, WS4, WS8, step4, step8, end, fixed, two, more;
 };
@@ -17,28 +17,28 @@ static constexpr mbq_w4a8_shape MBQ_W4A8_SHAPES[] = {
     { 128,  64, 1, 12, 12, 6, 3, 60,  85, 120, 120, 190, 130 },
     { 128, 128, 2,  8,  6, 4, 3, 70,  78, 250, 400, 275, 155 },
     { 128, 160, 2,  6,  6, 5, 3, 80,  98, 200, 490, 300, 200 },
-    {  64, 176, 2,  6,  6, 6, 4, 57,  60,  80, 530, 300, 200 }, // 1024 columns in six: 10 tiles of 1280 rows of 128 each then occupy 120 of 132 multiprocessors
-    {  64, 176, 4,  6,  6, 6, 4, 57,  52,  85, 560, 300, 200 }, // reads half as many activations from L2 as clusters of two: 1280 x 5120 by 1024 19.2 us instead of 20.7
+    {  64, 176, 2,  6,  6, 6, 4, 57,  60,  80, 530, 300, 200 }, // 1024 columns are six tiles: with 10 x 128 rows, 120 of 132 multiprocessors are busy
+    {  64, 176, 4,  6,  6, 6, 4, 57,  52,  85, 560, 300, 200 }, // half the L2 reads of x of clusters of two: 19.2 us for 1280 x 5120 by 1024, not 20.7
     {  64, 256, 2,  5,  5, 5, 3, 70,  72, 100, 640, 300, 200 },
-    {  64, 256, 4,  5,  5, 5, 3, 64,  64, 100, 620, 300, 200 }, // a GPC's multiprocessors are no multiple of four, so some stay idle
-    { 128, 128, 1,  8,  6, 4, 3, 95,  95, 250, 400, 275, 155 }, // rows that are no multiples of 16 bytes
+    {  64, 256, 4,  5,  5, 5, 3, 64,  64, 100, 620, 300, 200 }, // a GPC's multiprocessors are not a multiple of four, so some stay idle
+    { 128, 128, 1,  8,  6, 4, 3, 95,  95, 250, 400, 275, 155 }, // for rows that are not multiples of 16 bytes
 };
 static constexpr int MBQ_W4A8_N_SHAPES = sizeof(MBQ_W4A8_SHAPES)/sizeof(MBQ_W4A8_SHAPES[0]);
-static constexpr int MBQ_W4A8_COPIED   = MBQ_W4A8_N_SHAPES - 1; // that shape, whose rows threads copy
+static constexpr int MBQ_W4A8_COPIED   = MBQ_W4A8_N_SHAPES - 1; // the shape for rows that threads copy
 
 struct mbq_w4a8_device {
     int64_t multiprocessors;
-    int64_t fours; // clusters of four CTAs that it runs at a time
+    int64_t fours; // how many clusters of four CTAs can run at a time
 };
 
 struct mbq_w4a8_gemm_plan {
-    int shape, m_tiles, n_tiles; // tiles of workers
-    int workers, parts;          // parts of a tile, each of its own worker
+    int shape, m_tiles, n_tiles; // in tiles of workers
+    int workers, parts;          // parts of a tile, each with its own worker
 };
 
-// Whole tiles, or each tile cut into equal parts where that occupies more multiprocessors. Shares of other lengths (stream-K as in mbq_plan_gemm) were slower
-// almost everywhere, since workers at different places of K find less of the other's data in L2: 3584 x 18944 by 512 66 us instead of 56.
-// M: rows of each of n matrices, whose tiles follow one another. in_turns: by tiles of 64 rows, see mbq_w4a8_gemm
+// Whole tiles, or each tile split into equal parts if that occupies more multiprocessors. Unequal parts (stream-K as in mbq_plan_gemm) were slower almost
+// everywhere, because workers at different positions in K find less of each other's data in L2: 66 us instead of 56 for 3584 x 18944 by 512.
+// M: rows of each of n matrices, whose tiles are numbered consecutively. in_turns: only tiles of 64 rows, see mbq_w4a8_gemm
 static mbq_w4a8_gemm_plan mbq_w4a8_plan_gemm(const int64_t * M, const int n, const int64_t N, const int64_t steps, const mbq_w4a8_device & device, const bool dense,
         const int bits, const bool in_turns) {
     mbq_w4a8_gemm_plan best = {};
@@ -68,11 +68,11 @@ static mbq_w4a8_gemm_plan mbq_w4a8_plan_gemm(const int64_t * M, const int n, con
 }
 
 struct mbq_w4a8_mmv_plan {
-    int kw, groups, ctas, stages; // kw = 0: does not fit
+    int kw, groups, ctas, stages; // kw = 0: unsupported
 };
 
-// Warps that share a tile of 16 rows, and such groups in a CTA: the fewest pieces one after the other, the end of a tile counting as one more. units: of 16
-// activations that the CTA must quantise, `units_thread` at most by each thread. Fitted to eleven splits of five shapes by 1 to 8 columns.
+// Chooses the number of warps that share a tile of 16 rows, and of such groups per CTA, for the fewest consecutive pieces; the end of a tile counts as one.
+// units: of 16 activations that the CTA must quantise, at most `units_thread` per thread. Fitted to eleven splits of five shapes by 1 to 8 columns.
 static mbq_w4a8_mmv_plan mbq_w4a8_plan_mmv(const int64_t M, const int64_t pieces, const int64_t units, const int64_t units_thread, const int64_t stage_bytes,
         const int64_t multiprocessors, const int64_t smem) {
     const int64_t tiles = (M + 15)/16;
@@ -87,7 +87,7 @@ static mbq_w4a8_mmv_plan mbq_w4a8_plan_mmv(const int64_t M, const int64_t pieces
         }
         const int64_t rounds = (tiles + multiprocessors*groups - 1)/(multiprocessors*groups);
         const int64_t turns  = (pieces + kw - 1)/kw;
-        const int64_t cost   = rounds*(turns + 1) + (turns > 8 ? 2 : 0); // many turns: 17.7 us with 8 warps at 3584 x 18944, 16.3 with 16
+        const int64_t cost   = rounds*(turns + 1) + (turns > 8 ? 2 : 0); // penalty for many turns: 17.7 us with 8 warps for 3584 x 18944, 16.3 with 16
         if (cost <= best_cost) {
             best_cost = cost;
             best = { (int) kw, (int) groups, (int) std::min(multiprocessors, tiles), (int) stages };

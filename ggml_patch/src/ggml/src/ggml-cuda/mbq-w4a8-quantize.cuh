@@ -1,10 +1,10 @@
 #pragma once
 
-// Activations as int8 with one scale a column, in the order of mbq-w4a8-block.cuh. A thread makes units of 16: one 16-byte word.
+// Quantises activations to int8 with one scale per column, in the order of mbq-w4a8-block.cuh. A thread computes units of 16: one 16-byte word.
 //
 //   tiles (mbq_w4a8_gemm)     [n tile][k tile][column][words in wgmma's 128-byte swizzle], 128 columns and 128 of K: half a group, steps 4(k tile % 2) ...
 //                             word 2j + h of a column: k = 16h ... 16h + 15 of step j's B operand
-//   records (mbq_w4a8_mmv)    [group][step pair][column][t]: registers 0, 1 of the B operand of lane t, of one step and the next
+//   records (mbq_w4a8_mmv)    [group][step pair][column][t]: registers 0, 1 of the B operand of lane t, for one step and the next
 //
 // Both are padded with zeros to whole groups of 256.
 
@@ -22,7 +22,7 @@ static __device__ __forceinline__ int mbq_w4a8_unit_k(const int unit, const int 
 }
 
 template <bool tiled>
-static __device__ __forceinline__ int64_t mbq_w4a8_unit_at(const int unit, const int column, const int columns, const int padded) { // 16-byte words
+static __device__ __forceinline__ int64_t mbq_w4a8_unit_at(const int unit, const int column, const int columns, const int padded) { // in 16-byte words
     if (tiled) {
         const int64_t tile = (int64_t) (column/128)*(padded/128) + unit/8;
         return (tile*128 + column%128)*8 + (unit%8 ^ column%8);
@@ -30,12 +30,13 @@ static __device__ __forceinline__ int64_t mbq_w4a8_unit_at(const int unit, const
     return ((int64_t) unit/4*columns + column)*4 + unit%4;
 }
 
-// The code in the lowest byte: behind the sum a float's last bit counts one, and sums are rounded half to even. A conversion would take a unit that does 16 a clock.
+// The code, in the lowest byte: after the addition, a float's last bit is worth one, and additions round half to even. A conversion would use a unit with a
+// throughput of 16 per clock.
 static __device__ __forceinline__ uint32_t mbq_w4a8_code(const float value, const float inverse) {
     return __float_as_uint(__fadd_rn(fmaxf(fminf(mbq_mul_rn(value, inverse), 127.0f), -127.0f), 0x1.8p23f));
 }
 
-// The lowest bytes of two words as the lower half of one, and such halves one behind the other
+// pack_two: the lowest bytes of two words, in the lower half of a word; join: two such halves in one word
 static __device__ __forceinline__ uint32_t mbq_w4a8_pack_two(const uint32_t a, const uint32_t b) {
     return __byte_perm(a, b, 0x0040);
 }
@@ -68,7 +69,7 @@ struct mbq_w4a8_unit {
         }
     }
 
-    // Bits of the largest |x|: floats without a sign are in the order of their bits
+    // Bits of the maximum of |x|: without their sign bits, floats are ordered as integers
     __device__ __forceinline__ int amax(int most) const {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -92,7 +93,7 @@ static __device__ __forceinline__ int mbq_w4a8_largest_of_warp(int v) {
     return v;
 }
 
-// The largest of a CTA; largest: 32 words of shared memory. All threads call it.
+// The maximum over a CTA; largest: 32 words of shared memory. All threads call it.
 static __device__ __forceinline__ int mbq_w4a8_largest(int amax, int * largest, const int thread, const int threads) {
     amax = mbq_w4a8_largest_of_warp(amax);
     if (thread % 32 == 0) {
@@ -102,18 +103,18 @@ static __device__ __forceinline__ int mbq_w4a8_largest(int amax, int * largest, 
     return mbq_w4a8_largest_of_warp(thread%32*32 < threads ? largest[thread % 32] : 0);
 }
 
-// 127 / amax, and the scale of the column
+// 127 / amax, and the column's scale
 static __device__ __forceinline__ float2 mbq_w4a8_column_scale(const int amax) {
     const float most = amax < __float_as_int(GGML_ROW_SCALE_AMAX_MIN) ? 0.0f : __int_as_float(amax);
     return make_float2(most == 0.0f ? 0.0f : mbq_div_rn(127.0f, most), mbq_div_rn(most, 127.0f));
 }
 
-// Static ranges, one a column, 0: none
+// Static ranges, one per column; 0: none
 struct mbq_w4a8_ranges {
-    const float * range; // nullptr: none at all
-    int64_t stride;      // elements
+    const float * range; // nullptr: none for any column
+    int64_t stride;      // in elements
 
-    // To be called early: nothing has read these in this layer, so they come from the card's memory
+    // Call this early: nothing in this layer has read them yet, so they come from global memory
     __device__ __forceinline__ float of(const int column) const {
         return range ? range[column*stride] : 0.0f;
     }
@@ -123,13 +124,13 @@ static __device__ __forceinline__ int mbq_w4a8_amax(const float range, const int
     return range > 0.0f ? __float_as_int(range) : largest;
 }
 
-// The rows of src[2] of a product, or nullptr
+// The rows of a product's src[2]; range is nullptr if it has none
 static mbq_w4a8_ranges mbq_w4a8_ranges_of(const ggml_tensor * ranges) {
     return { ranges ? (const float *) ranges->data : nullptr, ranges ? (int64_t) (ranges->nb[1]/sizeof(float)) : 0 };
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < GGML_CUDA_CC_AMPERE
-#define MBQ_W4A8_CTAS(n) 1 // of 1024 threads at most on a multiprocessor
+#define MBQ_W4A8_CTAS(n) 1 // a multiprocessor has at most 1024 threads
 #else
 #define MBQ_W4A8_CTAS(n) n
 #endif
@@ -138,9 +139,9 @@ struct mbq_w4a8_quantize_args {
     const float * x;
     int4        * q;
     float       * scale;
-    int64_t x_column;    // elements
+    int64_t x_column;    // in elements
     int K, padded, aligned;
-    int * flags;         // to be set to 0
+    int * flags;         // to be cleared
     int n_flags;
     mbq_w4a8_ranges ranges;
 };
@@ -149,8 +150,8 @@ struct mbq_w4a8_identity {
     static __device__ __forceinline__ float of(const float x) { return x; }
 };
 
-// One CTA a column, which reads it once, R units a thread. As many threads as one unit each, two CTAs a multiprocessor: 7.9 us for 512 columns of 14336 and 97
-// for 4096, what reading and writing them takes. Columns through shared memory, by bulk copies: 10.6 and 102 us. F: what x is made of before; 0 of 0.
+// One CTA per column, which reads it once, R units per thread. With one unit per thread and two CTAs per multiprocessor, 512 columns of 14336 take 7.9 us and
+// 4096 take 97 us, the time that reading and writing them takes. Through shared memory with bulk copies: 10.6 and 102 us. F is applied to x first; F(0) = 0.
 template <bool tiled, int R, int threads, int ctas, typename F = mbq_w4a8_identity>
 static __global__ void __launch_bounds__(threads, MBQ_W4A8_CTAS(ctas)) mbq_w4a8_quantize(const mbq_w4a8_quantize_args args) {
     ggml_cuda_pdl_lc();

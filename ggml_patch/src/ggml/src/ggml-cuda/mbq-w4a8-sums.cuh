@@ -1,6 +1,6 @@
 #pragma once
 
-// The end of a tile of mbq_w4a8_gemm (mbq-w4a8-gemm.cuh): a consumer's sums, as wgmma leaves them, go to another worker or, scaled, to dst.
+// The epilogue of mbq_w4a8_gemm (mbq-w4a8-gemm.cuh): a consumer's sums, in wgmma's register layout, go to another worker or, scaled, to dst.
 
 #include "mbq-w4a8-wgmma.cuh"
 
@@ -27,7 +27,7 @@ static __device__ __forceinline__ void mbq_w4a8_leave(int4 * part, const int (&d
 
 template <typename T>
 static __device__ __forceinline__ void mbq_w4a8_add(const int4 * part, int (&d)[T::BN/2]) {
-    constexpr int batch = T::BN < 128 ? T::BN/8 : 16; // loads on their way
+    constexpr int batch = T::BN < 128 ? T::BN/8 : 16; // loads in flight
 #pragma unroll
     for (int first = 0; first < T::BN/8; first += batch) {
         int4 p[batch];
@@ -47,10 +47,10 @@ static __device__ __forceinline__ void mbq_w4a8_add(const int4 * part, int (&d)[
     }
 }
 
-// How a sum becomes what is stored: ADD is upstream's, with the same options
+// Converts a sum to the stored value; ADD is upstream's, with the same compiler options
 struct mbq_w4a8_end {
     const mbq_w4a8_gemm_matrix & m;
-    float d_w[2], bias[2]; // of the thread's two rows
+    float d_w[2], bias[2]; // for the thread's two rows
 
     __device__ __forceinline__ float operator()(const int sum, const int r, const float scale, const float more) const {
         float v = mbq_w4a8_scale(sum, d_w[r], scale);
@@ -61,7 +61,7 @@ struct mbq_w4a8_end {
     }
 };
 
-// Two rows of a column, whose floats would begin at dst
+// Stores two rows of a column whose floats start at dst
 template <bool halves>
 static __device__ __forceinline__ void mbq_w4a8_store_two(float * dst, const int row, const float2 v, const bool really) {
     if constexpr (halves) {
@@ -71,11 +71,11 @@ static __device__ __forceinline__ void mbq_w4a8_store_two(float * dst, const int
     }
 }
 
-// The columns of a tile that a thread has of each 8, two, as a product of N columns has them
+// The columns of a tile that a thread has, two of each 8, clipped to a product of N columns
 template <typename T> struct mbq_w4a8_columns_of {
-    int first; // of the thread
-    int left;  // from there to the last one of all: 0 or less where it has none
-    int last;  // an even number of columns from the first, which are there
+    int first; // the thread's first column
+    int left;  // columns from there to the end; 0 or less if it has none
+    int last;  // maximum even offset from the first column that is still in range
 
     __device__ __forceinline__ mbq_w4a8_columns_of(const int n_tile, const int t, const int N) {
         const int wanted = n_tile*T::BN + 2*t;
@@ -85,8 +85,8 @@ template <typename T> struct mbq_w4a8_columns_of {
     }
 };
 
-// Of two rows. Scales, and what is added, are loaded many at a time: a load before each store takes 6 us a tile of 128 columns. Scales behind the last are flags
-// (mbq_w4a8_int8), and not used.
+// Two rows. Scales and addends are loaded in batches: a load before each store takes 6 us per tile of 128 columns. Scales after the last column are flags
+// (mbq_w4a8_int8), and are not used.
 template <typename T, bool with_more, bool halves = false>
 static __device__ __forceinline__ void mbq_w4a8_store_two_rows(const mbq_w4a8_end & end, float * dst, const int row, const float * scale, const float * more,
         const mbq_w4a8_columns_of<T> & columns, const int (&d)[T::BN/2]) {
@@ -122,7 +122,7 @@ static __device__ __forceinline__ void mbq_w4a8_store_two_rows(const mbq_w4a8_en
     }
 }
 
-// Rows `row` and row + 1 of the tile's columns
+// Stores rows `row` and row + 1 of the tile's columns
 template <typename T>
 static __device__ __forceinline__ void mbq_w4a8_store(const mbq_w4a8_args & w4a8, mbq_w4a8_end & end, const int n_tile, const int row, const int t, const int (&d)[T::BN/2]) {
     using L = mbq_w4a8_layout<T::bits>;
@@ -172,7 +172,7 @@ static __device__ __forceinline__ void mbq_w4a8_store(const mbq_w4a8_args & w4a8
     }
 }
 
-// What f makes of the sums of two rows by two columns, as codes: a column's in the low bytes of x or of y
+// The codes of f, for the sums of two rows by two columns: those of one column in the low bytes of x, of the other in y
 template <mbq_w4a8_function f>
 static __device__ __forceinline__ uint2 mbq_w4a8_codes_of(const mbq_w4a8_end & end, const int * sums, const int shift, const float2 scale, const float inverse) {
     const auto code = [&](const int i, const int r, const float of_column) {
@@ -181,24 +181,24 @@ static __device__ __forceinline__ uint2 mbq_w4a8_codes_of(const mbq_w4a8_end & e
     return make_uint2(mbq_w4a8_pack_two(code(0, 0, scale.x), code(2, 1, scale.x)), mbq_w4a8_pack_two(code(1, 0, scale.y), code(3, 1, scale.y)));
 }
 
-// Of a group of four warps, which have each one word of the same 16 bytes
+// Shared memory of a group of four warps, each of which has one word of the same 16 bytes
 template <int BN> struct mbq_w4a8_meeting {
-    static constexpr int batch = 8; // times 8 columns
+    static constexpr int batch = 8; // groups of 8 columns
     uint32_t words[4][batch*32];
     float scale[BN];
 };
 
-// A tile's columns from `first` on, of rows `row` and the next
+// Stores a tile's columns, starting at `first`, of rows `row` and row + 1
 template <typename T, mbq_w4a8_function f>
 static __device__ __forceinline__ void mbq_w4a8_store_codes_of(const mbq_w4a8_args & w4a8, const mbq_w4a8_end & end, const int first, const int row, const mbq_gemm_thread & at,
         const float inverse, mbq_w4a8_meeting<T::BN> & meeting, const int (&d)[T::BN/2]) {
     constexpr int batch = mbq_w4a8_meeting<T::BN>::batch;
     const mbq_w4a8_codes & to = w4a8.codes;
     const int group = at.warp/4, warp = at.warp % 4, g = at.lane/4, t = at.lane % 4;
-    const int unit  = row/256*16 + row/32%2*8 + row/16%2; // see mbq_w4a8_codes::word; and 2, 4 and 6 on
+    const int unit  = row/256*16 + row/32%2*8 + row/16%2; // see mbq_w4a8_codes::word; also units 2, 4 and 6 after it
     const auto together = [&] { asm volatile("bar.sync %0, 128;" : : "r"(1 + group) : "memory"); };
     for (int i = threadIdx.x % 128; i < T::BN; i += 128) {
-        meeting.scale[i] = w4a8.scale[min(first + i, w4a8.gemm.N - 1)]; // what is behind the last column is dropped
+        meeting.scale[i] = w4a8.scale[min(first + i, w4a8.gemm.N - 1)]; // columns after the last one are dropped
     }
     together();
 #pragma unroll
@@ -208,7 +208,7 @@ static __device__ __forceinline__ void mbq_w4a8_store_codes_of(const mbq_w4a8_ar
             if (i0 + i < T::BN/8) {
                 const float2 scale = *(const float2 *) &meeting.scale[8*(i0 + i) + 2*t];
                 const uint2  mine  = mbq_w4a8_codes_of<f>(end, d + 4*(i0 + i), mbq_w4a8_layout<T::bits>::shift, scale, inverse);
-                // a lane of even g keeps the first column, of odd g the second, of its rows and its neighbour's
+                // a lane with even g keeps the first column of its rows and its neighbour's, one with odd g the second
                 const uint32_t other = __shfl_xor_sync(0xFFFFFFFF, g % 2 ? mine.x : mine.y, 4);
                 meeting.words[warp][i*32 + (2*t + g % 2)*4 + g/2] = g % 2 ? mbq_w4a8_join(other, mine.y) : mbq_w4a8_join(mine.x, other);
             }
@@ -217,7 +217,7 @@ static __device__ __forceinline__ void mbq_w4a8_store_codes_of(const mbq_w4a8_ar
 #pragma unroll
         for (int i = threadIdx.x % 128; i < batch*32; i += 128) {
             if (T::BN % 128 != 0 && (8*i0 + i/4 >= T::BN || first + 8*i0 + i/4 >= w4a8.gemm.N)) {
-                break; // the next tile's, or perhaps behind the last 256 columns
+                break; // belongs to the next tile, or may be after the last 256 columns
             }
             to.q[mbq_w4a8_unit_at<true>(unit + i%4*2, first + 8*i0 + i/4, 0, to.K)] =
                 make_int4(meeting.words[0][i], meeting.words[1][i], meeting.words[2][i], meeting.words[3][i]);
@@ -226,14 +226,14 @@ static __device__ __forceinline__ void mbq_w4a8_store_codes_of(const mbq_w4a8_ar
     }
 }
 
-// Rows `row` and row + 1 of the tile's columns as int8
+// Stores rows `row` and row + 1 of the tile's columns as int8
 template <typename T>
 static __device__ __forceinline__ void mbq_w4a8_store_codes(const mbq_w4a8_args & w4a8, const mbq_w4a8_end & end, const int n_tile, const int row, const mbq_gemm_thread & at,
         const float2 of_range, const int (&d)[T::BN/2]) {
-    __shared__ mbq_w4a8_meeting<T::BN> meetings[2]; // of each group
+    __shared__ mbq_w4a8_meeting<T::BN> meetings[2]; // one per group
     const mbq_w4a8_codes & to = w4a8.codes;
     const int first = n_tile*T::BN;
-    if (row < 16) { // one warp of all that have these columns
+    if (row < 16) { // one of all warps that have these columns
         for (int i = at.lane; i < min(T::BN, w4a8.gemm.N - first); i += 32) {
             to.scale[first + i] = of_range.y;
         }

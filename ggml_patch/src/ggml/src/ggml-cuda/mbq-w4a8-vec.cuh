@@ -1,10 +1,10 @@
 #pragma once
 
-// W4A8 with up to 8 columns where mbq_w4a8_mmv (mbq-w4a8-gemv.cuh) cannot: rows that are no whole groups of 256, and cards before Hopper.
+// W4A8 products of up to 8 columns that mbq_w4a8_mmv (mbq-w4a8-gemv.cuh) does not support: rows that are not whole groups of 256, and GPUs before Hopper.
 
 #include "mbq-w4a8-quantize.cuh"
 
-// Four warps share two rows; each takes 8 blocks of both at a time, four lanes a block. A CTA has two such groups.
+// Four warps share two rows; each processes 8 blocks of both at a time, with four lanes per block. A CTA has two such groups.
 static constexpr int MBQ_W4A8_SPLIT = 4;
 
 struct mbq_w4a8_vec_args {
@@ -25,7 +25,7 @@ static __device__ __forceinline__ void mbq_w4a8_load_words(const char * p, uint3
     }
 }
 
-// Activations 4t to 4t + 3 and 16 + 4t to 19 + 4t of a block, as the records have them
+// Loads activations 4t to 4t + 3 and 16 + 4t to 19 + 4t of a block from the records
 static __device__ __forceinline__ int2 mbq_w4a8_load_pair(const mbq_w4a8_vec_args & args, const int columns, const int column, const int block, const int t) {
     return args.q[(((int64_t) (block/8*4 + block%2*2 + t/2)*columns + column)*4 + block%8/2)*2 + t%2];
 }
@@ -50,7 +50,7 @@ static __global__ void __launch_bounds__(256) mbq_w4a8_vec(const mbq_w4a8_vec_ar
         uint32_t word[ahead][2][bits/4];
 #pragma unroll
         for (int u = 0; u < ahead; ++u) {
-            const int b = min(b0 + 8*MBQ_W4A8_SPLIT*u, args.blocks - 1); // what is behind the end meets zeros below
+            const int b = min(b0 + 8*MBQ_W4A8_SPLIT*u, args.blocks - 1); // blocks after the end are multiplied by zeros below
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 mbq_w4a8_load_words<bits>(w[r] + b*L::block_bytes + 2 + 4*(lane % 4), word[u][r]);

@@ -1,26 +1,26 @@
 #pragma once
 
-// What mbq_w4a8_gemm (mbq-w4a8-gemm.cuh) is made of: the shape of its tiles, its shared memory, and int8 wgmma.
+// Building blocks of mbq_w4a8_gemm (mbq-w4a8-gemm.cuh): the shape of its tiles, its shared memory, and int8 wgmma.
 
 #include "mbq-gemm.cuh"
 #include "mbq-rope.cuh"
 #include "mbq-w4a8-codes.cuh"
 
-// What a product's results are
+// The format of a product's results
 enum mbq_w4a8_results {
     MBQ_W4A8_PLAIN, // floats, or F16
     MBQ_W4A8_CODES, // int8 (mbq-w4a8-codes.cuh)
     MBQ_W4A8_HEADS, // q, k and v for attention (mbq-w4a8-heads.cuh)
 };
 
-// BM rows and BN columns a tile, CL CTAs a cluster, XS and WS stages of activations and weights. dense: see mbq_w4a8_pair
+// BM rows and BN columns per tile, CL CTAs per cluster, XS and WS stages of activations and weights. dense: see mbq_w4a8_pair
 template <int bits_, int BM_, int BN_, int CL_, int XS_, int WS_, bool dense_, mbq_w4a8_results results = MBQ_W4A8_PLAIN> struct mbq_w4a8_tile {
     static constexpr int  bits = bits_, BM = BM_, BN = BN_, CL = CL_, XS = XS_, WS = WS_;
     static constexpr bool dense = dense_, codes = results == MBQ_W4A8_CODES, heads = results == MBQ_W4A8_HEADS;
-    static constexpr bool turns = BM == 64;  // the two groups of consumers take whole tiles in turn
-    static constexpr int  WARPS = BM/16;     // consumers of a tile
+    static constexpr bool turns = BM == 64;  // the two groups of consumers alternate between whole tiles
+    static constexpr int  WARPS = BM/16;     // consumers per tile
     static constexpr int  X_BYTES   = BN*128;
-    static constexpr int  ROW_BYTES = dense ? mbq_w4a8_layout<bits>::group_bytes : bits == 4 ? 176 : 304; // up to 15 bytes more; 4 or 12 banks from row to row
+    static constexpr int  ROW_BYTES = dense ? mbq_w4a8_layout<bits>::group_bytes : bits == 4 ? 176 : 304; // up to 15 bytes more; rows are 4 or 12 banks apart
     static constexpr int  W_BYTES   = BM*ROW_BYTES;
     static constexpr int  BYTES     = 1024 + XS*X_BYTES + WS*W_BYTES;
     static constexpr int  BARRIERS  = 2*XS + 2*WS + 2;
@@ -30,23 +30,23 @@ template <int bits_, int BM_, int BN_, int CL_, int XS_, int WS_, bool dense_, m
 struct mbq_w4a8_gemm_matrix {
     const char  * w;
     float       * dst;
-    const float * bias;   // of each row, added to its products; nullptr: none
-    const float * more;   // of each product, added behind that; nullptr: none
-    int64_t dst_column, more_column; // elements
+    const float * bias;   // per row, added to its products; nullptr: none
+    const float * more;   // per product, added after the bias; nullptr: none
+    int64_t dst_column, more_column; // in elements
     int M;
-    int tile;             // its first one of workers, in rows
-    bool halves;          // results are F16, each column from where its floats would begin
-    int64_t dst_head;     // heads: F16 from one to the next; dst_column then counts F16, too
-    float   turn;         // heads: what they are multiplied by behind the rotary embedding; 0: they have none
+    int tile;             // its first tile, in units of workers along the rows
+    bool halves;          // results are F16, each column at the start of its floats
+    int64_t dst_head;     // heads: stride between heads in F16 elements; dst_column then counts F16, too
+    float   turn;         // heads: factor after the rotary embedding; 0: no rotary embedding
 };
 
 struct mbq_w4a8_args {
-    mbq_gemm_args gemm;   // x_tiles: int8; parts: integers; K in pairs of activations (2 bytes, as fp16 there), of rows padded to 256 activations. Without
-                          // w, dst, dst_column and M, which are of each matrix
-    mbq_w4a8_gemm_matrix of[MBQ_W4A8_MATRICES]; // one behind the other; tile = INT_MAX: no such one
-    const float * scale;  // of each column
-    int blocks;           // of a row
-    mbq_w4a8_codes codes; // of a tile with codes: where they go
+    mbq_gemm_args gemm;   // x_tiles: int8; parts: integers; K in pairs of activations (2 bytes, as fp16 there), of rows padded to 256. w, dst,
+                          // dst_column and M are unused: each matrix has its own
+    mbq_w4a8_gemm_matrix of[MBQ_W4A8_MATRICES]; // consecutive tiles; tile = INT_MAX: none
+    const float * scale;  // per column
+    int blocks;           // per row
+    mbq_w4a8_codes codes; // of a tile with codes: their destination
     mbq_rope_angles angles; // of a tile of heads
 
     __device__ __forceinline__ int matrix(const int m_tile) const {
@@ -85,7 +85,7 @@ template <typename T> struct mbq_w4a8_smem {
     }
 };
 
-// d += A, 64 rows times 32 of K in registers, times B, 32 of K times twice as many columns as d has sums, in shared memory
+// d += A*B. A: 64 rows times 32 of K in registers; B: 32 of K in shared memory, times twice as many columns as d has sums
 #define D8(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), "+r"(d[i + 7])
 #define MBQ_WGMMA_S8(columns, sums, a0, a1, a2, a3, from, ...)                                                                             \
     static __device__ __forceinline__ void mbq_wgmma_s8(int (&d)[columns/2], const uint32_t (&a)[4], const uint64_t b) {                   \
@@ -110,7 +110,7 @@ MBQ_WGMMA_S8(256, S128, 128, 129, 130, 131, 132, D8(0), D8(8), D8(16), D8(24), D
 #undef MBQ_WGMMA_S8
 #undef D8
 
-// Columns of activations, to the same place in all CTAs of the cluster
+// Copies columns of activations to the same address in all CTAs of the cluster
 template <int CL>
 static __device__ __forceinline__ void mbq_w4a8_copy_columns(const uint32_t to, const char * from, const int bytes, const uint32_t full) {
     if constexpr (CL == 1) {
@@ -120,41 +120,41 @@ static __device__ __forceinline__ void mbq_w4a8_copy_columns(const uint32_t to, 
     }
 }
 
-// The box at (x, y, 0) of a map
+// Copies the box at (x, y, 0) of a tensor map
 static __device__ __forceinline__ void mbq_box_copy_3d(const uint32_t dst, const CUtensorMap & map, const int x, const int y, const uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
         : : "r"(dst), "l"(&map), "r"(x), "r"(y), "r"(0), "r"(barrier) : "memory");
 }
 
-// The box at (x, 0, 0, y, z) of a map
+// Copies the box at (x, 0, 0, y, z) of a tensor map
 static __device__ __forceinline__ void mbq_box_copy_5d(const uint32_t dst, const CUtensorMap & map, const int x, const int y, const int z, const uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %3, %4, %5}], [%6];"
         : : "r"(dst), "l"(&map), "r"(x), "r"(0), "r"(y), "r"(z), "r"(barrier) : "memory");
 }
 
-// Slot of row i of a stage: rows 2i and 2i + 1 become rows i and i + 8 of an A operand, since results are stored two by two.
+// The slot of row i of a stage: rows 2i and 2i + 1 become rows i and i + 8 of an A operand, because results are stored in pairs.
 template <typename T>
 static __device__ __forceinline__ int mbq_w4a8_slot(const int row) {
     return row%2*(T::BM/2) + row/2;
 }
 
-// Which rows of weights a thread multiplies, of a CTA's tile that begins at row `first` of a matrix, counted as tiles lie: the first one of two, the other is the next; and
-// where the stage has them (their slots). The tile's rows are the next BM. With codes they are 16 from each 64 of 256, whose codes are then whole words of
-// 16 bytes (mbq_w4a8_unit_k). Of heads they are two that turn together, half a head apart: eight such pairs for each warp, all of one head.
+// Which rows of weights a thread multiplies, and their slots in the stage. The CTA's tile has BM rows, from row `first` of a matrix on, in the order of tiles.
+// row() is the first of a thread's two rows; usually the other is the next one. With codes, the tile has 16 rows of each 64 of 256, whose codes are then whole
+// 16-byte words (mbq_w4a8_unit_k). With heads, the two rows are rotated together, half a head apart: a warp has eight such pairs, all of one head.
 template <typename T> struct mbq_w4a8_tile_rows {
-    // pairs: of a head
+    // pairs: per head
     static __device__ __forceinline__ int row(const int first, const int warp, const int g, const int pairs) {
         if constexpr (T::codes) {
             return first/256*256 + warp%4*64 + first%256/64*16 + 2*g;
         } else if constexpr (T::heads) {
-            const int i = first/2 + warp % T::WARPS*8; // of all pairs
+            const int i = first/2 + warp % T::WARPS*8; // among all pairs
             return i + i/pairs*pairs + g;
         } else {
             return first + warp % T::WARPS*16 + 2*g;
         }
     }
 
-    // From the first to the other
+    // Distance between the two rows
     static __device__ __forceinline__ int apart(const int pairs) {
         return T::heads ? pairs : 1;
     }

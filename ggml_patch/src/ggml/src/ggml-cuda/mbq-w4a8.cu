@@ -13,7 +13,7 @@ int64_t ggml_cuda_w4a8_count(const ggml_cuda_w4a8_counted what) {
 }
 
 void ggml_cuda_w4a8_keep(const ggml_cgraph * graph, const std::function<void(size_t, size_t)> & keep) {
-    int kept = 0; // until here
+    int kept = 0; // up to this node
     for (int i = 0; i < graph->n_nodes; ++i) {
         if (const int last = mbq_w4a8_early_until(graph, i); last > std::max(i, kept)) {
             keep(i, last);
@@ -34,7 +34,7 @@ const ggml_tensor * ggml_cuda_f16_values(ggml_backend_cuda_context & ctx, const 
     return inputs.attention == dst ? inputs.values : nullptr;
 }
 
-// Behind the node that runs: a RESHAPE of its result, which nobody else reads; -1: another node
+// The node after the current one if it is a RESHAPE of its result and the only reader; -1: another node
 static int mbq_w4a8_reshape_behind(const ggml_cuda_w4a8_inputs & inputs, const ggml_tensor * node) {
     const int i = inputs.node + 1;
     if (!inputs.runs(node) || i >= inputs.graph->n_nodes) {
@@ -82,7 +82,7 @@ static void mbq_w4a8_mul_mat(ggml_backend_cuda_context & ctx, const mbq_w4a8_mat
     mbq_w4a8_product<bits>(ctx, &m, 1, order, x);
 }
 
-// Of a whole product
+// For a whole product
 static mbq_w4a8_order mbq_w4a8_order_of(const ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
     const ggml_tensor * src0 = dst->src[0];
     if (!mbq_w4a8_takes_whole(dst)) {
@@ -92,7 +92,8 @@ static mbq_w4a8_order mbq_w4a8_order_of(const ggml_backend_cuda_context & ctx, c
     return src0->type == GGML_TYPE_Q4_0 ? mbq_w4a8_order_in<4>(ctx, m) : mbq_w4a8_order_in<8>(ctx, m);
 }
 
-// The product dst at the node that runs, as the first of n matrices says it, and the others, if products behind it read the same activations
+// Runs the product dst at the current node, described by the first of n matrices, and the others, if later products read the same activations. Returns whether
+// it ran.
 static bool mbq_w4a8_mul_mat_shared(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const mbq_w4a8_matrix * m, const int n) {
     const mbq_w4a8_order order = mbq_w4a8_order_of(ctx, dst);
     bool found = true;
@@ -111,7 +112,7 @@ static bool mbq_w4a8_mul_mat_shared(ggml_backend_cuda_context & ctx, const ggml_
     return true;
 }
 
-// The product at node i, of many columns, with what is added to it, and others with it: how many nodes behind it have run with it
+// Runs the product of many columns at node i with the nodes added to it and with other products, and returns how many of the following nodes have run with it
 static int mbq_w4a8_fuse_added(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const int i) {
     const ggml_tensor * dst = graph->nodes[i];
     if (!mbq_w4a8_of_tiles(ctx, dst)) {
@@ -221,7 +222,7 @@ int ggml_cuda_w4a8_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gra
     if (made > i) {
         return made - i;
     }
-    inputs.step(ctx, graph, i + 1); // no node behind the function has run: the caller takes 0 for nothing fused
+    inputs.step(ctx, graph, i + 1); // the function did not run any node after it, and to the caller 0 means that nothing was fused
     if (const int behind = mbq_w4a8_fuse_added(ctx, graph, i + 1)) {
         return 1 + behind;
     }
