@@ -41,7 +41,7 @@ struct ggml_patch_place {
     int64_t x, y;
 };
 
-#if defined(__CUDACC__) || defined(__HIPCC__)
+#if defined(__CUDACC__) || defined(__HIPCC__) || defined(__MUSACC__)
 __host__ __device__
 #endif
 static inline ggml_patch_place ggml_patch_at(const int64_t i, const int64_t across, const int merge) {
