@@ -1,10 +1,10 @@
 #pragma once
 
-// --aifs of the programs that take pictures, see tools/mtmd/mtmd-aifs.h
+// --aifs of the programs that accept pictures, see tools/mtmd/mtmd-aifs.h
 
 #include "arg.h"
 
-extern std::string common_aifs; // what was asked for, of the whole process as it is in libmtmd
+extern std::string common_aifs; // the requested mode, for the whole process as in libmtmd
 
 inline common_arg common_arg_aifs(std::initializer_list<enum llama_example> examples) {
     return common_arg({"--aifs"}, "[on|off|auto|reorder]",

@@ -1,7 +1,7 @@
 #pragma once
 
-// What the differential autoparser finds out about a chat template, which it renders some thirty times for that, depends on the template alone:
-// once, not with each request. Included by chat.cpp.
+// Caches the differential autoparser's analysis of a chat template, which renders the template about thirty times and depends only on it; upstream
+// repeats the analysis for each request. Included by chat.cpp.
 
 #include "chat-auto-parser.h"
 
@@ -13,9 +13,9 @@
 
 static autoparser::autoparser chat_analysed(const common_chat_template & tmpl) {
     static std::mutex mutex;
-    static std::map<std::pair<const void *, std::vector<std::string>>, autoparser::autoparser> known; // a server has two templates at most
+    static std::map<std::pair<const void *, std::vector<std::string>>, autoparser::autoparser> known; // a server has at most two templates
 
-    // with its address: the result points to the template
+    // includes the template's address, because the result points to it
     const std::pair<const void *, std::vector<std::string>> key = { &tmpl, { tmpl.source(), tmpl.bos_token(), tmpl.eos_token() } };
     std::lock_guard<std::mutex> lock(mutex);
     auto it = known.find(key);

@@ -1,9 +1,9 @@
 #pragma once
 
-// Long strings of a JSON text past the parser, which takes a byte at a time: a picture in a request is a string of a megabyte.
+// Long strings of a JSON text bypass the parser, which reads single bytes: a picture in a request is a string of one megabyte.
 //
-// A string without escapes, controls and letters beyond ASCII is its own value. Such strings are cut out, the rest is parsed, and they
-// are put in again; everything else, errors included, is the parser's own. Included by json.cpp.
+// A string without escapes, control characters and non-ASCII characters is its own value. Such strings are cut out, the rest is parsed, and they
+// are inserted again. Everything else, including errors, is left to the parser. Included by json.cpp.
 
 #include <nlohmann/json.hpp>
 
@@ -14,7 +14,7 @@
 
 static const size_t JSON_LONG_STRING = 4096;
 
-// what stands for a cut string, before its number: no text foresees it
+// replaces a cut string, followed by its number; no request can predict it
 static const std::string & json_long_string_mark() {
     static const std::string mark = [] {
         std::random_device rd;
@@ -67,7 +67,7 @@ static nlohmann::ordered_json json_parse_long_strings(const std::string & text) 
 
     std::vector<std::string> cut;
     std::string rest;
-    size_t done = 0; // up to here text is in rest
+    size_t done = 0; // text up to here is in rest
     for (size_t begin = text.find('"'); begin != std::string::npos; ) {
         bool escaped = false;
         const size_t end = json_string_end(text, begin, escaped);
@@ -90,11 +90,11 @@ static nlohmann::ordered_json json_parse_long_strings(const std::string & text) 
 
     ordered_json root = ordered_json::parse(rest, nullptr, false);
     if (root.is_discarded()) {
-        return ordered_json::parse(text); // its error, in the words and with the places of the whole text
+        return ordered_json::parse(text); // for an error with the wording and positions of the whole text
     }
 
     const std::string & mark = json_long_string_mark();
-    std::vector<ordered_json *> todo = { &root }; // no recursion: how deep a request goes is not ours to say
+    std::vector<ordered_json *> todo = { &root }; // no recursion, because the depth of a request is not limited
     while (!todo.empty()) {
         ordered_json & value = *todo.back();
         todo.pop_back();

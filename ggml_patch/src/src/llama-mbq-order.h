@@ -14,8 +14,8 @@ inline std::vector<int8_t> llama_mbq_pictures(const std::vector<llama_batch_ext:
     return res;
 }
 
-// the rows of a micro-batch (indices into the batch) in the order that they are computed in: those of pictures that ask for it (llama_embd) come
-// first within their sequence set, everything else stays in its order. Attention's mask comes from positions, so only who lies beside whom changes.
+// the order in which the rows of a micro-batch (indices into the batch) are computed: those of pictures that request it (llama_embd) come first within
+// their sequence set, the others keep their order. Attention's mask depends on positions, so only the neighbours of a row change.
 inline std::vector<int32_t> llama_mbq_order(std::vector<int32_t> idxs, const std::vector<int8_t> & picture, size_t n_seqs) {
     const size_t n = idxs.size()/n_seqs;
     for (size_t s = 0; s < n_seqs; ++s) {

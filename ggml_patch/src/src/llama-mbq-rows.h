@@ -61,9 +61,9 @@ static inline void llama_mbq_set_run(ggml_tensor * to, const float * from, size_
     });
 }
 
-// Write a mixed micro-batch's embeddings, a run of neighbours at a time. What stands in the rows of tokens is replaced in the graph, in place and on the CPU, where
-// the inputs and the table of tokens lie: so a micro-batch of any kind has one tensor that goes to the card, the scheduler's plan holds from one kind to
-// the next, and what the host does for a micro-batch is done while the card is at the one before. (Where the plan must change the scheduler waits first.)
+// Writes a mixed micro-batch's embeddings, one run of contiguous rows at a time. The rows of tokens are then overwritten in the graph, in place and on the
+// CPU, where the inputs and the token table are. Therefore every kind of micro-batch copies one tensor to the GPU, the scheduler's plan stays valid when the
+// kind changes (for a new plan, the scheduler first waits), and the host prepares a micro-batch while the GPU computes the previous one.
 template <typename U> // llama_ubatch
 static void llama_mbq_set_rows(ggml_tensor * to, const U & ubatch) {
     if (!ubatch.data || ubatch.data->rows.empty()) {

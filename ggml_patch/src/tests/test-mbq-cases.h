@@ -1,7 +1,7 @@
 #pragma once
 
-// Cases of test-backend-ops: products of weights with one scale a row (ggml-row-scale.h), one of its activations and several of the same. Every backend must give
-// the bits of the CPU's plain path.
+// Cases of test-backend-ops: one product of weights with one scale per row (ggml-row-scale.h), and several with the same activations. Every backend must
+// give the bits of the CPU's plain path.
 
 #include "ggml-row-scale.h"
 
@@ -58,7 +58,7 @@ struct test_row_scale : public test_case {
 };
 
 static void add_mbq_cases(std::vector<std::unique_ptr<test_case>> & cases) {
-    // Attention as vision towers have it: keys and values of their own, not views into a cache; upstream's cases have none such (-o FLASH_ATTN_EXT)
+    // Attention of vision towers: keys and values are not views into a cache, which upstream's cases do not cover (-o FLASH_ATTN_EXT)
     for (int64_t d : { 64, 72, 80, 128 }) {
         for (int64_t pictures : { 1, 3 }) {
             cases.emplace_back(new test_flash_attn_ext(d, d, 4, { 1, pictures }, 113,  75, false, false, 0, 0, GGML_PREC_F32, GGML_TYPE_F16, GGML_TYPE_F16, { 0, 1, 2, 3 }, false));

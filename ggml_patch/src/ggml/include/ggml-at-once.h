@@ -1,13 +1,13 @@
 #pragma once
 
-// A host's short work, copies and pictures above all, on several cores at once (C++, header only).
+// Runs short work of the host, mainly copies and pictures, on several cores (C++, header only).
 
 #include <cstddef>
 #include <future>
 #include <vector>
 
-// f(0) to f(n - 1), all but the first in threads of their own; what one of them throws comes here. Where no thread is to be had (ulimit -u, a container's limit
-// of processes) such a call is deferred to get(): the caller makes it. With std::launch::async alone, std::async throws there.
+// Calls f(0) to f(n - 1), all but the first in separate threads, and rethrows their exceptions. If no thread can be created (ulimit -u, a container's limit
+// of processes), the call is deferred to get(), so the caller makes it. With std::launch::async alone, std::async would throw.
 template <typename F>
 static void ggml_at_once(size_t n, const F & f) {
     std::vector<std::future<void>> others;

@@ -23,7 +23,7 @@ struct ggml_patches_params {
 };
 
 static constexpr uint32_t GGML_PATCHES_MAGIC  = 0x68637470;
-static constexpr size_t   GGML_PATCHES_OFFSET = 32; // in op_params, behind the 24 bytes of ggml_custom_op_params
+static constexpr size_t   GGML_PATCHES_OFFSET = 32; // in op_params, after the 24 bytes of ggml_custom_op_params
 static_assert(GGML_PATCHES_OFFSET + sizeof(ggml_patches_params) <= GGML_MAX_OP_PARAMS, "op_params is too small");
 
 static inline ggml_patches_params ggml_patches_of(const ggml_tensor * dst) {

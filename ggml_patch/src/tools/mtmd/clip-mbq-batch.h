@@ -1,13 +1,13 @@
 #pragma once
 
-// Several pictures of one size in one pass of the tower, for towers whose upstream graph takes one: Qwen2-VL's and Qwen2.5-VL's (where its batch is the two
-// frames of a video) and Idefics3's and SmolVLM's. The same operations as there; pictures stand behind one another as columns of each product, and
-// apart in attention (a dimension of their own, as clip_graph::build_vit has it). Qwen's begins with bytes (ggml-patches.h) and so is one picture's graph, too.
+// Several pictures of one size in one pass of the tower, for towers whose upstream graph accepts one: those of Qwen2-VL and Qwen2.5-VL (where a batch is the
+// two frames of a video), Idefics3 and SmolVLM. The operations are the same. Pictures are consecutive columns of each product, and a separate dimension
+// in attention, as in clip_graph::build_vit. Qwen's graph reads bytes (ggml-patches.h), so single pictures use it too.
 //
-// Included by clip.cpp (clip-mbq.h) in front of clip_get_graph_builder(). Which pictures may go together: clip-mbq-join.h.
+// Included by clip.cpp (clip-mbq.h) before clip_get_graph_builder(). clip-mbq-join.h decides which pictures may be joined.
 
 #include "clip-graph.h"
-#include "clip-mbq-anyres.h" // a graph beside these
+#include "clip-mbq-anyres.h" // the graph of another family
 #include "ggml-at-once.h"
 #include "models/models.h"
 
@@ -23,14 +23,14 @@ struct clip_graph_mbq_qwen : clip_graph_qwen2vl {
         return t;
     }
 
-    // groups of four patches, which are rows of cur, in each picture's own order
+    // reorders groups of four patches, which are rows of cur, within each picture
     ggml_tensor * reorder(ggml_tensor * cur, const char * name) {
         const int64_t n_groups = n_patches/4;
         ggml_tensor * rows = ggml_repeat_4d(ctx0, input_i32(name, n_groups), n_groups, n_batch, 1, 1);
         return ggml_get_rows(ctx0, ggml_reshape_3d(ctx0, cur, ggml_nelements(cur)/(n_groups*n_batch), n_groups, n_batch), rows);
     }
 
-    // four patches that are merged stand behind one another
+    // patch embeddings; the four patches of a token are consecutive
     ggml_tensor * patches() {
         ggml_tensor * pixels = ggml_new_tensor_4d(ctx0, clip_mbq_all_bytes(*img_batch) ? GGML_TYPE_I8 : GGML_TYPE_F32, 3, img.nx(), img.ny(), n_batch);
         ggml_set_name(pixels, "inp_pixels");
@@ -44,7 +44,7 @@ struct clip_graph_mbq_qwen : clip_graph_qwen2vl {
     }
 
     ggml_cgraph * build() override {
-        const int  n_wa    = hparams.n_wa_pattern; // every n-th layer's attention is global, the others' within windows; 0: there are none
+        const int  n_wa    = hparams.n_wa_pattern; // every n-th layer's attention is global, the others' is within windows; 0: there are none
         ggml_tensor * cur = patches();
         ggml_tensor * positions = input_i32("positions", n_patches*4);
         build_vit_opts opts;
@@ -99,10 +99,10 @@ struct clip_graph_mbq_idefics3 : clip_graph_siglip {
     }
 };
 
-// the pixels of all entries, RGB by RGB, as the tower's input has them, a plane a channel; a thread for each picture, four for a large one alone
+// writes the pixels of all entries as the tower's input, one plane per channel; one thread per picture, or four for a single large one
 static void clip_mbq_planes(const clip_image_f32_batch & imgs, float * to) {
     const size_t n = (size_t) imgs.entries[0].nx()*imgs.entries[0].ny();
-    const size_t parts = imgs.entries.size() == 1 && n >= 1 << 17 ? 4 : 1; // of a picture: 896 x 896 of floats in 0.7 ms instead of 1.8
+    const size_t parts = imgs.entries.size() == 1 && n >= 1 << 17 ? 4 : 1; // per picture: 896 x 896 floats in 0.7 ms instead of 1.8
     ggml_at_once(parts*imgs.entries.size(), [&](size_t k) {
         const size_t b = k/parts, part = k%parts;
         imgs.entries[b].pixels().to_planes(to + b*3*n, n, part*n/parts, (part + 1)*n/parts);
@@ -119,7 +119,7 @@ static char * clip_mbq_staging(clip_ctx & ctx, const size_t n) {
     return (char *) ggml_backend_buffer_get_base(staging.get());
 }
 
-// Writes the pixels of all entries to the input of ggml_patches. Transfers to a GPU are asynchronous: the graph is queued behind them.
+// Writes the pixels of all entries to the input of ggml_patches. Transfers to a GPU are asynchronous: the graph is queued after them.
 static void clip_mbq_set_patches(clip_ctx & ctx, const clip_image_f32_batch & imgs, ggml_tensor * to) {
     const size_t n = ggml_nbytes(to)/imgs.entries.size();
     for (size_t b = 0; b < imgs.entries.size(); b++) {
@@ -137,7 +137,7 @@ static void clip_mbq_set_patches(clip_ctx & ctx, const clip_image_f32_batch & im
     }
 }
 
-// writes the pixels where the graph's input lies; otherwise, and of sounds, upstream does it, through a vector
+// writes the pixels to the graph's input directly; otherwise, and for sounds, upstream does it, through a vector
 static bool clip_mbq_set_pixels(clip_ctx & ctx, const clip_image_f32_batch & imgs, ggml_cgraph * gf) {
     if (ggml_tensor * pixels = imgs.is_audio ? nullptr : ggml_graph_get_tensor(gf, "inp_pixels")) {
         clip_mbq_set_patches(ctx, imgs, pixels);
@@ -170,7 +170,7 @@ ggml_backend_buffer_type_t clip_mbq_host_buft(const clip_ctx * ctx) {
     return ctx->backend_buft.back();
 }
 
-// the graph of several pictures; nullptr: such a tower takes them one by one, or as upstream says
+// the graph for several pictures; nullptr: upstream decides, or this tower encodes them one by one
 static std::unique_ptr<clip_graph> clip_mbq_batch_builder(clip_ctx * ctx, const clip_image_f32 & img) {
     switch (ctx->proj_type()) {
         case PROJECTOR_TYPE_QWEN2VL:

@@ -5,13 +5,13 @@
 
 #include <algorithm>
 
-// As clip-mbq-towers.h, of families whose graphs have parts that no other has: LLaVA-1.5's CLIP, Gemma 4, MiniCPM-V, Llama 4,
+// Checks like clip-mbq-towers.h, for families whose graphs have parts that no other has: LLaVA-1.5's CLIP, Gemma 4, MiniCPM-V, Llama 4,
 // PaddleOCR-VL and dots.ocr.
 
 struct clip_mbq_other_tower : clip_mbq_tower {
     explicit clip_mbq_other_tower(const clip_mbq_tower & tower) : clip_mbq_tower(tower) {}
 
-    // graphs that read q, k and v apart, whatever else is there
+    // for graphs that read q, k and v separately, even if the file also has a fused matrix
     void apart() const {
         for (int il = 0; il < hparams.n_layer; ++il) {
             none(("v.blk." + std::to_string(il) + ".attn_qkv.weight").c_str());
@@ -23,7 +23,7 @@ struct clip_mbq_other_tower : clip_mbq_tower {
         vector_if(name + ".bias", n);
     }
 
-    // CLIP: a class token or none, the outputs of some layers side by side
+    // CLIP: with or without a class token; the outputs of some layers are concatenated
     void llava() const {
         heads(false);
         patches(false);
@@ -36,15 +36,15 @@ struct clip_mbq_other_tower : clip_mbq_tower {
             want(layer >= 0 && layer <= hparams.n_layer, "a layer whose output is read must be there");
             deepest = std::max(deepest, (int) layer);
         }
-        int64_t n_stacked = 0; // a layer named twice is read once
+        int64_t n_stacked = 0; // a layer named twice is counted once
         for (int layer = 0; layer <= deepest; ++layer) {
             n_stacked += hparams.is_feature_layer(layer);
         }
-        none("mm.3.weight"); // of another projector
+        none("mm.3.weight"); // belongs to another projector
         vector_if(TN_IMAGE_NEWLINE, linear("mm.2", linear("mm.0", n_embd*std::max(n_stacked, (int64_t) 1), 0, true), 0, true));
     }
 
-    // a table of positions for each direction, which must hold the longest picture
+    // one table of positions per direction, long enough for the longest picture
     void gemma4() const {
         heads(true);
         patches(false);
@@ -59,12 +59,12 @@ struct clip_mbq_other_tower : clip_mbq_tower {
         shape(TN_MM_INP_PROJ, { n_embd, get(TN_MM_INP_PROJ)->ne[1], 1, 1 });
     }
 
-    // of files that must name them, since there are no others
+    // for families without default limits
     void limits() const {
         want(hparams.image_min_pixels > 0 && hparams.image_max_pixels > 0, "a picture must have a pixel or more");
     }
 
-    // SigLIP with rotary positions beside a table that is stretched; 2 x 2 patches become a token
+    // SigLIP with rotary positions in addition to an interpolated table; 2 x 2 patches become a token
     void paddleocr() const {
         heads(true);
         limits();
@@ -76,7 +76,7 @@ struct clip_mbq_other_tower : clip_mbq_tower {
         linear("mm.2", linear("mm.1", n_embd*hparams.n_merge*hparams.n_merge));
     }
 
-    // rotary positions alone
+    // rotary positions only
     void dots_ocr() const {
         heads(true);
         limits();
@@ -89,7 +89,7 @@ struct clip_mbq_other_tower : clip_mbq_tower {
         linear("mm.2", linear("mm.0", n_embd*hparams.n_merge*hparams.n_merge));
     }
 
-    // the nearest of 70 x 70 for each patch
+    // each patch uses the nearest of 70 x 70 positions
     void nearest_positions(int64_t side) const {
         want(hparams.image_size >= side && hparams.image_size % side == 0, "the patches that are merged must divide a picture's");
         const int64_t n_pos = get("v.position_embd.weight")->ne[1];
@@ -98,7 +98,7 @@ struct clip_mbq_other_tower : clip_mbq_tower {
         type("v.position_embd.weight", { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16 });
     }
 
-    // until 4.5: a resampler whose queries attend to all patches, by heads of 128
+    // up to version 4.5: a resampler whose queries attend to all patches, with heads of 128
     void minicpmv() const {
         heads(false);
         none(TN_CLASS_EMBD);
@@ -120,7 +120,7 @@ struct clip_mbq_other_tower : clip_mbq_tower {
         }
     }
 
-    // squares of patches become one between two layers, and once more at the end
+    // squares of patches are merged between two layers, and once more at the end
     void minicpmv4_6() const {
         heads(false);
         patches(false);
@@ -140,7 +140,7 @@ struct clip_mbq_other_tower : clip_mbq_tower {
         linear("mm.down", linear("mm.up", 4*n_embd));
     }
 
-    // a class token behind the patches, whose kernel is a matrix
+    // the class token comes after the patches; the patch kernel is stored as a matrix
     void llama4() const {
         heads(true);
         linear("v.patch_embd", 3*hparams.patch_size*hparams.patch_size, n_embd);

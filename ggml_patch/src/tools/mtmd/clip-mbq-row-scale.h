@@ -7,8 +7,8 @@
 
 #include <stdexcept>
 
-// Matrices of a vision file whose blocks repeat one scale over the whole row: the keys of src/llama-mbq-row-scale.cpp, the contract of
-// ggml-row-scale.h. The flag is set on the tensors of the file's outline; their copies with data get it from there.
+// Matrices of a vision file whose blocks repeat one scale over the whole row: the keys of src/llama-mbq-row-scale.cpp and the contract of
+// ggml-row-scale.h. The flag is set on the tensors of the metadata context; their copies with data inherit it.
 
 static void clip_mbq_set_row_scale(const gguf_context * gguf, ggml_context * outline) {
     const char * const KEY     = "mbq.row_scale";

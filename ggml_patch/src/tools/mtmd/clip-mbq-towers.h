@@ -9,9 +9,9 @@
 #include <stdexcept>
 #include <string>
 
-// The tensors, shapes and numbers that the graphs of the families which mbq-gguf converts take for granted (tools/mtmd/models). What a
-// graph looks for and can do without is checked where it is there. Errors are thrown. Families that are not in clip_mbq_check_tower go
-// unchecked, as upstream.
+// Checks the tensors, shapes and numbers that the graphs (tools/mtmd/models) of the families that mbq-gguf converts take for granted. Tensors that
+// are optional in a graph are checked if they exist. Errors are thrown. Families that clip_mbq_check_tower does not list are not checked,
+// as upstream.
 
 struct clip_mbq_tower {
     ggml_context * ctx;
@@ -67,7 +67,7 @@ struct clip_mbq_tower {
         throw std::runtime_error(string_format("%s is of type %s, which nothing computes with", name.c_str(), ggml_type_name(is)));
     }
 
-    // added to activations, or multiplied with them
+    // added to activations, or multiplied by them
     void vector(const std::string & name, int64_t n) const {
         shape(name, { n, 1, 1, 1 });
         type(name, { GGML_TYPE_F32 });
@@ -84,7 +84,7 @@ struct clip_mbq_tower {
         vector_if(name + ".bias", n);
     }
 
-    // matrix [n_in, n_out] and bias; returns n_out, which may be any where it is 0
+    // matrix [n_in, n_out] and bias; returns n_out, which may have any value if it is 0
     int64_t linear(const std::string & name, int64_t n_in, int64_t n_out = 0, bool biased = false) const {
         n_out = n_out > 0 ? n_out : get(name + ".weight")->ne[1];
         shape(name + ".weight", { n_in, n_out, 1, 1 });
@@ -94,7 +94,7 @@ struct clip_mbq_tower {
         return n_out;
     }
 
-    // of a convolution: side x side x channels, n_out of them
+    // the kernel of a convolution: side x side x channels, n_out of them
     void kernel(const std::string & name, int64_t side, int64_t channels, int64_t n_out) const {
         shape(name, { side, side, channels, n_out });
         type(name, { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16 });
@@ -109,7 +109,7 @@ struct clip_mbq_tower {
     }
 
     void feed_forward(const std::string & blk, bool may_be_swapped) const {
-        const bool swapped = may_be_swapped && get(blk + "ffn_down.weight")->ne[0] == n_embd; // as older files name them
+        const bool swapped = may_be_swapped && get(blk + "ffn_down.weight")->ne[0] == n_embd; // older files name them so
         const int64_t n_ff = linear(blk + (swapped ? "ffn_down" : "ffn_up"), n_embd);
         linear(blk + (swapped ? "ffn_up" : "ffn_down"), n_ff, n_embd);
         if (find(blk + "ffn_gate.weight") != nullptr) {
@@ -118,7 +118,7 @@ struct clip_mbq_tower {
         none((blk + "ffn_gate_exps.weight").c_str());
     }
 
-    // biased: the graph adds those of q, k and v without a look; fused: q, k and v are one matrix, or may be where it is there
+    // biased: the graph adds the biases of q, k and v unconditionally; fused: q, k and v are one matrix; if neither, they may be one
     void layers(bool biased, bool fused, bool may_be_swapped) const {
         for (int il = 0; il < hparams.n_layer; ++il) {
             const std::string blk = "v.blk." + std::to_string(il) + ".";
@@ -132,7 +132,7 @@ struct clip_mbq_tower {
                 linear(blk + "attn_qkv", n_embd, 3*n_embd, biased);
             }
             linear(blk + "attn_out", n_embd, n_embd);
-            // of each head, or, where q, k and v are apart, of all: q decides
+            // norms per head, or, if q, k and v are separate, over all heads: the shape of q's norm decides
             const ggml_tensor * q_norm = find(blk + "attn_q_norm.weight");
             const int64_t n_norm = one || (q_norm != nullptr && q_norm->ne[0] == d_head) ? d_head : n_embd;
             vector_if(blk + "attn_q_norm.weight", n_norm);
@@ -157,7 +157,7 @@ struct clip_mbq_tower {
         vector_if(TN_PATCH_BIAS, n_embd);
     }
 
-    // one for each patch of a picture of one size, and for what is before them
+    // one position per patch of a picture of one size, and `before` more
     void positions(int64_t before) const {
         want(hparams.image_size >= hparams.patch_size, "a picture must have a patch");
         const int64_t side = hparams.image_size / hparams.patch_size;
@@ -166,7 +166,7 @@ struct clip_mbq_tower {
         type("v.position_embd.weight", { GGML_TYPE_F32 });
     }
 
-    // a square of them, stretched to the picture
+    // a square table of positions, interpolated to the picture's size
     void stretched_positions() const {
         const int64_t n = get("v.position_embd.weight")->ne[1];
         const int64_t side = (int64_t) std::sqrt((double) n);
@@ -174,13 +174,13 @@ struct clip_mbq_tower {
         type("v.position_embd.weight", { GGML_TYPE_F32 });
     }
 
-    // Qwen2-VL and its heirs: two kernels, rotary positions, 2 x 2 patches become a token
+    // Qwen2-VL and its successors: two kernels, rotary positions, 2 x 2 patches become a token
     void qwen(bool windows) const {
         heads(true);
         patches(true);
         none(TN_CLASS_EMBD);
         want(hparams.n_merge == 2, "2 x 2 patches must become a token");
-        if (hparams.n_wa_pattern > 0) { // every n-th layer sees all, the others a square each
+        if (hparams.n_wa_pattern > 0) { // every n-th layer attends to everything, the others within square windows
             const int window = hparams.attn_window_size > 0 ? hparams.attn_window_size : 112;
             want(windows && hparams.n_wa_pattern > 1, "windows of attention are Qwen2.5-VL's, whose layers must not all see everything");
             want(window / hparams.patch_size / 2 > 0, "a window of attention must hold 2 patches");
@@ -198,7 +198,7 @@ struct clip_mbq_tower {
         }
     }
 
-    // Pixtral's, and Mistral 3's, which merges patches first
+    // of Pixtral, and of Mistral 3, which merges patches first
     void pixtral_projector(int64_t n_merged) const {
         int64_t n_in = n_embd;
         if (find("mm.patch_merger.weight") != nullptr) {
@@ -210,7 +210,7 @@ struct clip_mbq_tower {
         vector(TN_TOK_IMG_BREAK, linear("mm.2", linear("mm.1", n_in)));
     }
 
-    // LLaVA-NeXT's and LLaVA-OneVision's (clip-mbq-anyres.h): a picture becomes a stack of whole tiles
+    // of LLaVA-NeXT and LLaVA-OneVision (clip-mbq-anyres.h): a picture becomes a stack of whole tiles
     void anyres() const {
         const int64_t tile = hparams.image_size;
         want(!hparams.image_res_candidates.empty(), "a picture must have a resolution to be cut at");

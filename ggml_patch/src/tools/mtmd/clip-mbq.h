@@ -14,13 +14,13 @@
 #include <cstdint>
 #include <stdexcept>
 
-// The picture sizes that the model was trained on, where its file holds them and its family takes sizes by their area. The command line's
-// limits come first and move the file's other limit where the two cross. T has ctx_gguf and get_u32(key, output, required), as
-// clip_model_loader does. What is no number of pixels is an error here: get_u32 and the preprocessors assert.
+// Reads the picture sizes that the model was trained on, if its file has them and its family limits sizes by area. Limits from the command
+// line take precedence, and move the file's other limit if the two cross. T has ctx_gguf and get_u32(key, output, required), like
+// clip_model_loader. A value that is not a valid number of pixels throws here; get_u32 and the preprocessors would assert.
 template <typename T>
 static void clip_mbq_image_limits(const T & loader, clip_hparams & hparams) {
     if (hparams.image_min_pixels <= 0 || hparams.image_max_pixels <= 0) {
-        return; // no family of dynamic size
+        return; // the family has no dynamic size
     }
     for (const char * name : { KEY_IMAGE_MIN_PIXELS, KEY_IMAGE_MAX_PIXELS }) {
         const int64_t key = gguf_find_key(loader.ctx_gguf.get(), name);
@@ -42,7 +42,7 @@ static void clip_mbq_image_limits(const T & loader, clip_hparams & hparams) {
     } else if (hparams.custom_image_max_tokens > 0 && hparams.custom_image_min_tokens <= 0) {
         hparams.image_min_pixels = std::min(hparams.image_min_pixels, hparams.image_max_pixels);
     }
-    // no picture is larger, so neither need the one be that memory is reserved for
+    // no picture is larger, so the one that memory is reserved for need not be either
     const int64_t side = (int64_t) hparams.patch_size * hparams.n_merge;
     if (side > 0) {
         const int64_t most = std::max((int64_t) 1, (int64_t) std::sqrt(hparams.image_max_pixels) / side) * side;
@@ -50,7 +50,7 @@ static void clip_mbq_image_limits(const T & loader, clip_hparams & hparams) {
     }
 }
 
-// a graph that takes the place of upstream's, of one picture or of several; nullptr: upstream's does
+// a graph that replaces upstream's, for one picture or several; nullptr: use upstream's
 static std::unique_ptr<clip_graph> clip_mbq_builder(clip_ctx * ctx, const clip_image_f32_batch & imgs) {
     const clip_image_f32 & img = imgs.entries[0];
     const bool qwen = ctx->proj_type() == PROJECTOR_TYPE_QWEN2VL || ctx->proj_type() == PROJECTOR_TYPE_QWEN25VL;
@@ -64,7 +64,7 @@ static std::unique_ptr<clip_graph> clip_mbq_builder(clip_ctx * ctx, const clip_i
     return imgs.pictures || from_bytes ? clip_mbq_batch_builder(ctx, img) : nullptr;
 }
 
-// once everything of a vision file's metadata has been read, and nothing of its tensors
+// to be called when all metadata of a vision file has been read, and none of its tensors
 template <typename T>
 static void clip_mbq_load_hparams(const T & loader, projector_type type, clip_hparams & hparams) {
     clip_mbq_image_limits(loader, hparams);

@@ -1,6 +1,6 @@
 #pragma once
 
-// what mtmd-aifs.h declares; compiled as a part of mtmd-helper.cpp
+// implements mtmd-aifs.h; compiled as a part of mtmd-helper.cpp
 
 #include "mtmd-aifs.h"
 #include "mtmd-helper.h"
@@ -12,7 +12,7 @@
 #include <cstring>
 #include <vector>
 
-// the architectures (general.architecture) of the families that tests/families/test_one_pass.py holds against the decode in turns
+// architectures (general.architecture) of the families for which tests/families/test_one_pass.py compares one pass with separate decoding
 static const char * const AIFS_ARCHS[] = { "qwen2vl", "qwen3vl", "qwen3vlmoe", "llama", "qwen2", "qwen3", "mistral3", "glm4", "glm4moe", "paddleocr" };
 
 static std::atomic<bool> aifs_off     = false;
@@ -66,7 +66,7 @@ bool mtmd_aifs_init(const mtmd_context * ctx, const llama_context * lctx, const 
         LOG_ERR("--aifs %s: text and pictures cannot go through this model in one pass (%s): use --aifs auto\n", mode, refusal);
         return false;
     }
-    // not chosen by who started it: to be seen without more verbosity
+    // the user did not choose this, so it is visible without higher verbosity
     g_logger.log(aifs_off ? GGML_LOG_LEVEL_INFO : GGML_LOG_LEVEL_WARN, "aifs: text and pictures are decoded one after the other (%s)\n", refusal);
     return true;
 }
@@ -106,8 +106,8 @@ bool mtmd_aifs_add_rows(const mtmd_context * ctx, const llama_context * lctx, ll
     return true;
 }
 
-// the tower's output for chunk i, which is encoded together with as many of the next pictures as fit; earlier ones stay in encoded, since
-// a batch that is on its way has their rows
+// the tower's output for chunk i, which is encoded together with as many of the next pictures as fit; earlier outputs stay in `encoded`, because
+// a batch that has not been decoded yet refers to their rows
 static const float * aifs_encode(mtmd_context * ctx, std::vector<mtmd::batch_ptr> & encoded, const mtmd_input_chunks * chunks, size_t i) {
     const mtmd_input_chunk * chunk = mtmd_input_chunks_get(chunks, i);
 
@@ -138,13 +138,13 @@ static const float * aifs_encode(mtmd_context * ctx, std::vector<mtmd::batch_ptr
     return mtmd_batch_get_output_embd(mbatch, chunk);
 }
 
-// one batch on its way: entries are added until it is full, then it is decoded
+// a batch under construction: entries are added until it is full, then it is decoded
 struct aifs_pass {
     llama_context * lctx;
     const int32_t n_batch;
 
     llama_batch_ext_ptr batch;
-    int32_t n_tokens = 0; // in the batch, rows of pictures and token ids together
+    int32_t n_tokens = 0; // in the batch: rows of pictures and token ids
     int32_t n_rows   = 0; // rows of pictures among them
 
     aifs_pass(llama_context * lctx, int32_t n_batch) :

@@ -1,7 +1,7 @@
 #pragma once
 
 // Text and pictures of a prompt in one pass: batches that mix token ids with the rows of pictures, filled up to n_batch, instead of a
-// decode call for every run of text and every picture. Attention, positions and answers stay as they are.
+// decode call for each run of text and each picture. Attention, positions and answers do not change.
 
 #include "llama.h"
 #include "mtmd.h"
@@ -12,20 +12,20 @@
 extern "C" {
 #endif
 
-// "auto" (what holds without a call): where the model allows it; "on": refuse a model that does not; "off": never
+// "auto" (the default without a call): if the model supports it; "on": refuse a model that does not; "off": never
 // "reorder": as "on", and rows of pictures are computed first in each micro-batch
-// holds for the whole process; says in one log line what becomes of this model
-// returns false for "on" or "reorder" and a model that does not allow it, and for an unknown mode
+// applies to the whole process; logs one line about this model
+// returns false for "on" or "reorder" if the model does not support it, and for an unknown mode
 MTMD_API bool mtmd_aifs_init(const mtmd_context * ctx, const struct llama_context * lctx, const char * mode);
 
-// why prompts of this model are decoded in pieces; NULL where text and pictures go through it in one pass
+// why prompts of this model are decoded in pieces; NULL if text and pictures are processed in one pass
 MTMD_API const char * mtmd_aifs_refusal(const mtmd_context * ctx, const struct llama_context * lctx);
 
-// the position of one row of a picture that begins at pos_0, in the four sections of M-RoPE
-// (of other models only the first counts), as mtmd_helper_decode_image_chunk() sets it
+// the position of one row of a picture that starts at pos_0, in the four sections of M-RoPE
+// (for other models only the first is used), as mtmd_helper_decode_image_chunk() sets it
 MTMD_API void mtmd_aifs_row_pos(const mtmd_context * ctx, const mtmd_input_chunk * chunk, llama_pos pos_0, int32_t row, llama_pos * pos);
 
-// what llama_embd.picture is for rows of pictures, as mtmd_aifs_init() was told: 2 for "reorder", else 1
+// the value of llama_embd.picture for rows of pictures, according to mtmd_aifs_init(): 2 for "reorder", otherwise 1
 MTMD_API int32_t mtmd_aifs_picture(void);
 
 // add the rows [row_0, row_0 + n_rows) of a picture to a batch; embd is the tower's output for all of its rows, picture as in llama_embd

@@ -1,6 +1,6 @@
 #pragma once
 
-// The pictures of a prompt are preprocessed several at a time. Included by mtmd.cpp in front of mtmd_tokenizer.
+// Preprocesses several pictures of a prompt at a time. Included by mtmd.cpp before mtmd_tokenizer.
 
 #include "ggml-at-once.h"
 #include "mtmd-image.h"
@@ -13,9 +13,9 @@
 #include <vector>
 
 struct mtmd_mbq_ahead {
-    int n_pictures = 0; // of the prompt: some are preprocessed otherwise where they are several
+    int n_pictures = 0; // in the prompt: some families preprocess a single picture differently
 
-    // B has nx, ny, is_audio, is_placeholder() and get_ro_buf(), as mtmd_bitmap does; groups as the tokenizer has them
+    // B has nx, ny, is_audio, is_placeholder() and get_ro_buf(), like mtmd_bitmap; groups are the tokenizer's
     template <typename B>
     void start(const mtmd_image_preprocessor * preprocessor, const std::vector<std::vector<const B *>> & groups) {
         std::vector<const B *> pictures;
@@ -45,7 +45,7 @@ struct mtmd_mbq_ahead {
         });
     }
 
-    // what start() made of a picture, once; who asks for another gets what make() does
+    // the result of start() for a picture, which can be taken once; for others, calls make()
     template <typename B, typename F>
     mtmd_image_preproc_out take(const B * picture, F make) {
         auto it = results.find(picture);

@@ -1,6 +1,6 @@
 #pragma once
 
-// Included by mtmd-mbq-preprocessors-impl.h. As transformers has it (LlavaNextImageProcessor, LlavaOnevisionImageProcessor;
+// Included by mtmd-mbq-preprocessors-impl.h. Follows transformers (LlavaNextImageProcessor, LlavaOnevisionImageProcessor;
 // select_best_resolution and get_patch_output_size), in double as there.
 
 #include "mtmd-image.h"
@@ -9,7 +9,7 @@
 #include <cmath>
 #include <cstdint>
 
-// the resolution that keeps most of the picture, and of those the one with the least padding
+// the resolution that keeps most of the picture; among equal ones, the one with the least padding
 clip_image_size mtmd_mbq_anyres::best_resolution(const clip_image_size & size) const {
     clip_image_size best = hparams.image_res_candidates.front();
     int64_t most = 0, least_wasted = INT64_MAX;

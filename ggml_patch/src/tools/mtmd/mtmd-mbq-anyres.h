@@ -2,14 +2,14 @@
 
 // Included by mtmd-mbq-preprocessors.h.
 
-// LLaVA-NeXT's and LLaVA-OneVision's pictures (clip-mbq-anyres.h)
+// preprocesses pictures of LLaVA-NeXT and LLaVA-OneVision (clip-mbq-anyres.h)
 struct mtmd_mbq_anyres : mtmd_image_preprocessor {
     mtmd_mbq_anyres(const clip_ctx * ctx) : mtmd_image_preprocessor(ctx) {}
 
-    // the whole picture, then its tiles, stacked
+    // the whole picture, then its tiles, as one stack
     mtmd_image_preproc_out preprocess(const clip_image_u8 & img) const override;
 
-    // OneVision cuts a picture that is alone; of several each is one tile, in the middle of a square
+    // OneVision tiles a picture only if it is the only one; otherwise each is one tile, centred in a square
     mtmd_image_preproc_out preprocess_among(const clip_image_u8 & img, int n_pictures) const override;
 
 private:

@@ -1,6 +1,6 @@
 #pragma once
 
-// Included by mtmd-mbq-preprocessors-impl.h. As transformers has it (Llama4ImageProcessor: get_best_fit in float,
+// Included by mtmd-mbq-preprocessors-impl.h. Follows transformers (Llama4ImageProcessor: get_best_fit in float,
 // get_max_res_without_distortion in double).
 
 #include "mtmd-image.h"
@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cmath>
 
-// of up to 16 tiles: the smallest that the picture fits into, or else the one into which it is shrunk least; of equal ones the smallest.
-// No two of the same area are equal.
+// chooses a canvas of up to 16 tiles: the smallest that the picture fits into; otherwise the one that shrinks it least, and among equal
+// ones the smallest. No two with the same area are equal.
 clip_image_size mtmd_mbq_llama4::canvas(const clip_image_size & size) const {
     const int tile = hparams.image_size, max_tiles = 16;
     clip_image_size best = { tile, tile };
@@ -31,7 +31,7 @@ mtmd_image_preproc_out mtmd_mbq_llama4::preprocess(const clip_image_u8 & img) co
     const clip_image_size size = img.get_size(), target = canvas(size);
     const int tile = hparams.image_size, columns = target.width/tile, rows = target.height/tile;
 
-    // not enlarged, but to one tile
+    // not enlarged, except to one tile
     const int width = std::min(std::max(size.width, tile), target.width), height = std::min(std::max(size.height, tile), target.height);
     const double scale_x = (double) width/size.width, scale_y = (double) height/size.height;
     const clip_image_size inner = scale_x < scale_y ?

@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-// Llama 4's pictures: tiles of a canvas, and behind them the whole picture where there are several
+// preprocesses pictures of Llama 4: tiles of a canvas, and if there are several, the whole picture
 struct mtmd_mbq_llama4 : mtmd_image_preprocessor {
     mtmd_mbq_llama4(const clip_ctx * ctx) : mtmd_image_preprocessor(ctx) {}
     mtmd_image_preproc_out preprocess(const clip_image_u8 & img) const override;
@@ -14,7 +14,7 @@ private:
     clip_image_size canvas(const clip_image_size & size) const;
 };
 
-// the tokens between them: T is mtmd_context, lookup(text) a token's id
+// sets the tokens between tiles; T is mtmd_context, lookup(text) returns a token's id
 template <typename T, typename F>
 static void mtmd_mbq_llama4_tiles(T & ctx, const F & lookup) {
     const auto token = [&](const char * text) {

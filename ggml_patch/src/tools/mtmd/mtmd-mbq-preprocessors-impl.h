@@ -1,6 +1,6 @@
 #pragma once
 
-// What mtmd-mbq-preprocessors.h declares. Included at the end of mtmd-image.cpp, whose img_tool it needs.
+// Implements mtmd-mbq-preprocessors.h. Included at the end of mtmd-image.cpp, because it needs its img_tool.
 
 #include "mtmd-mbq-anyres-impl.h"
 #include "mtmd-mbq-llama4-impl.h"

@@ -1,7 +1,7 @@
 #pragma once
 
-// The tower's output into memory that is kept (clip-mbq-rows.h) instead of a vector. Included by mtmd.cpp in front of mtmd_encode_chunk(), which by the type of
-// its output calls these and no longer upstream's of the same names.
+// Writes the tower's output to reused memory (clip-mbq-rows.h) instead of a vector. Included by mtmd.cpp before mtmd_encode_chunk(), which calls these
+// functions instead of upstream's of the same names, because its output has their type.
 
 static int32_t mtmd_mbq_encode(mtmd_context * ctx, clip_ctx * tower, clip_image_f32_batch batch, size_t n_tokens, clip_mbq_rows & rows) {
     auto & memory = ctx->out_embd.memory;
@@ -10,14 +10,14 @@ static int32_t mtmd_mbq_encode(mtmd_context * ctx, clip_ctx * tower, clip_image_
     }
     rows.resize(memory, n_tokens*ctx->n_embd_out());
     batch.rows = &rows;
-    std::vector<float> elsewhere; // nothing comes into it
+    std::vector<float> elsewhere; // stays empty
     return clip_image_batch_encode(tower, ctx->n_threads, &batch, elsewhere) ? 0 : 1;
 }
 
 static int32_t mtmd_encode_impl(mtmd_context * ctx, const mtmd_image_tokens * tokens, clip_mbq_rows & rows) {
     if (!ctx->ctx_v || tokens->is_placeholder()) {
         std::vector<float> none;
-        return mtmd_encode_impl(ctx, tokens, none); // upstream's, which says why not
+        return mtmd_encode_impl(ctx, tokens, none); // upstream's version, which reports the reason
     }
     return mtmd_mbq_encode(ctx, ctx->ctx_v, tokens->batch_f32, tokens->n_tokens(), rows);
 }

@@ -1,12 +1,12 @@
 #pragma once
 
-// Text and pictures of a prompt in one pass (tools/mtmd/mtmd-aifs.h), in the server: where the next token of a prompt is a picture, its
-// rows join the batch of the text. Rows that do not fit any more follow in the next batch; slot.aifs_rows counts those that are decoded.
+// Text and pictures of a prompt in one pass (tools/mtmd/mtmd-aifs.h), in the server: if the next token of a prompt is a picture, its rows
+// join the batch of the text. Rows that do not fit follow in the next batch; slot.aifs_rows counts the decoded ones.
 //
-// Included by server-context.cpp behind encode_mtmd_chunk(), whose types it needs.
+// Included by server-context.cpp after encode_mtmd_chunk(), because it needs its types.
 
-// whether the slot's prompt takes this path; the first time that a request with pictures does not, the log says why. On either path slot.aifs_one says from now on
-// whether somebody waits for a token
+// whether the slot's prompt uses this path; the first time that a request with pictures does not, logs the reason. On either path, slot.aifs_one says
+// from now on whether anybody waits for a token
 static bool aifs_applies(server_slot & slot, const server_batch & batch) {
     slot.aifs_one = batch.size() > 0 && !batch.tokens.front().is_prompt;
     if (!slot.mctx || mtmd_aifs_refusal(slot.mctx, slot.ctx_tgt)) {
@@ -28,9 +28,9 @@ static bool aifs_applies(server_slot & slot, const server_batch & batch) {
     return !refusal;
 }
 
-// Somebody waits for a token (slot.aifs_one): the server does no more until then than it does in turns, and less where several prompts
-// have pictures. A picture then begins a prompt's part of a batch, the text behind it follows, and of all prompts only one has a picture
-// in the batch: the oldest request that is at one.
+// While anybody waits for a token (slot.aifs_one), the server does no more work until then than when prompts take turns, and less if several prompts
+// have pictures: a picture starts a prompt's part of a batch, the text after it follows, and only one prompt has a picture in the batch, the oldest
+// request whose next token is one.
 static bool aifs_waits(const server_slot & slot, const server_batch & batch, int32_t n_tokens_prev, const std::vector<server_slot> & slots) {
     if (!slot.aifs_one) {
         return false;
@@ -62,7 +62,7 @@ static bool aifs_add_rows(server_slot & slot, server_batch & batch, int32_t n_ba
     const float * embd = slot.mbatch ? mtmd_batch_get_output_embd(slot.mbatch.get(), chunk.get()) : nullptr;
     if (!embd) {
         // encode on the worker thread, so that metrics tasks are still handled
-        if (slot.mbatch) { aifs_kept.push_back(std::move(slot.mbatch)); } // its rows are in the batch, perhaps
+        if (slot.mbatch) { aifs_kept.push_back(std::move(slot.mbatch)); } // the batch may contain its rows
         int32_t res = 0;
         queue.yield_to_queue([&]() {
             res = encode_mtmd_chunk(slot, slot.mbatch, idx);
@@ -79,7 +79,7 @@ static bool aifs_add_rows(server_slot & slot, server_batch & batch, int32_t n_ba
     for (; slot.aifs_rows < n_rows && batch.size() < n_batch; slot.aifs_rows++) {
         llama_pos pos[GGML_MROPE_SECTIONS];
         mtmd_aifs_row_pos(slot.mctx, chunk.get(), pos_0, slot.aifs_rows, pos);
-        // not add_embd(): the row stays where the tower has put it
+        // not add_embd(): the row stays in the tower's output
         batch.tokens.push_back({ slot.id, LLAMA_TOKEN_NULL, { pos[0], pos[1], pos[2], pos[3] }, /* output */ false, /* is_prompt */ true });
         batch.tokens.back().i_embd  = 0;
         batch.tokens.back().row     = embd + (size_t) slot.aifs_rows*batch.n_embd;

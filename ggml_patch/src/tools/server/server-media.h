@@ -1,6 +1,6 @@
 #pragma once
 
-// What a request's pictures cost before the model sees them. Included by server-common.cpp.
+// Makes pictures in a request cost less before the model sees them. Included by server-common.cpp.
 
 #include "ggml-at-once.h"
 #include "server-common.h"
@@ -14,9 +14,9 @@
 #include <thread>
 #include <vector>
 
-// n letters, up to the first that is none of base64's, as base64_decode() does
+// decodes n letters, up to the first one outside base64's alphabet, like base64_decode()
 static raw_buffer media_base64_decode(const char * text, size_t n) {
-    // what a letter means at each of the four places of a group; beyond 24 bits: none of base64's
+    // the value of a letter at each of the four places of a group; larger than 24 bits: outside the alphabet
     static const std::array<std::array<uint32_t, 256>, 4> tables = [] {
         std::array<std::array<uint32_t, 256>, 4> res;
         for (int place = 0; place < 4; place++) {
@@ -50,7 +50,7 @@ static raw_buffer media_base64_decode(const char * text, size_t n) {
         *to++ = bits;
     }
 
-    // one to three characters are left of a group, two of them make a byte
+    // one to three letters of a group remain; two make one byte, three make two
     uint32_t bits = 0;
     int n_left = 0;
     for (; i < n && !(tables[3][in[i]] >> 24); i++) {
@@ -69,8 +69,8 @@ static raw_buffer media_base64_decode(const char * text, size_t n) {
 
 bool server_media_offline = false;
 
-// whether handle_media() has nothing left to do: it takes the usual form of a file within a request, "data:image/...;base64,...", without copies, and refuses
-// what --offline does
+// whether handle_media() has nothing left to do: decodes the usual form of a file in a request, "data:image/...;base64,...", without copies, and refuses
+// what --offline forbids
 static bool media_taken(const std::string & url, std::vector<raw_buffer> & out_files) {
     if (server_media_offline && string_starts_with(url, "http")) {
         throw std::invalid_argument("http URLs are not allowed with --offline");
@@ -106,7 +106,7 @@ struct media_bitmaps {
         });
     }
 
-    // who takes one owns it; null if it could not be read
+    // the caller owns the result; null if it could not be read
     mtmd_helper_bitmap_wrapper take(size_t i) {
         return { bitmaps[i].release(), videos[i].release() };
     }

@@ -9,7 +9,7 @@
 struct mbq_cast_args {
     const char * x;
     half2      * y;
-    int quads, ne0, ne1, ne2; // of four elements: all, of a row; rows
+    int quads, ne0, ne1, ne2; // in units of four elements: in total, per row; then numbers of rows
     int64_t nb1, nb2, nb3;
 };
 

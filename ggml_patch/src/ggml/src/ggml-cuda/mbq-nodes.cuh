@@ -39,7 +39,7 @@ static bool mbq_overlap(const mbq_span & a, const ggml_tensor * t) {
     return a.begin <= t->data ? t->data < a.end : a.begin < mbq_span_of(t).end;
 }
 
-static bool mbq_overlap(const ggml_tensor * a, const ggml_tensor * b) { // the lower one's size tells
+static bool mbq_overlap(const ggml_tensor * a, const ggml_tensor * b) { // only the size of the lower one matters
     return a->data <= b->data ? b->data < mbq_span_of(a).end : a->data < mbq_span_of(b).end;
 }
 
@@ -49,7 +49,7 @@ static bool mbq_runs(const ggml_tensor * node) { // see ggml_cuda_graph_evaluate
 
 struct mbq_node {
     mbq_span writes;        // empty: it does not run
-    const void * x = nullptr; // a product: where its activations lie
+    const void * x = nullptr; // for a product: the address of its activations
 
     bool runs() const { return writes.begin != nullptr; }
 };
