@@ -73,7 +73,6 @@ struct clip_mbq_bytes {
     size_t size() const { return n; }
     bool empty() const { return n == 0; }
     bool is_page_locked() const { return buffer != nullptr; }
-    uint8_t operator[](size_t i) const { return data()[i]; }
 
 private:
     std::shared_ptr<clip_mbq_row_pool> pool;
