@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from mbq_gguf.models.lazy import FileTensor, file_tensors, lazy_tensors, materialise, tensors_of
+from mbq_gguf.models.lazy import FileTensor, ReadCache, file_tensors, lazy_tensors, materialise, materialised, tensors_of
 from mbq_gguf.models.read_ahead import ALIGNED, ReadAhead, page_locked
 from safetensors.torch import save_file
 from torch import nn
 
 CPU = torch.device("cpu")
-READ = FileTensor.__call__
+READ = FileTensor._read
 
 
 @pytest.fixture
@@ -35,12 +37,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tensors that are read from files, by name."""
     names: list[str] = []
 
-    def read(leaf: FileTensor, made: dict[int, object]) -> object:
-        if id(leaf) not in made:
-            names.append(leaf.name)
-        return READ(leaf, made)
+    def read(leaf: FileTensor, files: dict[Path, Any]) -> torch.Tensor:
+        names.append(leaf.name)
+        return READ(leaf, files)
 
-    monkeypatch.setattr(FileTensor, "__call__", read)
+    monkeypatch.setattr(FileTensor, "_read", read)
     return names
 
 
@@ -55,14 +56,41 @@ def test_all_that_a_module_is_made_of_is_read_once(module: nn.Module, seen: list
 
 def test_what_was_read_ahead_is_not_read_again(module: nn.Module, seen: list[str]) -> None:
     found = {id(leaf): leaf for _, _, value in tensors_of(module) for leaf in file_tensors(value)}
-    wholes = [leaf({}) for leaf in found.values()]
+    wholes = [leaf(ReadCache()) for leaf in found.values()]
     copies = page_locked(wholes)
     assert all(torch.equal(copy, whole) and copy.data_ptr() % ALIGNED == 0 for copy, whole in zip(copies, wholes, strict=True))
     seen.clear()
-    materialise(module, CPU, torch.float32, made=dict(zip(found, copies, strict=True)))
+    materialise(module, CPU, torch.float32, staged=dict(zip(found, copies, strict=True)))
     assert seen == []
     assert torch.equal(module.get_parameter("cut"), torch.stack(wholes[:2])[:, :3].float())
     assert module.get_parameter("limit").item() == 2.5
+
+
+def test_a_copy_lives_until_its_last_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three matrices, the first of which two parameters are cut from, although the caller holds what was staged."""
+    save_file({name: torch.ones(4, 4) for name in ("fused", "other", "last")}, tmp_path / "one.safetensors")
+    stored = lazy_tensors([tmp_path / "one.safetensors"])
+    halves = stored["fused"].chunk(2)
+    values = {"first": halves[0], "other": stored["other"], "second": halves[1], "last": stored["last"]}
+    made = nn.Module()
+    for name, value in values.items():
+        made.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    leaves = {id(leaf): leaf for value in values.values() for leaf in file_tensors(value)}
+    staged = {key: leaf(ReadCache()).clone() for key, leaf in leaves.items()}
+    alive: set[str] = set()
+    for key, leaf in leaves.items():
+        alive.add(leaf.name)
+        weakref.finalize(staged[key].untyped_storage(), alive.discard, leaf.name)
+    seen = []
+
+    def noted(*args: Any) -> torch.Tensor:
+        found = materialised(*args)
+        seen.append(set(alive))
+        return found.double()  # memory of its own
+
+    monkeypatch.setattr("mbq_gguf.models.lazy.materialised", noted)
+    materialise(made, CPU, torch.float64, staged=staged)
+    assert seen == [{"fused", "other", "last"}, {"fused", "last"}, {"last"}, set()]
 
 
 @pytest.mark.gpu
@@ -73,7 +101,7 @@ def test_a_card_takes_what_was_read_ahead(module: nn.Module, seen: list[str]) ->
     assert all(copy.is_cuda for copy in made.values())
     assert ahead.taken() == {}
     seen.clear()
-    materialise(module, torch.device("cuda"), torch.float32, made=made)
+    materialise(module, torch.device("cuda"), torch.float32, staged=made)
     assert seen == []
     assert module.get_parameter("limit").is_cuda
     assert module.get_parameter("limit").item() == 2.5

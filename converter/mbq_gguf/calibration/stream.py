@@ -17,7 +17,7 @@ from mbq_gguf.calibration.dataset import Sample
 from mbq_gguf.calibration.spill import kept
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.models.layer import Layer
-from mbq_gguf.models.lazy import ReadCache, materialise
+from mbq_gguf.models.lazy import Staged, materialise
 from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import AnswerMask, Encoded
 from mbq_gguf.parallel import Parts, parallel_map, parallel_map_values
@@ -143,12 +143,12 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
-def working_layer(loaded: LoadedModel, index: int, made: ReadCache | None = None) -> Layer:
-    """A copy of decoder layer ``index`` on the device in the computing dtype, read from its files, or from ``made`` if it was read ahead.
-    The stored layer does not change.
+def working_layer(loaded: LoadedModel, index: int, staged: Staged | None = None) -> Layer:
+    """A copy of decoder layer ``index`` on the device in the computing dtype, read from its files, or from what is ``staged`` of it,
+    which is released. The stored layer does not change.
     """
     module = copy.deepcopy(loaded.decoder.layers[index])  # tensors that are still in files stay there
-    materialise(module, loaded.device, loaded.dtype, made=made)
+    materialise(module, loaded.device, loaded.dtype, staged=staged)
     return Layer(module, index, loaded.decoder.layout.of(module))
 
 

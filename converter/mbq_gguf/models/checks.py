@@ -189,7 +189,7 @@ def check_finite(files: Sequence[Path], progress: Callable[[int, int], None] = l
 def _read(named: Iterable[tuple[Path, str, int]]) -> Iterator[torch.Tensor]:
     """Read tensors given by file, name and size, with one file open at a time."""
     for file, theirs in groupby(named, itemgetter(0)):
-        opened: ReadCache = {}
+        opened = ReadCache()
         yield from (FileTensor(file, name)(opened) for _, name, _ in theirs)
 
 

@@ -8,7 +8,8 @@ only when their layer is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,38 @@ from torch import nn
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32}
 MAPPED = 64 * 10**6  # bytes to read from a file before it is reopened, which releases the mapped pages
-ReadCache = dict[int | Path, Any]  # what has been read, by the id of its source; and open files by path
+Staged = dict[int, torch.Tensor]  # tensors that were read ahead, by the id of their FileTensor
+
+
+class ReadCache:
+    """Results of sources (:class:`FileTensor`, operations) until their last use, and open files.
+
+    ``values`` is what will be read: it determines how often each source is used. Anything else is read without being kept. ``staged`` is
+    not read again, and is emptied as it is used. Without this, a layer with 64 experts that a GPU stacks takes 9.3 bytes per weight, not
+    6, while it becomes float32.
+    """
+
+    def __init__(self, values: Iterable[torch.Tensor] = (), staged: Staged | None = None) -> None:
+        self.files: dict[Path, tuple[Any, int]] = {}  # open files, and the bytes mapped from each
+        self._results: dict[int, Any] = {} if staged is None else staged
+        self._uses: Counter[int] = Counter()
+        for value in values:
+            self._count(value)
+
+    def result_of(self, source: object, make: Callable[[], Any]) -> Any:
+        """The result of ``source``, by ``make`` if it is not here."""
+        key = id(source)
+        found = self._results.pop(key) if key in self._results else make()
+        self._uses[key] -= 1
+        if self._uses[key] > 0:
+            self._results[key] = found
+        return found
+
+    def _count(self, value: Any) -> None:
+        for source in _sources(value):
+            self._uses[id(source)] += 1
+            if self._uses[id(source)] == 1 and isinstance(source, _Call):  # is executed once
+                self._count((source.args, source.kwargs))
 
 
 class LazyTensor(torch.Tensor):
@@ -34,9 +66,9 @@ class LazyTensor(torch.Tensor):
         return made
 
     def read(self, made: ReadCache | None = None) -> torch.Tensor:
-        """The values, on the host, or on the device of what ``made`` has of them, which also caches what is shared. They may be in a mapped
-        file, so copy them before changing them."""
-        found = self.source({} if made is None else made)
+        """The values, on the host, or on the device of what ``made`` has of them. They may be in a mapped file, so copy them before
+        changing them."""
+        found = self.source(ReadCache([self]) if made is None else made)
         assert isinstance(found, torch.Tensor)
         return found
 
@@ -67,9 +99,7 @@ class _Call:
         self.func, self.args, self.kwargs = func, args, kwargs
 
     def __call__(self, made: ReadCache) -> Any:
-        if id(self) not in made:
-            made[id(self)] = self.func(*_read(self.args, made), **_read(self.kwargs, made))
-        return made[id(self)]
+        return made.result_of(self, lambda: self.func(*_read(self.args, made), **_read(self.kwargs, made)))
 
 
 class _Part:
@@ -89,12 +119,13 @@ class FileTensor:
         self.file, self.name = file, name
 
     def __call__(self, made: ReadCache) -> Any:
-        if id(self) in made:
-            return made[id(self)]
-        opened, mapped = made.pop(self.file, None) or (safe_open(str(self.file), framework="pt"), 0)
-        tensor = opened.get_tensor(self.name)
+        return made.result_of(self, lambda: self._read(made.files))
+
+    def _read(self, files: dict[Path, tuple[Any, int]]) -> torch.Tensor:
+        opened, mapped = files.pop(self.file, None) or (safe_open(str(self.file), framework="pt"), 0)
+        tensor: torch.Tensor = opened.get_tensor(self.name)
         if mapped + tensor.nbytes <= MAPPED:  # keep it open: parsing a header of 12288 tensors takes 10 ms
-            made[self.file] = (opened, mapped + tensor.nbytes)
+            files[self.file] = (opened, mapped + tensor.nbytes)
         return tensor
 
 
@@ -114,17 +145,16 @@ def lazy_tensors(files: Sequence[Path]) -> dict[str, torch.Tensor]:
 
 
 def materialise(
-    module: nn.Module, device: torch.device, dtype: torch.dtype | None, left: Sequence[nn.Module] = (), made: ReadCache | None = None
+    module: nn.Module, device: torch.device, dtype: torch.dtype | None, left: Sequence[nn.Module] = (), staged: Staged | None = None
 ) -> None:
     """Read all lazy tensors of ``module`` in place, and move everything to ``device``, floating point to ``dtype`` (None: as stored).
 
-    Modules ``left`` and their submodules stay as they are. What is in ``made`` is not read again."""
-    made = {} if made is None else made
-    placed: dict[int, torch.Tensor] = {}  # a tensor that two modules share stays shared
+    Modules ``left`` and their submodules stay as they are. What is ``staged`` is not read again, and released when it has been used."""
     skipped = {id(inner) for outer in left for inner in outer.modules()}
-    for owner, name, value in tensors_of(module):
-        if id(owner) in skipped:
-            continue
+    found = [(owner, name, value) for owner, name, value in tensors_of(module) if id(owner) not in skipped]
+    made = ReadCache({id(value): value for _, _, value in found}.values(), staged)
+    placed: dict[int, torch.Tensor] = {}  # a tensor that two modules share stays shared
+    for owner, name, value in found:
         if id(value) not in placed:
             placed[id(value)] = materialised(value, device, dtype, made)
         set_tensor(owner, name, placed[id(value)])
@@ -132,16 +162,25 @@ def materialise(
 
 def file_tensors(value: Any) -> Iterator[FileTensor]:
     """The checkpoint tensors that ``value``, or the values in it, are made from."""
+    for source in _sources(value):
+        if isinstance(source, _Call):
+            yield from file_tensors((source.args, source.kwargs))
+        else:
+            yield source
+
+
+def _sources(value: Any) -> Iterator[FileTensor | _Call]:
+    """What ``value``, or the values in it, are read from directly."""
     match value.source if isinstance(value, LazyTensor) else value:
-        case FileTensor() as leaf:
-            yield leaf
+        case FileTensor() | _Call() as source:
+            yield source
         case _Part() as part:
-            yield from file_tensors(part.call)
-        case _Call() as call:
-            yield from file_tensors([*call.args, *call.kwargs.values()])
+            yield part.call
         case list() | tuple() as several:
             for each in several:
-                yield from file_tensors(each)
+                yield from _sources(each)
+        case Mapping() as named:
+            yield from _sources(list(named.values()))
 
 
 def set_tensor(owner: nn.Module, name: str, value: torch.Tensor) -> None:

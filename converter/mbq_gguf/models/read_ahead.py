@@ -15,7 +15,7 @@ from threading import Thread
 import torch
 from torch import nn
 
-from mbq_gguf.models.lazy import FileTensor, ReadCache, file_tensors, tensors_of
+from mbq_gguf.models.lazy import FileTensor, ReadCache, Staged, file_tensors, tensors_of
 
 PAGE = 4096  # bytes; the unit in which the system reads
 ALIGNED = 64  # bytes; alignment of each tensor
@@ -25,13 +25,13 @@ class ReadAhead:
     """Reads all lazy tensors of ``module`` in the background."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._made: ReadCache = {}
+        self._made: Staged = {}
         self._device, self._keeps = device, device.type == "cuda"
         found = {id(leaf): leaf for _, _, value in tensors_of(module) for leaf in file_tensors(value)}
         self._thread = Thread(target=self._read, args=(list(found.values()),), daemon=True)
         self._thread.start()
 
-    def taken(self) -> ReadCache:
+    def taken(self) -> Staged:
         """Wait for the data for a GPU, start copying it there and hand it over, for :func:`mbq_gguf.models.lazy.materialise`.
 
         Empty for a CPU, or if no memory could be page-locked: then the files are read as usual.
@@ -47,7 +47,7 @@ class ReadAhead:
         self._thread.join()
 
     def _read(self, found: Sequence[FileTensor]) -> None:
-        opened: ReadCache = {}
+        opened = ReadCache()
         wholes = [leaf(opened) for leaf in found]
         if not self._keeps:
             for whole in wholes:
@@ -59,7 +59,7 @@ class ReadAhead:
             return
 
 
-def copied(made: ReadCache, device: torch.device) -> ReadCache:
+def copied(made: Staged, device: torch.device) -> Staged:
     """``made`` on a GPU. It is copied while the GPU runs what was launched before; what is launched later waits for it. A layer of a 7B
     takes 8.5 ms."""
     stream, main = _copy_stream(device), torch.cuda.current_stream(device)
