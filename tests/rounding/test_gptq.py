@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from grids import grid_for
 from mbq_gguf.formats.mbq3 import MBQ3, MBQ3_64
 from mbq_gguf.formats.quant_type import QuantType
-from mbq_gguf.rounding.gptq import objective, round_gptq
+from mbq_gguf.formats.registry import quant_type
+from mbq_gguf.rounding.gptq import code_gptq, objective, round_gptq
 from mbq_gguf.rounding.inverse import inverse_factor
 from mbq_gguf.rounding.nearest import round_nearest
 
@@ -51,6 +54,16 @@ def test_bytes_give_the_weights_back(kind: QuantType) -> None:
     x = correlated_inputs(9)
     rounded = round_gptq(weights(9), inverse_factor(x.t() @ x, 0.01), grid_for(kind))
     np.testing.assert_array_equal(kind.dequantize(rounded.data), rounded.weight.numpy())
+
+
+@pytest.mark.parametrize("kind", ["MBQ3S", "Q3_K", "W4A8", "W8A8"])
+def test_codes_of_a_byte_are_as_good_as_floats(kind: str) -> None:
+    """W8A8's range is 254 wide, so int8 codes must not be shifted as such."""
+    grid = grid_for(quant_type(kind))
+    coded = code_gptq(weights(3), torch.eye(COLUMNS), grid)
+    small, large = (replace(coded, codes=coded.codes.to(dtype)).rounded(grid) for dtype in (torch.int8, torch.float32))
+    np.testing.assert_array_equal(small.data, large.data)
+    assert torch.equal(small.weight, large.weight)
 
 
 def test_factor_inverts_the_damped_hessian() -> None:

@@ -117,13 +117,15 @@ class Replay:
             with self._resumed(self.layer, number), Watch(self.layer, sites) as watch:
                 run_batch(self.layer, batch)
             of_tokens = torch.cat([weights(stream, sites[0]) for stream in batch]).to(self.layer.device)
-            seen = [(site, watch.inputs[site.name][0].float()) for site in sites if site.name in watch.inputs]
-            return {site.name: root_weighted(x, self.layer.row_weights(site, of_tokens)) for site, x in seen}
+            reached = [site for site in sites if site.name in watch.inputs]
+            inputs = ((site, watch.inputs.pop(site.name)[0].float()) for site in reached)  # released one by one
+            return {site.name: root_weighted(x, self.layer.row_weights(site, of_tokens)) for site, x in inputs}
 
         for _, parts in parallel_map(range(len(self.batches)), rooted_inputs):
-            for name, rooted in parts.items():
+            while parts:  # not kept beside those of the next batch
+                name, rooted = parts.popitem()
                 found.setdefault(name, Sum.square_of(rooted)).add_square(rooted)
-        return {name: Moments(total.whole_square()) for name, total in found.items()}
+        return {name: Moments(found.pop(name).whole_square()) for name in list(found)}
 
     @torch.no_grad()
     def advance(self) -> None:

@@ -43,8 +43,8 @@ def carry(later: torch.Tensor, factor: torch.Tensor, errors: torch.Tensor) -> No
 
 @dataclass(frozen=True)
 class Coded:
-    """A rounded weight before packing: ``codes`` float32 [rows, columns], ``scale`` and ``offset`` float32 [rows, groups] as stored in the
-    file, and the ``steps`` [rows, blocks, 2] of K-quants (0 for other types)."""
+    """A rounded weight before packing: ``codes`` float32 or int8 [rows, columns], ``scale`` and ``offset`` float32 [rows, groups] as
+    stored in the file, and the ``steps`` [rows, blocks, 2] of K-quants (0 for other types)."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -59,11 +59,11 @@ class Coded:
     def values(self, grid: Grid) -> torch.Tensor:
         """The dequantised weights [rows, columns]."""
         scale, offset = (value.repeat_interleave(grid.group, 1) for value in (self.scale, self.offset))
-        return self.codes * scale + offset
+        return self.codes.float() * scale + offset
 
     def rounded(self, grid: Grid) -> Rounded:
         """Packed bytes and dequantised values."""
-        return Rounded(grid.packed(self.codes, self.scale, self.offset, self.steps).cpu().numpy(), self.values(grid))
+        return Rounded(grid.packed(self.codes.float(), self.scale, self.offset, self.steps).cpu().numpy(), self.values(grid))
 
 
 def round_gptq(weight: torch.Tensor, factor: torch.Tensor, grid: Grid, fit: Fit | None = None) -> Rounded:

@@ -43,7 +43,7 @@ class Refinement:
 @dataclass(frozen=True)
 class Matrix:
     """A rounded matrix: the type's name, bytes and values, and the ``grid`` and codes from GPTQ (None without it). Bytes from GPTQ on a GPU
-    are still being copied to the host.
+    are still being copied to the host. Codes are int8: every matrix of a layer is kept until its end.
     """
 
     type_name: str
@@ -68,8 +68,8 @@ def round_in_order(
             names = [name for name in site.readers if kinds[name] == kept]
             weights = [layer.linear(name).weight for name in names]
             for name, weight, matrix in zip(names, weights, _rounded(weights, kept, found, refinement), strict=True):
-                weight.detach().copy_(matrix.rounded.weight)
-                out[name] = matrix
+                values = weight.detach().copy_(matrix.rounded.weight)
+                out[name] = replace(matrix, rounded=replace(matrix.rounded, weight=values))
     return {name: out[name] for name in layer.layout.readers}
 
 
@@ -98,7 +98,7 @@ def _shared_rows(count: int, code: Callable[[slice], Coded], grid: Grid) -> tupl
         parts = {"codes": own.codes.to(CODES), "scale": own.scale, "offset": own.offset, "steps": own.steps, "data": data}
     found = [parts] if parallel.world_size() == 1 else [other for other in parallel.all_gather(parts) if other]
     rows = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-    return Coded(rows["codes"].float(), rows["scale"], rows["offset"], rows["steps"]), rows["data"]
+    return Coded(rows["codes"], rows["scale"], rows["offset"], rows["steps"]), rows["data"]
 
 
 def refined(weight: torch.Tensor, found: Moments, grid: Grid, refinement: Refinement) -> Coded:
