@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
+from mbq_gguf.calibration.experts import TOKENS
 from mbq_gguf.models.file_rows import TABLE
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.loaded import LoadedModel
@@ -110,11 +111,18 @@ LEARNED = 1.4  # per pass of --learn-scales: 2855 s instead of 435 with four pas
 
 @dataclass(frozen=True)
 class Site:
-    """A site of a layer: columns and rows of the matrices that read it, and the share of tokens that pass through them (experts)."""
+    """A site of a layer: columns and rows of the matrices that read it, and the share of tokens that pass through them. An expert's is one
+    of ``experts``, and sees ``least`` tokens while it is rounded, if there are as many (calibration/experts.py)."""
 
     columns: int
     rows: int
     share: float = 1.0
+    experts: int = 1
+    least: int = 0
+
+    def seen(self, tokens: int) -> float:
+        """The number of ``tokens`` that are seen while it is rounded."""
+        return max(tokens * self.share, min(tokens, self.least))
 
     @property
     def compared(self) -> int:
@@ -171,15 +179,18 @@ def work_of(model: LoadedModel, *, checkpoint: int, files: int, samples: int, sa
 def sites_of(model: LoadedModel) -> list[list[Site]]:
     """The sites of every decoder layer."""
     layers = []
-    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+    text = model.config.get_text_config()
+    chosen = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None) or 1
+    least = TOKENS * model.decoder.embed_tokens.embedding_dim
     for module in model.decoder.layers:
         layout = model.decoder.layout.of(module)
         linears = {name: Layer(module, 0, layout).holder(name) for name in layout.readers}
         sites = []
         for site in layout.sites:
             readers = {id(linears[name]): linears[name] for name in site.readers}.values()  # count a fused linear once
-            share = 1.0 if site.expert is None else chosen / sum(other.stage == site.stage for other in layout.sites)
-            sites.append(Site(max(each.in_features for each in readers), sum(each.out_features for each in readers), share))
+            columns, rows = max(each.in_features for each in readers), sum(each.out_features for each in readers)
+            experts = sum(other.stage == site.stage for other in layout.sites) if site.expert is not None else 1
+            sites.append(Site(columns, rows) if experts == 1 else Site(columns, rows, chosen / experts, experts, least))
         layers.append(sites)
     return layers
 
@@ -189,7 +200,7 @@ def layer_seconds(work: Work, sites: Sequence[Site], rates: Rates) -> float:
     weights = sum(site.columns * site.rows for site in sites)
     total = 0.0
     for site in sites:
-        tokens = work.tokens * site.share
+        tokens = site.seen(work.tokens)
         squares = HALF * site.columns + site.compared
         total += tokens * site.columns * (site.rows * rates.multiplied + rates.moved + squares * rates.squared)
         total += site.columns * rates.column + site.columns**2 * site.rows * rates.product

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from mbq_gguf.calibration.batches import TOKENS, TOKENS_ON_CARD
 from mbq_gguf.calibration.narrow import NARROW, SHARE
 from mbq_gguf.cost import Site, Work
 
@@ -16,6 +18,8 @@ PROCESS = 1.1e9  # Python, torch, transformers and their buffers
 DRIVER = 1.9e9  # host memory of the GPU driver
 SQUARED = 34.0  # per pair of channels of a site: Hessian, cross moments, float64 factors and refits
 CODED = 64.0  # per weight of a site: codes, scales, changes and buffers of the range search
+STORED = 2.0  # per weight of a layer, as the checkpoint has it, while it becomes float32
+ROUNDED = 1.2  # per weight of a layer: codes and scales of its rounded matrices
 
 
 class Memory(NamedTuple):
@@ -39,14 +43,14 @@ def estimate_memory(work: Work, device: str, free: Memory = ENDLESS, share: floa
     ends = 4.0 * (work.ends + work.tower)
     layer = max((sum(site.columns * site.rows for site in sites) for sites in work.layers), default=0)
     rounding = 4.0 * layer + (rounding_bytes(work.layers) if work.tokens else 0.0)
-    a_token = max((2 * sum(_compared(sites)) + 4 * sum(_shared(sites[1::2])) for sites in work.layers), default=0) + 12 * work.width
+    a_token = max((2 * sum(_compared(sites)) + 4 * sum(_shared(sites)) for sites in work.layers), default=0) + 12 * work.width
     activations = float(work.tokens * a_token)
     if device != "cpu":
         kept = min(activations, max(0.0, free.card - rounding))  # on the GPU, from which embeddings and head are released meanwhile
         held = min(activations - kept, max(0.0, share - PROCESS - DRIVER))
         one_end = 4.0 * work.vocabulary * work.width  # while it is read, or packed for the file
         card = max(ends + _writing(work, 16, free.card - ends), rounding + kept)
-        return Memory(PROCESS + DRIVER + max(held, one_end), card, activations - kept - held)
+        return Memory(PROCESS + DRIVER + _page_locked(layer) + max(held, one_end), card, activations - kept - held)
     activations += work.tokens * max((2 * sum(_compared(sites)) + 4 * work.width for sites in work.layers), default=0)
     ahead = 4.0 * layer if work.tokens else 0.0  # the original model's next layer; the activations above are its too (walk/ahead.py)
     held = min(activations, max(0.0, share - PROCESS - ends))
@@ -67,9 +71,25 @@ def suggest_options(work: Work, device: str, free: Memory, share: float) -> str 
 
 
 def rounding_bytes(layers: Sequence[Sequence[Site]]) -> float:
-    """Bytes on the device that rounding the largest site takes, in addition to the layer itself."""
-    sites = [site for sites in layers for site in sites]
-    return max((max(SQUARED * site.columns**2, CODED * site.columns * site.rows) for site in sites), default=0.0)
+    """Bytes on the device that a layer takes in addition to its float32 weights: rounding it, or reading the next one in its place."""
+    sizes = [(sum(site.columns * site.rows for site in sites), max(map(_site_bytes, sites))) for sites in layers if sites]
+    return max((max(STORED * weights, ROUNDED * weights + largest) for weights, largest in sizes), default=0.0)
+
+
+def _site_bytes(site: Site) -> float:
+    """Bytes that rounding ``site`` takes. Experts of a stage are summed together, so the Hessians of all are there, and before that also
+    their inputs of one batch."""
+    rounding = max(SQUARED * site.columns**2, CODED * site.columns * site.rows)
+    if site.experts == 1:
+        return rounding
+    rows = max(site.share * TOKENS_ON_CARD, min(site.least, TOKENS))
+    return 4.0 * site.experts * site.columns * site.columns + max(rounding, 4.0 * site.experts * site.columns * rows)
+
+
+def _page_locked(layer: int) -> float:
+    """Bytes of host memory from which a GPU copies layers of that many weights: one may be read while the last one is copied. PyTorch
+    rounds each up to a power of two (models/read_ahead.py)."""
+    return 2.0 * 2.0 ** math.ceil(math.log2(STORED * layer)) if layer else 0.0
 
 
 def _writing(work: Work, bits: int, room: float) -> float:
@@ -79,11 +99,11 @@ def _writing(work: Work, bits: int, room: float) -> float:
     return next((size for size in sizes if size <= SHARE * room), sizes[-1] / SHARE)
 
 
-def _compared(sites: Sequence[Site]) -> list[float]:
-    """Channels per token and site that are kept of the original layer."""
-    return [site.compared * site.share for site in sites]
+def _compared(sites: Sequence[Site]) -> list[int]:
+    """Channels per token and site that are kept of the original layer; none of experts."""
+    return [site.compared for site in sites if site.experts == 1]
 
 
-def _shared(sites: Sequence[Site]) -> list[float]:
+def _shared(sites: Sequence[Site]) -> list[int]:
     """Channels per token of the inputs that are kept of the quantised layer: those of every other site, the last of each branch."""
-    return [site.columns * site.share for site in sites]
+    return [site.columns for site in sites[1::2] if site.experts == 1]
