@@ -83,27 +83,29 @@ CPU = Rates(
 # Replaces rates of CPU if rounding's C kernels are available (rounding/kernels): 0.72 core seconds for a layer of the reference VLM,
 # of which 0.29 for products, on machine A while it did other work, 2026-11-29.
 COMPILED = {"rounded": 1.2e-7, "product": 1.0e-10}
-# One H200 without other work, 16 threads, a 7B's shapes with default options and two layers of a 72B's, 2026-11-28. Rounding, with its
-# kernels: the four matrices of a 7B's layer, 2026-11-29.
+# One H200, a 7B's shapes with default options, 2026-11-29 (docs/log.md): rounding by each of a layer's four sites, passes by what the layer
+# takes besides, texts and writing by runs of 8 and of 28 layers. Compiling Triton's kernels, some 12 s once for a user, is left out.
 CARD = Rates(
-    start=14.0,
-    read=5e-10,
-    stream=0.05,
+    start=13.0,
+    read=3e-10,
+    stream=0.06,
     seen=0.0,
-    step=0.07,
-    layer_step=4e-4,
+    step=0.03,
+    layer_step=3.1e-3,
     written=0.0,
     scored=0.0,
-    moved=2e-10,
-    multiplied=2e-14,
-    squared=1.03e-14,
-    column=4e-6,
-    rounded=1.8e-9,
-    product=6.1e-13,
+    moved=3e-11,
+    multiplied=1.4e-14,
+    squared=8e-15,
+    column=3.4e-6,
+    rounded=5.6e-10,
+    product=5.6e-13,
     packed=2e-9,
-    stored=1.0e-9,
+    stored=2.4e-9,
     nearest=6e-8,
 )
+# The share of a stage's time that several GPUs divide: two took 0.863 s for a layer and 7 s for capture, one 1.54 and 10 (docs/cards.md).
+DIVIDED = {"capture": 0.6, "layers": 0.88}
 HALF = 0.65  # share of the products of a symmetric sum that is computed (calibration/sums.py)
 SEARCHED = 3.4  # factor of a layer's time with the search for channel factors (MBQ, AWQ): 1483 s instead of 435 for the reference VLM
 LEARNED = 1.4  # per pass of --learn-scales: 2855 s instead of 435 with four passes
@@ -214,15 +216,16 @@ def rates_at(speed: Speed, compiled: bool = False) -> Rates:
     return Rates(**{name: seconds * factors.get(name, small) for name, seconds in (asdict(CPU) | (COMPILED if compiled else {})).items()})
 
 
-def stage_seconds(work: Work, rates: Rates, searched: bool = False, learned: int = 0) -> dict[str, float]:
-    """Seconds by stage, with a conversion's names of stages."""
+def stage_seconds(work: Work, rates: Rates, searched: bool = False, learned: int = 0, processes: int = 1) -> dict[str, float]:
+    """Seconds by stage, with a conversion's names of stages, for one or several ``processes`` with a GPU each."""
     times = (SEARCHED if searched else 1.0) + LEARNED * learned
     texts = STEPS * (rates.step + rates.layer_step * len(work.layers))
     texts += STEPS * work.texts * ((work.weights + work.vocabulary * work.width) * rates.written + work.vocabulary * rates.scored)
-    return {
+    alone = {
         "load": rates.start + work.checkpoint * rates.read,
         "capture": work.streams * rates.stream + work.tokens * work.tower * rates.seen,
         "texts": texts if work.texts else 0.0,
         "layers": times * sum(layer_seconds(work, sites, rates) for sites in work.layers) if work.tokens else 0.0,
         "write": (work.ends + work.table) * rates.packed + work.files * rates.stored,
     }
+    return {stage: seconds * (1 - DIVIDED.get(stage, 0.0) * (1 - 1 / processes)) for stage, seconds in alone.items()}

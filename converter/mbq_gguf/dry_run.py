@@ -18,6 +18,7 @@ import torch
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
+from mbq_gguf import launch
 from mbq_gguf.calibration.dataset import FREE_ANSWER_TOKENS, FREE_QUESTION, Drawn
 from mbq_gguf.convert import ConvertOptions, Quantised, host_limit, text_file
 from mbq_gguf.cost import CARD, Speed, Work, rates_at, stage_seconds, work_of
@@ -59,7 +60,8 @@ class Expected:
         card = f", {megabytes(round(self.memory.card))} of GPU memory" if self.memory.card else ""
         disk = f", {megabytes(round(self.memory.disk))} of disk beside the finished layers" if self.memory.disk else ""
         vision = f", {self.report.mmproj.name} {megabytes(self.mmproj_bytes)}" if self.report.mmproj else ""
-        needed = f"about {megabytes(round(self.memory.host))} of memory{card}{disk} and {duration(self.seconds)}"
+        each = f" for each of {launch.count()} processes" if launch.count() > 1 else ""
+        needed = f"about {megabytes(round(self.memory.host))} of memory{card}{disk}{each} and {duration(self.seconds)}"
         return Group(
             type_table(self.report),
             Text(f"{self.report.out.name} {megabytes(self.text_bytes)}{vision}"),
@@ -153,7 +155,8 @@ def expected_memory(options: ConvertOptions, work: Work) -> tuple[Memory, str]:
     """The memory that the conversion needs, and a sentence with options that need less if that much is not free, else ""."""
     device = torch.device(options.device)
     card = 0.0 if device.type == "cpu" else float(available(device))
-    free, share = Memory(float(process_bytes() + available(torch.device("cpu"))), card), float(host_limit(options))
+    host = process_bytes() + available(torch.device("cpu")) / launch.neighbours()
+    free, share = Memory(host, card), float(host_limit(options))
     needed = estimate_memory(work, options.device, free, share)
     if needed.fits(free):
         return needed, ""
@@ -170,7 +173,8 @@ def expected_seconds(options: ConvertOptions, work: Work) -> float:
     rates = rates_at(measure_speed(), kernels_for(torch.empty(0)) is not None) if options.device == "cpu" else CARD
     if not work.tokens:
         return work.weights * rates.nearest + stage_seconds(work, rates)["write"]
-    return sum(stage_seconds(work, rates, searched, options.learn_scales).values())
+    processes = 1 if options.device == "cpu" else launch.count()  # on a CPU, one already uses all cores
+    return sum(stage_seconds(work, rates, searched, options.learn_scales, processes).values())
 
 
 def measure_speed() -> Speed:
