@@ -9,13 +9,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from grids import grid_for
 from mbq_gguf.calibration.experts import seeing_others, shares_of
 from mbq_gguf.calibration.moments import Replay
 from mbq_gguf.calibration.streamed import Streamed
 from mbq_gguf.calibration.token_weights import uniform
+from mbq_gguf.formats.grid import to_f16
+from mbq_gguf.formats.mbq3 import MBQ3_64
 from mbq_gguf.models.experts import Experts, open_experts
 from mbq_gguf.models.layer import Layer
 from mbq_gguf.models.layouts import layout_of
+from mbq_gguf.rounding.gptq import code_gptq
+from mbq_gguf.rounding.learned import learn
 from mbq_gguf.rounding.sequence import Refinement, round_in_order
 from torch import nn
 from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
@@ -147,3 +152,19 @@ def test_a_starved_expert_is_not_ruined(layer: Layer) -> None:
     starved, reached = errors[True]
     assert starved <= 1.1 * reached
     assert errors[False][0] >= 1.5 * reached
+
+
+def test_scales_of_an_expert_that_nothing_reaches_stay(layer: Layer) -> None:
+    """While those of the others are learned, which were 5 % off."""
+    inputs = [stream_of(tokens(60, seed)[:, 1:]) for seed in range(4)]
+    targets = [layer.run(stream.hidden, {}) for stream in inputs]
+    grid, coded = grid_for(MBQ3_64), {}
+    for name in layer.layout.readers:
+        weight = layer.linear(name).weight
+        right = code_gptq(weight.detach(), torch.eye(weight.shape[1]), grid)
+        coded[name] = (grid, replace(right, scale=to_f16(right.scale * 1.05)))
+        weight.data.copy_(coded[name][1].values(grid))
+    found = learn(layer, inputs, targets, uniform, coded, passes=20)
+    assert found.keys() == coded.keys()
+    same = {name for name, better in found.items() if torch.equal(better.scale, coded[name][1].scale)}
+    assert same == {name for name in coded if f".{STARVED}." in name}

@@ -84,9 +84,9 @@ def learn(
         with torch.enable_grad():
             matrices = layer.parameters_with({name: line.weight() for name, line in lines.items()})
             losses = [_error(layer, prefix[i], targets[i], weights, matrices) for i in drawn]
-            gradients = torch.autograd.grad(torch.stack(losses).sum() / before, parameters)
+            gradients = torch.autograd.grad(torch.stack(losses).sum() / before, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient  # None for an expert that no token has reached; the step leaves it as it is
         optimiser.step()
         schedule.step()
     found = {name: line.result() for name, line in lines.items()}
