@@ -62,8 +62,8 @@ def weights_of(model: LoadedModel) -> int:
 
 def staged_of(model: LoadedModel) -> Staged:
     """All of layer 0, as it is copied to a GPU."""
-    leaves = {id(leaf): leaf for _, _, value in tensors_of(model.decoder.layers[0]) for leaf in file_tensors(value)}
-    return {key: leaf(ReadCache()).clone() for key, leaf in leaves.items()}
+    values = [value for _, _, value in tensors_of(model.decoder.layers[0])]
+    return {id(leaf): leaf(ReadCache()).clone() for leaf in file_tensors(values)}
 
 
 @pytest.mark.parametrize(

@@ -160,11 +160,15 @@ def materialise(
         set_tensor(owner, name, placed[id(value)])
 
 
-def file_tensors(value: Any) -> Iterator[FileTensor]:
-    """The checkpoint tensors that ``value``, or the values in it, are made from."""
+def file_tensors(value: Any, seen: set[int] | None = None) -> Iterator[FileTensor]:
+    """The checkpoint tensors that ``value``, or the values in it, are made from, each once; those ``seen`` (by identity) are left out."""
+    seen = set() if seen is None else seen
     for source in _sources(value):
+        if id(source) in seen:
+            continue
+        seen.add(id(source))
         if isinstance(source, _Call):
-            yield from file_tensors((source.args, source.kwargs))
+            yield from file_tensors((source.args, source.kwargs), seen)
         else:
             yield source
 

@@ -27,8 +27,8 @@ class ReadAhead:
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._made: Staged = {}
         self._device, self._keeps = device, device.type == "cuda"
-        found = {id(leaf): leaf for _, _, value in tensors_of(module) for leaf in file_tensors(value)}
-        self._thread = Thread(target=self._read, args=(list(found.values()),), daemon=True)
+        found = list(file_tensors([value for _, _, value in tensors_of(module)]))
+        self._thread = Thread(target=self._read, args=(found,), daemon=True)
         self._thread.start()
 
     def taken(self) -> Staged:
