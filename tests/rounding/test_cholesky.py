@@ -1,4 +1,4 @@
-"""Cholesky factors by blocks are those of LAPACK, and what has none is told."""
+"""Cholesky factors in blocks, and columns of their inverses, are those of LAPACK; a matrix without one is reported."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ def positive(size: int) -> torch.Tensor:
     return x @ x.t()
 
 
-@pytest.mark.parametrize(("size", "width"), [(70, 8), (64, 16), (65, 16), (5, 1), (40, 10), (40, 100)])
+def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return float((found - expected).abs().max() / expected.abs().max()) < FLOAT64
+
+
+@pytest.mark.parametrize(("size", "width"), [(70, 8), (64, 16), (65, 16), (6, 1), (40, 10), (40, 100)])
 def test_as_lapack(size: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(module.WIDTH, "cpu", width)
     expected = torch.linalg.cholesky(positive(size))
-    lower, info = cholesky(positive(size))
-    assert int(info) == 0
-    assert float((lower.tril() - expected).abs().max() / expected.abs().max()) < FLOAT64
+    found = cholesky(positive(size))
+    assert int(found.info) == 0
+    assert bool(found.inverses) == (size > module.LEAST * width)
+    assert same(found.lower.tril(), expected)
+    inverse = torch.linalg.inv(expected)
+    for first in range(0, size, 2 * width):
+        columns = inverse[first:, first : first + 2 * width]
+        assert same(found.inverse(first, columns.shape[1]), columns)
 
 
 @pytest.mark.parametrize("place", [0, 30, 69])
@@ -29,6 +38,6 @@ def test_no_factor(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(module.WIDTH, "cpu", 8)
     matrix = positive(70)
     matrix[place, place] = -1.0
-    assert int(cholesky(matrix.clone())[1]) != 0
+    assert int(cholesky(matrix.clone()).info) != 0
     matrix[place, place] = torch.nan
-    assert int(cholesky(matrix)[1]) != 0
+    assert int(cholesky(matrix).info) != 0

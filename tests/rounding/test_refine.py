@@ -14,7 +14,7 @@ from mbq_gguf.formats.mbq3 import MBQ3_64
 from mbq_gguf.formats.mbq3s import MBQ3S_64
 from mbq_gguf.formats.quant_type import QuantType
 from mbq_gguf.formats.registry import quant_type_for
-from mbq_gguf.rounding import gptq, inverse
+from mbq_gguf.rounding import gptq, inverse, sequence
 from mbq_gguf.rounding.descent import descend
 from mbq_gguf.rounding.gptq import Coded, code_gptq, objective
 from mbq_gguf.rounding.inverse import damped, inverse_factor
@@ -183,7 +183,8 @@ def test_zeros_of_the_factor_can_be_left_out(monkeypatch: pytest.MonkeyPatch) ->
     found = Moments(x.t() @ x, other.t() @ x)
     factor = inverse_factor(found.hessian, 0.01)
     whole = corrected(weight, found, factor, 0.5)
-    monkeypatch.setitem(inverse.COLUMNS_SOLVED, "cpu", 48)
+    for at_once in (inverse.COLUMNS_SOLVED, sequence.COLUMNS_CORRECTED):
+        monkeypatch.setitem(at_once, "cpu", 48)
     assert COLUMNS % 48
     torch.testing.assert_close(inverse_factor(found.hessian, 0.01), factor, rtol=1e-6, atol=0)  # float64 rounded to float32
     miss = corrected(weight, found, factor, 0.5) - whole

@@ -14,6 +14,7 @@ TILE = 384  # rows per tile
 # Minimum for a symmetric sum, where half is left out and a tile has an eighth of the rows: 2048 tokens of 576 columns take a core 4.1 ms
 # instead of 5.9 with tiles of 384, and with 1536 columns 32.0 instead of 35.0.
 SMALLEST = 96
+MIRRORED = 2048  # rows of a symmetric sum whose transpose is copied at a time
 
 
 @dataclass
@@ -57,9 +58,14 @@ class Sum:
         return self.total
 
     def whole_square(self) -> torch.Tensor:
-        """The complete symmetric sum of :meth:`add_square`."""
+        """The complete symmetric sum of :meth:`add_square`; its lower triangle is filled in place."""
         parallel.gather_pieces([self.total[tile, tile.start :] for tile in self._tiles()])
-        return self.total.triu() + self.total.triu(1).t()
+        for start in range(0, len(self.total), MIRRORED):
+            here, later = slice(start, start + MIRRORED), slice(start + MIRRORED, None)
+            square = self.total[here, here]
+            square.copy_(square.triu() + square.triu(1).t())
+            self.total[later, here] = self.total[here, later].t()
+        return self.total
 
     def _tiles(self) -> list[slice]:
         return [slice(start, start + self.tile) for start in range(0, len(self.total), self.tile)]

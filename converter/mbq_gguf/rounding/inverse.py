@@ -13,15 +13,11 @@ from mbq_gguf.memory import to_host
 from mbq_gguf.rounding.cholesky import cholesky
 
 # Columns of the inverse factor per piece: all of them in float64 would take 2.9 GB for 18944 columns. Pieces skip zeros, and small ones
-# skip more: on a CPU, 1536 columns take 80 ms instead of 108. A GPU is better at large products.
-COLUMNS_SOLVED = {"cpu": 256, "cuda": 4096}
+# skip more: on a CPU, 1536 columns take 80 ms instead of 108. A GPU is better at large products. A factor in blocks takes two of
+# them at a time.
+COLUMNS_SOLVED = {"cpu": 256, "cuda": 2048}
 
 _later: list[list[torch.Tensor]] = []
-
-
-def columns_solved(device: torch.device) -> int:
-    """COLUMNS_SOLVED for ``device``; other kinds of devices are treated like GPUs."""
-    return COLUMNS_SOLVED["cpu" if device.type == "cpu" else "cuda"]
 
 
 def damped(hessian: torch.Tensor, damping: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -44,22 +40,19 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     some of the columns, so all of them must call this. Raises UserError if the matrix is not positive definite, but see
     :func:`faults_later`.
     """
-    lower, info = cholesky(damped(hessian, damping).flip(0, 1))
-    fault = (info != 0) | ~lower.diagonal().isfinite().all()  # not every library reports NaN
+    found = cholesky(damped(hessian, damping).flip(0, 1))
+    fault = (found.info != 0) | ~found.lower.diagonal().isfinite().all()  # not every library reports NaN
     if _later:
         _later[-1].append(to_host(fault))
     else:
         check_factored([fault])
     factor = torch.zeros_like(hessian, dtype=torch.float32)
-    at_once = columns_solved(hessian.device)
-    heights = range(len(lower), 0, -at_once)  # of the pieces of L^-1, without the zeros above
+    at_once = 2 * len(found.inverses[0]) if found.inverses else COLUMNS_SOLVED["cpu" if hessian.device.type == "cpu" else "cuda"]
+    heights = range(len(hessian), 0, -at_once)  # of the pieces of L^-1, without the zeros above
 
     def solved(piece: int) -> torch.Tensor:
-        height = heights[piece]
-        unit = lower.new_zeros(height, min(at_once, height))
-        unit.fill_diagonal_(1.0)
-        found: torch.Tensor = torch.linalg.solve_triangular(lower[-height:, -height:], unit, upper=False)
-        return found.flip(0, 1).float()
+        columns = min(at_once, heights[piece])
+        return found.inverse(len(hessian) - heights[piece], columns).flip(0, 1).float()
 
     for piece, part in parallel.balanced_map([height**2 * min(at_once, height) for height in heights], solved):
         factor[: heights[piece], max(heights[piece] - at_once, 0) : heights[piece]] = part
