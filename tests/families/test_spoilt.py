@@ -91,12 +91,23 @@ def test_merged_matrices_of_another_shape_are_named(name: str, rows: tuple[int, 
         as_llama.parts_of(name, torch.zeros(rows), 8, 2)
 
 
-def test_more_layers_than_llama_cpp_has_room_for_are_refused_at_once(tmp_path: Path) -> None:
+def test_more_layers_or_experts_than_llama_cpp_has_room_for_are_refused_at_once(tmp_path: Path) -> None:
     nested = [{"llm_config": {"num_hidden_layers": checks.MAX_LAYERS + 1}}, {"vision_config": {"depth": 10**9}}]
+    nested += [{"text_config": {"num_experts": checks.MAX_EXPERTS + 1}}]
     for spoilt in ({"num_layers": 10**9}, {"merger_times": 10**9}, *nested):
         (tmp_path / "config.json").write_text(json.dumps({"architectures": ["InternVLChatModel"], "vision_config": {"a": 1}} | spoilt))
-        with pytest.raises(UsageError, match=r"(layers|depth|merger_times) in the model's config.json is \d+ and llama.cpp supports 512"):
+        with pytest.raises(
+            UsageError, match=r"(layers|depth|merger_times|experts) in the model's config.json is \d+ and llama.cpp supports \d+:"
+        ):
             check_source(tmp_path)
+
+
+@pytest.mark.parametrize("size", [[224, 224, 3], 13, [224, 13], 10**9])
+def test_pictures_of_no_patch_or_of_too_many_are_refused(tmp_path: Path, size: Any) -> None:
+    sound = {"architectures": ["InternVLChatModel"], "vision_config": {"image_size": size, "patch_size": 14}}
+    (tmp_path / "config.json").write_text(json.dumps(sound))
+    with pytest.raises(UserError, match=r"image_size in the model's config.json is .* no height and width from a patch to 65536 pixels"):
+        check_source(tmp_path)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from mbq_gguf.errors import UserError
+from mbq_gguf.models.checks import check_counts, check_image_size
 from mbq_gguf.models.config_types import check_config_types
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -42,7 +43,10 @@ def test_what_is_published_passes() -> None:
 @pytest.mark.parametrize("name", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 def test_what_transformers_saves_passes(name: str) -> None:
     """Every setting of every model that takes pictures, as its class has it by itself."""
-    check_config_types(json.loads(AutoConfig.for_model(name).to_json_string(use_diff=False)))
+    settings = json.loads(AutoConfig.for_model(name).to_json_string(use_diff=False))
+    check_config_types(settings)
+    check_counts(settings)
+    check_image_size(settings)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +71,11 @@ def test_what_transformers_saves_passes(name: str) -> None:
         ("vision_config.image_size", [64, "x"], "no whole number above 0"),
         ("vision_config", ["x"], "no JSON object"),
         ("llm_config", None, "is None and no value"),
+        ("vision_config.deepstack_visual_indexes", None, "is None and no value"),
+        ("vision_config.deepstack_visual_indexes", 3.5, "is 3.5 and no list of whole numbers"),
         ("max_dynamic_patch", 10**9, "is 1000000000 and no whole number from 1 to 100"),
         ("mm_tokens_per_image", 10**9, "no whole number from 1 to 65536"),
+        ("downsample_ratio", 0, "is 0 and no number above 0"),
         ("downsample_ratio", "x" * 1000, "is 'xxx"),
     ],
 )
@@ -80,3 +87,11 @@ def test_another_kind_is_named(place: str, value: Any, words: str) -> None:
     with pytest.raises(UserError, match=rf"^{place} in the model's config.json .*{words}.*: download the model again$") as raised:
         check_config_types(SOUND | spoilt)
     assert len(str(raised.value)) < 200
+
+
+def test_a_flat_model_s_settings_are_those_of_a_language_model() -> None:
+    flat = {name: value for name, value in SOUND.items() if name != "text_config"}
+    check_config_types(flat | {"vocab_size": 500})
+    check_config_types(SOUND | {"vocab_size": None})
+    with pytest.raises(UserError, match=r"^vocab_size in the model's config.json is None and no value"):
+        check_config_types(flat | {"vocab_size": None})

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbq_gguf.errors import UserError, describe
+from mbq_gguf.errors import UserError
 from mbq_gguf.export.anyres_tower import ARCHITECTURES as ANYRES
 from mbq_gguf.export.anyres_tower import anyres_class
 from mbq_gguf.export.as_llama import text_class as as_llama_class
@@ -32,6 +32,7 @@ from mbq_gguf.models import as_llama, internvl, llama4, minicpmv
 from mbq_gguf.models.checks import weight_files
 from mbq_gguf.models.published import TEXT_MODELS
 from mbq_gguf.models.remote_code import runs_remote_code
+from mbq_gguf.models.suspects import describe_failure
 
 FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
 # Names of a decoder's tensors, after any prefix ("model.", "language_model.model.", ...).
@@ -90,7 +91,8 @@ def conversion_errors(model_dir: Path) -> Iterator[None]:
         raise
     except Exception as error:  # it has no exception classes, and the tokenizers library raises bare Exceptions
         raise UserError(
-            f"llama.cpp's conversion cannot read {model_dir} ({describe(error)}): check its config.json, tokenizer and weights"
+            f"llama.cpp's conversion cannot read {model_dir} ({describe_failure(error, model_dir)}): "
+            "check its config.json, tokenizer and weights"
         ) from error
 
 

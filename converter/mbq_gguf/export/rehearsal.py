@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbq_gguf.errors import UserError, describe
+from mbq_gguf.errors import UserError
 from mbq_gguf.export.checkpoint import names_of
 from mbq_gguf.export.conversion import conversion_errors, open_model, quiet
 from mbq_gguf.export.gguf_writer import BASE_TYPES, VisionFile, injected, prepare, vision_injection
 from mbq_gguf.formats.quantised import QuantisedTensor
+from mbq_gguf.models.suspects import describe_failure
 
 # Parts that a file for pictures and text does not need, and buffers that are recomputed.
 LEFT_OUT = re.compile(
@@ -94,9 +95,9 @@ def check_metadata(model: Any, model_dir: Path) -> None:
             try:
                 writer._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type)
             except Exception as error:  # struct, numpy and str raise different ones
+                why = describe_failure(error, model_dir)
                 raise UserError(
-                    f"{key} cannot be {str(value.value)[:80]!r} as the configuration of {model_dir} says ({describe(error)}): "
-                    "download it again"
+                    f"{key} cannot be {str(value.value)[:80]!r} as the configuration of {model_dir} says ({why}): download it again"
                 ) from error
 
 

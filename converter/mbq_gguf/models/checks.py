@@ -24,8 +24,12 @@ QUANTISED = (
     "quantize_config.json",
 )  # written by TensorRT's and GPTQ's tools; config.json may not mention quantisation
 COUNT_LIMIT = 2**31  # llama.cpp counts tokens, rows and layers in 32 bits
-MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
-LAYER_COUNTS = ("num_hidden_layers", "num_layers", "depth", "merger_times")  # settings for which transformers creates that many modules
+MAX_LAYERS, MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
+MOST = {  # of settings for which transformers creates that many modules, or the conversion as many names
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "depth", "merger_times"), MAX_LAYERS),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), MAX_EXPERTS),
+}
+LONGEST_EDGE = 1 << 16  # pixels
 MB = 10**6
 WEIGHTS = ("BF16", "F16", "F32", "F64")
 # A shell command for the model's directory: one file at a time, named as llama.cpp's conversion expects; tied tensors are stored twice.
@@ -84,15 +88,27 @@ def check_unquantised(directory: Path, config: dict[str, Any]) -> None:
             refuse_quantised(directory, f"it has a {name}")
 
 
-def check_layer_count(config: dict[str, Any]) -> None:
-    """Raise UsageError for more layers than llama.cpp supports; even without weights, building such a model would take forever."""
+def check_counts(config: dict[str, Any]) -> None:
+    """Raise UsageError for more layers or experts than llama.cpp supports; even without weights, building such a model would take
+    forever."""
     for part in (config, *(part for part in config.values() if isinstance(part, dict))):
-        for name in LAYER_COUNTS:
+        for name, most in MOST.items():
             count = part.get(name)
-            if isinstance(count, int) and count > MAX_LAYERS:
-                raise UsageError(
-                    f"{name} in the model's config.json is {count} and llama.cpp supports {MAX_LAYERS}: download the model again"
-                )
+            if isinstance(count, int) and count > most:
+                raise UsageError(f"{name} in the model's config.json is {count} and llama.cpp supports {most}: download the model again")
+
+
+def check_image_size(config: dict[str, Any]) -> None:
+    """Raise UserError if the vision tower's pictures have more edges than two, one shorter than a patch, or one of more than 65536 pixels;
+    transformers' processor would divide by zero."""
+    tower = config.get("vision_config") or {}
+    size, patch = tower.get("image_size"), tower.get("patch_size")
+    edges = size if isinstance(size, list) else [size] if isinstance(size, int) else []
+    if len(edges) > 2 or any(edge > LONGEST_EDGE or (isinstance(patch, int) and edge < patch) for edge in edges):
+        raise UserError(
+            f"image_size in the model's config.json is {size!r:.60} and patch_size {patch!r:.60}, "
+            f"no height and width from a patch to {LONGEST_EDGE} pixels: download the model again"
+        )
 
 
 def positive_number(published: Mapping[str, Any], name: str, *, whole: bool = True) -> Any:

@@ -14,8 +14,9 @@ from mbq_gguf.errors import UsageError, UserError, describe
 from mbq_gguf.models import as_llama, internvl, llama4
 from mbq_gguf.models.checks import (
     check_complete,
+    check_counts,
     check_finite,
-    check_layer_count,
+    check_image_size,
     check_unquantised,
     read_config,
     read_json_object,
@@ -31,6 +32,7 @@ from mbq_gguf.models.loaded import LoadedModel
 from mbq_gguf.models.prompts import ImagePrompt, NoImagePrompt, ProcessorImagePrompt, Prompts, RuntimePrompt
 from mbq_gguf.models.published import PUBLISHED, TEXT_MODELS, silence_type_warning
 from mbq_gguf.models.remote_code import runs_remote_code
+from mbq_gguf.models.suspects import describe_failure
 from mbq_gguf.models.text_model import TextModel
 from mbq_gguf.models.tokenizer import load_tokenizer
 from mbq_gguf.settings import LANGUAGE_ONLY, TRUST
@@ -102,12 +104,13 @@ def check_source(model_dir: Path) -> str:
     check_config_types(config)
     architecture = check_architecture(config)
     check_unquantised(model_dir, config)
-    check_layer_count(config)
+    check_counts(config)
+    check_image_size(config)
     as_llama.check(config)
     internvl.check(config)
     check_complete(model_dir)
     if architecture not in (*PUBLISHED, *TEXT_MODELS):
-        with model_errors(model_dir / "config.json", architecture):
+        with model_errors(model_dir, architecture, "config.json"):
             configuration(model_dir)
     return architecture
 
@@ -149,8 +152,9 @@ def check_architecture(config: dict[str, Any]) -> str:
 
 
 @contextmanager
-def reraise_as(what: str, way_out: str, architecture: str) -> Iterator[None]:
-    """Turn any exception of transformers into one sentence: ``what`` is wrong, the library's message, and the ``way_out``."""
+def reraise_as(what: str, way_out: str, architecture: str, model_dir: Path) -> Iterator[None]:
+    """Turn any exception of transformers into one sentence: ``what`` is wrong, the settings of config.json that are suspected or the
+    library's message, and the ``way_out``."""
     try:
         yield
     except UserError:  # code in the directory was refused
@@ -158,18 +162,18 @@ def reraise_as(what: str, way_out: str, architecture: str) -> Iterator[None]:
     except ImportError as error:
         raise UserError(f"transformers needs another package for {architecture} ({describe(error)}): install it with pip") from error
     except Exception as error:  # bad files can raise anything; the tokenizers library raises bare Exceptions
-        raise UserError(f"{what} ({describe(error)}): {way_out}") from error
+        raise UserError(f"{what} ({describe_failure(error, model_dir)}): {way_out}") from error
 
 
 def settings_errors(model_dir: Path, architecture: str) -> AbstractContextManager[None]:
     """Errors while reading the files other than the weights."""
     what = f"the tokenizer, image processor or generation settings in {model_dir} cannot be used"
-    return reraise_as(what, "download them again", architecture)
+    return reraise_as(what, "download them again", architecture, model_dir)
 
 
-def model_errors(source: Path, architecture: str) -> AbstractContextManager[None]:
-    """Errors while building a model class of transformers from a directory or a file in it."""
-    return reraise_as(f"{source} cannot be loaded as {architecture}", "download the model again", architecture)
+def model_errors(model_dir: Path, architecture: str, file: str = "") -> AbstractContextManager[None]:
+    """Errors while building a model class of transformers from a directory, or from a ``file`` in it."""
+    return reraise_as(f"{model_dir / file} cannot be loaded as {architecture}", "download the model again", architecture, model_dir)
 
 
 def configuration(model_dir: Path) -> Any:

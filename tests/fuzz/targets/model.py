@@ -13,15 +13,15 @@ from mutators import settings
 
 from targets import TAKEN, refusal
 
-FAMILIES = ("Qwen2-VL", "InternVL 2 to 3.5", "InternVL 2 and 2.5 (InternLM2)", "Llama 4", "Gemma 3", "LLaVA-1.5")
 # What Python says of a value of another kind: no sentence for who has a file to mend.
 PYTHON = re.compile(
     r"KeyError|object (?:is not|has no|cannot)|NoneType|unsupported operand|unexpected keyword|not supported between|positional arg"
+    r"|must be real number|<class|index out of range|division by zero|values to unpack|indices must be|can only concatenate"
 )
 
 
 class Settings:
-    """Small checkpoints of several families, whose settings are spoilt."""
+    """The small checkpoints of all families, whose settings are spoilt."""
 
     def __init__(self) -> None:
         import tempfile
@@ -29,19 +29,22 @@ class Settings:
         sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "families")]
         from recipe import write
         from recipes import RECIPES
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         self.kept = tempfile.TemporaryDirectory(prefix="fuzz-")
-        self.folders = [write(RECIPES[name], Path(self.kept.name) / str(number)) for number, name in enumerate(FAMILIES)]
+        self.names = list(RECIPES)
+        self.folders = [write(recipe, Path(self.kept.name) / str(number)) for number, recipe in enumerate(RECIPES.values())]
         self.settings = [json.loads((folder / "config.json").read_text()) for folder in self.folders]
 
     def make(self, draw: random.Random, folder: Path) -> str:
-        number = draw.randrange(len(FAMILIES))
+        number = draw.randrange(len(self.names))
         for file in self.folders[number].iterdir():
             if file.name != "config.json":
                 (folder / file.name).symlink_to(file)
         data, done = settings.mutate(self.settings[number], draw)
         (folder / "config.json").write_bytes(data)
-        return f"{FAMILIES[number]} {done}"
+        return f"{self.names[number]} {done}"
 
     def open(self) -> None:
         import torch
