@@ -12,8 +12,8 @@ from mbq_gguf.calibration.narrow import NARROW, SHARE
 from mbq_gguf.cost import Site, Work
 
 # In bytes. A whole 7B took 5.9 GiB of host and 20.2 GiB of GPU memory, two layers of a 72B 5.2 and 58.6 GiB (docs/results.md). On machine B
-# the reference VLM took 2.35, 2.56 and 3.65 GB with 32, 96 and 256 samples. That includes all of its 0.29 GB of weights, which are no
-# longer held at once.
+# the reference VLM took 2.35, 2.56 and 3.65 GB with 32, 96 and 256 samples. Those runs held all of its 0.29 GB of weights at once; a
+# conversion holds those of a layer, and what is outside of layers.
 PROCESS = 1.1e9  # Python, torch, transformers and their buffers
 DRIVER = 1.9e9  # host memory of the GPU driver
 SQUARED = 34.0  # per pair of channels of a site: Hessian, cross moments, float64 factors and refits

@@ -8,14 +8,14 @@ Tensors = dict[str, torch.Tensor]
 
 
 def qwen2_newer(name: str) -> str:
-    """Names of Qwen2-VL and Qwen2.5-VL that some releases of transformers have saved; published ones are today's again."""
+    """Names of Qwen2-VL's and Qwen2.5-VL's tensors as some releases of transformers save them; published ones have those of today."""
     return (
         "model." + (name if name.startswith("visual.") else name.replace("model.", "language_model.", 1)) if "lm_head" not in name else name
     )
 
 
 def newer(name: str) -> str:
-    """Names that transformers saved from 4.52 on; published ones are today's again."""
+    """Names of tensors as some releases of transformers from 4.52 on save them; published ones have those of today."""
     for old, new in (("language_model.model.", "model.language_model."), ("language_model.lm_head", "lm_head")):
         name = name.replace(old, new) if name.startswith(old) else name
     return name if name.startswith(("model.", "lm_head")) else f"model.{name}"

@@ -72,8 +72,8 @@ def staged_of(model: LoadedModel) -> Staged:
     ids=["stacked", "stacked and transposed", "one by one"],
 )
 def test_what_was_read_ahead_is_released_as_it_is_used(name: str, published: bool, tmp_path: Path) -> None:
-    """6 bytes per weight at most while a layer becomes float32, and 4 afterwards, though the caller holds ``staged``. Results that were
-    kept until the end took 7.4 bytes for stacks that are transposed, 9.3 for experts that are stored one by one."""
+    """6 bytes per weight at most while a layer becomes float32, and 4 afterwards, though the caller holds ``staged``. With all
+    results kept until the end it is 7.4 bytes for stacks that are transposed, 9.3 for experts that are stored one by one."""
     model = experts(name, published, tmp_path)
     weights = weights_of(model)
     with LiveBytes() as live:
@@ -100,8 +100,8 @@ def test_a_card_releases_it_too(tmp_path: Path) -> None:
 
 
 def test_rounding_takes_what_is_estimated(loaded: LoadedModel, one_thread: None, tmp_path: Path) -> None:
-    """Of a GPU, which has no packed bytes. Rounding took 22 bytes per weight and not 13 until codes were int8, values the layer's own, and
-    experts' inputs and sums released one by one."""
+    """Of a GPU, which has no packed bytes. Rounding takes 22 bytes per weight instead of 13 if codes are wider than int8, values are copies
+    of the layer's, and experts' inputs and sums are kept until the last."""
     path = tmp_path / "picture.png"
     Image.new("RGB", (256, 256), (200, 30, 30)).save(path)
     with LiveBytes() as live:

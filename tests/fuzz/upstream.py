@@ -1,5 +1,6 @@
-"""What ends the process in upstream's own code, each with the smallest fault that does it. FAULTS are counted by tools/fuzz.py and no
-failure of it (none is left); MENDED were, until patch 0014 and llama-mbq-checks.cpp refused such files.
+"""What ends the process in upstream's own code, each with the smallest fault that does it. FAULTS are those that the patched
+llama.cpp has, too: tools/fuzz.py counts them, and they are no failure of it (there is none). MENDED are refused by it, by patch 0014 and
+llama-mbq-checks.cpp.
 
     python tests/fuzz/upstream.py DIR            write the files, NAME/model.gguf or NAME/mmproj.gguf, from seeds/
     python tests/fuzz/upstream.py DIR KIND       and read the mended ones of KIND (text, mmproj): "NAME: what came of it", line by line

@@ -78,7 +78,7 @@ class Sum:
 
 def root_weighted(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """``x`` [tokens, columns] times the square root of each token's weight [tokens]. Both sides of a product then have the same factor, so
-    the sum is positive semidefinite whatever the rounding. If all weights are 1, this is ``x`` itself: copies of all inputs took 3 % of the
+    the sum is positive semidefinite whatever the rounding. If all weights are 1, this is ``x`` itself: copies of all inputs take 3 % of the
     moments' time.
     """
     return x if bool((weights == 1).all()) else x * weights.sqrt().to(x.device)[:, None]

@@ -120,7 +120,7 @@ def block_hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
 
 @cache
 def _normalised(block: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return hadamard(block).to(dtype=dtype, device=device)  # cached: computing it for every call took 6 % of a conversion
+    return hadamard(block).to(dtype=dtype, device=device)  # cached: computing it for every call takes 6 % of a conversion
 
 
 @torch.no_grad()
