@@ -11,7 +11,7 @@ from mbq_gguf.calibration.batches import TOKENS, TOKENS_ON_CARD
 from mbq_gguf.calibration.narrow import NARROW, SHARE
 from mbq_gguf.cost import Site, Work
 
-# In bytes. A whole 7B took 5.9 GiB of host and 20.2 GiB of GPU memory, two layers of a 72B 5.2 and 58.6 GiB (docs/results.md). On machine B
+# In bytes. A whole 7B took 6.0 GiB of host and 20.8 GiB of GPU memory, two layers of a 72B 1.3 and 45.3 GiB (docs/results.md). On machine B
 # the reference VLM took 2.35, 2.56 and 3.65 GB with 32, 96 and 256 samples. Those runs held all of its 0.29 GB of weights at once; a
 # conversion holds those of a layer, and what is outside of layers.
 PROCESS = 1.1e9  # Python, torch, transformers and their buffers
