@@ -32,9 +32,13 @@ def shares_of(layer: Layer, streams: Sequence[Streamed]) -> list[float]:
 
     def reached_by(batch: list[Streamed]) -> Parts:
         run_batch(layer, batch)
-        return {"rows": torch.tensor([len(experts.rows.get(number, ())) for number in range(len(experts))])}
+        return {"reached": torch.tensor(experts.reached)}
 
-    reached = sum(parts["rows"] for _, parts in parallel_map(list(batches(streams, layer)), reached_by))
+    experts.counts_only = True
+    try:
+        reached = sum(parts["reached"] for _, parts in parallel_map(list(batches(streams, layer)), reached_by))
+    finally:
+        experts.counts_only = False
     assert isinstance(reached, torch.Tensor)
     wanted = min(TOKENS * width, total)
     return [(wanted - own) / (total - own) if own < wanted else 0.0 for own in reached.tolist()]

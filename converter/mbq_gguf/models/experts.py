@@ -6,7 +6,7 @@ calibration asks for it, an expert also sees tokens that did not choose it: thei
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -41,47 +41,64 @@ class Expert(nn.Module):
 class Experts(nn.ModuleList):
     """The experts of one layer, replacing transformers' stack.
 
-    ``shares``: the share of the tokens that did not choose an expert which it sees nevertheless. After a run, ``rows[number]`` [rows] are
-    the tokens that expert ``number`` received, and ``weights[number]`` [rows] the factors by which squared errors there enter the residual
-    stream: the squared router weights, or their mean for tokens that did not choose the expert. ``scales_inputs``: the router weights
-    multiply the experts' inputs instead of their outputs (Llama 4), so that the Hessians already contain them.
+    ``shares``: the share of the tokens that did not choose an expert which it sees nevertheless. After a run, ``reached[number]`` tokens
+    have chosen expert ``number``, ``rows[number]`` [rows] are the tokens that it received, and ``weights[number]`` [rows] the factors by
+    which squared errors there enter the residual stream: the squared router weights, or their mean for tokens that did not choose it.
+    ``scales_inputs``: the router weights multiply the experts' inputs instead of their outputs (Llama 4), so that the Hessians already
+    contain them. With ``counts_only`` no expert runs, and the output is 0.
     """
 
     def __init__(self, stack: Any, scales_inputs: bool = False) -> None:
         super().__init__([Expert(stack, number, transposed=scales_inputs) for number in range(len(stack.down_proj))])
         self.scales_inputs = scales_inputs
         self.shares = [0.0] * len(self)
+        self.counts_only = False
+        self.reached: list[int] = []
         self.rows: dict[int, torch.Tensor] = {}
         self.weights: dict[int, torch.Tensor] = {}
 
     def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
         """Output [tokens, width] for ``hidden`` of the same shape; ``chosen`` [tokens, k] are expert indices, ``gains`` router weights."""
         out = torch.zeros_like(hidden)
-        self.rows, self.weights = {}, {}
+        self.reached, self.rows, self.weights = [], {}, {}
         typical = gains.detach().square().mean().sqrt()
-        for number, expert in enumerate(self):
-            tokens, place = torch.where(chosen == number)
-            others = self._others(number, tokens, len(hidden))
-            rows = torch.cat([tokens, others])
-            if not len(rows):
+        for number, route in enumerate(_routes(chosen, self.shares)):
+            self.reached.append(route.own)
+            if self.counts_only or route.own + route.more == 0:
                 continue
-            gain = torch.cat([gains[tokens, place], typical.expand(len(others))])
-            before, behind = (gain, torch.ones_like(gain)) if self.scales_inputs else (torch.ones_like(gain), gain)
-            own = expert((hidden[rows] * before[:, None]).to(hidden.dtype)[None])[0, : len(tokens)]
-            out = out.index_add(0, tokens, (own * behind[: len(tokens), None]).to(out.dtype))
-            self.rows[number], self.weights[number] = rows, behind.detach().square().float()
+            rows = torch.cat([route.tokens, route.others])
+            gain = torch.cat([gains[route.tokens, route.places], typical.expand(route.more)])
+            inputs = (hidden[rows] * gain[:, None]).to(hidden.dtype) if self.scales_inputs else hidden[rows]
+            found = self[number](inputs[None])[0, : route.own]
+            out.index_add_(0, route.tokens, (found if self.scales_inputs else found * gain[: route.own, None]).to(out.dtype))
+            weights = torch.ones_like(gain) if self.scales_inputs else gain.detach().square()
+            self.rows[number], self.weights[number] = rows, weights.float()
         return out
 
-    def _others(self, number: int, tokens: torch.Tensor, count: int) -> torch.Tensor:
-        """Evenly spaced tokens that did not choose expert ``number``, as many as its share says."""
-        share = self.shares[number]
-        rest = torch.ones(count if share else 0, dtype=torch.bool, device=tokens.device)
-        if not share:
-            return rest.nonzero()[:, 0]
-        rest[tokens] = False
-        places = rest.nonzero()[:, 0]
-        step = torch.arange(len(places), dtype=torch.float64) * share
-        return places[(step.floor() > (step - share).floor()).to(places.device)]
+
+class Route(NamedTuple):
+    """The ``own`` tokens that chose an expert, its place among the choices of each, and ``more`` others, which did not choose it."""
+
+    own: int
+    more: int
+    tokens: torch.Tensor
+    places: torch.Tensor
+    others: torch.Tensor
+
+
+def _routes(chosen: torch.Tensor, shares: list[float]) -> list[Route]:
+    """The route of each expert; its ``others`` are evenly spaced, as many as its share says. All are found at once, so that a GPU is waited
+    for twice, instead of three times for each expert.
+    """
+    order, width = chosen.flatten().argsort(stable=True), chosen.shape[1]
+    chose = torch.zeros(len(shares), len(chosen), dtype=torch.bool, device=chosen.device)
+    chose[chosen, torch.arange(len(chosen), device=chosen.device)[:, None]] = True
+    share = torch.tensor(shares, dtype=torch.float64).to(chosen.device)[:, None]
+    step = ((~chose).cumsum(1) - 1) * share  # of a token that did not choose the expert: how many of those before it are taken
+    taken = (step.floor() > (step - share).floor()) & ~chose
+    own, more = torch.stack([chose.sum(1), taken.sum(1)]).tolist()
+    tokens, places = torch.split(order.div(width, rounding_mode="floor"), own), torch.split(order % width, own)
+    return [Route(*each) for each in zip(own, more, tokens, places, torch.split(taken.nonzero()[:, 1], more), strict=True)]
 
 
 class Llama4Block(nn.Module):
