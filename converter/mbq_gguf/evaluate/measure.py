@@ -37,7 +37,7 @@ class Ledger:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._entered: dict[str, tuple[list[int], list[int]]] = {}  # the tokens, and the reference's top-1 at each position position
+        self._entered: dict[str, tuple[list[int], list[int]]] = {}  # the tokens, and the reference's top-1 at each position
 
     def compare(self, key: str, tokens: Sequence[int], logits: Floats) -> Comparison:
         """Row i of ``logits`` predicts ``tokens[i]``. Raises UserError if the reference tokenised the text differently."""
