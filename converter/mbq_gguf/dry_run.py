@@ -64,7 +64,7 @@ class Expected:
         needed = f"about {megabytes(round(self.memory.host))} of memory{card}{disk}{each} and {duration(self.seconds)}"
         return Group(
             type_table(self.report),
-            Text(f"{self.report.out.name} {megabytes(self.text_bytes)}{vision}"),
+            Text(f"with metadata and tokenizer: {self.report.out.name} {megabytes(self.text_bytes)}{vision}"),
             Text(f"{needed} on this machine at its current load"),
             *([Text(self.too_large, style="bold red")] if self.too_large else []),
             Text("nothing was written: the same command without --dry-run converts"),

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +56,9 @@ def run_demo(console: Console, directory: Path) -> None:
     given = {name: answers(files, questions, console) for name, files in (("BF16", before), (ConvertOptions.type, after))}
     console.print(comparison(questions, given))
     console.print(sizes(model, before, after))
+    program = str(Path(sys.executable).with_name("mbq-gguf"))  # `make demo` leaves it in .venv/bin, which is not on the path
+    for command in (["ask", str(after.text), str(questions[0].image), questions[0].question], ["serve", str(after.text)]):
+        console.print(f"to go on: {shlex.join([program, *command])}", markup=False, highlight=False, soft_wrap=True)
 
 
 def converted(model: Path, out: Path, type_name: str, console: Console) -> Converted:

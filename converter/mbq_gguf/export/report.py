@@ -59,7 +59,7 @@ class ConvertReport:
 def type_table(report: ConvertReport) -> Table:
     """One line per file, and one per file and type."""
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("file")
+    table.add_column("file", overflow="fold")
     table.add_column("type")
     for column in ("tensors", "weights", "size", "bits per weight"):
         table.add_column(column, justify="right")
