@@ -78,3 +78,11 @@ def test_without_suspects_python_s_words_remain(tmp_path: Path) -> None:
     assert describe_failure(TypeError("a reason"), tmp_path) == "a reason"
     (tmp_path / "config.json").write_text(json.dumps(UNKNOWN))
     assert describe_failure(TypeError("a reason"), tmp_path) == "a reason"
+
+
+@pytest.mark.parametrize("spoilt", [{"text_config": {"model_type": "nougat", "depth": 1}}, {"deep": []}], ids=["class", "deep"])
+def test_what_cannot_be_looked_at_hides_no_error(tmp_path: Path, spoilt: dict[str, Any]) -> None:
+    """A class of transformers that has no settings by itself, and lists in lists."""
+    text = json.dumps(spoilt).replace("[]", "[" * 400 + "]" * 400)
+    (tmp_path / "config.json").write_text(text)
+    assert describe_failure(TypeError("a reason"), tmp_path) == "a reason"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def describe_failure(error: BaseException, model_dir: Path) -> str:
     one of Python's own and there are any, and otherwise the error's own words."""
     file, found = model_dir / "config.json", list[str]()
     if isinstance(error, PYTHON_ERRORS) or (isinstance(error, ValueError) and PYTHON_VALUES.search(str(error))):
-        found = list(suspects(read_json_object(file))) if file.is_file() else []
+        with suppress(Exception):  # a class without settings of its own, lists in too many lists: ``error`` is what counts
+            found = list(suspects(read_json_object(file)))
     return f"in config.json {', '.join(found[:MOST])}" if found else describe(error)
 
 
