@@ -181,13 +181,17 @@ def measure_losses(work: LayerWork) -> None:
 
 
 def put_back(work: LayerWork, outcome: Outcome) -> None:
-    """Restore the layer from the ``outcome`` of an earlier run, with the same checks."""
-    work.passed = [replace(stream) for stream in made(work.walk.streams)]
-    with work.walk.timed("observe"), coarse_products():
-        advance(work.layer, work.passed)
-    fold_layer(work.layer, outcome.tensors_of("factors"))
+    """Restore the layer from the ``outcome`` of an earlier run, with the same checks.
+
+    In the original layer experts see as many tokens as in that run: a product's last bits depend on its number of rows, and they decide
+    some codes of the next layer."""
+    walk, layer = work.walk, work.layer
+    work.passed = [replace(stream) for stream in made(walk.streams)]
+    with walk.timed("observe"), coarse_products(), seeing_others(layer, shares_of(layer, work.passed) if _of_originals(walk) else []):
+        advance(layer, work.passed)
+    fold_layer(layer, outcome.tensors_of("factors"))
     check_function(work)
-    apply_outcome(work.layer, outcome)
+    apply_outcome(layer, outcome)
 
 
 def leave_layer(work: LayerWork) -> None:
