@@ -97,7 +97,7 @@ def main() -> None:
     mbq-gguf ask out.gguf picture.png "What is it?"  one answer, about one or several pictures
     mbq-gguf serve out.gguf                          a web page and an OpenAI-compatible API
     mbq-gguf inspect out.gguf                        how a file was made, and its tensors
-    mbq-gguf eval bf16.gguf out.gguf --mmproj M      how much it loses, on questions about pictures
+    mbq-gguf eval bf16.gguf out.gguf                 how much it loses, on questions about pictures
     mbq-gguf imatrix MODEL imatrix.gguf              an importance matrix for llama-quantize
     mbq-gguf models                                  supported families, and what works with each
     mbq-gguf path llama-server                       where a built program is
@@ -279,7 +279,7 @@ def models(as_json: bool) -> None:
 @main.command(short_help="Write or update the model card, README.md, beside a file.")
 @click.argument("out", type=FILE)
 def card(out: Path) -> None:
-    """Write or update README.md beside the GGUF file OUT: a model card, with the figures of `eval --out` if its JSON is there too."""
+    """Write or update README.md beside the GGUF file OUT: a model card, with the figures of `eval --out` if its JSON is in that folder."""
     from mbq_gguf.export.gguf_header import read_header
     from mbq_gguf.model_card import write_card
 

@@ -188,6 +188,19 @@ def test_the_command_writes_table_json_and_page(files: Files, tmp_path: Path) ->
     assert not out.with_name("eval.json.work").exists()
 
 
+def test_the_vision_file_beside_the_reference_is_found(files: Files, tmp_path: Path) -> None:
+    reference = tmp_path / "bf16.gguf"
+    reference.symlink_to(files.reference)
+    call = ["eval", reference, files.rounded, "--data", files.data, "--questions", 1, "--context", 1024, "--threads", 2]
+    ended = CliRunner().invoke(main, [str(part) for part in call])
+    assert ended.exit_code == 2
+    assert "there is no vision file" in ended.stderr
+    (tmp_path / "mmproj-bf16.gguf").symlink_to(files.mmproj)
+    ended = CliRunner().invoke(main, [str(part) for part in call])
+    assert ended.exit_code == 0, ended.output
+    assert "mbq3.gguf" in ended.stdout
+
+
 @pytest.mark.parametrize("option", ["--out", "--html"])
 def test_what_is_read_is_not_written_over(option: str, files: Files, tmp_path: Path) -> None:
     for file in (files.reference, files.rounded, files.mmproj, files.data):

@@ -17,7 +17,11 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.command("eval", short_help="Measure how much files lose against a reference file.")
 @click.argument("reference", type=FILE)
 @click.argument("candidates", type=FILE, nargs=-1, required=True)
-@click.option("--mmproj", type=FILE, required=True, help="The vision file; a rotated file uses its own mmproj-NAME beside it.")
+@click.option(
+    "--mmproj",
+    type=FILE,
+    help="The vision file of all (default: mmproj-REFERENCE beside REFERENCE); a rotated file uses its own mmproj-NAME beside it.",
+)
 @click.option("--data", type=FILE, help="Questions and answers, a JSONL file as for `convert --calib` (default: the demo's 612 questions).")
 @click.option("--questions", type=click.IntRange(min=1), help="Ask this many questions, equally many of each task (default: all).")
 @click.option("--text", type=FILE, help="Also compare on this text file, without pictures.")
@@ -31,7 +35,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 def eval_command(
     reference: Path,
     candidates: tuple[Path, ...],
-    mmproj: Path,
+    mmproj: Path | None,
     data: Path | None,
     questions: int | None,
     text: Path | None,
@@ -56,6 +60,10 @@ def eval_command(
     from mbq_gguf.evaluate.table import grids, render
     from mbq_gguf.export.atomic import check_output, staged, target
 
+    if mmproj is None:
+        mmproj = reference.with_name(f"mmproj-{reference.name}")
+        if reference.is_file() and not mmproj.is_file():  # a missing REFERENCE is reported first, below
+            raise UsageError(f"there is no vision file {mmproj}: put it there, or name it with --mmproj")
     read = [target(path) for path in (reference, *candidates, mmproj, data, text) if path is not None]
     for path in (out, html):
         if path is not None:
