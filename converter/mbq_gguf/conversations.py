@@ -128,7 +128,7 @@ def read_scenes(path: Path, *, unanswered: bool = False) -> list[Scene]:
         raise UsageError(f"{path} cannot be read ({(error.strerror or str(error)).lower()}): give a JSONL file in UTF-8") from error
     except UnicodeDecodeError as error:
         number = len(re.split(rb"\r\n|\r|\n", content[: error.start]))
-        raise UsageError(f"{path}, line {number} is not valid UTF-8: save the file in UTF-8") from error
+        raise UsageError(f"{path}, line {number} is not valid UTF-8: give a JSONL file in UTF-8") from error
     scenes = []
     for kind, number, entry in _entries(path, text):
         place = f"{path}, {kind} {number}"

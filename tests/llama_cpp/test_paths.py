@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from click.testing import CliRunner
+from mbq_gguf.cli import main
 from mbq_gguf.errors import UsageError, UserError
 from mbq_gguf.llama_cpp import paths
 from mbq_gguf.llama_cpp.build import build
@@ -21,6 +23,21 @@ def test_nothing_built(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("MBQ_GGUF_BACKEND", "abacus")
     with pytest.raises(UsageError, match="MBQ_GGUF_BACKEND is 'abacus': set it to one of cpu, cuda"):
         paths.source_dir()
+
+
+def test_layers_on_a_gpu_need_a_build_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MBQ_GGUF_LLAMA_CPP", raising=False)
+    monkeypatch.delenv("MBQ_GGUF_BACKEND", raising=False)
+    paths.check_gpu_layers(0)
+    for command in (["ask", "out.gguf", "What?", "--gpu-layers", "99"], ["eval", "bf16.gguf", "out.gguf", "--gpu-layers", "-1"]):
+        ended = CliRunner().invoke(main, command)
+        assert ended.exit_code == 2
+        assert "--gpu-layers needs a build for a GPU: run `mbq-gguf build --backend cuda` once" in ended.output
+    monkeypatch.setenv("MBQ_GGUF_BACKEND", "cuda")
+    paths.check_gpu_layers(99)
+    monkeypatch.delenv("MBQ_GGUF_BACKEND")
+    monkeypatch.setenv("MBQ_GGUF_LLAMA_CPP", "tree")  # what it was built for is unknown
+    paths.check_gpu_layers(99)
 
 
 def test_the_variable_wins_over_the_cache(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,9 @@ def eval_command(
     from mbq_gguf.evaluate.run import EvalOptions, evaluate
     from mbq_gguf.evaluate.table import grids, render
     from mbq_gguf.export.atomic import check_output, staged, target
+    from mbq_gguf.llama_cpp.paths import check_gpu_layers
 
+    check_gpu_layers(gpu_layers)
     if mmproj is None:
         mmproj = reference.with_name(f"mmproj-{reference.name}")
         if reference.is_file() and not mmproj.is_file():  # a missing REFERENCE is reported first, below

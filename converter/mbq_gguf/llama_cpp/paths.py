@@ -27,6 +27,13 @@ def chosen_backend() -> str:
     return backend
 
 
+def check_gpu_layers(count: int) -> None:
+    """Raise UsageError if ``count`` layers shall be on a GPU (0: none) and mbq-gguf's build for the CPU is in use, which has no use for
+    the number: everything would run on the CPU, unnoticed."""
+    if count and not os.environ.get("MBQ_GGUF_LLAMA_CPP") and chosen_backend() == "cpu":
+        raise UsageError("--gpu-layers needs a build for a GPU: run `mbq-gguf build --backend cuda` once, and set MBQ_GGUF_BACKEND=cuda")
+
+
 def source_dir() -> Path:
     """The patched source tree of the build in use, with conversion/, gguf-py/, ggml/include, include/ and tools/mtmd.
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mbq_gguf.errors import UsageError
 from mbq_gguf.export.gguf_specials import file_special_tokens
+from mbq_gguf.llama_cpp.paths import check_gpu_layers
 from mbq_gguf.llama_cpp.server import Answer, LlamaServer, Server
 from mbq_gguf.llama_cpp.steps import say
 from mbq_gguf.picture import open_picture
@@ -40,9 +41,10 @@ def ask(
 ) -> Answer:
     """The answer of `file` to one question about `pictures`, in their order. `ctx`: tokens of context, those of the pictures included.
 
-    Raises UsageError if a file is missing or the question names a special token (:mod:`mbq_gguf.special_tokens`),
-    UserError if the server does not start or refuses, as it does where `ctx` is too small.
+    Raises UsageError if a file is missing, the question names a special token (:mod:`mbq_gguf.special_tokens`) or the build in use has no
+    GPU for `gpu_layers`, UserError if the server does not start or refuses, as it does where `ctx` is too small.
     """
+    check_gpu_layers(gpu_layers)
     vision = mmproj or _beside(file)
     if pictures and vision is None and file.is_file():  # a missing FILE is reported first, below
         raise UsageError(f"there is no vision file {_name_beside(file)}: put it there, or name it with --mmproj")
