@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from live_bytes import LiveBytes
+from mbq_gguf.convert import ConvertOptions
 from mbq_gguf.errors import UserError
 from mbq_gguf.models.load import load_meta
 from mbq_gguf.models.minicpmv import TEXTS
 from mbq_gguf.models.resampler import nearest_positions
+from mbq_gguf.preflight import check_inputs, run_preflight
 from recipe import write
 from recipes import RECIPES
 
@@ -64,6 +67,20 @@ def test_another_kind_is_refused(published: Path, tmp_path: Path, file: str, cha
     (tmp_path / file).write_text(json.dumps(settings))
     with pytest.raises(UserError, match=re.escape(said)):
         load_meta(tmp_path)
+
+
+def test_a_width_unlike_the_weights_takes_no_memory(published: Path, tmp_path: Path) -> None:
+    """Of the table of positions, which has one row as long as the embeddings: their width is refused by what the checkpoint has."""
+    for path in published.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / CONFIG).unlink()
+    (tmp_path / CONFIG).write_text(json.dumps(json.loads((published / CONFIG).read_text()) | {"hidden_size": 8_000_000}))
+    options = ConvertOptions(tmp_path, tmp_path / "out.gguf", synthetic=0, rounding="nearest")
+    with LiveBytes() as live:
+        check_inputs(options)
+    assert live.most < 8_000_000  # a byte for each channel
+    with pytest.raises(UserError, match=r"is \(256, 256\) in the checkpoint and \(8000000, 256\) by its config.json"):
+        run_preflight(options, lambda _: None)
 
 
 def test_positions_are_the_nearest_of_the_table() -> None:

@@ -14,7 +14,8 @@ MODEL = "model."
 LANGUAGE_MODEL = "llm."
 VISION = ("vpm.", "resampler.")
 PLACES = "resampler.pos_embed_k"
-FLOATS = (PLACES, "resampler.query", "v.position_embd.weight")  # not used in products
+QUERY = "resampler.query"
+FLOATS = (PLACES, QUERY, "v.position_embd.weight")  # not used in products
 Item = tuple[str, Callable[[], Any]]
 
 
@@ -67,7 +68,8 @@ def vision_class(package: Any, version: str) -> Any:
     def generate_extra_tensors(self: Any) -> Iterable[tuple[str, torch.Tensor]]:
         from mbq_gguf.models.resampler import position_embeddings
 
-        yield PLACES, position_embeddings(1, 1, self.n_embd_text)  # the runtime requires the tensor but computes the values itself
+        width = self.model_tensors[QUERY]().shape[-1]  # not config.json's, which nothing has compared with the weights yet
+        yield PLACES, position_embeddings(1, 1, width)  # the runtime requires the tensor but computes the values itself
 
     def modify_tensors(self: Any, tensor: Any, name: str, layer: int | None) -> Iterable[tuple[str, Any]]:
         found: Iterable[tuple[str, Any]] = [(name, tensor)] if name == PLACES else base.modify_tensors(self, tensor, name, layer)
