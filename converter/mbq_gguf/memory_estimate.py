@@ -42,7 +42,7 @@ def estimate_memory(work: Work, device: str, free: Memory = ENDLESS, share: floa
     """The memory that ``work`` needs, given what is ``free``; host memory beyond ``share`` bytes is spilled to disk."""
     ends = 4.0 * (work.ends + work.tower)
     layer = max((sum(site.columns * site.rows for site in sites) for sites in work.layers), default=0)
-    rounding = 4.0 * layer + (rounding_bytes(work.layers) if work.tokens else 0.0)
+    rounding = 4.0 * layer + (rounding_bytes(work.layers) if work.tokens else STORED * layer)
     a_token = max((2 * sum(_compared(sites)) + 4 * sum(_shared(sites)) for sites in work.layers), default=0) + 12 * work.width
     activations = float(work.tokens * a_token)
     if device != "cpu":

@@ -18,7 +18,7 @@ from mbq_gguf.models import LoadedModel, load
 from mbq_gguf.models.lazy import ReadCache, Staged, file_tensors, tensors_of
 from mbq_gguf.models.read_ahead import ReadAhead
 from mbq_gguf.quantise import quantise
-from mbq_gguf.settings import QuantiseSettings
+from mbq_gguf.settings import QuantiseSettings, Rounding
 from PIL import Image
 from recipe import write
 from recipes import RECIPES
@@ -99,14 +99,16 @@ def test_a_card_releases_it_too(tmp_path: Path) -> None:
     assert torch.cuda.max_memory_allocated() - before <= 6.1 * weights_of(model)
 
 
-def test_rounding_takes_what_is_estimated(loaded: LoadedModel, one_thread: None, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("rounding", "tokens"), [("gptq", TOKENS), ("nearest", 0)])
+def test_rounding_takes_what_is_estimated(loaded: LoadedModel, tmp_path: Path, rounding: Rounding, tokens: int) -> None:
     """Of a GPU, which has no packed bytes. Rounding takes 22 bytes per weight instead of 13 if codes are wider than int8, values are copies
-    of the layer's, and experts' inputs and sums are kept until the last."""
+    of the layer's, and experts' inputs and sums are kept until the last. To nearest it is what reading the layer takes, 6 at most."""
     path = tmp_path / "picture.png"
     Image.new("RGB", (256, 256), (200, 30, 30)).save(path)
     with LiveBytes() as live:
-        result = quantise(loaded, [Sample(path, [("What?", "A red square.")])] * SAMPLES, QuantiseSettings(synthetic=0))
+        result = quantise(loaded, [Sample(path, [("What?", "A red square.")])] * SAMPLES, QuantiseSettings(synthetic=0, rounding=rounding))
     packed = sum(tensor.data.nbytes for tensor in result.quantised.values())
-    work = work_of(loaded, checkpoint=0, files=0, samples=SAMPLES, sample_tokens=TOKENS, texts=0)
+    work = work_of(loaded, checkpoint=0, files=0, samples=SAMPLES, sample_tokens=tokens, texts=0)
     estimated = estimate_memory(work, "cuda").card
     assert 0.75 * estimated <= live.most - packed <= estimated

@@ -69,9 +69,14 @@ def round_in_order(
             names = [name for name in site.readers if kinds[name] == kept]
             weights = [layer.linear(name).weight for name in names]
             for name, weight, matrix in zip(names, weights, _rounded(weights, kept, found, refinement), strict=True):
-                values = weight.detach().copy_(matrix.rounded.weight)
-                out[name] = replace(matrix, rounded=replace(matrix.rounded, weight=values))
+                out[name] = placed(matrix, weight)
     return {name: out[name] for name in layer.layout.readers}
+
+
+def placed(matrix: Matrix, weight: torch.Tensor) -> Matrix:
+    """``matrix`` with its values written to ``weight``, a layer's, of which it keeps no copy."""
+    values = weight.detach().copy_(matrix.rounded.weight)
+    return replace(matrix, rounded=replace(matrix.rounded, weight=values))
 
 
 def _rounded(weights: Sequence[torch.Tensor], kept: QuantType, found: Moments | None, refinement: Refinement) -> list[Matrix]:

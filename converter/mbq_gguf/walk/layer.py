@@ -27,7 +27,7 @@ from mbq_gguf.outcome import Outcome, apply_outcome
 from mbq_gguf.parallel import broadcast_from_first
 from mbq_gguf.rounding.inverse import check_factored, faults_later
 from mbq_gguf.rounding.learned import learn
-from mbq_gguf.rounding.sequence import Matrix, Refinement, round_in_order
+from mbq_gguf.rounding.sequence import Matrix, Refinement, placed, round_in_order
 from mbq_gguf.settings import QuantiseSettings
 from mbq_gguf.transforms.fold import repeats
 from mbq_gguf.transforms.folded import folded_moments, folded_originals
@@ -124,8 +124,7 @@ def learn_scales(work: LayerWork) -> None:
         found = broadcast_from_first(lambda: learn(layer, walk.prefix, targets, work.weights, coded, walk.settings.learn_scales))
     for name, better in found.items():
         grid = coded[name][0]
-        matrices[name] = Matrix(matrices[name].type_name, better.rounded(grid), grid, better)
-        layer.linear(name).weight.detach().copy_(matrices[name].rounded.weight)
+        matrices[name] = placed(Matrix(matrices[name].type_name, better.rounded(grid), grid, better), layer.linear(name).weight)
     work.replay = _replay(walk, layer)  # the old one kept results of the earlier weights
 
 
