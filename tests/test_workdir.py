@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,25 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
     (work.path / f"{TEMPORARY}link").symlink_to("nowhere")
     open_workdir(tmp_path / "work", MARK)
     assert [file.name for file in work.path.iterdir()] == ["fingerprint.json"]
+
+
+def test_all_that_is_unfinished_is_known_by_its_name(tmp_path: Path) -> None:
+    """safetensors writes to a file of its own first (.tmpXXXXXX), which a killed run would leave for good beside the items."""
+    work = open_workdir(tmp_path / "work", MARK)
+    with ThreadPoolExecutor(1) as thread:
+        saving = thread.submit(work.save, "a", {"x": torch.ones(50_000_000)}, {})  # 200 MB take 0.1 s and more
+        seen: set[str] = set()
+        while not saving.done():
+            seen.update(os.listdir(work.path))
+    unfinished = seen - {"fingerprint.json", "a.safetensors"}
+    assert unfinished
+    assert all(name.startswith(TEMPORARY) for name in unfinished)
+
+
+def test_items_have_the_usual_permissions(tmp_path: Path) -> None:
+    work = open_workdir(tmp_path / "work", MARK)
+    work.save("a", {"x": torch.ones(1)}, {})
+    assert (work.path / "a.safetensors").stat().st_mode == (work.path / "fingerprint.json").stat().st_mode
 
 
 def test_a_link_under_an_items_name_is_replaced(tmp_path: Path) -> None:

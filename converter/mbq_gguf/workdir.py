@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -80,8 +81,10 @@ class WorkDir:
         whole = {key: value.contiguous() for key, value in tensors.items()}
         text = json.dumps(data)
         try:
-            with new_file(self.path, TEMPORARY) as temporary:
+            with TemporaryDirectory(prefix=TEMPORARY, dir=self.path) as folder:  # safetensors makes another file beside it
+                temporary = Path(folder) / "item"
                 save_file(whole, str(temporary), metadata={"data": text, "checksum": self._checksum(name, whole, text)})
+                shutil.copymode(self.path / FINGERPRINT, temporary)  # safetensors makes files that only their owner can read
                 _put(temporary, file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} cannot be written ({error}): free some space or choose another work directory") from error

@@ -23,6 +23,7 @@ from mbq_gguf.demo.assemble import (
     is_assembled,
     shuffle_channels,
     split_rotary_pairs,
+    write_model,
 )
 from mbq_gguf.errors import UsageError
 from safetensors import safe_open
@@ -81,19 +82,32 @@ def test_a_model_that_was_made_of_it_is_not_taken_for_it(trained: str | None, re
     assert not is_assembled(tmp_path)
 
 
-def test_shuffling_channels_keeps_the_function() -> None:
-    """Models that differ in the order of their channels alone agree to the norms' float32: measured 1.4e-7 of the greatest logit."""
+def small_model(layers: int) -> Qwen2VLForConditionalGeneration:
     config = Qwen2VLConfig.from_pretrained(DATA)
-    config.text_config.num_hidden_layers = 3
-    config.text_config.layer_types = config.text_config.layer_types[:3]
+    config.text_config.num_hidden_layers = layers
+    config.text_config.layer_types = config.text_config.layer_types[:layers]
     config.vision_config.depth = 1
     torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(config).double().eval()
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def test_every_file_has_the_usual_permissions(tmp_path: Path) -> None:
+    """Weights too, which safetensors would let only their owner read."""
+    (tmp_path / "usual").touch()
+    write_model(small_model(1), tmp_path / "model")
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "model").iterdir()}
+    assert WEIGHTS in modes
+    assert set(modes.values()) == {(tmp_path / "usual").stat().st_mode}
+
+
+def test_shuffling_channels_keeps_the_function() -> None:
+    """Models that differ in the order of their channels alone agree to the norms' float32: measured 1.4e-7 of the greatest logit."""
+    model = small_model(3).double().eval()
     ids = torch.randint(10, 1000, (1, 12))
     with torch.no_grad():
         before = model(input_ids=ids).logits
         language, visual = model.model.language_model.state_dict(), model.model.visual.state_dict()
-        shuffle_channels(language, visual, config.text_config)
+        shuffle_channels(language, visual, model.config.text_config)
         model.model.language_model.load_state_dict(language)
         model.model.visual.load_state_dict(visual)
         model.tie_weights()

@@ -61,9 +61,7 @@ def assemble(out_dir: Path) -> Path:
         # Written beside its place and renamed when complete, so that an existing folder is always complete.
         with tempfile.TemporaryDirectory(prefix=".mbq-gguf-", dir=out_dir.parent) as folder:
             draft = Path(folder) / "model"
-            build_model(base_gguf()).save_pretrained(draft)
-            for name in COPIED:
-                shutil.copyfile(DATA / name, draft / name)
+            write_model(build_model(base_gguf()), draft)
             try:
                 os.replace(draft, out_dir)
             except OSError:
@@ -72,6 +70,14 @@ def assemble(out_dir: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot write {out_dir} ({error.strerror or error}): choose another place or free some space") from error
     return out_dir
+
+
+def write_model(model: Any, folder: Path) -> None:
+    """Write ``model`` and its tokenizer to ``folder``, all files with the usual permissions."""
+    model.save_pretrained(folder)
+    for name in COPIED:
+        shutil.copyfile(DATA / name, folder / name)
+    shutil.copymode(folder / COPIED[0], folder / WEIGHTS)  # safetensors makes files that only their owner can read
 
 
 def is_assembled(folder: Path) -> bool:
