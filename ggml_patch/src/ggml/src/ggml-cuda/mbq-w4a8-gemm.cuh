@@ -16,8 +16,8 @@
 //                     rows, each with its misalignment in memory.
 //     warp  11        producer of activations: a stage is BN columns times 128 of K
 //
-// 4096 x 14336 by 512: 45 us; 40 without copies and unpacking, 32 of which are wgmma alone at 1.8 GHz. An earlier version took 87 us, with two loads and a
-// permutation per word of weights, rows copied by three warps, and a load of a scale before each store (6 us per tile).
+// 4096 x 14336 by 512: 45 us; 40 without copies and unpacking, 32 of which are wgmma alone at 1.8 GHz. It is 87 us with two loads and a permutation per word of
+// weights, rows copied by three warps, and a load of a scale before each store (6 us per tile).
 //
 // The sum of 16 * code * q over K stays below 2^31 for K up to 132,000.
 
