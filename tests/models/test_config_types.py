@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from mbq_gguf.errors import UserError
-from mbq_gguf.models.checks import check_counts, check_image_size
+from mbq_gguf.models.checks import check_counts, check_feature_layers, check_image_size
 from mbq_gguf.models.config_types import check_config_types
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -47,6 +47,7 @@ def test_what_transformers_saves_passes(name: str) -> None:
     check_config_types(settings)
     check_counts(settings)
     check_image_size(settings)
+    check_feature_layers(settings)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,7 @@ def test_what_transformers_saves_passes(name: str) -> None:
         ("text_config.rope_scaling.mrope_section", [1, "x"], "no list of whole numbers"),
         ("text_config.rope_parameters.full_attention.rope_type", 3, "is 3 and no word"),
         ("text_config.rope_parameters.full_attention", 3, "is 3 and no JSON object"),
+        ("text_config.original_max_position_embeddings", 1, "is 1 and no whole number above 1"),
         ("vision_config.image_size", [64, "x"], "no whole number above 0"),
         ("vision_config", ["x"], "no JSON object"),
         ("llm_config", None, "is None and no value"),
@@ -95,3 +97,9 @@ def test_a_flat_model_s_settings_are_those_of_a_language_model() -> None:
     check_config_types(SOUND | {"vocab_size": None})
     with pytest.raises(UserError, match=r"^vocab_size in the model's config.json is None and no value"):
         check_config_types(flat | {"vocab_size": None})
+
+
+def test_features_of_a_layer_that_the_tower_lacks() -> None:
+    check_feature_layers({"vision_config": {"depth": 3, "deepstack_visual_indexes": [0, 2]}})
+    with pytest.raises(UserError, match=r"^deepstack_visual_indexes in .* is \[0, 3\] and the tower has 3 layers: download"):
+        check_feature_layers({"vision_config": {"depth": 3, "deepstack_visual_indexes": [0, 3]}})

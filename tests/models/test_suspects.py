@@ -37,6 +37,7 @@ def test_sound_settings_are_not_suspected(name: str) -> None:
         ("qwen3_vl_moe", "text_config.num_local_experts", None, "is None and usually a number"),
         ("gemma3", "text_config.sliding_window", {"a": 1}, "is {'a': 1} and usually a number"),
         ("gemma3", "text_config.rope_parameters.sliding_attention", {}, "is {} and usually an object"),
+        ("qwen3_vl_moe", "vision_config.deepstack_visual_indexes", [], "is [] and usually a list of numbers"),
         ("gemma3", "text_config.layer_types", ["x", 3], "is ['x', 3] and usually a list of words"),
         ("llava_next", "image_grid_pinpoints", [[64, 64], None], "is [[64, 64], None] and usually a list of lists of numbers"),
         ("llava_next", "image_grid_pinpoints", [[64, 64], [64]], "is a list of lists of numbers, not all of one kind and length"),
@@ -72,6 +73,15 @@ def test_what_is_odd_is_named(name: str, place: str, value: Any, words: str) -> 
 def test_only_python_s_own_words_are_replaced(tmp_path: Path, error: Exception, words: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(UNKNOWN | {"llm_config": {"head_dim": None, "depth": 1}}))
     assert describe_failure(error, tmp_path) == words
+
+
+def test_a_null_that_is_usual_is_named_where_none_is_what_failed(tmp_path: Path) -> None:
+    settings = sound("gemma4") | {"vision_config": sound("gemma4_vision")}
+    assert list(suspects(settings)) == []
+    assert settings["text_config"]["num_experts"] is None
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert "text_config.num_experts is None" in describe_failure(TypeError("found element of type NoneType"), tmp_path)
+    assert describe_failure(TypeError("a reason"), tmp_path) == "a reason"
 
 
 def test_without_suspects_python_s_words_remain(tmp_path: Path) -> None:

@@ -111,6 +111,17 @@ def check_image_size(config: dict[str, Any]) -> None:
         )
 
 
+def check_feature_layers(config: dict[str, Any]) -> None:
+    """Raise UserError if the language model adds features of layers that the vision tower does not have (Qwen3-VL)."""
+    tower = config.get("vision_config") or {}
+    layers, depth = tower.get("deepstack_visual_indexes") or [], tower.get("depth")
+    if isinstance(depth, int) and any(layer >= depth for layer in layers):
+        raise UserError(
+            f"deepstack_visual_indexes in the model's config.json is {layers!r:.60} and the tower has {depth} layers: "
+            "download the model again"
+        )
+
+
 def positive_number(published: Mapping[str, Any], name: str, *, whole: bool = True) -> Any:
     """The setting ``name`` of a config.json, which must be a number above 0; raises UserError with its name otherwise."""
     value = published.get(name)

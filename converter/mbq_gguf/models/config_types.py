@@ -85,6 +85,8 @@ def expected_type(name: str, value: Any) -> str | None:
         return None if is_integer(value, 0) else "whole number from 0 up"
     if name in FEW:
         return None if is_integer(value, 1) and value <= FEW[name] else f"whole number from 1 to {FEW[name]}"
+    if name == "original_max_position_embeddings":  # its logarithm is a divisor
+        return None if is_integer(value, 2) else "whole number above 1"
     if name == "auto_map":
         return None if isinstance(value, dict) and isinstance(value.get("AutoConfig", ""), str) else "object of words"
     if SIZE.fullmatch(name):

@@ -15,6 +15,7 @@ from mbq_gguf.models import as_llama, internvl, llama4
 from mbq_gguf.models.checks import (
     check_complete,
     check_counts,
+    check_feature_layers,
     check_finite,
     check_image_size,
     check_unquantised,
@@ -106,6 +107,7 @@ def check_source(model_dir: Path) -> str:
     check_unquantised(model_dir, config)
     check_counts(config)
     check_image_size(config)
+    check_feature_layers(config)
     as_llama.check(config)
     internvl.check(config)
     check_complete(model_dir)

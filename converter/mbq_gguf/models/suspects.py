@@ -31,7 +31,8 @@ def describe_failure(error: BaseException, model_dir: Path) -> str:
     file, found = model_dir / "config.json", list[str]()
     if isinstance(error, PYTHON_ERRORS) or (isinstance(error, ValueError) and PYTHON_VALUES.search(str(error))):
         with suppress(Exception):  # a class without settings of its own, lists in too many lists: ``error`` is what counts
-            found = list(suspects(read_json_object(file)))
+            config = read_json_object(file)
+            found = list(suspects(config)) or (list(nulls(config)) if "NoneType" in str(error) else [])
     return f"in config.json {', '.join(found[:MOST])}" if found else describe(error)
 
 
@@ -49,12 +50,21 @@ def suspects(config: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{part} has no number of layers"
 
 
+def nulls(config: Mapping[str, Any]) -> Iterator[str]:
+    """Sizes and numbers that are null: most may be, but Gemma 4's ``num_experts`` only without ``enable_moe_block``. Asked if there are no
+    suspects and the error is about None."""
+    for place, settings in (("", config), *((f"{part}.", config.get(part) or {}) for part in PARTS)):
+        for name, value in settings.items():
+            if value is None and any(names.fullmatch(name) for names in (SIZE, COUNT, NUMBER)):
+                yield f"{place}{name} is None"
+
+
 def of_object(settings: Mapping[str, Any], usual: Mapping[str, Any], place: str) -> Iterator[str]:
     """The same for one object of config.json, at ``place``; ``usual`` are the settings of its class."""
     for name, value in settings.items():
         own = usual.get(name)
         here, wanted = kind(value), kind(own)
-        if differs(here, wanted) or (own and value == {}):
+        if differs(here, wanted) or (own and value in ({}, [])):
             yield f"{place}{name} is {repr(value) if len(repr(value)) <= LONGEST else article(here)} and usually {article(wanted)}"
         elif isinstance(value, list) and (" and " in here or len({len(item) for item in value if isinstance(item, list)}) > 1):
             yield f"{place}{name} is {article(here)}, not all of one kind and length"
