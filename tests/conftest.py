@@ -1,8 +1,11 @@
-"""Models that several tests share: a small random Qwen2-VL (real code paths in a second), the reference VLM, and the built llama.cpp."""
+"""Models that several tests share: a small random Qwen2-VL (real code paths in a second), the reference VLM, and the
+built llama.cpp; and a disk that is soon full."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,17 @@ def tiny(tiny_dir: Path) -> LoadedModel:
 def samples() -> list[Sample]:
     """Four scenes of the shipped calibration set with two turns each."""
     return [Sample(s.image, s.turns[:2]) for s in read_jsonl(SHIPPED)[:4]]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB; only root may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a small file system here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,14 @@ def declarations(tree: Path, cache: Path) -> Declarations:
         return Declarations(**json.loads(cached.read_text(encoding="utf-8")))
     cdef = _cdef(_parse(_preprocess(tree), tree), tree)
     result = Declarations(cdef, _compiled_layout(list(layout(new_ffi(cdef), cdef)), tree))
-    cached.parent.mkdir(parents=True, exist_ok=True)
     draft = cached.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps(asdict(result), indent=1))
-    draft.replace(cached)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(asdict(result), indent=1))
+        draft.replace(cached)
+    except OSError:  # the disk is full or cannot be written: the headers are parsed again next time
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from contextlib import suppress
@@ -21,6 +20,7 @@ from mbq_gguf.export.atomic import check_gguf_output
 from mbq_gguf.hub import model_directory
 from mbq_gguf.llama_cpp.locks import termination_as_exit
 from mbq_gguf.llama_cpp.steps import say
+from mbq_gguf.system_errors import system_errors
 from mbq_gguf.terminal import allow_any_encoding
 
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
@@ -57,18 +57,13 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. Exit codes: 1 if it failed, 2 for wrong arguments, 128 + n if signal n ended it (Ctrl-C: 130)."""
         try:
-            with launch.ended_by_signal(), termination_as_exit():
+            with launch.ended_by_signal(), termination_as_exit(), system_errors():
                 return super().invoke(ctx)
         except USER_ERRORS as error:
             launch.wait_for_the_first()
             launch.report(str(error))
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             sys.exit(error.exit_code)
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:  # pathlib's is_file() raises this one, for any path of the command
-                raise
-            Console(stderr=True).print("[bold red]error:[/] a path is longer than the file system allows: shorten it", highlight=False)
-            sys.exit(2)
         except KeyboardInterrupt:
             _say_stopped(ctx.invoked_subcommand)
             sys.exit(130)

@@ -45,6 +45,11 @@ def test_layout_is_the_compilers(tree: Path) -> None:
     assert (found.layout["GGML_TYPE_MBQ3"], found.layout["GGML_TYPE_MBQ3S_64"]) == (120, 123)
 
 
+def test_a_cache_without_room_is_no_error(tree: Path) -> None:
+    (tree.parent / "file").touch()
+    assert agrees(declarations(tree, tree.parent / "file" / "cache"))
+
+
 def test_a_changed_struct_is_read_anew(tree: Path) -> None:
     before = read(tree)
     edit(tree / "include/llama.h", "uint32_t n_ctx; ", "uint64_t added; uint32_t n_ctx; ")

@@ -25,7 +25,7 @@ from mbq_gguf.demo.assemble import (
     split_rotary_pairs,
     write_model,
 )
-from mbq_gguf.errors import UsageError
+from mbq_gguf.errors import UsageError, UserError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -98,6 +98,15 @@ def test_every_file_has_the_usual_permissions(tmp_path: Path) -> None:
     modes = {file.name: file.stat().st_mode for file in (tmp_path / "model").iterdir()}
     assert WEIGHTS in modes
     assert set(modes.values()) == {(tmp_path / "usual").stat().st_mode}
+
+
+def test_a_full_disk_is_a_sentence(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding alone takes 57 MB; safetensors' error is none of the system's."""
+    monkeypatch.setattr("mbq_gguf.demo.assemble.base_gguf", lambda: Path("unused"))
+    monkeypatch.setattr("mbq_gguf.demo.assemble.build_model", lambda _: small_model(1).bfloat16())
+    with pytest.raises(UserError, match=rf"^cannot write {disk}/model \(.*No space left on device.*: choose another place or free some"):
+        assemble(disk / "model")
+    assert not list(disk.iterdir())
 
 
 def test_shuffling_channels_keeps_the_function() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mbq_cbind.vision import EncodedImage
+from mbq_gguf.errors import UserError
 from mbq_gguf.evaluate.kld import Store, compress, divergence, log_softmax
 
 SELF_DIVERGENCE = 0.5 * (2.0**-8) ** 2  # nats: log-probabilities down to -16 are off by 2^-8 at most, half of whose square enters
@@ -61,3 +62,10 @@ def test_pictures_come_back_as_they_were(tmp_path: Path) -> None:
     assert back is not None
     assert (back.width, back.height) == (640, 480)
     assert all(np.array_equal(a, b) for a, b in zip(back.embeddings, chunks, strict=True))
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
+    """/dev/full fails every write as a full disk does; numpy's own error has no number."""
+    (tmp_path / "logits-0.npy").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=rf"cannot be kept in {tmp_path.parent} \(.*\): free some space there, or set TMPDIR"):
+        Store(tmp_path).put_logits("0", np.zeros((2, 1000), np.float32))

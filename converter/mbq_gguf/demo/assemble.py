@@ -67,8 +67,10 @@ def assemble(out_dir: Path) -> Path:
             except OSError:
                 if not is_assembled(out_dir):  # otherwise another process was faster
                     raise
-    except OSError as error:
-        raise UserError(f"cannot write {out_dir} ({error.strerror or error}): choose another place or free some space") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write {out_dir} ({getattr(error, 'strerror', None) or error}): choose another place or free some space"
+        ) from error
     return out_dir
 
 

