@@ -104,8 +104,8 @@ CARD = Rates(
     stored=2.4e-9,
     nearest=6e-8,
 )
-# The share of a stage's time that several GPUs divide: two took 0.83 s for a layer and 7 s for capture, one 1.50 and 10 (docs/cards.md).
-DIVIDED = {"capture": 0.6, "layers": 0.89}
+# The share of a stage's time that several GPUs divide: two took 0.82 s for a layer and 7 s for capture, one 1.49 and 10 (docs/cards.md).
+DIVIDED = {"capture": 0.6, "layers": 0.9}
 HALF = 0.65  # share of the products of a symmetric sum that is computed (calibration/sums.py)
 SEARCHED = 3.4  # factor of a layer's time with the search for channel factors (MBQ, AWQ): 1483 s instead of 435 for the reference VLM
 LEARNED = 1.4  # per pass of --learn-scales: 2855 s instead of 435 with four passes

@@ -87,9 +87,9 @@ def _site_bytes(site: Site) -> float:
 
 
 def _page_locked(layer: int) -> float:
-    """Bytes of host memory from which a GPU copies layers of that many weights: one may be read while the last one is copied. PyTorch
-    rounds each up to a power of two (models/read_ahead.py)."""
-    return 2.0 * 2.0 ** math.ceil(math.log2(STORED * layer)) if layer else 0.0
+    """Bytes of host memory from which a GPU copies layers of that many weights, one after the other. PyTorch rounds them up to a power of
+    two (models/read_ahead.py)."""
+    return 2.0 ** math.ceil(math.log2(STORED * layer)) if layer else 0.0
 
 
 def _writing(work: Work, bits: int, room: float) -> float:

@@ -142,7 +142,7 @@ def quantise_layer(walk: Walk, index: int) -> None:
     """Quantise layer ``index``, or restore it from the work directory, and advance the walk past it."""
     work = layer.enter_layer(walk, index)
     for following in walk.loaded.decoder.layers[index + 1 : index + 2]:
-        walk.coming = ReadAhead(following, walk.loaded.device)
+        walk.coming = ReadAhead(following, walk.loaded.device, walk.coming)
     found = walk.work.found(_item(index))
     if found:
         layer.put_back(work, Outcome(*found))
