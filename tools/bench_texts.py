@@ -52,7 +52,7 @@ def seconds(loaded: LoadedModel, texts: int, tokens: int) -> float:
     from mbq_gguf.calibration.synthetic import SEED, TEMPERATURE
 
     start = time.perf_counter()
-    with coarse_products():
+    with coarse_products(loaded.device):
         written_texts(loaded, texts, tokens, TEMPERATURE, SEED, lambda done, total: None)
     return time.perf_counter() - start
 

@@ -138,7 +138,7 @@ def texts(model: Path, layers: int, device: str, count: int) -> dict[str, Any]:
         loaded = load(Path(folder), device, progress=lambda done, total: times("check weights", done, total))
         times("load", 1, 1)
         bits = writing_bits(loaded)
-        with coarse_products():
+        with coarse_products(loaded.device):
             written(loaded, count, lambda done, total: times("write texts", done, total))
         seconds = time.perf_counter() - times.begun
     return {"ended": f"{count} texts of {layers} layers", "bits": bits, "seconds": seconds, **told_of(memory, times)}

@@ -178,13 +178,13 @@ def _round(
     entered = [_enter(loaded, blocks[0], encoded) for encoded in pictures]
     for index, block in enumerate(blocks):
         sites = [{name: linear(block, name) for name in site.readers} for site in tower.layout.sites]
-        with _hessians([next(iter(site.values())) for site in sites]) as found, coarse_products():
+        with _hessians([next(iter(site.values())) for site in sites]) as found, coarse_products(loaded.device):
             for state in entered:
                 block(*state.args, **state.kwargs)
         for site in sites:
             here = {f"{tower.block_name(index)}.{name}.weight": module for name, module in site.items()}
             _round_site(here, found.get(next(iter(site.values()))), type_name, refinement, result)
-        with counting([list(site.values()) for site in sites] if static else []) as inputs, coarse_products():
+        with counting([list(site.values()) for site in sites] if static else []) as inputs, coarse_products(loaded.device):
             for state in entered:
                 _advance(block, state)
         ranges.append([site.range(settings.estimator) for site in inputs])
@@ -192,7 +192,7 @@ def _round(
     if static:
         result.metadata.update(tower_range_keys(settings.estimator, ranges))
     for number, group in enumerate(groups):
-        with _hessians(list(group.values())) as found, coarse_products():
+        with _hessians(list(group.values())) as found, coarse_products(loaded.device):
             for encoded in pictures:
                 capture_encoded(loaded, encoded)
         for name, module in group.items():

@@ -38,7 +38,7 @@ def test_together_as_alone(tiny: LoadedModel, streams: list[Streamed], tokens: i
     with torch.no_grad():
         alone = [layer.run(stream.hidden, stream.kwargs[0]) for stream in streams]
     if low:
-        with coarse_products():
+        with coarse_products(layer.device):
             advance(layer, together)
     else:
         advance(layer, together)

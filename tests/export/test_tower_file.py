@@ -83,7 +83,7 @@ def test_static_ranges_are_those_of_the_rounded_tower(tiny_dir: Path, samples: l
     assert tower
     made = quantise_tower(loaded, TowerSettings("W8A8", rotate=False, activations="static", estimator="minmax"), samples[:2]).metadata
     readers = [[linear(block, name) for name in site.readers] for block in tower.blocks for site in tower.layout.sites]
-    with counting(readers) as found, torch.no_grad(), coarse_products():
+    with counting(readers) as found, torch.no_grad(), coarse_products(loaded.device):
         for sample in dict.fromkeys(sample.image for sample in samples[:2]):
             capture_encoded(loaded, loaded.encode(sample, [(FREE_QUESTION, "")]))
     largest = np.array([site.magnitudes.largest for site in found]).reshape(3, 4)

@@ -39,7 +39,7 @@ def allocate(
     counts: dict[str, int] = {}
     for index in range(layers):
         layer, weights = layer_of(index), weights_of(index)
-        with coarse_products():
+        with coarse_products(layer.device):
             hessians = observe(layer, running, hessian_weights=weights).hessians
         inputs = {}
         for site in layer.sites:

@@ -80,7 +80,7 @@ def search(
             for module, values in zip(linears, rounded, strict=True):
                 module.weight.copy_(values if int8 else values / factors)
             # bfloat16 is no more precise than int8 here
-            with int8_inputs((layer.holder(name) for name in site.readers), factors) if int8 else coarse_products():
+            with int8_inputs((layer.holder(name) for name in site.readers), factors) if int8 else coarse_products(layer.device):
                 losses.append(output_loss(inspected, calls, power))
             best = min(best, number, key=losses.__getitem__)
             if number - best == patience:

@@ -43,7 +43,7 @@ def measure_sensitivity(walk: Walk) -> None:
     answered = [stream for stream in made(walk.captured) if stream.labels.any()]
 
     def found() -> tuple[dict[str, torch.Tensor], None]:
-        with walk.timed("sensitivity"), coarse_products():
+        with walk.timed("sensitivity"), coarse_products(walk.loaded.device):
             return measure(walk.loaded, answered, walk.counted("sensitivity"), fisher=fisher).tensors(), None
 
     walk.sensitivity = Sensitivity.restored(walk.work.cached("sensitivity", found)[0])
@@ -62,7 +62,7 @@ def add_synthetic(walk: Walk) -> None:
     pictures = count // 2 if walk.settings.pictures else 0
 
     def texts() -> tuple[dict[str, torch.Tensor], None]:
-        with walk.timed("texts"), coarse_products():
+        with walk.timed("texts"), coarse_products(walk.loaded.device):
             # in one process: a step takes as long for some texts as for all
             return {"ids": broadcast_from_first(lambda: written(walk.loaded, count, walk.counted(_writing_stage(walk))))}, None
 
@@ -85,7 +85,7 @@ def measure_sinks(walk: Walk) -> None:
     captured = made(walk.captured)
 
     def found() -> tuple[dict[str, torch.Tensor], object]:
-        with walk.timed("sinks"), coarse_products():
+        with walk.timed("sinks"), coarse_products(walk.loaded.device):
             return {}, asdict(broadcast_from_first(lambda: find_sinks(walk.loaded, captured, walk.counted("sinks"))))
 
     walk.sinks = Sinks(**walk.work.cached("sinks", found)[1])

@@ -51,7 +51,7 @@ def enter_layer(walk: Walk, index: int) -> LayerWork:
 def pass_original(work: LayerWork) -> None:
     """Run the streams through the original layer, observe what the next steps need, and start the layer after it."""
     walk, index = work.walk, work.layer.index
-    with walk.timed("observe"), coarse_products():
+    with walk.timed("observe"), coarse_products(work.layer.device):
         found = walk.ahead.take(index) or run_original(walk, work.layer, made(walk.streams))
     work.passed, work.observed, work.shares = found.passed, found.observed, found.shares
     if walk.settings.rounding == "gptq" and index + 1 < len(walk.loaded.decoder.layers) and helps(work.layer.device):
@@ -120,7 +120,7 @@ def learn_scales(work: LayerWork) -> None:
         return
     coded = {name: (matrix.grid, matrix.coded) for name, matrix in matrices.items() if matrix.grid and matrix.coded}
     targets = [stream.hidden for stream in made(work.passed)]
-    with walk.timed("learn scales"), coarse_products():
+    with walk.timed("learn scales"), coarse_products(layer.device):
         found = broadcast_from_first(lambda: learn(layer, walk.prefix, targets, work.weights, coded, walk.settings.learn_scales))
     for name, better in found.items():
         grid = coded[name][0]
@@ -158,7 +158,7 @@ def measure_ranges(work: LayerWork) -> None:
     if walk.settings.activations != "static":
         return
     streams = [replace(stream) for stream in walk.prefix or made(walk.streams)]
-    with walk.timed("ranges"), coarse_products():
+    with walk.timed("ranges"), coarse_products(layer.device):
         counted = broadcast_from_first(lambda: count_magnitudes(layer, streams, made(walk.sinks)))
     for (site, kind), magnitudes in counted.items():
         work.outcome.put("metadata", range_key(site, kind), magnitudes.range(walk.settings.range_estimator))
@@ -186,7 +186,11 @@ def put_back(work: LayerWork, outcome: Outcome) -> None:
     some codes of the next layer."""
     walk, layer = work.walk, work.layer
     work.passed = [replace(stream) for stream in made(walk.streams)]
-    with walk.timed("observe"), coarse_products(), seeing_others(layer, shares_of(layer, work.passed) if _of_originals(walk) else []):
+    with (
+        walk.timed("observe"),
+        coarse_products(layer.device),
+        seeing_others(layer, shares_of(layer, work.passed) if _of_originals(walk) else []),
+    ):
         advance(layer, work.passed)
     fold_layer(layer, outcome.tensors_of("factors"))
     check_function(work)
@@ -195,7 +199,7 @@ def put_back(work: LayerWork, outcome: Outcome) -> None:
 
 def leave_layer(work: LayerWork) -> None:
     """Move the walk past the finished layer."""
-    with work.walk.timed("moments"), coarse_products(), work.walk.ahead.resting():
+    with work.walk.timed("moments"), coarse_products(work.layer.device), work.walk.ahead.resting():
         work.replay.advance()
     work.walk.streams = made(work.passed)
 
@@ -229,7 +233,7 @@ def _moments(work: LayerWork, site: Site) -> Moments | None:
     if not settings.follows_prefix:
         return folded_moments(layer, site, observed, work.factors)
     originals = folded_originals(layer, site, observed, work.factors) if _corrects(settings) and site.expert is None else None
-    with work.walk.timed("moments"), coarse_products(), work.walk.ahead.resting():
+    with work.walk.timed("moments"), coarse_products(work.layer.device), work.walk.ahead.resting():
         found = work.replay.moments(site, work.weights, originals)
     observed.originals.pop(site.name, None)  # a site is requested once; this frees memory on the GPU
     return found
