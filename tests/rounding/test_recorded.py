@@ -8,8 +8,9 @@ from grids import grid_for
 from mbq_gguf.calibration.moments import Moments
 from mbq_gguf.formats.registry import quant_type_for
 from mbq_gguf.rounding.gptq import Coded
+from mbq_gguf.rounding.inverse import inverse_factor
 from mbq_gguf.rounding.recorded import Recorded
-from mbq_gguf.rounding.sequence import Refinement, refined
+from mbq_gguf.rounding.sequence import Refinement, recorded_refinement, refined, refined_by
 
 COLUMNS = 512
 HOW = Refinement(0.01, clip=True, error_correction=0.5, refits=2)
@@ -54,6 +55,20 @@ def test_what_is_replayed_is_what_would_have_run(kind: str, monkeypatch: pytest.
     monkeypatch.setattr(Recorded, "__call__", lambda self, *arguments: self.run(*arguments))
     for parts in zip(all_of(refined(weight, found, grid, HOW)), *recorded, strict=True):
         assert all(part.equal(parts[0]) for part in parts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["MBQ3S", "MBQ3", "Q4_0", "Q8_0", "Q3_K", "Q4_K", "Q6_K", "W4A8"])
+def test_what_is_replayed_of_a_whole_site_is_what_would_have_run(kind: str) -> None:
+    grid = grid_for(quant_type_for(kind, COLUMNS))
+    weight, found = problem("cuda")
+    factor = inverse_factor(found.hessian, HOW.damping)
+    run = refined_by(factor, weight, Moments(found.hessian), grid, HOW)
+    refine = recorded_refinement(grid, HOW)
+    for _ in range(3):  # run, recorded, replayed
+        coded = refine(factor, weight, found.hessian)
+        for name in ("codes", "scale", "offset", "steps"):
+            assert getattr(coded, name).equal(getattr(run, name)), name
 
 
 @pytest.mark.gpu

@@ -40,7 +40,7 @@ class Recorded:
         self.recordings: dict[Shapes, _Recording] = {}
 
     def __call__(self, *arguments: torch.Tensor) -> Tensors:
-        if arguments[0].device.type != "cuda":
+        if arguments[0].device.type != "cuda" or torch.cuda.is_current_stream_capturing():  # then it is part of a larger recording
             return self.run(*arguments)
         shapes = tuple(tuple(argument.shape) for argument in arguments)
         if shapes not in self.seen:  # warm-up: libraries must not initialise themselves while recording

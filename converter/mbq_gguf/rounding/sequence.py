@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -25,6 +26,7 @@ from mbq_gguf.rounding.gptq import Coded, code_gptq, row_blocks
 from mbq_gguf.rounding.inverse import inverse_factor
 from mbq_gguf.rounding.nearest import Rounded, round_nearest
 from mbq_gguf.rounding.ranges import searched
+from mbq_gguf.rounding.recorded import Recorded, Tensors
 from mbq_gguf.rounding.refit import refit, refit_row_scale
 
 COLUMNS_CORRECTED = {"cpu": 256, "cuda": 4096}  # columns of a product with the inverse factor per piece
@@ -68,7 +70,8 @@ def round_in_order(
         for kept in dict.fromkeys(kinds.values()):
             names = [name for name in site.readers if kinds[name] == kept]
             weights = [layer.linear(name).weight for name in names]
-            for name, weight, matrix in zip(names, weights, _rounded(weights, kept, found, refinement), strict=True):
+            matrices = _rounded(weights, kept, found, refinement, one_of_many=site.expert is not None)
+            for name, weight, matrix in zip(names, weights, matrices, strict=True):
                 out[name] = placed(matrix, weight)
     return {name: out[name] for name in layer.layout.readers}
 
@@ -79,15 +82,23 @@ def placed(matrix: Matrix, weight: torch.Tensor) -> Matrix:
     return replace(matrix, rounded=replace(matrix.rounded, weight=values))
 
 
-def _rounded(weights: Sequence[torch.Tensor], kept: QuantType, found: Moments | None, refinement: Refinement) -> list[Matrix]:
+def _rounded(
+    weights: Sequence[torch.Tensor], kept: QuantType, found: Moments | None, refinement: Refinement, *, one_of_many: bool
+) -> list[Matrix]:
     """Round matrices with a common input and quant type. Rows are independent, so GPTQ treats all matrices as one, and each process has
-    some rows."""
+    some rows. With ``one_of_many`` (experts) the next calls have the same shapes."""
     grid = grid_of(kept)
     if found is None or grid is None:
         return [Matrix(kept.name, round_nearest(weight.detach(), kept)) for weight in weights]
     whole = torch.cat([weight.detach().float() for weight in weights])
     factor = inverse_factor(found.hessian, refinement.damping)  # computed by all processes, even those without rows
-    coded, data = _shared_rows(len(whole), lambda rows: refined_by(factor, whole[rows], found.of_rows(rows), grid, refinement), grid)
+
+    def code(rows: slice) -> Coded:
+        if one_of_many:
+            return recorded_refinement(grid, refinement)(factor, whole[rows], found.hessian)
+        return refined_by(factor, whole[rows], found.of_rows(rows), grid, refinement)
+
+    coded, data = _shared_rows(len(whole), code, grid)
     lengths = [len(weight) for weight in weights]
     parts = zip(coded.split(lengths), torch.split(data, lengths), strict=True)
     return [Matrix(kept.name, Rounded(to_host(packed).numpy(), part.values(grid)), grid, part) for part, packed in parts]
@@ -126,6 +137,21 @@ def refined_by(factor: torch.Tensor, weight: torch.Tensor, found: Moments, grid:
         elif grid.scale.free and grid.group == weight.shape[1]:  # one scale per row and no offset
             coded = replace(coded, scale=refit_row_scale(weight, coded.codes, coded.scale, found.hessian))
     return coded
+
+
+@cache
+def recorded_refinement(grid: Grid, refinement: Refinement) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Coded]:
+    """:func:`refined_by` for a factor, a weight and a Hessian, without cross moments, with a single launch on a GPU; the next call
+    overwrites the results. A layer of 128 experts is 256 sites of the same two shapes: an H200 takes 4.6 s for it instead of 5.4, since
+    the host takes longer to launch a site's operations than the GPU to run them.
+    """
+
+    def parts(factor: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor) -> Tensors:
+        coded = refined_by(factor, weight, Moments(hessian), grid, refinement)
+        return coded.codes, coded.scale, coded.offset, coded.steps
+
+    recorded = Recorded(parts)
+    return lambda *given: Coded(*recorded(*given))
 
 
 def corrected(weight: torch.Tensor, found: Moments, factor: torch.Tensor, share: float) -> torch.Tensor:
