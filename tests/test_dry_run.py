@@ -130,6 +130,25 @@ def test_a_card_is_foretold_within_a_third(layers: int, cards: int, seconds: dic
     assert layers < 28 or sum(found.values()) == pytest.approx(111 - 12, rel=1 / 5)
 
 
+def experts(width: int, inner: int) -> list[Site]:
+    """128 experts, of which a token chooses 8, and a first site that is none."""
+    share, least = 8 / 128, 4 * width
+    return [Site(width, 5120)] + 128 * [Site(width, 2 * inner, share, 128, least), Site(inner, width, share, 128, least)]
+
+
+@pytest.mark.parametrize(
+    ("rates", "layer", "batches", "seconds"),
+    [
+        (CARD, experts(2048, 768), 8, 4.6),  # Qwen3-VL-30B-A3B's shapes on an H200
+        (rates_at(CPU_SPEED, True), experts(64, 64), 10, 3.9),  # one thread of machine A, where nearly all is overhead
+    ],
+)
+def test_a_layer_of_experts_is_foretold_within_a_third(rates: Rates, layer: list[Site], batches: int, seconds: float) -> None:
+    """96 samples of 200 tokens, 2026-11-30 (docs/log.md)."""
+    work = Work([], 0, 0, 0, layer[0].columns, 0, 0, streams=96, tokens=19200, texts=0, batches=batches)
+    assert layer_seconds(work, layer, rates) == pytest.approx(seconds, rel=1 / 3)
+
+
 def test_memory_of_a_card_is_foretold_within_a_third() -> None:
     """A whole 7B took 20.8 GiB of an H200 and 6.0 of the host (docs/results.md)."""
     found = [bytes_ / 2**30 for bytes_ in estimate_memory(of_layers(28), "cuda")[:2]]

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
+from mbq_gguf.calibration.batches import batch_count
 from mbq_gguf.calibration.experts import TOKENS
 from mbq_gguf.models.file_rows import TABLE
 from mbq_gguf.models.layer import Layer
@@ -36,6 +37,7 @@ class Rates:
     moved: float  # a token times a channel of a site: observed, kept and read back
     multiplied: float  # a token times a weight: forward passes
     squared: float  # a token times two channels: second moments
+    called: float  # a site of an expert in a batch of tokens: all passes and sums of a layer
     column: float  # a column of a site: GPTQ's loop over columns
     rounded: float  # a weight: range search, codes, refits
     product: float  # a weight times a column of its site: error propagation and coordinate descent
@@ -73,6 +75,7 @@ CPU = Rates(
     moved=2.8e-8,
     multiplied=2.18e-11,
     squared=9.9e-12,
+    called=1.3e-3,
     column=0.0,
     rounded=4e-7,
     product=6e-11,
@@ -84,7 +87,8 @@ CPU = Rates(
 # of which 0.29 for products, on machine A while it did other work, 2026-11-29.
 COMPILED = {"rounded": 1.2e-7, "product": 1.0e-10}
 # One H200, a 7B's shapes with default options, 2026-11-29 (docs/log.md): rounding by each of a layer's four sites, passes by what the layer
-# takes besides, texts and writing by runs of 8 and of 28 layers. Compiling Triton's kernels, some 12 s once for a user, is left out.
+# takes besides, texts and writing by runs of 8 and of 28 layers; experts by layers of 128 of them, 2026-11-30. Compiling Triton's kernels,
+# some 12 s once for a user, is left out.
 CARD = Rates(
     start=13.0,
     read=3e-10,
@@ -97,6 +101,7 @@ CARD = Rates(
     moved=3e-11,
     multiplied=1.4e-14,
     squared=8e-15,
+    called=1.1e-3,
     column=3.4e-6,
     rounded=5.6e-10,
     product=5.6e-13,
@@ -147,6 +152,7 @@ class Work:
     tokens: int  # of all streams
     texts: int
     table: int = 0  # weights of an embedding table that stays in its file
+    batches: int = 1  # in which all tokens pass a layer
 
     @property
     def weights(self) -> int:
@@ -154,7 +160,9 @@ class Work:
         return sum(site.columns * site.rows for layer in self.layers for site in layer)
 
 
-def work_of(model: LoadedModel, *, checkpoint: int, files: int, samples: int, sample_tokens: float, texts: int) -> Work:
+def work_of(
+    model: LoadedModel, *, checkpoint: int, files: int, samples: int, sample_tokens: float, texts: int, on_card: bool = False
+) -> Work:
     """The work on ``model``, which may be without weights. Half as many pictures as ``texts`` are added, each as long as a sample."""
     decoder = model.decoder
     layers = sites_of(model)
@@ -163,6 +171,7 @@ def work_of(model: LoadedModel, *, checkpoint: int, files: int, samples: int, sa
     whole = sum(parameter.numel() for parameter in model.model.parameters())
     layer_weights = sum(parameter.numel() for parameter in decoder.layers.parameters())
     pictures = texts // 2
+    tokens = round((samples + pictures) * sample_tokens) + TEXT_TOKENS * texts
     return Work(
         layers=layers,
         ends=ends,
@@ -173,8 +182,9 @@ def work_of(model: LoadedModel, *, checkpoint: int, files: int, samples: int, sa
         checkpoint=checkpoint,
         files=files,
         streams=samples + texts + pictures,
-        tokens=round((samples + pictures) * sample_tokens) + TEXT_TOKENS * texts,
+        tokens=tokens,
         texts=texts,
+        batches=batch_count(tokens, on_card),
     )
 
 
@@ -205,6 +215,7 @@ def layer_seconds(work: Work, sites: Sequence[Site], rates: Rates) -> float:
         tokens = site.seen(work.tokens)
         squares = HALF * site.columns + site.compared
         total += tokens * site.columns * (site.rows * rates.multiplied + rates.moved + squares * rates.squared)
+        total += work.batches * rates.called if site.experts > 1 else 0.0
         total += site.columns * rates.column + site.columns**2 * site.rows * rates.product
     return total + weights * rates.rounded
 

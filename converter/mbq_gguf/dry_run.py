@@ -111,6 +111,7 @@ def _dry_run(options: ConvertOptions, console: Console) -> Expected:
         samples=samples,
         sample_tokens=sample_tokens(model, drawn) if drawn else 0.0,
         texts=options.synthetic if samples or options.language_model_only else 0,
+        on_card=options.device != "cpu",
     )
     needed, too_large = expected_memory(options, work)
     return Expected(report, text_bytes, mmproj_bytes, needed, too_large, expected_seconds(options, work), samples)

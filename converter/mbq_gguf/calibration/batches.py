@@ -33,6 +33,12 @@ def batches(streams: Sequence[Streamed], layer: Layer) -> Iterator[list[Streamed
         yield from cut(run)
 
 
+def batch_count(tokens: int, on_card: bool) -> int:
+    """The number of batches for so many ``tokens`` in samples that can be joined; on a CPU sometimes one more."""
+    count = math.ceil(tokens / TOKENS)
+    return min(count, SHARES * math.ceil(tokens / (SHARES * TOKENS_ON_CARD))) if on_card else count
+
+
 def _runs(streams: Sequence[Streamed], index: int) -> Iterator[list[Streamed]]:
     """Runs of neighbours that can be in one batch in layer ``index``."""
     run: list[Streamed] = []
@@ -62,7 +68,7 @@ def _even(run: Sequence[Streamed]) -> Iterator[list[Streamed]]:
     """Batches of nearly equal size; the middle of a stream decides which batch it belongs to."""
     ends = list(accumulate(len(stream.ids) for stream in run))
     total = max(1, ends[-1])
-    count = min(math.ceil(total / TOKENS), SHARES * math.ceil(total / (SHARES * TOKENS_ON_CARD)))
+    count = batch_count(total, on_card=True)
     places = [count * (2 * end - len(stream.ids)) // (2 * total) for stream, end in zip(run, ends, strict=True)]
     for _, batch in groupby(zip(places, run, strict=True), key=lambda placed: placed[0]):
         yield [stream for _, stream in batch]
