@@ -149,6 +149,14 @@ def test_a_layer_of_experts_is_foretold_within_a_third(rates: Rates, layer: list
     assert layer_seconds(work, layer, rates) == pytest.approx(seconds, rel=1 / 3)
 
 
+def test_two_cards_gain_less_with_experts() -> None:
+    """A layer of 128 experts took one H200 5.5 s and two 4.4, on a slower host than above."""
+    layer = experts(2048, 768)
+    work = Work([layer], 0, 0, 0, 2048, 0, 0, streams=96, tokens=19200, texts=0, batches=8)
+    one, two = (stage_seconds(work, CARD, processes=count)["layers"] for count in (1, 2))
+    assert two / one == pytest.approx(4.4 / 5.5, rel=1 / 10)
+
+
 def test_memory_of_a_card_is_foretold_within_a_third() -> None:
     """A whole 7B took 20.8 GiB of an H200 and 6.0 of the host (docs/results.md)."""
     found = [bytes_ / 2**30 for bytes_ in estimate_memory(of_layers(28), "cuda")[:2]]

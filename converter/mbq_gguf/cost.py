@@ -215,9 +215,13 @@ def layer_seconds(work: Work, sites: Sequence[Site], rates: Rates) -> float:
         tokens = site.seen(work.tokens)
         squares = HALF * site.columns + site.compared
         total += tokens * site.columns * (site.rows * rates.multiplied + rates.moved + squares * rates.squared)
-        total += work.batches * rates.called if site.experts > 1 else 0.0
         total += site.columns * rates.column + site.columns**2 * site.rows * rates.product
-    return total + weights * rates.rounded
+    return total + weights * rates.rounded + call_seconds(work, sites, rates)
+
+
+def call_seconds(work: Work, sites: Sequence[Site], rates: Rates) -> float:
+    """What a layer's experts cost besides their products. Several GPUs do not divide it."""
+    return work.batches * rates.called * sum(site.experts > 1 for site in sites)
 
 
 def rates_at(speed: Speed, compiled: bool = False) -> Rates:
@@ -239,4 +243,6 @@ def stage_seconds(work: Work, rates: Rates, searched: bool = False, learned: int
         "layers": times * sum(layer_seconds(work, sites, rates) for sites in work.layers) if work.tokens else 0.0,
         "write": (work.ends + work.table) * rates.packed + work.files * rates.stored,
     }
-    return {stage: seconds * (1 - DIVIDED.get(stage, 0.0) * (1 - 1 / processes)) for stage, seconds in alone.items()}
+    calls = {"layers": times * sum(call_seconds(work, sites, rates) for sites in work.layers)}
+    saved = {stage: share * (1 - 1 / processes) * (alone[stage] - calls.get(stage, 0.0)) for stage, share in DIVIDED.items()}
+    return {stage: seconds - saved.get(stage, 0.0) for stage, seconds in alone.items()}
