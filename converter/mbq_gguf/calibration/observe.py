@@ -58,7 +58,7 @@ def observe(
         for site in layer.sites:
             if site.name not in watch.inputs:  # no token of the batch has reached this expert
                 continue
-            x = watch.inputs[site.name][0].float()
+            x = watch.inputs.pop(site.name)[0].float()
             if keep_originals and site.expert is None:
                 original = watch.written[site.name][0] if site.name in watch.written else x
                 each = torch.split(kept(original, KEPT), [stream.hidden.shape[1] for stream in batch])
@@ -72,7 +72,7 @@ def observe(
     for batch, parts in _by_twins(layer, workers, pieces, run) if workers > 1 else parallel_map(pieces, partial(run, layer)):
         for site in layer.sites:
             if f"site {site.name}" in parts:
-                rooted = parts[f"site {site.name}"]
+                rooted = parts.pop(f"site {site.name}")  # of a layer's experts all are large
                 sums.setdefault(site.name, Sum.like(rooted, rooted)).add(rooted, rooted)
         split_back(batch, parts)
     hessians = {name: found.whole() for name, found in sums.items()}
