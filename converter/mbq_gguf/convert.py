@@ -166,7 +166,7 @@ def run_quantisation(options: ConvertOptions, console: Console, stages: Stages, 
         calibration = fingerprint(samples) if samples else ""
         work = open_work(options, calibration, say)
         try:
-            with spilling(host_limit(options), work.path, round(rounding_bytes(sites_of(loaded)))):
+            with spilling(host_limit(options), work.path, round(rounding_bytes(sites_of(loaded), options.settings))):
                 result = quantise(loaded, samples, options.settings, work, stages)
         finally:
             if launch.first() and options.work_dir is None and not any(work.path.glob("*.safetensors")):

@@ -158,12 +158,12 @@ def expected_memory(options: ConvertOptions, work: Work) -> tuple[Memory, str]:
     card = 0.0 if device.type == "cpu" else float(available(device))
     host = process_bytes() + available(torch.device("cpu")) / launch.neighbours()
     free, share = Memory(host, card), float(host_limit(options))
-    needed = estimate_memory(work, options.device, free, share)
+    needed = estimate_memory(work, options.device, free, share, options.settings)
     if needed.fits(free):
         return needed, ""
     where = "memory" if needed.host > free.host else "GPU memory"
     wanted, there = (needed.host, free.host) if needed.host > free.host else (needed.card, free.card)
-    way = suggest_options(work, options.device, free, share)
+    way = suggest_options(work, options.device, free, share, options.settings)
     todo = f"give {way}, which would fit" if way else "end other programs, or use a machine with more"
     return needed, f"this will not fit: {megabytes(round(wanted))} of {where} are needed and {megabytes(round(there))} are free: {todo}"
 

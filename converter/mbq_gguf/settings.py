@@ -67,6 +67,11 @@ class QuantiseSettings:
         return self.propagate_error and (self.rounding == "gptq" or self.method != "rtn")
 
     @property
+    def sums_originals(self) -> bool:
+        """Whether GPTQ needs Hessians of the original model's inputs."""
+        return self.rounding == "gptq" and (self.method != "rtn" or not self.follows_prefix)
+
+    @property
     def power(self) -> int:
         """The exponent of the errors that the search sums: 1 for mae, 2 for mse."""
         own: SearchLoss = "mse" if self.method == "awq" else "mae"
