@@ -219,10 +219,8 @@ def _corrects(settings: QuantiseSettings) -> bool:
 
 
 def _of_originals(walk: Walk) -> bool:
-    """Whether Hessians of the original model's inputs are needed."""
-    settings = walk.settings
-    rounds = settings.rounding == "gptq" and (settings.method != "rtn" or not settings.follows_prefix)
-    return rounds or walk.result.plan is not None
+    """Whether Hessians of the original model's inputs are needed: to round by, or since types were chosen by them."""
+    return walk.settings.sums_originals or walk.result.plan is not None
 
 
 def _moments(work: LayerWork, site: Site) -> Moments | None:
