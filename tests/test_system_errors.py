@@ -41,6 +41,15 @@ def test_no_place_for_temporary_files(disk: Path, monkeypatch: pytest.MonkeyPatc
         tempfile.gettempdir()
 
 
+def test_a_full_disk_without_a_place_for_temporary_files_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One disk for everything: where the system does not say which file it was, the temporary folder is looked for, and there is none."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    monkeypatch.setenv("MBQ_GGUF_CACHE", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"^no space is left on a disk that this command writes to: "), system_errors():
+        Path("/dev/full").write_bytes(b"some")
+
+
 def test_a_path_that_is_too_long(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a path is longer than the file system allows: shorten it"), system_errors():
         (tmp_path / ("a" * 300)).touch()

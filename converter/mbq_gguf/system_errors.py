@@ -6,7 +6,7 @@ import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mbq_gguf.errors import UsageError, UserError
@@ -43,6 +43,8 @@ def _place(error: OSError) -> str:
     file = error.filename2 or error.filename  # source and target of a copy, or one file
     if isinstance(file, str | Path):
         return f"for {file}"
-    folders = (Path(tempfile.gettempdir()), cache_root())
+    folders = [cache_root()]
+    with suppress(FileNotFoundError):  # no folder has room for temporary files
+        folders.insert(0, Path(tempfile.gettempdir()))
     full = [str(folder) for folder in folders if folder.is_dir() and shutil.disk_usage(folder).free < NEARLY_FULL]
     return f"in {' and '.join(full)}" if full else "on a disk that this command writes to"
