@@ -43,6 +43,25 @@ def test_recordings_may_all_go_before_another_is_made() -> None:
 
 
 @pytest.mark.gpu
+def test_unused_memory_is_given_back_for_a_recording() -> None:
+    """With room for two and a half of the pieces that the function holds two at a time: running it leaves two unused, and recording it
+    takes other two."""
+    piece = 1 << 28  # bytes
+
+    def doubled(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.ones(piece // 4, device="cuda") * x * 2,)
+
+    recorded, values = Recorded(doubled), [torch.full((1,), float(value), device="cuda") for value in range(3)]
+    torch.cuda.empty_cache()
+    allowed = torch.cuda.memory_reserved() + 2.5 * piece
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        assert [float(recorded(value)[0].amax()) for value in values] == [0.0, 2.0, 4.0]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["MBQ3S", "MBQ3", "Q4_0", "Q3_K", "Q4_K", "Q6_K", "W4A8"])
 def test_what_is_replayed_is_what_would_have_run(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = grid_for(quant_type_for(kind, COLUMNS))

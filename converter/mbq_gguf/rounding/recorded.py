@@ -7,7 +7,9 @@ to run it. On other devices, and the first time for given shapes, the operations
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -56,19 +58,29 @@ class Recorded:
 
 
 def _record(run: Callable[..., Tensors], arguments: Tensors) -> _Recording:
-    """Record ``run`` as a graph. Does not use torch.cuda.graph, which empties the allocator's cache each time."""
+    """Record ``run`` as a graph. While it records, PyTorch does not give back memory that it holds unused. Where there is no other, that is
+    done here, and only there, since whatever follows would have to take it again."""
     kept = tuple(argument.clone(memory_format=torch.contiguous_format) for argument in arguments)
+    with suppress(torch.OutOfMemoryError):
+        return _captured(run, kept)
+    torch.cuda.empty_cache()
+    return _captured(run, kept)
+
+
+def _captured(run: Callable[..., Tensors], kept: Tensors) -> _Recording:
+    """A recording of ``run`` with the arguments ``kept``. Does not use torch.cuda.graph, which empties the allocator's cache each time."""
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream(arguments[0].device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(arguments[0].device))
+    _KEPT.append(graph)
+    stream = torch.cuda.Stream(kept[0].device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(kept[0].device))
     with torch.cuda.stream(stream):
         graph.capture_begin(_pool(), capture_error_mode="thread_local")
         try:
             results = run(*kept)
         finally:
-            graph.capture_end()
-    torch.cuda.current_stream(arguments[0].device).wait_stream(stream)
-    _KEPT.append(graph)
+            with warnings.catch_warnings(action="ignore"):  # that nothing was recorded, if memory was short at the first operation
+                graph.capture_end()
+    torch.cuda.current_stream(kept[0].device).wait_stream(stream)
     return _Recording(graph, kept, results)
 
 
