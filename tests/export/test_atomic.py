@@ -224,8 +224,11 @@ def test_a_link_planted_at_a_temporary_name_is_not_followed(tmp_path: Path, monk
     with pytest.raises(UsageError, match="cannot write"), claimed(final):
         pass
     work = open_workdir(tmp_path / "work", {"model": "a"})
-    (work.path / f"{TEMPORARY}{'0' * 16}").symlink_to(victim)
-    with pytest.raises(UserError, match="cannot be written"):
-        work.save("item", {}, None)
+    monkeypatch.setattr("tempfile._get_candidate_names", lambda: iter(("known", "other")))
+    (work.path / f"{TEMPORARY}known").symlink_to(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    work.save("item", {}, None)
+    assert work.load("item")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert victim.read_text() == "mine"
     assert not final.exists()
