@@ -59,7 +59,8 @@ class Speed:
 # PRODUCTS scale with the speed of products; BESIDE, which two threads share (walk/ahead.py, calibration/generate.py), and all others with
 # that of small operations. Measured with one thread of machine A at CPU_SPEED, processor time of the reference VLM's layers and texts,
 # 2026-11-29. Products, and the influence of widths, were measured on machine B (2 cores of an AMD EPYC, AVX2), one thread, layers of 576
-# and of 1024 channels, 2026-11-28: 48e9 operations per second.
+# and of 1024 channels, 2026-11-28: 48e9 operations per second. What an expert costs besides is what a layer of 128 of 64 x 64 took more
+# than the other rates say: 3.9 s instead of 0.9, one thread of machine A, 2026-11-30.
 PRODUCTS = ("seen", "written", "multiplied", "squared")
 BESIDE = ("step", "layer_step", "scored", "moved", "column", "rounded", "product")
 CPU_SPEED = Speed(183e9, 78e3, 1)
